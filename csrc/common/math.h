@@ -1,0 +1,354 @@
+// Elementary functions in float and double for CPU and GPU, within 2 ulp unless said otherwise.
+//
+// Everything is branch-free (selects only) and touches no library, so that a CPU compiler vectorises loops over these
+// functions and every backend computes alike. Where the target has no fused multiply-add, FASTFLOW's fma is a product
+// and a sum: results then differ by rounding between instruction sets, never between threads. Contraction by the
+// compiler is harmless: no identity below relies on the rounding of a product.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FASTFLOW_HD static __host__ __device__ __forceinline__
+#else
+#define FASTFLOW_HD static inline __attribute__((always_inline))
+#endif
+
+namespace fastflow::math {
+
+template <class T>
+struct Bits;
+
+template <>
+struct Bits<float> {
+  using uint = uint32_t;
+  static constexpr int mantissa = 23;
+  static constexpr uint bias = 127;
+  static constexpr float tiny = 0x1p-126f, rescale = 0x1p25f, rescale_log2 = 25.f;
+  static constexpr float rounder = 0x1.8p23f, integer = 0x1p23f;  // adding them leaves an integer in the low bits
+  static constexpr float exp_low = -104.f, exp_high = 89.f, expm1_low = -18.f;
+  static constexpr float ln2 = 0x1.62e43p-1f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  static constexpr float log2e = 0x1.715476p0f;
+  static constexpr uint sqrt_half = 0x3f3504f3u;
+  static constexpr float half_pi = 0x1.921fb6p0f, half_pi_low = -0x1.777a5cp-25f;
+};
+
+template <>
+struct Bits<double> {
+  using uint = uint64_t;
+  static constexpr int mantissa = 52;
+  static constexpr uint bias = 1023;
+  static constexpr double tiny = 0x1p-1022, rescale = 0x1p54, rescale_log2 = 54.;
+  static constexpr double rounder = 0x1.8p52, integer = 0x1p52;
+  static constexpr double exp_low = -746., exp_high = 710., expm1_low = -40.;
+  static constexpr double ln2 = 0x1.62e42fefa39efp-1, ln2_high = 0x1.62e42fefa3p-1, ln2_low = 0x1.3de6af278ece6p-42;
+  static constexpr double log2e = 0x1.71547652b82fep0;
+  static constexpr uint sqrt_half = 0x3fe6a09e667f3bcdu;
+  static constexpr double half_pi = 0x1.921fb54442d18p0, half_pi_low = 0x1.1a62633145c07p-54;
+};
+
+FASTFLOW_HD uint32_t to_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  return __builtin_bit_cast(uint32_t, x);
+#endif
+}
+
+FASTFLOW_HD uint64_t to_bits(double x) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint64_t>(__double_as_longlong(x));
+#else
+  return __builtin_bit_cast(uint64_t, x);
+#endif
+}
+
+FASTFLOW_HD float from_bits(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(x);
+#else
+  return __builtin_bit_cast(float, x);
+#endif
+}
+
+FASTFLOW_HD double from_bits(uint64_t x) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<long long>(x));
+#else
+  return __builtin_bit_cast(double, x);
+#endif
+}
+
+FASTFLOW_HD float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return ::fmaf(a, b, c);
+#elif defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FASTFLOW_HD double fma(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return ::fma(a, b, c);
+#elif defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FASTFLOW_HD float sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::sqrtf(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+FASTFLOW_HD double sqrt(double x) {
+#if defined(__CUDA_ARCH__)
+  return ::sqrt(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
+template <class T>
+FASTFLOW_HD T infinity() {
+  return static_cast<T>(__builtin_huge_val());
+}
+
+template <class T>
+FASTFLOW_HD T quiet_nan() {
+  return static_cast<T>(__builtin_nan(""));
+}
+
+template <class T>
+FASTFLOW_HD T abs(T x) {
+  using uint = typename Bits<T>::uint;
+  return from_bits(static_cast<uint>(to_bits(x) & (~static_cast<uint>(0) >> 1)));
+}
+
+template <class T>
+FASTFLOW_HD T copysign(T magnitude, T sign) {
+  using uint = typename Bits<T>::uint;
+  const uint mask = ~static_cast<uint>(0) >> 1;
+  return from_bits(static_cast<uint>((to_bits(magnitude) & mask) | (to_bits(sign) & ~mask)));
+}
+
+template <class T>
+FASTFLOW_HD bool isnan(T x) {
+  return x != x;
+}
+
+// 2^n for the integer n = rounded - Bits::rounder, n within the normal exponents.
+template <class T>
+FASTFLOW_HD T power_of_two(T rounded) {
+  using B = Bits<T>;
+  using uint = typename B::uint;
+  return from_bits(static_cast<uint>((to_bits(rounded) - to_bits(B::rounder) + B::bias) << B::mantissa));
+}
+
+// Horner's scheme, lowest power first.
+template <class T>
+FASTFLOW_HD T horner(T, T c0) {
+  return c0;
+}
+
+template <class T, class... Rest>
+FASTFLOW_HD T horner(T x, T c0, Rest... rest) {
+  return fma(horner(x, rest...), x, c0);
+}
+
+// (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2; relative error in exp(r) below 4e-9 and 4e-18.
+FASTFLOW_HD float exp_tail(float r) {
+  return horner(r, 0x1.fffffcp-2f, 0x1.55549p-3f, 0x1.5558f8p-5f, 0x1.123b02p-7f, 0x1.6a226ep-10f);
+}
+
+FASTFLOW_HD double exp_tail(double r) {
+  return horner(r, 0x1.000000000000ap-1, 0x1.55555555554f8p-3, 0x1.5555555550755p-5, 0x1.11111111281a5p-7,
+                0x1.6c16c1846fbb1p-10, 0x1.a01a0128ec744p-13, 0x1.a0199944632fap-16, 0x1.71df27455ca69p-19,
+                0x1.28ae34718c0aep-22, 0x1.ad7e50364f2b4p-26);
+}
+
+// x = n ln 2 + r with |r| <= ln(2)/2 and n = rounded - Bits::rounder.
+template <class T>
+struct Reduced {
+  T rounded, n, r;
+};
+
+template <class T>
+FASTFLOW_HD Reduced<T> reduce_exp(T x) {
+  using B = Bits<T>;
+  const T rounded = fma(x, B::log2e, B::rounder);
+  const T n = rounded - B::rounder;
+  return {rounded, n, fma(-n, B::ln2_low, fma(-n, B::ln2_high, x))};
+}
+
+template <class T>
+FASTFLOW_HD T exp(T x) {
+  using B = Bits<T>;
+  x = x < B::exp_low ? B::exp_low : x;
+  x = x > B::exp_high ? B::exp_high : x;
+  const Reduced<T> q = reduce_exp(x);
+  const T p = fma(q.r * q.r, exp_tail(q.r), q.r) + T(1);
+  // 2^n in two factors, since n reaches past both ends of the exponents.
+  const T half = fma(q.n, T(0.5), B::rounder);
+  return p * power_of_two(half) * power_of_two(q.rounded - (half - B::rounder));
+}
+
+template <class T>
+FASTFLOW_HD T expm1(T x) {
+  using B = Bits<T>;
+  const T low = x < B::expm1_low ? B::expm1_low : x;
+  const T clamped = low > B::exp_high ? B::exp_high : low;
+  const Reduced<T> q = reduce_exp(clamped);
+  const T p = fma(q.r * q.r, exp_tail(q.r), q.r);
+  const T half_scale = power_of_two(q.rounded - T(1));  // 2^n itself overflows before the result does
+  const T scaled = T(2) * fma(half_scale, p, half_scale - T(0.5));
+  return q.n == T(0) ? p : scaled;
+}
+
+// log(1 + f) for sqrt(1/2) - 1 <= f <= sqrt(2) - 1.
+FASTFLOW_HD float log1p_core(float f) {
+  const float tail = horner(f, 0x1.555546p-2f, -0x1.ffffeep-3f, 0x1.99a546p-3f, -0x1.5562e2p-3f, 0x1.2332bcp-3f,
+                            -0x1.fb4354p-4f, 0x1.e650fap-4f, -0x1.e2e8ecp-4f, 0x1.1b4126p-4f);
+  const float f2 = f * f;
+  return fma(f2, fma(f, tail, -0.5f), f);
+}
+
+FASTFLOW_HD double log1p_core(double f) {
+  const double s = f / (2. + f), z = s * s;
+  const double tail = z * horner(z, 0x1.5555555555593p-1, 0x1.999999997fb2dp-2, 0x1.2492494217d16p-2,
+                                 0x1.c71c51e7d6fcep-3, 0x1.74664632755eep-3, 0x1.39a0f473b94edp-3,
+                                 0x1.2f0d9409abdc7p-3);
+  const double half_square = 0.5 * f * f;
+  return f - (half_square - s * (half_square + tail));
+}
+
+// x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), for positive finite x.
+template <class T>
+struct Mantissa {
+  T n, f;
+};
+
+template <class T>
+FASTFLOW_HD Mantissa<T> split_mantissa(T x) {
+  using B = Bits<T>;
+  using uint = typename B::uint;
+  const uint one = B::bias << B::mantissa;
+  const uint shifted = to_bits(x) + (one - B::sqrt_half);
+  const T exponent = from_bits(static_cast<uint>((shifted >> B::mantissa) | to_bits(B::integer)));
+  const T m = from_bits(static_cast<uint>((shifted & ((uint(1) << B::mantissa) - 1)) + B::sqrt_half));
+  return {exponent - (B::integer + T(B::bias)), m - T(1)};
+}
+
+// log1p_core(f) + n ln 2.
+template <class T>
+FASTFLOW_HD T log_sum(T n, T f) {
+  using B = Bits<T>;
+  return fma(n, B::ln2_high, fma(n, B::ln2_low, log1p_core(f)));
+}
+
+template <class T>
+FASTFLOW_HD T log(T x) {
+  using B = Bits<T>;
+  const bool small = x < B::tiny;
+  const Mantissa<T> q = split_mantissa(small ? x * B::rescale : x);
+  const T result = log_sum(small ? q.n - B::rescale_log2 : q.n, q.f);
+  const T outside = x < T(0) ? quiet_nan<T>() : x;  // NaN and +inf stay
+  const T special = x == T(0) ? -infinity<T>() : outside;
+  return (x > T(0)) & (x < infinity<T>()) ? result : special;
+}
+
+template <class T>
+FASTFLOW_HD T log1p(T x) {
+  using B = Bits<T>;
+  const T u = T(1) + x;
+  const Mantissa<T> q = split_mantissa(u);
+  // What 1 + x rounded away, scaled like f; the smaller of 1 and x is lost first.
+  const T lost = abs(x) < T(1) ? x - (u - T(1)) : T(1) - (u - x);
+  const T scale = power_of_two(B::rounder - (q.n > T(64) ? T(64) : q.n));
+  const T result = log_sum(q.n, fma(lost, scale, q.f));
+  const T outside = x < T(-1) ? quiet_nan<T>() : x;
+  const T special = x == T(-1) ? -infinity<T>() : outside;
+  return (x > T(-1)) & (x < infinity<T>()) & (x != T(0)) ? result : special;
+}
+
+// log(1 + w) for 0 <= w <= 1 (or NaN), cheaper than log1p.
+template <class T>
+FASTFLOW_HD T log1p_unit(T w) {
+  const bool high = w > T(0.41421356237309503);
+  const T core = log1p_core(high ? fma(T(0.5), w, T(-0.5)) : w);
+  return high ? core + Bits<T>::ln2 : core;
+}
+
+template <class T>
+FASTFLOW_HD T tanh(T x) {
+  const T z = expm1(T(-2) * abs(x));
+  return copysign(-z / (z + T(2)), x);
+}
+
+FASTFLOW_HD float atan_tail(float z) {
+  return horner(z, -0x1.55554ap-2f, 0x1.9991a6p-3f, -0x1.23b636p-3f, 0x1.b1fa12p-4f, -0x1.f22afap-5f);
+}
+
+FASTFLOW_HD double atan_tail(double z) {
+  return horner(z, -0x1.555555555553dp-2, 0x1.9999999995863p-3, -0x1.24924922ad9b8p-3, 0x1.c71c70e632d3cp-4,
+                -0x1.745cf8e0428fp-4, 0x1.3b111951029b4p-4, -0x1.10ebb99cf318p-4, 0x1.df0f4d8c51357p-5,
+                -0x1.9cd2743c72f1dp-5, 0x1.37d410d322d0dp-5, -0x1.2564ff7d87721p-6);
+}
+
+template <class T>
+FASTFLOW_HD T atan(T x) {
+  using B = Bits<T>;
+  const T a = abs(x);
+  const bool middle = a > T(0.41421356237309503), high = a > T(2.414213562373095);
+  const T numerator = high ? T(-1) : middle ? a - T(1) : a;
+  const T denominator = high ? a : middle ? a + T(1) : T(1);
+  const T offset = high ? B::half_pi : middle ? T(0.5) * B::half_pi : T(0);
+  const T offset_low = high ? B::half_pi_low : middle ? T(0.5) * B::half_pi_low : T(0);
+  const T t = numerator / denominator, z = t * t;
+  return copysign(offset + (t + fma(t * z, atan_tail(z), offset_low)), x);
+}
+
+// 1 / (1 + exp(-u)).
+template <class T>
+FASTFLOW_HD T sigmoid(T u) {
+  const T w = exp(-abs(u));
+  return (u < T(0) ? w : T(1)) / (T(1) + w);
+}
+
+// log(sigmoid(u)).
+template <class T>
+FASTFLOW_HD T logsigmoid(T u) {
+  const T w = exp(-abs(u));
+  return (u < T(0) ? u : T(0)) - log1p_unit(w);
+}
+
+// log(1 + exp(u)).
+template <class T>
+FASTFLOW_HD T softplus(T u) {
+  const T w = exp(-abs(u));
+  return (u > T(0) ? u : T(0)) + log1p_unit(w);
+}
+
+// log(softplus(u)), finite where softplus(u) underflows.
+template <class T>
+FASTFLOW_HD T log_softplus(T u) {
+  const T w = exp(-abs(u));
+  const T direct = log((u > T(0) ? u : T(0)) + log1p_unit(w));
+  return u < T(-20) ? fma(T(-0.5), w, u) : direct;
+}
+
+// log(exp(a) + exp(b)).
+template <class T>
+FASTFLOW_HD T logaddexp(T a, T b) {
+  const T high = a > b ? a : b;
+  const T sum = (isnan(a) ? a : high) + log1p_unit(exp(-abs(a - b)));
+  return a == b ? a + Bits<T>::ln2 : sum;
+}
+
+}  // namespace fastflow::math

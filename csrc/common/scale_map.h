@@ -1,0 +1,218 @@
+// The scale maps of affine_coupling: s, log s and their derivatives in the raw value r (reference.ScaleMap).
+#pragma once
+
+#include "math.h"
+
+namespace fastflow {
+
+// In the order of reference.KINDS.
+enum class Kind : int { exp, sigmoid, tanh, atan, softplus, rational, additive };
+
+// u = gain*r + offset, with u already divided by the clamp for tanh and atan and multiplied by out_gain for exp.
+template <class T>
+struct ScaleMap {
+  T gain, offset;
+  T amplitude;      // sigmoid: out_gain; tanh, atan: clamp*out_gain; else 1
+  T log_amplitude;  // sigmoid: log(out_gain)
+  T inverse_clamp;  // rational: 1/clamp
+  T eps, log_eps;
+  T hard_min, hard_max;  // -inf and +inf where there is none
+  T log_min, log_max;
+  T shift_gain;
+};
+
+// The constants in the compute type, from the arguments of the operator.
+template <class T>
+FASTFLOW_HD ScaleMap<T> make_scale_map(int64_t kind, double gain, double offset, double out_gain, double clamp,
+                                       double eps, double hard_min, double hard_max, double shift_gain) {
+  ScaleMap<T> map;
+  const Kind k = static_cast<Kind>(kind);
+  const bool soft_clamp = k == Kind::tanh || k == Kind::atan;
+  const double factor = k == Kind::exp ? out_gain : soft_clamp ? 1. / clamp : 1.;
+  map.gain = static_cast<T>(factor * gain);
+  map.offset = static_cast<T>(factor * offset);
+  map.amplitude = static_cast<T>(soft_clamp ? clamp * out_gain : k == Kind::sigmoid ? out_gain : 1.);
+  map.log_amplitude = k == Kind::sigmoid ? static_cast<T>(math::log(out_gain)) : T(0);
+  map.inverse_clamp = static_cast<T>(1. / clamp);
+  map.eps = static_cast<T>(eps);
+  map.log_eps = static_cast<T>(math::log(eps));
+  map.hard_min = static_cast<T>(hard_min);
+  map.hard_max = static_cast<T>(hard_max);
+  map.log_min = hard_min > 0. ? static_cast<T>(math::log(hard_min)) : -math::infinity<T>();
+  map.log_max = static_cast<T>(math::log(hard_max));
+  map.shift_gain = static_cast<T>(shift_gain);
+  return map;
+}
+
+FASTFLOW_HD bool has_bounds(double hard_min, double hard_max) {
+  return hard_min > -math::infinity<double>() || hard_max < math::infinity<double>();
+}
+
+template <class T>
+struct Scale {
+  T s, log_s;
+};
+
+// s, ds/dr and d(log s)/dr.
+template <class T>
+struct ScaleSlope {
+  T s, ds, dlog;
+};
+
+// NaN stays.
+template <class T>
+FASTFLOW_HD T clamp(T x, T low, T high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+template <Kind K, bool Eps, bool Bounds, class T>
+FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
+  const T u = math::fma(map.gain, r, map.offset);
+  T s, log_s;
+  if constexpr (K == Kind::exp) {
+    log_s = u;
+    s = math::exp(u);
+  } else if constexpr (K == Kind::sigmoid) {
+    const T w = math::exp(-math::abs(u));
+    s = map.amplitude * ((u < T(0) ? w : T(1)) / (T(1) + w));
+    log_s = (u < T(0) ? u : T(0)) - math::log1p_unit(w) + map.log_amplitude;
+  } else if constexpr (K == Kind::softplus) {
+    const T w = math::exp(-math::abs(u));
+    s = (u > T(0) ? u : T(0)) + math::log1p_unit(w);
+    log_s = u < T(-20) ? math::fma(T(-0.5), w, u) : math::log(s);
+  } else if constexpr (K == Kind::additive) {
+    s = T(1);
+    log_s = T(0);
+  } else {
+    if constexpr (K == Kind::tanh) log_s = map.amplitude * math::tanh(u);
+    if constexpr (K == Kind::atan) log_s = map.amplitude * math::atan(u);
+    if constexpr (K == Kind::rational) log_s = u / math::fma(math::abs(u), map.inverse_clamp, T(1));
+    s = math::exp(log_s);
+  }
+  if constexpr (Eps) {
+    s = s + map.eps;
+    log_s = math::logaddexp(log_s, map.log_eps);
+  }
+  if constexpr (Bounds) {
+    s = clamp(s, map.hard_min, map.hard_max);
+    log_s = clamp(log_s, map.log_min, map.log_max);
+  }
+  return {s, log_s};
+}
+
+// Non-finite values come out where differentiating the formulas above step by step gives them.
+template <Kind K, bool Eps, bool Bounds, class T>
+FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
+  const T u = math::fma(map.gain, r, map.offset);
+  T s, ds, dlog;
+  if constexpr (K == Kind::exp) {
+    s = math::exp(u);
+    dlog = map.gain;
+    ds = s * dlog;
+  } else if constexpr (K == Kind::sigmoid) {
+    const T w = math::exp(-math::abs(u)), inverse = T(1) / (T(1) + w);
+    s = map.amplitude * ((u < T(0) ? w : T(1)) * inverse);
+    dlog = map.gain * ((u < T(0) ? T(1) : w) * inverse);
+    ds = s * dlog;
+  } else if constexpr (K == Kind::softplus) {
+    const T w = math::exp(-math::abs(u));
+    s = (u > T(0) ? u : T(0)) + math::log1p_unit(w);
+    const T slope = (u < T(0) ? w : T(1)) / (T(1) + w);
+    ds = map.gain * slope;
+    dlog = map.gain * (u < T(-20) ? math::fma(T(-0.5), w, T(1)) : slope / s);
+  } else if constexpr (K == Kind::additive) {
+    s = T(1);
+    ds = dlog = T(0);
+  } else {
+    T log_s;
+    if constexpr (K == Kind::tanh) {
+      const T t = math::tanh(u);
+      log_s = map.amplitude * t;
+      dlog = map.amplitude * map.gain * math::fma(-t, t, T(1));
+    }
+    if constexpr (K == Kind::atan) {
+      log_s = map.amplitude * math::atan(u);
+      dlog = map.amplitude * map.gain / math::fma(u, u, T(1));
+    }
+    if constexpr (K == Kind::rational) {
+      const T inverse = T(1) / math::fma(math::abs(u), map.inverse_clamp, T(1));
+      log_s = u * inverse;
+      dlog = math::fma(T(0), log_s, map.gain * inverse * inverse);  // NaN at infinite u
+    }
+    s = math::exp(log_s);
+    ds = s * dlog;
+  }
+  if constexpr (Eps) {
+    dlog = dlog * (s < math::infinity<T>() ? s / (s + map.eps) : math::isnan(s) ? s : T(1));
+    s = s + map.eps;
+  }
+  if constexpr (Bounds) {
+    const T inside = (s < map.hard_min) | (s > map.hard_max) ? T(0) : T(1);
+    ds = inside * ds;
+    dlog = inside * dlog;
+    s = clamp(s, map.hard_min, map.hard_max);
+  }
+  return {s, ds, dlog};
+}
+
+// Whether ds may differ from s*dlog: with bounds, and for softplus where s or dlog leaves the range of T.
+template <Kind K, bool Bounds>
+inline constexpr bool separate_slopes = Bounds || K == Kind::softplus;
+
+template <class T>
+struct Coupled {
+  T y, log_s;
+};
+
+// y and log s (to be subtracted where Inverse) of one element; t is the raw shift.
+template <Kind K, bool Eps, bool Bounds, bool Inverse, bool ShiftFirst, class T>
+FASTFLOW_HD Coupled<T> couple(const ScaleMap<T>& map, T x, T r, T t) {
+  const Scale<T> scale = scale_of<K, Eps, Bounds>(map, r);
+  const T shift = map.shift_gain * t;
+  T y;
+  if constexpr (Inverse)
+    y = ShiftFirst ? x / scale.s - shift : (x - shift) / scale.s;
+  else
+    y = ShiftFirst ? (x + shift) * scale.s : math::fma(x, scale.s, shift);
+  return {y, scale.log_s};
+}
+
+// Whether the gradients below read the shift at all.
+template <bool Inverse, bool ShiftFirst>
+inline constexpr bool gradient_reads_shift = Inverse != ShiftFirst;
+
+template <class T>
+struct CoupledGradient {
+  T x, raw, shift;
+};
+
+// Gradients in x, r and t of one element, from those of y (gy) and of the summed log-det (gl).
+template <Kind K, bool Eps, bool Bounds, bool Inverse, bool ShiftFirst, class T>
+FASTFLOW_HD CoupledGradient<T> couple_gradient(const ScaleMap<T>& map, T gy, T gl, T x, T r, T t) {
+  const ScaleSlope<T> scale = scale_slope<K, Eps, Bounds>(map, r);
+  const T s = scale.s;
+  const T shift = gradient_reads_shift<Inverse, ShiftFirst> ? map.shift_gain * t : T(0);
+  CoupledGradient<T> grad;
+  if constexpr (Inverse) {
+    grad.x = gy / s;
+    grad.shift = -map.shift_gain * (ShiftFirst ? gy : grad.x);
+    const T scaled = ShiftFirst ? x : x - shift;  // y + t or y is this over s
+    if constexpr (separate_slopes<K, Bounds>)
+      grad.raw = -math::fma(grad.x * (scaled / s), scale.ds, gl * scale.dlog);
+    else
+      grad.raw = -math::fma(grad.x, scaled, gl) * scale.dlog;
+  } else {
+    const T scaled = ShiftFirst ? x + shift : x;  // what s multiplies
+    grad.x = gy * s;
+    grad.shift = map.shift_gain * (ShiftFirst ? grad.x : gy);
+    if constexpr (separate_slopes<K, Bounds>)
+      grad.raw = math::fma(gy * scaled, scale.ds, gl * scale.dlog);
+    else
+      grad.raw = math::fma(grad.x, scaled, gl) * scale.dlog;
+  }
+  if constexpr (K == Kind::additive) grad.raw = T(0);
+  return grad;
+}
+
+}  // namespace fastflow

@@ -1,0 +1,49 @@
+#include "runtime.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace fastflow {
+
+namespace {
+
+bool forked = false;
+
+#if defined(__unix__) || defined(__APPLE__)
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  Isa best = Isa::baseline;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    best = Isa::avx512;
+  const char* wanted = std::getenv("FASTFLOW_ISA");
+  if (wanted != nullptr) {
+    if (std::strcmp(wanted, "baseline") == 0) best = Isa::baseline;
+    if (std::strcmp(wanted, "avx2") == 0 && best == Isa::avx512) best = Isa::avx2;
+  }
+  return best;
+#else
+  return Isa::baseline;
+#endif
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = detect();
+  return chosen;
+}
+
+bool in_forked_child() { return forked; }
+
+}  // namespace fastflow

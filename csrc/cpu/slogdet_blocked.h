@@ -1,0 +1,282 @@
+// LU with partial pivoting and inverse of one matrix at a time, vectorised along rows, recursive so that nearly all
+// work is in gemm at every level of the cache. P A = L U, A^-1 = U^-1 (L^-1 P).
+#pragma once
+
+#include "slogdet_gemm.h"
+#include "slogdet_load.h"
+
+namespace fastflow::FASTFLOW_ISA {
+
+template <class T>
+struct Blocked {
+  using uint = typename math::Bits<T>::uint;
+  static constexpr int W = Simd<T>::lanes;
+  static constexpr int base_rows = 8;
+
+  int64_t n, ld;
+  T *a, *inverse;         // n rows of ld: A, then its factors; the inverse but for the order of its columns
+  T *diagonal, *scale;    // u_ii; 1/u_ii, or u_ii itself where `divide`
+  uint* key;              // |pivot candidates| as integers: ordered as numbers, with NaN above all
+  int64_t* row;           // row i of P A is row row[i] of A
+  bool odd, singular, nan, divide;
+
+  static int64_t scratch(int64_t n) {
+    const int64_t ld = leading_dimension<T>(n), line = round_up(ld * sizeof(T), 64);
+    return 2 * n * line + 3 * line + round_up(n * static_cast<int64_t>(sizeof(int64_t)), 64);
+  }
+
+  Blocked(int64_t n, void* scratch) : n(n), ld(leading_dimension<T>(n)) {
+    char* p = static_cast<char*>(scratch);
+    auto take = [&](int64_t bytes) {
+      char* start = p;
+      p += round_up(bytes, 64);
+      return start;
+    };
+    a = reinterpret_cast<T*>(take(n * ld * sizeof(T)));
+    inverse = reinterpret_cast<T*>(take(n * ld * sizeof(T)));
+    diagonal = reinterpret_cast<T*>(take(ld * sizeof(T)));
+    scale = reinterpret_cast<T*>(take(ld * sizeof(T)));
+    key = reinterpret_cast<uint*>(take(ld * sizeof(T)));
+    row = reinterpret_cast<int64_t*>(take(n * sizeof(int64_t)));
+  }
+
+  template <class In>
+  void load(const In* in, int64_t row_stride, int64_t column_stride) {
+    bool bad = false;
+    for (int64_t i = 0; i < n; ++i) {
+      T* out = a + i * ld;
+      const In* from = in + i * row_stride;
+      if (column_stride == 1) {
+        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(to_float(from[j]));
+      } else {
+        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(to_float(from[j * column_stride]));
+      }
+      int any = 0;
+      for (int64_t j = 0; j < n; ++j) any |= out[j] != out[j];
+      bad |= any != 0;
+      for (int64_t j = n; j < ld; ++j) out[j] = 0;
+      row[i] = i;
+    }
+    odd = singular = divide = false;
+    nan = bad;
+  }
+
+  int64_t find_pivot(int64_t c) const {
+    uint best = 0;
+    for (int64_t i = c; i < n; ++i) best = key[i] > best ? key[i] : best;
+    int64_t i = c;
+    while (key[i] != best) ++i;
+    return i;
+  }
+
+  void read_keys(int64_t c) {
+    for (int64_t i = c; i < n; ++i) key[i] = math::to_bits(math::abs(a[i * ld + c]));
+  }
+
+  void swap_rows(int64_t i, int64_t j) {
+    for (int64_t v = 0; v < ld; v += W) {
+      const Vec<T> x = vec(a + i * ld + v);
+      vec(a + i * ld + v) = vec(a + j * ld + v);
+      vec(a + j * ld + v) = x;
+    }
+    const int64_t r = row[i];
+    row[i] = row[j];
+    row[j] = r;
+    odd = !odd;
+  }
+
+  // Columns [begin, end) of one vector's width, all rows below.
+  void factorise_base(int64_t begin, int64_t end) {
+    read_keys(begin);
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t p = find_pivot(c);
+      if (p != c) swap_rows(c, p);
+      T* top = a + c * ld + begin;
+      const T pivot = top[c - begin];
+      diagonal[c] = pivot;
+      const int64_t next = c + 1 < end ? c + 1 : c;
+      if (pivot == 0) {  // nothing to eliminate; the multipliers are the zeros that stand there
+        singular = true;
+        if (next != c) read_keys(next);
+        continue;
+      }
+      const bool tiny = math::abs(pivot) < math::Bits<T>::tiny;
+      divide |= tiny;
+      const T reciprocal = T(1) / pivot;
+      Vec<T> tail = vec(top);
+      for (int64_t k = 0; k <= c - begin; ++k) tail[k] = 0;
+      for (int64_t i = c + 1; i < n; ++i) {
+        T* at = a + i * ld + begin;
+        const T factor = tiny ? at[c - begin] / pivot : at[c - begin] * reciprocal;
+        vec(at) -= factor * tail;
+        at[c - begin] = factor;
+        key[i] = math::to_bits(math::abs(at[next - begin]));
+      }
+    }
+  }
+
+  void factorise(int64_t begin, int64_t end) {
+    if (end - begin <= W) return factorise_base(begin, end);
+    const int64_t middle = begin + round_up((end - begin) / 2, W), right = (ld_used(end) - middle) / W;
+    factorise(begin, middle);
+    solve_lower(begin, middle, a + middle, right);
+    subtract(middle, n, begin, middle, a + middle, right);
+    factorise(middle, end);
+  }
+
+  static int64_t ld_used(int64_t end) { return round_up(end, W); }
+
+  // rows [begin, end) of b -= A[begin:end, from:to] times rows [from, to) of b.
+  void subtract(int64_t begin, int64_t end, int64_t from, int64_t to, T* b, int64_t nv) {
+    gemm<T, true>(end - begin, nv, a + begin * ld + from, ld, b + from * ld, ld, b + begin * ld, ld,
+                  [=](int64_t, int64_t, int64_t, int64_t) { return Terms{0, to - from}; });
+  }
+
+  template <int M, int N>
+  static void lower_tile(const T* l, int64_t ld, T* b) {
+    Vec<T> x[M][N];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) x[i][j] = vec(b + i * ld + j * W);
+#pragma GCC unroll 8
+    for (int k = 0; k < M; ++k)
+#pragma GCC unroll 8
+      for (int i = k + 1; i < M; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < N; ++j) x[i][j] -= l[i * ld + k] * x[k][j];
+#pragma GCC unroll 8
+    for (int i = 1; i < M; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) vec(b + i * ld + j * W) = x[i][j];
+  }
+
+  template <int M, int N>
+  static void upper_tile(const T* u, int64_t ld, const T* scale, bool divide, T* b) {
+    Vec<T> x[M][N];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) x[i][j] = vec(b + i * ld + j * W);
+#pragma GCC unroll 8
+    for (int k = M - 1; k >= 0; --k) {
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) x[k][j] = divide ? x[k][j] / scale[k] : x[k][j] * scale[k];
+#pragma GCC unroll 8
+      for (int i = 0; i < k; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < N; ++j) x[i][j] -= u[i * ld + k] * x[k][j];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) vec(b + i * ld + j * W) = x[i][j];
+  }
+
+  template <bool Lower, int M = 1>
+  void solve_base(int64_t begin, int64_t end, T* b, int64_t nv) const {
+    if constexpr (M < base_rows) {
+      if (end - begin > M) return solve_base<Lower, M + 1>(begin, end, b, nv);
+    }
+    const T* factor = a + begin * ld + begin;
+    T* at = b + begin * ld;
+    int64_t v = 0;
+    for (; v + 2 <= nv; v += 2) {
+      if constexpr (Lower)
+        lower_tile<M, 2>(factor, ld, at + v * W);
+      else
+        upper_tile<M, 2>(factor, ld, scale + begin, divide, at + v * W);
+    }
+    if (v < nv) {
+      if constexpr (Lower)
+        lower_tile<M, 1>(factor, ld, at + v * W);
+      else
+        upper_tile<M, 1>(factor, ld, scale + begin, divide, at + v * W);
+    }
+  }
+
+  static int64_t halfway(int64_t begin, int64_t end) { return begin + round_up((end - begin) / 2, base_rows); }
+
+  // rows [begin, end) of b become L[begin:end, begin:end]^-1 times them.
+  void solve_lower(int64_t begin, int64_t end, T* b, int64_t nv) {
+    if (end - begin <= base_rows) return solve_base<true>(begin, end, b, nv);
+    const int64_t middle = halfway(begin, end);
+    solve_lower(begin, middle, b, nv);
+    subtract(middle, end, begin, middle, b, nv);
+    solve_lower(middle, end, b, nv);
+  }
+
+  void solve_upper(int64_t begin, int64_t end, T* b, int64_t nv) {
+    if (end - begin <= base_rows) return solve_base<false>(begin, end, b, nv);
+    const int64_t middle = halfway(begin, end);
+    solve_upper(middle, end, b, nv);
+    subtract(begin, middle, middle, end, b, nv);
+    solve_upper(begin, middle, b, nv);
+  }
+
+  // Rows [begin, end) of L^-1 in `inverse`, which starts as the identity: column j is zero above row j.
+  void invert_lower(int64_t begin, int64_t end) {
+    if (end - begin <= base_rows) return solve_base<true>(begin, end, inverse, ld_used(end) / W);
+    const int64_t middle = halfway(begin, end);
+    invert_lower(begin, middle);
+    gemm<T, true>(end - middle, ld_used(middle) / W, a + middle * ld + begin, ld, inverse + begin * ld, ld,
+                  inverse + middle * ld, ld, [=](int64_t, int64_t, int64_t j, int64_t) {
+                    return Terms{at_most(middle - begin, at_least(0, j - begin)), middle - begin};
+                  });
+    invert_lower(middle, end);
+  }
+
+  void invert() {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < ld; ++j) inverse[i * ld + j] = 0;
+      inverse[i * ld + i] = 1;
+      scale[i] = divide ? diagonal[i] : T(1) / diagonal[i];
+    }
+    invert_lower(0, n);
+    solve_upper(0, n, inverse, ld_used(n) / W);
+  }
+
+  template <class Out>
+  void write(const SlogdetBatch& batch, int64_t b) {
+    double sign = odd ? -1.0 : 1.0, total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      nan |= diagonal[i] != diagonal[i];
+      if (diagonal[i] < 0) sign = -sign;
+    }
+    constexpr int64_t group = 32;
+    for (int64_t i = 0; i < n; i += group) {
+      double part[group], sum = 0;
+      const int64_t size = at_most(group, n - i);
+      for (int64_t j = 0; j < size; ++j) part[j] = math::abs(static_cast<double>(diagonal[i + j]));
+      for (int64_t j = size; j < group; ++j) part[j] = 1;
+#pragma omp simd
+      for (int64_t j = 0; j < group; ++j) part[j] = math::log(part[j]);
+      for (int64_t j = 0; j < group; ++j) sum += part[j];
+      total += sum;
+    }
+    write_result<Out>(batch, b, singular ? 0.0 : sign, total, nan);
+    if (batch.inverse == nullptr) return;
+    Out* out = static_cast<Out*>(batch.inverse) + b * n * n;
+    if (nan || singular) {
+      for (int64_t i = 0; i < n * n; ++i) out[i] = math::quiet_nan<Out>();
+      return;
+    }
+    invert();
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) out[i * n + row[j]] = static_cast<Out>(inverse[i * ld + j]);
+  }
+};
+
+template <class T, class Out>
+static void slogdet_blocked(const SlogdetBatch& batch) {
+  Blocked<T> matrix(batch.n, batch.scratch);
+  for (int64_t b = 0; b < batch.count; ++b) {
+    with_type(batch.type, [&](auto* type) {
+      matrix.load(static_cast<decltype(type)>(batch.weight) + batch.offset[b], batch.row_stride, batch.column_stride);
+    });
+    matrix.factorise(0, batch.n);
+    matrix.template write<Out>(batch, b);
+  }
+}
+
+}  // namespace fastflow::FASTFLOW_ISA

@@ -1,0 +1,224 @@
+// LU with partial pivoting and inverse of small matrices, a vector's worth of them at a time: lane l of every vector
+// belongs to matrix l, and pivoting picks rows lane by lane. Always in double.
+#pragma once
+
+#include "slogdet_gemm.h"
+#include "slogdet_load.h"
+
+namespace fastflow::FASTFLOW_ISA {
+
+struct Lanes {
+  static constexpr int W = Simd<double>::lanes;
+  static constexpr int inverse_columns = 4;  // solved together, so that a factor is loaded once for all
+  using V = Vec<double>;
+  typedef int64_t I __attribute__((vector_size(vector_bytes), may_alias));
+
+  int64_t n;
+  V *a, *reciprocal, *factor, *column;  // a: element (i, j) at a[j*n + i]
+  I* pivot_row;                         // row swapped with row k at step k
+  I nan, odd, singular, tiny;           // lane masks
+
+  static int64_t scratch(int64_t n) {
+    return (n * n + (3 + inverse_columns) * n) * static_cast<int64_t>(sizeof(V));
+  }
+
+  Lanes(int64_t n, void* scratch) : n(n) {
+    a = static_cast<V*>(scratch);
+    reciprocal = a + n * n;
+    factor = reciprocal + n;
+    column = factor + n;
+    pivot_row = reinterpret_cast<I*>(column + n * inverse_columns);
+  }
+
+  static I bits(V x) { return reinterpret_cast<I>(x); }
+  static V select(I mask, V yes, V no) { return mask ? yes : no; }
+  static V magnitude(V x) { return reinterpret_cast<V>(bits(x) & INT64_MAX); }
+
+  template <class In>
+  void load(const In* const* in, int64_t row_stride, int64_t column_stride) {
+    nan = I{};
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t at = i * row_stride + j * column_stride;
+        V x;
+        for (int l = 0; l < W; ++l) x[l] = static_cast<double>(to_float(in[l][at]));
+        nan |= x != x;
+        a[j * n + i] = x;
+      }
+  }
+
+  void factorise(bool want_inverse) {
+    odd = singular = tiny = I{};
+    for (int64_t k = 0; k < n; ++k) {
+      V* at = a + k * n;
+      // |x| compares as an integer, which puts NaN above all.
+      I best = bits(at[k]) & INT64_MAX, p = I{} + k;
+      for (int64_t i = k + 1; i < n; ++i) {
+        const I key = bits(at[i]) & INT64_MAX, more = key > best;
+        best = more ? key : best;
+        p = more ? I{} + i : p;
+      }
+      odd ^= p != k;
+      int64_t where[W];
+      for (int l = 0; l < W; ++l) where[l] = p[l] * W + l;
+      if (want_inverse) {
+        pivot_row[k] = p;
+        for (int64_t j = 0; j < k; ++j) take(a + j * n, k, where, true);
+      }
+      const V top = at[k], pivot = take(at, k, where, false);
+      const I zero = pivot == 0;
+      const V inverse = 1.0 / pivot;
+      const I small = (magnitude(pivot) < math::Bits<double>::tiny) & ~zero;
+      singular |= zero;
+      tiny |= small;
+      reciprocal[k] = inverse;
+      const bool any_small = any(small);
+      for (int64_t i = k + 1; i < n; ++i) {
+        const V x = select(p == i, top, at[i]);
+        V f = x * inverse;
+        if (any_small) f = select(small, x / pivot, f);
+        at[i] = factor[i] = select(zero, V{}, f);
+      }
+      int64_t j = k + 1;
+      for (; j + 1 < n; j += 2) {
+        V *left = a + j * n, *right = left + n;
+        const V left_top = left[k], right_top = right[k];
+        const V left_row = take(left, k, where, false), right_row = take(right, k, where, false);
+        for (int64_t i = k + 1; i < n; ++i) {
+          const I here = p == i;
+          left[i] = select(here, left_top, left[i]) - factor[i] * left_row;
+          right[i] = select(here, right_top, right[i]) - factor[i] * right_row;
+        }
+      }
+      if (j < n) {
+        V* left = a + j * n;
+        const V left_top = left[k], left_row = take(left, k, where, false);
+        for (int64_t i = k + 1; i < n; ++i) left[i] = select(p == i, left_top, left[i]) - factor[i] * left_row;
+      }
+    }
+  }
+
+  // Brings every lane's pivot row to row k of a column; with `swap` also the other way.
+  static V take(V* at, int64_t k, const int64_t* where, bool swap) {
+    double* flat = reinterpret_cast<double*>(at);
+    const V old = at[k];
+    V x;
+    for (int l = 0; l < W; ++l) x[l] = flat[where[l]];
+    at[k] = x;
+    if (swap)
+      for (int l = 0; l < W; ++l) flat[where[l]] = where[l] == k * W + l ? x[l] : old[l];
+    return x;
+  }
+
+  static bool any(I mask) {
+    int64_t sum = 0;
+    for (int l = 0; l < W; ++l) sum |= mask[l];
+    return sum != 0;
+  }
+
+  template <class Out>
+  void write_determinants(const SlogdetBatch& batch, int64_t first, int64_t count) {
+    V total{};
+    I negative = odd;
+    for (int64_t k = 0; k < n; ++k) {
+      const V u = a[k * n + k];
+      nan |= u != u;
+      negative ^= u < 0;
+      double value[W];
+      for (int l = 0; l < W; ++l) value[l] = u[l];
+#pragma omp simd
+      for (int l = 0; l < W; ++l) value[l] = math::log(math::abs(value[l]));
+      V log;
+      for (int l = 0; l < W; ++l) log[l] = value[l];
+      total += log;
+    }
+    for (int64_t l = 0; l < count; ++l)
+      write_result<Out>(batch, first + l, singular[l] ? 0.0 : negative[l] ? -1.0 : 1.0, total[l], nan[l] != 0);
+  }
+
+  // Columns [c, c + inverse_columns) of U^-1 L^-1, element (i, c + q) at column[i*inverse_columns + q].
+  void solve(int64_t c) {
+    constexpr int Q = inverse_columns;
+    for (int64_t i = 0; i < c; ++i)
+      for (int q = 0; q < Q; ++q) column[i * Q + q] = V{};
+    for (int64_t i = c; i < n; ++i) {
+      V x[Q];
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) x[q] = V{} + (i == c + q ? 1.0 : 0.0);
+      for (int64_t k = c; k < i; ++k)
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) x[q] -= a[k * n + i] * column[k * Q + q];
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) column[i * Q + q] = x[q];
+    }
+    const bool any_tiny = any(tiny);
+    for (int64_t i = n - 1; i >= 0; --i) {
+      V x[Q];
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) x[q] = column[i * Q + q];
+      for (int64_t k = i + 1; k < n; ++k)
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) x[q] -= a[k * n + i] * column[k * Q + q];
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) {
+        V y = x[q] * reciprocal[i];
+        if (any_tiny) y = select(tiny, x[q] / a[i * n + i], y);
+        column[i * Q + q] = y;
+      }
+    }
+  }
+
+  template <class Out>
+  void write_inverse(Out* const* out, int64_t count) {
+    const I broken = nan | singular;
+    for (int64_t c = 0; c < n; c += inverse_columns) {
+      solve(c);
+      const int64_t columns = at_most(inverse_columns, n - c);
+      for (int64_t q = 0; q < columns; ++q) {
+        int64_t to[W];
+        for (int l = 0; l < W; ++l) to[l] = row_of(c + q, l);
+        for (int64_t i = 0; i < n; ++i) {
+          const V x = select(broken, V{} + math::quiet_nan<double>(), column[i * inverse_columns + q]);
+          if (count == W) {
+            for (int l = 0; l < W; ++l) out[l][i * n + to[l]] = static_cast<Out>(x[l]);
+          } else {
+            for (int64_t l = 0; l < count; ++l) out[l][i * n + to[l]] = static_cast<Out>(x[l]);
+          }
+        }
+      }
+    }
+  }
+
+  // The row of A that stands in row r of P A: the swaps in reverse order.
+  int64_t row_of(int64_t r, int lane) const {
+    for (int64_t k = r < n ? r : n - 1; k >= 0; --k) {
+      const int64_t p = pivot_row[k][lane];
+      r = r == k ? p : r == p ? k : r;
+    }
+    return r;
+  }
+};
+
+template <class Out>
+static void slogdet_lanes(const SlogdetBatch& batch) {
+  constexpr int W = Lanes::W;
+  const int64_t n = batch.n;
+  Lanes tile(n, batch.scratch);
+  for (int64_t first = 0; first < batch.count; first += W) {
+    const int64_t count = at_most(W, batch.count - first);
+    with_type(batch.type, [&](auto* type) {
+      decltype(type) in[W];
+      for (int64_t l = 0; l < W; ++l)
+        in[l] = static_cast<decltype(type)>(batch.weight) + batch.offset[first + (l < count ? l : 0)];
+      tile.load(in, batch.row_stride, batch.column_stride);
+    });
+    tile.factorise(batch.inverse != nullptr);
+    tile.template write_determinants<Out>(batch, first, count);
+    if (batch.inverse == nullptr) continue;
+    Out* out[W];
+    for (int64_t l = 0; l < count; ++l) out[l] = static_cast<Out*>(batch.inverse) + (first + l) * n * n;
+    tile.write_inverse(out, count);
+  }
+}
+
+}  // namespace fastflow::FASTFLOW_ISA

@@ -1,0 +1,77 @@
+// How every CUDA kernel is launched: on the tensor's device and torch's current stream, with the launch checked.
+//
+// Launches of each operator (an empty grid is not launched and not counted; tests/simt asserts these numbers):
+//   affine_coupling_fwd  1, or 2 where a sample is split over blocks (beyond 16384 elements)
+//   affine_coupling_bwd  1
+//   slogdet_fwd          1
+//   plu_weight_fwd       1
+//   plu_weight_bwd       1
+//   gaussian_fwd         1, or 2 where partial sums are left over: a sample split over blocks (beyond 16384 elements),
+//                        or log q wanted together with a KL per channel
+//   gaussian_bwd         1 (of them 0 where only a broadcast prior's gradient is wanted), and for a prior of batch 1
+//                        whose gradient is wanted 1 more, or 2 where its batch is split over blocks (beyond 64 samples)
+//   philox4x32           1
+//
+// tests/simt compiles the same sources as plain C++ (FASTFLOW_SIMT), where simt.h stands in for the device.
+#pragma once
+
+#include "../fastflow.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+#if !defined(FASTFLOW_SIMT)
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+// Shared memory of a block: an array of fixed size, and the bytes given at launch.
+#define FASTFLOW_SHARED(T, name, count) __shared__ T name[count]
+#define FASTFLOW_DYNAMIC_SHARED(T, name)                          \
+  extern __shared__ __align__(16) unsigned char fastflow_shared[]; \
+  T* name = reinterpret_cast<T*>(fastflow_shared)
+
+namespace fastflow {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "fastflow: ", what, ": ", cudaGetErrorString(error));
+}
+
+// The tensor's device, current until the end of the scope, and torch's current stream there.
+struct Stream {
+  explicit Stream(const Tensor& tensor) : device(tensor.get_device_index()), guard(device) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    handle = static_cast<cudaStream_t>(current);
+  }
+
+  // Largest dynamic shared memory of a block, in bytes.
+  int64_t shared_limit() const {
+    int bytes = 0;
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device attribute");
+    return bytes;
+  }
+
+  int32_t device;
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t handle;
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t grid, int block, int64_t shared_bytes,
+            const Stream& stream, const Arguments&... arguments) {
+  if (grid == 0) return;
+  STD_TORCH_CHECK(grid <= 0x7fffffff, "fastflow: ", name, ": too many blocks: ", std::to_string(grid));
+  if (shared_bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+               name);
+  kernel<<<static_cast<unsigned>(grid), block, shared_bytes, stream.handle>>>(arguments...);
+  check_cuda(cudaGetLastError(), name);
+}
+
+}  // namespace fastflow
+#endif
+
+// FASTFLOW_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...); a kernel with template arguments in
+// parentheses. Blocks and threads lie along axis 0 alone.
+#define FASTFLOW_LAUNCH(kernel, ...) ::fastflow::launch(#kernel, kernel, __VA_ARGS__)

@@ -1,0 +1,21 @@
+// Registers the implementations of one library under the schemas that Python defines (fastflow/extension.py).
+#include "fastflow.h"
+
+#if defined(FASTFLOW_SIMT)
+#define FASTFLOW_LIBRARY STABLE_TORCH_LIBRARY_IMPL(fastflow_simt, CPU, m)
+#elif defined(FASTFLOW_CUDA)
+#define FASTFLOW_LIBRARY STABLE_TORCH_LIBRARY_IMPL(fastflow_cuda, CUDA, m)
+#else
+#define FASTFLOW_LIBRARY STABLE_TORCH_LIBRARY_IMPL(fastflow_cpu, CPU, m)
+#endif
+
+FASTFLOW_LIBRARY {
+  m.impl("affine_coupling_fwd", TORCH_BOX(&fastflow::affine_coupling_fwd));
+  m.impl("affine_coupling_bwd", TORCH_BOX(&fastflow::affine_coupling_bwd));
+  m.impl("slogdet_fwd", TORCH_BOX(&fastflow::slogdet_fwd));
+  m.impl("plu_weight_fwd", TORCH_BOX(&fastflow::plu_weight_fwd));
+  m.impl("plu_weight_bwd", TORCH_BOX(&fastflow::plu_weight_bwd));
+  m.impl("gaussian_fwd", TORCH_BOX(&fastflow::gaussian_fwd));
+  m.impl("gaussian_bwd", TORCH_BOX(&fastflow::gaussian_bwd));
+  m.impl("philox4x32", TORCH_BOX(&fastflow::philox4x32));
+}

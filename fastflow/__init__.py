@@ -1,0 +1,27 @@
+"""Fused kernels, exact flows and ELBOs for PyTorch.
+
+Public names are imported on first use: importing fastflow loads neither Triton nor the compiled extension.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_SUBMODULES = ("backends", "data", "engine", "flows", "functional", "nn", "reference", "vae")
+_NAMES = {"ScaleMap": "reference", "affine_coupling": "functional", "gaussian_sample_kl": "functional",
+          "plu_weight": "functional", "slogdet": "functional", "slogdet_inverse": "functional",
+          "use_backend": "backends"}
+
+__all__ = [*_SUBMODULES, *_NAMES]
+
+
+def __getattr__(name):
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastflow.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"fastflow.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'fastflow' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""One torch.autograd.Function per operation stem, over the kernels of the chosen backend."""

@@ -1,0 +1,35 @@
+"""Gradients by the reference's differentiable formula, for what a kernel's backward can't give.
+
+A fused backward is not differentiable itself. When a backward runs with grad mode on (create_graph), or its incoming
+gradients are batched by vmap (is_grads_batched), it computes by this instead.
+"""
+
+import torch
+
+
+def wanted(grads):
+    """Whether a backward with these incoming gradients must be differentiable or run under vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or any(g is not None and torch._C._functorch.is_batchedtensor(g) for g in grads)
+
+
+def reference_grads(forward, inputs, needs, grads):
+    """Gradients of ``forward(*inputs)`` with respect to the inputs that ``needs`` marks, None elsewhere.
+
+    Differentiable in inputs and ``grads`` if grad mode is on. Inputs that depend on each other are told apart: each
+    gradient is the partial one.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [_alias(t, create_graph) if need else t for t, need in zip(inputs, needs, strict=True)]
+        outputs = [(o, g) for o, g in zip(forward(*aliases), grads, strict=True) if g is not None and o.requires_grad]
+        sources = [a for a, need in zip(aliases, needs, strict=True) if need]
+        found = iter(torch.autograd.grad([o for o, _ in outputs], sources, [g for _, g in outputs],
+                                         create_graph=create_graph, allow_unused=True) if outputs else
+                     [None] * len(sources))
+    return [next(found) if need else None for need in needs]
+
+
+def _alias(t, linked):
+    return t.view_as(t) if linked else t.detach().requires_grad_()

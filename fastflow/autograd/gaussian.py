@@ -1,0 +1,54 @@
+"""Reparameterised Gaussian sampling with KL as a torch.autograd.Function."""
+
+import torch
+
+from fastflow import extension, reference
+from fastflow.autograd import differentiable
+
+INTERLEAVED, SCALE_IN_FRONT = 1, 2
+
+
+class GaussianFunction(torch.autograd.Function):
+    """(z, kl, logq) of params (packed, or the mean of a pair), raw (of a pair), prior_mean and prior_raw.
+
+    ``consts`` is (seed_value, offset, n_samples, scale, flags, reduce), as the operator takes them. On the CPU the drawn
+    noise is kept for backward, elsewhere it is drawn again.
+    """
+
+    @staticmethod
+    def forward(ctx, params, raw, prior_mean, prior_raw, eps, seed, backend, consts, want_logq):
+        ctx.set_materialize_grads(False)
+        z, kl, logq, drawn = extension.kernel(backend, "gaussian_fwd")(
+            params, raw, prior_mean, prior_raw, eps, seed, *consts, want_logq, backend == "cpu")
+        ctx.save_for_backward(params, raw, prior_mean, prior_raw, drawn if eps is None and backend == "cpu" else eps, seed)
+        ctx.backend, ctx.consts, ctx.want_logq = backend, consts, want_logq
+        return z, kl, logq
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_kl, grad_logq):
+        params, raw, prior_mean, prior_raw, eps, seed = ctx.saved_tensors
+        inputs = params, raw, prior_mean, prior_raw
+        needs = [need and t is not None for need, t in zip(ctx.needs_input_grad, inputs)]
+        grads = grad_z, grad_kl, grad_logq if ctx.want_logq else None
+        if all(g is None for g in grads) or not any(needs):
+            found = [None] * 4
+        elif differentiable.wanted(grads):
+            if eps is None:
+                with torch.no_grad():
+                    eps = extension.kernel(ctx.backend, "gaussian_fwd")(
+                        params, raw, None, None, None, seed, *ctx.consts, False, True)[3]
+            found = differentiable.reference_grads(lambda *t: _reference(*t, eps, ctx.consts), inputs, needs, grads)
+        else:
+            found = extension.kernel(ctx.backend, "gaussian_bwd")(*grads, *inputs, eps, seed, *ctx.consts, *needs)
+            found = [g if need else None for g, need in zip(found, needs, strict=True)]
+        return (*found, None, None, None, None, None)
+
+
+def _reference(params, raw, prior_mean, prior_raw, eps, consts):
+    _, _, n_samples, scale, flags, reduce = consts
+    return reference.gaussian_sample_kl(
+        params if raw is None else (params, raw), scale=reference.SCALES[scale],
+        layout="interleave" if flags & INTERLEAVED else "chunk",
+        order="scale_mean" if flags & SCALE_IN_FRONT else "mean_scale",
+        prior=None if prior_mean is None else (prior_mean, prior_raw), eps=eps, n_samples=n_samples,
+        reduce=("sample", "channel", "none")[reduce], return_logq=True)

@@ -1,0 +1,209 @@
+"""Which backend runs which operation, and why.
+
+========== ============================================== =======================================================
+reference  anything                                       eager PyTorch: truth, torch.func, forward mode, double backward
+cpu        CPU tensors                                    C++, vectorised and threaded
+triton     CUDA tensors                                   Triton 3.6 or newer
+cuda       CUDA tensors                                   CUDA C++
+========== ============================================== =======================================================
+
+The choice reads only metadata: device, dtype, shape class.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import shutil
+import threading
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+from fastflow import extension
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight")
+
+# The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
+PREFERENCE = {
+    ("affine_coupling", "cpu"): ("cpu",),
+    ("gaussian_sample_kl", "cpu"): ("cpu",),
+    ("slogdet", "cpu"): ("cpu",),
+    ("slogdet_inverse", "cpu"): ("cpu",),
+    ("plu_weight", "cpu"): ("cpu",),
+    ("affine_coupling", "cuda"): ("triton", "cuda"),
+    ("gaussian_sample_kl", "cuda"): ("triton", "cuda"),
+    ("slogdet", "cuda"): ("cuda", "triton"),
+    ("slogdet_inverse", "cuda"): ("cuda", "triton"),
+    ("plu_weight", "cuda"): ("cuda", "triton"),
+}
+# Largest matrix that each backend factorises faster than torch.linalg (cpu: measured; triton: what fits in registers).
+SLOGDET_LIMIT = {"cpu": 64, "triton": 32, "cuda": 192}
+TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+_state = threading.local()
+
+
+def status():
+    """{backend: reason}: "available" and what serves it, or "not available" and why."""
+    def probe(loader, detail):
+        try:
+            loader()
+        except RuntimeError as error:
+            return f"not available: {error}"
+        return f"available: {detail}"
+
+    report = {"reference": "available: eager PyTorch, every device and dtype",
+              "cpu": probe(lambda: extension.load("cpu"), "C++ kernels for CPU tensors")}
+    if importlib.util.find_spec("triton") is None:
+        report["triton"] = "not available: Triton is not installed"
+    elif extension.triton_interprets():
+        report["triton"] = "available: in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors"
+    elif not torch.cuda.is_available():
+        report["triton"] = "not available: no GPU is visible to torch"
+    else:
+        report["triton"] = f"available: Triton {importlib.metadata.version('triton')}"
+    if not torch.cuda.is_available() and extension.library_path("cuda") is not None:
+        report["cuda"] = "not available: the library is built, but no GPU is visible to torch"
+    elif not torch.cuda.is_available():
+        report["cuda"] = f"not available: no GPU, and {_why_no_cuda_library()}"
+    else:
+        report["cuda"] = probe(lambda: extension.load("cuda"), "CUDA C++ kernels")
+    return report
+
+
+def _why_no_cuda_library():
+    return "the library was not built" + ("" if shutil.which("nvcc") else " (nvcc not found)")
+
+
+def available():
+    """{backend: bool} for reference, cpu, triton and cuda."""
+    return {name: reason.startswith("available") for name, reason in _status().items()}
+
+
+def _status():
+    if not hasattr(_state, "status"):
+        _state.status = status()
+    return _state.status
+
+
+@extension.constant_under_compile
+def _status_of(backend):
+    return _status()[backend]
+
+
+@extension.constant_under_compile
+def _triton_interprets():
+    return extension.triton_interprets()
+
+
+def requested():
+    """The backend that use_backend asks for here, or None."""
+    return getattr(_state, "requested", None)
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Run every operation inside on ``name``; one that can't raises RuntimeError and says why. None: choose freely.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+    """
+    if name is not None and name not in NAMES:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)} or None, got {name!r}")
+    previous = requested()
+    _state.requested = name
+    try:
+        yield
+    finally:
+        _state.requested = previous
+
+
+@extension.constant_under_compile  # Dynamo has the transforms that it traces active then, and guards on their stack
+def _transform_active():
+    return torch._C._are_functorch_transforms_active()
+
+
+def needs_reference(tensors):
+    """Why these operands can't reach a raw kernel now, or None."""
+    if _transform_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN:
+            return f"{type(t).__name__} is a tensor subclass"
+    return None
+
+
+def refusal(backend, op, tensors):
+    """Why ``backend`` can't run ``op`` on these tensors, or None."""
+    first = tensors[0]
+    if backend == "reference":
+        return None
+    device = first.device.type
+    if backend == "cpu" and device != "cpu":
+        return f"the cpu backend takes CPU tensors, these are on {device}"
+    if backend in ("triton", "cuda") and device != "cuda" and not (backend == "triton" and device == "cpu"
+                                                                   and _triton_interprets()):
+        return f"the {backend} backend takes CUDA tensors, these are on {device}"
+    reason = _status_of(backend)
+    if not reason.startswith("available"):
+        return reason
+    if backend == "triton" and op.startswith("slogdet") and first.shape[-1] > TRITON_MAX:
+        return f"a {first.shape[-1]}x{first.shape[-1]} matrix does not fit in registers (limit {TRITON_MAX})"
+    return None
+
+
+def choose(op, *tensors):
+    """The backend of a call of ``op`` with these operands (None among them allowed).
+
+    Raises:
+        RuntimeError: use_backend asks for one that can't run it.
+    """
+    wanted = requested()
+    if wanted is None:
+        return _choose(op, tensors)[0]
+    reason = wanted != "reference" and (needs_reference(tensors) or refusal(wanted, op, tensors))
+    if reason:
+        raise RuntimeError(f"backend {wanted!r} was requested for {op}, but {reason}")
+    return wanted
+
+
+def _choose(op, tensors):
+    reason = needs_reference(tensors)
+    if reason is not None:
+        return "reference", reason
+    first = tensors[0]
+    order = PREFERENCE.get((op, first.device.type))
+    if order is None:
+        return "reference", f"there is no kernel for {first.device.type} tensors"
+    for backend in order:
+        reason = refusal(backend, op, tensors)
+        if reason is None and op.startswith("slogdet") and first.shape[-1] > SLOGDET_LIMIT[backend]:
+            reason = f"torch.linalg is faster above {SLOGDET_LIMIT[backend]}x{SLOGDET_LIMIT[backend]}"
+        if reason is None:
+            return backend, "first in the table for " + first.device.type
+    return "reference", reason
+
+
+def explain(op, *tensors):
+    """One line: the backend that ``op`` would use on ``tensors``, then why. Its first word is the backend's name.
+
+    Raises:
+        ValueError: ``op`` is not an operation of fastflow, or no tensor is given.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
+    if not tensors:
+        raise ValueError("tensors: expected the operands of the call, got none")
+    operands = [t for t in tensors for t in (t if isinstance(t, (tuple, list)) else (t,))]
+    wanted = requested()
+    if wanted is None:
+        backend, reason = _choose(op, operands)
+    else:
+        backend, reason = choose(op, *operands), "requested by use_backend"
+    return f"{backend} ({reason})"

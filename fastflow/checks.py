@@ -1,0 +1,43 @@
+"""Argument checks shared by the public functions: errors that name the argument, what came and what was expected."""
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name, value, floating=True):
+    """``value`` is a strided tensor, of a floating dtype unless ``floating`` is false."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if floating and value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a dtype among float16, bfloat16, float32, float64, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got layout {value.layout}")
+
+
+def choice(name, value, options):
+    """``value`` is one of ``options``."""
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def shape(name, value, expected):
+    """``value`` has exactly the shape ``expected``."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(value.shape)}")
+
+
+def same_device(name, value, reference_name, like):
+    """``value`` is on ``like``'s device."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} like {reference_name}, got {value.device}")
+
+
+def no_mixed_double(named):
+    """float64 operands are not mixed with lower dtypes; ``named`` is [(name, tensor or None)]."""
+    present = [(name, t.dtype) for name, t in named if t is not None]
+    doubles = [name for name, dtype in present if dtype == torch.float64]
+    if doubles and len(doubles) < len(present):
+        name, dtype = next((name, dtype) for name, dtype in present if dtype != torch.float64)
+        raise TypeError(f"{name}: expected float64 like {doubles[0]} (float64 is not mixed with a lower dtype), "
+                        f"got {dtype}")

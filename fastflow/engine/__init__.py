@@ -1,0 +1,30 @@
+"""Training: the train step, the trainer around it, checkpoints and recipes.
+
+TrainStep and the checkpoints need only torch and safetensors; the trainer and its recipes need the extras of
+``pip install 'fastflow[data,train]'``. Everything is imported when it is first used.
+"""
+
+import importlib
+
+_HOMES = {
+    "TrainStep": "train_step",
+    "Trainer": "trainer",
+    "Settings": "settings",
+    "load_settings": "settings",
+    "build_model": "models",
+    "CheckpointError": "errors",
+    "NonFiniteError": "errors",
+    "RunError": "errors",
+    "SettingsError": "errors",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,19 @@
+"""What stops a run. Each message is one line that a user can act on; the command line prints it and exits with status 1."""
+
+__all__ = ["CheckpointError", "NonFiniteError", "RunError", "SettingsError"]
+
+
+class RunError(RuntimeError):
+    """A run can't start or go on."""
+
+
+class SettingsError(RunError):
+    """A recipe or an override asks for something that isn't offered; the message names the field."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint can't be written, or is not what was written; the message names the file and the reason."""
+
+
+class NonFiniteError(RunError):
+    """The loss or a gradient is NaN or infinite; no parameter was changed by that step."""

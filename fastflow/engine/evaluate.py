@@ -1,0 +1,64 @@
+"""Figures and pictures of a model on held-out images. Each draws from a seed of its own and leaves the generators alone."""
+
+import contextlib
+
+import torch
+
+from fastflow.engine.objectives import unwrap
+from fastflow.engine.pictures import levels
+
+__all__ = ["evaluate", "is_vae", "reconstructions", "samples"]
+
+BATCH = 256
+
+
+def is_vae(model):
+    """Whether the model is one that encodes and decodes."""
+    return hasattr(unwrap(model), "elbo")
+
+
+@contextlib.contextmanager
+def _aside(model, device, seed):
+    """Evaluation mode, no gradients, generators seeded inside and put back after."""
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        yield
+    model.train(was_training)
+
+
+def evaluate(model, objective, images, device, seed=0, poll=lambda: None):
+    """Means over all images of what the objective reports, with one dequantisation each.
+
+    Args:
+        model: a Flow or a VAE.
+        objective: as from :func:`fastflow.engine.objectives.objective_for`.
+        images: (N, C, H, W) uint8.
+        device: where to compute.
+        seed: of the dequantisation and of a VAE's draws.
+        poll: called between batches; may raise to stop.
+
+    Returns:
+        {name: float}: bits_per_dim, for a VAE also elbo, rate and distortion in nats per image.
+    """
+    sums = {}
+    with _aside(model, device, seed):
+        for batch in images.split(BATCH):
+            poll()
+            for name, values in objective.report(model, batch.to(device)).items():
+                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+    return {name: total / len(images) for name, total in sums.items()}
+
+
+def samples(model, n, n_bins, device, temperature=1.0, seed=0):
+    """n images of integer levels, uint8, drawn from the model."""
+    with _aside(model, device, seed):
+        return levels(model.sample(n, temperature=temperature), n_bins)
+
+
+def reconstructions(model, objective, images, device, seed=0):
+    """What a VAE makes of images (N, C, H, W): integer levels, uint8."""
+    with _aside(model, device, seed):
+        x, _ = objective.prepare(images.to(device))
+        return levels(model.reconstruct(x), objective.n_bins)

@@ -1,0 +1,57 @@
+"""What the terminal shows during training: a bar where there is a terminal, a line now and then where there is none."""
+
+import time
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["TrainProgress"]
+
+REDRAW_SECONDS = 0.1
+LINE_SECONDS = 10.0
+SMOOTHING = 0.9
+
+
+class TrainProgress:
+    """Shows step, smoothed figures and images/s; use as a context manager.
+
+    Args:
+        console: a rich Console.
+        title: what is being trained.
+        n_steps, first_step: the last step to reach and the one to begin at.
+    """
+
+    def __init__(self, console, title, n_steps, first_step=0):
+        self._console, self._title, self._n_steps = console, title, n_steps
+        self._bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                             TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=console)
+        self._task = self._bar.add_task(title, total=n_steps, completed=first_step, figures="")
+        self._smooth = {}
+        self._shown = time.perf_counter()
+
+    def __enter__(self):
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def update(self, step, figures, images_per_second):
+        """figures: {name: float} of this step; they and the speed are smoothed before they are shown."""
+        for name, value in {**figures, "images/s": images_per_second}.items():
+            self._smooth[name] = SMOOTHING * self._smooth.get(name, value) + (1 - SMOOTHING) * value
+        now, last = time.perf_counter(), step == self._n_steps
+        if now - self._shown < (REDRAW_SECONDS if self._console.is_terminal else LINE_SECONDS) and not last:
+            return
+        self._shown = now
+        text = "  ".join(f"{name} {value:.0f}" if name == "images/s" else f"{name} {value:.3f}"
+                         for name, value in self._smooth.items())
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, figures=text)
+        else:
+            self.say(f"{self._title}  step {step}/{self._n_steps}  {text}")
+
+    def say(self, line):
+        """Prints a line above the bar."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)

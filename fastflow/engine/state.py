@@ -1,0 +1,51 @@
+"""An optimizer's and the generators' state as named tensors and plain JSON, and back, bit for bit."""
+
+import torch
+
+__all__ = ["optimizer_state", "random_state", "restore_optimizer", "restore_random"]
+
+
+def optimizer_state(optimizer):
+    """(tensors, plain): {"index.key": tensor} and {"index.key": number} of every parameter's state."""
+    tensors, plain = {}, {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            (tensors if isinstance(value, torch.Tensor) else plain)[f"{index}.{key}"] = value
+    return tensors, plain
+
+
+def restore_optimizer(optimizer, tensors, plain):
+    """Puts that state into an optimizer of the same kind over the same parameters, keeping its own hyperparameters.
+
+    Raises:
+        ValueError: the state is of other parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for name, value in {**tensors, **plain}.items():
+        index, _, key = name.partition(".")
+        if not index.isdigit() or int(index) >= len(parameters):
+            raise ValueError(f"optimizer state {name!r} belongs to no parameter")
+        parameter = parameters[int(index)]
+        if isinstance(value, torch.Tensor) and value.ndim:
+            if value.shape != parameter.shape:
+                raise ValueError(f"optimizer state {name!r}: shape {tuple(value.shape)}, the parameter has "
+                                 f"{tuple(parameter.shape)}")
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # keeps the parameter's memory format
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_state(device):
+    """{name: uint8 tensor}: torch's generators, the CPU's and the device's own."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random(state, device):
+    """Puts the generators back to where they were; a device that the saving run did not have keeps its own state."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

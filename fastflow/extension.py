@@ -1,0 +1,192 @@
+"""The compiled and generated kernels as operators of torch: their schemas, their fake implementations, their loading.
+
+Every backend has a namespace of its own with the same schemas (``fastflow_cpu``, ``fastflow_triton``,
+``fastflow_cuda``, and ``fastflow_simt``, which tests fill with the CUDA sources compiled for the CPU). One call is one
+dispatcher boundary. C++ registers its implementations under these schemas; Triton's launchers are registered here.
+Nothing is loaded before :func:`load` is called.
+"""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+SCALE_MAP_ARGS = ("int kind, float gain, float offset, float out_gain, float clamp, float eps, float hard_min, "
+                  "float hard_max, float shift_gain")
+# kind and scale are indices into reference.KINDS and reference.SCALES. flags of affine_coupling: 1 interleaved layout,
+# 2 shift first in the params, 4 shift_first, 8 inverse; of gaussian: 1 interleaved layout, 2 scale first in the params.
+# reduce: 0 sample, 1 channel, 2 none. A result that was not asked for is an empty tensor of shape (0,).
+SCHEMAS = (
+    f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int flags, "
+    f"{SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
+    f"affine_coupling_bwd(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, Tensor? shift, "
+    f"int passive_channels, bool need_x, bool need_params, bool need_shift, int flags, {SCALE_MAP_ARGS})"
+    f" -> (Tensor, Tensor, Tensor)",
+    "slogdet_fwd(Tensor weight, bool want_inverse) -> (Tensor, Tensor, Tensor)",
+    "plu_weight_fwd(Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s, Tensor perm) -> Tensor",
+    "plu_weight_bwd(Tensor grad_weight, Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s, Tensor perm)"
+    " -> (Tensor, Tensor, Tensor)",
+    "gaussian_fwd(Tensor params, Tensor? raw, Tensor? prior_mean, Tensor? prior_raw, Tensor? eps, Tensor? seed, "
+    "int seed_value, int offset, int? n_samples, int scale, int flags, int reduce, bool want_logq, bool save_eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "gaussian_bwd(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_logq, Tensor params, Tensor? raw, Tensor? prior_mean, "
+    "Tensor? prior_raw, Tensor? eps, Tensor? seed, int seed_value, int offset, int? n_samples, int scale, int flags, "
+    "int reduce, bool need_params, bool need_raw, bool need_prior_mean, bool need_prior_raw)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "philox4x32(Tensor counter, Tensor key) -> Tensor",
+)
+NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
+_libraries = {}  # keeps torch.library.Library objects, and with them the registrations, alive
+
+
+def constant_under_compile(function):
+    """Dynamo runs ``function`` at trace time instead of tracing it (torch.compiler.assume_constant_result, whose use here
+    would import Dynamo)."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+def library_path(backend):
+    """Path of the compiled library of "cpu" or "cuda", or None where it was not built."""
+    path = Path(__file__).parent / LIBRARIES[backend]
+    return path if path.exists() else None
+
+
+@functools.cache
+def define(namespace):
+    """Define every schema and its fake implementation under ``namespace`` (once); returns the torch.ops namespace."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
+    for name in NAMES:
+        torch.library.register_fake(f"{namespace}::{name}", globals()[f"_fake_{name}"], lib=library)
+    _libraries[namespace] = library
+    return getattr(torch.ops, namespace)
+
+
+@functools.cache
+def load(backend):
+    """The operators of ``backend`` as {name: OpOverload}.
+
+    Raises:
+        RuntimeError: the compiled library or Triton is not there, or it does not load; the message says why.
+    """
+    ops = define(f"fastflow_{backend}")
+    if backend in LIBRARIES:
+        path = library_path(backend)
+        if path is None:
+            raise RuntimeError(f"{LIBRARIES[backend]} was not built (see `fastflow doctor`)")
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            raise RuntimeError(f"{path.name} does not load: {error}") from error
+    elif backend == "triton":
+        for name, launcher in launchers().items():
+            _libraries["fastflow_triton"].impl(name, launcher, "CUDA")
+            if triton_interprets():
+                _libraries["fastflow_triton"].impl(name, launcher, "CPU")
+    return {name: getattr(ops, name).default for name in NAMES}
+
+
+def triton_interprets():
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def launchers():
+    """Triton's launchers as {name: function}, the same arguments and results as the operators."""
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("Triton is not installed")
+    from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet
+
+    modules = (affine_coupling, gaussian, plu_weight, slogdet)
+    return {name: next(getattr(m, name) for m in modules if hasattr(m, name)) for name in NAMES}
+
+
+def kernel(backend, name):
+    """What runs op ``name`` on ``backend``: Triton's launcher itself in eager mode, else the operator."""
+    if torch.compiler.is_compiling():
+        _load_while_tracing(backend)
+        return getattr(getattr(torch.ops, f"fastflow_{backend}"), name).default
+    return launchers()[name] if backend == "triton" else load(backend)[name]
+
+
+@constant_under_compile
+def _load_while_tracing(backend):
+    load(backend)
+
+
+# Fake implementations: shapes, dtypes and strides of the results, from metadata alone.
+
+def _compute_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _widen(like, *operands):
+    dtypes = [t.dtype for t in (like, *operands) if t is not None]
+    return torch.float32 if like.dtype != torch.float64 and torch.float32 in dtypes else like.dtype
+
+
+def _nothing(like):
+    return like.new_empty((0,))
+
+
+def _empty_in_format_of(like, shape, dtype):
+    memory_format = torch._prims_common.suggest_memory_format(like)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
+
+
+def _fake_affine_coupling_fwd(x, params, shift, logdet, passive, flags, kind, gain, offset, out_gain, clamp, eps,
+                              hard_min, hard_max, shift_gain):
+    channels = x.shape[1] + (0 if passive is None else passive.shape[1])
+    y = _empty_in_format_of(x, (x.shape[0], channels, *x.shape[2:]), _widen(x, params, shift, passive))
+    return y, x.new_empty((x.shape[0],), dtype=_compute_dtype(x.dtype))
+
+
+def _fake_affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, passive_channels, need_x, need_params, need_shift,
+                              flags, kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain):
+    return tuple(_empty_in_format_of(t, t.shape, t.dtype) if need else _nothing(x)
+                 for t, need in ((x, need_x), (params, need_params), (shift, need_shift)))
+
+
+def _fake_slogdet_fwd(weight, want_inverse):
+    dtype = _compute_dtype(weight.dtype)
+    sign = weight.new_empty(weight.shape[:-2], dtype=dtype)
+    return sign, torch.empty_like(sign), weight.new_empty(weight.shape if want_inverse else (0,), dtype=dtype)
+
+
+def _fake_plu_weight_fwd(lower, upper, log_s, sign_s, perm):
+    return lower.new_empty(lower.shape)
+
+
+def _fake_plu_weight_bwd(grad_weight, lower, upper, log_s, sign_s, perm):
+    return lower.new_empty(lower.shape), upper.new_empty(upper.shape), log_s.new_empty(log_s.shape)
+
+
+def _fake_gaussian_fwd(params, raw, prior_mean, prior_raw, eps, seed, seed_value, offset, n_samples, scale, flags,
+                       reduce, want_logq, save_eps):
+    shape = list(params.shape)
+    if raw is None:
+        shape[1] //= 2
+    lead = [] if n_samples is None else [n_samples]
+    dtype = _compute_dtype(params.dtype)
+    z = params.new_empty(lead + shape, dtype=_widen(params, raw, prior_mean, prior_raw, eps))
+    kl = params.new_empty((shape[:1], shape[:2], shape)[reduce], dtype=dtype)
+    logq = params.new_empty(lead + shape[:1] if want_logq else (0,), dtype=dtype)
+    drawn = params.new_empty(lead + shape if save_eps and eps is None else (0,), dtype=dtype)
+    return z, kl, logq, drawn
+
+
+def _fake_gaussian_bwd(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prior_raw, eps, seed, seed_value, offset,
+                       n_samples, scale, flags, reduce, need_params, need_raw, need_prior_mean, need_prior_raw):
+    return tuple(_empty_in_format_of(t, t.shape, t.dtype) if need else _nothing(params)
+                 for t, need in ((params, need_params), (raw, need_raw), (prior_mean, need_prior_mean),
+                                 (prior_raw, need_prior_raw)))
+
+
+def _fake_philox4x32(counter, key):
+    return counter.new_empty(counter.shape)

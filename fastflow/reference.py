@@ -1,0 +1,413 @@
+"""The mathematics of every fused operation in eager PyTorch: the truth that each backend is held against.
+
+Every function here has a namesake with the same signature in :mod:`fastflow.functional`. These versions are
+differentiable to any order, work under ``torch.func`` and forward-mode AD, and run on any device. They validate
+nothing beyond what the mathematics needs; :mod:`fastflow.functional` checks arguments.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["SCALES", "ScaleMap", "affine_coupling", "gaussian_sample_kl", "philox4x32", "philox_normal", "plu_weight",
+           "slogdet", "slogdet_inverse"]
+
+KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
+SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")
+SOFTPLUS_FLOOR = 1e-4  # sigma = softplus(r) + SOFTPLUS_FLOOR
+SOFT_TANH = 5.0  # log sigma = SOFT_TANH * tanh(r / SOFT_TANH)
+FLOAT64_UP_TO = 48  # matrices up to this size are factorised in float64, where that costs little
+
+
+@dataclass(frozen=True)
+class ScaleMap:
+    """How a conditioner's raw output r becomes the scale s of an affine coupling.
+
+    With u = gain*r + offset, log s is
+
+    ========== =====================================
+    exp        out_gain * u
+    sigmoid    logsigmoid(u) + log(out_gain)
+    tanh       clamp * out_gain * tanh(u / clamp)
+    atan       clamp * out_gain * atan(u / clamp)
+    softplus   log(softplus(u))
+    rational   u / (1 + abs(u) / clamp)
+    additive   0
+    ========== =====================================
+
+    Then ``eps`` is added to s and s is clamped to [hard_min, hard_max] (zero gradient outside, NaN kept). The shift is
+    multiplied by ``shift_gain``. ``clamp=None`` means 1.
+
+    Raises:
+        ValueError: unknown ``kind``; ``clamp`` or (for sigmoid) ``out_gain`` not positive; ``eps`` negative or not
+            finite; ``hard_min`` negative or above ``hard_max``; a parameter that is not finite.
+    """
+
+    kind: str
+    gain: float = 1.0
+    offset: float = 0.0
+    out_gain: float = 1.0
+    clamp: float | None = None
+    eps: float = 0.0
+    hard_min: float | None = None
+    hard_max: float | None = None
+    shift_gain: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{field.name}: expected a finite number, got {value!r}")
+        if self.clamp is not None and self.clamp <= 0:
+            raise ValueError(f"clamp: expected a positive number, got {self.clamp!r}")
+        if self.kind == "sigmoid" and self.out_gain <= 0:
+            raise ValueError(f"out_gain: expected a positive number for kind 'sigmoid', got {self.out_gain!r}")
+        if self.eps < 0:
+            raise ValueError(f"eps: expected a non-negative number, got {self.eps!r}")
+        if self.hard_min is not None and self.hard_min < 0:
+            raise ValueError(f"hard_min: expected a non-negative number (it bounds the scale s), got {self.hard_min!r}")
+        if self.hard_max is not None and self.hard_max <= (self.hard_min or 0.0):
+            raise ValueError(f"hard_max: expected a number above hard_min, got {self.hard_max!r}")
+        # What kernels take: the kind's index and the constants, None spelt out.
+        object.__setattr__(self, "scalars", (
+            KINDS.index(self.kind), float(self.gain), float(self.offset), float(self.out_gain),
+            1.0 if self.clamp is None else float(self.clamp), float(self.eps),
+            -math.inf if self.hard_min is None else float(self.hard_min),
+            math.inf if self.hard_max is None else float(self.hard_max), float(self.shift_gain)))
+
+    @classmethod
+    def of(cls, scale):
+        """``scale`` itself if it is a ScaleMap, else the map of that name with its default constants."""
+        if isinstance(scale, cls):
+            return scale
+        if isinstance(scale, str):
+            if scale not in _NAMED:
+                raise ValueError(f"scale: expected a ScaleMap or one of {', '.join(_NAMED)}, got {scale!r}")
+            return _NAMED[scale]
+        raise TypeError(f"scale: expected a ScaleMap or a name, got {type(scale).__name__}")
+
+    @classmethod
+    def glow(cls):
+        """openai/glow, y0ast, chaiyujin (interleaved, shift first) and rosinality (chunked, scale first):
+        (x + t) * sigmoid(r + 2); pass ``shift_first=True``."""
+        return cls("sigmoid", offset=2.0)
+
+    @classmethod
+    def nflows(cls, general=False):
+        """nflows AffineCouplingTransform: sigmoid(r + 2) + 1e-3, or with ``general`` clamp(softplus(r) + 1e-3, 0, 3);
+        chunked, shift first."""
+        if general:
+            return cls("softplus", eps=1e-3, hard_min=0.0, hard_max=3.0)
+        return cls("sigmoid", offset=2.0, eps=1e-3)
+
+    @classmethod
+    def normflows(cls, kind="exp"):
+        """normflows AffineCoupling, noise to data, interleaved with the shift first: s is exp(r), for "sigmoid"
+        1/sigmoid(r + 2) = 1 + exp(-r - 2), for "sigmoid_inv" sigmoid(r + 2)."""
+        if kind == "exp":
+            return cls("exp")
+        if kind == "sigmoid":
+            return cls("exp", gain=-1.0, offset=-2.0, eps=1.0)
+        if kind == "sigmoid_inv":
+            return cls("sigmoid", offset=2.0)
+        raise ValueError(f"kind: expected 'exp', 'sigmoid' or 'sigmoid_inv', got {kind!r}")
+
+    @classmethod
+    def freia(cls, clamp=2.0, kind="all_in_one"):
+        """FrEIA: "all_in_one" (AllInOneBlock) log s = clamp*tanh(0.1 r/clamp), shift 0.1 t; for the blocks of
+        coupling_layers "atan" clamp*0.636*atan(r), "tanh" clamp*tanh(r), "sigmoid" clamp*(2 sigmoid(r) - 1)."""
+        name = kind.lower()
+        if name == "all_in_one":
+            return cls("tanh", gain=0.1, clamp=clamp, shift_gain=0.1)
+        if name == "atan":
+            return cls("atan", clamp=1.0, out_gain=0.636 * clamp)
+        if name == "tanh":
+            return cls("tanh", clamp=1.0, out_gain=clamp)
+        if name == "sigmoid":  # 2 sigmoid(r) - 1 = tanh(r / 2)
+            return cls("tanh", gain=0.5, clamp=1.0, out_gain=clamp)
+        raise ValueError(f"kind: expected 'all_in_one', 'atan', 'tanh' or 'sigmoid', got {kind!r}")
+
+    @classmethod
+    def zuko(cls, slope=1e-3):
+        """zuko MonotonicAffineTransform: log s = r / (1 + abs(r / log(slope)))."""
+        return cls("rational", clamp=-math.log(slope))
+
+    @classmethod
+    def jet(cls):
+        """Jet: (x + t) * 2 sigmoid(r), chunked, shift first; pass ``shift_first=True``."""
+        return cls("sigmoid", out_gain=2.0)
+
+    @classmethod
+    def tarflow(cls):
+        """TarFlow: (x - mu) * exp(-alpha), chunked, scale first; pass ``shift_first=True``."""
+        return cls("exp", gain=-1.0, shift_gain=-1.0)
+
+    @classmethod
+    def starflow(cls):
+        """STARFlow: noise to data z * softplus(r + 0.5413) + mu; data to noise is its inverse, ``inverse=True``. The
+        4*tanh(./4) soft clip of r and mu belongs to the conditioner."""
+        return cls("softplus", offset=0.5413)
+
+    @classmethod
+    def waveglow(cls):
+        """WaveGlow: x * exp(r) + t, chunked, shift first."""
+        return cls("exp")
+
+    def scale_and_log(self, r):
+        """(s, log s) of a raw tensor r, log s from the pre-activation."""
+        u = r if self.gain == 1.0 and self.offset == 0.0 else self.gain * r + self.offset
+        clamp = 1.0 if self.clamp is None else self.clamp
+        if self.kind == "exp":
+            log_s = u if self.out_gain == 1.0 else self.out_gain * u
+            s = torch.exp(log_s)
+        elif self.kind == "sigmoid":
+            s, log_s = torch.sigmoid(u), F.logsigmoid(u)
+            if self.out_gain != 1.0:
+                s, log_s = self.out_gain * s, log_s + math.log(self.out_gain)
+        elif self.kind == "softplus":
+            s, log_s = softplus(u), log_softplus(u)
+        elif self.kind == "additive":
+            s, log_s = torch.ones_like(u), torch.zeros_like(u)
+        else:
+            if self.kind == "tanh":
+                log_s = clamp * self.out_gain * torch.tanh(u / clamp)
+            elif self.kind == "atan":
+                log_s = clamp * self.out_gain * torch.atan(u / clamp)
+            else:
+                log_s = u / (1.0 + u.abs() / clamp)
+            s = torch.exp(log_s)
+        if self.eps != 0.0:
+            s = s + self.eps
+            log_s = torch.logaddexp(log_s, torch.full_like(log_s, math.log(self.eps)))
+        if self.hard_min is not None or self.hard_max is not None:
+            s = torch.clamp(s, self.hard_min, self.hard_max)
+            log_s = torch.clamp(log_s, math.log(self.hard_min) if self.hard_min else None,
+                                None if self.hard_max is None else math.log(self.hard_max))
+        return s, log_s
+
+
+_NAMED = {
+    "exp": ScaleMap("exp"),
+    "sigmoid": ScaleMap("sigmoid", offset=2.0),
+    "tanh": ScaleMap("tanh", clamp=1.0),
+    "atan": ScaleMap("atan", clamp=1.0, out_gain=2.0 / math.pi),
+    "softplus": ScaleMap("softplus", offset=0.5413),
+    "rational": ScaleMap("rational", clamp=1.0),
+    "additive": ScaleMap("additive"),
+}
+
+
+def softplus(u):
+    """log(1 + exp(u)) without a threshold, so that float64 is exact above 20 too."""
+    return -F.logsigmoid(-u)
+
+
+def log_softplus(u):
+    """log(log(1 + exp(u))), finite where softplus(u) underflows: u - exp(u)/2 for u < -20."""
+    low = u < -20.0
+    safe = torch.where(low, torch.zeros_like(u), u)
+    tail = torch.where(low, u, torch.full_like(u, -20.0))
+    return torch.where(low, tail - 0.5 * torch.exp(tail), torch.log(softplus(safe)))
+
+
+def compute_dtype(*tensors):
+    """float64 if any operand is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def result_dtype(like, *operands):
+    """dtype of y or z: that of ``like``, widened to float32 if any operand is float32."""
+    dtypes = [t.dtype for t in (like, *operands) if t is not None]
+    if torch.float64 in dtypes:
+        return torch.float64
+    return torch.float32 if torch.float32 in dtypes else like.dtype
+
+
+def split_params(params, layout, first_is_a):
+    """The two halves (a, b) of packed params along dim 1; ``first_is_a`` tells whether a comes first."""
+    if isinstance(params, (tuple, list)):
+        return params[0], params[1]
+    half = params.shape[1] // 2
+    if layout == "chunk":
+        first, second = params[:, :half], params[:, half:]
+    else:
+        first, second = params[:, 0::2], params[:, 1::2]
+    return (first, second) if first_is_a else (second, first)
+
+
+def memory_format_of(x):
+    """The memory format that ``x``'s strides suggest (Tensor.suggest_memory_format)."""
+    return torch._prims_common.suggest_memory_format(x)
+
+
+def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shift", shift_first=False, inverse=False,
+                    logdet=None, passive=None):
+    """y = x*s + t (or (x + t)*s), or exactly its inverse, and log|det J|; see functional.affine_coupling."""
+    scale = ScaleMap.of(scale)
+    if scale.kind == "additive":
+        raw, shift = None, params
+    else:
+        raw, shift = split_params(params, layout, order == "scale_shift")
+    dtype = compute_dtype(x, raw, shift)
+    out_dtype = result_dtype(x, raw, shift, passive)
+    xc, t = x.to(dtype), shift.to(dtype)
+    if scale.shift_gain != 1.0:
+        t = scale.shift_gain * t
+    s, log_s = scale.scale_and_log(torch.zeros_like(t) if raw is None else raw.to(dtype))
+    if inverse:
+        y = xc / s - t if shift_first else (xc - t) / s
+    else:
+        y = (xc + t) * s if shift_first else xc * s + t
+    total = log_s.flatten(1).sum(1)
+    if inverse:
+        total = -total
+    if logdet is not None:
+        total = logdet.to(dtype) + total
+    y = y.to(out_dtype)
+    if passive is not None:
+        y = torch.cat([passive.to(out_dtype), y], 1)
+    return y.contiguous(memory_format=memory_format_of(x)), total
+
+
+def _lu_operand(weight):
+    """The matrix in the dtype that it is factorised in, and which matrices of the batch hold a NaN."""
+    w = weight.to(torch.float64 if weight.shape[-1] <= FLOAT64_UP_TO else compute_dtype(weight))
+    return w, torch.isnan(w.detach()).flatten(-2).any(-1)
+
+
+def slogdet(weight):
+    """(sign, log|det|) of a batch of square matrices; see functional.slogdet."""
+    w, nan = _lu_operand(weight)
+    sign, logabsdet = torch.linalg.slogdet(w)
+    dtype = compute_dtype(weight)
+    # CUDA's slogdet swallows NaN (pytorch#173638).
+    return (torch.where(nan, math.nan, sign.detach()).to(dtype), torch.where(nan, math.nan, logabsdet).to(dtype))
+
+
+def slogdet_inverse(weight):
+    """(sign, log|det|, inverse); see functional.slogdet_inverse."""
+    w, _ = _lu_operand(weight)
+    sign, logabsdet = slogdet(weight)
+    broken = ~torch.isfinite(logabsdet.detach())[..., None, None]
+    inverse = torch.linalg.inv_ex(torch.where(broken, torch.eye(w.shape[-1], device=w.device, dtype=w.dtype), w)).inverse
+    return sign, logabsdet, torch.where(broken, math.nan, inverse).to(compute_dtype(weight))
+
+
+def plu_weight(lower, upper, log_s, sign_s, perm):
+    """W = P (tril(lower, -1) + I) (triu(upper, 1) + diag(sign_s * exp(log_s))); see functional.plu_weight."""
+    eye = torch.eye(lower.shape[-1], device=lower.device, dtype=lower.dtype)
+    low = lower.tril(-1) + eye
+    up = upper.triu(1) + torch.diag_embed(sign_s * torch.exp(log_s))
+    with torch.autocast(lower.device.type, enabled=False):
+        return torch.gather(low @ up, -2, perm[..., None].expand(lower.shape))
+
+
+def philox4x32(counter, key):
+    """Ten rounds of Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    Args:
+        counter: (..., 4) int64, words in [0, 2^32), least significant first.
+        key: (..., 2) int64, likewise, broadcasting against ``counter``.
+
+    Returns:
+        (..., 4) int64 of 32-bit words.
+    """
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key.unbind(-1)
+    for _ in range(10):
+        # int64 products wrap modulo 2^64, which leaves all 64 bits right.
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = ((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
+
+
+def to_int64(value):
+    """The low 64 bits of an int as a signed one."""
+    return ((value & 0xFFFFFFFFFFFFFFFF) ^ (1 << 63)) - (1 << 63)
+
+
+def philox_normal(shape, seed, offset=0, *, batch_dim=0, device=None):
+    """float32 standard normals: element i of the row-major order is normal i%4 of counter i//4 + offset.
+
+    The key is the low and high word of ``seed``: an int, a 0-d int64 tensor, or a (B,) int64 tensor whose entry b keys
+    the elements with index b along ``batch_dim``. With u = ((word >> 8) + 0.5) * 2^-24, Box-Muller on words (0, 1) gives
+    normals 0 and 1 as sqrt(-2 log u0) times cos and sin of 2 pi u1, and on words (2, 3) normals 2 and 3.
+    """
+    mask = 0xFFFFFFFF
+    if not isinstance(seed, torch.Tensor):
+        seed = torch.tensor(to_int64(seed), dtype=torch.int64)
+    seed = seed.to(device if device is not None else seed.device)
+    size = math.prod(shape)
+    index = torch.arange(size, device=seed.device)
+    if seed.dim() == 0:
+        index = index[: (size + 3) // 4] * 4  # one block gives four elements
+    else:
+        seed = seed.reshape([-1 if d == batch_dim else 1 for d in range(len(shape))]).expand(shape).reshape(-1)
+    block = (index >> 2) + offset
+    counter = torch.stack([block & mask, (block >> 32) & mask, torch.zeros_like(block), torch.zeros_like(block)], -1)
+    words = philox4x32(counter, torch.stack([seed & mask, (seed >> 32) & mask], -1))
+    u = ((words >> 8).double() + 0.5) * 2.0**-24
+    radius, angle = torch.sqrt(-2.0 * torch.log(u[..., 0::2])), 2.0 * math.pi * u[..., 1::2]
+    normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1).flatten(-2).float()
+    if seed.dim() == 0:
+        return normals.reshape(-1)[:size].reshape(shape)
+    return normals.gather(-1, (index & 3)[:, None]).reshape(shape)
+
+
+def sigma_and_log(raw, scale):
+    """(sigma, log sigma) of a raw scale parameter."""
+    if scale == "logvar":
+        return torch.exp(0.5 * raw), 0.5 * raw
+    if scale == "logstd":
+        return torch.exp(raw), raw
+    if scale == "std":
+        return raw, torch.log(raw)
+    if scale == "softplus":
+        sigma = softplus(raw) + SOFTPLUS_FLOOR
+        return sigma, torch.log(sigma)
+    log_sigma = SOFT_TANH * torch.tanh(raw / SOFT_TANH)
+    return torch.exp(log_sigma), log_sigma
+
+
+def draw_seed(device, generator=None):
+    """A 0-d int64 seed from ``generator`` or torch's default one, on ``device`` and without a host synchronisation."""
+    source = device if generator is None else generator.device
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=source, generator=generator).to(device)
+
+
+def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_scale", prior=None, eps=None, seed=None,
+                       offset=0, generator=None, n_samples=None, reduce="sample", return_logq=False):
+    """z = mean + sigma*eps, KL(N(mean, sigma^2) || prior) and log q(z), in nats; see functional.gaussian_sample_kl."""
+    mean, raw = split_params(params, layout, order == "mean_scale")
+    dtype = compute_dtype(mean, raw, eps, *(prior or ()))
+    out_dtype = result_dtype(mean, raw, eps, *(prior or ()))
+    mean, raw = mean.to(dtype), raw.to(dtype)
+    shape = mean.shape if n_samples is None else (n_samples, *mean.shape)
+    if eps is None:
+        seed = draw_seed(mean.device, generator) if seed is None else seed
+        eps = philox_normal(shape, seed, offset, batch_dim=0 if n_samples is None else 1, device=mean.device)
+    eps = eps.detach().to(dtype)
+    sigma, log_sigma = sigma_and_log(raw, scale)
+    z = mean + sigma * eps
+    if prior is None:
+        kl = 0.5 * (mean * mean + (torch.expm1(2.0 * log_sigma) - 2.0 * log_sigma))
+    else:
+        prior_mean, prior_raw = (p.to(dtype) for p in prior)
+        prior_sigma, prior_log = sigma_and_log(prior_raw, scale)
+        delta = 2.0 * (log_sigma - prior_log)
+        kl = 0.5 * (((mean - prior_mean) / prior_sigma) ** 2 + (torch.expm1(delta) - delta))
+    if reduce == "sample":
+        kl = kl.flatten(1).sum(1)
+    elif reduce == "channel":
+        kl = kl.flatten(2).sum(2) if kl.dim() > 2 else kl
+    z = z.to(out_dtype).contiguous()
+    if not return_logq:
+        return z, kl.contiguous()
+    per_element = 0.5 * math.log(2.0 * math.pi) + 0.5 * eps * eps + log_sigma
+    return z, kl.contiguous(), -per_element.flatten(1 if n_samples is None else 2).sum(-1)

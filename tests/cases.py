@@ -1,0 +1,166 @@
+"""Calls of every operation, as data: what generic tests (layouts, masks, poison, compile, threads) run over."""
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+
+from fastflow import functional, reference
+from fastflow.functional import ScaleMap
+from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
+
+NOT_DIFFERENTIABLE = ("eps", "seed", "sign_s", "perm")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call ``op``: the shape of each operand by name, the options, and how the results are called."""
+
+    name: str
+    op: str
+    shapes: dict
+    options: dict = field(default_factory=dict)
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def differentiable(self):
+        return tuple(name for name in self.shapes if name not in NOT_DIFFERENTIABLE)
+
+    @property
+    def outputs(self):
+        return {"affine_coupling": ("y", "logdet"), "slogdet": ("sign", "logabsdet"), "plu_weight": ("weight",),
+                "slogdet_inverse": ("sign", "logabsdet", "inverse"),
+                "gaussian_sample_kl": ("z", "kl", "logq") if self.options.get("return_logq") else ("z", "kl"),
+                }[self.op]
+
+    def tensors(self, dtype=torch.float64, device="cpu", seed=0, batch=None):
+        """Random operands in ``dtype``; ``batch`` replaces the leading size 3 that every case has."""
+        generator = torch.Generator().manual_seed(seed)
+        shapes = self.shapes if batch is None else {
+            name: tuple(batch if n == 3 and d == self.batch_dim(name) else n for d, n in enumerate(shape))
+            for name, shape in self.shapes.items()}
+        return {name: self._operand(name, shape, generator).to(device, torch.int64 if name == "perm" else dtype)
+                for name, shape in shapes.items()}
+
+    def batch_dim(self, name):
+        return 1 if name == "eps" and "n_samples" in self.options else 0
+
+    def _operand(self, name, shape, generator):
+        if name == "perm":
+            return torch.argsort(torch.rand(shape, generator=generator), -1)
+        value = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if name == "sign_s":
+            return value.sign()
+        if name == "weight":
+            return value + 2.0 * torch.eye(shape[-1], dtype=torch.float64)
+        if self.options.get("scale") == "std":
+            return value.abs() + 0.4
+        return value
+
+    def call(self, tensors, module=functional):
+        """``module``'s namesake of the op on these operands: a tuple of results."""
+        t, options = dict(tensors), dict(self.options)
+        if self.op == "affine_coupling":
+            params = (t.pop("raw"), t.pop("shift")) if "raw" in t else t.pop("params")
+            return module.affine_coupling(t.pop("x"), params, **t, **options)
+        if self.op == "gaussian_sample_kl":
+            params = (t.pop("mean"), t.pop("raw")) if "raw" in t else t.pop("params")
+            if "prior_mean" in t:
+                options["prior"] = t.pop("prior_mean"), t.pop("prior_raw")
+            return module.gaussian_sample_kl(params, **t, **options)
+        if self.op == "plu_weight":
+            return (module.plu_weight(**t),)
+        return getattr(module, self.op)(**t)
+
+
+AFFINE_CASES = (
+    Case("exp_packed", "affine_coupling", {"x": (3, 4, 2, 5), "params": (3, 8, 2, 5)}),
+    Case("glow_inverse", "affine_coupling", {"x": (3, 3, 7), "params": (3, 6, 7), "logdet": (3,)},
+         {"scale": "sigmoid", "layout": "interleave", "order": "shift_scale", "shift_first": True, "inverse": True}),
+    Case("tanh_pair_passive", "affine_coupling",
+         {"x": (3, 5), "raw": (3, 5), "shift": (3, 5), "logdet": (3,), "passive": (3, 4)},
+         {"scale": ScaleMap("tanh", clamp=1.5, eps=0.1, shift_gain=0.5)}),
+    Case("softplus_passive_inverse", "affine_coupling",
+         {"x": (3, 2, 3, 3), "params": (3, 4, 3, 3), "passive": (3, 5, 3, 3)}, {"scale": "softplus", "inverse": True}),
+    Case("additive", "affine_coupling", {"x": (3, 4, 3, 3), "params": (3, 4, 3, 3), "logdet": (3,)},
+         {"scale": "additive"}),
+)
+SLOGDET_CASES = (
+    Case("slogdet", "slogdet", {"weight": (3, 4, 4)}),
+    Case("slogdet_inverse", "slogdet_inverse", {"weight": (3, 5, 5)}),
+    Case("plu_weight", "plu_weight", {"lower": (3, 5, 5), "upper": (3, 5, 5), "log_s": (3, 5), "sign_s": (3, 5),
+                                      "perm": (3, 5)}),
+)
+GAUSSIAN_CASES = (
+    Case("logvar_eps", "gaussian_sample_kl", {"params": (3, 6, 2, 4), "eps": (3, 3, 2, 4)}),
+    Case("soft_tanh_prior", "gaussian_sample_kl", {"mean": (3, 7), "raw": (3, 7), "prior_mean": (1, 7),
+                                                   "prior_raw": (1, 7)},
+         {"scale": "soft_tanh", "seed": 11, "n_samples": 4, "reduce": "channel", "return_logq": True}),
+    Case("softplus_interleaved", "gaussian_sample_kl", {"params": (3, 8, 5)},
+         {"scale": "softplus", "layout": "interleave", "order": "scale_mean", "seed": 5, "offset": 3, "reduce": "none",
+          "return_logq": True}),
+    Case("std_prior_eps", "gaussian_sample_kl", {"params": (3, 4, 3), "prior_mean": (3, 2, 3), "prior_raw": (3, 2, 3),
+                                                 "eps": (2, 3, 2, 3)}, {"scale": "std", "n_samples": 2}),
+)
+CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES
+
+
+def evaluate(case, tensors, *, needs=None, cotangents=None, module=functional):
+    """Results of a call and the gradients of sum_i <cotangents[i], results[i]>.
+
+    Args:
+        needs: operands that require a gradient; default all differentiable ones.
+        cotangents: {result name: tensor}; default none, and then no backward is run.
+
+    Returns:
+        ({result name: tensor}, {operand name: gradient or None})
+    """
+    needs = case.differentiable if needs is None else needs
+    leaves = {name: t.detach().requires_grad_(name in needs) for name, t in tensors.items()}
+    results = dict(zip(case.outputs, case.call(leaves, module), strict=True))
+    grads = {}
+    if cotangents and needs:
+        used = [name for name in case.outputs if name in cotangents and results[name].requires_grad]
+        found = torch.autograd.grad([results[n] for n in used], [leaves[n] for n in needs],
+                                    [cotangents[n] for n in used], allow_unused=True) if used else [None] * len(needs)
+        grads = dict(zip(needs, found, strict=True))
+    return {name: t.detach() for name, t in results.items()}, grads
+
+
+def cotangents_of(case, tensors, seed=1):
+    """Random incoming gradients for every differentiable result, in its dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    results, _ = evaluate(case, tensors, needs=(), module=reference)
+    return {name: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)
+            for name, t in results.items() if name != "sign"}
+
+
+def upcast(tensors):
+    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def check_by_ratio(case, tensors, *, needs=None, cotangents=None, what=""):
+    """Every result and gradient of functional's call obeys the error-ratio rule; returns what functional gave."""
+    got = evaluate(case, tensors, needs=needs, cotangents=cotangents)
+    eager = evaluate(case, tensors, needs=needs, cotangents=cotangents, module=reference)
+    truth = evaluate(case, upcast(tensors), needs=needs, cotangents=cotangents and upcast(cotangents), module=reference)
+    largest = max((t.numel() for t in tensors.values()), default=1)
+    for part, factor, kind in ((0, VALUE_FACTOR, ""), (1, GRADIENT_FACTOR, "gradient of ")):
+        for name, out in got[part].items():
+            label = f"{what} {case} {kind}{name}"
+            if out is None or eager[part][name] is None:
+                # None and zeros are the same gradient.
+                for other in (out, eager[part][name]):
+                    assert other is None or not other.any(), f"{label}: None against a gradient that is not zero"
+                continue
+            # A sum of n terms of size about 1 may cancel: its floor is one rounding of sqrt(n).
+            terms = (largest / max(out.numel(), 1)) ** 0.5 if out.numel() < largest else 0.0
+            assert_by_ratio(out, eager[part][name], truth[part][name], factor=factor, magnitude=terms, what=label)
+    return got
+
+
+def subsets(names, at_least=0):
+    """All subsets of ``names`` with at least that many members, as tuples."""
+    return [c for k in range(at_least, len(names) + 1) for c in itertools.combinations(names, k)]

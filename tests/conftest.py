@@ -1,0 +1,55 @@
+"""Shared set-up of all tests: seeds, markers, poisoned memory, and a count of what was skipped for want of a GPU."""
+
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
+
+GPU_SKIP = "no CUDA device"
+POISON = 0x7F  # 0x7f7f7f7f is 3.4e38 as a float32, 1.4e306 as a float64, NaN as a float16
+
+
+def pytest_configure(config):
+    if importlib.util.find_spec("fastflow") is None or importlib.util.find_spec("fastflow.kernels") is None:
+        pytest.exit("fastflow is not installed: run `make build`, or `pip install --no-build-isolation -e .`", 4)
+    poison_fresh_memory()
+
+
+def poison_fresh_memory():
+    """Make glibc fill what malloc returns, so that an output element nobody wrote can't pass as a plausible number."""
+    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"):
+        m_perturb = -6
+        ctypes.CDLL(None).mallopt(m_perturb, POISON ^ 0xFF)
+
+
+def pytest_collection_modifyitems(config, items):
+    run_slow = "slow" in config.getoption("markexpr")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=GPU_SKIP))
+        elif "slow" in item.keywords and not run_slow:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    gpu = sum(1 for report in skipped if "gpu" in report.keywords)
+    terminalreporter.write_line(f"GPU tests skipped: {gpu}" + (f" ({GPU_SKIP})" if gpu else ""))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """A setter of torch's thread count that is undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

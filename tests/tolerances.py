@@ -1,0 +1,72 @@
+"""The error-ratio rule: a result may be no further from the float64 truth than a small multiple of eager PyTorch's own
+error in the same dtype, plus about one rounding of the result's magnitude.
+
+Eager's error, not a hand-picked tolerance, sets the scale; the floor covers results that eager happens to hit exactly.
+"""
+
+import torch
+
+VALUE_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+# The float64 truth is eager float64 itself, so its own error is unknown: allow this many roundings instead.
+FLOAT64_ROUNDINGS = 16.0
+
+
+def assert_same_nonfinite(out, expected, what="result"):
+    """NaN, +Inf and -Inf stand at exactly the same places."""
+    for kind, mask in (("NaN", torch.isnan), ("+Inf", torch.isposinf), ("-Inf", torch.isneginf)):
+        got, want = mask(out), mask(expected)
+        assert torch.equal(got, want), (
+            f"{what}: {kind} at {torch.nonzero(got & ~want).tolist()[:4]} where it should not be, "
+            f"missing at {torch.nonzero(want & ~got).tolist()[:4]}")
+
+
+def assert_by_ratio(out, eager, truth, *, factor=VALUE_FACTOR, magnitude=0.0, what="result"):
+    """max|out - truth| <= factor * max|eager - truth| + eps(dtype) * max(max|truth|, magnitude).
+
+    Args:
+        out: the result under test.
+        eager: the same computed by eager PyTorch in the same dtype; fixes shape, dtype and the non-finite places.
+        truth: the same computed in float64 from the same (upcast) inputs.
+        factor: 2 for values, 3 for gradients.
+        magnitude: size of what was added up, where cancellation makes the truth smaller than its terms.
+        what: the name to report.
+    """
+    assert out.shape == eager.shape, f"{what}: shape {tuple(out.shape)}, expected {tuple(eager.shape)}"
+    assert out.dtype == eager.dtype, f"{what}: dtype {out.dtype}, expected {eager.dtype}"
+    assert out.device == eager.device, f"{what}: device {out.device}, expected {eager.device}"
+    assert truth.dtype == torch.float64, f"{what}: the truth must be float64"
+    assert_same_nonfinite(out, eager, what)
+    finite = torch.isfinite(eager) & torch.isfinite(truth)
+    if not finite.any():
+        return
+    exact = truth[finite]
+    error = (out[finite].double() - exact).abs().max().item()
+    eager_error = (eager[finite].double() - exact).abs().max().item()
+    roundings = FLOAT64_ROUNDINGS if out.dtype == torch.float64 else 1.0
+    floor = roundings * torch.finfo(out.dtype).eps * max(exact.abs().max().item(), magnitude)
+    assert error <= factor * eager_error + floor, (
+        f"{what}: error {error:.3e} > {factor} x eager's {eager_error:.3e} + floor {floor:.3e}")
+
+
+def assert_elementwise(out, eager, truth, *, roundings=4.0, factor=VALUE_FACTOR, what="result"):
+    """The same rule element by element, relative to each element: nothing small can hide behind something large."""
+    assert out.dtype == eager.dtype, f"{what}: dtype {out.dtype}, expected {eager.dtype}"
+    assert_same_nonfinite(out, eager, what)
+    info = torch.finfo(out.dtype)
+    finite = torch.isfinite(eager) & torch.isfinite(truth)
+    exact = truth[finite]
+    error = (out[finite].double() - exact).abs()
+    allowed = factor * (eager[finite].double() - exact).abs() + roundings * info.eps * exact.abs() + info.tiny
+    worst = (error - allowed).argmax() if error.numel() else None
+    assert worst is None or error[worst] <= allowed[worst], (
+        f"{what}: at flat finite index {worst.item()} got {out[finite][worst].item()!r}, eager "
+        f"{eager[finite][worst].item()!r}, truth {exact[worst].item()!r}: error {error[worst]:.3e} > {allowed[worst]:.3e}")
+
+
+def assert_bitwise(out, expected, what="result"):
+    """Equal shape, dtype and values, NaN equal to NaN."""
+    assert out.shape == expected.shape and out.dtype == expected.dtype, (
+        f"{what}: {tuple(out.shape)} {out.dtype}, expected {tuple(expected.shape)} {expected.dtype}")
+    same = (out == expected) | (torch.isnan(out) & torch.isnan(expected)) if out.is_floating_point() else out == expected
+    assert bool(same.all()), f"{what}: {int((~same).sum())} of {out.numel()} elements differ"

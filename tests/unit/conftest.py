@@ -1,0 +1,35 @@
+"""The backends that run in this process, as a fixture."""
+
+import pytest
+
+from fastflow import backends
+
+CPU_BACKENDS = ["reference", "cpu"]
+GPU_BACKENDS = [pytest.param("triton", marks=pytest.mark.gpu), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _enter(name):
+    if not backends.available()[name]:
+        pytest.skip(f"{name}: {backends.status()[name]}")
+    return backends.use_backend(name)
+
+
+@pytest.fixture(params=CPU_BACKENDS + GPU_BACKENDS)
+def backend(request):
+    """The name of a backend, which every operation in the test runs on."""
+    with _enter(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", *GPU_BACKENDS])
+def fused(request):
+    """Like ``backend``, without the reference: for what only kernels promise, and for what the reference defines."""
+    with _enter(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(request):
+    """Where the operands of the backend under test live."""
+    name = request.getfixturevalue("fused" if "fused" in request.fixturenames else "backend")
+    return "cuda" if name in ("triton", "cuda") else "cpu"

@@ -1,0 +1,175 @@
+"""affine_coupling: values and gradients of every scale map, option, dtype and rank against the float64 truth."""
+
+import itertools
+
+import pytest
+import torch
+from cases import Case, check_by_ratio, cotangents_of
+from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio, assert_elementwise
+
+from fastflow import reference
+from fastflow.functional import ScaleMap, affine_coupling
+
+MAPS = {
+    **{name: name for name in ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")},
+    "exp_gains": ScaleMap("exp", gain=-0.8, offset=0.3, out_gain=0.7, shift_gain=-0.5),
+    "sigmoid_gains": ScaleMap("sigmoid", gain=1.3, offset=-1.0, out_gain=2.0, shift_gain=0.1),
+    "tanh_gains": ScaleMap("tanh", gain=0.1, offset=0.2, out_gain=1.5, clamp=2.0, shift_gain=0.1),
+    "atan_gains": ScaleMap("atan", gain=2.0, offset=-0.2, out_gain=0.636, clamp=1.9),
+    "softplus_gains": ScaleMap("softplus", gain=0.5, offset=1.0, shift_gain=2.0),
+    "rational_gains": ScaleMap("rational", gain=1.5, offset=0.1, clamp=6.9),
+    "exp_eps": ScaleMap("exp", eps=0.5),
+    "sigmoid_eps": ScaleMap("sigmoid", offset=2.0, eps=1e-3),
+    "tanh_eps": ScaleMap("tanh", clamp=1.5, eps=0.1),
+    "softplus_eps_bounds": ScaleMap("softplus", eps=1e-3, hard_min=0.0, hard_max=1.0),
+    "exp_bounds": ScaleMap("exp", hard_min=0.5, hard_max=2.0),
+    "sigmoid_hard_min": ScaleMap("sigmoid", hard_min=0.4),
+    "rational_hard_max": ScaleMap("rational", hard_max=1.2),
+    "additive_eps": ScaleMap("additive", eps=0.25, shift_gain=3.0),
+}
+every_map = pytest.mark.parametrize("scale", MAPS.values(), ids=MAPS)
+
+
+def case_of(shape, packing="packed", extra=(), **options):
+    """A Case on x of ``shape`` with packed params, a pair, or additive's shift."""
+    doubled = (shape[0], 2 * shape[1], *shape[2:])
+    if ScaleMap.of(options.get("scale", "exp")).kind == "additive":
+        operands = {"params": shape}
+    else:
+        operands = {"raw": shape, "shift": shape} if packing == "pair" else {"params": doubled}
+    shapes = {"x": shape, **operands}
+    if "logdet" in extra:
+        shapes["logdet"] = shape[:1]
+    if "passive" in extra:
+        shapes["passive"] = (shape[0], 3, *shape[2:])
+    return Case(f"{packing}{list(shape)}{sorted(options.items(), key=str)}", "affine_coupling", shapes, options)
+
+
+@every_map
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_values_and_gradients_of_every_map(scale, inverse, dtype, backend, device):
+    """37 elements per sample: two full vectors of 16 and a tail."""
+    for shift_first, packing in itertools.product((False, True), ("packed", "pair")):
+        case = case_of((3, 37), packing, scale=scale, inverse=inverse, shift_first=shift_first)
+        tensors = case.tensors(dtype, device)
+        check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 9), (2, 3, 5, 4), (2, 2, 3, 4, 5), (1, 1, 1), (7, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", ["chunk", "interleave"])
+@pytest.mark.parametrize("order", ["scale_shift", "shift_scale"])
+def test_ranks_packings_and_extra_operands(shape, layout, order, backend, device):
+    for extra, inverse in itertools.product(((), ("logdet",), ("passive",), ("logdet", "passive")), (False, True)):
+        case = case_of(shape, extra=extra, scale="tanh", layout=layout, order=order, inverse=inverse)
+        tensors = case.tensors(torch.float32, device)
+        check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors))
+
+
+@pytest.mark.parametrize("dtypes", [
+    # x, params, passive -> y
+    ("float32", "float32", None, "float32"), ("float32", "bfloat16", None, "float32"),
+    ("float32", "float16", "bfloat16", "float32"), ("bfloat16", "bfloat16", None, "bfloat16"),
+    ("bfloat16", "float32", None, "float32"), ("float16", "float16", "float16", "float16"),
+    ("float16", "bfloat16", None, "float16"), ("bfloat16", "float16", "float16", "bfloat16"),
+    ("bfloat16", "bfloat16", "float32", "float32"), ("float64", "float64", "float64", "float64")], ids=str)
+@pytest.mark.parametrize("packing", ["packed", "pair"])
+def test_dtype_mixes(dtypes, packing, backend, device):
+    """Result and gradient dtypes as the contract has them, errors within the ratio of eager's in the same dtypes."""
+    x, params, passive, y = (d and getattr(torch, d) for d in dtypes)
+    for inverse in (False, True):
+        case = case_of((3, 4, 5), packing, ("logdet", "passive") if passive else ("logdet",), scale="sigmoid",
+                       inverse=inverse)
+        compute = torch.float64 if x == torch.float64 else torch.float32
+        tensors = case.tensors(compute, device)
+        kinds = {"x": x, "params": params, "raw": params, "shift": params, "passive": passive, "logdet": compute}
+        tensors = {name: t.to(kinds[name]) for name, t in tensors.items()}
+        results, grads = check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors))
+        assert results["y"].dtype == y and results["logdet"].dtype == compute
+        assert {name: g.dtype for name, g in grads.items()} == {name: kinds[name] for name in tensors}
+
+
+def test_pair_of_two_dtypes(backend, device):
+    case = case_of((3, 6), "pair", scale="softplus")
+    tensors = case.tensors(torch.bfloat16, device)
+    tensors["shift"] = tensors["shift"].float()
+    results, grads = check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors))
+    assert results["y"].dtype == torch.float32
+    assert grads["raw"].dtype == torch.bfloat16 and grads["shift"].dtype == torch.float32
+
+
+def test_logdet_is_added_to_in_float32_and_never_in_place(backend, device):
+    """A bf16 flow carries its log-det in float32: 4096 + 2^-9 is lost in bf16."""
+    x = torch.zeros(2, 1, dtype=torch.bfloat16, device=device)
+    carried = torch.tensor([4096.0, -1.0], device=device)
+    raw = torch.full_like(x, 2.0**-9)
+    y, logdet = affine_coupling(x, (raw, torch.zeros_like(x)), logdet=carried)
+    assert y.dtype == torch.bfloat16 and logdet.dtype == torch.float32
+    assert logdet.tolist() == [4096.0 + 2.0**-9, -1.0 + 2.0**-9] and carried.tolist() == [4096.0, -1.0]
+
+
+def test_logdet_is_of_the_active_part_alone(backend, device):
+    """passive= adds nothing to the log-det and leaves the first channels bit for bit."""
+    case = case_of((3, 4, 5), extra=("passive",), scale="exp")
+    t = case.tensors(torch.float32, device)
+    y, logdet = affine_coupling(t["x"], t["params"])
+    both, logdet_both = affine_coupling(t["x"], t["params"], passive=t["passive"])
+    assert torch.equal(both, torch.cat([t["passive"], y], 1)) and torch.equal(logdet_both, logdet)
+
+
+EDGES = [0.0, 1e-30, 1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0, 5.0, 9.0, 11.0, 16.6, 20.0, 30.0, 50.0, 80.0, 86.0, 87.3, 88.7, 89.0,
+         95.0, 103.0, 104.0, 200.0, 1e4, 1e30]
+
+
+def sweep(dtype, device):
+    """Raw values one per batch entry: the edges of both signs and a dense range."""
+    grid = torch.cat([torch.tensor(EDGES), -torch.tensor(EDGES), torch.linspace(-30, 30, 4001),
+                      torch.logspace(-8, 2, 500), -torch.logspace(-8, 2, 500)])
+    return grid.double().to(device, dtype)[:, None]
+
+
+@pytest.mark.parametrize("scale", [MAPS[name] for name in ("exp", "sigmoid", "tanh", "atan", "softplus", "rational",
+                                                           "sigmoid_eps", "exp_eps")],
+                         ids=lambda s: s if isinstance(s, str) else s.kind + "_eps")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scale_log_scale_and_derivatives_over_the_whole_range(scale, dtype, backend, device):
+    """With x = 1 and t = 0, y is s and the log-det log s, element by element; so are the two parts of the gradient. Each
+    within a few roundings of itself, however small."""
+    raw = sweep(dtype, device).requires_grad_()
+    wide = raw.detach().double().requires_grad_()
+
+    def run(function, r, inverse):
+        one = torch.ones_like(r)
+        y, logdet = function(one, (r, torch.zeros_like(one)), scale=scale, inverse=inverse)
+        by_logdet, by_y = (torch.autograd.grad(o.sum(), r, retain_graph=True)[0] for o in (logdet, y))
+        return {"y": y[:, 0], "logdet": logdet, "d logdet": by_logdet[:, 0], "d y": by_y[:, 0]}
+
+    for inverse in (False, True):
+        got, eager = run(affine_coupling, raw, inverse), run(reference.affine_coupling, raw, inverse)
+        truth = run(reference.affine_coupling, wide, inverse)
+        for name, out in got.items():
+            assert_elementwise(out.detach(), eager[name].detach(), truth[name].detach(), what=f"{scale} {name}",
+                               factor=GRADIENT_FACTOR if name.startswith("d ") else VALUE_FACTOR,
+                               roundings=8.0 if name.startswith("d ") else 4.0)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 41, 43), (1, 50_000), (3, 7, 4099)], ids=str)
+def test_long_sums_of_one_sign(shape, backend, device):
+    """Log-dets that don't cancel: 50,000 terms, where a running float32 sum is visibly wrong."""
+    x = torch.randn(shape, device=device)
+    raw = torch.rand(shape, device=device) + 0.5
+    truth = raw.double().flatten(1).sum(1)
+    _, logdet = affine_coupling(x, (raw, x))
+    _, eager = reference.affine_coupling(x, (raw, x))
+    assert_by_ratio(logdet, eager, truth, what="logdet")
+    assert ((logdet.double() - truth).abs() / truth).max() < 5e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [m for m in MAPS.values()], ids=MAPS)
+def test_every_shape_up_to_two_vectors(scale, dtype, backend, device):
+    for size in range(1, 40):
+        case = case_of((2, size), scale=scale, inverse=bool(size % 2))
+        tensors = case.tensors(dtype, device, seed=size)
+        check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors))
