@@ -84,6 +84,8 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
         if (x.dtype == torch.float64) != (logdet.dtype == torch.float64):
             named.append(("logdet", logdet))
     checks.no_mixed_double(named)
+    if logdet is not None and logdet.dtype in (torch.float16, torch.bfloat16):
+        logdet = logdet.float()
 
     backend = backends.choose("affine_coupling", x, first, shift, logdet, passive)
     if backend == "reference":

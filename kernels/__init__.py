@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file per operation stem."""
+"""Triton kernels and their launchers, one file per op stem. Imports torch and triton only."""

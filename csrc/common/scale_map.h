@@ -66,6 +66,30 @@ FASTFLOW_HD T clamp(T x, T low, T high) {
   return x > high ? high : x;
 }
 
+template <class T>
+FASTFLOW_HD Scale<T> with_eps(const ScaleMap<T>& map, Scale<T> scale) {
+  return {scale.s + map.eps, math::logaddexp(scale.log_s, map.log_eps)};
+}
+
+template <class T>
+FASTFLOW_HD Scale<T> with_bounds(const ScaleMap<T>& map, Scale<T> scale) {
+  return {clamp(scale.s, map.hard_min, map.hard_max), clamp(scale.log_s, map.log_min, map.log_max)};
+}
+
+template <class T>
+FASTFLOW_HD ScaleSlope<T> with_eps(const ScaleMap<T>& map, ScaleSlope<T> scale) {
+  const T s = scale.s;
+  const T share = s < math::infinity<T>() ? s / (s + map.eps) : math::isnan(s) ? s : T(1);
+  return {s + map.eps, scale.ds, scale.dlog * share};
+}
+
+template <class T>
+FASTFLOW_HD ScaleSlope<T> with_bounds(const ScaleMap<T>& map, ScaleSlope<T> scale) {
+  const T s = scale.s;
+  const T inside = (s < map.hard_min) | (s > map.hard_max) ? T(0) : T(1);
+  return {clamp(s, map.hard_min, map.hard_max), inside * scale.ds, inside * scale.dlog};
+}
+
 template <Kind K, bool Eps, bool Bounds, class T>
 FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
   const T u = math::fma(map.gain, r, map.offset);
@@ -90,15 +114,10 @@ FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
     if constexpr (K == Kind::rational) log_s = u / math::fma(math::abs(u), map.inverse_clamp, T(1));
     s = math::exp(log_s);
   }
-  if constexpr (Eps) {
-    s = s + map.eps;
-    log_s = math::logaddexp(log_s, map.log_eps);
-  }
-  if constexpr (Bounds) {
-    s = clamp(s, map.hard_min, map.hard_max);
-    log_s = clamp(log_s, map.log_min, map.log_max);
-  }
-  return {s, log_s};
+  Scale<T> scale{s, log_s};
+  if constexpr (Eps) scale = with_eps(map, scale);
+  if constexpr (Bounds) scale = with_bounds(map, scale);
+  return scale;
 }
 
 // Non-finite values come out where differentiating the formulas above step by step gives them.
@@ -143,17 +162,10 @@ FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
     s = math::exp(log_s);
     ds = s * dlog;
   }
-  if constexpr (Eps) {
-    dlog = dlog * (s < math::infinity<T>() ? s / (s + map.eps) : math::isnan(s) ? s : T(1));
-    s = s + map.eps;
-  }
-  if constexpr (Bounds) {
-    const T inside = (s < map.hard_min) | (s > map.hard_max) ? T(0) : T(1);
-    ds = inside * ds;
-    dlog = inside * dlog;
-    s = clamp(s, map.hard_min, map.hard_max);
-  }
-  return {s, ds, dlog};
+  ScaleSlope<T> scale{s, ds, dlog};
+  if constexpr (Eps) scale = with_eps(map, scale);
+  if constexpr (Bounds) scale = with_bounds(map, scale);
+  return scale;
 }
 
 // Whether ds may differ from s*dlog: with bounds, and for softplus where s or dlog leaves the range of T.
@@ -169,13 +181,7 @@ struct Coupled {
 template <Kind K, bool Eps, bool Bounds, bool Inverse, bool ShiftFirst, class T>
 FASTFLOW_HD Coupled<T> couple(const ScaleMap<T>& map, T x, T r, T t) {
   const Scale<T> scale = scale_of<K, Eps, Bounds>(map, r);
-  const T shift = map.shift_gain * t;
-  T y;
-  if constexpr (Inverse)
-    y = ShiftFirst ? x / scale.s - shift : (x - shift) / scale.s;
-  else
-    y = ShiftFirst ? (x + shift) * scale.s : math::fma(x, scale.s, shift);
-  return {y, scale.log_s};
+  return {coupled(map, scale.s, x, t, Inverse, ShiftFirst), scale.log_s};
 }
 
 // Whether the gradients below read the shift at all.
@@ -187,30 +193,34 @@ struct CoupledGradient {
   T x, raw, shift;
 };
 
-// Gradients in x, r and t of one element, from those of y (gy) and of the summed log-det (gl).
+// Gradients in x, r and t of one element from its scale and those of y (gy) and of the summed log-det (gl).
+// `separate` says whether the scale's ds may differ from s*dlog.
+template <class T>
+FASTFLOW_HD CoupledGradient<T> coupled_gradient(const ScaleMap<T>& map, ScaleSlope<T> scale, T gy, T gl, T x, T t,
+                                                bool inverse, bool shift_first, bool separate) {
+  const T s = scale.s;
+  const T shift = inverse != shift_first ? map.shift_gain * t : T(0);
+  CoupledGradient<T> grad;
+  if (inverse) {
+    grad.x = gy / s;
+    grad.shift = -map.shift_gain * (shift_first ? gy : grad.x);
+    const T scaled = shift_first ? x : x - shift;  // y + t or y is this over s
+    grad.raw = separate ? -math::fma(grad.x * (scaled / s), scale.ds, gl * scale.dlog)
+                        : -math::fma(grad.x, scaled, gl) * scale.dlog;
+  } else {
+    const T scaled = shift_first ? x + shift : x;  // what s multiplies
+    grad.x = gy * s;
+    grad.shift = map.shift_gain * (shift_first ? grad.x : gy);
+    grad.raw = separate ? math::fma(gy * scaled, scale.ds, gl * scale.dlog)
+                        : math::fma(grad.x, scaled, gl) * scale.dlog;
+  }
+  return grad;
+}
+
 template <Kind K, bool Eps, bool Bounds, bool Inverse, bool ShiftFirst, class T>
 FASTFLOW_HD CoupledGradient<T> couple_gradient(const ScaleMap<T>& map, T gy, T gl, T x, T r, T t) {
-  const ScaleSlope<T> scale = scale_slope<K, Eps, Bounds>(map, r);
-  const T s = scale.s;
-  const T shift = gradient_reads_shift<Inverse, ShiftFirst> ? map.shift_gain * t : T(0);
-  CoupledGradient<T> grad;
-  if constexpr (Inverse) {
-    grad.x = gy / s;
-    grad.shift = -map.shift_gain * (ShiftFirst ? gy : grad.x);
-    const T scaled = ShiftFirst ? x : x - shift;  // y + t or y is this over s
-    if constexpr (separate_slopes<K, Bounds>)
-      grad.raw = -math::fma(grad.x * (scaled / s), scale.ds, gl * scale.dlog);
-    else
-      grad.raw = -math::fma(grad.x, scaled, gl) * scale.dlog;
-  } else {
-    const T scaled = ShiftFirst ? x + shift : x;  // what s multiplies
-    grad.x = gy * s;
-    grad.shift = map.shift_gain * (ShiftFirst ? grad.x : gy);
-    if constexpr (separate_slopes<K, Bounds>)
-      grad.raw = math::fma(gy * scaled, scale.ds, gl * scale.dlog);
-    else
-      grad.raw = math::fma(grad.x, scaled, gl) * scale.dlog;
-  }
+  CoupledGradient<T> grad = coupled_gradient(map, scale_slope<K, Eps, Bounds>(map, r), gy, gl, x, t, Inverse,
+                                             ShiftFirst, separate_slopes<K, Bounds>);
   if constexpr (K == Kind::additive) grad.raw = T(0);
   return grad;
 }

@@ -24,7 +24,6 @@ class AffineCouplingFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, params, shift)
         ctx.consts = backend, flags, scale
-        ctx.logdet_dtype = None if logdet is None else logdet.dtype
         ctx.passive = (0, None) if passive is None else (passive.shape[1], passive.dtype)
         return forward(backend, x, params, shift, logdet, passive, flags, scale)
 
@@ -34,9 +33,8 @@ class AffineCouplingFunction(torch.autograd.Function):
         backend, flags, scale = ctx.consts
         need_x, need_params, need_shift, need_logdet, need_passive = ctx.needs_input_grad[:5]
         channels, passive_dtype = ctx.passive
-        grad_carried = grad_passive = None
-        if need_logdet and grad_logdet is not None:
-            grad_carried = grad_logdet.to(ctx.logdet_dtype)
+        grad_carried = grad_logdet if need_logdet else None
+        grad_passive = None
         if need_passive and grad_y is not None:
             grad_passive = grad_y[:, :channels].to(passive_dtype)
         needs = (need_x, need_params, need_shift and shift is not None)

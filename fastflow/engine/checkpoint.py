@@ -20,7 +20,7 @@ import torch
 
 from fastflow.engine.errors import CheckpointError
 
-__all__ = ["Checkpoint", "clean", "find", "load", "newest", "save"]
+__all__ = ["Checkpoint", "clean", "find", "load", "newest", "save", "step_of"]
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{1,12})")
@@ -45,8 +45,14 @@ def find(directory):
     directory = Path(directory)
     if not directory.is_dir():
         return []
-    matches = ((STEP_NAME.fullmatch(path.name), path) for path in directory.iterdir())
-    return sorted((int(match.group(1)), path) for match, path in matches if match)
+    named = ((step_of(path), path) for path in directory.iterdir())
+    return sorted(pair for pair in named if pair[0] is not None)
+
+
+def step_of(path):
+    """The step that a checkpoint's name states, or None if it is not one's name."""
+    match = STEP_NAME.fullmatch(Path(path).name)
+    return int(match.group(1)) if match else None
 
 
 def clean(directory):
@@ -109,12 +115,12 @@ def load(path):
     from safetensors.torch import load as from_bytes
 
     path = Path(path)
-    match = STEP_NAME.fullmatch(path.name)
-    if match is None or path.is_symlink() or not path.is_dir():
+    step = step_of(path)
+    if step is None or path.is_symlink() or not path.is_dir():
         raise CheckpointError(f"{path}: not a checkpoint directory")
     manifest = _parse(path / MANIFEST, _read(path / MANIFEST, MAX_JSON_BYTES))
     files = manifest.get("files")
-    _expect(path / MANIFEST, manifest, int(match.group(1)))
+    _expect(path / MANIFEST, manifest, step)
     if not isinstance(files, dict) or STATE not in files:
         raise CheckpointError(f"{path / MANIFEST}: lists no {STATE}")
     tensors, state = {}, None
@@ -133,8 +139,8 @@ def load(path):
                 tensors[name.removesuffix(".safetensors")] = from_bytes(data)
             except (SafetensorError, ValueError, KeyError) as error:
                 raise CheckpointError(f"{path / name}: not a safetensors file ({error})") from error
-    _expect(path / STATE, state, int(match.group(1)))
-    return Checkpoint(path, state["step"], tensors, state)
+    _expect(path / STATE, state, step)
+    return Checkpoint(path, step, tensors, state)
 
 
 def newest(directory, warn):

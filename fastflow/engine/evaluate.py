@@ -7,7 +7,7 @@ import torch
 from fastflow.engine.objectives import unwrap
 from fastflow.engine.pictures import levels
 
-__all__ = ["evaluate", "is_vae", "reconstructions", "samples"]
+__all__ = ["describe", "evaluate", "is_vae", "reconstructions", "samples"]
 
 BATCH = 256
 
@@ -49,6 +49,13 @@ def evaluate(model, objective, images, device, seed=0, poll=lambda: None):
             for name, values in objective.report(model, batch.to(device)).items():
                 sums[name] = sums.get(name, 0.0) + values.double().sum().item()
     return {name: total / len(images) for name, total in sums.items()}
+
+
+def describe(figures):
+    """Held-out figures as text."""
+    units = {"bits_per_dim": "bits/dim", "elbo": "ELBO", "rate": "rate", "distortion": "distortion"}
+    text = "  ".join(f"{unit} {figures[name]:.4f}" for name, unit in units.items() if name in figures)
+    return text + (" (nats per image)" if "elbo" in figures else "")
 
 
 def samples(model, n, n_bins, device, temperature=1.0, seed=0):

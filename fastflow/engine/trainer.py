@@ -1,8 +1,7 @@
 """The trainer: a train step in a loop, with evaluation, pictures, checkpoints that resume bit for bit, and a log."""
 
-import itertools
 import json
-import os
+import math
 import time
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import torch
 
 from fastflow import data
 from fastflow.engine import checkpoint, settings as settings_module, state as state_module
-from fastflow.engine.errors import CheckpointError, NonFiniteError, RunError, SettingsError
-from fastflow.engine.evaluate import evaluate, is_vae, reconstructions, samples
+from fastflow.engine.errors import CheckpointError, NonFiniteError, SettingsError
+from fastflow.engine.evaluate import describe, evaluate, is_vae, reconstructions, samples
+from fastflow.engine.files import write_text
 from fastflow.engine.models import build_model, load_weights
 from fastflow.engine.pictures import save_grid
 from fastflow.engine.progress import TrainProgress
@@ -64,7 +64,14 @@ class Trainer:
             n_samples=getattr(options, "n_samples", 1), beta=getattr(options, "beta", 1.0))
         self.step = 0
         self._order = (None, None)
+        self._stop = StopSignals()
+        self._saved = None
         self._checkpoints = self.out / "checkpoints"
+
+    @property
+    def n_parameters(self):
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def start(self):
         """A fresh run: initialises data-dependent layers from training images."""
@@ -97,7 +104,7 @@ class Trainer:
             state_module.restore_random(training["random"], self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{loaded.path}: does not fit this run ({error})") from error
-        self.step = loaded.step
+        self.step, self._saved = loaded.step, loaded.path
         self._trim_log()
 
     def run(self):
@@ -116,26 +123,20 @@ class Trainer:
         self.model.train()
         deadline = time.monotonic() + (train.max_seconds or float("inf"))
         progress = TrainProgress(self.console, self.title, train.steps, self.step)
-        saved = None
-        with StopSignals() as self._stop, open(self.out / "metrics.jsonl", "a", buffering=1) as log, progress:
+        with self._stop, open(self.out / "metrics.jsonl", "a", buffering=1) as log, progress:
             while self.step < train.steps and time.monotonic() < deadline:
                 figures = self._advance(progress)
                 if self.step % train.log_every == 0 or self.step == train.steps:
                     log.write(json.dumps({"step": self.step, **figures}) + "\n")
-                if self._stop.received or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
-                    saved = self.save()
-                self._check_stop(saved)
+                if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+                    self.save()
+                self._check_stop()
                 if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
-                    held_out = self.evaluate()
-                    log.write(json.dumps({"step": self.step, **{f"test_{k}": v for k, v in held_out.items()}}) + "\n")
-                    progress.say(f"step {self.step}: held-out " + describe(held_out))
-            if saved is None or saved != self._path():
-                saved = self.save()
-            self._check_stop(saved)
-            results = {"step": self.step, **self.evaluate(), "test_images": len(self.data.test),
-                       "checkpoint": str(saved), **self.draw()}
-            log.write(json.dumps({"step": self.step, **{f"test_{k}": v for k, v in results.items() if k != "step"}}) + "\n")
-        write_json(self.out / "results.json", results)
+                    progress.say(f"step {self.step}: held-out " + describe(self.evaluate(log)))
+            self.save()
+            results = {"step": self.step, **self.evaluate(log), "test_images": len(self.data.test),
+                       "checkpoint": str(self._saved), **self.draw()}
+        write_text(self.out / "results.json", json.dumps(results, indent=1) + "\n")
         return results
 
     def _advance(self, progress):
@@ -153,7 +154,7 @@ class Trainer:
         self.step += 1
         if self.ema is not None:
             self._average()
-        figures = {"bits/dim": loss / (x[0].numel() * 0.6931471805599453)}
+        figures = {"bits/dim": loss / (x[0].numel() * math.log(2))}
         if "rate" in self.train_step.parts:
             rate, distortion = (self.train_step.parts[name].item() for name in ("rate", "distortion"))
             figures = {"elbo": -rate - distortion, "rate": rate, "distortion": distortion}
@@ -178,18 +179,18 @@ class Trainer:
         for average, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
             average.copy_(current)
 
-    def _check_stop(self, saved):
+    def _check_stop(self):
+        """Saves and stops if a signal came; called after every step and between the batches of an evaluation."""
         if self._stop.received:
-            raise Interrupted(self._stop.received, f"stopped after step {self.step}, saved as {saved}")
+            self.save()
+            raise Interrupted(self._stop.received, f"stopped after step {self.step}, saved as {self._saved}")
 
-    def _poll(self):
-        """Between the batches of an evaluation: a signal that came saves and stops."""
-        if self._stop.received:
-            self._check_stop(self._path() if self._path().is_dir() else self.save())
-
-    def evaluate(self):
-        """Held-out figures of the averaged weights, or of the weights where there is no average."""
-        return evaluate(self.ema or self.model, self.train_step.objective, self.data.test, self.device, poll=self._poll)
+    def evaluate(self, log):
+        """Held-out figures of the averaged weights, or of the weights where there is no average; a line in the log."""
+        figures = evaluate(self.ema or self.model, self.train_step.objective, self.data.test, self.device,
+                           poll=self._check_stop)
+        log.write(json.dumps({"step": self.step, **{f"test_{name}": value for name, value in figures.items()}}) + "\n")
+        return figures
 
     def draw(self):
         """Writes the sample grid and, for a VAE, originals above their reconstructions; returns {what: path}."""
@@ -200,16 +201,15 @@ class Trainer:
         if is_vae(model):
             original = self.data.test[:32]
             made = reconstructions(model, self.train_step.objective, original, self.device).cpu()
-            rows = itertools.chain.from_iterable(zip(original.split(8), made.split(8), strict=True))
+            pairs = torch.stack([original.unflatten(0, (-1, 8)), made.unflatten(0, (-1, 8))], 1).flatten(0, 2)
             path = self.out / "samples" / f"reconstructions-{name}"
-            pictures["reconstructions"] = str(save_grid(path, torch.cat(list(rows)), n_bins, n_columns=8))
+            pictures["reconstructions"] = str(save_grid(path, pairs, n_bins, n_columns=8))
         return pictures
 
-    def _path(self):
-        return self._checkpoints / f"step-{self.step:06d}"
-
     def save(self):
-        """Writes a checkpoint of this moment and returns its path."""
+        """Writes a checkpoint of this moment, unless there is one already."""
+        if self._saved is not None and checkpoint.step_of(self._saved) == self.step:
+            return
         optimizer, plain = state_module.optimizer_state(self.optimizer)
         tensors = {"model": self.model.state_dict(), "training": {
             **{f"optimizer.{name}": t for name, t in optimizer.items()},
@@ -218,7 +218,7 @@ class Trainer:
             tensors["ema"] = self.ema.state_dict()
         state = {"settings": self.settings.model_dump(), "optimizer": plain, "data": self.data.fingerprint(),
                  "title": self.title, "torch": torch.__version__}
-        return checkpoint.save(self._checkpoints, self.step, tensors, state, self.settings.train.keep_checkpoints)
+        self._saved = checkpoint.save(self._checkpoints, self.step, tensors, state, self.settings.train.keep_checkpoints)
 
     def _trim_log(self):
         """Drops the log's lines after the step that is resumed from: they will be written again."""
@@ -228,28 +228,12 @@ class Trainer:
             write_text(path, "".join(line + "\n" for line in kept))
 
 
-def describe(figures):
-    """Held-out figures as text."""
-    units = {"bits_per_dim": "bits/dim", "elbo": "ELBO (nats)", "rate": "rate", "distortion": "distortion"}
-    return "  ".join(f"{text} {figures[name]:.4f}" for name, text in units.items() if name in figures)
-
-
-def write_json(path, value):
-    """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path, text):
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def _step_of(line):
+    """The step of one line of the log; infinity for a line that a kill cut short."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        raise RunError(f"metrics.jsonl: not a line of this log: {line[:60]!r}") from None
+        return math.inf
 
 
 def _grouped(tensors):

@@ -1,0 +1,145 @@
+"""The registry: what is measured, at which sizes, against what.
+
+A case builds {variant: callable}; each callable runs one whole forward and backward (or what the case's name says). The
+baselines are careful plain PyTorch, never a crippled one. Variant "fastflow" is compared with every other.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fastflow import functional
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: ``build(device)`` gives its variants."""
+
+    name: str
+    group: str
+    build: object
+    compiles: bool = True  # whether a variant goes through torch.compile, which costs tens of seconds
+
+
+def _leaf(*shape, device, scale=0.5):
+    return (scale * torch.randn(*shape, device=device)).requires_grad_()
+
+
+def _step(function, inputs, grads):
+    """Forward and backward with given gradients of the outputs."""
+    return lambda: torch.autograd.grad(function(*inputs), inputs, grads)
+
+
+# affine coupling
+
+def _eager_coupling(kind):
+    def coupling(x, params):
+        raw, shift = params.chunk(2, 1)
+        if kind == "exp":
+            log_s, s = raw, raw.exp()
+        elif kind == "sigmoid":
+            u = raw + 2.0
+            log_s, s = F.logsigmoid(u), torch.sigmoid(u)
+        else:
+            log_s = torch.tanh(raw)
+            s = log_s.exp()
+        return x * s + shift, log_s.flatten(1).sum(1)
+    return coupling
+
+
+def _affine(kind, shape, compiled=True):
+    def build(device):
+        torch.manual_seed(0)
+        x, params = _leaf(*shape, device=device), _leaf(shape[0], 2 * shape[1], *shape[2:], device=device)
+        grads = torch.randn(shape, device=device), torch.randn(shape[0], device=device)
+        eager = _eager_coupling(kind)
+        variants = {"fastflow": _step(lambda *a: functional.affine_coupling(*a, scale=kind), (x, params), grads),
+                    "eager": _step(eager, (x, params), grads)}
+        if compiled:
+            variants["compile"] = _step(torch.compile(eager, dynamic=False), (x, params), grads)
+        return variants
+    return Case(f"affine_coupling {kind} {tuple(shape)} forward+backward", "affine_coupling", build, compiled)
+
+
+def _affine_forward(kind, shape, inverse):
+    def build(device):
+        torch.manual_seed(0)
+        x, params = torch.randn(shape, device=device), torch.randn(shape[0], 2 * shape[1], *shape[2:], device=device)
+
+        def eager():
+            raw, shift = params.chunk(2, 1)
+            s = raw.exp()
+            return ((x - shift) / s if inverse else x * s + shift), raw.flatten(1).sum(1)
+        return {"fastflow": lambda: functional.affine_coupling(x, params, scale=kind, inverse=inverse), "eager": eager}
+    direction = "inverse" if inverse else "forward"
+    return Case(f"affine_coupling {kind} {tuple(shape)} {direction}", "affine_coupling", build, False)
+
+
+def _glow_coupling(shape):
+    """Split, sigmoid coupling, concatenation, as inside a Glow step; ``shape`` is the whole tensor's."""
+    half = shape[1] // 2
+
+    def eager(x, h):
+        passive, active = x.chunk(2, 1)
+        raw, shift = h.chunk(2, 1)
+        u = raw + 2.0
+        return torch.cat([passive, (active + shift) * torch.sigmoid(u)], 1), F.logsigmoid(u).flatten(1).sum(1)
+
+    def fused(x, h):
+        return functional.affine_coupling(x[:, half:], h, scale="sigmoid", shift_first=True, passive=x[:, :half])
+
+    def build(device):
+        torch.manual_seed(0)
+        x, h = _leaf(*shape, device=device), _leaf(*shape, device=device)
+        grads = torch.randn(shape, device=device), torch.randn(shape[0], device=device)
+        return {"fastflow": _step(fused, (x, h), grads), "eager": _step(eager, (x, h), grads),
+                "compile": _step(torch.compile(eager, dynamic=False), (x, h), grads)}
+    return Case(f"affine_coupling in a Glow step {tuple(shape)} forward+backward", "affine_coupling", build)
+
+
+# batched log-determinants
+
+def _slogdet(size, count=96):
+    def build(device):
+        torch.manual_seed(0)
+        stack = torch.linalg.qr(torch.randn(count, size, size, device=device))[0]
+        stack = (stack + 0.05 * torch.randn_like(stack)).requires_grad_()
+        singles = [w.detach().clone().requires_grad_() for w in stack]
+
+        def loop():
+            torch.autograd.grad(sum(torch.linalg.slogdet(w)[1] for w in singles), singles)
+        return {"fastflow": lambda: torch.autograd.grad(functional.slogdet(stack)[1].sum(), stack),
+                "torch batched": lambda: torch.autograd.grad(torch.linalg.slogdet(stack)[1].sum(), stack),
+                "torch loop": loop}
+    return Case(f"slogdet {count} matrices {size}x{size} forward+backward", "slogdet", build, False)
+
+
+# reparameterised sampling with KL
+
+def _eager_gaussian(params):
+    mean, logvar = params.chunk(2, 1)
+    z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+    return z, 0.5 * (mean.square() + torch.expm1(logvar) - logvar).flatten(1).sum(1)
+
+
+def _gaussian(shape):
+    def build(device):
+        torch.manual_seed(0)
+        params = _leaf(shape[0], 2 * shape[1], *shape[2:], device=device)
+        grads = torch.randn(shape, device=device), torch.randn(shape[0], device=device)
+        return {"fastflow": _step(functional.gaussian_sample_kl, (params,), grads),
+                "eager": _step(_eager_gaussian, (params,), grads),
+                "compile": _step(torch.compile(_eager_gaussian, dynamic=False), (params,), grads)}
+    return Case(f"gaussian_sample_kl {tuple(shape)} with its noise, forward+backward", "gaussian_sample_kl", build)
+
+
+OP_CASES = (
+    *(_affine(kind, shape) for kind in ("exp", "sigmoid", "tanh")
+      for shape in ((256, 48, 16, 16), (8, 1024, 768), (64, 512))),
+    _affine_forward("exp", (256, 48, 16, 16), False),
+    _affine_forward("exp", (256, 48, 16, 16), True),
+    *(_glow_coupling(shape) for shape in ((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4))),
+    *(_slogdet(size) for size in (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)),
+    *(_gaussian(shape) for shape in ((4096, 256), (1024, 1024), (16, 4, 64, 64), (128, 64))),
+)

@@ -1,0 +1,108 @@
+// The scales of a Gaussian, its KL divergence and their derivatives: csrc's counterpart of reference.sigma_and_log.
+#pragma once
+
+#include "math.h"
+
+namespace fastflow::gaussian {
+
+// In the order of reference.SCALES.
+enum Scale { logvar, logstd, std_dev, softplus, soft_tanh, scale_count };
+
+// reference.SOFTPLUS_FLOOR, SOFT_TANH and log(2 pi) / 2.
+template <class T>
+constexpr T softplus_floor = T(1e-4), soft_tanh_bound = T(5), half_log_two_pi = T(0.91893853320467274178);
+
+// exp(x), exp(x) - 1 and exp(x) - 1 - x, each to about two roundings of its own size, from one polynomial.
+template <class T>
+struct ExpParts {
+  T exp, expm1, excess;
+};
+
+template <class T>
+FASTFLOW_HD ExpParts<T> exp_parts(T x) {
+  using B = math::Bits<T>;
+  const T low = x < B::exp_low ? B::exp_low : x;
+  const math::Reduced<T> q = math::reduce_exp(low > B::exp_high ? B::exp_high : low);
+  const T beyond = q.r * q.r * math::exp_tail(q.r);  // exp(r) - 1 - r
+  const T p = q.r + beyond;
+  // 2^n in two factors, since n reaches past both ends of the exponents; 2^(n-1) overflows for no n.
+  const T half = math::fma(q.n, T(0.5), B::rounder);
+  const T a = math::power_of_two(half), b = math::power_of_two(q.rounded - (half - B::rounder));
+  const T half_scale = a * (T(0.5) * b);
+  const bool reduced = q.n != T(0);
+  const T expm1 = reduced ? T(2) * math::fma(half_scale, p, half_scale - T(0.5)) : p;
+  return {(p + T(1)) * a * b, expm1, reduced ? expm1 - x : beyond};
+}
+
+// exp(2x) - 1 of the parts of x.
+template <class T>
+FASTFLOW_HD T expm1_twice(const ExpParts<T>& parts) {
+  return parts.expm1 * (parts.expm1 + T(2));
+}
+
+// exp(2x) - 1 - 2x of the parts of x: twice the KL divergence that a change x of log sigma makes.
+template <class T>
+FASTFLOW_HD T excess_twice(const ExpParts<T>& parts) {
+  return math::fma(parts.expm1, parts.expm1, T(2) * parts.excess);
+}
+
+// sigma, log sigma and their derivatives by the raw parameter.
+template <class T>
+struct Sigma {
+  T value, log, slope, log_slope;
+};
+
+template <int scale, class T>
+FASTFLOW_HD Sigma<T> sigma_of(T raw) {
+  if constexpr (scale == std_dev) {
+    return {raw, math::log(raw), T(1), T(1) / raw};
+  } else if constexpr (scale == softplus) {
+    const T value = math::softplus(raw) + softplus_floor<T>, slope = math::sigmoid(raw);
+    return {value, math::log(value), slope, slope / value};
+  } else {
+    T log, log_slope;
+    if constexpr (scale == soft_tanh) {
+      const T t = math::tanh(raw / soft_tanh_bound<T>);
+      log = soft_tanh_bound<T> * t;
+      log_slope = (T(1) - t) * (T(1) + t);
+    } else {
+      log_slope = scale == logvar ? T(0.5) : T(1);
+      log = log_slope * raw;
+    }
+    const T value = exp_parts(log).exp;  // shared with the KL divergence from N(0, 1)
+    return {value, log, value * log_slope, log_slope};
+  }
+}
+
+// KL(N(mean, sigma^2) || N(0, 1)) in nats.
+template <class T>
+FASTFLOW_HD T kl_standard(T mean, T log_sigma) {
+  return T(0.5) * math::fma(mean, mean, excess_twice(exp_parts(log_sigma)));
+}
+
+// KL(N(mean, sigma^2) || N(prior_mean, prior_sigma^2)) in nats.
+template <class T>
+FASTFLOW_HD T kl_prior(T mean, T log_sigma, T prior_mean, const Sigma<T>& prior) {
+  const T t = (mean - prior_mean) / prior.value;
+  return T(0.5) * math::fma(t, t, excess_twice(exp_parts(log_sigma - prior.log)));
+}
+
+// Derivatives of the KL divergence by the mean, the raw scale and, with a prior, the prior's two.
+template <class T>
+struct KlSlopes {
+  T mean, raw, prior_mean, prior_raw;
+};
+
+template <class T>
+FASTFLOW_HD KlSlopes<T> kl_standard_slopes(T mean, const Sigma<T>& sigma) {
+  return {mean, expm1_twice(exp_parts(sigma.log)) * sigma.log_slope, T(0), T(0)};
+}
+
+template <class T>
+FASTFLOW_HD KlSlopes<T> kl_prior_slopes(T mean, const Sigma<T>& sigma, T prior_mean, const Sigma<T>& prior) {
+  const T t = (mean - prior_mean) / prior.value, slope = t / prior.value;
+  const T change = expm1_twice(exp_parts(sigma.log - prior.log));
+  return {slope, change * sigma.log_slope, -slope, -math::fma(t, t, change) * prior.log_slope};
+}
+
+}  // namespace fastflow::gaussian

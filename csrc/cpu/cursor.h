@@ -1,0 +1,250 @@
+// Reads and writes strided operands of any dtype in tiles. For *_kernel.cpp alone: compiled once per instruction set.
+#pragma once
+
+#include "../common/math.h"
+#include "operand.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastflow::FASTFLOW_ISA {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat {
+  uint16_t bits;
+};
+
+template <class T>
+FASTFLOW_HD T convert(float x, T*) {
+  return static_cast<T>(x);
+}
+
+template <class T>
+FASTFLOW_HD T convert(double x, T*) {
+  return static_cast<T>(x);
+}
+
+template <class T>
+FASTFLOW_HD T convert(BFloat x, T*) {
+  return static_cast<T>(math::from_bits(static_cast<uint32_t>(x.bits) << 16));
+}
+
+template <class T>
+FASTFLOW_HD T convert(Half x, T*) {
+  const uint32_t wide = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const float normal = math::from_bits(wide + 0x38000000u);
+  const float subnormal = math::from_bits(wide | 0x38800000u) - 0x1p-14f;  // no denormal operand: the mode may flush them
+  const float special = math::from_bits(wide | 0x7f800000u);
+  const float magnitude = wide < 0x00800000u ? subnormal : wide < 0x0f800000u ? normal : special;
+  return static_cast<T>(math::from_bits(math::to_bits(magnitude) | static_cast<uint32_t>(x.bits & 0x8000) << 16));
+}
+
+FASTFLOW_HD BFloat convert(float x, BFloat*) {
+  const uint32_t u = math::to_bits(x);
+  const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+}
+
+FASTFLOW_HD Half convert(float x, Half*) {
+  const uint32_t u = math::to_bits(x), a = u & 0x7fffffffu;
+  const uint32_t normal = (a + 0xfffu + (a >> 13 & 1u) - 0x38000000u) >> 13;
+  const uint32_t subnormal = math::to_bits(math::from_bits(a) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = a < 0x38800000u ? subnormal : a < 0x477ff000u ? normal : 0x7c00u;
+  return {static_cast<uint16_t>((a > 0x7f800000u ? 0x7e00u : finite) | (u >> 16 & 0x8000u))};
+}
+
+FASTFLOW_HD BFloat convert(double x, BFloat* tag) { return convert(static_cast<float>(x), tag); }
+FASTFLOW_HD Half convert(double x, Half* tag) { return convert(static_cast<float>(x), tag); }
+
+// n elements, conversions included; strides count elements. Short runs are common (the channels of a channels_last
+// tensor), so equal types take a few fixed-size steps instead of a library call.
+template <class From, class To>
+FASTFLOW_HD void copy_run(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n) {
+  if (from_stride == 1 && to_stride == 1) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+#pragma omp simd
+      for (int j = 0; j < 16; ++j) to[i + j] = convert(from[i + j], static_cast<To*>(nullptr));
+    }
+    if (n & 8) {
+#pragma omp simd
+      for (int j = 0; j < 8; ++j) to[i + j] = convert(from[i + j], static_cast<To*>(nullptr));
+      i += 8;
+    }
+    if (n & 4) {
+#pragma omp simd
+      for (int j = 0; j < 4; ++j) to[i + j] = convert(from[i + j], static_cast<To*>(nullptr));
+      i += 4;
+    }
+    for (; i < n; ++i) to[i] = convert(from[i], static_cast<To*>(nullptr));
+  } else if (from_stride == 0 && to_stride == 1) {
+    const To value = convert(*from, static_cast<To*>(nullptr));
+    for (int64_t i = 0; i < n; ++i) to[i] = value;
+  } else if (from_stride == 2 && to_stride == 1) {
+    // The last element apart: reading in pairs must not pass the end of the storage.
+#pragma omp simd
+    for (int64_t i = 0; i < n - 1; ++i) to[i] = convert(from[2 * i], static_cast<To*>(nullptr));
+    to[n - 1] = convert(from[2 * (n - 1)], static_cast<To*>(nullptr));
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i * to_stride] = convert(from[i * from_stride], static_cast<To*>(nullptr));
+  }
+}
+
+// Stores that bypass the caches, for results too large to be found there again.
+template <class T>
+FASTFLOW_HD void stream(T* to, const T* from, int64_t n) {
+#if defined(__AVX512F__)
+  using Vector = __m512i;
+#elif defined(__AVX2__)
+  using Vector = __m256i;
+#elif defined(__x86_64__)
+  using Vector = __m128i;
+#endif
+#if defined(__x86_64__)
+  int64_t i = 0;
+  for (; i < n && reinterpret_cast<uintptr_t>(to + i) % sizeof(Vector) != 0; ++i) to[i] = from[i];
+  constexpr int64_t step = sizeof(Vector) / sizeof(T);
+  for (; i + step <= n; i += step) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  }
+  for (; i < n; ++i) to[i] = from[i];
+#else
+  __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+#endif
+}
+
+// Orders streamed stores before whatever tells another thread that they are done.
+FASTFLOW_HD void end_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// A position in an operand, moving forward in the order of traversal. T is the compute type.
+template <class T>
+struct Cursor {
+  const Operand* operand;
+  int64_t offset;    // of the current innermost run, in elements
+  int64_t position;  // within that run
+  int64_t index[Operand::max_rank];
+
+  bool present() const { return operand->data != nullptr; }
+
+  void seek(const Operand& o, int64_t element) {
+    operand = &o;
+    offset = position = 0;
+    if (!present() || o.rank == 0) return;
+    const int last = o.rank - 1;
+    int64_t rest = element / o.size[last];
+    position = element - rest * o.size[last];
+    for (int d = last - 1; d >= 0; --d) {
+      const int64_t quotient = rest / o.size[d];
+      index[d] = rest - quotient * o.size[d];
+      offset += index[d] * o.stride[d];
+      rest = quotient;
+    }
+  }
+
+  // The next n elements: in place if they lie there as contiguous T, else copied to buffer.
+  const T* read(int64_t n, T* buffer) {
+    if (T* direct = in_place(n)) return direct;
+    switch (operand->element) {
+      case Element::float16: return read_as<Half>(n, buffer);
+      case Element::bfloat16: return read_as<BFloat>(n, buffer);
+      case Element::float32: return read_as<float>(n, buffer);
+      default: return read_as<double>(n, buffer);
+    }
+  }
+
+  // Where the next n elements may be written directly, moving past them; else null, without moving.
+  T* in_place(int64_t n) {
+    const Operand& o = *operand;
+    if (o.element != (sizeof(T) == 8 ? Element::float64 : Element::float32)) return nullptr;
+    const int last = o.rank - 1;
+    if (last >= 0 && (o.stride[last] != 1 || position + n > o.size[last])) return nullptr;
+    T* result = static_cast<T*>(o.data) + offset + position;
+    move(n);
+    return result;
+  }
+
+  // Writes the next n elements from values.
+  void write(int64_t n, const T* values) {
+    switch (operand->element) {
+      case Element::float16: return write_as<Half>(n, values);
+      case Element::bfloat16: return write_as<BFloat>(n, values);
+      case Element::float32: return write_as<float>(n, values);
+      default: return write_as<double>(n, values);
+    }
+  }
+
+ private:
+  // Within the current run, going to the next at its end.
+  void move(int64_t n) {
+    const Operand& o = *operand;
+    position += n;
+    if (o.rank == 0 || position < o.size[o.rank - 1]) return;
+    position = 0;
+    for (int d = o.rank - 2; d >= 0; --d) {
+      offset += o.stride[d];
+      if (++index[d] < o.size[d]) return;
+      offset -= o.stride[d] * o.size[d];
+      index[d] = 0;
+    }
+  }
+
+  template <class F>
+  void each_run(int64_t n, const F& f) {
+    const Operand& o = *operand;
+    const int64_t length = o.rank > 0 ? o.size[o.rank - 1] : 1, stride = o.rank > 0 ? o.stride[o.rank - 1] : 1;
+    for (int64_t done = 0; done < n;) {
+      const int64_t left = n - done, room = length - position, count = left < room ? left : room;
+      f(offset + position * stride, stride, done, count);
+      done += count;
+      move(count);
+    }
+  }
+
+  template <class From>
+  const T* read_as(int64_t n, T* buffer) {
+    const From* data = static_cast<const From*>(operand->data);
+    each_run(n, [&](int64_t at, int64_t stride, int64_t done, int64_t count) {
+      copy_run(data + at, stride, buffer + done, 1, count);
+    });
+    return buffer;
+  }
+
+  template <class To>
+  void write_as(int64_t n, const T* values) {
+    To* data = static_cast<To*>(operand->data);
+    each_run(n, [&](int64_t at, int64_t stride, int64_t done, int64_t count) {
+      copy_run(values + done, 1, data + at, stride, count);
+    });
+  }
+};
+
+// Element i of a vector operand.
+template <class T>
+T element(const Operand& o, int64_t i) {
+  const int64_t at = o.rank > 0 ? i * o.stride[0] : 0;
+  switch (o.element) {
+    case Element::float16: return convert(static_cast<const Half*>(o.data)[at], static_cast<T*>(nullptr));
+    case Element::bfloat16: return convert(static_cast<const BFloat*>(o.data)[at], static_cast<T*>(nullptr));
+    case Element::float32: return static_cast<T>(static_cast<const float*>(o.data)[at]);
+    default: return static_cast<T>(static_cast<const double*>(o.data)[at]);
+  }
+}
+
+}  // namespace
+}  // namespace fastflow::FASTFLOW_ISA

@@ -1,0 +1,21 @@
+// A strided operand as the CPU kernels see it: plain data, shared by host code and the kernels of every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fastflow {
+
+enum class Element : int { float16, bfloat16, float32, float64 };
+
+// Dimensions outermost first in the order of traversal, adjacent ones merged where the strides allow; strides count
+// elements. A null `data` stands for an operand that is absent.
+struct Operand {
+  static constexpr int max_rank = 8;
+  void* data = nullptr;
+  Element element = Element::float32;
+  int rank = 0;
+  int64_t size[max_rank];
+  int64_t stride[max_rank];
+};
+
+}  // namespace fastflow

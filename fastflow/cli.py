@@ -1,0 +1,261 @@
+"""The command line: ``fastflow train | sample | evaluate | bench | doctor``.
+
+Everything heavy is imported by the command that needs it. What is refused is named in one line on stderr, exit status 1.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["main"]
+
+EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train", "tomli": "train",
+          "PIL": "data", "sklearn": "data", "skimage": "data"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line, with exit status 1."""
+
+    def error(self, message):
+        fail(f"{message} (see {self.prog} --help)")
+
+
+def fail(message, status=1):
+    """Says why on stderr, on one line, and exits."""
+    print(f"fastflow: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def warn(message):
+    print(f"fastflow: WARNING: {message}", file=sys.stderr)
+
+
+def main(argv=None):
+    """Runs one command; ``argv`` as in sys.argv[1:]."""
+    arguments = parser().parse_args(argv)
+    if arguments.command is None:
+        fail("expected a command: train, sample, evaluate, bench or doctor (see fastflow --help)")
+    try:
+        arguments.command(arguments)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        extra = EXTRAS[library]
+        fail(f"this command needs {library!r}, which is not installed: pip install 'fastflow[{extra}]'")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left: not an error
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except OSError as error:
+        fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except RuntimeError as error:
+        from fastflow.engine import RunError
+
+        if not isinstance(error, RunError):
+            raise
+        fail(error, getattr(error, "exit_status", 1))
+
+
+def parser():
+    """The argument parser with all commands."""
+    top = Parser(prog="fastflow", description="Normalizing flows and VAEs on fused kernels.")
+    top.add_argument("--version", action="version", version=f"fastflow {version('fastflow')}")
+    top.set_defaults(command=None)
+    commands = top.add_subparsers(title="commands", parser_class=Parser)
+
+    train = commands.add_parser("train", help="train a recipe", description="Train a recipe.")
+    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe's name (see --list) or a .toml file")
+    train.add_argument("--out", metavar="DIR", help="where the run goes (default: runs/RECIPE)")
+    train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+                       help="change one setting of the recipe; may be repeated")
+    train.add_argument("--resume", choices=["auto"], help="continue from the newest good checkpoint in DIR, if there is one")
+    train.add_argument("--list", action="store_true", help="list the recipes and leave")
+    train.set_defaults(command=run_train)
+
+    sample = commands.add_parser("sample", help="draw images from a trained model", description="Draw a grid of samples.")
+    sample.add_argument("directory", metavar="DIR", help="a run's directory")
+    sample.add_argument("-n", "--count", type=_positive, help="how many images (default: the recipe's)")
+    sample.add_argument("--temperature", type=float, help="of the base distribution (default: the recipe's)")
+    sample.add_argument("--seed", type=_natural, default=0)
+    sample.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
+    sample.set_defaults(command=run_sample)
+
+    evaluate = commands.add_parser("evaluate", help="held-out figures of a trained model",
+                                   description="Print held-out figures, and write them to DIR/evaluation.json.")
+    evaluate.add_argument("directory", metavar="DIR", help="a run's directory")
+    evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws")
+    evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
+    evaluate.set_defaults(command=run_evaluate)
+
+    bench = commands.add_parser("bench", help="measure the operations", description="Run the repository's benchmarks.",
+                                add_help=False)
+    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+    bench.set_defaults(command=run_bench)
+
+    doctor = commands.add_parser("doctor", help="what works on this machine, and why", description="Print versions and "
+                                 "which backends are available, and why.")
+    doctor.set_defaults(command=run_doctor)
+    return top
+
+
+def _natural(text):
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 0 or more, got {text}")
+    return value
+
+
+def _positive(text):
+    value = _natural(text)
+    if not 1 <= value <= 4096:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to 4096, got {text}")
+    return value
+
+
+def version(package):
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def run_train(arguments):
+    from fastflow.engine import settings as settings_module
+    from fastflow.engine.run import checkpoint_to_resume, default_directory
+
+    if arguments.list:
+        for name, description in settings_module.recipes().items():
+            print(f"{name:14} {description}")
+        return
+    if arguments.recipe is None:
+        fail(f"train: expected a recipe, one of {', '.join(settings_module.recipes())} or a .toml file")
+    settings = settings_module.load_settings(arguments.recipe, arguments.overrides)
+    title = Path(arguments.recipe).stem
+    resume = arguments.resume == "auto"
+    out = Path(arguments.out) if arguments.out else default_directory(title, resume)
+    loaded = checkpoint_to_resume(out, resume, warn)
+
+    from rich.console import Console
+
+    from fastflow.engine.evaluate import describe
+    from fastflow.engine.trainer import Trainer
+
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    trainer = Trainer(settings, out, console, title)
+    print(f"{title}: {len(trainer.data.train)} training and {len(trainer.data.test)} held-out images of "
+          f"{'x'.join(map(str, trainer.data.image_shape))}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}",
+          flush=True)
+    if loaded is None:
+        trainer.start()
+    else:
+        trainer.resume(loaded)
+        print(f"continuing after step {loaded.step}", flush=True)
+    results = trainer.run()
+    print(f"held-out {describe(results)}, {results['test_images']} images, step {results['step']}")
+    for name in ("samples", "reconstructions", "checkpoint"):
+        if name in results:
+            print(f"{name:16}{results[name]}")
+
+
+def run_sample(arguments):
+    from fastflow.data import DATASETS
+    from fastflow.engine.evaluate import samples
+    from fastflow.engine.pictures import save_grid
+    from fastflow.engine.run import load_trained
+    from fastflow.engine.trainer import choose_device
+
+    device = choose_device("auto")
+    trained = load_trained(arguments.directory, device, arguments.step)
+    options, (_, n_bins) = trained.settings.sample, DATASETS[trained.settings.data.name]
+    count = options.count if arguments.count is None else arguments.count
+    temperature = options.temperature if arguments.temperature is None else arguments.temperature
+    if not 0 < temperature < float("inf"):
+        fail(f"--temperature: expected a positive number, got {temperature}")
+    images = samples(trained.model, count, n_bins, device, temperature, arguments.seed)
+    path = Path(arguments.directory) / "samples" / f"step-{trained.step:06d}-seed-{arguments.seed}.png"
+    print(save_grid(path, images, n_bins))
+
+
+def run_evaluate(arguments):
+    from fastflow import data
+    from fastflow.engine.evaluate import describe, evaluate
+    from fastflow.engine.files import write_text
+    from fastflow.engine.objectives import objective_for
+    from fastflow.engine.run import load_trained
+    from fastflow.engine.trainer import choose_device
+
+    device = choose_device("auto")
+    trained = load_trained(arguments.directory, device, arguments.step)
+    images = data.load(trained.settings.data.name)
+    objective = objective_for(trained.model, n_bins=images.n_bins)
+    figures = evaluate(trained.model, objective, images.test, device, arguments.seed)
+    path = Path(arguments.directory) / "evaluation.json"
+    record = {"step": trained.step, "seed": arguments.seed, "test_images": len(images.test), **figures}
+    write_text(path, json.dumps(record, indent=1) + "\n")
+    print(f"held-out {describe(figures)}, {len(images.test)} images, step {trained.step}")
+    print(path)
+
+
+def run_bench(arguments):
+    here = Path.cwd()
+    if not (here / "benchmarks" / "run.py").is_file():
+        fail("bench: the benchmarks are in the repository, not in the installed package; run this where benchmarks/ is")
+    sys.path.insert(0, str(here))
+    status = importlib.import_module("benchmarks.run").main(arguments.arguments)
+    if status:
+        raise SystemExit(status)
+
+
+def run_doctor(arguments):
+    import torch
+
+    from fastflow import backends
+
+    def compiler(*names):
+        path = next(filter(None, map(shutil.which, filter(None, names))), None)
+        if path is None:
+            return "not found"
+        shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+        lines = [line for line in shown.splitlines() if line.strip()]
+        number = next((line for line in lines if "release" in line), lines[0] if lines else "")
+        return f"{path} ({number.strip()})"
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows = {
+        "fastflow": f"{version('fastflow') or 'not installed as a package'} in {Path(__file__).parent}",
+        "Python": f"{platform.python_version()} in {sys.prefix}",
+        "platform": f"{platform.platform()}, {os.cpu_count()} CPUs",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
+        "GPU": ", ".join(gpus) or "none",
+        "Triton": version("triton") or "not installed",
+        "C++ compiler": compiler(os.environ.get("CXX"), "c++", "g++", "clang++"),
+        "nvcc": compiler(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"), "nvcc"),
+    }
+    for name, value in rows.items():
+        print(f"{name:14}{value}")
+    print("\nbackends")
+    for name, reason in backends.status().items():
+        print(f"  {name:12}{reason}")
+    print("\noptional libraries")
+    for module, extra in EXTRAS.items():
+        if module == "tomli" and sys.version_info >= (3, 11):
+            continue
+        package = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}.get(module, module)
+        found = version(package)
+        print(f"  {package:14}{found or f'not installed: pip install fastflow[{extra}]'}")
+
+
+if __name__ == "__main__":
+    main()
