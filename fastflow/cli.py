@@ -57,7 +57,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except OSError as error:
-        fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
     except RuntimeError as error:
         from fastflow.engine import RunError
 
@@ -132,7 +132,6 @@ def version(package):
 
 def run_train(arguments):
     from fastflow.engine import settings as settings_module
-    from fastflow.engine.run import checkpoint_to_resume, default_directory
 
     if arguments.list:
         for name, description in settings_module.recipes().items():
@@ -142,15 +141,16 @@ def run_train(arguments):
         fail(f"train: expected a recipe, one of {', '.join(settings_module.recipes())} or a .toml file")
     settings = settings_module.load_settings(arguments.recipe, arguments.overrides)
     title = Path(arguments.recipe).stem
-    resume = arguments.resume == "auto"
-    out = Path(arguments.out) if arguments.out else default_directory(title, resume)
-    loaded = checkpoint_to_resume(out, resume, warn)
 
     from rich.console import Console
 
     from fastflow.engine.evaluate import describe
+    from fastflow.engine.run import checkpoint_to_resume, default_directory
     from fastflow.engine.trainer import Trainer
 
+    resume = arguments.resume == "auto"
+    out = Path(arguments.out) if arguments.out else default_directory(title, resume)
+    loaded = checkpoint_to_resume(out, resume, warn)
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     trainer = Trainer(settings, out, console, title)

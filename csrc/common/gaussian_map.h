@@ -9,8 +9,7 @@ namespace fastflow::gaussian {
 enum Scale { logvar, logstd, std_dev, softplus, soft_tanh, scale_count };
 
 // reference.SOFTPLUS_FLOOR, SOFT_TANH and log(2 pi) / 2.
-template <class T>
-constexpr T softplus_floor = T(1e-4), soft_tanh_bound = T(5), half_log_two_pi = T(0.91893853320467274178);
+constexpr double softplus_floor = 1e-4, soft_tanh_bound = 5, half_log_two_pi = 0.91893853320467274178;
 
 // exp(x), exp(x) - 1 and exp(x) - 1 - x, each to about two roundings of its own size, from one polynomial.
 template <class T>
@@ -57,13 +56,13 @@ FASTFLOW_HD Sigma<T> sigma_of(T raw) {
   if constexpr (scale == std_dev) {
     return {raw, math::log(raw), T(1), T(1) / raw};
   } else if constexpr (scale == softplus) {
-    const T value = math::softplus(raw) + softplus_floor<T>, slope = math::sigmoid(raw);
+    const T value = math::softplus(raw) + T(softplus_floor), slope = math::sigmoid(raw);
     return {value, math::log(value), slope, slope / value};
   } else {
     T log, log_slope;
     if constexpr (scale == soft_tanh) {
-      const T t = math::tanh(raw / soft_tanh_bound<T>);
-      log = soft_tanh_bound<T> * t;
+      const T t = math::tanh(raw / T(soft_tanh_bound));
+      log = T(soft_tanh_bound) * t;
       log_slope = (T(1) - t) * (T(1) + t);
     } else {
       log_slope = scale == logvar ? T(0.5) : T(1);

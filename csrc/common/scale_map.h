@@ -79,7 +79,7 @@ FASTFLOW_HD Scale<T> with_bounds(const ScaleMap<T>& map, Scale<T> scale) {
 template <class T>
 FASTFLOW_HD ScaleSlope<T> with_eps(const ScaleMap<T>& map, ScaleSlope<T> scale) {
   const T s = scale.s;
-  const T share = s < math::infinity<T>() ? s / (s + map.eps) : math::isnan(s) ? s : T(1);
+  const T share = (s == math::infinity<T>()) | (map.eps == T(0)) ? T(1) : s / (s + map.eps);
   return {s + map.eps, scale.ds, scale.dlog * share};
 }
 
@@ -172,6 +172,14 @@ FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
 template <Kind K, bool Bounds>
 inline constexpr bool separate_slopes = Bounds || K == Kind::softplus;
 
+// y of one element from its scale; t is the raw shift.
+template <class T>
+FASTFLOW_HD T coupled(const ScaleMap<T>& map, T s, T x, T t, bool inverse, bool shift_first) {
+  const T shift = map.shift_gain * t;
+  if (inverse) return shift_first ? x / s - shift : (x - shift) / s;
+  return shift_first ? (x + shift) * s : math::fma(x, s, shift);
+}
+
 template <class T>
 struct Coupled {
   T y, log_s;
@@ -194,7 +202,8 @@ struct CoupledGradient {
 };
 
 // Gradients in x, r and t of one element from its scale and those of y (gy) and of the summed log-det (gl).
-// `separate` says whether the scale's ds may differ from s*dlog.
+// `separate` says whether the scale's ds may differ from s*dlog. The inverse goes by ds, so that where s is 0 or infinite
+// its gradient is NaN as that of a quotient is.
 template <class T>
 FASTFLOW_HD CoupledGradient<T> coupled_gradient(const ScaleMap<T>& map, ScaleSlope<T> scale, T gy, T gl, T x, T t,
                                                 bool inverse, bool shift_first, bool separate) {
@@ -204,9 +213,8 @@ FASTFLOW_HD CoupledGradient<T> coupled_gradient(const ScaleMap<T>& map, ScaleSlo
   if (inverse) {
     grad.x = gy / s;
     grad.shift = -map.shift_gain * (shift_first ? gy : grad.x);
-    const T scaled = shift_first ? x : x - shift;  // y + t or y is this over s
-    grad.raw = separate ? -math::fma(grad.x * (scaled / s), scale.ds, gl * scale.dlog)
-                        : -math::fma(grad.x, scaled, gl) * scale.dlog;
+    const T quotient = (shift_first ? x : x - shift) / s;
+    grad.raw = -math::fma(grad.x * quotient, scale.ds, gl * scale.dlog);
   } else {
     const T scaled = shift_first ? x + shift : x;  // what s multiplies
     grad.x = gy * s;

@@ -90,23 +90,273 @@ void log_tile(const ScaleMap<T>& constants, int64_t n, T sign, const T* grad_log
     grad_raw[i] = sign * grad_logdet[i] * scale_slope<K, Extended, Extended>(map, raw[i]).dlog;
 }
 
-// Eps and bounds share one instance: the constants of whichever is absent change nothing.
+template <auto V>
+struct Constant {
+  static constexpr auto value = V;
+};
+
 template <class F>
-auto with_kind(const AffineMap& map, const F& f) {
-  const bool extended = map.eps != 0. || has_bounds(map.hard_min, map.hard_max);
-  auto choose = [&](auto kind) {
-    return extended ? f(kind, std_true{}) : f(kind, std_false{});
-  };
-  switch (static_cast<Kind>(map.kind)) {
-    case Kind::exp: return choose(KindIs<Kind::exp>{});
-    case Kind::sigmoid: return choose(KindIs<Kind::sigmoid>{});
-    case Kind::tanh: return choose(KindIs<Kind::tanh>{});
-    case Kind::atan: return choose(KindIs<Kind::atan>{});
-    case Kind::softplus: return choose(KindIs<Kind::softplus>{});
-    case Kind::rational: return choose(KindIs<Kind::rational>{});
-    default: return choose(KindIs<Kind::additive>{});
+auto with_flag(bool flag, const F& f) {
+  return flag ? f(Constant<true>{}) : f(Constant<false>{});
+}
+
+template <class F>
+auto with_kind(int64_t kind, const F& f) {
+  switch (static_cast<Kind>(kind)) {
+    case Kind::exp: return f(Constant<Kind::exp>{});
+    case Kind::sigmoid: return f(Constant<Kind::sigmoid>{});
+    case Kind::tanh: return f(Constant<Kind::tanh>{});
+    case Kind::atan: return f(Constant<Kind::atan>{});
+    case Kind::softplus: return f(Constant<Kind::softplus>{});
+    case Kind::rational: return f(Constant<Kind::rational>{});
+    default: return f(Constant<Kind::additive>{});
   }
 }
 
+// Eps and bounds share one instance, and double has no other: the constants of whichever is absent change nothing.
+template <class T, class F>
+auto with_map(const AffineMap& map, const F& f) {
+  return with_kind(map.kind, [&](auto kind) {
+    if constexpr (sizeof(T) == 8)
+      return f(kind, Constant<true>{});
+    else
+      return with_flag(map.eps != 0. || has_bounds(map.hard_min, map.hard_max),
+                       [&](auto extended) { return f(kind, extended); });
+  });
+}
+
+template <class T>
+ForwardTile<T> choose_forward(const AffineForward& job) {
+  return with_map<T>(job.map, [&](auto kind, auto extended) {
+    return with_flag(job.shape.inverse, [&](auto inverse) {
+      return with_flag(job.shape.shift_first, [&](auto first) -> ForwardTile<T> {
+        return forward_tile<decltype(kind)::value, decltype(extended)::value, decltype(inverse)::value,
+                            decltype(first)::value, T>;
+      });
+    });
+  });
+}
+
+template <class T>
+BackwardTile<T> choose_backward(const AffineBackward& job) {
+  return with_map<T>(job.map, [&](auto kind, auto extended) {
+    return with_flag(job.shape.inverse, [&](auto inverse) {
+      return with_flag(job.shape.shift_first, [&](auto first) -> BackwardTile<T> {
+        return backward_tile<decltype(kind)::value, decltype(extended)::value, decltype(inverse)::value,
+                             decltype(first)::value, T>;
+      });
+    });
+  });
+}
+
+template <class T>
+LogTile<T> choose_log(const AffineBackward& job) {
+  return with_map<T>(job.map, [](auto kind, auto extended) -> LogTile<T> {
+    return log_tile<decltype(kind)::value, decltype(extended)::value, T>;
+  });
+}
+
+template <class T>
+ScaleMap<T> constants_of(const AffineMap& m) {
+  return make_scale_map<T>(m.kind, m.gain, m.offset, m.out_gain, m.clamp, m.eps, m.hard_min, m.hard_max, m.shift_gain);
+}
+
+// Calls tile(n, sample) for the tiles of units [begin, end), in the order of traversal. Sample is the first that the
+// tile touches: a tile lies in one sample or holds several whole ones.
+template <class F, class G>
+void each_tile(const AffineShape& shape, int64_t begin, int64_t end, const F& tile_of, const G& end_of_unit) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    if (shape.split()) {
+      const int64_t blocks = shape.blocks(), sample = unit / blocks, from = (unit - sample * blocks) * shape.block;
+      const int64_t to = from + shape.block < shape.sample ? from + shape.block : shape.sample;
+      for (int64_t at = from; at < to; at += tile) tile_of(to - at < tile ? to - at : tile, sample);
+    } else if (shape.sample > 0) {
+      const int64_t from = unit * shape.group();
+      const int64_t to = from + shape.group() < shape.batch ? from + shape.group() : shape.batch;
+      const int64_t step = tile / shape.sample;
+      for (int64_t at = from; at < to; at += step)
+        tile_of((to - at < step ? to - at : step) * shape.sample, at);
+    }
+    end_of_unit(unit);
+  }
+}
+
+int64_t first_element(const AffineShape& shape, int64_t unit) {
+  if (!shape.split()) return unit * shape.group() * shape.sample;
+  const int64_t sample = unit / shape.blocks();
+  return sample * shape.sample + (unit - sample * shape.blocks()) * shape.block;
+}
+
+// Passive elements that lie before those of a unit.
+int64_t first_passive(const AffineShape& shape, int64_t unit) {
+  if (!shape.split()) {
+    const int64_t sample = unit * shape.group();
+    return (sample < shape.batch ? sample : shape.batch) * shape.passive;
+  }
+  const int64_t blocks = shape.blocks(), sample = unit / blocks;
+  return sample * shape.passive + shape.passive * (unit - sample * blocks) / blocks;
+}
+
+// A result: tiles are computed where they belong if they lie there as contiguous T, else in a buffer.
+template <class T>
+struct Result {
+  Cursor<T> cursor;
+  bool streamed, direct;
+  Tile<T> buffer;
+
+  void seek(const Operand& o, int64_t element, bool stream_it) {
+    cursor.seek(o, element);
+    streamed = stream_it;
+  }
+
+  T* begin(int64_t n) {
+    T* target = cursor.present() && !streamed ? cursor.in_place(n) : nullptr;
+    direct = target != nullptr;
+    return direct ? target : buffer.values;
+  }
+
+  void finish(int64_t n) { put(n, direct ? nullptr : buffer.values); }
+
+  // Writes values, if any.
+  void put(int64_t n, const T* values) {
+    if (values == nullptr || !cursor.present()) return;
+    if (streamed) {
+      if (T* target = cursor.in_place(n)) return stream(target, values, n);
+    }
+    cursor.write(n, values);
+  }
+};
+
+template <class T>
+void fill(T* values, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) values[i] = value;
+}
+
+template <class T>
+void forward(const AffineForward& job, int64_t begin, int64_t end) {
+  const AffineShape& shape = job.shape;
+  const ScaleMap<T> map = constants_of<T>(job.map);
+  const ForwardTile<T> compute = choose_forward<T>(job);
+  const int64_t start = first_element(shape, begin);
+  Cursor<T> x, raw, shift, passive;
+  Result<T> y, passive_y;
+  x.seek(job.x, start);
+  raw.seek(job.raw, start);
+  shift.seek(job.shift, start);
+  y.seek(job.y, start, shape.streamed);
+  passive.seek(job.passive, first_passive(shape, begin));
+  passive_y.seek(job.passive_y, first_passive(shape, begin), shape.streamed);
+  Tile<T> x_tile, raw_tile, shift_tile, log_tile;
+  CompensatedSum sum;
+
+  auto one_tile = [&](int64_t n, int64_t sample) {
+    compute(map, n, x.read(n, x_tile.values), raw.present() ? raw.read(n, raw_tile.values) : nullptr,
+            shift.read(n, shift_tile.values), y.begin(n), log_tile.values);
+    y.finish(n);
+    if (shape.split()) {
+      sum.add(static_cast<double>(sum_tile(log_tile.values, n)));
+      return;
+    }
+    for (int64_t i = 0; i < n; i += shape.sample)
+      job.partials[sample++] = static_cast<double>(sum_tile(log_tile.values + i, shape.sample));
+  };
+  auto end_of_unit = [&](int64_t unit) {
+    if (shape.split()) {
+      job.partials[unit] = sum.total();
+      sum = CompensatedSum();
+    }
+    if (!passive.present()) return;
+    int64_t left = first_passive(shape, unit + 1) - first_passive(shape, unit);
+    for (; left > 0; left -= tile) {
+      const int64_t n = left < tile ? left : tile;
+      const T* values = passive.read(n, x_tile.values);
+      T* target = passive_y.begin(n);
+      if (passive_y.direct)
+        copy_run(values, 1, target, 1, n);
+      else
+        passive_y.put(n, values);
+    }
+  };
+  each_tile(shape, begin, end, one_tile, end_of_unit);
+  if (shape.streamed) end_stream();
+}
+
+template <class T>
+void write_logdet(const AffineForward& job) {
+  const AffineShape& shape = job.shape;
+  const int64_t parts = shape.split() ? shape.blocks() : 1;
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    CompensatedSum sum;
+    for (int64_t i = 0; shape.sample > 0 && i < parts; ++i) sum.add(job.partials[b * parts + i]);
+    double total = shape.inverse ? -sum.total() : sum.total();
+    if (job.running.data != nullptr) total += element<double>(job.running, b);
+    static_cast<T*>(job.logdet.data)[b] = static_cast<T>(total);
+  }
+}
+
+template <class T>
+void backward(const AffineBackward& job, int64_t begin, int64_t end) {
+  const AffineShape& shape = job.shape;
+  const ScaleMap<T> map = constants_of<T>(job.map);
+  const BackwardTile<T> compute = choose_backward<T>(job);
+  const LogTile<T> compute_log = choose_log<T>(job);
+  const bool additive = static_cast<Kind>(job.map.kind) == Kind::additive;
+  const bool reads_shift = shape.inverse != shape.shift_first;
+  const T sign = shape.inverse ? T(-1) : T(1);
+  const int64_t start = first_element(shape, begin);
+  Cursor<T> grad_y, x, raw, shift;
+  Result<T> grad_x, grad_raw, grad_shift;
+  grad_y.seek(job.grad_y, start);
+  x.seek(job.x, start);
+  raw.seek(job.raw, start);
+  shift.seek(job.shift, start);
+  grad_x.seek(job.grad_x, start, shape.streamed);
+  grad_raw.seek(job.grad_raw, start, shape.streamed);
+  grad_shift.seek(job.grad_shift, start, shape.streamed);
+  Tile<T> gy_tile, gl_tile, x_tile, raw_tile, shift_tile;
+  fill(gl_tile.values, tile, T(0));
+  int64_t filled = -1;
+
+  auto one_tile = [&](int64_t n, int64_t sample) {
+    if (job.grad_logdet.data != nullptr && filled != sample) {
+      const int64_t length = shape.split() ? tile : shape.sample;
+      for (int64_t i = 0, b = sample; i < (shape.split() ? tile : n); i += length, ++b)
+        fill(gl_tile.values + i, length, element<T>(job.grad_logdet, b));
+      filled = sample;
+    }
+    T* gx = grad_x.begin(n);
+    T* gr = grad_raw.begin(n);
+    T* gt = grad_shift.begin(n);
+    const T* r = raw.present() ? raw.read(n, raw_tile.values) : nullptr;
+    if (grad_y.present()) {
+      const T* gy = grad_y.read(n, gy_tile.values);
+      compute(map, n, gy, gl_tile.values, additive ? gy : x.read(n, x_tile.values), r,
+              reads_shift ? shift.read(n, shift_tile.values) : nullptr, gx, gr, gt);
+    } else {
+      fill(gx, n, T(0));
+      fill(gt, n, T(0));
+      if (!additive) compute_log(map, n, sign, gl_tile.values, r, gr);
+    }
+    grad_x.finish(n);
+    grad_raw.finish(n);
+    grad_shift.finish(n);
+  };
+  each_tile(shape, begin, end, one_tile, [](int64_t) {});
+  if (shape.streamed) end_stream();
+}
+
 }  // namespace
+
+void affine_forward(const AffineForward& job, int64_t begin, int64_t end) {
+  job.shape.is_double ? forward<double>(job, begin, end) : forward<float>(job, begin, end);
+}
+
+void affine_logdet(const AffineForward& job) {
+  job.shape.is_double ? write_logdet<double>(job) : write_logdet<float>(job);
+}
+
+void affine_backward(const AffineBackward& job, int64_t begin, int64_t end) {
+  job.shape.is_double ? backward<double>(job, begin, end) : backward<float>(job, begin, end);
+}
+
 }  // namespace fastflow::FASTFLOW_ISA

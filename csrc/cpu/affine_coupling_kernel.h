@@ -18,7 +18,7 @@ struct AffineShape {
   static constexpr int64_t tile = 512, block = 32 * tile;
   bool split() const { return sample > tile; }
   int64_t blocks() const { return (sample + block - 1) / block; }
-  int64_t group() const { return block / sample; }
+  int64_t group() const { return sample > 0 ? block / sample : block; }  // samples in a unit
   int64_t units() const { return split() ? batch * blocks() : (batch + group() - 1) / group(); }
   int64_t partials() const { return split() ? batch * blocks() : batch; }
 };
@@ -33,6 +33,7 @@ struct AffineForward {
   AffineMap map;
   Operand x, raw, shift, y, passive, passive_y;
   double* partials;  // sums of log s
+  Operand running, logdet;  // one element per sample; logdet = running +- sum
 };
 
 struct AffineBackward {
@@ -42,8 +43,9 @@ struct AffineBackward {
   Operand grad_x, grad_raw, grad_shift;
 };
 
-#define FASTFLOW_AFFINE_KERNELS                                                  \
+#define FASTFLOW_AFFINE_KERNELS                                                \
   void affine_forward(const AffineForward& job, int64_t begin, int64_t end);   \
+  void affine_logdet(const AffineForward& job);                                \
   void affine_backward(const AffineBackward& job, int64_t begin, int64_t end);
 
 namespace baseline {

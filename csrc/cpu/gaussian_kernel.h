@@ -1,23 +1,9 @@
 // What the host code and the per-instruction-set code of the Gaussian operators agree on.
 #pragma once
 
-#include <cstdint>
+#include "operand.h"
 
 namespace fastflow::gaussian {
-
-enum class Storage { half, bfloat16, float32, float64 };
-
-constexpr int64_t max_rank = 64;  // torch's own limit
-
-// One operand over the logical shape (batch, channels, *S), row-major, with the dims that one stride steps through
-// merged: element i of sample k starts k*sample_stride elements into data. Absent operands have no data.
-struct Operand {
-  char* data;
-  Storage storage;
-  int64_t rank;  // at least 1
-  const int64_t *sizes, *strides;
-  int64_t sample_stride;
-};
 
 // How elements are dealt out. A row is what one sum runs over: a sample of the batch or one of its channels. Long rows
 // are cut into chunks of `chunk` elements, short ones are taken `group` at a time; each such piece is a tile. Nothing
@@ -39,6 +25,7 @@ struct Noise {
   uint64_t offset;
 };
 
+// Operands have the logical shape (batch, channels, *S), those of samples (K, batch, channels, *S), row-major.
 struct Problem {
   bool wide;   // computes in double
   int64_t scale;
@@ -51,23 +38,24 @@ struct Problem {
 
 struct Forward {
   Problem problem;
-  Operand z, eps;     // eps: where to save drawn noise, may be absent
+  Operand z;
+  void* eps;          // where to save the noise drawn, [samples][total], or null
   void* elementwise;  // KL of every element, or null
   void* kl;           // partial sums, [pieces], or null
   void* logq;         // partial sums of -log q, [samples][pieces], or null
 };
 
-// Samples of the batch whose prior gradients one task adds up, and tasks of a whole batch at most.
+// Gradients of a prior that the whole batch shares: summed over blocks of samples first, then over the blocks.
 struct PriorSum {
   int64_t block, blocks;
-  double *mean, *raw;  // [blocks][length], where wanted
+  double *mean, *raw;  // [blocks][length], null where not wanted
 };
 
 struct Backward {
   Problem problem;
   Operand grad_z, grad_kl, grad_logq;                    // may be absent
   Operand to_mean, to_raw, to_prior_mean, to_prior_raw;  // may be absent
-  PriorSum prior;                                        // for a prior that the batch shares
+  PriorSum prior;
 };
 
 #if defined(__x86_64__)
@@ -83,8 +71,11 @@ struct Backward {
 
 namespace fastflow {
 
-// Tiles [begin, end); with a shared prior that needs a gradient, the tasks of backward are (block, tile of a sample).
+// gaussian_forward and gaussian_backward work on tiles [begin, end), gaussian_prior_blocks on tasks (block, tile of a
+// sample), gaussian_prior_sums on tiles of a sample; the last two are gaussian_backward in two steps for a shared prior.
 FASTFLOW_GAUSSIAN_ISA(void gaussian_forward(const gaussian::Forward& f, int64_t begin, int64_t end);
-                      void gaussian_backward(const gaussian::Backward& b, int64_t begin, int64_t end);)
+                      void gaussian_backward(const gaussian::Backward& b, int64_t begin, int64_t end);
+                      void gaussian_prior_blocks(const gaussian::Backward& b, int64_t begin, int64_t end);
+                      void gaussian_prior_sums(const gaussian::Backward& b, int64_t begin, int64_t end);)
 
 }  // namespace fastflow

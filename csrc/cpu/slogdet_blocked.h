@@ -10,19 +10,21 @@ namespace fastflow::FASTFLOW_ISA {
 template <class T>
 struct Blocked {
   using uint = typename math::Bits<T>::uint;
+  using Integer = typename Simd<T>::Integer;
+  using Lane = typename Simd<T>::Lane;
   static constexpr int W = Simd<T>::lanes;
   static constexpr int base_rows = 8;
 
   int64_t n, ld;
   T *a, *inverse;         // n rows of ld: A, then its factors; the inverse but for the order of its columns
   T *diagonal, *scale;    // u_ii; 1/u_ii, or u_ii itself where `divide`
-  uint* key;              // |pivot candidates| as integers: ordered as numbers, with NaN above all
+  T* panel;               // columns being factorised, transposed
   int64_t* row;           // row i of P A is row row[i] of A
   bool odd, singular, nan, divide;
 
   static int64_t scratch(int64_t n) {
     const int64_t ld = leading_dimension<T>(n), line = round_up(ld * sizeof(T), 64);
-    return 2 * n * line + 3 * line + round_up(n * static_cast<int64_t>(sizeof(int64_t)), 64);
+    return 2 * n * line + 2 * line + W * round_up(n, W) * sizeof(T) + round_up(n * static_cast<int64_t>(sizeof(int64_t)), 64);
   }
 
   Blocked(int64_t n, void* scratch) : n(n), ld(leading_dimension<T>(n)) {
@@ -36,13 +38,13 @@ struct Blocked {
     inverse = reinterpret_cast<T*>(take(n * ld * sizeof(T)));
     diagonal = reinterpret_cast<T*>(take(ld * sizeof(T)));
     scale = reinterpret_cast<T*>(take(ld * sizeof(T)));
-    key = reinterpret_cast<uint*>(take(ld * sizeof(T)));
+    panel = reinterpret_cast<T*>(take(W * round_up(n, W) * sizeof(T)));
     row = reinterpret_cast<int64_t*>(take(n * sizeof(int64_t)));
   }
 
   template <class In>
   void load(const In* in, int64_t row_stride, int64_t column_stride) {
-    bool bad = false;
+    Lane bad{};
     for (int64_t i = 0; i < n; ++i) {
       T* out = a + i * ld;
       const In* from = in + i * row_stride;
@@ -51,26 +53,13 @@ struct Blocked {
       } else {
         for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(to_float(from[j * column_stride]));
       }
-      int any = 0;
-      for (int64_t j = 0; j < n; ++j) any |= out[j] != out[j];
-      bad |= any != 0;
       for (int64_t j = n; j < ld; ++j) out[j] = 0;
+      for (int64_t j = 0; j < ld; j += W) bad |= vec(out + j) != vec(out + j);
       row[i] = i;
     }
+    nan = false;
+    for (int l = 0; l < W; ++l) nan |= bad[l] != 0;
     odd = singular = divide = false;
-    nan = bad;
-  }
-
-  int64_t find_pivot(int64_t c) const {
-    uint best = 0;
-    for (int64_t i = c; i < n; ++i) best = key[i] > best ? key[i] : best;
-    int64_t i = c;
-    while (key[i] != best) ++i;
-    return i;
-  }
-
-  void read_keys(int64_t c) {
-    for (int64_t i = c; i < n; ++i) key[i] = math::to_bits(math::abs(a[i * ld + c]));
   }
 
   void swap_rows(int64_t i, int64_t j) {
@@ -85,33 +74,83 @@ struct Blocked {
     odd = !odd;
   }
 
-  // Columns [begin, end) of one vector's width, all rows below.
+  // Columns [begin, end) of one vector's width, all rows below, in a transposed copy: there the pivot search and the
+  // elimination run along vectors.
   void factorise_base(int64_t begin, int64_t end) {
-    read_keys(begin);
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t p = find_pivot(c);
-      if (p != c) swap_rows(c, p);
-      T* top = a + c * ld + begin;
-      const T pivot = top[c - begin];
-      diagonal[c] = pivot;
-      const int64_t next = c + 1 < end ? c + 1 : c;
+    const int64_t rows = n - begin, vectors = round_up(rows, W) / W, width = end - begin;
+    const auto column = [&](int64_t j) { return panel + j * vectors * W; };
+    for (int64_t v = 0; v < vectors; ++v) {
+      Vec<T> x[W];
+      for (int i = 0; i < W; ++i) x[i] = v * W + i < rows ? vec(a + (begin + v * W + i) * ld + begin) : Vec<T>{};
+      transpose<T>(x);
+      for (int j = 0; j < W; ++j) vec(column(j) + v * W) = x[j];
+    }
+    Lane lane;
+    for (int l = 0; l < W; ++l) lane[l] = l;
+
+    for (int64_t k = 0; k < width; ++k) {
+      T* const at = column(k);
+      const Lane below = lane > Lane{} + static_cast<Integer>(k);
+      const int64_t p = find_pivot(at, k, vectors, lane);
+      if (p != k) {
+        swap_rows(begin + k, begin + p);
+        for (int64_t j = 0; j < width; ++j) {
+          T* const c = column(j);
+          const T x = c[k];
+          c[k] = c[p];
+          c[p] = x;
+        }
+      }
+      const T pivot = at[k];
+      diagonal[begin + k] = pivot;
       if (pivot == 0) {  // nothing to eliminate; the multipliers are the zeros that stand there
         singular = true;
-        if (next != c) read_keys(next);
         continue;
       }
       const bool tiny = math::abs(pivot) < math::Bits<T>::tiny;
       divide |= tiny;
       const T reciprocal = T(1) / pivot;
-      Vec<T> tail = vec(top);
-      for (int64_t k = 0; k <= c - begin; ++k) tail[k] = 0;
-      for (int64_t i = c + 1; i < n; ++i) {
-        T* at = a + i * ld + begin;
-        const T factor = tiny ? at[c - begin] / pivot : at[c - begin] * reciprocal;
-        vec(at) -= factor * tail;
-        at[c - begin] = factor;
-        key[i] = math::to_bits(math::abs(at[next - begin]));
+      const auto multiplier = [&](Vec<T> x) { return tiny ? x / pivot : x * reciprocal; };
+      const Vec<T> first = below ? multiplier(vec(at)) : Vec<T>{};  // the only vector with rows above the pivot
+      vec(at) = below ? first : vec(at);
+      for (int64_t v = 1; v < vectors; ++v) vec(at + v * W) = multiplier(vec(at + v * W));
+      for (int64_t j = k + 1; j < width; ++j) {
+        T* const c = column(j);
+        const Vec<T> factor = splat(c[k]);
+        vec(c) -= first * factor;
+        for (int64_t v = 1; v < vectors; ++v) vec(c + v * W) -= vec(at + v * W) * factor;
       }
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      Vec<T> x[W];
+      for (int j = 0; j < W; ++j) x[j] = vec(column(j) + v * W);
+      transpose<T>(x);
+      for (int i = 0; i < W && v * W + i < rows; ++i) vec(a + (begin + v * W + i) * ld + begin) = x[i];
+    }
+  }
+
+  // The first row from k on with the largest magnitude; as integers, magnitudes are ordered with NaN above all.
+  static int64_t find_pivot(const T* column, int64_t k, int64_t vectors, Lane lane) {
+    const Lane sign = Lane{} + static_cast<Integer>(uint(1) << (8 * sizeof(T) - 1));
+    Lane best = reinterpret_cast<Lane>(vec(column)) & ~sign, at = Lane{};
+    best = lane < Lane{} + static_cast<Integer>(k) ? Lane{} - 1 : best;
+    for (int64_t v = 1; v < vectors; ++v) {
+      const Lane x = reinterpret_cast<Lane>(vec(column + v * W)) & ~sign, more = x > best;
+      best = more ? x : best;
+      at = more ? Lane{} + static_cast<Integer>(v) : at;
+    }
+    return first_largest<W / 2>(best, at * W + lane);
+  }
+
+  template <int Half>
+  static int64_t first_largest(Lane best, Lane row) {
+    if constexpr (Half == 0) {
+      return row[0];
+    } else {
+      const auto other = [](int l) { return l ^ Half; };
+      const Lane b = shuffle<T>(best, best, other), r = shuffle<T>(row, row, other);
+      const Lane better = (b > best) | ((b == best) & (r < row));
+      return first_largest<Half / 2>(better ? b : best, better ? r : row);
     }
   }
 

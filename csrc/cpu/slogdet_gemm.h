@@ -18,8 +18,23 @@ constexpr int tile_rows = 4, tile_vectors = 2;  // 8 of 16, room for the product
 #endif
 
 template <class T>
+struct IntegerLike;
+template <>
+struct IntegerLike<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerLike<double> {
+  using type = int64_t;
+};
+template <class T>
+struct IntegerLike<const T> : IntegerLike<T> {};
+
+template <class T>
 struct Simd {
+  using Integer = typename IntegerLike<T>::type;
   typedef T Vec __attribute__((vector_size(vector_bytes), may_alias));
+  typedef Integer Lane __attribute__((vector_size(vector_bytes), may_alias));  // comparisons of Vec, row numbers
   static constexpr int lanes = vector_bytes / sizeof(T);
 };
 
@@ -39,6 +54,39 @@ static inline const Vec<T>& vec(const T* p) {
 template <class T>
 static inline Vec<T> splat(T x) {
   return Vec<T>{} + x;
+}
+
+// Lanes [index(0), index(1), ...] of a, and of b from Simd<T>::lanes on.
+template <class T, class V, class Index>
+static inline V shuffle(V a, V b, const Index& index) {
+  constexpr int W = Simd<T>::lanes;
+#if defined(__clang__)
+  V result;
+#pragma clang loop unroll(full)
+  for (int l = 0; l < W; ++l) result[l] = index(l) < W ? a[index(l)] : b[index(l) - W];
+  return result;
+#else
+  typename Simd<T>::Lane lanes{};
+#pragma GCC unroll 16
+  for (int l = 0; l < W; ++l) lanes[l] = index(l);
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// Transposes a square of vectors: blocks of 1, 2, 4, ... change places across the diagonal.
+template <class T, int Block = 1>
+static inline void transpose(Vec<T> (&x)[Simd<T>::lanes]) {
+  constexpr int W = Simd<T>::lanes;
+  if constexpr (Block < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & Block) continue;
+      const Vec<T> a = x[i], b = x[i + Block];
+      x[i] = shuffle<T>(a, b, [](int l) { return l & Block ? W + l - Block : l; });
+      x[i + Block] = shuffle<T>(a, b, [](int l) { return l & Block ? W + l : l + Block; });
+    }
+    transpose<T, 2 * Block>(x);
+  }
 }
 
 static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }

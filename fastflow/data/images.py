@@ -3,8 +3,10 @@
 import hashlib
 import importlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["DATASETS", "ImageData", "load"]
 
@@ -22,8 +24,8 @@ class ImageData:
     """
 
     name: str
-    train: torch.Tensor
-    test: torch.Tensor
+    train: "torch.Tensor"
+    test: "torch.Tensor"
     n_bins: int
 
     @property
@@ -55,5 +57,7 @@ def load(name):
     """
     if name not in DATASETS:
         raise ValueError(f"name: expected one of {', '.join(DATASETS)}, got {name!r}")
+    import torch  # here, so that the names of the datasets cost no import of torch
+
     train, test = importlib.import_module(f"fastflow.data.{name}").read()
     return ImageData(name, torch.from_numpy(train), torch.from_numpy(test), DATASETS[name][1])

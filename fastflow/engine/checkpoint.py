@@ -93,7 +93,12 @@ def save(directory, step, tensors, state, keep=0):
         replaced = directory / f".{final.name}.tmp-{uuid.uuid4().hex}"
         if final.exists():
             final.rename(replaced)
-        temporary.rename(final)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(final)
+            raise
         _sync(directory)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:

@@ -67,5 +67,5 @@ def samples(model, n, n_bins, device, temperature=1.0, seed=0):
 def reconstructions(model, objective, images, device, seed=0):
     """What a VAE makes of images (N, C, H, W): integer levels, uint8."""
     with _aside(model, device, seed):
-        x, _ = objective.prepare(images.to(device))
+        x, _ = objective.prepare(model, images.to(device))
         return levels(model.reconstruct(x), objective.n_bins)

@@ -43,7 +43,7 @@ class Objective:
             raise ValueError(f"n_bins: expected an integer of at least 2, got {n_bins!r}")
         self.n_bins = n_bins
 
-    def prepare(self, x):
+    def prepare(self, model, x):
         """(float x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins, floating x as it is."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
@@ -51,7 +51,9 @@ class Objective:
             return x, 0.0
         if x.dtype == torch.bool or x.is_complex():
             raise TypeError(f"x: expected a floating or integer dtype, got {x.dtype}")
-        return dequantize(x, self.n_bins), x[0].numel() * math.log(self.n_bins)
+        parameter = next(unwrap(model).parameters(), None)
+        dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
+        return dequantize(x, self.n_bins, dtype=dtype), x[0].numel() * math.log(self.n_bins)
 
 
 class NegativeLogLikelihood(Objective):
@@ -61,13 +63,13 @@ class NegativeLogLikelihood(Objective):
 
     def __call__(self, model, x, context=None):
         """(loss, parts): 0-d tensors; parts is empty."""
-        x, constant = self.prepare(x)
+        x, constant = self.prepare(model, x)
         log_prob = model(x) if context is None else model(x, context)
         return constant - log_prob.mean(), {}
 
     def report(self, model, x):
         """{name: (B,) tensor} over a batch of images."""
-        x, constant = self.prepare(x)
+        x, constant = self.prepare(model, x)
         return {"bits_per_dim": (constant - model(x)) / (x[0].numel() * math.log(2))}
 
 
@@ -88,14 +90,14 @@ class NegativeELBO(Objective):
         """(loss, parts): 0-d tensors; parts holds the mean rate and distortion."""
         if context is not None:
             raise ValueError("context: a VAE takes none")
-        x, constant = self.prepare(x)
+        x, constant = self.prepare(model, x)
         bound = model(x, n_samples=self.n_samples, beta=self.beta)
         rate, distortion = bound.rate.mean(), bound.distortion.mean() + constant
         return constant - bound.elbo.mean(), {"rate": rate.detach(), "distortion": distortion.detach()}
 
     def report(self, model, x):
         """{name: (B,) tensor} over a batch of images, the ELBO unweighted whatever beta training uses."""
-        x, constant = self.prepare(x)
+        x, constant = self.prepare(model, x)
         bound = model(x, n_samples=self.n_samples, beta=1.0)
         elbo = bound.elbo - constant
         return {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,

@@ -50,6 +50,8 @@ class Trainer:
     def __init__(self, settings, out, console, title="train"):
         self.settings, self.out, self.console, self.title = settings, Path(out), console, title
         self.device = choose_device(settings.train.device)
+        if settings.train.threads:
+            torch.set_num_threads(settings.train.threads)
         self.data = data.load(settings.data.name)
         if settings.train.batch_size > len(self.data.train):
             raise SettingsError(f"train.batch_size: {settings.train.batch_size} is more than the "
@@ -77,7 +79,7 @@ class Trainer:
         """A fresh run: initialises data-dependent layers from training images."""
         first = self.data.train[torch.randperm(len(self.data.train))[:INITIAL_BATCH]].to(self.device)
         if hasattr(self.model, "initialize"):
-            self.model.initialize(self.train_step.objective.prepare(first)[0])
+            self.model.initialize(self.train_step.objective.prepare(self.model, first)[0])
         if self.ema is not None:
             self.ema.load_state_dict(self.model.state_dict())
 

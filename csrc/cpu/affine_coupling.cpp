@@ -1,0 +1,204 @@
+// Host side of affine_coupling on the CPU: operands, results, threads.
+#include "affine_coupling_kernel.h"
+
+#include "../fastflow.h"
+#include "runtime.h"
+
+#include <vector>
+
+namespace fastflow {
+
+namespace {
+
+enum Flags : int64_t { interleave = 1, shift_comes_first = 2, shift_first = 4, inverse = 8 };
+
+// Results of this size and above are written past the caches.
+constexpr int64_t streamed_bytes = int64_t(8) << 20;
+constexpr int64_t grain = 32768;  // elements that are worth a thread
+
+Element element_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return Element::float16;
+    case ScalarType::BFloat16: return Element::bfloat16;
+    case ScalarType::Float: return Element::float32;
+    default: return Element::float64;
+  }
+}
+
+int64_t size_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
+
+// Channels first, first + step, ... of a tensor (B, C, *S).
+struct Channels {
+  int64_t first = 0, step = 1, count = -1;  // count -1: all
+};
+
+// The order of traversal is y's order in memory, which x suggests.
+class Operands {
+ public:
+  explicit Operands(const Tensor& x) : channels_last_(suggests_channels_last(sizes_of(x), strides_of(x))) {}
+
+  Operand of(const Tensor& t, Channels channels = {}) {
+    Operand result;
+    if (!describe(t, channels, result)) {
+      kept_.push_back(torch::stable::contiguous(t));
+      describe(kept_.back(), channels, result);
+    }
+    return result;
+  }
+
+ private:
+  // False if the strides leave more dimensions than a kernel takes.
+  bool describe(const Tensor& t, Channels channels, Operand& out) const {
+    const auto sizes = t.sizes();
+    const auto strides = t.strides();
+    const size_t rank = sizes.size();
+    out.element = element_of(t.scalar_type());
+    out.rank = 0;
+    const int64_t skipped = rank > 1 ? channels.first * strides[1] * size_of(t.scalar_type()) : 0;
+    out.data = static_cast<char*>(t.data_ptr()) + skipped;
+    for (size_t i = 0; i < rank; ++i) {
+      const size_t d = !channels_last_ || i == 0 ? i : i == rank - 1 ? 1 : i + 1;
+      const bool sliced = d == 1 && channels.count >= 0;
+      const int64_t size = sliced ? channels.count : sizes[d], stride = strides[d] * (sliced ? channels.step : 1);
+      if (size == 1) continue;
+      if (out.rank > 0 && out.stride[out.rank - 1] == stride * size) {
+        out.size[out.rank - 1] *= size;
+        out.stride[out.rank - 1] = stride;
+        continue;
+      }
+      if (out.rank == Operand::max_rank) return false;
+      out.size[out.rank] = size;
+      out.stride[out.rank++] = stride;
+    }
+    return true;
+  }
+
+  bool channels_last_;
+  std::vector<Tensor> kept_;
+};
+
+// Where the raw scale and the shift lie in packed parameters with `channels` channels each.
+struct Halves {
+  Channels raw, shift;
+
+  Halves(int64_t flags, int64_t channels) {
+    const bool alternate = flags & interleave;
+    const Channels first{0, alternate ? 2 : 1, channels}, second{alternate ? 1 : channels, first.step, channels};
+    raw = flags & shift_comes_first ? second : first;
+    shift = flags & shift_comes_first ? first : second;
+  }
+};
+
+AffineShape shape_of(const Tensor& x, int64_t passive_channels, int64_t flags) {
+  const auto sizes = x.sizes();
+  int64_t space = 1;
+  for (size_t d = 2; d < sizes.size(); ++d) space *= sizes[d];
+  AffineShape shape{};
+  shape.batch = sizes[0];
+  shape.sample = sizes[1] * space;
+  shape.passive = passive_channels * space;
+  shape.is_double = x.scalar_type() == ScalarType::Double;
+  shape.inverse = flags & inverse;
+  shape.shift_first = flags & shift_first;
+  return shape;
+}
+
+int64_t units_per_thread(const AffineShape& shape) {
+  const int64_t work = (shape.sample + shape.passive) * shape.batch / shape.units();
+  return work >= grain ? 1 : grain / (work > 0 ? work : 1);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> affine_coupling_fwd(
+    const Tensor& x, const Tensor& params, const optional<Tensor>& shift, const optional<Tensor>& logdet,
+    const optional<Tensor>& passive, int64_t flags, int64_t kind, double gain, double offset, double out_gain,
+    double clamp, double eps, double hard_min, double hard_max, double shift_gain) {
+  const bool additive = kind == 6;
+  Dims sizes = sizes_of(x);
+  const int64_t channels = sizes[1], passive_channels = passive ? passive->size(1) : 0;
+  sizes[1] += passive_channels;
+  Tensor y = empty_strided(sizes, strides_like(sizes, x), result_type(x, optional(params), shift, passive), x);
+  Tensor total = empty({sizes[0]}, compute_type(x.scalar_type()), x);
+
+  AffineForward job{};
+  job.shape = shape_of(x, passive_channels, flags);
+  job.map = {kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain};
+  Operands operands(x);
+  if (job.shape.batch > 0 && job.shape.sample + job.shape.passive > 0) {
+    const Halves halves(flags, channels);
+    job.x = operands.of(x);
+    job.y = operands.of(y, {passive_channels, 1, channels});
+    if (additive) {
+      job.shift = operands.of(params);
+    } else {
+      job.raw = shift ? operands.of(params) : operands.of(params, halves.raw);
+      job.shift = shift ? operands.of(*shift) : operands.of(params, halves.shift);
+    }
+    if (passive_channels > 0) {
+      job.passive = operands.of(*passive);
+      job.passive_y = operands.of(y, {0, 1, passive_channels});
+    }
+  }
+  std::vector<double> partials(static_cast<size_t>(job.shape.partials()));
+  job.partials = partials.data();
+  job.logdet = operands.of(total);
+  if (logdet) job.running = operands.of(*logdet);
+  if (job.x.data != nullptr) {
+    const int64_t bytes = y.numel() * size_of(y.scalar_type());
+    job.shape.streamed = bytes >= streamed_bytes;
+    parallel_for(0, job.shape.units(), units_per_thread(job.shape),
+                 [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(affine_forward, job, begin, end); });
+  }
+  if (job.shape.batch > 0) FASTFLOW_ISA_CALL(affine_logdet, job);
+  return {y, total};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
+    const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet, const Tensor& x, const Tensor& params,
+    const optional<Tensor>& shift, int64_t passive_channels, bool need_x, bool need_params, bool need_shift,
+    int64_t flags, int64_t kind, double gain, double offset, double out_gain, double clamp, double eps,
+    double hard_min, double hard_max, double shift_gain) {
+  const bool additive = kind == 6;
+  const int64_t channels = x.size(1);
+  auto result = [&](bool needed, const Tensor& like) {
+    const Dims sizes = sizes_of(like);
+    return needed ? empty_strided(sizes, strides_like(sizes, like), like.scalar_type(), like) : nothing(like);
+  };
+  Tensor grad_x = result(need_x, x);
+  Tensor grad_params = result(need_params, params);
+  Tensor grad_shift = result(need_shift && shift, shift ? *shift : params);
+
+  AffineBackward job{};
+  job.shape = shape_of(x, 0, flags);
+  job.map = {kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain};
+  if (x.numel() == 0) return {grad_x, grad_params, grad_shift};
+  Operands operands(x);
+  const Halves halves(flags, channels);
+  if (grad_y) job.grad_y = operands.of(*grad_y, {passive_channels, 1, channels});
+  if (grad_logdet) job.grad_logdet = operands.of(*grad_logdet);
+  job.x = operands.of(x);
+  if (need_x) job.grad_x = operands.of(grad_x);
+  if (additive) {
+    job.shift = operands.of(params);
+    if (need_params) job.grad_shift = operands.of(grad_params);
+  } else if (shift) {
+    job.raw = operands.of(params);
+    job.shift = operands.of(*shift);
+    if (need_params) job.grad_raw = operands.of(grad_params);
+    if (need_shift) job.grad_shift = operands.of(grad_shift);
+  } else {
+    job.raw = operands.of(params, halves.raw);
+    job.shift = operands.of(params, halves.shift);
+    if (need_params) job.grad_raw = operands.of(grad_params, halves.raw);
+    if (need_params) job.grad_shift = operands.of(grad_params, halves.shift);
+  }
+  int64_t bytes = 0;
+  for (const Tensor& t : {grad_x, grad_params, grad_shift}) bytes += t.numel() * size_of(t.scalar_type());
+  job.shape.streamed = bytes >= streamed_bytes;
+  parallel_for(0, job.shape.units(), units_per_thread(job.shape),
+               [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(affine_backward, job, begin, end); });
+  return {grad_x, grad_params, grad_shift};
+}
+
+}  // namespace fastflow

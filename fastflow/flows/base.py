@@ -1,0 +1,107 @@
+"""Base distributions: the noise that a flow maps data to."""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+from torch.distributions import Distribution, transform_to
+
+from fastflow import checks
+
+__all__ = ["StandardNormal", "as_base"]
+
+
+class StandardNormal(nn.Module):
+    """N(0, I) over tensors of ``event_shape``.
+
+    Samples have the dtype and device that the module was moved to, so that they follow the flow's ``.double()`` and
+    ``.to()``.
+    """
+
+    def __init__(self, event_shape):
+        super().__init__()
+        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)
+
+    def forward(self, z):
+        return self.log_prob(z)
+
+    def log_prob(self, z, temperature=1.0):
+        """(B,) nats of z (B, *event_shape) under N(0, temperature^2 I)."""
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], *self.event_shape))
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if temperature != 1.0:
+            z = z / temperature
+        constant = math.prod(self.event_shape) * (0.5 * math.log(2.0 * math.pi) + math.log(temperature))
+        return -0.5 * (z * z).reshape(z.shape[0], -1).sum(1) - constant
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        """(n, *event_shape) with standard deviation ``temperature``."""
+        device = self.anchor.device if generator is None else generator.device
+        dtype = torch.promote_types(self.anchor.dtype, torch.float32)
+        z = torch.randn((n, *self.event_shape), generator=generator, dtype=dtype, device=device).to(self.anchor.device)
+        return z if temperature == 1.0 else temperature * z
+
+    def extra_repr(self):
+        return str(tuple(self.event_shape))
+
+
+class _DistributionBase:
+    """A torch.distributions object as a base; batch dimensions count as dimensions of the event."""
+
+    def __init__(self, distribution):
+        self.distribution = distribution
+        self.event_shape = distribution.batch_shape + distribution.event_shape
+
+    def log_prob(self, z, temperature=1.0):
+        distribution = self._tempered(temperature)
+        support = distribution.support
+        inside = support.check(z)
+        missing = torch.isnan(z)
+        if support.event_dim:
+            missing = missing.flatten(-support.event_dim).any(-1)
+            spread = inside.view(inside.shape + (1,) * support.event_dim)
+        else:
+            spread = inside
+        # A point of the support stands in where z has left it, so that neither value nor gradient become NaN.
+        safe = torch.where(spread, z, transform_to(support)(torch.zeros_like(z)))
+        value = torch.where(inside, distribution.log_prob(safe), -torch.inf)
+        value = torch.where(missing, torch.nan, value)
+        return value.flatten(1).sum(1) if value.dim() > 1 else value
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        distribution = self._tempered(temperature)
+        draw = distribution.rsample if distribution.has_rsample else distribution.sample
+        with _seeded(generator):
+            return draw((n,))
+
+    def _tempered(self, temperature):
+        if temperature == 1.0:
+            return self.distribution
+        if isinstance(self.distribution, torch.distributions.Normal):
+            return torch.distributions.Normal(self.distribution.loc, temperature * self.distribution.scale)
+        raise ValueError(f"temperature: expected 1 for a base of type {type(self.distribution).__name__}, "
+                         f"got {temperature}")
+
+
+@contextlib.contextmanager
+def _seeded(generator):
+    """Torch's own generators, seeded from ``generator`` and set back afterwards: distributions take no generator."""
+    if generator is None:
+        yield
+        return
+    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, generator=generator, device=generator.device).item()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def as_base(base):
+    """``base`` as an object with event_shape, log_prob(z, temperature) and sample(n, generator=, temperature=)."""
+    if isinstance(base, Distribution):
+        return _DistributionBase(base)
+    if hasattr(base, "log_prob") and hasattr(base, "sample") and hasattr(base, "event_shape"):
+        return base
+    raise TypeError(f"base: expected a base distribution or a torch.distributions object, got {type(base).__name__}")

@@ -1,0 +1,76 @@
+"""Transforms without parameters: permutations and scalar bijections."""
+
+import torch
+from torch import nn
+
+from fastflow import checks
+
+__all__ = ["Exp", "Log", "Permute", "Reverse"]
+
+
+def _sum(values):
+    """Sum over all but the first dimension."""
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+class Log(nn.Module):
+    """z = log(x), element by element; Flow(Log(), base) is the law of x = exp(z), such as a log-normal.
+
+    Outside the domain, at x <= 0, the log-determinant is -inf and z is 0, so that log_prob is -inf.
+    """
+
+    def forward(self, x, context=None):
+        outside = x <= 0  # false for NaN, which passes through
+        z = torch.log(torch.where(outside, torch.ones_like(x), x))
+        return z, _sum(torch.where(outside, torch.full_like(z, -torch.inf), -z))
+
+    def inverse(self, z, context=None):
+        return torch.exp(z), _sum(z)
+
+
+class Exp(nn.Module):
+    """z = exp(x), element by element; Flow(Exp(), base) is the law of x = log(z) for a positive z."""
+
+    def forward(self, x, context=None):
+        return torch.exp(x), _sum(x)
+
+    def inverse(self, z, context=None):
+        x, logdet = Log()(z)
+        return x, logdet
+
+
+class Permute(nn.Module):
+    """The channels (dim 1) in another order: z[:, i] = x[:, permutation[i]].
+
+    Args:
+        permutation: sequence or (C,) int64 tensor holding each of 0..C-1 once.
+    """
+
+    def __init__(self, permutation):
+        super().__init__()
+        permutation = torch.as_tensor(permutation, dtype=torch.int64)
+        if permutation.dim() != 1 or not torch.equal(permutation.sort().values, torch.arange(len(permutation))):
+            raise ValueError(f"permutation: expected each of 0..C-1 once, got {permutation.tolist()}")
+        self.register_buffer("permutation", permutation)
+
+    def forward(self, x, context=None):
+        return self._take(x, self.permutation)
+
+    def inverse(self, z, context=None):
+        return self._take(z, torch.argsort(self.permutation))
+
+    def _take(self, x, order):
+        checks.tensor("x", x)
+        if x.dim() < 2 or x.shape[1] != len(order):
+            raise ValueError(f"x: expected shape (B, {len(order)}, *S), got {tuple(x.shape)}")
+        return x.index_select(1, order), x.new_zeros(x.shape[0])
+
+
+class Reverse(nn.Module):
+    """The channels (dim 1) in reverse order."""
+
+    def forward(self, x, context=None):
+        return x.flip(1), x.new_zeros(x.shape[0])
+
+    def inverse(self, z, context=None):
+        return self(z)

@@ -1,0 +1,167 @@
+"""Flow: a transform and a base distribution, which together are a density."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributions import Distribution, constraints
+
+from fastflow import checks
+from fastflow.flows.base import as_base
+from fastflow.flows.images import bits_per_dim, dequantize
+from fastflow.flows.transform import check_transform, initialize
+
+__all__ = ["Flow", "FlowDistribution"]
+
+
+class Flow(nn.Module):
+    """The density log p(x) = log base(z) + log|det dz/dx| with z = transform(x).
+
+    Calling the module is :meth:`log_prob`, so that wrappers such as DDP, FSDP2 and torch.compile train it.
+
+    Args:
+        transform: data to noise, any :class:`Transform`.
+        base: distribution of the noise: a StandardNormal, an object like it, or a torch.distributions object, whose
+            batch dimensions count as event dimensions. Only modules follow ``.to()``.
+
+    Attributes:
+        transform, base: as given.
+    """
+
+    def __init__(self, transform, base):
+        super().__init__()
+        check_transform("transform", transform)
+        as_base(base)
+        self.transform = transform
+        self.base = base
+
+    def forward(self, x, context=None):
+        return self.log_prob(x, context)
+
+    def log_prob(self, x, context=None):
+        """log p(x), or log p(x | context), in nats.
+
+        Args:
+            x: (B, *event).
+            context: (B, ...) that conditions each x, handed to the transform, or None.
+
+        Returns:
+            (B,); -inf outside the support.
+        """
+        z, logdet = self.transform(x, context)
+        return as_base(self.base).log_prob(z) + logdet
+
+    @torch.no_grad()
+    def sample(self, n, context=None, *, generator=None, temperature=1.0):
+        """n samples, without gradients; see :meth:`rsample`."""
+        return self.rsample(n, context, generator=generator, temperature=temperature)
+
+    def rsample(self, n, context=None, *, generator=None, temperature=1.0):
+        """n samples, with gradients for the transform's parameters and the context.
+
+        Args:
+            n: number of samples, for each context if one is given.
+            context: (B, ...) or None.
+            generator: torch.Generator of the noise, None for torch's own.
+            temperature: factor on the base's standard deviation.
+
+        Returns:
+            (n, *event), with a context (n, B, *event).
+        """
+        z, context, lead = self._noise(n, context, generator, temperature)
+        return self.transform.inverse(z, context)[0].unflatten(0, lead)
+
+    def sample_and_log_prob(self, n, context=None, *, generator=None, temperature=1.0):
+        """(samples as of :meth:`rsample`, their log-density (n,) or (n, B) in nats), both with gradients.
+
+        The density is that of the distribution sampled from: at another temperature than 1 it is not the model's own.
+        """
+        if temperature == 0:
+            raise ValueError("temperature: expected a positive number, because there is no density at 0, got 0")
+        z, context, lead = self._noise(n, context, generator, temperature)
+        x, logdet = self.transform.inverse(z, context)
+        log_prob = as_base(self.base).log_prob(z, temperature) - logdet
+        return x.unflatten(0, lead), log_prob.unflatten(0, lead)
+
+    def as_distribution(self, context=None):
+        """The flow as a torch.distributions object; with a context its batch shape is (B,)."""
+        return FlowDistribution(self, context)
+
+    def initialize(self, x, context=None):
+        """Set data-dependent parameters (ActNorm) from a batch x (B, *event), anew at every call; nothing else changes."""
+        initialize(self.transform, x, context)
+
+    def unpack(self, z):
+        """The latents of a multi-scale z (B, D) as a list, in the order in which they leave; [z] for other flows."""
+        return self.transform.unpack(z) if hasattr(self.transform, "unpack") else [z]
+
+    def bits_per_dim(self, x, n_bins=256, *, context=None, generator=None):
+        """Bits per dimension of integer-valued images, with every constant counted.
+
+        The images are dequantised as x/n_bins - 0.5 + U/n_bins; with D elements per image the result is
+        -(log_prob - D log n_bins) / (D log 2), an upper bound in expectation over U.
+
+        Args:
+            x: (B, C, H, W), values 0..n_bins-1, any dtype.
+            n_bins: number of values.
+            generator: torch.Generator of U, None for torch's own.
+
+        Returns:
+            (B,).
+        """
+        checks.tensor("x", x, floating=False)
+        values = dequantize(x, n_bins, generator=generator, dtype=self._dtype())
+        return bits_per_dim(self.log_prob(values, context), math.prod(x.shape[1:]), n_bins)
+
+    def _dtype(self):
+        tensors = (t for t in (*self.parameters(), *self.buffers()) if t.dtype == torch.float64)
+        return torch.float32 if next(tensors, None) is None else torch.float64
+
+    def _noise(self, n, context, generator, temperature):
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+        lead = (n,)
+        if context is not None:
+            lead = (n, context.shape[0])
+            context = context.expand(n, *context.shape).flatten(0, 1)
+        z = as_base(self.base).sample(math.prod(lead), generator=generator, temperature=temperature)
+        return z, context, lead
+
+
+class FlowDistribution(Distribution):
+    """A flow, under one context or (B, ...) contexts, with the interface of torch.distributions."""
+
+    arg_constraints = {}
+    has_rsample = True
+
+    def __init__(self, flow, context=None):
+        self.flow = flow
+        self.context = context
+        with torch.no_grad():  # the data's shape need not be the noise's
+            event = flow.sample(1, None if context is None else context[:1], generator=torch.Generator().manual_seed(0))
+        batch_shape = torch.Size() if context is None else torch.Size([context.shape[0]])
+        super().__init__(batch_shape, event.shape[1 if context is None else 2:], validate_args=False)
+
+    @property
+    def support(self):
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def log_prob(self, value):
+        """Log-density (*sample, *batch) of value (*sample, *batch, *event), in nats."""
+        event_dims = len(self.event_shape)
+        lead = value.shape[:value.dim() - event_dims]
+        context = self.context
+        if context is not None:
+            lead = torch.broadcast_shapes(lead, self.batch_shape)
+            value = value.expand(*lead, *self.event_shape)
+            context = context.expand(*lead, *context.shape[1:]).reshape(-1, *context.shape[1:])
+        return self.flow.log_prob(value.reshape(-1, *self.event_shape), context).reshape(lead)
+
+    def sample(self, sample_shape=()):
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def rsample(self, sample_shape=()):
+        shape = torch.Size(sample_shape)
+        x = self.flow.rsample(math.prod(shape), self.context)
+        return x.reshape(*shape, *self.batch_shape, *self.event_shape)

@@ -1,0 +1,211 @@
+"""Glow: the multi-scale flow for images."""
+
+import math
+
+import torch
+from torch import nn
+
+from fastflow import checks
+from fastflow.flows.base import StandardNormal
+from fastflow.flows.flow import Flow
+from fastflow.flows.multiscale import Split, Squeeze, ZeroConv
+from fastflow.functional import ScaleMap
+from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
+from fastflow.nn.factors import factorize
+
+__all__ = ["Glow", "GlowStep", "GlowTransform"]
+
+
+class GlowStep(nn.Module):
+    """One step of flow: ActNorm folded into an invertible 1x1 convolution, then an affine coupling.
+
+    Args:
+        channels: C >= 2.
+        conditioner: network of the coupling, from C // 2 channels to twice the rest.
+        parametrization: of the convolution, "plain" or "plu".
+        coupling: further keyword arguments of nn.AffineCoupling.
+    """
+
+    def __init__(self, channels, conditioner, *, parametrization="plain", **coupling):
+        super().__init__()
+        self.conv = InvertibleConv1x1(channels, parametrization, actnorm=ActNorm(channels))
+        self.coupling = AffineCoupling(conditioner, **coupling)
+
+    def forward(self, x, context=None):
+        x, logdet = self.conv(x)
+        return self.coupling(x, context, logdet=logdet)
+
+    def inverse(self, z, context=None):
+        z, logdet = self.coupling.inverse(z, context)
+        x, more = self.conv.inverse(z)
+        return x, logdet + more
+
+    def initialize(self, x, context=None):
+        return self.coupling(self.conv.initialize(x), context)[0]
+
+
+class GlowLevel(nn.Module):
+    """One scale: its steps, and the split that ends it (None on the last)."""
+
+    def __init__(self, steps, split):
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+        self.split = split
+
+
+class GlowTransform(nn.Module):
+    """The transform of :class:`Glow`: images (B, C, H, W) to z (B, D), latents in the order in which they leave.
+
+    All 1x1 weights are factorised together at the start of a pass, each size in one call. Images are kept channels-last,
+    in which the 1x1 convolutions are plain matrix products.
+    """
+
+    def __init__(self, image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior, conditioner, coupling):
+        super().__init__()
+        self.event_shape = tuple(image_shape)
+        self.squeeze = Squeeze()
+        self.levels = nn.ModuleList()
+        self.level_shapes = []  # of the data inside each level
+        channels, height, width = self.event_shape
+        for level in range(n_levels):
+            channels, height, width = 4 * channels, height // 2, width // 2
+            self.level_shapes.append((channels, height, width))
+            half = channels // 2
+            steps = [GlowStep(channels, conditioner(half, 2 * (channels - half), hidden_channels),
+                              parametrization=parametrization, **coupling) for _ in range(n_steps)]
+            split = None
+            if level < n_levels - 1:
+                split = Split((channels, height, width), prior=ZeroConv(half, 2 * (channels - half)) if learn_prior else None)
+                channels = half
+            self.levels.append(GlowLevel(steps, split))
+        self.latent_shapes = [shape if level.split is None else level.split.latent_shape
+                              for level, shape in zip(self.levels, self.level_shapes, strict=True)]
+
+    def forward(self, x, context=None):
+        """(z (B, D), logdet (B,)) of x (B, C, H, W)."""
+        self._check(x, context)
+        factors = self._factorize(inverse=False)
+        x = x.contiguous(memory_format=torch.channels_last)
+        logdet, latents = None, []
+        for level, shape, level_factors in zip(self.levels, self.level_shapes, factors, strict=True):
+            x = self.squeeze(x)[0]
+            for step, factor in zip(level.steps, level_factors, strict=True):
+                x = step.conv.apply_factors(x, factor)
+                x, logdet = step.coupling(x, logdet=logdet)
+            logdet = _add_convolutions(logdet, level_factors, shape, x)
+            if level.split is not None:
+                x, latent, logdet = level.split.split(x, logdet)
+                latents.append(latent.flatten(1))
+        latents.append(x.flatten(1))
+        return torch.cat(latents, 1), logdet
+
+    def inverse(self, z, context=None):
+        """(x (B, C, H, W), logdet (B,)) of z (B, D)."""
+        latents = self.unpack(z)
+        if context is not None:
+            raise ValueError("context: expected None, because Glow is unconditional")
+        factors = self._factorize(inverse=True)
+        x, logdet = None, None
+        for level, shape, latent, level_factors in zip(reversed(self.levels), reversed(self.level_shapes),
+                                                       reversed(latents), reversed(factors), strict=True):
+            latent = latent.contiguous(memory_format=torch.channels_last)
+            x, logdet = (latent, logdet) if level.split is None else level.split.merge(x, latent, logdet)
+            for step, factor in zip(reversed(level.steps), reversed(level_factors), strict=True):
+                x, logdet = step.coupling.inverse(x, logdet=logdet)
+                x = step.conv.apply_factors(x, factor)
+            logdet = _add_convolutions(logdet, level_factors, shape, x)
+            x = self.squeeze.inverse(x)[0]
+        return x, logdet
+
+    @torch.no_grad()
+    def initialize(self, x, context=None):
+        """Set every ActNorm from the batch x (B, C, H, W), first to last, and return z."""
+        self._check(x, context)
+        x = x.contiguous(memory_format=torch.channels_last)
+        latents = []
+        for level in self.levels:
+            x = self.squeeze(x)[0]
+            for step in level.steps:
+                x = step.initialize(x)
+            if level.split is not None:
+                x, latent, _ = level.split.split(x)
+                latents.append(latent.flatten(1))
+        return torch.cat([*latents, x.flatten(1)], 1)
+
+    def noise_shape(self, event_shape):
+        return (math.prod(self.event_shape),)
+
+    def unpack(self, z):
+        """The latents (B, C, H, W) of each level, finest first, that z (B, D) packs."""
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], math.prod(self.event_shape)))
+        parts = torch.split(z, [math.prod(shape) for shape in self.latent_shapes], 1)
+        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.latent_shapes, strict=True)]
+
+    def _check(self, x, context):
+        checks.tensor("x", x)
+        checks.shape("x", x, (x.shape[0], *self.event_shape))
+        if context is not None:
+            raise ValueError("context: expected None, because Glow is unconditional")
+
+    def _factorize(self, inverse):
+        """The factors of each step, level by level."""
+        convs = [step.conv for level in self.levels for step in level.steps]
+        bank = convs[0]._bank if convs else None
+        if bank is None:
+            flat = iter(factorize(convs, inverse, self))
+        else:  # inside a WeightBank
+            flat = iter([bank.factors(conv, inverse) for conv in convs])
+        return [[next(flat) for _ in level.steps] for level in self.levels]
+
+
+def _add_convolutions(logdet, factors, shape, x):
+    """The running log-determinant (B,) plus that of a level's 1x1 convolutions, the same for every image."""
+    if not factors:
+        return x.new_zeros(x.shape[0]) if logdet is None else logdet
+    total = shape[1] * shape[2] * torch.stack([factor.logabsdet for factor in factors]).sum()
+    return logdet + total
+
+
+class Glow(Flow):
+    """Glow for images (B, C, H, W) with values around [-0.5, 0.5]; the base is N(0, I) over z (B, C*H*W).
+
+    Each of ``n_levels`` levels squeezes 2x2 blocks into channels, runs ``n_steps`` steps (ActNorm folded into an
+    invertible 1x1 convolution, affine coupling) and, but for the last, sends half of its channels out as latents under a
+    Gaussian prior learned from the other half. Conditioners are convolutions 3x3, 1x1, 3x3 with ReLU and plain biases,
+    the last zero-initialised. Call :meth:`initialize` on a batch of dequantised images before training, and
+    :meth:`bits_per_dim` on integer images.
+
+    Args:
+        image_shape: (C, H, W), H and W divisible by 2**n_levels.
+        n_levels, n_steps: number of levels, and of steps in each.
+        hidden_channels: width of the conditioners.
+        parametrization: of the 1x1 weights, "plain" or "plu".
+        scale: ScaleMap of the couplings or its name; None is Glow's own, z = (x + t) * sigmoid(r + 2).
+        layout, order, shift_first: as in nn.AffineCoupling.
+        learn_prior: whether the latents of a split have a learned prior, zero-initialised.
+        conditioner: constructor called as conditioner(in_channels, out_channels, hidden_channels).
+
+    Raises:
+        ValueError: a size that does not fit; the message names the argument.
+
+    References:
+        Kingma and Dhariwal, "Glow: generative flow with invertible 1x1 convolutions", 2018, arXiv:1807.03039.
+    """
+
+    def __init__(self, image_shape, n_levels=3, n_steps=32, hidden_channels=512, *, parametrization="plain", scale=None,
+                 layout="chunk", order="shift_scale", shift_first=True, learn_prior=True, conditioner=ConvNet):
+        image_shape = tuple(image_shape)
+        if len(image_shape) != 3 or min(image_shape) < 1:
+            raise ValueError(f"image_shape: expected (C, H, W), got {image_shape}")
+        for name, value in (("n_levels", n_levels), ("n_steps", n_steps), ("hidden_channels", hidden_channels)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive int, got {value}")
+        if image_shape[1] % 2**n_levels or image_shape[2] % 2**n_levels:
+            raise ValueError(f"image_shape: expected height and width divisible by 2**n_levels = {2**n_levels}, "
+                             f"got {image_shape}")
+        coupling = {"scale": ScaleMap.glow() if scale is None else scale, "layout": layout, "order": order,
+                    "shift_first": shift_first}
+        super().__init__(GlowTransform(image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior,
+                                       conditioner, coupling), StandardNormal((math.prod(image_shape),)))
+        self.image_shape = image_shape

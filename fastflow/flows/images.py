@@ -1,0 +1,41 @@
+"""Integer images under continuous densities: uniform dequantisation and bits per dimension."""
+
+import math
+
+import torch
+
+from fastflow import checks
+
+__all__ = ["bits_per_dim", "dequantize"]
+
+
+def dequantize(x, n_bins=256, *, generator=None, dtype=torch.float32):
+    """x/n_bins - 0.5 + U/n_bins with U uniform in [0, 1): integer values 0..n_bins-1 spread over [-0.5, 0.5).
+
+    Args:
+        x: integer-valued tensor of any shape and dtype.
+        n_bins: number of values that an element can take.
+        generator: torch.Generator of the noise, None for torch's own.
+        dtype: torch.float32 or torch.float64, of the result.
+    """
+    checks.tensor("x", x, floating=False)
+    if n_bins < 1:
+        raise ValueError(f"n_bins: expected a positive int, got {n_bins}")
+    device = x.device if generator is None else generator.device
+    noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=device).to(x.device)
+    # Rounding must not carry the last bin to 0.5, which lies outside.
+    below = 0.5 - (2.0**-25 if dtype == torch.float32 else 2.0**-54)
+    return ((x.to(dtype) + noise) / n_bins - 0.5).clamp(max=below)
+
+
+def bits_per_dim(log_prob, n_dims, n_bins=256):
+    """Bits per dimension of integer images from the log-density of their dequantised values.
+
+    -(log_prob - D log n_bins) / (D log 2): each bin is 1/n_bins wide in the units of the density.
+
+    Args:
+        log_prob: (B,) nats.
+        n_dims: D, elements per image.
+        n_bins: as in dequantize.
+    """
+    return (n_dims * math.log(n_bins) - log_prob) / (n_dims * math.log(2.0))

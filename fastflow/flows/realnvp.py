@@ -1,0 +1,44 @@
+"""RealNVP for tabular data."""
+
+from torch import nn
+
+from fastflow.flows.base import StandardNormal
+from fastflow.flows.flow import Flow
+from fastflow.flows.transform import Compose
+from fastflow.nn import MLP, ActNorm, AffineCoupling
+
+__all__ = ["RealNVP"]
+
+
+class RealNVP(Flow):
+    """Affine couplings with fully connected conditioners that take turns on the two halves of the features.
+
+    x (B, features) passes one ActNorm, which ``initialize`` sets from data, and then the couplings; the base is N(0, I).
+    It starts as the identity.
+
+    Args:
+        features: D >= 1. With a single feature every coupling transforms it, given the context alone.
+        n_layers: number of couplings.
+        hidden: sizes of each conditioner's hidden layers.
+        context_features: size of the context (B, context_features) that conditions the density, or None.
+        scale: ScaleMap of the couplings or its name; "tanh" keeps each scale between 1/e and e.
+        activation: constructor of the activation module.
+
+    References:
+        Dinh et al., "Density estimation using Real NVP", 2017, arXiv:1605.08803.
+    """
+
+    def __init__(self, features, *, n_layers=8, hidden=(64, 64), context_features=None, scale="tanh", activation=nn.ReLU):
+        if features < 1:
+            raise ValueError(f"features: expected a positive int, got {features}")
+        if n_layers < 0:
+            raise ValueError(f"n_layers: expected a non-negative int, got {n_layers}")
+        layers = [ActNorm(features)]
+        for index in range(n_layers):
+            flip = index % 2 == 1 and features > 1
+            first = features // 2
+            passive, active = (features - first, first) if flip else (first, features - first)
+            conditioner = MLP(passive, 2 * active, hidden, context_features=context_features, activation=activation)
+            layers.append(AffineCoupling(conditioner, flip=flip, scale=scale))
+        super().__init__(Compose(*layers), StandardNormal((features,)))
+        self.features = features

@@ -1,0 +1,119 @@
+"""What a transform is, and how transforms are put together."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+__all__ = ["Compose", "Inverse", "Transform", "initialize", "noise_shape"]
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """An invertible map between data and noise; any object with these two methods is one.
+
+    The log-determinants are (B,), in nats, and opposite: t(x) = (z, l) and t.inverse(z) = (x, -l). A transform whose
+    noise is made of several latents packed as one (B, D) tensor also has ``unpack(z)``; one with data-dependent
+    parameters has ``initialize(x, context=None)``, which sets them from a batch and returns z; one whose noise has another
+    shape than its data has ``noise_shape(event_shape)``, shapes without the batch dimension.
+    """
+
+    def __call__(self, x, context=None):
+        """Data to noise: (z, log|det dz/dx|)."""
+
+    def inverse(self, z, context=None):
+        """Noise to data: (x, log|det dx/dz|)."""
+
+
+def check_transform(name, value):
+    """``value`` is a transform."""
+    if not isinstance(value, Transform) or not callable(value):
+        raise TypeError(f"{name}: expected a transform (callable, with a method inverse), got {type(value).__name__}")
+
+
+@torch.no_grad()
+def initialize(transform, x, context=None):
+    """Set the data-dependent parameters of ``transform`` from the batch x, if it has any, and return z."""
+    if hasattr(transform, "initialize"):
+        return transform.initialize(x, context)
+    return transform(x, context)[0]
+
+
+def noise_shape(transform, event_shape):
+    """The shape of one z for data whose shape is ``event_shape``."""
+    return transform.noise_shape(event_shape) if hasattr(transform, "noise_shape") else tuple(event_shape)
+
+
+class Compose(nn.Module):
+    """The transforms one after the other, first to last from data to noise; log-determinants add up.
+
+    Args:
+        transforms: any number of transforms. Those that are modules become submodules.
+    """
+
+    def __init__(self, *transforms):
+        super().__init__()
+        for index, transform in enumerate(transforms):
+            check_transform(f"transforms[{index}]", transform)
+        self.transforms = nn.ModuleList(t if isinstance(t, nn.Module) else _Foreign(t) for t in transforms)
+
+    def forward(self, x, context=None):
+        total = None
+        for transform in self.transforms:
+            x, logdet = transform(x, context)
+            total = logdet if total is None else total + logdet
+        return x, x.new_zeros(x.shape[0]) if total is None else total
+
+    def inverse(self, z, context=None):
+        total = None
+        for transform in reversed(self.transforms):
+            z, logdet = transform.inverse(z, context)
+            total = logdet if total is None else total + logdet
+        return z, z.new_zeros(z.shape[0]) if total is None else total
+
+    def initialize(self, x, context=None):
+        for transform in self.transforms:
+            x = initialize(transform, x, context)
+        return x
+
+    def noise_shape(self, event_shape):
+        for transform in self.transforms:
+            event_shape = noise_shape(transform, event_shape)
+        return event_shape
+
+    def unpack(self, z):
+        """The latents that z (B, D) packs: those of the last transform."""
+        last = self.transforms[-1] if len(self.transforms) else None
+        return last.unpack(z) if hasattr(last, "unpack") else [z]
+
+
+class Inverse(nn.Module):
+    """The transform run the other way: Inverse(t)(x) is t.inverse(x).
+
+    Data-dependent layers inside are not initialised, because no data reach their input.
+    """
+
+    def __init__(self, transform):
+        super().__init__()
+        check_transform("transform", transform)
+        self.transform = transform
+
+    def forward(self, x, context=None):
+        return self.transform.inverse(x, context)
+
+    def inverse(self, z, context=None):
+        return self.transform(z, context)
+
+
+class _Foreign(nn.Module):
+    """A transform that is no module, in the shape of one."""
+
+    def __init__(self, transform):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, x, context=None):
+        return self.transform(x, context)
+
+    def inverse(self, z, context=None):
+        return self.transform.inverse(z, context)

@@ -1,0 +1,14 @@
+"""Layers to drop into a model: couplings, invertible 1x1 convolutions, activation normalisation, Gaussian samples.
+
+The layers that are transforms map data to noise, ``layer(x, context=None) -> (z, logdet)``, and back,
+``layer.inverse(z, context=None) -> (x, logdet)``, with a log-determinant (B,) in nats for each direction.
+"""
+
+from fastflow.nn.actnorm import ActNorm
+from fastflow.nn.affine_coupling import AffineCoupling
+from fastflow.nn.conditioners import MLP, ConvNet
+from fastflow.nn.gaussian_sample import GaussianSample
+from fastflow.nn.invertible_conv import InvertibleConv1x1
+from fastflow.nn.weight_bank import WeightBank
+
+__all__ = ["MLP", "ActNorm", "AffineCoupling", "ConvNet", "GaussianSample", "InvertibleConv1x1", "WeightBank"]

@@ -1,0 +1,81 @@
+"""Small networks for the conditioners of couplings. Their last layer starts at zero, so that a coupling starts simple."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["MLP", "ConvNet"]
+
+
+class MLP(nn.Module):
+    """Fully connected network on (B, in_features), optionally with a context (B, context_features) beside the input.
+
+    Args:
+        in_features, out_features: sizes of input and output; in_features may be 0.
+        hidden: sizes of the hidden layers.
+        context_features: size of the context, or None for a network without one.
+        activation: constructor of the activation module.
+    """
+
+    def __init__(self, in_features, out_features, hidden=(64, 64), *, context_features=None, activation=nn.ReLU):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.context_features = context_features
+        width = in_features + (context_features or 0)
+        layers = []
+        for size in hidden:
+            layers += [_linear(width, size), activation()]
+            width = size
+        last = _linear(width, out_features)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*layers, last)
+
+    def forward(self, x, context=None):
+        if self.context_features is None:
+            if context is not None:
+                raise ValueError(f"context: expected None, because the network was built without context_features, "
+                                 f"got shape {tuple(context.shape)}")
+            return self.layers(x)
+        expected = (x.shape[0], self.context_features)
+        if context is None or tuple(context.shape) != expected:
+            got = None if context is None else tuple(context.shape)
+            raise ValueError(f"context: expected shape {expected}, got {got}")
+        return self.layers(torch.cat([x, context.to(x.dtype)], 1))
+
+
+def _linear(in_features, out_features):
+    """nn.Linear; without inputs it is its bias, which torch's own initialisation would warn about."""
+    if in_features:
+        return nn.Linear(in_features, out_features)
+    layer = nn.utils.skip_init(nn.Linear, 0, out_features)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ConvNet(nn.Module):
+    """Glow's conditioner for images: convolutions 3x3, 1x1 and 3x3 with ReLU between, plain biases, weights kept
+    channels-last, in which format it also answers.
+
+    Args:
+        in_channels, out_channels: channels of input and output.
+        hidden_channels: channels between.
+    """
+
+    def __init__(self, in_channels, out_channels, hidden_channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden_channels, hidden_channels, 1)
+        self.conv3 = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
+        for layer in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.conv3.weight)
+        nn.init.zeros_(self.conv3.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x, context=None):
+        # In place: a convolution does not keep its own output for backward.
+        h = F.relu(self.conv1(x), inplace=True)
+        return self.conv3(F.relu(self.conv2(h), inplace=True))

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from fastflow import data
+
+pytest.importorskip("sklearn")
+
+
+def test_digits():
+    digits = data.load("digits")
+    assert digits.train.shape == (1500, 1, 8, 8) and digits.test.shape == (297, 1, 8, 8)
+    assert digits.train.dtype == digits.test.dtype == torch.uint8
+    assert (digits.n_bins, int(digits.train.max()), int(digits.train.min())) == (17, 16, 0)
+    from sklearn.datasets import load_digits
+    assert torch.equal(torch.cat([digits.train, digits.test])[:, 0], torch.from_numpy(load_digits().images).to(torch.uint8))
+    assert digits.fingerprint() == data.load("digits").fingerprint()
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_what_is_loaded_is_what_is_announced(name):
+    if name == "photos":
+        pytest.importorskip("skimage")
+    images = data.load(name)
+    assert (images.image_shape, images.n_bins) == data.DATASETS[name]
+    assert int(images.train.max()) < images.n_bins and int(images.test.max()) < images.n_bins
+
+
+def test_the_fingerprint_sees_one_value():
+    digits = data.load("digits")
+    other = digits.train.clone()
+    other[700, 0, 3, 3] ^= 1
+    assert data.ImageData("digits", other, digits.test, 17).fingerprint() != digits.fingerprint()
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="name: expected one of digits, photos, got 'cats'"):
+        data.load("cats")

@@ -1,0 +1,101 @@
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from fastflow import cli
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "fastflow.cli", *map(str, arguments)], capture_output=True, text=True,
+                          cwd=cwd, timeout=120, check=False)
+
+
+def refused(capsys, *arguments):
+    """The one line on stderr with which these arguments are refused."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 1 and err.startswith("fastflow: ") and err.count("\n") == 1 and not out
+    return err
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ([], "train, sample, evaluate, bench or doctor"),
+    (["paint"], "paint"),
+    (["train"], "glow-photos"),
+    (["train", "glow-cats"], "glow-cats"),
+    (["train", "glow-digits", "--set", "train.stepz=3"], "train.stepz: unknown setting"),
+    (["train", "glow-digits", "--set", "train.steps=many"], "train.steps: "),
+    (["train", "glow-digits", "--resume", "yes"], "--resume"),
+    (["train", "glow-digits", "--colour"], "--colour"),
+    (["sample"], "DIR"),
+    (["sample", "no/such/dir"], "no/such/dir: holds no checkpoints"),
+    (["sample", ".", "--seed", "-1"], "--seed"),
+    (["sample", ".", "-n", "0"], "-n/--count"),
+    (["evaluate", "no/such/dir"], "no/such/dir: holds no checkpoints"),
+    (["doctor", "now"], "now"),
+])
+def test_what_is_refused_is_named_on_one_line(capsys, arguments, named):
+    pytest.importorskip("pydantic")
+    assert named in refused(capsys, *arguments)
+
+
+def test_an_output_that_is_a_file_or_a_run_is_refused(capsys, tmp_path):
+    pytest.importorskip("pydantic")
+    (tmp_path / "file").write_text("")
+    assert "is not a directory" in refused(capsys, "train", "glow-digits", "--out", tmp_path / "file")
+    (tmp_path / "run" / "checkpoints" / "step-000005").mkdir(parents=True)
+    assert "already holds a run" in refused(capsys, "train", "glow-digits", "--out", tmp_path / "run")
+    message = refused_after_warning(capsys, "train", "glow-digits", "--out", tmp_path / "run", "--resume", "auto")
+    assert "none of its 1 checkpoints can be read" in message
+
+
+def refused_after_warning(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(a) for a in arguments])
+    warning, line = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 1 and warning.startswith("fastflow: WARNING: passing over a bad checkpoint")
+    return line
+
+
+def test_list_and_version():
+    pytest.importorskip("pydantic")
+    listed = run("train", "--list")
+    assert listed.returncode == 0 and not listed.stderr
+    assert {line.split()[0] for line in listed.stdout.splitlines()} >= {"glow-photos", "glow-digits", "vae-digits"}
+    assert run("--version").stdout == f"fastflow {importlib.metadata.version('fastflow')}\n"
+
+
+def test_doctor():
+    report = run("doctor")
+    assert report.returncode == 0, report.stderr
+    for word in ("fastflow", "Python", "torch", "Triton", "C++ compiler", "nvcc", "reference", "cpu", "triton", "cuda"):
+        assert any(line.strip().startswith(word) for line in report.stdout.splitlines()), word
+    assert "available" in report.stdout
+
+
+def test_importing_the_command_line_loads_nothing_heavy():
+    code = ("import sys, fastflow.cli, fastflow.engine; "
+            "print([m for m in ('torch', 'rich', 'pydantic', 'safetensors', 'PIL', 'sklearn', 'skimage') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("module, extra", [("pydantic", "train"), ("rich", "train"), ("safetensors", "train"),
+                                           ("sklearn", "data")])
+def test_a_missing_extra_is_one_line_that_says_what_to_install(tmp_path, module, extra):
+    code = (f"import sys; sys.modules[{module!r}] = None; from fastflow.cli import main; "
+            f"main(['train', 'glow-digits', '--out', {str(tmp_path / 'run')!r}, '--set', 'train.steps=0'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert repr(module) in done.stderr and f"pip install 'fastflow[{extra}]'" in done.stderr
+
+
+def test_bench_runs_the_benchmarks_of_the_directory_it_is_called_in(tmp_path):
+    away = run("bench", "ops", cwd=tmp_path)
+    assert away.returncode == 1 and "benchmarks" in away.stderr and away.stderr.count("\n") == 1
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "run.py").write_text("def main(arguments):\n    print(arguments)\n    return 3\n")
+    here = run("bench", "ops", "--threads", "1", cwd=tmp_path)
+    assert here.returncode == 3 and here.stdout == "['ops', '--threads', '1']\n", here.stderr

@@ -1,0 +1,187 @@
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fastflow.engine import NonFiniteError, RunError, TrainStep
+from fastflow.flows import dequantize
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models import Affine, Gauge
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def test_a_step_is_the_step_one_would_write_by_hand():
+    model, twin = Affine(), Affine()
+    step, optimizer = TrainStep(model, sgd(model)), sgd(twin)
+    for _ in range(3):
+        x = torch.randn(5, 1, 2, 2)
+        loss = step(x)
+        optimizer.zero_grad()
+        expected = -twin.log_prob(x).mean()
+        expected.backward()
+        optimizer.step()
+        assert loss.ndim == 0 and not loss.requires_grad and torch.equal(loss, expected.detach())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_context_reaches_the_flow():
+    model = Affine()
+    x, context = torch.randn(5, 1, 2, 2), torch.randn(5, 1, 2, 2)
+    expected = -model.log_prob(x, context).mean()
+    assert torch.equal(TrainStep(model, sgd(model))(x, context), expected.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("n_bins", [17, 256])
+def test_integer_images_are_dequantised_and_every_constant_counted(dtype, n_bins):
+    model = Affine()
+    x = torch.randint(n_bins, (5, 1, 2, 2), dtype=dtype)
+    torch.manual_seed(3)
+    expected = -model.log_prob(dequantize(x, n_bins)).mean() + 4 * math.log(n_bins)
+    torch.manual_seed(3)
+    assert torch.allclose(TrainStep(model, sgd(model), n_bins=n_bins)(x), expected, rtol=1e-6)
+
+
+def test_a_uniform_density_costs_eight_bits():
+    class Uniform(Affine):
+        def forward(self, x, context=None):
+            assert (x >= -0.5).all() and (x < 0.5).all()
+            return 0 * self.shift.sum() + x.new_zeros(len(x))
+
+    loss = TrainStep(model := Uniform((3, 4, 4)), sgd(model))(torch.randint(256, (9, 3, 4, 4), dtype=torch.uint8))
+    assert abs(loss.item() / (48 * math.log(2)) - 8) < 1e-6
+
+
+def test_a_vae_minimises_the_negative_elbo():
+    model = Gauge()
+    x = torch.rand(6, 1, 2, 2)
+    expected = -model.elbo(x, n_samples=3, beta=0.25).elbo.mean()
+    step = TrainStep(model, sgd(model), n_samples=3, beta=0.25)
+    assert torch.equal(step(x), expected.detach())
+    bound = Gauge().elbo(x, n_samples=3)
+    assert torch.equal(step.parts["rate"], bound.rate.mean().detach()) and not step.parts["rate"].requires_grad
+    assert torch.equal(step.parts["distortion"], bound.distortion.mean().detach())
+    with pytest.raises(ValueError, match="context: a VAE takes none"):
+        step(x, context=x)
+
+
+def test_gradients_are_clipped_by_their_total_norm():
+    model = Affine()
+    x = torch.randn(5, 1, 2, 2) * 10
+    (-model.log_prob(x).mean()).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+    step = TrainStep(model, sgd(model, lr=1.0), clip_grad_norm=0.5)
+    step(x)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert norm > 5 and torch.allclose(step.parts["grad_norm"], norm) and abs(moved.norm().item() - 0.5) < 1e-4
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_loss_changes_nothing(poison):
+    model = Affine()
+    optimizer = torch.optim.Adam(model.parameters())
+    step = TrainStep(model, optimizer)
+    x = torch.randn(5, 1, 2, 2)
+    step(x)
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
+    x[2, 0, 1, 1] = poison
+    with pytest.raises(NonFiniteError, match=r"the loss is (nan|inf); the step was not taken") as caught:
+        step(x)
+    assert isinstance(caught.value, RunError)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, optimizer.state.values(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.isfinite(step(torch.randn(5, 1, 2, 2)))
+
+
+def test_a_non_finite_gradient_behind_a_finite_loss_changes_nothing():
+    class Kink(Affine):
+        def forward(self, x, context=None):
+            return (self.shift * 0).abs().sqrt().sum() + super().forward(x)
+
+    model = Kink()
+    with pytest.raises(NonFiniteError, match="the gradients' norm is nan"):
+        TrainStep(model, sgd(model))(torch.randn(5, 1, 2, 2))
+    assert all((p == 0).all() for p in model.parameters())
+
+
+def test_wrapped_models_run_through_their_wrapper():
+    model = Affine()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    compiled = torch.compile(model, backend="eager")
+    assert "of Affine" in TrainStep(compiled, sgd(model)).explain()
+    TrainStep(compiled, sgd(model))(torch.randn(5, 1, 2, 2))
+    assert calls
+
+
+def test_compiled_it_computes_the_same():
+    x = torch.randn(5, 1, 2, 2)
+    plain, compiled = Affine(), Affine()
+    first, second = TrainStep(plain, sgd(plain)), TrainStep(compiled, sgd(compiled), compile=True)
+    second._loss = torch.compile(second.objective, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        assert torch.allclose(first(x), second(x))
+    assert all(torch.allclose(a, b) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))
+
+
+def test_distributed_data_parallel_is_unwrapped_only_to_be_recognised(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Affine()
+        step = TrainStep(DistributedDataParallel(model), sgd(model))
+        x = torch.randn(5, 1, 2, 2)
+        expected = -model.log_prob(x).mean().detach()
+        assert torch.equal(step(x), expected) and "of Affine" in step.explain()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_explain_states_every_choice():
+    text = TrainStep(model := Gauge(), sgd(model), clip_grad_norm=2.0, n_bins=17).explain()
+    for words in ("negative ELBO of Gauge", "17 levels", "SGD, 2 parameters", "memory: none", "compile: off",
+                  "norm above 2 ", "refused before the optimizer"):
+        assert words in text
+    assert "'auto'" not in TrainStep(model, sgd(model), memory="none").explain()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"memory": "invert"}, "memory: 'invert' is not available"),
+    ({"memory": "save_z"}, "memory: 'save_z' is not available"),
+    ({"memory": "all"}, "memory: expected one of 'auto', 'none', got 'all'"),
+    ({"capture": True}, "capture: "),
+    ({"clip_grad_norm": 0}, "clip_grad_norm: expected a positive number or None, got 0"),
+    ({"clip_grad_norm": float("nan")}, "clip_grad_norm: "),
+    ({"n_bins": 1}, "n_bins: "),
+    ({"n_samples": 0}, "n_samples: "),
+    ({"beta": -1.0}, "beta: "),
+])
+def test_arguments_that_cannot_be_are_named(arguments, message):
+    model = Gauge()
+    with pytest.raises(ValueError) as caught:
+        TrainStep(model, sgd(model), **arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_other_models_optimizers_and_batches_are_refused():
+    model = Affine()
+    with pytest.raises(TypeError, match="model: expected a Flow .* got Linear"):
+        TrainStep(torch.nn.Linear(2, 2), sgd(model))
+    with pytest.raises(TypeError, match="optimizer: expected a torch.optim.Optimizer, got str"):
+        TrainStep(model, "adam")
+    step = TrainStep(model, sgd(model))
+    for x, kind, message in ((None, TypeError, "x: expected a torch.Tensor, got NoneType"),
+                             (torch.zeros(0, 1, 2, 2), ValueError, r"x: expected a batch .* got shape \(0, 1, 2, 2\)"),
+                             (torch.zeros(()), ValueError, "x: expected a batch"),
+                             (torch.zeros(2, 1, 2, 2, dtype=torch.bool), TypeError, "x: .* got torch.bool")):
+        with pytest.raises(kind, match=message):
+            step(x)

@@ -1,0 +1,230 @@
+import io
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+for library in ("rich", "pydantic", "safetensors", "sklearn", "PIL"):
+    pytest.importorskip(library)
+from rich.console import Console
+
+from fastflow.engine import CheckpointError, NonFiniteError, SettingsError, checkpoint, load_settings
+from fastflow.engine.signals import Interrupted
+from fastflow.engine.trainer import Trainer
+
+SMALL = ["model.n_levels=1", "model.n_steps=2", "model.hidden_channels=8", "train.batch_size=500", "train.warmup_steps=4",
+         "sample.count=4", "train.log_every=1", "train.eval_every=0", "train.checkpoint_every=0", "train.max_seconds=0",
+         "train.device=cpu", "train.threads=1"]
+
+
+@pytest.fixture
+def trainer(tmp_path, threads):
+    """trainer(directory, steps, *overrides) makes one for a very small Glow on digits; an epoch has 3 steps."""
+    before = torch.get_num_threads()
+    threads(before)  # recipes set it; the fixture puts it back
+
+    def make(name, steps, *overrides):
+        settings = load_settings("glow-digits", [*SMALL, f"train.steps={steps}", *overrides])
+        return Trainer(settings, tmp_path / name, Console(file=io.StringIO()), "test")
+    return make
+
+
+def trained(trainer, *arguments):
+    made = trainer(*arguments)
+    made.start()
+    made.run()
+    return made
+
+
+def resumed(trainer, name, steps, *overrides):
+    made = trainer(name, steps, *overrides)
+    made.resume(checkpoint.newest(made.out / "checkpoints", pytest.fail))
+    return made
+
+
+def newest(made):
+    return checkpoint.newest(made.out / "checkpoints", pytest.fail)
+
+
+def assert_same(first, second):
+    """Two checkpoints hold the same bits."""
+    assert first.step == second.step and first.tensors.keys() == second.tensors.keys()
+    for stem, named in first.tensors.items():
+        assert named.keys() == second.tensors[stem].keys()
+        for name, tensor in named.items():
+            assert torch.equal(tensor, second.tensors[stem][name]), f"{stem}: {name}"
+
+
+def lines(made):
+    """The log without its times."""
+    records = [json.loads(line) for line in (made.out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in records]
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trainer, stop_at):
+    whole = trained(trainer, "whole", 7)
+    trained(trainer, "parts", stop_at)
+    torch.rand(100)  # what other code does to the generator must not matter
+    again = resumed(trainer, "parts", 7, "train.eval_every=2")  # nor how often it evaluates
+    results = again.run()
+    assert_same(newest(whole), newest(again))
+    assert results["bits_per_dim"] == json.loads((whole.out / "results.json").read_text())["bits_per_dim"]
+    steps = [line for line in lines(again) if "loss" in line]
+    assert steps == [line for line in lines(whole) if "loss" in line] and [line["step"] for line in steps] == list(range(1, 8))
+
+
+def test_training_learns_and_writes_what_it_says(trainer):
+    made = trainer("run", 60, "train.learning_rate=5e-3", "train.checkpoint_every=25")
+    made.start()
+    results = made.run()
+    losses = [line["bits_per_dim"] for line in lines(made) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5 and abs(results["bits_per_dim"] - losses[-1]) < 0.5
+    assert sorted(p.name for p in (made.out / "checkpoints").iterdir()) == ["step-000025", "step-000050", "step-000060"]
+    assert {p.name for p in made.out.iterdir()} == {"checkpoints", "samples", "metrics.jsonl", "results.json"}
+    assert results["samples"] == str(made.out / "samples" / "step-000060.png")
+    assert results["checkpoint"] == str(made.out / "checkpoints" / "step-000060")
+
+
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(trainer):
+    made = trainer("run", 6)
+    key = {image.numpy().tobytes(): i for i, image in enumerate(made.data.train)}
+    epochs = []
+    for epoch in range(2):
+        seen = [key[image.numpy().tobytes()] for step in range(3) for image in made.batch(3 * epoch + step)]
+        assert len(seen) == 1500 and len(set(seen)) == len(key)
+        epochs.append(seen)
+    assert epochs[0] != epochs[1] != sorted(epochs[1])
+    assert torch.equal(made.batch(1), trainer("other", 6).batch(1))
+    assert not torch.equal(made.batch(1), trainer("other", 6, "train.seed=1").batch(1))
+
+
+def test_the_average_is_the_exponential_average_of_the_weights(trainer):
+    made = trainer("run", 4, "train.ema_decay=0.3")
+    made.start()
+    expected = [p.detach().clone() for p in made.model.parameters()]
+    step = made.train_step
+
+    def follow(x):
+        loss = step(x)
+        decay = min(0.3, (2 + made.step) / (11 + made.step))  # made.step is advanced after the step
+        for average, p in zip(expected, made.model.parameters(), strict=True):
+            average.lerp_(p.detach(), 1 - decay)
+        return loss
+
+    follow.objective, follow.parts = step.objective, step.parts
+    made.train_step = type("Follow", (), {"__call__": lambda self, x: follow(x), "objective": step.objective,
+                                          "parts": property(lambda self: step.parts)})()
+    made.run()
+    for average, p in zip(expected, made.ema.parameters(), strict=True):
+        assert torch.allclose(average, p, atol=1e-7)
+    assert any(not torch.equal(a, b) for a, b in zip(made.ema.parameters(), made.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there(trainer, number):
+    whole = trained(trainer, "whole", 5)
+    made = trainer("cut", 5)
+    made.start()
+    batch = made.batch
+
+    def kill_in_the_third(step):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return batch(step)
+
+    made.batch = kill_in_the_third
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped after step 3, saved as .*step-000003") as caught:
+        made.run()
+    assert caught.value.exit_status == 128 + number and signal.getsignal(number) is before
+    again = resumed(trainer, "cut", 5)
+    again.run()
+    assert_same(newest(whole), newest(again))
+
+
+def test_a_signal_during_an_evaluation_is_heard(trainer):
+    made = trainer("run", 2)
+    made.start()
+    report = made.train_step.objective.report
+
+    def kill(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return report(*arguments)
+
+    made.train_step.objective.report = kill
+    with pytest.raises(Interrupted):
+        made.run()
+    assert newest(made).step == 2
+
+
+def test_a_non_finite_loss_names_the_step_and_leaves_the_last_checkpoint(trainer):
+    made = trainer("run", 9, "train.checkpoint_every=1")
+    made.start()
+    step = made.train_step
+    original = step.objective.prepare
+    calls = iter(range(100))
+
+    def poisoned(model, x):
+        x, constant = original(model, x)
+        return (x * float("nan") if next(calls) == 3 else x), constant
+
+    step.objective.prepare = poisoned
+    with pytest.raises(NonFiniteError, match="^step 4: the loss is nan"):
+        made.run()
+    loaded = newest(made)
+    assert loaded.step == 3
+    assert all(torch.equal(t, loaded.tensors["model"][name]) for name, t in made.model.state_dict().items())
+
+
+def test_what_may_not_change_on_resume_is_named(trainer):
+    made = trained(trainer, "run", 3)
+    for overrides, message in ((["train.learning_rate=1e-5"], "train.learning_rate: may not change on resume"),
+                               (["model.n_steps=1"], "model.n_steps: may not change on resume"),
+                               (["train.steps=2"], "train.steps: 2 is less than the 3 steps done")):
+        with pytest.raises(SettingsError, match=message):
+            trainer("run", 3, *overrides).resume(newest(made))
+
+
+def test_other_images_or_weights_are_refused(trainer):
+    made = trained(trainer, "run", 1)
+    good = newest(made)
+
+    def altered(tensors=None, **state):
+        return checkpoint.Checkpoint(good.path, good.step, tensors or good.tensors, {**good.state, **state})
+
+    training = {name: t for name, t in good.tensors["training"].items() if not name.startswith("random.")}
+    for bad, message in ((altered(data="0" * 64), "other images"),
+                         (altered({**good.tensors, "model": {}}), "model.safetensors: is of another model"),
+                         (altered({k: v for k, v in good.tensors.items() if k != "ema"}), "has no ema.safetensors"),
+                         (altered({**good.tensors, "training": training}), "does not fit this run"),
+                         (altered({**good.tensors, "training": {**good.tensors["training"],
+                                                                "optimizer.0.exp_avg": torch.zeros(3)}}), "does not fit"),
+                         (altered({**good.tensors, "training": {**good.tensors["training"],
+                                                                "optimizer.999.step": torch.zeros(())}}), "no parameter")):
+        with pytest.raises(CheckpointError, match=message):
+            trainer("run", 2).resume(bad)
+
+
+def test_a_log_cut_short_by_a_kill_is_mended(trainer):
+    made = trained(trainer, "run", 4)
+    (made.out / "checkpoints" / "step-000004").rename(made.out / "aside")
+    checkpoint_2 = trained(trainer, "two", 2)
+    (checkpoint_2.out / "checkpoints" / "step-000002").rename(made.out / "checkpoints" / "step-000002")
+    with open(made.out / "metrics.jsonl", "a") as log:
+        log.write('{"step": 5, "lo')
+    again = resumed(trainer, "run", 4)
+    again.run()
+    assert [line["step"] for line in lines(again) if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_batch_larger_than_the_data_is_refused(trainer):
+    with pytest.raises(SettingsError, match="train.batch_size: 1501 is more than the 1500 training images"):
+        trainer("run", 1, "train.batch_size=1501")
+
+
+def test_sizes_that_do_not_fit_are_refused(trainer):
+    with pytest.raises(SettingsError, match="^model: image_shape: .*divisible"):
+        trainer("run", 1, "model.n_levels=4")
