@@ -86,8 +86,9 @@ class BuildNative(build_ext):
         spec = importlib.util.find_spec("torch")
         if spec is None:
             raise RuntimeError("torch is not visible to the build; install it first and pass --no-build-isolation")
-        build, target = Path(self.build_temp).resolve(), Path(self.build_lib).resolve() / "fastflow"
-        target = ROOT / "fastflow" if self.inplace or self.editable_mode else target
+        in_place = self.inplace or self.editable_mode
+        build = ROOT / "build/native" if in_place else Path(self.build_temp).resolve()
+        target = ROOT / "fastflow" if in_place else Path(self.build_lib).resolve() / "fastflow"
         build.mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
         nvcc = shutil.which("nvcc") or shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc"))

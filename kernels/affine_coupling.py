@@ -5,11 +5,13 @@ programs, whose partial log-determinants a second launch adds up. The order of a
 alone, so the result of a sample does not depend on the batch around it.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 from . import layout, scale_map
-from .layout import CHUNK, ONE_PROGRAM_UP_TO, compute_dtype, offsets_of, store_row_totals
+from .layout import compute_dtype, offsets_of, store_row_totals
 
 INTERLEAVED, SHIFT_IN_FRONT, SHIFT_FIRST, INVERSE = 1, 2, 4, 8
 ADDITIVE = 6  # the index of that kind
@@ -23,10 +25,10 @@ def affine_coupling_fwd_kernel(
         passive_strides, front_strides, passive_sizes, passive_n: tl.int64, passive_blocks,
         logdet_stride, n_rows, parts,
         MAP: tl.constexpr, ORDER: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
-        PASSIVE_RANK: tl.constexpr, PASSIVE_UNIT: tl.constexpr, PASSIVE_WIDE: tl.constexpr, SPLIT: tl.constexpr,
+        PASSIVE_RANK: tl.constexpr, PASSIVE_UNIT: tl.constexpr, PASSIVE_WIDE: tl.constexpr, CHUNK: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """y, and per row of ``out`` the log-determinant (SPLIT: per row and part, its partial sum). ORDER: 4 shift first,
-    8 inverse. n and passive_n are in units."""
+    """y, and per row of ``out`` the log-determinant (CHUNK > 0: per row and part of that many elements,
+    its partial sum). ORDER: 4 shift first, 8 inverse. n and passive_n are in units."""
     dtype = out_ptr.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     part = pid % parts
@@ -35,7 +37,7 @@ def affine_coupling_fwd_kernel(
     end = n * UNIT
     first = part * 0
     last = end
-    if SPLIT:
+    if CHUNK:
         first = part * CHUNK
         last = tl.minimum(first + CHUNK, end)
     total = tl.zeros([ROWS, BLOCK], dtype)
@@ -75,7 +77,7 @@ def affine_coupling_fwd_kernel(
             target = offsets_of(rows, index, passive_sizes, front_strides, 0, PASSIVE_RANK, PASSIVE_UNIT)
             tl.store(y_ptr + target, tl.load(passive_ptr + source, mask=inside, other=0.0), mask=inside)
     sums = tl.sum(total, 1)[:, None]
-    if SPLIT:
+    if CHUNK:
         tl.store(out_ptr + rows * parts + part, sums, mask=rows < n_rows)
     else:
         store_row_totals(sums, logdet_ptr, logdet_stride, out_ptr, rows, n_rows, ORDER >= 8)
@@ -158,11 +160,6 @@ def _operands(params, shift, kind, flags):
     return (params, strides, 0), (params, strides, second)
 
 
-def parts_of(n):
-    """Programs that share one sample of n elements."""
-    return triton.cdiv(n, CHUNK) if n > ONE_PROGRAM_UP_TO else 1
-
-
 def affine_coupling_fwd(x, params, shift, logdet, passive, flags, kind, gain, offset, out_gain, clamp, eps, hard_min,
                         hard_max, shift_gain):
     """(y, logdet); see functional.affine_coupling. One launch, two for samples of more than 16384 elements."""
@@ -176,7 +173,7 @@ def affine_coupling_fwd(x, params, shift, logdet, passive, flags, kind, gain, of
     plan = layout.plan(tuple(x.shape), (x.stride(), raw_strides, shift_strides, y.stride()),
                        (raw_base, shift_base, y_base), reorder=True)
     rows, block, warps = layout.tile_of(plan.n, x.dtype.itemsize == 8)
-    parts = parts_of(plan.n)
+    parts = layout.parts_of(plan.n)
     beside = plan if passive is None else layout.plan(tuple(passive.shape), (passive.stride(), y.stride()), reorder=True)
     batch = x.shape[0]
     sums = out if parts == 1 else x.new_empty((batch, parts), dtype=dtype)
@@ -186,7 +183,7 @@ def affine_coupling_fwd(x, params, shift, logdet, passive, flags, kind, gain, of
            triton.cdiv(beside.n, parts * block), 0 if logdet is None else logdet.stride(0), batch, parts,
            MAP=scale_map.constants(kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain),
            ORDER=flags & (SHIFT_FIRST | INVERSE), **plan.meta(), PASSIVE_RANK=beside.rank, PASSIVE_UNIT=beside.unit,
-           PASSIVE_WIDE=beside.wide, SPLIT=parts > 1, ROWS=rows, BLOCK=block, num_warps=warps)
+           PASSIVE_WIDE=beside.wide, CHUNK=layout.CHUNK if parts > 1 else 0, ROWS=rows, BLOCK=block, num_warps=warps)
     if parts > 1:
         layout.row_sums(sums, out, logdet, bool(flags & INVERSE))
     return y, out
@@ -214,7 +211,7 @@ def affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, passive_channels,
     plan = layout.plan(tuple(x.shape), (x.stride(), gy_strides, raw_strides, shift_strides,
                                         x.stride() if gx is None else gx.stride(), graw_strides, gshift_strides),
                        (gy_base, raw_base, shift_base, graw_base, gshift_base), reorder=True)
-    rows, block, warps = layout.tile_of(plan.n, x.dtype.itemsize == 8, largest=2048)
+    rows, block, warps = layout.tile_of(plan.n, x.dtype.itemsize == 8)
     parts = triton.cdiv(plan.n, block)
     x_strides, gy_strides, *others = plan.strides
     if gx is not None or graw is not None or gshift is not None:
@@ -227,4 +224,9 @@ def affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, passive_channels,
     return tuple(layout.nothing(x) if g is None else g for g in (gx, gparams, gsecond))
 
 
-LAUNCHES = {"affine_coupling_fwd": lambda n: 1 if parts_of(n) == 1 else 2, "affine_coupling_bwd": lambda n: 1}
+def _fwd_launches(shape):
+    return 1 if layout.parts_of(math.prod(shape[1:])) == 1 else 2
+
+
+# Kernel launches of a call, from x's shape (B, C, *S).
+LAUNCHES = {"affine_coupling_fwd": _fwd_launches, "affine_coupling_bwd": lambda shape: 1}

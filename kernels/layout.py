@@ -80,12 +80,17 @@ def plan(shape, strides, bases=(), lead=1, reorder=False):
     return Plan(tuple(m[0] for m in merged), full, bases)
 
 
-def tile_of(n, double, largest=4096):
+def tile_of(n, double, largest=2048):
     """(rows, block, num_warps): a tile of ``rows`` samples times ``block`` of the n elements of each."""
     largest //= 4 if double else 1
     block = min(max(16, triton.next_power_of_2(n)), largest)
     rows = max(1, 512 // block)
     return rows, block, 8 if rows * block >= 2048 else 4
+
+
+def parts_of(n, one_program=ONE_PROGRAM_UP_TO, chunk=CHUNK):
+    """Programs that share one sample of n elements."""
+    return triton.cdiv(n, chunk) if n > one_program else 1
 
 
 def suggests_channels_last(t):
@@ -137,20 +142,25 @@ def halves(params, interleaved):
 @triton.jit
 def offsets_of(batch, index, sizes, strides, base, RANK: tl.constexpr, UNIT: tl.constexpr):
     """int64 offsets of element ``index`` (within a sample) of sample ``batch`` (int64) of an operand of a Plan."""
-    outer = batch * strides[0] + base
+    return offsets_within(batch * strides[0] + base, index, sizes, strides, 1, RANK, UNIT)
+
+
+@triton.jit
+def offsets_within(outer, index, sizes, strides, LEAD: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr):
+    """int64 offsets of element ``index`` of what begins ``outer`` (int64) units into an operand of a Plan."""
     rest = index
     inner = index
     if RANK > 1:
         inner = rest % (sizes[RANK - 1] * UNIT)
         rest = rest // (sizes[RANK - 1] * UNIT)
         for step in tl.static_range(RANK - 2):
-            outer = outer + (rest % sizes[RANK - 2 - step]).to(tl.int64) * strides[RANK - 1 - step]
+            outer = outer + (rest % sizes[RANK - 2 - step]).to(tl.int64) * strides[LEAD + RANK - 2 - step]
             rest = rest // sizes[RANK - 2 - step]
-        outer = outer + rest.to(tl.int64) * strides[1]
-    return outer * UNIT + inner.to(tl.int64) * strides[RANK]
+        outer = outer + rest.to(tl.int64) * strides[LEAD]
+    return outer * UNIT + inner.to(tl.int64) * strides[LEAD + RANK - 1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["carried_stride", "n_rows", "length"])
 def row_sums_kernel(partial_ptr, carried_ptr, carried_stride, out_ptr, n_rows, length,
                     NEGATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """out[r] = [carried[r] +] (+/-) sum of row r of the contiguous (n_rows, length) partial."""

@@ -35,13 +35,13 @@ FASTFLOW_HD ExpParts<T> exp_parts(T x) {
 
 // exp(2x) - 1 of the parts of x.
 template <class T>
-FASTFLOW_HD T expm1_twice(const ExpParts<T>& parts) {
+FASTFLOW_HD T expm1_twice(ExpParts<T> parts) {
   return parts.expm1 * (parts.expm1 + T(2));
 }
 
 // exp(2x) - 1 - 2x of the parts of x: twice the KL divergence that a change x of log sigma makes.
 template <class T>
-FASTFLOW_HD T excess_twice(const ExpParts<T>& parts) {
+FASTFLOW_HD T excess_twice(ExpParts<T> parts) {
   return math::fma(parts.expm1, parts.expm1, T(2) * parts.excess);
 }
 
@@ -81,7 +81,7 @@ FASTFLOW_HD T kl_standard(T mean, T log_sigma) {
 
 // KL(N(mean, sigma^2) || N(prior_mean, prior_sigma^2)) in nats.
 template <class T>
-FASTFLOW_HD T kl_prior(T mean, T log_sigma, T prior_mean, const Sigma<T>& prior) {
+FASTFLOW_HD T kl_prior(T mean, T log_sigma, T prior_mean, Sigma<T> prior) {
   const T t = (mean - prior_mean) / prior.value;
   return T(0.5) * math::fma(t, t, excess_twice(exp_parts(log_sigma - prior.log)));
 }
@@ -93,12 +93,12 @@ struct KlSlopes {
 };
 
 template <class T>
-FASTFLOW_HD KlSlopes<T> kl_standard_slopes(T mean, const Sigma<T>& sigma) {
+FASTFLOW_HD KlSlopes<T> kl_standard_slopes(T mean, Sigma<T> sigma) {
   return {mean, expm1_twice(exp_parts(sigma.log)) * sigma.log_slope, T(0), T(0)};
 }
 
 template <class T>
-FASTFLOW_HD KlSlopes<T> kl_prior_slopes(T mean, const Sigma<T>& sigma, T prior_mean, const Sigma<T>& prior) {
+FASTFLOW_HD KlSlopes<T> kl_prior_slopes(T mean, Sigma<T> sigma, T prior_mean, Sigma<T> prior) {
   const T t = (mean - prior_mean) / prior.value, slope = t / prior.value;
   const T change = expm1_twice(exp_parts(sigma.log - prior.log));
   return {slope, change * sigma.log_slope, -slope, -math::fma(t, t, change) * prior.log_slope};

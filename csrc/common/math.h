@@ -187,16 +187,30 @@ FASTFLOW_HD Reduced<T> reduce_exp(T x) {
   return {rounded, n, fma(-n, B::ln2_low, fma(-n, B::ln2_high, x))};
 }
 
+// exp(x) for x within [exp_low, exp_high] or NaN.
 template <class T>
-FASTFLOW_HD T exp(T x) {
+FASTFLOW_HD T exp_in_range(T x) {
   using B = Bits<T>;
-  x = x < B::exp_low ? B::exp_low : x;
-  x = x > B::exp_high ? B::exp_high : x;
   const Reduced<T> q = reduce_exp(x);
   const T p = fma(q.r * q.r, exp_tail(q.r), q.r) + T(1);
   // 2^n in two factors, since n reaches past both ends of the exponents.
   const T half = fma(q.n, T(0.5), B::rounder);
   return p * power_of_two(half) * power_of_two(q.rounded - (half - B::rounder));
+}
+
+template <class T>
+FASTFLOW_HD T exp(T x) {
+  using B = Bits<T>;
+  const T low = x < B::exp_low ? B::exp_low : x;
+  return exp_in_range(low > B::exp_high ? B::exp_high : low);
+}
+
+// exp(-abs(x)).
+template <class T>
+FASTFLOW_HD T exp_decay(T x) {
+  using B = Bits<T>;
+  const T a = abs(x);
+  return exp_in_range(a > -B::exp_low ? B::exp_low : -a);
 }
 
 template <class T>
@@ -280,14 +294,20 @@ FASTFLOW_HD T log1p(T x) {
 // log(1 + w) for 0 <= w <= 1 (or NaN), cheaper than log1p.
 template <class T>
 FASTFLOW_HD T log1p_unit(T w) {
+  // The selects side by side: apart, a compiler computes the rest once for each of their outcomes.
   const bool high = w > T(0.41421356237309503);
-  const T core = log1p_core(high ? fma(T(0.5), w, T(-0.5)) : w);
-  return high ? core + Bits<T>::ln2 : core;
+  const T f = high ? fma(T(0.5), w, T(-0.5)) : w;
+  const T offset = high ? Bits<T>::ln2 : T(0);
+  return log1p_core(f) + offset;
 }
 
 template <class T>
 FASTFLOW_HD T tanh(T x) {
-  const T z = expm1(T(-2) * abs(x));
+  using B = Bits<T>;
+  const T a = T(2) * abs(x);
+  const Reduced<T> q = reduce_exp(a > -B::expm1_low ? B::expm1_low : -a);
+  const T scale = power_of_two(q.rounded);
+  const T z = fma(scale, fma(q.r * q.r, exp_tail(q.r), q.r), scale - T(1));  // expm1(-2 abs(x))
   return copysign(-z / (z + T(2)), x);
 }
 
@@ -306,10 +326,10 @@ FASTFLOW_HD T atan(T x) {
   using B = Bits<T>;
   const T a = abs(x);
   const bool middle = a > T(0.41421356237309503), high = a > T(2.414213562373095);
-  const T numerator = high ? T(-1) : middle ? a - T(1) : a;
-  const T denominator = high ? a : middle ? a + T(1) : T(1);
-  const T offset = high ? B::half_pi : middle ? T(0.5) * B::half_pi : T(0);
-  const T offset_low = high ? B::half_pi_low : middle ? T(0.5) * B::half_pi_low : T(0);
+  const T near = middle ? a - T(1) : a, near_denominator = middle ? a + T(1) : T(1);
+  const T near_offset = middle ? T(0.5) * B::half_pi : T(0), near_low = middle ? T(0.5) * B::half_pi_low : T(0);
+  const T numerator = high ? T(-1) : near, denominator = high ? a : near_denominator;
+  const T offset = high ? B::half_pi : near_offset, offset_low = high ? B::half_pi_low : near_low;
   const T t = numerator / denominator, z = t * t;
   return copysign(offset + (t + fma(t * z, atan_tail(z), offset_low)), x);
 }
@@ -317,28 +337,28 @@ FASTFLOW_HD T atan(T x) {
 // 1 / (1 + exp(-u)).
 template <class T>
 FASTFLOW_HD T sigmoid(T u) {
-  const T w = exp(-abs(u));
+  const T w = exp_decay(u);
   return (u < T(0) ? w : T(1)) / (T(1) + w);
 }
 
 // log(sigmoid(u)).
 template <class T>
 FASTFLOW_HD T logsigmoid(T u) {
-  const T w = exp(-abs(u));
+  const T w = exp_decay(u);
   return (u < T(0) ? u : T(0)) - log1p_unit(w);
 }
 
 // log(1 + exp(u)).
 template <class T>
 FASTFLOW_HD T softplus(T u) {
-  const T w = exp(-abs(u));
+  const T w = exp_decay(u);
   return (u > T(0) ? u : T(0)) + log1p_unit(w);
 }
 
 // log(softplus(u)), finite where softplus(u) underflows.
 template <class T>
 FASTFLOW_HD T log_softplus(T u) {
-  const T w = exp(-abs(u));
+  const T w = exp_decay(u);
   const T direct = log((u > T(0) ? u : T(0)) + log1p_unit(w));
   return u < T(-20) ? fma(T(-0.5), w, u) : direct;
 }
@@ -347,7 +367,7 @@ FASTFLOW_HD T log_softplus(T u) {
 template <class T>
 FASTFLOW_HD T logaddexp(T a, T b) {
   const T high = a > b ? a : b;
-  const T sum = (isnan(a) ? a : high) + log1p_unit(exp(-abs(a - b)));
+  const T sum = (isnan(a) ? a : high) + log1p_unit(exp_decay(a - b));
   return a == b ? a + Bits<T>::ln2 : sum;
 }
 

@@ -98,11 +98,12 @@ FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
     log_s = u;
     s = math::exp(u);
   } else if constexpr (K == Kind::sigmoid) {
-    const T w = math::exp(-math::abs(u));
-    s = map.amplitude * ((u < T(0) ? w : T(1)) / (T(1) + w));
-    log_s = (u < T(0) ? u : T(0)) - math::log1p_unit(w) + map.log_amplitude;
+    const T w = math::exp_decay(u);
+    const T numerator = u < T(0) ? w : T(1), low = u < T(0) ? u : T(0);
+    s = map.amplitude * (numerator / (T(1) + w));
+    log_s = low - math::log1p_unit(w) + map.log_amplitude;
   } else if constexpr (K == Kind::softplus) {
-    const T w = math::exp(-math::abs(u));
+    const T w = math::exp_decay(u);
     s = (u > T(0) ? u : T(0)) + math::log1p_unit(w);
     log_s = u < T(-20) ? math::fma(T(-0.5), w, u) : math::log(s);
   } else if constexpr (K == Kind::additive) {
@@ -130,12 +131,12 @@ FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
     dlog = map.gain;
     ds = s * dlog;
   } else if constexpr (K == Kind::sigmoid) {
-    const T w = math::exp(-math::abs(u)), inverse = T(1) / (T(1) + w);
+    const T w = math::exp_decay(u), inverse = T(1) / (T(1) + w);
     s = map.amplitude * ((u < T(0) ? w : T(1)) * inverse);
     dlog = map.gain * ((u < T(0) ? T(1) : w) * inverse);
     ds = s * dlog;
   } else if constexpr (K == Kind::softplus) {
-    const T w = math::exp(-math::abs(u));
+    const T w = math::exp_decay(u);
     s = (u > T(0) ? u : T(0)) + math::log1p_unit(w);
     const T slope = (u < T(0) ? w : T(1)) / (T(1) + w);
     ds = map.gain * slope;

@@ -120,7 +120,7 @@ template <int scale, bool prior, class T>
 void posterior(const Params<T>& in, int64_t count, T* __restrict sigma, T* __restrict log_sigma, T* __restrict kl) {
   const T *__restrict mean = in.mean, *__restrict raw = in.raw;
   const T *__restrict prior_mean = in.prior_mean, *__restrict prior_raw = in.prior_raw;
-#pragma omp simd
+#pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     const gaussian::Sigma<T> q = gaussian::sigma_of<scale>(raw[i]);
     sigma[i] = q.value;
@@ -144,9 +144,17 @@ struct Outgoing {
 };
 
 template <int scale, bool prior, class T>
+FASTFLOW_HD gaussian::KlSlopes<T> kl_slopes(T mean, gaussian::Sigma<T> q, T prior_mean, T prior_raw) {
+  if constexpr (prior)
+    return gaussian::kl_prior_slopes(mean, q, prior_mean, gaussian::sigma_of<scale>(prior_raw));
+  else
+    return gaussian::kl_standard_slopes(mean, q);
+}
+
+template <int scale, bool prior, class T>
 void gradients(const Params<T>& in, const Incoming<T>& grad, int64_t count, const Outgoing<T>& out) {
   const T *__restrict mean = in.mean, *__restrict raw = in.raw;
-  const T *__restrict prior_mean = in.prior_mean, *__restrict prior_raw = in.prior_raw;
+  const T *prior_mean = prior ? in.prior_mean : mean, *prior_raw = prior ? in.prior_raw : raw;
   T *__restrict to_mean = out.mean, *__restrict to_raw = out.raw;
   T *__restrict to_prior_mean = out.prior_mean, *__restrict to_prior_raw = out.prior_raw;
   // A gradient that is absent must not meet an infinite slope, since 0 * inf is NaN: its terms are left out. Something
@@ -155,15 +163,11 @@ void gradients(const Params<T>& in, const Incoming<T>& grad, int64_t count, cons
   const bool has_kl = grad.kl != nullptr, has_logq = grad.logq != nullptr;
   const T *z = has_z ? grad.z : raw, *z_eps = has_z_eps ? grad.z_eps : raw;
   const T *kl = has_kl ? grad.kl : raw, *logq = has_logq ? grad.logq : raw;
-#pragma omp simd
+#pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     const gaussian::Sigma<T> q = gaussian::sigma_of<scale>(raw[i]);
     const T by_z = z[i], by_sigma = z_eps[i] * q.slope, by_log = logq[i] * q.log_slope, by_kl = kl[i];
-    gaussian::KlSlopes<T> slope;
-    if constexpr (prior)
-      slope = gaussian::kl_prior_slopes(mean[i], q, prior_mean[i], gaussian::sigma_of<scale>(prior_raw[i]));
-    else
-      slope = gaussian::kl_standard_slopes(mean[i], q);
+    const gaussian::KlSlopes<T> slope = kl_slopes<scale, prior>(mean[i], q, prior_mean[i], prior_raw[i]);
     to_mean[i] = (has_z ? by_z : T(0)) + (has_kl ? by_kl * slope.mean : T(0));
     to_raw[i] = (has_z_eps ? by_sigma : T(0)) - (has_logq ? by_log : T(0)) + (has_kl ? by_kl * slope.raw : T(0));
     if constexpr (prior) {

@@ -11,11 +11,11 @@ struct Lanes {
   static constexpr int W = Simd<double>::lanes;
   static constexpr int inverse_columns = 4;  // solved together, so that a factor is loaded once for all
   using V = Vec<double>;
-  typedef int64_t I __attribute__((vector_size(vector_bytes), may_alias));
+  using I = Simd<double>::Lane;
 
   int64_t n;
   V *a, *reciprocal, *factor, *column;  // a: element (i, j) at a[j*n + i]
-  I* pivot_row;                         // row swapped with row k at step k
+  V* row;                               // row i of P A is row row[i] of A
   I nan, odd, singular, tiny;           // lane masks
 
   static int64_t scratch(int64_t n) {
@@ -27,28 +27,56 @@ struct Lanes {
     reciprocal = a + n * n;
     factor = reciprocal + n;
     column = factor + n;
-    pivot_row = reinterpret_cast<I*>(column + n * inverse_columns);
+    row = column + n * inverse_columns;
   }
 
   static I bits(V x) { return reinterpret_cast<I>(x); }
   static V select(I mask, V yes, V no) { return mask ? yes : no; }
   static V magnitude(V x) { return reinterpret_cast<V>(bits(x) & INT64_MAX); }
 
+  // W neighbouring elements.
+  static V read(const double* p) {
+    V x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static V read(const float* p) {
+    typedef float Narrow __attribute__((vector_size(vector_bytes / 2)));
+    Narrow x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, V);
+  }
+
   template <class In>
   void load(const In* const* in, int64_t row_stride, int64_t column_stride) {
     nan = I{};
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        const int64_t at = i * row_stride + j * column_stride;
-        V x;
-        for (int l = 0; l < W; ++l) x[l] = static_cast<double>(to_float(in[l][at]));
-        nan |= x != x;
-        a[j * n + i] = x;
+    int64_t element = 0, i = 0, j = 0;
+    const auto put = [&](V x) {
+      nan |= x != x;
+      a[j * n + i] = x;
+      if (++j == n) j = 0, ++i;
+    };
+    if constexpr (sizeof(In) >= sizeof(float)) {
+      if (column_stride == 1 && row_stride == n) {
+        for (; element + W <= n * n; element += W) {
+          V x[W];
+          for (int l = 0; l < W; ++l) x[l] = read(in[l] + element);
+          transpose<double>(x);
+          for (int e = 0; e < W; ++e) put(x[e]);
+        }
       }
+    }
+    for (; element < n * n; ++element) {
+      const int64_t at = i * row_stride + j * column_stride;
+      V x;
+      for (int l = 0; l < W; ++l) x[l] = static_cast<double>(to_float(in[l][at]));
+      put(x);
+    }
   }
 
   void factorise(bool want_inverse) {
     odd = singular = tiny = I{};
+    for (int64_t i = 0; i < n; ++i) row[i] = V{} + static_cast<double>(i);
     for (int64_t k = 0; k < n; ++k) {
       V* at = a + k * n;
       // |x| compares as an integer, which puts NaN above all.
@@ -62,10 +90,10 @@ struct Lanes {
       int64_t where[W];
       for (int l = 0; l < W; ++l) where[l] = p[l] * W + l;
       if (want_inverse) {
-        pivot_row[k] = p;
-        for (int64_t j = 0; j < k; ++j) take(a + j * n, k, where, true);
+        swap(row, k, where);
+        for (int64_t j = 0; j < k; ++j) swap(a + j * n, k, where);
       }
-      const V top = at[k], pivot = take(at, k, where, false);
+      const V top = at[k], pivot = take(at, k, where);
       const I zero = pivot == 0;
       const V inverse = 1.0 / pivot;
       const I small = (magnitude(pivot) < math::Bits<double>::tiny) & ~zero;
@@ -83,7 +111,7 @@ struct Lanes {
       for (; j + 1 < n; j += 2) {
         V *left = a + j * n, *right = left + n;
         const V left_top = left[k], right_top = right[k];
-        const V left_row = take(left, k, where, false), right_row = take(right, k, where, false);
+        const V left_row = take(left, k, where), right_row = take(right, k, where);
         for (int64_t i = k + 1; i < n; ++i) {
           const I here = p == i;
           left[i] = select(here, left_top, left[i]) - factor[i] * left_row;
@@ -92,22 +120,27 @@ struct Lanes {
       }
       if (j < n) {
         V* left = a + j * n;
-        const V left_top = left[k], left_row = take(left, k, where, false);
+        const V left_top = left[k], left_row = take(left, k, where);
         for (int64_t i = k + 1; i < n; ++i) left[i] = select(p == i, left_top, left[i]) - factor[i] * left_row;
       }
     }
   }
 
-  // Brings every lane's pivot row to row k of a column; with `swap` also the other way.
-  static V take(V* at, int64_t k, const int64_t* where, bool swap) {
-    double* flat = reinterpret_cast<double*>(at);
-    const V old = at[k];
+  // Brings every lane's pivot row to row k of a column.
+  static V take(V* at, int64_t k, const int64_t* where) {
+    const double* flat = reinterpret_cast<const double*>(at);
     V x;
     for (int l = 0; l < W; ++l) x[l] = flat[where[l]];
     at[k] = x;
-    if (swap)
-      for (int l = 0; l < W; ++l) flat[where[l]] = where[l] == k * W + l ? x[l] : old[l];
     return x;
+  }
+
+  // The same, and row k to where the pivot row was.
+  static void swap(V* at, int64_t k, const int64_t* where) {
+    double* flat = reinterpret_cast<double*>(at);
+    const V old = at[k];
+    take(at, k, where);
+    for (int l = 0; l < W; ++l) flat[where[l]] = old[l];
   }
 
   static bool any(I mask) {
@@ -176,26 +209,19 @@ struct Lanes {
       const int64_t columns = at_most(inverse_columns, n - c);
       for (int64_t q = 0; q < columns; ++q) {
         int64_t to[W];
-        for (int l = 0; l < W; ++l) to[l] = row_of(c + q, l);
+        for (int l = 0; l < W; ++l) to[l] = static_cast<int64_t>(row[c + q][l]);
         for (int64_t i = 0; i < n; ++i) {
           const V x = select(broken, V{} + math::quiet_nan<double>(), column[i * inverse_columns + q]);
+          Out value[W];
+          for (int l = 0; l < W; ++l) value[l] = static_cast<Out>(x[l]);
           if (count == W) {
-            for (int l = 0; l < W; ++l) out[l][i * n + to[l]] = static_cast<Out>(x[l]);
+            for (int l = 0; l < W; ++l) out[l][i * n + to[l]] = value[l];
           } else {
-            for (int64_t l = 0; l < count; ++l) out[l][i * n + to[l]] = static_cast<Out>(x[l]);
+            for (int64_t l = 0; l < count; ++l) out[l][i * n + to[l]] = value[l];
           }
         }
       }
     }
-  }
-
-  // The row of A that stands in row r of P A: the swaps in reverse order.
-  int64_t row_of(int64_t r, int lane) const {
-    for (int64_t k = r < n ? r : n - 1; k >= 0; --k) {
-      const int64_t p = pivot_row[k][lane];
-      r = r == k ? p : r == p ? k : r;
-    }
-    return r;
   }
 };
 

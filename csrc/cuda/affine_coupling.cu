@@ -288,11 +288,6 @@ void point_at_pairs(Params& params) {
   raw = shift = std::min(raw, shift);
 }
 
-Dims sample_sizes(const Tensor& t) {
-  const Dims sizes = sizes_of(t);
-  return Dims(sizes.begin() + 1, sizes.end());
-}
-
 template <class T>
 void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& shift, const optional<Tensor>& logdet,
              const optional<Tensor>& passive, const Tensor& y, const Tensor& total, int64_t flags, const Map<T>& map) {
@@ -387,8 +382,6 @@ void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logde
   else FASTFLOW_LAUNCH((coupling_backward<T, false>), p.tiles.grid(), p.tiles.block, 0, stream, p);
 }
 
-Tensor like(const Tensor& t) { return empty_strided(sizes_of(t), strides_like(sizes_of(t), t), t.scalar_type(), t); }
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> affine_coupling_fwd(
@@ -414,9 +407,9 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
     int64_t flags, int64_t kind, double gain, double offset, double out_gain, double clamp, double eps,
     double hard_min, double hard_max, double shift_gain) {
   optional<Tensor> grad_x, grad_params, grad_shift;
-  if (need_x) grad_x = like(x);
-  if (need_params) grad_params = like(params);
-  if (need_shift && shift) grad_shift = like(*shift);
+  if (need_x) grad_x = gradient_of(x);
+  if (need_params) grad_params = gradient_of(params);
+  if (need_shift && shift) grad_shift = gradient_of(*shift);
   auto run = [&]<class T>(T) {
     backward<T>(grad_y, grad_logdet, x, params, shift, passive_channels, grad_x, grad_params, grad_shift, flags,
                 make_map<T>(flags, kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain));

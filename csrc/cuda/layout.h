@@ -32,6 +32,18 @@ inline View view_of(const Tensor& t, int64_t offset = 0, int64_t step = 1) {
 
 inline View view_of(const optional<Tensor>& t) { return t ? view_of(*t) : no_view(); }
 
+// (C, *S) of a tensor (B, C, *S).
+inline Dims sample_sizes(const Tensor& t) {
+  const Dims sizes = sizes_of(t);
+  return Dims(sizes.begin() + 1, sizes.end());
+}
+
+// Uninitialised, with t's shape and dtype and the memory format that t suggests.
+inline Tensor gradient_of(const Tensor& t) {
+  const Dims sizes = sizes_of(t);
+  return empty_strided(sizes, strides_like(sizes, t), t.scalar_type(), t);
+}
+
 // The two halves of packed params (B, 2C, *S).
 struct Halves {
   View first, second;

@@ -3,8 +3,6 @@
 #include "../common/math.h"
 #include "elements.cuh"
 
-#include <algorithm>
-
 namespace fastflow {
 namespace {
 

@@ -1,0 +1,131 @@
+"""The commands driven as a user would, each in a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+for library in ("rich", "pydantic", "safetensors", "sklearn", "PIL"):
+    pytest.importorskip(library)
+import numpy as np
+from PIL import Image
+
+TINY = {
+    "glow-digits": ["model.n_levels=1", "model.n_steps=2", "model.hidden_channels=8", "train.batch_size=100"],
+    "glow-photos": ["model.n_levels=2", "model.n_steps=1", "model.hidden_channels=4", "train.batch_size=8"],
+    "vae-digits": ["model.hidden_features=16", "model.latent_features=4", "train.batch_size=100"],
+}
+FIGURES = {"glow-digits": ["bits/dim"], "glow-photos": ["bits/dim"], "vae-digits": ["ELBO", "rate", "distortion"]}
+
+
+def fastflow(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "fastflow.cli", *map(str, arguments)], capture_output=True, text=True,
+                          cwd=cwd, timeout=300, check=False)
+
+
+def tiny(recipe, steps):
+    settings = [*TINY[recipe], f"train.steps={steps}", "train.threads=1", "train.device=cpu", "train.eval_every=0",
+                "train.checkpoint_every=0", "train.log_every=1", "sample.count=6"]
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def picture(path):
+    image = np.asarray(Image.open(path))
+    assert image.std() > 1
+    return image
+
+
+@pytest.mark.parametrize("recipe", TINY)
+def test_train_resume_evaluate_sample(recipe, tmp_path):
+    if recipe == "glow-photos":
+        pytest.importorskip("skimage")
+    run = tmp_path / "runs" / recipe  # where it goes by default
+    first = fastflow("train", recipe, *tiny(recipe, 3), cwd=tmp_path)
+    assert first.returncode == 0 and not first.stderr, first.stderr
+    checkpoint = run / "checkpoints" / "step-000003"
+    assert sorted(p.name for p in checkpoint.glob("*.safetensors")) == ["ema.safetensors", "model.safetensors",
+                                                                         "training.safetensors"]
+    picture(run / "samples" / "step-000003.png")
+    assert (run / "samples" / "reconstructions-step-000003.png").exists() == (recipe == "vae-digits")
+    for word in (*FIGURES[recipe], "step-000003.png", "checkpoints/step-000003"):
+        assert word in first.stdout
+
+    more = fastflow("train", recipe, *tiny(recipe, 5), "--resume", "auto", cwd=tmp_path)
+    assert more.returncode == 0 and "continuing after step 3" in more.stdout, more.stderr
+    assert (run / "checkpoints" / "step-000005").is_dir() and not (tmp_path / "runs" / f"{recipe}-2").exists()
+
+    evaluated = fastflow("evaluate", run)
+    assert evaluated.returncode == 0, evaluated.stderr
+    results, evaluation = (json.loads((run / f"{name}.json").read_text()) for name in ("results", "evaluation"))
+    assert evaluation["step"] == results["step"] == 5
+    for figure in ("bits_per_dim", "elbo", "rate", "distortion"):
+        assert evaluation.get(figure) == pytest.approx(results.get(figure), rel=1e-5)
+    assert f"bits/dim {evaluation['bits_per_dim']:.4f}" in evaluated.stdout
+
+    pictures = []
+    for seed, count in ((3, 4), (3, 4), (4, 4)):
+        sampled = fastflow("sample", run, "--seed", seed, "-n", count, "--step", 3)
+        assert sampled.returncode == 0, sampled.stderr
+        path = Path(sampled.stdout.strip())
+        assert path == run / "samples" / f"step-000003-seed-{seed}.png"
+        pictures.append(picture(path))
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+    unknown = fastflow("sample", run, "--step", 4)
+    assert unknown.returncode == 1 and "no checkpoint of step 4, only of 3, 5" in unknown.stderr
+
+
+def test_a_second_run_gets_a_directory_of_its_own(tmp_path):
+    for expected in ("glow-digits", "glow-digits-2"):
+        done = fastflow("train", "glow-digits", *tiny("glow-digits", 0), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "runs" / expected / "checkpoints" / "step-000000").is_dir()
+    again = fastflow("train", "glow-digits", *tiny("glow-digits", 1), "--resume", "auto", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "runs" / "glow-digits-2" / "checkpoints" / "step-000001").is_dir()
+
+
+def test_a_damaged_checkpoint_is_named_and_a_resume_goes_back_aloud(tmp_path):
+    for steps in (1, 2):
+        fastflow("train", "glow-digits", *tiny("glow-digits", steps), "--out", tmp_path, "--resume", "auto")
+    damaged = tmp_path / "checkpoints" / "step-000002" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-9] ^= 4
+    damaged.write_bytes(content)
+    for command in ("evaluate", "sample"):
+        refused = fastflow(command, tmp_path)
+        assert refused.returncode == 1 and f"{damaged}: corrupt" in refused.stderr and refused.stderr.count("\n") == 1
+    again = fastflow("train", "glow-digits", *tiny("glow-digits", 3), "--out", tmp_path, "--resume", "auto")
+    assert again.returncode == 0 and "continuing after step 1" in again.stdout
+    assert again.stderr.count("\n") == 1 and f"WARNING: passing over a bad checkpoint: {damaged}" in again.stderr
+    assert fastflow("evaluate", tmp_path, "--step", 2).returncode == 0  # written anew on the way
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "fastflow.cli", "train", "glow-digits", "--out", str(tmp_path / "run"),
+               *tiny("glow-digits", 1_000_000), "--set", "train.max_seconds=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
+        log = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (log.exists() and log.stat().st_size):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and err.count("\n") == 1, err
+    step = int(re.search(r"SIGTERM: stopped after step (\d+), saved as", err).group(1))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    if os.geteuid() == 0:
+        target = Path("/proc/no-such-run")  # root may write anywhere else
+    else:
+        target = tmp_path / "locked" / "run"
+        target.parent.mkdir(mode=0o500)
+    refused = fastflow("train", "glow-digits", *tiny("glow-digits", 1), "--out", target)
+    assert refused.returncode == 1 and str(target) in refused.stderr and refused.stderr.count("\n") == 1

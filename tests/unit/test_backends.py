@@ -1,0 +1,138 @@
+"""Which backend runs: what is available, what explain() promises, what use_backend() forces, and a spy on what ran."""
+
+import shutil
+import threading
+
+import pytest
+import torch
+from cases import CASES, cotangents_of, evaluate
+
+from fastflow import backends, functional, reference
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+KERNELS = {"affine_coupling": ("affine_coupling_fwd", "affine_coupling_bwd"), "slogdet": ("slogdet_fwd",),
+           "slogdet_inverse": ("slogdet_fwd",), "plu_weight": ("plu_weight_fwd", "plu_weight_bwd"),
+           "gaussian_sample_kl": ("gaussian_fwd", "gaussian_bwd")}
+by_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def kernels_run(function):
+    """Names "namespace::op" of fastflow's operators that torch's dispatcher ran during ``function``."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {event.key for event in profile.key_averages() if event.key.startswith("fastflow")}
+
+
+def test_available_names_every_backend():
+    report = backends.available()
+    assert set(report) == set(NAMES) and all(type(usable) is bool for usable in report.values())
+    assert report["reference"]
+    assert set(backends.status()) == set(NAMES)
+    for name, usable in report.items():
+        assert backends.status()[name].startswith("available" if usable else "not available: ")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine")
+def test_cpu_kernels_are_built_where_there_is_a_compiler():
+    """Without this, a build that quietly failed would leave every test of the C++ kernels skipped."""
+    assert backends.available()["cpu"], backends.status()["cpu"]
+
+
+@by_case
+def test_spy_the_requested_backend_runs_and_no_other(case, backend, device):
+    tensors = case.tensors(torch.float32, device)
+    cotangents = cotangents_of(case, tensors)
+    ran = kernels_run(lambda: evaluate(case, tensors, cotangents=cotangents))
+    if backend == "triton":  # launched without the dispatcher in eager mode
+        assert not ran
+    else:
+        assert ran == (set() if backend == "reference" else {f"fastflow_{backend}::{op}" for op in KERNELS[case.op]})
+
+
+@by_case
+def test_spy_no_backward_kernel_without_a_gradient(case, fused, device):
+    tensors = case.tensors(torch.float32, device)
+    ran = kernels_run(lambda: evaluate(case, tensors, needs=()))
+    assert fused == "triton" or ran == {f"fastflow_{fused}::{KERNELS[case.op][0]}"}
+
+
+@by_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_explain_tells_what_an_unforced_call_uses(case, dtype):
+    if case.op == "plu_weight" and dtype in (torch.bfloat16, torch.float16):
+        return pytest.skip("plu_weight takes float32 and float64")
+    tensors = case.tensors(dtype)
+    promised = backends.explain(case.op, *tensors.values()).split()[0]
+    ran = kernels_run(lambda: case.call(tensors))
+    assert {name.split("::")[0] for name in ran} == ({f"fastflow_{promised}"} if promised != "reference" else set())
+    if backends.available()["cpu"]:
+        assert promised == "cpu", "the C++ kernels are the default without a GPU"
+
+
+def test_explain_gives_a_reason_and_accepts_pairs():
+    x = torch.ones(2, 3)
+    for text in (backends.explain("affine_coupling", x, (x, x)), backends.explain("slogdet", torch.eye(3))):
+        assert text.split()[0] in NAMES and len(text.split()) > 2
+    with backends.use_backend("reference"):
+        assert backends.explain("slogdet", torch.eye(3)).split()[0] == "reference"
+    for call in (lambda: backends.explain("cube", x), lambda: backends.explain("slogdet")):
+        with pytest.raises(ValueError, match="^(op|tensors)"):
+            call()
+
+
+def test_explain_large_matrices_go_to_torch_linalg():
+    """Beyond the table's limit the reference (torch.linalg) is promised and used."""
+    w = torch.eye(600)
+    assert backends.explain("slogdet", w).split()[0] == "reference"
+    assert kernels_run(lambda: functional.slogdet(w)) == set()
+    if backends.available()["cpu"]:
+        assert backends.explain("slogdet", torch.eye(12)).split()[0] == "cpu"
+
+
+def test_meta_tensors_use_the_reference():
+    x = torch.ones(2, 3, device="meta")
+    assert backends.explain("affine_coupling", x, x).split()[0] == "reference"
+    y, logdet = functional.affine_coupling(x, torch.ones(2, 6, device="meta"))
+    assert y.shape == (2, 3) and logdet.shape == (2,) and y.is_meta
+
+
+def test_use_backend_nests_and_is_undone_by_an_exception():
+    assert backends.requested() is None
+    with backends.use_backend("reference"):
+        with pytest.raises(KeyError), backends.use_backend(None):
+            assert backends.requested() is None
+            raise KeyError
+        assert backends.requested() == "reference"
+    assert backends.requested() is None
+
+
+def test_use_backend_is_each_thread_s_own():
+    seen = []
+    with backends.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.requested()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("name", ["cpp", "", "CPU", 3])
+def test_use_backend_refuses_unknown_names(name):
+    with pytest.raises((ValueError, TypeError), match="^name"), backends.use_backend(name):
+        pass
+
+
+def test_a_request_that_cannot_be_met_raises_and_says_why(fused, device):
+    """Never a silent fallback: not for transforms, subclasses or the wrong device."""
+    x, p = torch.ones(2, 3, device=device), torch.ones(2, 6, device=device)
+    with pytest.raises(RuntimeError, match=f"{fused}.*torch.func"):
+        torch.func.grad(lambda x: functional.affine_coupling(x, p)[1].sum())(x)
+    with pytest.raises(RuntimeError, match=f"{fused}.*device|{fused}.*tensors"):
+        functional.affine_coupling(torch.ones(2, 3, device="meta"), torch.ones(2, 6, device="meta"))
+
+
+def test_namesakes_have_one_signature():
+    import inspect
+
+    for name in backends.OPS:
+        ours, theirs = inspect.signature(getattr(functional, name)), inspect.signature(getattr(reference, name))
+        assert ours == theirs, name

@@ -1,0 +1,202 @@
+"""What makes no sense raises ValueError or TypeError, and the message begins with the argument's name."""
+
+import re
+
+import pytest
+import torch
+
+from fastflow import backends, functional
+from fastflow.functional import affine_coupling, gaussian_sample_kl, plu_weight, slogdet, slogdet_inverse
+
+
+def r(*shape, dtype=torch.float32, device="cpu"):
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+X, P = r(2, 3, 4), r(2, 6, 4)
+META = {"device": "meta"}
+HALF, DOUBLE, LONG = torch.bfloat16, torch.float64, torch.int64
+
+AFFINE = {
+    "x not a tensor": (TypeError, "x", lambda: affine_coupling([1.0], P)),
+    "x of integers": (TypeError, "x", lambda: affine_coupling(X.long(), P)),
+    "x complex": (TypeError, "x", lambda: affine_coupling(X.cfloat(), P)),
+    "x sparse": (TypeError, "x", lambda: affine_coupling(r(2, 3).to_sparse(), r(2, 6))),
+    "x without channels": (ValueError, "x", lambda: affine_coupling(r(4), r(8))),
+    "x 0-d": (ValueError, "x", lambda: affine_coupling(r(), r())),
+    "params not a tensor": (TypeError, "params", lambda: affine_coupling(X, None)),
+    "params of integers": (TypeError, "params", lambda: affine_coupling(X, P.int())),
+    "params with too few channels": (ValueError, "params", lambda: affine_coupling(X, r(2, 3, 4))),
+    "params with odd channels": (ValueError, "params", lambda: affine_coupling(X, r(2, 7, 4))),
+    "params of another batch": (ValueError, "params", lambda: affine_coupling(X, r(1, 6, 4))),
+    "params of another size": (ValueError, "params", lambda: affine_coupling(X, r(2, 6, 1))),
+    "params of another rank": (ValueError, "params", lambda: affine_coupling(X, r(2, 6))),
+    "params elsewhere": (ValueError, "params", lambda: affine_coupling(X, r(2, 6, 4, **META))),
+    "params in float64": (TypeError, "x|params", lambda: affine_coupling(X, P.double())),
+    "x in float64": (TypeError, "x|params", lambda: affine_coupling(X.double(), P)),
+    "pair of three": (ValueError, "params", lambda: affine_coupling(X, (X, X, X))),
+    "pair of one": (ValueError, "params", lambda: affine_coupling(X, (X,))),
+    "pair with a wrong raw": (ValueError, "params", lambda: affine_coupling(X, (r(2, 1, 4), X))),
+    "pair with a wrong shift": (ValueError, "params", lambda: affine_coupling(X, (X, r(3, 4)))),
+    "pair that is half a tensor": (TypeError, "params", lambda: affine_coupling(X, (X, 0.0))),
+    "pair of mixed float64": (TypeError, "x|params", lambda: affine_coupling(X, (X, X.double()))),
+    "pair elsewhere": (ValueError, "params", lambda: affine_coupling(X, (X, r(2, 3, 4, **META)))),
+    "additive with a pair": ((TypeError, ValueError), "params", lambda: affine_coupling(X, (X, X), scale="additive")),
+    "additive with 2C channels": (ValueError, "params", lambda: affine_coupling(X, P, scale="additive")),
+    "additive elsewhere": (ValueError, "params", lambda: affine_coupling(X, r(2, 3, 4, **META), scale="additive")),
+    "unknown scale": (ValueError, "scale", lambda: affine_coupling(X, P, scale="cube")),
+    "scale of a wrong type": (TypeError, "scale", lambda: affine_coupling(X, P, scale=2.0)),
+    "unknown layout": (ValueError, "layout", lambda: affine_coupling(X, P, layout="split")),
+    "unknown order": (ValueError, "order", lambda: affine_coupling(X, P, order="mean_scale")),
+    "logdet of another shape": (ValueError, "logdet", lambda: affine_coupling(X, P, logdet=r(1))),
+    "logdet 0-d": (ValueError, "logdet", lambda: affine_coupling(X, P, logdet=r())),
+    "logdet a column": (ValueError, "logdet", lambda: affine_coupling(X, P, logdet=r(2, 1))),
+    "logdet a number": (TypeError, "logdet", lambda: affine_coupling(X, P, logdet=0.0)),
+    "logdet of integers": (TypeError, "logdet", lambda: affine_coupling(X, P, logdet=r(2, dtype=LONG))),
+    "logdet elsewhere": (ValueError, "logdet", lambda: affine_coupling(X, P, logdet=r(2, **META))),
+    "logdet float32 to float64": (TypeError, "logdet", lambda: affine_coupling(X.double(), P.double(), logdet=r(2))),
+    "logdet float64 to float32": (TypeError, "x|params|logdet", lambda: affine_coupling(X, P, logdet=r(2, dtype=DOUBLE))),
+    "passive of another batch": (ValueError, "passive", lambda: affine_coupling(X, P, passive=r(3, 3, 4))),
+    "passive of another size": (ValueError, "passive", lambda: affine_coupling(X, P, passive=r(2, 3, 5))),
+    "passive of another rank": (ValueError, "passive", lambda: affine_coupling(X, P, passive=r(2, 3))),
+    "passive of integers": (TypeError, "passive", lambda: affine_coupling(X, P, passive=r(2, 3, 4, dtype=LONG))),
+    "passive elsewhere": (ValueError, "passive", lambda: affine_coupling(X, P, passive=r(2, 3, 4, **META))),
+    "passive in float64": (TypeError, "x|params|passive",
+                           lambda: affine_coupling(X, P, passive=r(2, 3, 4, dtype=DOUBLE))),
+    "passive a list": (TypeError, "passive", lambda: affine_coupling(X, P, passive=[X])),
+}
+SLOGDET = {
+    f"{function.__name__} {name}": (error, "weight", lambda f=function, w=weight: f(w))
+    for function in (slogdet, slogdet_inverse)
+    for name, error, weight in (("a vector", ValueError, r(3)), ("a scalar", ValueError, r()),
+                                ("not square", ValueError, r(2, 3, 4)), ("of integers", TypeError, r(3, 3, dtype=LONG)),
+                                ("complex", TypeError, r(3, 3, dtype=torch.cfloat)), ("a list", TypeError, [[1.0]]),
+                                ("None", TypeError, None))}
+
+
+def plu(**changes):
+    operands = {"lower": r(2, 3, 3), "upper": r(2, 3, 3), "log_s": r(2, 3), "sign_s": r(2, 3),
+                "perm": torch.arange(3).expand(2, 3)}
+    return plu_weight(**{**operands, **changes})
+
+
+PLU = {
+    "lower a matrix": (ValueError, "lower", lambda: plu(lower=r(3, 3))),
+    "lower not square": (ValueError, "lower", lambda: plu(lower=r(2, 3, 4))),
+    "lower bfloat16": (TypeError, "lower", lambda: plu(lower=r(2, 3, 3, dtype=HALF))),
+    "lower a list": (TypeError, "lower", lambda: plu(lower=[1])),
+    "upper of another shape": (ValueError, "upper", lambda: plu(upper=r(1, 3, 3))),
+    "upper float64": (TypeError, "upper", lambda: plu(upper=r(2, 3, 3, dtype=DOUBLE))),
+    "upper elsewhere": (ValueError, "upper", lambda: plu(upper=r(2, 3, 3, **META))),
+    "log_s of another shape": (ValueError, "log_s", lambda: plu(log_s=r(2, 1))),
+    "log_s None": (TypeError, "log_s", lambda: plu(log_s=None)),
+    "sign_s of another shape": (ValueError, "sign_s", lambda: plu(sign_s=r(3))),
+    "sign_s of integers": (TypeError, "sign_s", lambda: plu(sign_s=r(2, 3, dtype=LONG))),
+    "perm of another shape": (ValueError, "perm", lambda: plu(perm=torch.arange(3))),
+    "perm floating": (TypeError, "perm", lambda: plu(perm=r(2, 3))),
+    "perm int32": (TypeError, "perm", lambda: plu(perm=r(2, 3, dtype=torch.int32))),
+}
+Q = r(2, 6, 4)
+M = r(2, 3, 4)
+
+
+def sample(params=Q, **kwargs):
+    return gaussian_sample_kl(params, **kwargs)
+
+
+GAUSSIAN = {
+    "params not a tensor": (TypeError, "params", lambda: sample(None)),
+    "params of integers": (TypeError, "params", lambda: sample(Q.long())),
+    "params with odd channels": (ValueError, "params", lambda: sample(r(2, 5, 4))),
+    "params a vector": (ValueError, "params", lambda: sample(r(4))),
+    "pair of three": (ValueError, "params", lambda: sample((M, M, M))),
+    "pair that does not match": (ValueError, "params", lambda: sample((M, r(2, 3, 1)))),
+    "pair of vectors": (ValueError, "params", lambda: sample((r(3), r(3)))),
+    "pair elsewhere": (ValueError, "params", lambda: sample((M, r(2, 3, 4, **META)))),
+    "pair of mixed float64": (TypeError, "params", lambda: sample((M, M.double()))),
+    "pair of a tensor and a number": (TypeError, "params", lambda: sample((M, 1.0))),
+    "unknown scale": (ValueError, "scale", lambda: sample(scale="variance")),
+    "a ScaleMap": ((TypeError, ValueError), "scale", lambda: sample(scale=functional.ScaleMap("exp"))),
+    "unknown layout": (ValueError, "layout", lambda: sample(layout="cross")),
+    "unknown order": (ValueError, "order", lambda: sample(order="scale_shift")),
+    "unknown reduce": (ValueError, "reduce", lambda: sample(reduce="mean")),
+    "prior a tensor": (TypeError, "prior", lambda: sample(prior=Q)),
+    "prior of one": (TypeError, "prior", lambda: sample(prior=(M,))),
+    "prior of numbers": (TypeError, "prior", lambda: sample(prior=(0.0, 1.0))),
+    "prior of another batch": (ValueError, "prior", lambda: sample(prior=(r(3, 3, 4), r(3, 3, 4)))),
+    "prior broadcasting along a channel": (ValueError, "prior", lambda: sample(prior=(r(2, 1, 4), M))),
+    "prior broadcasting along space": (ValueError, "prior", lambda: sample(prior=(M, r(2, 3, 1)))),
+    "prior of another rank": (ValueError, "prior", lambda: sample(prior=(r(3, 4), r(3, 4)))),
+    "prior elsewhere": (ValueError, "prior", lambda: sample(prior=(M, r(2, 3, 4, **META)))),
+    "prior in float64": (TypeError, "params|prior", lambda: sample(prior=(M.double(), M.double()))),
+    "eps of another shape": (ValueError, "eps", lambda: sample(eps=r(2, 3))),
+    "eps without the samples": (ValueError, "eps", lambda: sample(eps=M, n_samples=2)),
+    "eps with too many": (ValueError, "eps", lambda: sample(eps=r(2, 2, 3, 4))),
+    "eps of integers": (TypeError, "eps", lambda: sample(eps=M.long())),
+    "eps in float64": (TypeError, "params|eps", lambda: sample(eps=M.double())),
+    "eps elsewhere": (ValueError, "eps", lambda: sample(eps=r(2, 3, 4, **META))),
+    "eps and seed": (ValueError, "eps and seed|seed|eps", lambda: sample(eps=M, seed=1)),
+    "seed a float": (TypeError, "seed", lambda: sample(seed=1.0)),
+    "seed a bool": (TypeError, "seed", lambda: sample(seed=True)),
+    "seed int32": (TypeError, "seed", lambda: sample(seed=torch.tensor(1, dtype=torch.int32))),
+    "seed floating": (TypeError, "seed", lambda: sample(seed=torch.tensor(1.0))),
+    "seed of another batch": (ValueError, "seed", lambda: sample(seed=torch.arange(3))),
+    "seed a matrix": (ValueError, "seed", lambda: sample(seed=torch.ones(2, 1, dtype=LONG))),
+    "seed elsewhere": (ValueError, "seed", lambda: sample(seed=torch.ones((), dtype=LONG, **META))),
+    "seed a name": (TypeError, "seed", lambda: sample(seed="7")),
+    "negative offset": (ValueError, "offset", lambda: sample(seed=1, offset=-1)),
+    "offset a float": (TypeError, "offset", lambda: sample(seed=1, offset=1.0)),
+    "negative n_samples": (ValueError, "n_samples", lambda: sample(seed=1, n_samples=-1)),
+    "n_samples a float": (TypeError, "n_samples", lambda: sample(seed=1, n_samples=2.0)),
+    "n_samples a bool": (TypeError, "n_samples", lambda: sample(seed=1, n_samples=True)),
+    "generator a seed": (TypeError, "generator", lambda: sample(generator=3)),
+}
+
+
+@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *GAUSSIAN])
+def test_refused_and_named(name):
+    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **GAUSSIAN}[name]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert re.match(rf"({argument})\b", message), f"the message does not begin with {argument!r}: {message!r}"
+    assert isinstance(caught.value, (TypeError, ValueError)) and not isinstance(caught.value, RuntimeError)
+
+
+@pytest.mark.parametrize(("call", "came", "expected"), [
+    (lambda: affine_coupling(X, r(2, 7, 4)), "(2, 7, 4)", "(2, 6, 4)"),
+    (lambda: affine_coupling(X, P, logdet=r(5)), "(5,)", "(2,)"),
+    (lambda: affine_coupling(X, P.int()), "torch.int32", "float32"),
+    (lambda: affine_coupling(X, P, scale="cube"), "'cube'", "softplus"),
+    (lambda: slogdet(r(2, 3, 4)), "(2, 3, 4)", "C"),
+    (lambda: sample(eps=r(2, 3)), "(2, 3)", "(2, 3, 4)"),
+    (lambda: sample(seed=torch.arange(3)), "(3,)", "(2,)"),
+    (lambda: sample(reduce="mean"), "'mean'", "'channel'"),
+    (lambda: affine_coupling(X, r(2, 6, 4, **META)), "meta", "cpu")])
+def test_messages_say_what_came_and_what_was_expected(call, came, expected):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert came in str(caught.value) and expected in str(caught.value)
+
+
+def test_keyword_arguments_are_keyword_only():
+    for call in (lambda: affine_coupling(X, P, "exp"), lambda: gaussian_sample_kl(Q, "logvar")):
+        with pytest.raises(TypeError):
+            call()
+
+
+def test_nothing_is_drawn_or_run_by_a_refused_call():
+    """A refused call leaves torch's generator where it was."""
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="^reduce"):
+        sample(reduce="mean")
+    with pytest.raises(TypeError, match="^(params|prior)"):
+        sample(prior=(M.double(), M.double()))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_backend_that_cannot_run_says_why():
+    for name in ("triton", "cuda"):
+        with backends.use_backend(name), pytest.raises(RuntimeError, match=f"{name}.*affine_coupling.*because|{name}"):
+            affine_coupling(X, P)
