@@ -174,10 +174,11 @@ def run_sample(arguments):
     from fastflow.engine.evaluate import samples
     from fastflow.engine.pictures import save_grid
     from fastflow.engine.run import load_trained
-    from fastflow.engine.trainer import choose_device
+    from fastflow.engine.trainer import choose_device, set_threads
 
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
+    set_threads(trained.settings)
     options, (_, n_bins) = trained.settings.sample, DATASETS[trained.settings.data.name]
     count = options.count if arguments.count is None else arguments.count
     temperature = options.temperature if arguments.temperature is None else arguments.temperature
@@ -194,10 +195,11 @@ def run_evaluate(arguments):
     from fastflow.engine.files import write_text
     from fastflow.engine.objectives import objective_for
     from fastflow.engine.run import load_trained
-    from fastflow.engine.trainer import choose_device
+    from fastflow.engine.trainer import choose_device, set_threads
 
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
+    set_threads(trained.settings)
     images = data.load(trained.settings.data.name)
     objective = objective_for(trained.model, n_bins=images.n_bins)
     figures = evaluate(trained.model, objective, images.test, device, arguments.seed)

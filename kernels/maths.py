@@ -78,19 +78,32 @@ def exp(x):
 
 
 @triton.jit
-def expm1_and_excess(x):
-    """(exp(x) - 1, exp(x) - 1 - x), the second without cancellation at small |x|."""
+def expm1_parts(x):
+    """(n, r, q, p, e, tail): exp(x) = p * (1 + r + q) with p = 2**n, and exp(x) - 1 = e + tail where n <= 60."""
     if x.dtype == tl.float64:
         inner = tl.where(x > 710.0, 710.0, tl.where(x < -80.0, -80.0, x))
     else:
         inner = tl.where(x > 89.0, 89.0, tl.where(x < -40.0, -40.0, x))
     n, r, q = exp_parts(inner)
     half = n >> 1
-    low = power_of_two(half, x.dtype)
-    high = power_of_two(n - half, x.dtype)
-    # Scaling by 2^n in two steps; from 2^60 on the 1 that is subtracted is below the rounding error.
-    small = (r + q) * low * high + (low * high - 1.0)
-    result = tl.where(n > 60, (1.0 + (r + q)) * low * high, small)
+    p = power_of_two(half, x.dtype) * power_of_two(n - half, x.dtype)
+    # The three parts p - 1, p*r and p*q are added with the roundings kept.
+    base = p - 1.0
+    part = p * r
+    partial = base + part
+    rest = p * q + tl.where(n > 1, base - (partial - part), part - (partial - base))
+    e = partial + rest
+    return n, r, q, p, e, rest - (e - partial)
+
+
+@triton.jit
+def expm1_and_excess(x):
+    """(exp(x) - 1, exp(x) - 1 - x), the second without cancellation at small |x|."""
+    n, r, q, p, e, _ = expm1_parts(x)
+    # 2^128 overflows although half of it times 1 + r + q may not; from 2^60 on the 1 no longer counts.
+    half = n >> 1
+    large = (1.0 + (r + q)) * power_of_two(half, x.dtype) * power_of_two(n - half, x.dtype)
+    result = tl.where(n > 60, large, e)
     return result, tl.where(n == 0, q, result - x)
 
 
@@ -188,9 +201,12 @@ def softplus(u):
 @triton.jit
 def tanh_and_slope(x):
     """(tanh(x), 1 - tanh(x)^2), the second without cancellation."""
-    e = expm1(-2.0 * tl.abs(x))
+    _, _, _, _, e, tail = expm1_parts(-2.0 * tl.abs(x))
     denominator = 2.0 + e
     t = div(-e, denominator)
+    # First-order corrections for the tail of e and the rounding of the denominator, whose inverse is w = (1 + t)/2.
+    w = 0.5 + 0.5 * t
+    t = t - w * (t * (e - (denominator - 2.0)) + 2.0 * w * tail)
     ratio = div(1.0 + e, denominator)
     return tl.where(x < 0.0, -t, t), 4.0 * div(ratio, denominator)
 

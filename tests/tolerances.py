@@ -10,6 +10,8 @@ VALUE_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 # The float64 truth is eager float64 itself, so its own error is unknown: allow this many roundings instead.
 FLOAT64_ROUNDINGS = 16.0
+# The largest of a few errors says little about eager's accuracy: below this many elements allow a few roundings.
+FEW_ELEMENTS, FEW_ROUNDINGS = 64, 4.0
 
 
 def assert_same_nonfinite(out, expected, what="result"):
@@ -43,21 +45,27 @@ def assert_by_ratio(out, eager, truth, *, factor=VALUE_FACTOR, magnitude=0.0, wh
     exact = truth[finite]
     error = (out[finite].double() - exact).abs().max().item()
     eager_error = (eager[finite].double() - exact).abs().max().item()
-    roundings = FLOAT64_ROUNDINGS if out.dtype == torch.float64 else 1.0
+    roundings = FEW_ROUNDINGS if exact.numel() < FEW_ELEMENTS else 1.0
+    roundings = FLOAT64_ROUNDINGS if out.dtype == torch.float64 else roundings
     floor = roundings * torch.finfo(out.dtype).eps * max(exact.abs().max().item(), magnitude)
     assert error <= factor * eager_error + floor, (
         f"{what}: error {error:.3e} > {factor} x eager's {eager_error:.3e} + floor {floor:.3e}")
 
 
-def assert_elementwise(out, eager, truth, *, roundings=4.0, factor=VALUE_FACTOR, what="result"):
-    """The same rule element by element, relative to each element: nothing small can hide behind something large."""
+def assert_elementwise(out, eager, truth, *, roundings=4.0, factor=VALUE_FACTOR, scale=0.0, what="result"):
+    """The same rule element by element, relative to each element: nothing small can hide behind something large.
+
+    ``scale``: what an element's rounding is relative to where that is larger than the element itself, as 1 for the
+    logarithm of a number near 1; a float or a tensor like ``truth``.
+    """
     assert out.dtype == eager.dtype, f"{what}: dtype {out.dtype}, expected {eager.dtype}"
     assert_same_nonfinite(out, eager, what)
     info = torch.finfo(out.dtype)
     finite = torch.isfinite(eager) & torch.isfinite(truth)
     exact = truth[finite]
     error = (out[finite].double() - exact).abs()
-    allowed = factor * (eager[finite].double() - exact).abs() + roundings * info.eps * exact.abs() + info.tiny
+    size = torch.maximum(exact.abs(), torch.as_tensor(scale, dtype=torch.float64).to(truth.device).expand_as(truth)[finite])
+    allowed = factor * (eager[finite].double() - exact).abs() + roundings * info.eps * size + info.tiny
     worst = (error - allowed).argmax() if error.numel() else None
     assert worst is None or error[worst] <= allowed[worst], (
         f"{what}: at flat finite index {worst.item()} got {out[finite][worst].item()!r}, eager "

@@ -27,10 +27,9 @@ FASTFLOW_HD ExpParts<T> exp_parts(T x) {
   // 2^n in two factors, since n reaches past both ends of the exponents; 2^(n-1) overflows for no n.
   const T half = math::fma(q.n, T(0.5), B::rounder);
   const T a = math::power_of_two(half), b = math::power_of_two(q.rounded - (half - B::rounder));
-  const T half_scale = a * (T(0.5) * b);
-  const bool reduced = q.n != T(0);
-  const T expm1 = reduced ? T(2) * math::fma(half_scale, p, half_scale - T(0.5)) : p;
-  return {(p + T(1)) * a * b, expm1, reduced ? expm1 - x : beyond};
+  const T scale = a * (T(0.5) * b);
+  const T expm1 = T(2) * math::fma(scale, p, scale - T(0.5));
+  return {T(2) * math::fma(scale, p, scale), expm1, q.n == T(0) ? beyond : expm1 - x};
 }
 
 // exp(2x) - 1 of the parts of x.

@@ -47,6 +47,7 @@ FASTFLOW_HD Lanes counters(uint64_t first) {
   for (int i = 0; i < lanes; ++i) result.v[i] = first + static_cast<uint64_t>(i);
   return result;
 }
+FASTFLOW_HD Lanes advance(Lanes counter) { return {counter.v + uint64_t(lanes)}; }
 #else
 constexpr int lanes = 1;
 using Lanes = uint64_t;
@@ -57,6 +58,7 @@ FASTFLOW_HD void store_pairs(uint32_t* out, Lanes first, Lanes second) {
   out[1] = static_cast<uint32_t>(second);
 }
 FASTFLOW_HD Lanes counters(uint64_t first) { return first; }
+FASTFLOW_HD Lanes advance(Lanes counter) { return counter + 1; }
 #endif
 
 // Blocks are made in batches of this size, of which the last may go beyond what was asked for: every normal comes out
@@ -67,11 +69,13 @@ constexpr int64_t batch_blocks = 8, most_blocks = 64;
 [[gnu::noinline]] void normals_of(float* __restrict out, uint64_t first, int64_t blocks, uint64_t seed) {
   alignas(64) uint32_t radius[2 * most_blocks], angle[2 * most_blocks];
   const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  Lanes counter = counters(first);
   while (blocks > 0) {
     const int64_t now = blocks < most_blocks ? blocks : most_blocks;
     for (int64_t b = 0; b < now; b += lanes) {
-      const Lanes low = counters(first + static_cast<uint64_t>(b));
-      const philox::Words<Lanes> w = philox::generate(philox::Words<Lanes>{low, low >> 32, Lanes{}, Lanes{}}, key0, key1);
+      const philox::Words<Lanes> w =
+          philox::generate(philox::Words<Lanes>{counter, counter >> 32, Lanes{}, Lanes{}}, key0, key1);
+      counter = advance(counter);
       store_pairs(radius + 2 * b, w.w0, w.w2);
       store_pairs(angle + 2 * b, w.w1, w.w3);
     }
@@ -84,7 +88,6 @@ constexpr int64_t batch_blocks = 8, most_blocks = 64;
       }
     }
     out += 4 * now;
-    first += static_cast<uint64_t>(now);
     blocks -= now;
   }
 }

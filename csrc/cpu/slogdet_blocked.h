@@ -277,22 +277,26 @@ struct Blocked {
 
   template <class Out>
   void write(const SlogdetBatch& batch, int64_t b) {
-    double sign = odd ? -1.0 : 1.0, total = 0;
+    double sign = odd ? -1.0 : 1.0, total = 0, lost = 0;  // lost: what rounding took from total
     for (int64_t i = 0; i < n; ++i) {
       nan |= diagonal[i] != diagonal[i];
       if (diagonal[i] < 0) sign = -sign;
     }
     constexpr int64_t group = 32;
     for (int64_t i = 0; i < n; i += group) {
-      double part[group], sum = 0;
+      double part[group];
       const int64_t size = at_most(group, n - i);
       for (int64_t j = 0; j < size; ++j) part[j] = math::abs(static_cast<double>(diagonal[i + j]));
       for (int64_t j = size; j < group; ++j) part[j] = 1;
 #pragma omp simd
       for (int64_t j = 0; j < group; ++j) part[j] = math::log(part[j]);
-      for (int64_t j = 0; j < group; ++j) sum += part[j];
-      total += sum;
+      for (int64_t j = 0; j < size; ++j) {
+        const double sum = total + part[j], added = sum - total;
+        lost += (total - (sum - added)) + (part[j] - added);
+        total = sum;
+      }
     }
+    if (lost == lost) total += lost;  // Inf - Inf must not hide an infinite sum
     write_result<Out>(batch, b, singular ? 0.0 : sign, total, nan);
     if (batch.inverse == nullptr) return;
     Out* out = static_cast<Out*>(batch.inverse) + b * n * n;

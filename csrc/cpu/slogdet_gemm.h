@@ -100,7 +100,8 @@ static inline int64_t leading_dimension(int64_t n) {
   return ld * static_cast<int64_t>(sizeof(T)) % 512 == 0 ? ld + 64 / static_cast<int64_t>(sizeof(T)) : ld;
 }
 
-// C (M rows, N vectors) = A B, or C -= A B, over k terms in order; C in registers throughout.
+// C (M rows, N vectors) = A B, or C -= A B. The product is summed by itself, in order: small terms are not rounded to
+// the size of what they are taken from.
 template <class T, bool Subtract, int M, int N>
 static void gemm_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   constexpr int W = Simd<T>::lanes;
@@ -108,7 +109,7 @@ static void gemm_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ld
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) sum[i][j] = Subtract ? vec(c + i * ldc + j * W) : Vec<T>{};
+    for (int j = 0; j < N; ++j) sum[i][j] = Vec<T>{};
 #pragma GCC unroll 1
   for (int64_t p = 0; p < k; ++p) {
     Vec<T> row[N];
@@ -118,18 +119,16 @@ static void gemm_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ld
     for (int i = 0; i < M; ++i) {
       const Vec<T> factor = splat(a[i * lda + p]);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) {
-        if constexpr (Subtract)
-          sum[i][j] -= factor * row[j];
-        else
-          sum[i][j] += factor * row[j];
-      }
+      for (int j = 0; j < N; ++j) sum[i][j] += factor * row[j];
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) vec(c + i * ldc + j * W) = sum[i][j];
+    for (int j = 0; j < N; ++j) {
+      Vec<T>& to = vec(c + i * ldc + j * W);
+      to = Subtract ? to - sum[i][j] : sum[i][j];
+    }
 }
 
 template <class T, bool Subtract, int M = 1, class... Args>

@@ -151,7 +151,7 @@ struct Lanes {
 
   template <class Out>
   void write_determinants(const SlogdetBatch& batch, int64_t first, int64_t count) {
-    V total{};
+    V total{}, lost{};  // lost: what rounding took from total
     I negative = odd;
     for (int64_t k = 0; k < n; ++k) {
       const V u = a[k * n + k];
@@ -163,8 +163,12 @@ struct Lanes {
       for (int l = 0; l < W; ++l) value[l] = math::log(math::abs(value[l]));
       V log;
       for (int l = 0; l < W; ++l) log[l] = value[l];
-      total += log;
+      const V sum = total + log, added = sum - total;
+      lost += (total - (sum - added)) + (log - added);
+      total = sum;
     }
+    // Inf - Inf in `lost` must not hide an infinite sum.
+    total = select(lost == lost, total + lost, total);
     for (int64_t l = 0; l < count; ++l)
       write_result<Out>(batch, first + l, singular[l] ? 0.0 : negative[l] ? -1.0 : 1.0, total[l], nan[l] != 0);
   }

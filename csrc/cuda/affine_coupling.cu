@@ -6,6 +6,10 @@
 namespace fastflow {
 namespace {
 
+// Elements of a vector access: 16 bytes, or 32 where float32 stands beside 16-bit dtypes.
+template <class T>
+inline constexpr int vector_size = sizeof(T) == 8 ? 2 : 8;
+
 enum Flag : int64_t { kInterleaved = 1, kShiftInFront = 2, kShiftFirst = 4, kInverse = 8 };
 
 // What the maps need besides their constants; the kernels choose among them at run time, uniformly over the grid.
@@ -111,14 +115,14 @@ __device__ __forceinline__ void alternate(const Pairing& pairing, T (&raw)[V], T
 template <class T, bool kVector, int V, int N>
 __device__ __forceinline__ void load_all(const Operand* const (&from)[N], const int64_t (&at)[N], T (&values)[N][V]) {
   if constexpr (kVector) {
-    Packet<T> packets[N];
+    Packet<T, V> packets[N];
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      if (from[n]->data) packets[n] = fetch<T>(*from[n], at[n]);
+      if (from[n]->data) packets[n] = fetch<T, V>(*from[n], at[n]);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (from[n]->data) {
-        decode<T>(packets[n], from[n]->dtype, values[n]);
+        decode(packets[n], from[n]->dtype, values[n]);
       } else {
 #pragma unroll
         for (int e = 0; e < V; ++e) values[n][e] = T(0);
@@ -132,7 +136,7 @@ __device__ __forceinline__ void load_all(const Operand* const (&from)[N], const 
 
 template <class T, bool kVector, int V>
 __device__ __forceinline__ void store_one(const Operand& to, int64_t at, const T (&values)[V]) {
-  if constexpr (kVector) store_vector<T>(to, at, values);
+  if constexpr (kVector) store_vector(to, at, values);
   else store<T>(to, at, values[0]);
 }
 
@@ -153,7 +157,7 @@ struct Forward {
 };
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kBlock) coupling_forward(const __grid_constant__ Forward<T> p) {
+__global__ void __launch_bounds__(kBlock, 2) coupling_forward(const __grid_constant__ Forward<T> p) {
   using P = Forward<T>;
   constexpr int V = kVector ? vector_size<T> : 1;
   const Place place = place_of(p.tiles);
@@ -219,7 +223,7 @@ struct Backward {
 };
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kBlock) coupling_backward(const __grid_constant__ Backward<T> p) {
+__global__ void __launch_bounds__(kBlock, 2) coupling_backward(const __grid_constant__ Backward<T> p) {
   using P = Backward<T>;
   constexpr int V = kVector ? vector_size<T> : 1;
   const Place place = place_of(p.tiles);

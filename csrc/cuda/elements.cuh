@@ -49,66 +49,63 @@ __device__ __forceinline__ void store(const Operand& to, int64_t i, T value) {
   else static_cast<BFloat16*>(to.data)[i] = BFloat16(value);
 }
 
-// Elements of one vector access: one or (eight floats) two 16-byte loads or stores.
-template <class T>
-inline constexpr int vector_size = sizeof(T) == 8 ? 2 : 8;
-
-// What a vector access moves, not yet converted, so that several loads are under way before the first is used.
-template <class T>
+// What a vector access of V elements moves, not yet converted, so that several loads are under way before the first is
+// used: 16 bytes at a time, 8 where V elements of 16 bits fill no more.
+template <class T, int V>
 struct Packet {
-  uint4 bits[vector_size<T> * sizeof(T) / 16];
+  uint4 bits[V * sizeof(T) / 16];
 };
 
-template <class T>
-__device__ __forceinline__ Packet<T> fetch(const Operand& from, int64_t i) {
-  Packet<T> packet;
-  if constexpr (sizeof(T) == 8) {
-    packet.bits[0] = *reinterpret_cast<const uint4*>(static_cast<const double*>(from.data) + i);
-  } else if (from.dtype == Dtype::float32) {
-    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const float*>(from.data) + i);
-    packet.bits[0] = at[0];
-    packet.bits[1] = at[1];
+template <class T, int V>
+__device__ __forceinline__ Packet<T, V> fetch(const Operand& from, int64_t i) {
+  Packet<T, V> packet;
+  if (sizeof(T) == 8 || from.dtype == Dtype::float32) {
+    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const T*>(from.data) + i);
+#pragma unroll
+    for (int part = 0; part < static_cast<int>(V * sizeof(T) / 16); ++part) packet.bits[part] = at[part];
   } else {
-    packet.bits[0] = *reinterpret_cast<const uint4*>(static_cast<const Half*>(from.data) + i);
+    const Half* at = static_cast<const Half*>(from.data) + i;
+    if constexpr (V == 8) {
+      packet.bits[0] = *reinterpret_cast<const uint4*>(at);
+    } else {
+      const uint2 two = *reinterpret_cast<const uint2*>(at);
+      packet.bits[0].x = two.x;
+      packet.bits[0].y = two.y;
+    }
   }
   return packet;
 }
 
-template <class T>
-__device__ __forceinline__ void decode(const Packet<T>& packet, Dtype dtype, T (&values)[vector_size<T>]) {
-  if constexpr (sizeof(T) == 8) {
-    __builtin_memcpy(values, packet.bits, 16);
-  } else {
-    if (dtype == Dtype::float32) {
-      __builtin_memcpy(values, packet.bits, 32);
-      return;
-    }
-    uint16_t halves[8];
-    __builtin_memcpy(halves, packet.bits, 16);
-#pragma unroll
-    for (int e = 0; e < 8; ++e)
-      values[e] = dtype == Dtype::float16 ? static_cast<float>(Half(halves[e], Half::from_bits()))
-                                          : static_cast<float>(BFloat16(halves[e], BFloat16::from_bits()));
+template <class T, int V>
+__device__ __forceinline__ void decode(const Packet<T, V>& packet, Dtype dtype, T (&values)[V]) {
+  if (sizeof(T) == 8 || dtype == Dtype::float32) {
+    __builtin_memcpy(values, packet.bits, sizeof(values));
+    return;
   }
+  uint16_t halves[V];
+  __builtin_memcpy(halves, packet.bits, sizeof(halves));
+#pragma unroll
+  for (int e = 0; e < V; ++e)
+    values[e] = dtype == Dtype::float16 ? static_cast<float>(Half(halves[e], Half::from_bits()))
+                                        : static_cast<float>(BFloat16(halves[e], BFloat16::from_bits()));
 }
 
-template <class T>
-__device__ __forceinline__ void store_vector(const Operand& to, int64_t i, const T (&values)[vector_size<T>]) {
-  Packet<T> packet;
-  if constexpr (sizeof(T) == 8) {
-    __builtin_memcpy(packet.bits, values, 16);
-    *reinterpret_cast<uint4*>(static_cast<double*>(to.data) + i) = packet.bits[0];
-  } else if (to.dtype == Dtype::float32) {
-    __builtin_memcpy(packet.bits, values, 32);
-    uint4* at = reinterpret_cast<uint4*>(static_cast<float*>(to.data) + i);
-    at[0] = packet.bits[0];
-    at[1] = packet.bits[1];
-  } else {
-    uint16_t halves[8];
+template <class T, int V>
+__device__ __forceinline__ void store_vector(const Operand& to, int64_t i, const T (&values)[V]) {
+  Packet<T, V> packet;
+  if (sizeof(T) == 8 || to.dtype == Dtype::float32) {
+    __builtin_memcpy(packet.bits, values, sizeof(values));
+    uint4* at = reinterpret_cast<uint4*>(static_cast<T*>(to.data) + i);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) halves[e] = to.dtype == Dtype::float16 ? Half(values[e]).x : BFloat16(values[e]).x;
-    __builtin_memcpy(packet.bits, halves, 16);
-    *reinterpret_cast<uint4*>(static_cast<Half*>(to.data) + i) = packet.bits[0];
+    for (int part = 0; part < static_cast<int>(V * sizeof(T) / 16); ++part) at[part] = packet.bits[part];
+  } else if constexpr (sizeof(T) == 4) {
+    uint16_t halves[V];
+#pragma unroll
+    for (int e = 0; e < V; ++e) halves[e] = to.dtype == Dtype::float16 ? Half(values[e]).x : BFloat16(values[e]).x;
+    __builtin_memcpy(packet.bits, halves, sizeof(halves));
+    Half* at = static_cast<Half*>(to.data) + i;
+    if constexpr (V == 8) *reinterpret_cast<uint4*>(at) = packet.bits[0];
+    else *reinterpret_cast<uint2*>(at) = uint2{packet.bits[0].x, packet.bits[0].y};
   }
 }
 

@@ -23,7 +23,7 @@ struct Forward {
 };
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kBlock) gaussian_forward(const __grid_constant__ Forward<T> p) {
+__global__ void __launch_bounds__(kBlock, 2) gaussian_forward(const __grid_constant__ Forward<T> p) {
   using P = Forward<T>;
   constexpr int V = kVector ? vector_size<T> : 1;
   const Place place = place_of(p.tiles);
@@ -89,8 +89,9 @@ template <class T>
 __global__ void __launch_bounds__(kBlock) finish_gaussian(PartialSums kl, T* kl_sum, PartialSums logq, T* logq_sum) {
   const int64_t result = static_cast<int64_t>(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;
   const bool is_kl = result < kl.results;
-  const PartialSums& sums = is_kl ? kl : logq;
   const int64_t at = is_kl ? result : result - kl.results;
+  const PartialSums sums{is_kl ? kl.partial : logq.partial, is_kl ? kl.results : logq.results,
+                         is_kl ? kl.count : logq.count};
   const double total = finish_sum(sums, at);
   if (at < sums.results && threadIdx.x % 32 == 0) (is_kl ? kl_sum : logq_sum)[at] = static_cast<T>(total);
 }

@@ -8,6 +8,10 @@
 
 namespace fastflow {
 
+// Elements of a vector access: 16 bytes of the compute type, and for floats one block of the generator.
+template <class T>
+inline constexpr int vector_size = 16 / static_cast<int>(sizeof(T));
+
 enum GaussianFlag : int64_t { kInterleaved = 1, kScaleInFront = 2 };
 enum class Reduce : int64_t { sample, channel, none };
 
@@ -44,30 +48,20 @@ inline Noise noise_of(const optional<Tensor>& seed, int64_t seed_value, int64_t 
   return noise;
 }
 
-// Normals index, index + 1, ... of a stream; an index that is a multiple of V, where V is 1, 2 or 8.
+// Normals index, index + 1, ... of a stream; index is a multiple of V, which is 1, 2 or 4.
 template <class T, int V>
 __device__ __forceinline__ void draw(uint64_t index, uint64_t offset, uint64_t seed, T (&eps)[V]) {
-  if constexpr (V == 8) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const auto words = philox::block((index >> 2) + half + offset, seed);
-      const auto one = philox::normals(static_cast<uint32_t>(words.w0), static_cast<uint32_t>(words.w1));
-      const auto two = philox::normals(static_cast<uint32_t>(words.w2), static_cast<uint32_t>(words.w3));
-      eps[4 * half] = one.first;
-      eps[4 * half + 1] = one.second;
-      eps[4 * half + 2] = two.first;
-      eps[4 * half + 3] = two.second;
-    }
+  const auto words = philox::block((index >> 2) + offset, seed);
+  if constexpr (V == 1) {
+    eps[0] = static_cast<T>(philox::normal(words, static_cast<int>(index & 3)));
   } else {
-    const auto words = philox::block((index >> 2) + offset, seed);
-    if constexpr (V == 1) {
-      eps[0] = static_cast<T>(philox::normal(words, static_cast<int>(index & 3)));
-    } else {
-      const bool second = (index & 2) != 0;
+#pragma unroll
+    for (int e = 0; e < V; e += 2) {
+      const bool second = V == 4 ? e == 2 : (index & 2) != 0;
       const auto pair = philox::normals(static_cast<uint32_t>(second ? words.w2 : words.w0),
                                         static_cast<uint32_t>(second ? words.w3 : words.w1));
-      eps[0] = static_cast<T>(pair.first);
-      eps[1] = static_cast<T>(pair.second);
+      eps[e] = static_cast<T>(pair.first);
+      eps[e + 1] = static_cast<T>(pair.second);
     }
   }
 }
@@ -79,7 +73,7 @@ __device__ __forceinline__ void load_values(const Operand& from, int64_t at, T (
 #pragma unroll
     for (int e = 0; e < V; ++e) values[e] = T(0);
   } else if constexpr (kVector) {
-    decode<T>(fetch<T>(from, at), from.dtype, values);
+    decode(fetch<T, V>(from, at), from.dtype, values);
   } else {
     values[0] = load<T>(from, at);
   }
@@ -87,7 +81,7 @@ __device__ __forceinline__ void load_values(const Operand& from, int64_t at, T (
 
 template <class T, bool kVector, int V>
 __device__ __forceinline__ void store_values(const Operand& to, int64_t at, const T (&values)[V]) {
-  if constexpr (kVector) store_vector<T>(to, at, values);
+  if constexpr (kVector) store_vector(to, at, values);
   else store<T>(to, at, values[0]);
 }
 

@@ -41,7 +41,7 @@ __device__ __forceinline__ ElementGradient<T> through_kl(T gkl, T mean, const ga
 }
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kBlock) gaussian_backward(const __grid_constant__ Backward<T> p) {
+__global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_constant__ Backward<T> p) {
   using P = Backward<T>;
   constexpr int V = kVector ? vector_size<T> : 1;
   const Place place = place_of(p.tiles);
@@ -109,6 +109,15 @@ __global__ void __launch_bounds__(kBlock) gaussian_backward(const __grid_constan
   }
 }
 
+template <class T>
+__device__ __forceinline__ void store_prior(const Backward<T>& p, const int64_t (&at)[Backward<T>::kOperands],
+                                            double mean, double raw) {
+  using P = Backward<T>;
+  const Operand &to_mean = p.operand[P::kGradPriorMean], &to_raw = p.operand[P::kGradPriorRaw];
+  if (to_mean.data) store<T>(to_mean, at[P::kGradPriorMean], static_cast<T>(mean));
+  if (to_raw.data) store<T>(to_raw, at[P::kGradPriorRaw], static_cast<T>(raw));
+}
+
 // A prior shared by the batch: an element to a thread, a run of samples to a block. Partial sums are (chunks, 2, n).
 template <class T>
 __global__ void __launch_bounds__(kBlock)
@@ -137,9 +146,7 @@ __global__ void __launch_bounds__(kBlock)
     partial[(chunk * 2 + 1) * p.layout.elements + element] = raw_total;
     return;
   }
-  const Operand &to_mean = p.operand[P::kGradPriorMean], &to_raw = p.operand[P::kGradPriorRaw];
-  if (to_mean.data) store<T>(to_mean, at[P::kGradPriorMean], static_cast<T>(mean_total));
-  if (to_raw.data) store<T>(to_raw, at[P::kGradPriorRaw], static_cast<T>(raw_total));
+  store_prior(p, at, mean_total, raw_total);
 }
 
 template <class T>
@@ -150,14 +157,12 @@ __global__ void __launch_bounds__(kBlock)
   if (element >= p.layout.elements) return;
   int64_t at[P::kOperands];
   locate(p.layout, element, at);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int to = P::kGradPriorMean + half;
-    if (!p.operand[to].data) continue;
-    double total = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[(chunk * 2 + half) * p.layout.elements + element];
-    store<T>(p.operand[to], at[to], static_cast<T>(total));
+  double mean_total = 0, raw_total = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    mean_total += partial[(chunk * 2) * p.layout.elements + element];
+    raw_total += partial[(chunk * 2 + 1) * p.layout.elements + element];
   }
+  store_prior(p, at, mean_total, raw_total);
 }
 
 // grad_kl as an operand of shape (B, D, *S), with stride 0 along the axes that were summed.

@@ -71,8 +71,10 @@ __global__ void __launch_bounds__(128) slogdet_warp(const __grid_constant__ Matr
     const bool waits = position >= step && position != kAll;
     const uint64_t key = magnitude_key(a[0]);
     const unsigned high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
-    const bool top = waits && high == __reduce_max_sync(members, waits ? high : 0u);
-    const bool best = top && low == __reduce_max_sync(members, top ? low : 0u);
+    const unsigned most_high = __reduce_max_sync(members, waits ? high : 0u);
+    const bool top = waits && high == most_high;
+    const unsigned most_low = __reduce_max_sync(members, top ? low : 0u);
+    const bool best = top && low == most_low;
     const unsigned from = __reduce_min_sync(members, best ? position : kAll);  // of equals the lowest
     const int holder = __ffs(__ballot_sync(members, position == from) & members) - 1;
     const double pivot = __shfl_sync(members, a[0], holder);

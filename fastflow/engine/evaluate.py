@@ -59,9 +59,10 @@ def describe(figures):
 
 
 def samples(model, n, n_bins, device, temperature=1.0, seed=0):
-    """n images of integer levels, uint8, drawn from the model."""
+    """n images of integer levels, uint8, drawn from the model; from a VAE the likelihood's means, without its noise."""
+    options = {"mean": True} if is_vae(model) else {}
     with _aside(model, device, seed):
-        return levels(model.sample(n, temperature=temperature), n_bins)
+        return levels(model.sample(n, temperature=temperature, **options), n_bins)
 
 
 def reconstructions(model, objective, images, device, seed=0):

@@ -1,8 +1,5 @@
 """The models that recipes name, and their weights from a checkpoint."""
 
-import torch
-from torch import nn
-
 from fastflow.data import DATASETS
 from fastflow.engine.errors import CheckpointError, SettingsError
 
@@ -43,18 +40,17 @@ def _first_lines(error):
 def _glow(options, image_shape):
     from fastflow.flows import Glow
 
-    return Glow(image_shape, n_levels=options.n_levels, n_steps=options.n_steps, hidden_channels=options.hidden_channels)
+    return Glow(image_shape, n_levels=options.n_levels, n_steps=options.n_steps,
+                hidden_channels=options.hidden_channels, scale=options.scale)
 
 
 def _vae(options, image_shape):
-    from fastflow.vae import VAE, GaussianLikelihood
+    from fastflow.vae import VAE, mlp_decoder, mlp_encoder
 
-    size, width = int(torch.Size(image_shape).numel()), options.hidden_features
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                            nn.Linear(width, 2 * options.latent_features))
-    decoder = nn.Sequential(nn.Linear(options.latent_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                            nn.Linear(width, size), nn.Unflatten(1, image_shape))
-    return VAE(encoder, decoder, likelihood=GaussianLikelihood())
+    hidden = (options.hidden_features, options.hidden_features)
+    return VAE(mlp_encoder(image_shape, options.latent_features, hidden),
+               mlp_decoder(options.latent_features, image_shape, hidden),
+               likelihood="gaussian", latent_shape=options.latent_features)
 
 
 BUILDERS = {"glow": _glow, "vae": _vae}

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from fastflow.flows import dequantize
+from fastflow.flows import bits_per_dim, dequantize
+from fastflow.vae import BernoulliLikelihood
 
 __all__ = ["NegativeELBO", "NegativeLogLikelihood", "objective_for", "unwrap"]
 
@@ -44,15 +45,19 @@ class Objective:
         self.n_bins = n_bins
 
     def prepare(self, model, x):
-        """(float x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins, floating x as it is."""
+        """(float x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins, or for the bits of a
+        Bernoulli likelihood scaled to [0, 1]; floating x as it is."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.is_floating_point():
             return x, 0.0
         if x.dtype == torch.bool or x.is_complex():
             raise TypeError(f"x: expected a floating or integer dtype, got {x.dtype}")
-        parameter = next(unwrap(model).parameters(), None)
+        inner = unwrap(model)
+        parameter = next(inner.parameters(), None)
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
+        if isinstance(getattr(inner, "likelihood", None), BernoulliLikelihood):
+            return x.to(dtype) / (self.n_bins - 1), 0.0
         return dequantize(x, self.n_bins, dtype=dtype), x[0].numel() * math.log(self.n_bins)
 
 
@@ -68,9 +73,9 @@ class NegativeLogLikelihood(Objective):
         return constant - log_prob.mean(), {}
 
     def report(self, model, x):
-        """{name: (B,) tensor} over a batch of images."""
-        x, constant = self.prepare(model, x)
-        return {"bits_per_dim": (constant - model(x)) / (x[0].numel() * math.log(2))}
+        """{name: (B,) tensor} over a batch of integer images."""
+        x, _ = self.prepare(model, x)
+        return {"bits_per_dim": bits_per_dim(model(x), x[0].numel(), self.n_bins)}
 
 
 class NegativeELBO(Objective):
@@ -96,7 +101,7 @@ class NegativeELBO(Objective):
         return constant - bound.elbo.mean(), {"rate": rate.detach(), "distortion": distortion.detach()}
 
     def report(self, model, x):
-        """{name: (B,) tensor} over a batch of images, the ELBO unweighted whatever beta training uses."""
+        """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever beta training uses."""
         x, constant = self.prepare(model, x)
         bound = model(x, n_samples=self.n_samples, beta=1.0)
         elbo = bound.elbo - constant

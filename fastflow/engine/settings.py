@@ -39,6 +39,8 @@ class GlowSettings(Section):
     n_levels: Positive = Field(3, description="scales; each halves height and width")
     n_steps: Positive = Field(8, description="flow steps per level: actnorm, 1x1 convolution, affine coupling")
     hidden_channels: Positive = Field(64, description="width of each coupling's network")
+    scale: Literal["exp", "sigmoid", "tanh", "atan", "softplus", "rational"] = Field(
+        "tanh", description="map from the network's output to the scale; the clamped ones keep sampling stable")
 
 
 class VAESettings(Section):

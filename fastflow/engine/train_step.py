@@ -17,7 +17,8 @@ class TrainStep:
     The loss is the mean over the batch, in nats, of the negative log-likelihood of a Flow or of the negative ELBO of a
     VAE: anything with ``log_prob`` or ``elbo`` as its ``forward``, wrapped by torch.compile or DistributedDataParallel
     or not. Integer images are dequantised inside, x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss is that
-    of the integers (D*log(n_bins) included, so that loss / (D log 2) is bits/dim); floating x is taken as it is.
+    of the integers (D*log(n_bins) included, so that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli likelihood
+    they become x/(n_bins - 1) instead. Floating x is taken as it is.
 
     Args:
         model: a Flow or a VAE.

@@ -18,7 +18,7 @@ from fastflow.engine.progress import TrainProgress
 from fastflow.engine.signals import Interrupted, StopSignals
 from fastflow.engine.train_step import TrainStep
 
-__all__ = ["Trainer", "choose_device"]
+__all__ = ["Trainer", "choose_device", "set_threads"]
 
 INITIAL_BATCH = 256  # images that the data-dependent layers are initialised with
 EMA_HORIZON = 10  # early on the average forgets faster: decay min(ema_decay, (1 + step)/(EMA_HORIZON + step))
@@ -30,6 +30,12 @@ def choose_device(name):
         raise SettingsError("train.device: cuda was asked for, and torch sees no GPU")
     return torch.device("cuda", torch.cuda.current_device()) if name != "cpu" and torch.cuda.is_available() \
         else torch.device("cpu")
+
+
+def set_threads(settings):
+    """Gives this process the CPU threads that the settings ask for, if they do."""
+    if settings.train.threads:
+        torch.set_num_threads(settings.train.threads)
 
 
 class Trainer:
@@ -50,8 +56,7 @@ class Trainer:
     def __init__(self, settings, out, console, title="train"):
         self.settings, self.out, self.console, self.title = settings, Path(out), console, title
         self.device = choose_device(settings.train.device)
-        if settings.train.threads:
-            torch.set_num_threads(settings.train.threads)
+        set_threads(settings)
         self.data = data.load(settings.data.name)
         if settings.train.batch_size > len(self.data.train):
             raise SettingsError(f"train.batch_size: {settings.train.batch_size} is more than the "

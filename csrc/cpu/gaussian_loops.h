@@ -1,0 +1,199 @@
+// The Gaussian operators' loops over contiguous arrays. For gaussian_kernel.cpp alone: compiled once per instruction set.
+//
+// The structs that functions return by value are taken by value too, and loops say that nothing overlaps (ivdep): GCC
+// vectorises them all then, which it does not with references to those structs or under `omp simd`.
+#pragma once
+
+#include "../common/gaussian_map.h"
+#include "gaussian_kernel.h"
+
+namespace fastflow::FASTFLOW_ISA {
+namespace {
+
+using gaussian::Problem;
+
+template <class T>
+struct Sixteen;
+template <>
+struct Sixteen<float> {
+  using Vector = float __attribute__((vector_size(64)));
+};
+template <>
+struct Sixteen<double> {
+  using Vector = double __attribute__((vector_size(128)));
+};
+
+// The sum of an array in an order that depends on nothing but its length: 32 running sums, then a tree.
+template <class T>
+T sum(const T* values, int64_t count) {
+  constexpr int width = 16;
+  using Vector = typename Sixteen<T>::Vector;
+  Vector a{}, b{}, next;
+  int64_t i = 0;
+  for (; i + 2 * width <= count; i += 2 * width) {
+    __builtin_memcpy(&next, values + i, sizeof next);
+    a += next;
+    __builtin_memcpy(&next, values + i + width, sizeof next);
+    b += next;
+  }
+  if (i < count) {
+    T rest[2 * width] = {};
+    for (int64_t j = 0; i + j < count; ++j) rest[j] = values[i + j];
+    __builtin_memcpy(&next, rest, sizeof next);
+    a += next;
+    __builtin_memcpy(&next, rest + width, sizeof next);
+    b += next;
+  }
+  a += b;
+  T lane[width];
+  __builtin_memcpy(lane, &a, sizeof a);
+  for (int half = width / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+  return lane[0];
+}
+
+template <class T>
+struct Params {
+  const T *mean, *raw, *prior_mean, *prior_raw;
+};
+
+template <class T>
+struct Sampled {
+  T *z, *kl, *sigma, *log_sigma;
+};
+
+// KL, and either z for the noise `eps` or, where it serves more than one sample or log q too, sigma and log sigma.
+template <int scale, bool prior, bool keep, class T>
+void posterior(const Params<T>& in, const T* eps, int64_t count, const Sampled<T>& out) {
+  const T *mean = in.mean, *raw = in.raw, *prior_mean = in.prior_mean, *prior_raw = in.prior_raw;
+  T *z = out.z, *kl = out.kl, *sigma = out.sigma, *log_sigma = out.log_sigma;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    const gaussian::Sigma<T> q = gaussian::sigma_of<scale>(raw[i]);
+    if constexpr (prior)
+      kl[i] = gaussian::kl_prior(mean[i], q.log, prior_mean[i], gaussian::sigma_of<scale>(prior_raw[i]));
+    else
+      kl[i] = gaussian::kl_standard(mean[i], q.log);
+    if constexpr (keep) {
+      sigma[i] = q.value;
+      log_sigma[i] = q.log;
+    } else {
+      z[i] = math::fma(q.value, eps[i], mean[i]);
+    }
+  }
+}
+
+// Gradients that come in: by z, summed over the samples, with and without the noise as a factor, by the KL and by log q.
+// Null where there is none. `plain` is the common case: one sample, one kl_each for the whole tile, and no log q; then
+// eps stands in place of z_eps and kl.
+template <class T>
+struct Incoming {
+  const T *z, *z_eps, *kl, *logq;
+  const T* eps;
+  T kl_each;
+  bool plain;
+};
+
+template <class T>
+struct Outgoing {
+  T *mean, *raw, *prior_mean, *prior_raw;
+};
+
+template <int scale, bool prior, class T>
+FASTFLOW_HD gaussian::KlSlopes<T> kl_slopes(T mean, gaussian::Sigma<T> q, T prior_mean, T prior_raw) {
+  if constexpr (prior)
+    return gaussian::kl_prior_slopes(mean, q, prior_mean, gaussian::sigma_of<scale>(prior_raw));
+  else
+    return gaussian::kl_standard_slopes(mean, q);
+}
+
+template <int scale, bool prior, bool plain, class T>
+void gradients(const Params<T>& in, const Incoming<T>& grad, int64_t count, const Outgoing<T>& out) {
+  const T *mean = in.mean, *raw = in.raw;
+  const T *prior_mean = prior ? in.prior_mean : mean, *prior_raw = prior ? in.prior_raw : raw;
+  T *to_mean = out.mean, *to_raw = out.raw, *to_prior_mean = out.prior_mean, *to_prior_raw = out.prior_raw;
+  // A gradient that is absent must not meet an infinite slope, since 0 * inf is NaN: its terms are left out. Something
+  // is read in its place all the same, so that the loop has no branches.
+  const bool has_z = plain || grad.z != nullptr, has_z_eps = plain || grad.z_eps != nullptr;
+  const bool has_kl = plain || grad.kl != nullptr, has_logq = !plain && grad.logq != nullptr;
+  const T *z = has_z ? grad.z : raw, *z_eps = has_z_eps ? grad.z_eps : raw, *eps = grad.eps;
+  const T *kl = has_kl ? grad.kl : raw, *logq = has_logq ? grad.logq : raw;
+  const T kl_each = grad.kl_each;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    const gaussian::Sigma<T> q = gaussian::sigma_of<scale>(raw[i]);
+    const gaussian::KlSlopes<T> slope = kl_slopes<scale, prior>(mean[i], q, prior_mean[i], prior_raw[i]);
+    const T by_z = z[i], by_z_eps = plain ? by_z * eps[i] : z_eps[i], by_kl = plain ? kl_each : kl[i];
+    const T by_logq = plain ? T(0) : logq[i] * q.log_slope;
+    to_mean[i] = (has_z ? by_z : T(0)) + (has_kl ? by_kl * slope.mean : T(0));
+    to_raw[i] = (has_z_eps ? by_z_eps * q.slope : T(0)) - (has_logq ? by_logq : T(0)) +
+                (has_kl ? by_kl * slope.raw : T(0));
+    if constexpr (prior) {
+      to_prior_mean[i] = has_kl ? by_kl * slope.prior_mean : T(0);
+      to_prior_raw[i] = has_kl ? by_kl * slope.prior_raw : T(0);
+    }
+  }
+}
+
+// The loops of one scale, with or without a prior.
+template <class T>
+struct Loops {
+  decltype(&posterior<0, false, false, T>) sample, keep;
+  decltype(&gradients<0, false, false, T>) gradients, plain_gradients;
+};
+
+template <class T, bool prior>
+Loops<T> loops_of(int64_t scale) {
+#define FASTFLOW_LOOPS(SCALE)                                                     \
+  {posterior<SCALE, prior, false, T>, posterior<SCALE, prior, true, T>,           \
+   gradients<SCALE, prior, false, T>, gradients<SCALE, prior, true, T>}
+  static constexpr Loops<T> table[gaussian::scale_count] = {FASTFLOW_LOOPS(0), FASTFLOW_LOOPS(1), FASTFLOW_LOOPS(2),
+                                                            FASTFLOW_LOOPS(3), FASTFLOW_LOOPS(4)};
+#undef FASTFLOW_LOOPS
+  return table[scale];
+}
+
+template <class T>
+Loops<T> loops_of(const Problem& p) {
+  return p.prior_mean.data != nullptr ? loops_of<T, true>(p.scale) : loops_of<T, false>(p.scale);
+}
+
+template <class T>
+void reparametrise(const T* __restrict mean, const T* __restrict sigma, const T* __restrict eps, int64_t count,
+                   T* __restrict z) {
+  for (int64_t i = 0; i < count; ++i) z[i] = math::fma(sigma[i], eps[i], mean[i]);
+}
+
+template <class T>
+void surprise(const T* __restrict log_sigma, const T* __restrict eps, int64_t count, T* __restrict out) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = math::fma(T(0.5) * eps[i], eps[i], T(gaussian::half_log_two_pi) + log_sigma[i]);
+}
+
+// Sums over the samples in two levels, so that the error does not grow with their number.
+template <class T>
+class SampleSum {
+ public:
+  void add(const T* __restrict a, const T* __restrict b, int64_t k, int64_t count) {
+    constexpr int64_t run = 32;
+    if (k % run == 0) {
+      for (int64_t i = 0; i < count; ++i) {
+        total_[i] = k == 0 ? T(0) : total_[i] + recent_[i];
+        recent_[i] = b == nullptr ? a[i] : a[i] * b[i];
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) recent_[i] += b == nullptr ? a[i] : a[i] * b[i];
+    }
+  }
+
+  const T* finish(int64_t count) {
+    for (int64_t i = 0; i < count; ++i) total_[i] += recent_[i];
+    return total_;
+  }
+
+ private:
+  alignas(64) T recent_[gaussian::chunk], total_[gaussian::chunk];
+};
+
+}  // namespace
+}  // namespace fastflow::FASTFLOW_ISA

@@ -1,0 +1,155 @@
+"""What every transform must satisfy: inverse, log-determinant against autograd's Jacobian, gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastflow import flows
+from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
+
+MASK = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
+
+
+def conv(channels_in, channels_out):
+    return nn.Sequential(nn.Conv2d(channels_in, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, channels_out, 1))
+
+
+def small_glow(**options):
+    return flows.Glow((1, 4, 4), n_levels=2, n_steps=2, hidden_channels=4, **options).transform
+
+
+# name: (constructor, shape of x without the batch)
+CASES = {
+    "actnorm": (lambda: ActNorm(3), (3, 2, 2)),
+    "actnorm-vector": (lambda: ActNorm(5), (5,)),
+    "conv": (lambda: InvertibleConv1x1(3), (3, 2, 2)),
+    "conv-vector": (lambda: InvertibleConv1x1(4), (4,)),
+    "conv-sequence": (lambda: InvertibleConv1x1(3, actnorm=ActNorm(3)), (3, 5)),
+    "conv-plu": (lambda: InvertibleConv1x1(4, "plu"), (4, 2, 1)),
+    "conv-plu-actnorm": (lambda: InvertibleConv1x1(3, "plu", actnorm=ActNorm(3)), (3, 2, 2)),
+    "coupling": (lambda: AffineCoupling(MLP(2, 4, (5,))), (4,)),
+    "coupling-odd": (lambda: AffineCoupling(MLP(2, 6, (5,)), scale="tanh"), (5,)),
+    "coupling-odd-flip": (lambda: AffineCoupling(MLP(3, 4, (5,)), scale="sigmoid", flip=True), (5,)),
+    "coupling-image": (lambda: AffineCoupling(conv(1, 4), scale="softplus", layout="interleave"), (3, 2, 2)),
+    "coupling-image-flip": (lambda: AffineCoupling(conv(2, 2), order="shift_scale", shift_first=True, flip=True), (3, 2, 2)),
+    "coupling-additive": (lambda: AffineCoupling(MLP(1, 2, (5,)), scale="additive"), (3,)),
+    "checkerboard": (lambda: AffineCoupling(conv(2, 4), split="checkerboard", scale="sigmoid"), (2, 3, 3)),
+    "checkerboard-flip": (lambda: AffineCoupling(conv(2, 4), split="checkerboard", flip=True), (2, 3, 3)),
+    "checkerboard-vector": (lambda: AffineCoupling(MLP(5, 10, (5,)), split="checkerboard", scale="atan"), (5,)),
+    "mask": (lambda: AffineCoupling(conv(3, 6), split=MASK, scale="sigmoid"), (3, 2, 2)),
+    "mask-interleave": (lambda: AffineCoupling(conv(3, 6), split=MASK, layout="interleave", order="shift_scale"), (3, 2, 2)),
+    "mask-channel": (lambda: AffineCoupling(conv(3, 6), split=torch.tensor([1, 0, 0])[:, None, None], flip=True), (3, 2, 2)),
+    "mask-additive": (lambda: AffineCoupling(conv(3, 3), split=MASK.bool(), scale="additive"), (3, 2, 2)),
+    "squeeze": (flows.Squeeze, (2, 2, 4)),
+    "permute": (lambda: flows.Permute([2, 0, 1]), (3, 2)),
+    "reverse": (flows.Reverse, (3, 2)),
+    "log": (flows.Log, (3,)),
+    "exp": (flows.Exp, (3,)),
+    "split": (lambda: flows.Split((3, 2, 2), ActNorm(1), prior=conv(1, 4)), (3, 2, 2)),
+    "split-plain": (lambda: flows.Split((4,)), (4,)),
+    "compose": (lambda: flows.Compose(ActNorm(4), flows.Reverse(), AffineCoupling(MLP(2, 4, (5,)))), (4,)),
+    "inverse": (lambda: flows.Inverse(flows.Compose(ActNorm(4), AffineCoupling(MLP(2, 4, (5,))))), (4,)),
+    "nested-split": (lambda: flows.Compose(flows.Squeeze(), flows.Split((4, 2, 2), flows.Compose(
+        flows.Squeeze(), InvertibleConv1x1(8)), prior=conv(2, 4))), (1, 4, 4)),
+    "realnvp": (lambda: flows.RealNVP(3, n_layers=3, hidden=(6,)).transform, (3,)),
+    "glow-step": (lambda: flows.GlowStep(4, ConvNet(2, 4, 6)), (4, 2, 2)),
+    "glow": (small_glow, (1, 4, 4)),
+    "glow-plu": (lambda: small_glow(parametrization="plu", learn_prior=False, scale="tanh"), (1, 4, 4)),
+}
+
+
+def build(name):
+    """(transform in float64 with every parameter moved off its start, x)."""
+    make, shape = CASES[name]
+    transform = make().double()
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    return transform, x.abs() + 0.1 if name == "log" else x
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inverse(name):
+    transform, x = build(name)
+    z, logdet = transform(x)
+    back, inverse_logdet = transform.inverse(z)
+    assert isinstance(transform, flows.Transform)
+    assert logdet.shape == inverse_logdet.shape == (3,)
+    assert flows.transform.noise_shape(transform, x.shape[1:]) == tuple(z.shape[1:])
+    torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(inverse_logdet, -logdet, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logdet_is_the_jacobians(name):
+    transform, x = build(name)
+    z, logdet = transform(x)
+    for direction, start, expected in ((transform, x, logdet), (transform.inverse, z.detach(), -logdet)):
+        jacobian = torch.autograd.functional.jacobian(lambda v, f=direction: f(v[None])[0].flatten(), start[0])
+        jacobian = jacobian.reshape(x[0].numel(), x[0].numel())
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], expected[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["conv-plu-actnorm", "conv-sequence", "coupling-image-flip", "checkerboard", "mask",
+                                  "split", "glow"])
+def test_gradients(name):
+    transform, x = build(name)
+    names, values = zip(*transform.named_parameters(), strict=True)
+
+    def both(x, *parameters):
+        z, logdet = torch.func.functional_call(transform, dict(zip(names, parameters, strict=True)), (x,))
+        return z, logdet
+
+    inputs = [t.detach().clone().requires_grad_() for t in (x[:2], *values)]
+    assert torch.autograd.gradcheck(both, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_empty_batch(name):
+    transform, x = build(name)
+    z, logdet = transform(x[:0])
+    back, _ = transform.inverse(z)
+    assert logdet.shape == (0,) and back.shape == x[:0].shape
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_dict_round_trip(name):
+    transform, x = build(name)
+    torch.manual_seed(1)
+    other = CASES[name][0]().double()
+    other.load_state_dict(transform.state_dict())
+    for a, b in zip(transform(x), other(x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_foreign_transforms():
+    class Double:
+        def __call__(self, x, context=None):
+            return 2 * x, x.new_full((len(x),), 0.6931471805599453 * x[0].numel())
+
+        def inverse(self, z, context=None):
+            return z / 2, z.new_full((len(z),), -0.6931471805599453 * z[0].numel())
+
+    composed = flows.Compose(Double(), ActNorm(2))
+    x = torch.randn(3, 2)
+    z, logdet = composed(x)
+    assert isinstance(Double(), flows.Transform) and torch.equal(z, 2 * x)
+    torch.testing.assert_close(composed.inverse(z), (x, -logdet))
+    assert flows.Flow(Double(), flows.StandardNormal((2,))).log_prob(x).shape == (3,)
+    with pytest.raises(TypeError, match=r"transforms\[1\]"):
+        flows.Compose(Double(), object())
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: flows.Permute([0, 0]), "permutation"),
+    (lambda: flows.Split((1, 2, 2)), "event_shape"),
+    (lambda: flows.Squeeze()(torch.zeros(1, 1, 3, 2)), "x: expected"),
+    (lambda: flows.Squeeze().inverse(torch.zeros(1, 3, 2, 2)), "z: expected"),
+    (lambda: flows.Split((4, 2))(torch.zeros(1, 4, 3)), "x: expected"),
+    (lambda: flows.Split((4, 2)).inverse(torch.zeros(1, 4)), "z: expected"),
+    (lambda: flows.Permute([1, 0])(torch.zeros(1, 3)), "x: expected"),
+])
+def test_errors_name_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,48 @@
+"""The words of the README are run: its Python blocks as they stand, its shell commands as far as they parse."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+SHELL = [line.partition("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+         for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_python_block_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_make_targets_exist():
+    targets = [shlex.split(line)[1] for line in SHELL if line.startswith("make ")]
+    assert "train" in targets and "test" in targets
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if "bin/fastflow" in line])
+def test_fastflow_command_is_known(line):
+    words = shlex.split(line)[1:]
+    result = subprocess.run([sys.executable, "-m", "fastflow.cli", words[0], "--help"], capture_output=True, text=True,
+                            check=True)
+    for word in words[1:]:
+        if word.startswith("--"):
+            assert word in result.stdout
+
+
+def test_doctor_and_list_run():
+    for words in (["doctor"], ["train", "--list"]):
+        result = subprocess.run([sys.executable, "-m", "fastflow.cli", *words], capture_output=True, text=True, check=True)
+        assert result.stdout.strip()
+
+
+def test_named_recipes_exist():
+    for recipe in re.findall(r"fastflow train ([a-z][a-z-]+)", README):
+        assert (ROOT / "fastflow" / "recipes" / f"{recipe}.toml").exists()

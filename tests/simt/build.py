@@ -1,0 +1,84 @@
+"""Builds csrc/cuda/*.cu as plain C++ against simt.h, under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The library registers the operators under ``fastflow_simt`` for CPU tensors. It is kept in a cache directory named by a
+hash of the sources. A process that loads it must have libasan preloaded: see :func:`environment`.
+"""
+
+import hashlib
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CXX = os.environ.get("CXX", "g++")
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined",
+              "-fno-omit-frame-pointer"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DFASTFLOW_SIMT",
+         "-DTORCH_TARGET_VERSION=0x020a000000000000", *SANITIZERS]
+JOBS = 2
+
+
+def cache_dir():
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "fastflow" / "simt"
+
+
+def _key(sources):
+    digest = hashlib.sha256(" ".join([CXX, *FLAGS, torch.__version__]).encode())
+    headers = [p for d in ("csrc", "csrc/common", "csrc/cuda") for p in (ROOT / d).glob("*.*h")]
+    for path in sorted([*sources, *headers, HERE / "simt.h", HERE / "runtime.cpp"]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(source, target):
+    include = Path(torch.__file__).parent / "include"
+    subprocess.run([CXX, *FLAGS, f"-I{ROOT / 'csrc'}", f"-I{include}", f"-I{include}/torch/csrc/api/include",
+                    "-include", str(HERE / "simt.h"), "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+
+
+def build(name, sources):
+    """Path of the library ``name`` made of ``sources`` and the runtime, built if no cached one matches.
+
+    Raises:
+        subprocess.CalledProcessError: a compiler or linker error, printed on stderr.
+    """
+    folder = cache_dir() / _key(sources)
+    library = folder / f"{name}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = [*sources, HERE / "runtime.cpp"]
+    objects = [folder / f"{source.name}.{os.getpid()}.o" for source in inputs]
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(_compile, inputs, objects))
+    libraries = Path(torch.__file__).parent / "lib"
+    partial = folder / f"{name}.{os.getpid()}.so"
+    subprocess.run([CXX, "-shared", *SANITIZERS, *map(str, objects), "-o", str(partial), f"-L{libraries}",
+                    "-ltorch_cpu", "-lc10"], check=True)
+    os.replace(partial, library)  # another process may have built it meanwhile
+    for path in objects:
+        path.unlink()
+    return library
+
+
+def operators():
+    return build("fastflow_simt", [ROOT / "csrc" / "registration.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))])
+
+
+def teeth():
+    return build("teeth", [HERE / "teeth.cu"])
+
+
+def environment():
+    """Variables of a process that loads a library built here. Fresh memory is filled with NaN."""
+    def runtime(name):
+        return subprocess.run([CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+
+    # libstdc++ comes along, since AddressSanitizer looks for the real __cxa_throw when it starts.
+    return {**os.environ, "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}", "OMP_NUM_THREADS": "1",
+            "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"}
