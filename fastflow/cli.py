@@ -1,6 +1,6 @@
 """The command line: ``fastflow train | sample | evaluate | bench | doctor``.
 
-Everything heavy is imported by the command that needs it. What is refused is named in one line on stderr, exit status 1.
+Everything heavy is imported by the command that needs it. What is refused is named on one line of stderr; exit status 1.
 """
 
 import argparse
@@ -17,8 +17,11 @@ from pathlib import Path
 
 __all__ = ["main"]
 
-EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train", "tomli": "train",
+EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train",
           "PIL": "data", "sklearn": "data", "skimage": "data"}
+if sys.version_info < (3, 11):
+    EXTRAS["tomli"] = "train"
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,14 +46,10 @@ def main(argv=None):
     arguments = parser().parse_args(argv)
     if arguments.command is None:
         fail("expected a command: train, sample, evaluate, bench or doctor (see fastflow --help)")
+    if arguments.needs_extras:
+        check_extras()
     try:
         arguments.command(arguments)
-    except ModuleNotFoundError as error:
-        library = (error.name or "").partition(".")[0]
-        if library not in EXTRAS:
-            raise
-        extra = EXTRAS[library]
-        fail(f"this command needs {library!r}, which is not installed: pip install 'fastflow[{extra}]'")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left: not an error
         raise SystemExit(1) from None
@@ -66,11 +65,20 @@ def main(argv=None):
         fail(error, getattr(error, "exit_status", 1))
 
 
+def check_extras():
+    """Fails, before anything is loaded, if a library that runs need is missing."""
+    missing = [module for module in EXTRAS if importlib.util.find_spec(module) is None]
+    if missing:
+        names = ", ".join(DISTRIBUTIONS.get(module, module) for module in missing)
+        extras = ",".join(sorted({EXTRAS[module] for module in missing}))
+        fail(f"this command needs {names}, not installed: pip install 'fastflow[{extras}]'")
+
+
 def parser():
     """The argument parser with all commands."""
     top = Parser(prog="fastflow", description="Normalizing flows and VAEs on fused kernels.")
     top.add_argument("--version", action="version", version=f"fastflow {version('fastflow')}")
-    top.set_defaults(command=None)
+    top.set_defaults(command=None, needs_extras=True)
     commands = top.add_subparsers(title="commands", parser_class=Parser)
 
     train = commands.add_parser("train", help="train a recipe", description="Train a recipe.")
@@ -78,11 +86,12 @@ def parser():
     train.add_argument("--out", metavar="DIR", help="where the run goes (default: runs/RECIPE)")
     train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                        help="change one setting of the recipe; may be repeated")
-    train.add_argument("--resume", choices=["auto"], help="continue from the newest good checkpoint in DIR, if there is one")
+    train.add_argument("--resume", choices=["auto"], help="continue from the newest checkpoint in DIR, if there is one")
     train.add_argument("--list", action="store_true", help="list the recipes and leave")
     train.set_defaults(command=run_train)
 
-    sample = commands.add_parser("sample", help="draw images from a trained model", description="Draw a grid of samples.")
+    sample = commands.add_parser("sample", help="draw images from a trained model",
+                                 description="Draw a grid of samples into DIR/samples and print its path.")
     sample.add_argument("directory", metavar="DIR", help="a run's directory")
     sample.add_argument("-n", "--count", type=_positive, help="how many images (default: the recipe's)")
     sample.add_argument("--temperature", type=float, help="of the base distribution (default: the recipe's)")
@@ -100,11 +109,11 @@ def parser():
     bench = commands.add_parser("bench", help="measure the operations", description="Run the repository's benchmarks.",
                                 add_help=False)
     bench.add_argument("arguments", nargs=argparse.REMAINDER)
-    bench.set_defaults(command=run_bench)
+    bench.set_defaults(command=run_bench, needs_extras=False)
 
     doctor = commands.add_parser("doctor", help="what works on this machine, and why", description="Print versions and "
                                  "which backends are available, and why.")
-    doctor.set_defaults(command=run_doctor)
+    doctor.set_defaults(command=run_doctor, needs_extras=False)
     return top
 
 
@@ -154,8 +163,9 @@ def run_train(arguments):
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     trainer = Trainer(settings, out, console, title)
-    print(f"{title}: {len(trainer.data.train)} training and {len(trainer.data.test)} held-out images of "
-          f"{'x'.join(map(str, trainer.data.image_shape))}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}",
+    images = trainer.data
+    print(f"{title}: {len(images.train)} training and {len(images.test)} held-out images of "
+          f"{'x'.join(map(str, images.image_shape))}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}",
           flush=True)
     if loaded is None:
         trainer.start()
@@ -252,9 +262,7 @@ def run_doctor(arguments):
         print(f"  {name:12}{reason}")
     print("\noptional libraries")
     for module, extra in EXTRAS.items():
-        if module == "tomli" and sys.version_info >= (3, 11):
-            continue
-        package = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}.get(module, module)
+        package = DISTRIBUTIONS.get(module, module)
         found = version(package)
         print(f"  {package:14}{found or f'not installed: pip install fastflow[{extra}]'}")
 

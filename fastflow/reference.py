@@ -203,7 +203,7 @@ _NAMED = {
 
 def softplus(u):
     """log(1 + exp(u)) without a threshold, so that float64 is exact above 20 too."""
-    return -F.logsigmoid(-u)
+    return 0.0 - F.logsigmoid(-u)  # a negation would underflow to -0.0, and 1/softplus to -Inf
 
 
 def log_softplus(u):

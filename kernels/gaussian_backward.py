@@ -36,8 +36,8 @@ def _add(total, lost, value, COMPENSATED: tl.constexpr):
 def gaussian_bwd_kernel(
         mean_ptr, raw_ptr, prior_mean_ptr, prior_raw_ptr, eps_ptr, gz_ptr, gkl_ptr, glogq_ptr, seed_ptr,
         gmean_ptr, graw_ptr, gprior_mean_ptr, gprior_raw_ptr,
-        mean_strides, raw_strides, prior_mean_strides, prior_raw_strides, eps_strides, gz_strides, gkl_strides,
-        gmean_strides, graw_strides, gprior_mean_strides, gprior_raw_strides, sizes,
+        mean_strides, raw_strides, prior_mean_strides, prior_raw_strides, eps_strides, gz_strides,
+        gmean_strides, graw_strides, gprior_mean_strides, gprior_raw_strides, gkl_strides, sizes,
         mean_base, raw_base, eps_step, gz_step, gmean_base, graw_base,
         glogq_step, glogq_stride, seed_stride, seed_value: tl.int64, offset: tl.int64, n: tl.int64, n_rows, parts,
         n_samples,
@@ -86,7 +86,7 @@ def gaussian_bwd_kernel(
             total, lost = _add(total, lost, tl.load(glogq_ptr + at, mask=rows < n_rows, other=0.0).to(dtype), MANY)
         graw = graw - total * log_slope
     if gkl_ptr is not None:
-        gkl = tl.load(gkl_ptr + offsets_of(rows, index, sizes, gkl_strides, 0, RANK, UNIT), mask=inside,
+        gkl = tl.load(gkl_ptr + offsets_of(rows, index, sizes, gkl_strides, 0, RANK, UNIT, True), mask=inside,
                       other=0.0).to(dtype)
         distance = tl.load(mean_ptr + offsets_of(rows, index, sizes, mean_strides, mean_base, RANK, UNIT), mask=inside,
                            other=0.0).to(dtype)
@@ -125,8 +125,8 @@ def prior_terms(gkl, mean, log_sigma, prior_mean, prior_raw, SCALE: tl.constexpr
 @triton.jit(do_not_specialize=["mean_base", "raw_base", "n", "n_rows", "column_blocks"])
 def shared_prior_bwd_kernel(
         mean_ptr, raw_ptr, prior_mean_ptr, prior_raw_ptr, gkl_ptr, gprior_mean_ptr, gprior_raw_ptr,
-        mean_strides, raw_strides, prior_mean_strides, prior_raw_strides, gkl_strides, gprior_mean_strides,
-        gprior_raw_strides, sizes, mean_base, raw_base, n: tl.int64, n_rows, column_blocks,
+        mean_strides, raw_strides, prior_mean_strides, prior_raw_strides, gprior_mean_strides, gprior_raw_strides,
+        gkl_strides, sizes, mean_base, raw_base, n: tl.int64, n_rows, column_blocks,
         SCALE: tl.constexpr, DOUBLE: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr,
         WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Gradients of a prior that every sample shares, summed over CHUNK samples: row ``chunk`` of the outputs."""
@@ -150,7 +150,7 @@ def shared_prior_bwd_kernel(
                        other=0.0).to(dtype)
         raw = tl.load(raw_ptr + offsets_of(rows, index, sizes, raw_strides, raw_base, RANK, UNIT), mask=inside,
                       other=0.0).to(dtype)
-        gkl = tl.load(gkl_ptr + offsets_of(rows, index, sizes, gkl_strides, 0, RANK, UNIT), mask=inside,
+        gkl = tl.load(gkl_ptr + offsets_of(rows, index, sizes, gkl_strides, 0, RANK, UNIT, True), mask=inside,
                       other=0.0).to(dtype)
         _, log_sigma = terms.sigma_and_log(raw, SCALE)
         pull, prior_pull, _ = prior_terms(gkl, mean, log_sigma, prior_mean, prior_raw, SCALE)
@@ -259,9 +259,8 @@ def gaussian_bwd(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prior_raw,
         gz_strides, gz_step = over_samples(grad_z, shape, n_samples)
         plan = layout.plan(
             shape, (mean_strides, raw_strides, over_batch(prior_mean, shape), over_batch(prior_raw, shape), eps_strides,
-                    gz_strides, incoming_kl, gmean_strides, graw_strides,
-                    *(strides_of(g, shape) for g in own)),
-            (mean_base, raw_base, eps_step, gz_step, gmean_base, graw_base))
+                    gz_strides, gmean_strides, graw_strides, *(strides_of(g, shape) for g in own), incoming_kl),
+            (mean_base, raw_base, eps_step, gz_step, gmean_base, graw_base), loose=1)
         rows, block, warps = layout.tile_of(plan.n, double, LARGEST_TILE)
         parts = triton.cdiv(plan.n, block)
         seed_tensor, seed_stride = noise_arguments(eps, seed)
@@ -297,9 +296,11 @@ def shared_prior_bwd(grads, grad_kl, incoming_kl, mean, raw, prior_mean, prior_r
         dtype = compute_dtype(grad_kl.dtype)
         sums = [None if g is None else torch.empty((chunks, *shape[1:]), dtype=dtype, device=g.device) for g in grads]
         strides = [strides_of(g, shape) for g in sums]
-    plan = layout.plan(shape, (mean[1], raw[1], over_batch(prior_mean, shape), over_batch(prior_raw, shape), incoming_kl,
-                               *strides), (mean[2], raw[2]))
+    plan = layout.plan(shape, (mean[1], raw[1], over_batch(prior_mean, shape), over_batch(prior_raw, shape), *strides,
+                               incoming_kl), (mean[2], raw[2]), loose=1)
     rows, block = PRIOR_TILE
+    if meta["DOUBLE"]:
+        block //= 4
     column_blocks = triton.cdiv(plan.n, block)
     if chunks == 0:
         for grad in filter(lambda t: t is not None, grads):

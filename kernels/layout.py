@@ -28,7 +28,8 @@ class Plan:
     Attributes:
         n: elements per sample; n_units: the same in units.
         sizes: the merged dims, the last one in units.
-        strides: per operand (lead strides, one stride per merged dim), all but the last in units.
+        strides: per operand (lead strides, one stride per merged dim), all but the last in units, or all in elements for
+            a loose operand.
         bases: the base offsets, in units.
         unit: a power of two that divides the last dim, every outer stride and every base offset. A kernel multiplies by
             it, which tells the compiler how wide a load may be.
@@ -37,12 +38,13 @@ class Plan:
 
     __slots__ = ("bases", "n", "n_units", "rank", "sizes", "strides", "unit", "wide")
 
-    def __init__(self, sizes, strides, bases):
-        unit = self.unit = math.gcd(MAX_UNIT, sizes[-1], *bases, *(s for own in strides for s in own[:-1]))
+    def __init__(self, sizes, strides, bases, loose):
+        bound = strides[: len(strides) - loose]
+        unit = self.unit = math.gcd(MAX_UNIT, sizes[-1], *bases, *(s for own in bound for s in own[:-1]))
         self.n = math.prod(sizes)
         self.n_units = self.n // unit
         self.sizes = (*sizes[:-1], sizes[-1] // unit)
-        self.strides = tuple((*(s // unit for s in own[:-1]), own[-1]) for own in strides)
+        self.strides = tuple((*(s // unit for s in own[:-1]), own[-1]) for own in bound) + strides[len(bound):]
         self.bases = tuple(base // unit for base in bases)
         self.rank = len(sizes)
         self.wide = self.n >= INT32_LIMIT
@@ -52,7 +54,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(shape, strides, bases=(), lead=1, reorder=False):
+def plan(shape, strides, bases=(), lead=1, reorder=False, loose=0):
     """The Plan of operands of one shape.
 
     Args:
@@ -60,12 +62,13 @@ def plan(shape, strides, bases=(), lead=1, reorder=False):
         strides: one tuple per operand, in elements.
         bases: offsets of operands within their tensors, in elements.
         lead: leading dims that stay separate (1: the batch; 2: batch and channel).
+        loose: how many operands at the end are not worth wide loads, and so don't narrow those of the others.
         reorder: whether dims may be visited in memory order (that of the first operand) instead of logical order.
     """
     dims = [d for d in range(lead, len(shape)) if shape[d] != 1]
     heads = [own[:lead] for own in strides]
     if any(shape[d] == 0 for d in dims):
-        return Plan((0,), tuple((*head, 1) for head in heads), bases)
+        return Plan((0,), tuple((*head, 1) for head in heads), bases, loose)
     if reorder:
         dims.sort(key=lambda d: next((own[d] for own in strides if own[d]), 0), reverse=True)
     merged = []  # [size, [stride per operand]]
@@ -77,7 +80,7 @@ def plan(shape, strides, bases=(), lead=1, reorder=False):
             merged.append([shape[d], own])
     merged = merged or [[1, [1] * len(strides)]]
     full = tuple((*head, *(m[1][i] for m in merged)) for i, head in enumerate(heads))
-    return Plan(tuple(m[0] for m in merged), full, bases)
+    return Plan(tuple(m[0] for m in merged), full, bases, loose)
 
 
 def tile_of(n, double, largest=2048):
@@ -140,13 +143,15 @@ def halves(params, interleaved):
 
 
 @triton.jit
-def offsets_of(batch, index, sizes, strides, base, RANK: tl.constexpr, UNIT: tl.constexpr):
+def offsets_of(batch, index, sizes, strides, base, RANK: tl.constexpr, UNIT: tl.constexpr,
+               LOOSE: tl.constexpr = False):
     """int64 offsets of element ``index`` (within a sample) of sample ``batch`` (int64) of an operand of a Plan."""
-    return offsets_within(batch * strides[0] + base, index, sizes, strides, 1, RANK, UNIT)
+    return offsets_within(batch * strides[0] + base, index, sizes, strides, 1, RANK, UNIT, LOOSE)
 
 
 @triton.jit
-def offsets_within(outer, index, sizes, strides, LEAD: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr):
+def offsets_within(outer, index, sizes, strides, LEAD: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr,
+                   LOOSE: tl.constexpr = False):
     """int64 offsets of element ``index`` of what begins ``outer`` (int64) units into an operand of a Plan."""
     rest = index
     inner = index
@@ -157,7 +162,9 @@ def offsets_within(outer, index, sizes, strides, LEAD: tl.constexpr, RANK: tl.co
             outer = outer + (rest % sizes[RANK - 2 - step]).to(tl.int64) * strides[LEAD + RANK - 2 - step]
             rest = rest // sizes[RANK - 2 - step]
         outer = outer + rest.to(tl.int64) * strides[LEAD]
-    return outer * UNIT + inner.to(tl.int64) * strides[LEAD + RANK - 1]
+    if not LOOSE:
+        outer = outer * UNIT
+    return outer + inner.to(tl.int64) * strides[LEAD + RANK - 1]
 
 
 @triton.jit(do_not_specialize=["carried_stride", "n_rows", "length"])

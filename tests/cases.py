@@ -166,13 +166,13 @@ def upcast(tensors):
     return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def check_by_ratio(case, tensors, *, needs=None, cotangents=None, what=""):
+def check_by_ratio(case, tensors, *, needs=None, cotangents=None, value_factor=VALUE_FACTOR, what=""):
     """Every result and gradient of functional's call obeys the error-ratio rule; returns what functional gave."""
     got = evaluate(case, tensors, needs=needs, cotangents=cotangents)
     eager = evaluate(case, tensors, needs=needs, cotangents=cotangents, module=reference)
     truth = evaluate(case, upcast(tensors), needs=needs, cotangents=cotangents and upcast(cotangents), module=reference)
     largest = max((t.numel() for t in tensors.values()), default=1)
-    for part, factor, kind in ((0, VALUE_FACTOR, ""), (1, GRADIENT_FACTOR, "gradient of ")):
+    for part, factor, kind in ((0, value_factor, ""), (1, GRADIENT_FACTOR, "gradient of ")):
         for name, out in got[part].items():
             label = f"{what} {case} {kind}{name}"
             if out is None or eager[part][name] is None:
@@ -189,3 +189,10 @@ def check_by_ratio(case, tensors, *, needs=None, cotangents=None, what=""):
 def subsets(names, at_least=0):
     """All subsets of ``names`` with at least that many members, as tuples."""
     return [c for k in range(at_least, len(names) + 1) for c in itertools.combinations(names, k)]
+
+
+def kernels_run(function):
+    """Names "namespace::op" of fastflow's operators that torch's dispatcher ran during ``function``."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {event.key for event in profile.key_averages() if event.key.startswith("fastflow")}

@@ -14,10 +14,19 @@ FLOAT64_ROUNDINGS = 16.0
 FEW_ELEMENTS, FEW_ROUNDINGS = 64, 4.0
 
 
-def assert_same_nonfinite(out, expected, what="result"):
-    """NaN, +Inf and -Inf stand at exactly the same places."""
+def assert_same_nonfinite(out, expected, what="result", *, gradient=False):
+    """NaN, +Inf and -Inf stand at exactly the same places.
+
+    For a ``gradient``, an infinity is accepted where eager has NaN: autograd's formulas add an infinity to its opposite
+    where an equal formula has one term (as d u/(1 + |u|) = 1/(1 + |u|)^2). Nothing finite is, and no NaN for an infinity.
+    """
+    finite_got, finite_want = torch.isfinite(out), torch.isfinite(expected)
+    assert torch.equal(finite_got, finite_want), (
+        f"{what}: not finite at {torch.nonzero(~finite_got & finite_want).tolist()[:4]} where eager is, "
+        f"finite at {torch.nonzero(finite_got & ~finite_want).tolist()[:4]} where eager is not")
+    excused = torch.isnan(expected) if gradient else torch.zeros_like(finite_want)
     for kind, mask in (("NaN", torch.isnan), ("+Inf", torch.isposinf), ("-Inf", torch.isneginf)):
-        got, want = mask(out), mask(expected)
+        got, want = mask(out) & ~excused, mask(expected) & ~excused
         assert torch.equal(got, want), (
             f"{what}: {kind} at {torch.nonzero(got & ~want).tolist()[:4]} where it should not be, "
             f"missing at {torch.nonzero(want & ~got).tolist()[:4]}")
@@ -59,8 +68,11 @@ def assert_elementwise(out, eager, truth, *, roundings=4.0, factor=VALUE_FACTOR,
     logarithm of a number near 1; a float or a tensor like ``truth``.
     """
     assert out.dtype == eager.dtype, f"{what}: dtype {out.dtype}, expected {eager.dtype}"
-    assert_same_nonfinite(out, eager, what)
     info = torch.finfo(out.dtype)
+    # Where a step of eager's overflows on the way to a result that is itself in range, the right result is accepted.
+    better = torch.isfinite(out) & ~torch.isfinite(eager) & (truth.abs() < info.max)
+    eager = torch.where(better, truth.to(eager.dtype), eager)
+    assert_same_nonfinite(out, eager, what, gradient=True)
     finite = torch.isfinite(eager) & torch.isfinite(truth)
     exact = truth[finite]
     error = (out[finite].double() - exact).abs()

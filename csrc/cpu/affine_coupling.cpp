@@ -12,8 +12,6 @@ namespace {
 
 enum Flags : int64_t { interleave = 1, shift_comes_first = 2, shift_first = 4, inverse = 8 };
 
-// Results of this size and above are written past the caches.
-constexpr int64_t streamed_bytes = int64_t(8) << 20;
 constexpr int64_t grain = 32768;  // elements that are worth a thread
 
 Element element_of(ScalarType dtype) {
@@ -26,6 +24,12 @@ Element element_of(ScalarType dtype) {
 }
 
 int64_t size_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
+
+Tensor result_like(const Dims& sizes, const Tensor& like, ScalarType dtype) {
+  Tensor result = empty_strided(sizes, strides_like(sizes, like), dtype, like);
+  advise_huge_pages(result.data_ptr(), result.numel() * size_of(dtype));
+  return result;
+}
 
 // Channels first, first + step, ... of a tensor (B, C, *S).
 struct Channels {
@@ -118,7 +122,7 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(
   Dims sizes = sizes_of(x);
   const int64_t channels = sizes[1], passive_channels = passive ? passive->size(1) : 0;
   sizes[1] += passive_channels;
-  Tensor y = empty_strided(sizes, strides_like(sizes, x), result_type(x, optional(params), shift, passive), x);
+  Tensor y = result_like(sizes, x, result_type(x, optional(params), shift, passive));
   Tensor total = empty({sizes[0]}, compute_type(x.scalar_type()), x);
 
   AffineForward job{};
@@ -145,8 +149,6 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(
   job.logdet = operands.of(total);
   if (logdet) job.running = operands.of(*logdet);
   if (job.x.data != nullptr) {
-    const int64_t bytes = y.numel() * size_of(y.scalar_type());
-    job.shape.streamed = bytes >= streamed_bytes;
     parallel_for(0, job.shape.units(), units_per_thread(job.shape),
                  [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(affine_forward, job, begin, end); });
   }
@@ -162,8 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
   const bool additive = kind == 6;
   const int64_t channels = x.size(1);
   auto result = [&](bool needed, const Tensor& like) {
-    const Dims sizes = sizes_of(like);
-    return needed ? empty_strided(sizes, strides_like(sizes, like), like.scalar_type(), like) : nothing(like);
+    return needed ? result_like(sizes_of(like), like, like.scalar_type()) : nothing(like);
   };
   Tensor grad_x = result(need_x, x);
   Tensor grad_params = result(need_params, params);
@@ -193,9 +194,6 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
     if (need_params) job.grad_raw = operands.of(grad_params, halves.raw);
     if (need_params) job.grad_shift = operands.of(grad_params, halves.shift);
   }
-  int64_t bytes = 0;
-  for (const Tensor& t : {grad_x, grad_params, grad_shift}) bytes += t.numel() * size_of(t.scalar_type());
-  job.shape.streamed = bytes >= streamed_bytes;
   parallel_for(0, job.shape.units(), units_per_thread(job.shape),
                [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(affine_backward, job, begin, end); });
   return {grad_x, grad_params, grad_shift};

@@ -197,33 +197,22 @@ int64_t first_passive(const AffineShape& shape, int64_t unit) {
   return sample * shape.passive + shape.passive * (unit - sample * blocks) / blocks;
 }
 
-// A result: tiles are computed where they belong if they lie there as contiguous T, else in a buffer.
+// A result: tiles are computed where they belong if they lie there as contiguous T, else in a buffer. (Stores past the
+// caches were measured slower: they stall the next tile's arithmetic.)
 template <class T>
 struct Result {
   Cursor<T> cursor;
-  bool streamed, direct;
+  bool direct;
   Tile<T> buffer;
 
-  void seek(const Operand& o, int64_t element, bool stream_it) {
-    cursor.seek(o, element);
-    streamed = stream_it;
-  }
-
   T* begin(int64_t n) {
-    T* target = cursor.present() && !streamed ? cursor.in_place(n) : nullptr;
+    T* target = cursor.present() ? cursor.in_place(n) : nullptr;
     direct = target != nullptr;
     return direct ? target : buffer.values;
   }
 
-  void finish(int64_t n) { put(n, direct ? nullptr : buffer.values); }
-
-  // Writes values, if any.
-  void put(int64_t n, const T* values) {
-    if (values == nullptr || !cursor.present()) return;
-    if (streamed) {
-      if (T* target = cursor.in_place(n)) return stream(target, values, n);
-    }
-    cursor.write(n, values);
+  void finish(int64_t n) {
+    if (cursor.present() && !direct) cursor.write(n, buffer.values);
   }
 };
 
@@ -238,14 +227,14 @@ void forward(const AffineForward& job, int64_t begin, int64_t end) {
   const ScaleMap<T> map = constants_of<T>(job.map);
   const ForwardTile<T> compute = choose_forward<T>(job);
   const int64_t start = first_element(shape, begin);
-  Cursor<T> x, raw, shift, passive;
-  Result<T> y, passive_y;
+  Cursor<T> x, raw, shift, passive, passive_y;
+  Result<T> y;
   x.seek(job.x, start);
   raw.seek(job.raw, start);
   shift.seek(job.shift, start);
-  y.seek(job.y, start, shape.streamed);
+  y.cursor.seek(job.y, start);
   passive.seek(job.passive, first_passive(shape, begin));
-  passive_y.seek(job.passive_y, first_passive(shape, begin), shape.streamed);
+  passive_y.seek(job.passive_y, first_passive(shape, begin));
   Tile<T> x_tile, raw_tile, shift_tile, log_tile;
   CompensatedSum sum;
 
@@ -270,15 +259,10 @@ void forward(const AffineForward& job, int64_t begin, int64_t end) {
     for (; left > 0; left -= tile) {
       const int64_t n = left < tile ? left : tile;
       const T* values = passive.read(n, x_tile.values);
-      T* target = passive_y.begin(n);
-      if (passive_y.direct)
-        copy_run(values, 1, target, 1, n);
-      else
-        passive_y.put(n, values);
+      passive_y.write(n, values);
     }
   };
   each_tile(shape, begin, end, one_tile, end_of_unit);
-  if (shape.streamed) end_stream();
 }
 
 template <class T>
@@ -310,9 +294,9 @@ void backward(const AffineBackward& job, int64_t begin, int64_t end) {
   x.seek(job.x, start);
   raw.seek(job.raw, start);
   shift.seek(job.shift, start);
-  grad_x.seek(job.grad_x, start, shape.streamed);
-  grad_raw.seek(job.grad_raw, start, shape.streamed);
-  grad_shift.seek(job.grad_shift, start, shape.streamed);
+  grad_x.cursor.seek(job.grad_x, start);
+  grad_raw.cursor.seek(job.grad_raw, start);
+  grad_shift.cursor.seek(job.grad_shift, start);
   Tile<T> gy_tile, gl_tile, x_tile, raw_tile, shift_tile;
   fill(gl_tile.values, tile, T(0));
   int64_t filled = -1;
@@ -342,7 +326,6 @@ void backward(const AffineBackward& job, int64_t begin, int64_t end) {
     grad_shift.finish(n);
   };
   each_tile(shape, begin, end, one_tile, [](int64_t) {});
-  if (shape.streamed) end_stream();
 }
 
 }  // namespace

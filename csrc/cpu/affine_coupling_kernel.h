@@ -13,7 +13,6 @@ struct AffineShape {
   int64_t passive;        // elements of the passive part of one sample
   bool is_double;
   bool inverse, shift_first;
-  bool streamed;  // results bypass the caches
 
   static constexpr int64_t tile = 512, block = 32 * tile;
   bool split() const { return sample > tile; }

@@ -4,10 +4,6 @@
 #include "../common/math.h"
 #include "operand.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace fastflow::FASTFLOW_ISA {
 namespace {
 
@@ -93,43 +89,6 @@ FASTFLOW_HD void copy_run(const From* from, int64_t from_stride, To* to, int64_t
   } else {
     for (int64_t i = 0; i < n; ++i) to[i * to_stride] = convert(from[i * from_stride], static_cast<To*>(nullptr));
   }
-}
-
-// Stores that bypass the caches, for results too large to be found there again.
-template <class T>
-FASTFLOW_HD void stream(T* to, const T* from, int64_t n) {
-#if defined(__AVX512F__)
-  using Vector = __m512i;
-#elif defined(__AVX2__)
-  using Vector = __m256i;
-#elif defined(__x86_64__)
-  using Vector = __m128i;
-#endif
-#if defined(__x86_64__)
-  int64_t i = 0;
-  for (; i < n && reinterpret_cast<uintptr_t>(to + i) % sizeof(Vector) != 0; ++i) to[i] = from[i];
-  constexpr int64_t step = sizeof(Vector) / sizeof(T);
-  for (; i + step <= n; i += step) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-#elif defined(__AVX2__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
-#else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-#endif
-  }
-  for (; i < n; ++i) to[i] = from[i];
-#else
-  __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
-#endif
-}
-
-// Orders streamed stores before whatever tells another thread that they are done.
-FASTFLOW_HD void end_stream() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
 }
 
 // A position in an operand, moving forward in the order of traversal. T is the compute type.

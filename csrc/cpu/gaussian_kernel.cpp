@@ -74,7 +74,7 @@ template <class T>
 void forward(const Forward& f, int64_t begin, int64_t end) {
   const Problem& p = f.problem;
   const Loops<T> loops = loops_of<T>(p);
-  const bool keep = p.samples != 1 || f.logq != nullptr;
+  const bool keep = p.samples != 1 || f.logq != nullptr || !has_quick_loops<T>;
   Scratch<T> s;
   alignas(64) T sigma[gaussian::chunk], log_sigma[gaussian::chunk], element[gaussian::chunk], out[gaussian::chunk];
   for (int64_t index = begin; index < end; ++index) {
@@ -109,7 +109,7 @@ template <class T>
 struct BackwardScratch {
   Scratch<T> in;
   SampleSum<T> z, z_eps, logq;
-  alignas(64) T incoming[gaussian::chunk], kl[gaussian::chunk], product[gaussian::chunk];
+  alignas(64) T incoming[gaussian::chunk], by_logq[gaussian::chunk], kl[gaussian::chunk], product[gaussian::chunk];
   alignas(64) T mean[gaussian::chunk], raw[gaussian::chunk], prior_mean[gaussian::chunk], prior_raw[gaussian::chunk];
 };
 
@@ -132,7 +132,7 @@ Incoming<T> fetch_gradients(const Backward& b, const Tile& tile, BackwardScratch
   Incoming<T> in{};
   if (single) in.z = fetch(b.grad_z, first, count, s.incoming);
   if (single && need_eps) in.eps = noise_at(p, 0, first, count, s.in.drawn, s.in.eps);
-  in.plain = in.eps != nullptr && b.grad_logq.data == nullptr && b.grad_kl.data != nullptr &&
+  in.plain = has_quick_loops<T> && in.eps != nullptr && b.grad_logq.data == nullptr && b.grad_kl.data != nullptr &&
              repeated(b.grad_kl, first, count, in.kl_each);
   if (in.plain) return in;
   if (in.eps != nullptr) {
@@ -151,7 +151,7 @@ Incoming<T> fetch_gradients(const Backward& b, const Tile& tile, BackwardScratch
   }
   if (b.grad_logq.data != nullptr) {
     for (int64_t k = 0; k < p.samples; ++k)
-      s.logq.add(fetch(b.grad_logq, k * p.total + first, count, s.incoming), nullptr, k, count);
+      s.logq.add(fetch(b.grad_logq, k * p.total + first, count, s.by_logq), nullptr, k, count);
     in.logq = s.logq.finish(count);
   }
   return in;
@@ -214,7 +214,7 @@ void prior_blocks(const Backward& b, int64_t begin, int64_t end) {
 
 template <class T>
 void sum_blocks(const Backward& b, const double* partial, const Operand& to, int64_t start, int64_t count) {
-  if (partial == nullptr) return;
+  if (to.data == nullptr) return;
   alignas(64) double total[gaussian::chunk] = {};
   alignas(64) T values[gaussian::chunk];
   for (int64_t block = 0; block < b.prior.blocks; ++block) {

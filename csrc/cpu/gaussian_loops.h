@@ -135,21 +135,30 @@ void gradients(const Params<T>& in, const Incoming<T>& grad, int64_t count, cons
   }
 }
 
-// The loops of one scale, with or without a prior.
+// The loops of one scale, with or without a prior. Double, which nobody trains in, goes without the quicker ones.
+template <class T>
+constexpr bool has_quick_loops = sizeof(T) == sizeof(float);
+
 template <class T>
 struct Loops {
   decltype(&posterior<0, false, false, T>) sample, keep;
   decltype(&gradients<0, false, false, T>) gradients, plain_gradients;
 };
 
+template <int scale, bool prior, class T>
+constexpr Loops<T> loops_for() {
+  if constexpr (has_quick_loops<T>)
+    return {posterior<scale, prior, false, T>, posterior<scale, prior, true, T>, gradients<scale, prior, false, T>,
+            gradients<scale, prior, true, T>};
+  else
+    return {nullptr, posterior<scale, prior, true, T>, gradients<scale, prior, false, T>, nullptr};
+}
+
 template <class T, bool prior>
 Loops<T> loops_of(int64_t scale) {
-#define FASTFLOW_LOOPS(SCALE)                                                     \
-  {posterior<SCALE, prior, false, T>, posterior<SCALE, prior, true, T>,           \
-   gradients<SCALE, prior, false, T>, gradients<SCALE, prior, true, T>}
-  static constexpr Loops<T> table[gaussian::scale_count] = {FASTFLOW_LOOPS(0), FASTFLOW_LOOPS(1), FASTFLOW_LOOPS(2),
-                                                            FASTFLOW_LOOPS(3), FASTFLOW_LOOPS(4)};
-#undef FASTFLOW_LOOPS
+  static constexpr Loops<T> table[gaussian::scale_count] = {loops_for<0, prior, T>(), loops_for<1, prior, T>(),
+                                                            loops_for<2, prior, T>(), loops_for<3, prior, T>(),
+                                                            loops_for<4, prior, T>()};
   return table[scale];
 }
 

@@ -2,21 +2,16 @@
 #include "plu_weight_kernel.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include <torch/headeronly/util/Exception.h>
 
 #include "../fastflow.h"
 #include "runtime.h"
+#include "slogdet_scratch.h"
 
 namespace fastflow {
 
 namespace {
-
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
 
 struct Parts {
   const Tensor &lower, &upper, &log_s, &sign_s, &perm;
@@ -50,8 +45,7 @@ struct Parts {
     const Dims low = strides_of(lower), up = strides_of(upper), p = strides_of(perm);
     // A thread is worth its start for some 50 thousand multiplications.
     parallel_for(0, count, std::max<int64_t>(1, 50000 / (n * n * n)), [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<void, Free> scratch(
-          ::operator new(FASTFLOW_ISA_CALL(plu_weight_scratch, n), std::align_val_t(64)));
+      const Scratch scratch = make_scratch(FASTFLOW_ISA_CALL(plu_weight_scratch, n));
       PluMatrix matrix{};
       matrix.n = n;
       matrix.lower_strides[0] = low[1], matrix.lower_strides[1] = low[2];

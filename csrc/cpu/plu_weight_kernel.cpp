@@ -52,7 +52,7 @@ struct Plu {
   // product = left * right with the terms that terms() leaves.
   template <class Range>
   void multiply(const T* left, const T* right, const Range& terms) {
-    gemm<T, false>(n, round_up(n, Simd<T>::lanes) / Simd<T>::lanes, left, ld, right, ld, product, ld,
+    gemm<T, Update::assign>(n, round_up(n, Simd<T>::lanes) / Simd<T>::lanes, left, ld, right, ld, product, ld,
                    [&](int64_t i, int64_t rows, int64_t j, int64_t columns) {
                      return dense ? Terms{0, n} : terms(i, rows, j, columns);
                    });

@@ -6,6 +6,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastflow {
 
@@ -45,5 +48,15 @@ Isa isa() {
 }
 
 bool in_forked_child() { return forked; }
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096, least = uintptr_t(32) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  // Only a hint: where it is refused, nothing is lost.
+  if (static_cast<uintptr_t>(bytes) >= least) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 }  // namespace fastflow

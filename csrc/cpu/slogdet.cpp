@@ -2,12 +2,10 @@
 #include "slogdet_kernel.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "../fastflow.h"
 #include "runtime.h"
+#include "slogdet_scratch.h"
 
 namespace fastflow {
 
@@ -18,10 +16,6 @@ MatrixType matrix_type(ScalarType dtype) {
   if (dtype == ScalarType::BFloat16) return MatrixType::bfloat16;
   return dtype == ScalarType::Double ? MatrixType::float64 : MatrixType::float32;
 }
-
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
 
 }  // namespace
 
@@ -60,8 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> slogdet_fwd(const Tensor& weight, bool want_i
   // A thread is worth its start for some 50 thousand multiplications.
   const int64_t grain = std::max<int64_t>(1, 50000 / (group * n * n * n));
   parallel_for(0, (count + group - 1) / group, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, Free> scratch(
-        ::operator new(FASTFLOW_ISA_CALL(slogdet_scratch, n), std::align_val_t(64)));
+    const Scratch scratch = make_scratch(FASTFLOW_ISA_CALL(slogdet_scratch, n));
     int64_t offset[8];
     for (int64_t g = begin; g < end; ++g) {
       SlogdetBatch part = whole;

@@ -24,7 +24,8 @@ struct Blocked {
 
   static int64_t scratch(int64_t n) {
     const int64_t ld = leading_dimension<T>(n), line = round_up(ld * sizeof(T), 64);
-    return 2 * n * line + 2 * line + W * round_up(n, W) * sizeof(T) + round_up(n * static_cast<int64_t>(sizeof(int64_t)), 64);
+    const int64_t panel = W * round_up(n, W) * static_cast<int64_t>(sizeof(T));
+    return 2 * n * line + 2 * line + panel + round_up(n * static_cast<int64_t>(sizeof(int64_t)), 64);
   }
 
   Blocked(int64_t n, void* scratch) : n(n), ld(leading_dimension<T>(n)) {
@@ -159,15 +160,16 @@ struct Blocked {
     const int64_t middle = begin + round_up((end - begin) / 2, W), right = (ld_used(end) - middle) / W;
     factorise(begin, middle);
     solve_lower(begin, middle, a + middle, right);
-    subtract(middle, n, begin, middle, a + middle, right);
+    subtract<Update::subtract_terms>(middle, n, begin, middle, a + middle, right);
     factorise(middle, end);
   }
 
   static int64_t ld_used(int64_t end) { return round_up(end, W); }
 
   // rows [begin, end) of b -= A[begin:end, from:to] times rows [from, to) of b.
+  template <Update Kind>
   void subtract(int64_t begin, int64_t end, int64_t from, int64_t to, T* b, int64_t nv) {
-    gemm<T, true>(end - begin, nv, a + begin * ld + from, ld, b + from * ld, ld, b + begin * ld, ld,
+    gemm<T, Kind>(end - begin, nv, a + begin * ld + from, ld, b + from * ld, ld, b + begin * ld, ld,
                   [=](int64_t, int64_t, int64_t, int64_t) { return Terms{0, to - from}; });
   }
 
@@ -241,7 +243,7 @@ struct Blocked {
     if (end - begin <= base_rows) return solve_base<true>(begin, end, b, nv);
     const int64_t middle = halfway(begin, end);
     solve_lower(begin, middle, b, nv);
-    subtract(middle, end, begin, middle, b, nv);
+    subtract<Update::subtract_terms>(middle, end, begin, middle, b, nv);
     solve_lower(middle, end, b, nv);
   }
 
@@ -249,7 +251,7 @@ struct Blocked {
     if (end - begin <= base_rows) return solve_base<false>(begin, end, b, nv);
     const int64_t middle = halfway(begin, end);
     solve_upper(middle, end, b, nv);
-    subtract(begin, middle, middle, end, b, nv);
+    subtract<Update::subtract_sum>(begin, middle, middle, end, b, nv);
     solve_upper(begin, middle, b, nv);
   }
 
@@ -258,7 +260,7 @@ struct Blocked {
     if (end - begin <= base_rows) return solve_base<true>(begin, end, inverse, ld_used(end) / W);
     const int64_t middle = halfway(begin, end);
     invert_lower(begin, middle);
-    gemm<T, true>(end - middle, ld_used(middle) / W, a + middle * ld + begin, ld, inverse + begin * ld, ld,
+    gemm<T, Update::subtract_sum>(end - middle, ld_used(middle) / W, a + middle * ld + begin, ld, inverse + begin * ld, ld,
                   inverse + middle * ld, ld, [=](int64_t, int64_t, int64_t j, int64_t) {
                     return Terms{at_most(middle - begin, at_least(0, j - begin)), middle - begin};
                   });
@@ -277,7 +279,8 @@ struct Blocked {
 
   template <class Out>
   void write(const SlogdetBatch& batch, int64_t b) {
-    double sign = odd ? -1.0 : 1.0, total = 0, lost = 0;  // lost: what rounding took from total
+    double sign = odd ? -1.0 : 1.0;
+    double total = 0, lost = 0;  // lost: what rounding took from total
     for (int64_t i = 0; i < n; ++i) {
       nan |= diagonal[i] != diagonal[i];
       if (diagonal[i] < 0) sign = -sign;

@@ -100,16 +100,20 @@ static inline int64_t leading_dimension(int64_t n) {
   return ld * static_cast<int64_t>(sizeof(T)) % 512 == 0 ? ld + 64 / static_cast<int64_t>(sizeof(T)) : ld;
 }
 
-// C (M rows, N vectors) = A B, or C -= A B. The product is summed by itself, in order: small terms are not rounded to
-// the size of what they are taken from.
-template <class T, bool Subtract, int M, int N>
+// How A B meets C. Taken from C term by term, it errs least where C shrinks on the way, as in the elimination of an
+// ill-conditioned matrix; summed by itself first, where it is small beside C.
+enum class Update { assign, subtract_terms, subtract_sum };
+
+// C (M rows, N vectors) = A B, or C -= A B, the terms in order.
+template <class T, Update Kind, int M, int N>
 static void gemm_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   constexpr int W = Simd<T>::lanes;
   Vec<T> sum[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) sum[i][j] = Vec<T>{};
+    for (int j = 0; j < N; ++j)
+      sum[i][j] = Kind == Update::subtract_terms ? vec(c + i * ldc + j * W) : Vec<T>{};
 #pragma GCC unroll 1
   for (int64_t p = 0; p < k; ++p) {
     Vec<T> row[N];
@@ -119,7 +123,12 @@ static void gemm_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ld
     for (int i = 0; i < M; ++i) {
       const Vec<T> factor = splat(a[i * lda + p]);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sum[i][j] += factor * row[j];
+      for (int j = 0; j < N; ++j) {
+        if constexpr (Kind == Update::subtract_terms)
+          sum[i][j] -= factor * row[j];
+        else
+          sum[i][j] += factor * row[j];
+      }
     }
   }
 #pragma GCC unroll 8
@@ -127,20 +136,20 @@ static void gemm_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ld
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       Vec<T>& to = vec(c + i * ldc + j * W);
-      to = Subtract ? to - sum[i][j] : sum[i][j];
+      to = Kind == Update::subtract_sum ? to - sum[i][j] : sum[i][j];
     }
 }
 
-template <class T, bool Subtract, int M = 1, class... Args>
+template <class T, Update Kind, int M = 1, class... Args>
 static inline void gemm_rows(int64_t m, int64_t n, Args... args) {
   if constexpr (M < tile_rows) {
-    if (m > M) return gemm_rows<T, Subtract, M + 1>(m, n, args...);
+    if (m > M) return gemm_rows<T, Kind, M + 1>(m, n, args...);
   }
-  if (n == 1) return gemm_tile<T, Subtract, M, 1>(args...);
+  if (n == 1) return gemm_tile<T, Kind, M, 1>(args...);
   if constexpr (tile_vectors > 2) {
-    if (n == 3) return gemm_tile<T, Subtract, M, 3>(args...);
+    if (n == 3) return gemm_tile<T, Kind, M, 3>(args...);
   }
-  gemm_tile<T, Subtract, M, 2>(args...);
+  gemm_tile<T, Kind, M, 2>(args...);
 }
 
 struct Terms {
@@ -149,7 +158,7 @@ struct Terms {
 
 // C (m rows, nv vectors) = A B, or C -= A B. terms(i, rows, j, columns) says which of B's rows a tile of C needs, so
 // that blocks of zeros in triangular operands are skipped.
-template <class T, bool Subtract, class Range>
+template <class T, Update Kind, class Range>
 static inline void gemm(int64_t m, int64_t nv, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
                         const Range& terms) {
   constexpr int W = Simd<T>::lanes;
@@ -158,7 +167,7 @@ static inline void gemm(int64_t m, int64_t nv, const T* a, int64_t lda, const T*
     for (int64_t i = 0; i < m; i += tile_rows) {
       const int64_t rows = at_most(tile_rows, m - i);
       const Terms k = terms(i, rows, j * W, n * W);
-      gemm_rows<T, Subtract>(rows, n, k.end - k.begin, a + i * lda + k.begin, lda, b + k.begin * ldb + j * W, ldb,
+      gemm_rows<T, Kind>(rows, n, k.end - k.begin, a + i * lda + k.begin, lda, b + k.begin * ldb + j * W, ldb,
                              c + i * ldc + j * W, ldc);
     }
   }

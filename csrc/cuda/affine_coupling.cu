@@ -6,9 +6,7 @@
 namespace fastflow {
 namespace {
 
-// Elements of a vector access: 16 bytes, or 32 where float32 stands beside 16-bit dtypes.
-template <class T>
-inline constexpr int vector_size = sizeof(T) == 8 ? 2 : 8;
+constexpr int kVector = 8;  // elements of a vector access: 16 bytes of a 16-bit dtype, twice 16 of float32
 
 enum Flag : int64_t { kInterleaved = 1, kShiftInFront = 2, kShiftFirst = 4, kInverse = 8 };
 
@@ -112,13 +110,13 @@ __device__ __forceinline__ void alternate(const Pairing& pairing, T (&raw)[V], T
 }
 
 // Loads element or vector `at` of every operand that is there, zeros for the others.
-template <class T, bool kVector, int V, int N>
+template <class T, int V, int N>
 __device__ __forceinline__ void load_all(const Operand* const (&from)[N], const int64_t (&at)[N], T (&values)[N][V]) {
-  if constexpr (kVector) {
-    Packet<T, V> packets[N];
+  if constexpr (V > 1) {
+    Packet<V> packets[N];
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      if (from[n]->data) packets[n] = fetch<T, V>(*from[n], at[n]);
+      if (from[n]->data) packets[n] = fetch<V>(*from[n], at[n]);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (from[n]->data) {
@@ -134,9 +132,9 @@ __device__ __forceinline__ void load_all(const Operand* const (&from)[N], const 
   }
 }
 
-template <class T, bool kVector, int V>
+template <class T, int V>
 __device__ __forceinline__ void store_one(const Operand& to, int64_t at, const T (&values)[V]) {
-  if constexpr (kVector) store_vector(to, at, values);
+  if constexpr (V > 1) store_vector(to, at, values);
   else store<T>(to, at, values[0]);
 }
 
@@ -156,10 +154,9 @@ struct Forward {
   double* partial;  // (rows, chunks), null where a row is one chunk
 };
 
-template <class T, bool kVector>
+template <class T, int V>
 __global__ void __launch_bounds__(kBlock, 2) coupling_forward(const __grid_constant__ Forward<T> p) {
   using P = Forward<T>;
-  constexpr int V = kVector ? vector_size<T> : 1;
   const Place place = place_of(p.tiles);
   double total = 0;
   for (int64_t item = place.first; item < place.last; item += place.step) {
@@ -169,7 +166,7 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_forward(const __grid_const
     for (int n = 0; n < P::kOperands; ++n) at[n] += place.row * p.operand[n].batch;
     if (p.pairing.paired) at[P::kShift] += V;
     T in[3][V], y[V];
-    load_all<T, kVector, V>({&p.operand[P::kX], &p.operand[P::kRaw], &p.operand[P::kShift]},
+    load_all<T, V>({&p.operand[P::kX], &p.operand[P::kRaw], &p.operand[P::kShift]},
                             {at[P::kX], at[P::kRaw], at[P::kShift]}, in);
     separate(p.pairing, in[1], in[2]);
     Scale<T> scale[V];
@@ -177,13 +174,9 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_forward(const __grid_const
 #pragma unroll
     for (int e = 0; e < V; ++e)
       y[e] = coupled(p.map.constants, scale[e].s, in[0][e], in[2][e], p.map.inverse, p.map.shift_first);
-    store_one<T, kVector>(p.operand[P::kY], at[P::kY], y);
+    store_one<T>(p.operand[P::kY], at[P::kY], y);
 #pragma unroll
-    for (int width = V / 2; width > 0; width /= 2) {
-#pragma unroll
-      for (int e = 0; e < width; ++e) scale[e].log_s += scale[e + width].log_s;
-    }
-    total += scale[0].log_s;
+    for (int e = 0; e < V; ++e) total += scale[e].log_s;
   }
   total = group_sum(p.map.inverse ? -total : total, p.tiles.group);
   if (place.leads) {
@@ -198,8 +191,8 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_forward(const __grid_const
     int64_t at[2];
     locate(p.passive_layout, item * V, at);
     T value[1][V];
-    load_all<T, kVector, V>({&p.passive}, {at[0] + place.row * p.passive.batch}, value);
-    store_one<T, kVector>(p.passive_y, at[1] + place.row * p.passive_y.batch, value[0]);
+    load_all<T, V>({&p.passive}, {at[0] + place.row * p.passive.batch}, value);
+    store_one<T>(p.passive_y, at[1] + place.row * p.passive_y.batch, value[0]);
   }
 }
 
@@ -222,10 +215,9 @@ struct Backward {
   Operand grad_logdet;
 };
 
-template <class T, bool kVector>
+template <class T, int V>
 __global__ void __launch_bounds__(kBlock, 2) coupling_backward(const __grid_constant__ Backward<T> p) {
   using P = Backward<T>;
-  constexpr int V = kVector ? vector_size<T> : 1;
   const Place place = place_of(p.tiles);
   if (!place.inside) return;
   const bool separate_slope = p.map.bounds || p.map.kind == Kind::softplus;
@@ -240,7 +232,7 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_backward(const __grid_cons
       at[P::kGradShift] += V;
     }
     T in[4][V], grad[3][V];
-    load_all<T, kVector, V>({&p.operand[P::kX], &p.operand[P::kRaw], &p.operand[P::kShift], &p.operand[P::kGradY]},
+    load_all<T, V>({&p.operand[P::kX], &p.operand[P::kRaw], &p.operand[P::kShift], &p.operand[P::kGradY]},
                             {at[P::kX], at[P::kRaw], at[P::kShift], at[P::kGradY]}, in);
     separate(p.pairing, in[1], in[2]);
     ScaleSlope<T> scale[V];
@@ -260,7 +252,7 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_backward(const __grid_cons
     alternate(p.pairing, grad[1], grad[2]);
 #pragma unroll
     for (int n = 0; n < 3; ++n)
-      if (p.operand[P::kGradX + n].data) store_one<T, kVector>(p.operand[P::kGradX + n], at[P::kGradX + n], grad[n]);
+      if (p.operand[P::kGradX + n].data) store_one<T>(p.operand[P::kGradX + n], at[P::kGradX + n], grad[n]);
   }
 }
 
@@ -309,13 +301,13 @@ void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& shif
   const Params apart = halves;
   if (p.pairing.paired) point_at_pairs(halves);
   const int step = p.pairing.paired ? 2 : 1;
-  bool vector = vectorise<4>(p.layout, views, {1, step, step, 1}, vector_size<T>);
+  bool vector = sizeof(T) == 4 && vectorise<4>(p.layout, views, {1, step, step, 1}, kVector);
   View passive_from = view_of(passive), passive_to = passive ? view_of(y) : no_view();
   if (passive) {
     const std::array<const View*, 2> pair{&passive_from, &passive_to};
     p.passive_layout = layout_of<2>(sample_sizes(*passive), pair);
     Layout<2> dense = p.passive_layout;
-    const bool fits = p.passive_layout.elements == 0 || vectorise<2>(dense, pair, {1, 1}, vector_size<T>);
+    const bool fits = p.passive_layout.elements == 0 || vectorise<2>(dense, pair, {1, 1}, kVector);
     vector = vector && fits;
     if (vector) p.passive_layout = dense;
   }
@@ -323,7 +315,7 @@ void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& shif
     p.pairing.paired = false;
     halves = apart;
   }
-  const int width = vector ? vector_size<T> : 1;
+  const int width = vector ? kVector : 1;
   for (int n = 0; n < P::kOperands; ++n) p.operand[n] = views[n]->operand;
   p.passive = passive_from.operand;
   p.passive_y = passive_to.operand;
@@ -338,8 +330,8 @@ void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& shif
     partial = empty({rows, p.tiles.chunks}, ScalarType::Double, x);
     p.partial = static_cast<double*>(partial->data_ptr());
   }
-  if (vector) FASTFLOW_LAUNCH((coupling_forward<T, true>), p.tiles.grid(), p.tiles.block, 0, stream, p);
-  else FASTFLOW_LAUNCH((coupling_forward<T, false>), p.tiles.grid(), p.tiles.block, 0, stream, p);
+  const auto affine_coupling_fwd_kernel = vector ? coupling_forward<T, sizeof(T) == 4 ? kVector : 1> : coupling_forward<T, 1>;
+  FASTFLOW_LAUNCH(affine_coupling_fwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
   if (!partial) return;
   const PartialSums sums{p.partial, rows, p.tiles.chunks};
   FASTFLOW_LAUNCH(finish_logdet<T>, finish_grid(sums), kBlock, 0, stream, sums, p.running, p.logdet);
@@ -370,7 +362,7 @@ void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logde
     if (grad_params) point_at_pairs(grads);
   }
   const int step = p.pairing.paired ? 2 : 1;
-  const bool vector = vectorise<7>(p.layout, views, {1, step, step, 1, 1, step, step}, vector_size<T>);
+  const bool vector = sizeof(T) == 4 && vectorise<7>(p.layout, views, {1, step, step, 1, 1, step, step}, kVector);
   if (!vector && p.pairing.paired) {
     p.pairing.paired = false;
     halves = apart;
@@ -379,11 +371,11 @@ void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logde
   for (int n = 0; n < P::kOperands; ++n) p.operand[n] = views[n]->operand;
   if (!p.pairing.paired && map.inverse == map.shift_first) p.operand[P::kShift] = {};  // these gradients don't read it
   if (grad_logdet) p.grad_logdet = {grad_logdet->data_ptr(), grad_logdet->stride(0), dtype_of(*grad_logdet)};
-  const int width = vector ? vector_size<T> : 1;
+  const int width = vector ? kVector : 1;
   p.tiles = tile_rows(x.size(0), p.layout.elements / width, width);
   const Stream stream(x);
-  if (vector) FASTFLOW_LAUNCH((coupling_backward<T, true>), p.tiles.grid(), p.tiles.block, 0, stream, p);
-  else FASTFLOW_LAUNCH((coupling_backward<T, false>), p.tiles.grid(), p.tiles.block, 0, stream, p);
+  const auto affine_coupling_bwd_kernel = vector ? coupling_backward<T, sizeof(T) == 4 ? kVector : 1> : coupling_backward<T, 1>;
+  FASTFLOW_LAUNCH(affine_coupling_bwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
 }
 
 }  // namespace

@@ -50,19 +50,19 @@ __device__ __forceinline__ void store(const Operand& to, int64_t i, T value) {
 }
 
 // What a vector access of V elements moves, not yet converted, so that several loads are under way before the first is
-// used: 16 bytes at a time, 8 where V elements of 16 bits fill no more.
-template <class T, int V>
+// used: 16 bytes at a time, 8 where V elements of 16 bits fill no more. Vector accesses are for the compute type float.
+template <int V>
 struct Packet {
-  uint4 bits[V * sizeof(T) / 16];
+  uint4 bits[V / 4];
 };
 
-template <class T, int V>
-__device__ __forceinline__ Packet<T, V> fetch(const Operand& from, int64_t i) {
-  Packet<T, V> packet;
-  if (sizeof(T) == 8 || from.dtype == Dtype::float32) {
-    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const T*>(from.data) + i);
+template <int V>
+__device__ __forceinline__ Packet<V> fetch(const Operand& from, int64_t i) {
+  Packet<V> packet;
+  if (from.dtype == Dtype::float32) {
+    const uint4* at = reinterpret_cast<const uint4*>(static_cast<const float*>(from.data) + i);
 #pragma unroll
-    for (int part = 0; part < static_cast<int>(V * sizeof(T) / 16); ++part) packet.bits[part] = at[part];
+    for (int part = 0; part < V / 4; ++part) packet.bits[part] = at[part];
   } else {
     const Half* at = static_cast<const Half*>(from.data) + i;
     if constexpr (V == 8) {
@@ -76,9 +76,9 @@ __device__ __forceinline__ Packet<T, V> fetch(const Operand& from, int64_t i) {
   return packet;
 }
 
-template <class T, int V>
-__device__ __forceinline__ void decode(const Packet<T, V>& packet, Dtype dtype, T (&values)[V]) {
-  if (sizeof(T) == 8 || dtype == Dtype::float32) {
+template <int V>
+__device__ __forceinline__ void decode(const Packet<V>& packet, Dtype dtype, float (&values)[V]) {
+  if (dtype == Dtype::float32) {
     __builtin_memcpy(values, packet.bits, sizeof(values));
     return;
   }
@@ -90,15 +90,15 @@ __device__ __forceinline__ void decode(const Packet<T, V>& packet, Dtype dtype, 
                                         : static_cast<float>(BFloat16(halves[e], BFloat16::from_bits()));
 }
 
-template <class T, int V>
-__device__ __forceinline__ void store_vector(const Operand& to, int64_t i, const T (&values)[V]) {
-  Packet<T, V> packet;
-  if (sizeof(T) == 8 || to.dtype == Dtype::float32) {
+template <int V>
+__device__ __forceinline__ void store_vector(const Operand& to, int64_t i, const float (&values)[V]) {
+  Packet<V> packet;
+  if (to.dtype == Dtype::float32) {
     __builtin_memcpy(packet.bits, values, sizeof(values));
-    uint4* at = reinterpret_cast<uint4*>(static_cast<T*>(to.data) + i);
+    uint4* at = reinterpret_cast<uint4*>(static_cast<float*>(to.data) + i);
 #pragma unroll
-    for (int part = 0; part < static_cast<int>(V * sizeof(T) / 16); ++part) at[part] = packet.bits[part];
-  } else if constexpr (sizeof(T) == 4) {
+    for (int part = 0; part < V / 4; ++part) at[part] = packet.bits[part];
+  } else {
     uint16_t halves[V];
 #pragma unroll
     for (int e = 0; e < V; ++e) halves[e] = to.dtype == Dtype::float16 ? Half(values[e]).x : BFloat16(values[e]).x;

@@ -22,10 +22,9 @@ struct Forward {
   double *kl_partial, *logq_partial;
 };
 
-template <class T, bool kVector>
+template <class T, int V>
 __global__ void __launch_bounds__(kBlock, 2) gaussian_forward(const __grid_constant__ Forward<T> p) {
   using P = Forward<T>;
-  constexpr int V = kVector ? vector_size<T> : 1;
   const Place place = place_of(p.tiles);
   const int64_t pair = p.rows_per_sample == 1 ? place.row : place.row / p.rows_per_sample;  // (k, b)
   const int64_t inner_row = place.row - pair * p.rows_per_sample, k = pair / p.batch, b = pair - k * p.batch;
@@ -42,8 +41,8 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_forward(const __grid_const
     const int64_t index = place.row * p.layout.elements + item * V;
     T in[4][V], eps[V], z[V], kl[V], logq[V];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) load_values<T, kVector>(p.operand[n], base[n] + at[n], in[n]);
-    if (p.operand[P::kEps].data) load_values<T, kVector>(p.operand[P::kEps], base[P::kEps] + at[P::kEps], eps);
+    for (int n = 0; n < 4; ++n) load_values<T>(p.operand[n], base[n] + at[n], in[n]);
+    if (p.operand[P::kEps].data) load_values<T>(p.operand[P::kEps], base[P::kEps] + at[P::kEps], eps);
     else draw(static_cast<uint64_t>(index), p.noise.offset, seed, eps);
     with_scale(p.scale, [&]<int S>() {
 #pragma unroll
@@ -55,19 +54,14 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_forward(const __grid_const
         else kl[e] = gaussian::kl_standard(in[0][e], sigma.log);
       }
     });
-    store_values<T, kVector>(p.z, index, z);
-    if (p.drawn.data) store_values<T, kVector>(p.drawn, index, eps);
-    if (p.kl.data && wants_kl) store_values<T, kVector>(p.kl, index, kl);
+    store_values<T>(p.z, index, z);
+    if (p.drawn.data) store_values<T>(p.drawn, index, eps);
+    if (p.kl.data && wants_kl) store_values<T>(p.kl, index, kl);
 #pragma unroll
-    for (int width = V / 2; width > 0; width /= 2) {
-#pragma unroll
-      for (int e = 0; e < width; ++e) {
-        kl[e] += kl[e + width];
-        logq[e] += logq[e + width];
-      }
+    for (int e = 0; e < V; ++e) {
+      kl_total += kl[e];
+      logq_total += logq[e];
     }
-    kl_total += kl[0];
-    logq_total += logq[0];
   }
   if (p.kl_sum || p.kl_partial) {
     kl_total = group_sum(kl_total, p.tiles.group);
@@ -144,9 +138,9 @@ void forward(const Results& to, const Tensor& params, const optional<Tensor>& ra
   }
   const std::array<const View*, P::kOperands> views{all[0], all[1], all[2], all[3], all[4]};
   p.layout = layout_of<P::kOperands>(event, views, true);
-  const bool vector = aligned && vectorise<P::kOperands>(p.layout, views, {1, 1, 1, 1, 1}, vector_size<T>);
+  const bool vector = sizeof(T) == 4 && aligned && vectorise<P::kOperands>(p.layout, views, {1, 1, 1, 1, 1}, kVector);
   for (int n = 0; n < P::kOperands; ++n) p.operand[n] = views[n]->operand;
-  const int width = vector ? vector_size<T> : 1;
+  const int width = vector ? kVector : 1;
   const int64_t rows = samples * batch * p.rows_per_sample;
   p.tiles = tile_rows(rows, p.layout.elements / width, width);
   p.eps_sample = noise_view.sample;
@@ -176,8 +170,8 @@ void forward(const Results& to, const Tensor& params, const optional<Tensor>& ra
       p.logq = nullptr;
     }
   }
-  if (vector) FASTFLOW_LAUNCH((gaussian_forward<T, true>), p.tiles.grid(), p.tiles.block, 0, stream, p);
-  else FASTFLOW_LAUNCH((gaussian_forward<T, false>), p.tiles.grid(), p.tiles.block, 0, stream, p);
+  const auto gaussian_fwd_kernel = vector ? gaussian_forward<T, sizeof(T) == 4 ? kVector : 1> : gaussian_forward<T, 1>;
+  FASTFLOW_LAUNCH(gaussian_fwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
   if (!split_kl) kl_sums.results = 0;
   if (!split_logq) logq_sums.results = 0;
   const int64_t results = kl_sums.results + logq_sums.results;

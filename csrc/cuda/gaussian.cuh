@@ -8,9 +8,7 @@
 
 namespace fastflow {
 
-// Elements of a vector access: 16 bytes of the compute type, and for floats one block of the generator.
-template <class T>
-inline constexpr int vector_size = 16 / static_cast<int>(sizeof(T));
+constexpr int kVector = 4;  // elements of a vector access: 16 bytes of float32, and one block of the generator
 
 enum GaussianFlag : int64_t { kInterleaved = 1, kScaleInFront = 2 };
 enum class Reduce : int64_t { sample, channel, none };
@@ -48,40 +46,38 @@ inline Noise noise_of(const optional<Tensor>& seed, int64_t seed_value, int64_t 
   return noise;
 }
 
-// Normals index, index + 1, ... of a stream; index is a multiple of V, which is 1, 2 or 4.
+// Normal `index` of a stream, or the four of one block, index being a multiple of 4.
 template <class T, int V>
 __device__ __forceinline__ void draw(uint64_t index, uint64_t offset, uint64_t seed, T (&eps)[V]) {
   const auto words = philox::block((index >> 2) + offset, seed);
   if constexpr (V == 1) {
     eps[0] = static_cast<T>(philox::normal(words, static_cast<int>(index & 3)));
   } else {
-#pragma unroll
-    for (int e = 0; e < V; e += 2) {
-      const bool second = V == 4 ? e == 2 : (index & 2) != 0;
-      const auto pair = philox::normals(static_cast<uint32_t>(second ? words.w2 : words.w0),
-                                        static_cast<uint32_t>(second ? words.w3 : words.w1));
-      eps[e] = static_cast<T>(pair.first);
-      eps[e + 1] = static_cast<T>(pair.second);
-    }
+    const auto one = philox::normals(static_cast<uint32_t>(words.w0), static_cast<uint32_t>(words.w1));
+    const auto two = philox::normals(static_cast<uint32_t>(words.w2), static_cast<uint32_t>(words.w3));
+    eps[0] = one.first;
+    eps[1] = one.second;
+    eps[2] = two.first;
+    eps[3] = two.second;
   }
 }
 
 // Loads element or vector `at`; zeros where the operand is not there.
-template <class T, bool kVector, int V>
+template <class T, int V>
 __device__ __forceinline__ void load_values(const Operand& from, int64_t at, T (&values)[V]) {
   if (!from.data) {
 #pragma unroll
     for (int e = 0; e < V; ++e) values[e] = T(0);
-  } else if constexpr (kVector) {
-    decode(fetch<T, V>(from, at), from.dtype, values);
+  } else if constexpr (V > 1) {
+    decode(fetch<V>(from, at), from.dtype, values);
   } else {
     values[0] = load<T>(from, at);
   }
 }
 
-template <class T, bool kVector, int V>
+template <class T, int V>
 __device__ __forceinline__ void store_values(const Operand& to, int64_t at, const T (&values)[V]) {
-  if constexpr (kVector) store_vector(to, at, values);
+  if constexpr (V > 1) store_vector(to, at, values);
   else store<T>(to, at, values[0]);
 }
 

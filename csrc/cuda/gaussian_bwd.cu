@@ -40,10 +40,9 @@ __device__ __forceinline__ ElementGradient<T> through_kl(T gkl, T mean, const ga
   return {gkl * slopes.mean, gkl * slopes.raw, gkl * slopes.prior_mean, gkl * slopes.prior_raw};
 }
 
-template <class T, bool kVector>
+template <class T, int V>
 __global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_constant__ Backward<T> p) {
   using P = Backward<T>;
-  constexpr int V = kVector ? vector_size<T> : 1;
   const Place place = place_of(p.tiles);
   if (!place.inside) return;
   const bool has_prior = p.operand[P::kPriorMean].data, has_z = p.operand[P::kGradZ].data;
@@ -63,10 +62,10 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_cons
     for (int e = 0; e < V; ++e) gz_sum[e] = gz_eps[e] = T(0);
     for (int64_t k = 0; has_z && k < p.samples; ++k) {
       T gz[V], eps[V];
-      load_values<T, kVector>(p.operand[P::kGradZ], at[P::kGradZ] + k * p.grad_z_sample, gz);
+      load_values<T>(p.operand[P::kGradZ], at[P::kGradZ] + k * p.grad_z_sample, gz);
       if (needs_eps) {
         const int64_t index = (k * p.batch + place.row) * p.layout.elements + item * V;
-        if (p.operand[P::kEps].data) load_values<T, kVector>(p.operand[P::kEps], at[P::kEps] + k * p.eps_sample, eps);
+        if (p.operand[P::kEps].data) load_values<T>(p.operand[P::kEps], at[P::kEps] + k * p.eps_sample, eps);
         else draw(static_cast<uint64_t>(index), p.noise.offset, seed, eps);
       }
 #pragma unroll
@@ -77,13 +76,13 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_cons
     }
     T in[4][V], gkl[V], grad[4][V];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) load_values<T, kVector>(p.operand[n], at[n], in[n]);
+    for (int n = 0; n < 4; ++n) load_values<T>(p.operand[n], at[n], in[n]);
     if (has_kl && p.kl_spread) {
       const T one = load<T>(p.operand[P::kGradKl], at[P::kGradKl]);
 #pragma unroll
       for (int e = 0; e < V; ++e) gkl[e] = one;
     } else {
-      load_values<T, kVector>(p.operand[P::kGradKl], at[P::kGradKl], gkl);
+      load_values<T>(p.operand[P::kGradKl], at[P::kGradKl], gkl);
     }
     with_scale(p.scale, [&]<int S>() {
 #pragma unroll
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_cons
 #pragma unroll
     for (int n = 0; n < 4; ++n)
       if (p.operand[P::kGradMean + n].data)
-        store_values<T, kVector>(p.operand[P::kGradMean + n], at[P::kGradMean + n], grad[n]);
+        store_values<T>(p.operand[P::kGradMean + n], at[P::kGradMean + n], grad[n]);
   }
 }
 
@@ -219,15 +218,15 @@ void backward(const Wanted& to, const optional<Tensor>& grad_z, const optional<T
     if (p.kl_spread) dense[P::kGradKl] = &none;  // read one by one
     const auto aligned = [](const SampleView& s) { return s.sample * bytes_of(s.view.operand.dtype) % 16 == 0; };
     const int last = p.layout.rank > 0 ? p.layout.rank - 1 : 0;
-    const bool vector = aligned(noise_view) && aligned(gz) &&
+    const bool vector = sizeof(T) == 4 && aligned(noise_view) && aligned(gz) &&
                         (!p.kl_spread || p.layout.stride[P::kGradKl][last] == 0) &&
-                        vectorise<P::kOperands>(p.layout, dense, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, vector_size<T>);
+                        vectorise<P::kOperands>(p.layout, dense, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, kVector);
     for (int n = 0; n < P::kOperands; ++n) p.operand[n] = views[n]->operand;
-    const int width = vector ? vector_size<T> : 1;
+    const int width = vector ? kVector : 1;
     p.tiles = tile_rows(batch, p.layout.elements / width, width);
     if (p.layout.elements > 0) {
-      if (vector) FASTFLOW_LAUNCH((gaussian_backward<T, true>), p.tiles.grid(), p.tiles.block, 0, stream, p);
-      else FASTFLOW_LAUNCH((gaussian_backward<T, false>), p.tiles.grid(), p.tiles.block, 0, stream, p);
+      const auto gaussian_bwd_kernel = vector ? gaussian_backward<T, sizeof(T) == 4 ? kVector : 1> : gaussian_backward<T, 1>;
+      FASTFLOW_LAUNCH(gaussian_bwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
     }
   }
   if (!shared_prior || (!to.prior_mean && !to.prior_raw)) return;

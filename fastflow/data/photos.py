@@ -32,13 +32,14 @@ DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 def picture(name):
-    """One photograph, uint8 (H, W, 3), read from the installed library without importing it (and so without a fetcher)."""
+    """One photograph, uint8 (H, W, 3), read from the installed library without importing it: nothing is fetched."""
     from PIL import Image
 
     library, path, _ = PHOTOS[name]
     spec = importlib.util.find_spec(library)
     if spec is None:
-        raise ModuleNotFoundError(f"the photos are inside {DISTRIBUTIONS[library]}, which is not installed", name=library)
+        message = f"the photos are inside {DISTRIBUTIONS[library]}, which is not installed"
+        raise ModuleNotFoundError(message, name=library)
     file = Path(spec.origin).parent / path
     if not file.is_file():
         raise FileNotFoundError(f"{DISTRIBUTIONS[library]} lacks the picture {file}")

@@ -85,7 +85,8 @@ def save(directory, step, tensors, state, keep=0):
         for stem, named in tensors.items():
             copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named.items()}
             contents[f"{stem}.safetensors"] = to_bytes(copies)
-        files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
+        files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                 for name, data in contents.items()}
         contents[MANIFEST] = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode()
         for name, data in contents.items():
             _write(temporary / name, data)

@@ -1,4 +1,4 @@
-"""What stops a run. Each message is one line that a user can act on; the command line prints it and exits with status 1."""
+"""What stops a run. Each message is one line that a user can act on; the command line prints it and exits."""
 
 __all__ = ["CheckpointError", "NonFiniteError", "RunError", "SettingsError"]
 

@@ -1,4 +1,4 @@
-"""Figures and pictures of a model on held-out images. Each draws from a seed of its own and leaves the generators alone."""
+"""Figures and pictures of a model. Each draws from a seed of its own and leaves torch's generators as they were."""
 
 import contextlib
 

@@ -30,11 +30,8 @@ def load_weights(model, loaded, stem):
     try:
         model.load_state_dict(loaded.tensors[stem])
     except RuntimeError as error:
-        raise CheckpointError(f"{loaded.path / stem}.safetensors: is of another model ({_first_lines(error)})") from error
-
-
-def _first_lines(error):
-    return " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{loaded.path / stem}.safetensors: is of another model ({reason})") from error
 
 
 def _glow(options, image_shape):

@@ -19,8 +19,8 @@ __all__ = ["Settings", "differences", "from_dict", "load_settings", "recipes"]
 
 MAX_RECIPE_BYTES = 1 << 20
 # What may change between a run and its continuation: how long it goes on and what it reports, never what it computes.
-MAY_CHANGE = ("description", "sample", "train.steps", "train.max_seconds", "train.device", "train.log_every", "train.eval_every",
-              "train.checkpoint_every", "train.keep_checkpoints")
+MAY_CHANGE = ("description", "sample", "train.steps", "train.max_seconds", "train.device", "train.log_every",
+              "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints")
 
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -58,7 +58,7 @@ class TrainSettings(Section):
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: Count = Field(0, description="steps over which the learning rate rises linearly")
     clip_grad_norm: float = Field(0.0, ge=0, description="scale larger gradients down to this norm; 0 for never")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights, used to evaluate and sample; 0 for none")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights, to evaluate and sample; 0 for none")
     seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where torch sees a GPU")
     threads: Count = Field(0, description="CPU threads; 0 leaves torch's choice, 1 is fastest for very small models")
@@ -130,7 +130,8 @@ def _read(recipe):
     elif recipe in recipes():
         source = _folder() / f"{recipe}.toml"
     else:
-        raise SettingsError(f"recipe: expected one of {', '.join(recipes())} or the path of a .toml file, got {recipe!r}")
+        raise SettingsError(f"recipe: expected one of {', '.join(recipes())} or the path of a .toml file, "
+                            f"got {recipe!r}")
     try:
         return tomllib.loads(source.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

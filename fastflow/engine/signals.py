@@ -17,7 +17,7 @@ class Interrupted(RunError):
 
 
 class StopSignals:
-    """Within it, ``received`` is the number of the signal that came, or None. Outside the main thread it does nothing."""
+    """Within it, ``received`` is the number of the signal that came, or None. Inert outside the main thread."""
 
     def __init__(self):
         self.received = None

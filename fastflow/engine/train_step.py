@@ -16,9 +16,9 @@ class TrainStep:
 
     The loss is the mean over the batch, in nats, of the negative log-likelihood of a Flow or of the negative ELBO of a
     VAE: anything with ``log_prob`` or ``elbo`` as its ``forward``, wrapped by torch.compile or DistributedDataParallel
-    or not. Integer images are dequantised inside, x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss is that
-    of the integers (D*log(n_bins) included, so that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli likelihood
-    they become x/(n_bins - 1) instead. Floating x is taken as it is.
+    or not. Integer images are dequantised inside, x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss is
+    that of the integers (D*log(n_bins) included, so that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli
+    likelihood they become x/(n_bins - 1) instead. Floating x is taken as it is.
 
     Args:
         model: a Flow or a VAE.
@@ -87,11 +87,12 @@ class TrainStep:
             return
         self.optimizer.zero_grad(set_to_none=True)
         what = f"the gradients' norm is {norm.item()}" if torch.isfinite(loss) else f"the loss is {loss.item()}"
-        raise NonFiniteError(f"{what}; the step was not taken (a lower learning rate, warm-up or gradient clipping helps)")
+        raise NonFiniteError(f"{what}; the step was not taken (try a lower learning rate, warm-up or gradient clipping)")
 
     def explain(self):
         """What a step does and why, one line per choice."""
-        clip = "off" if self.clip_grad_norm is None else f"gradients of norm above {self.clip_grad_norm:g} are scaled down"
+        clip = self.clip_grad_norm
+        clip = "off" if clip is None else f"gradients of norm above {clip:g} are scaled down"
         memory = "none: every activation is kept for backward"
         if self.memory == "auto":
             memory += " ('auto' knows no other mode in this version)"

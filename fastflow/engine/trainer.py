@@ -140,6 +140,8 @@ class Trainer:
                 self._check_stop()
                 if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
                     progress.say(f"step {self.step}: held-out " + describe(self.evaluate(log)))
+            if self.step < train.steps:
+                progress.say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
             self.save()
             results = {"step": self.step, **self.evaluate(log), "test_images": len(self.data.test),
                        "checkpoint": str(self._saved), **self.draw()}
@@ -225,7 +227,8 @@ class Trainer:
             tensors["ema"] = self.ema.state_dict()
         state = {"settings": self.settings.model_dump(), "optimizer": plain, "data": self.data.fingerprint(),
                  "title": self.title, "torch": torch.__version__}
-        self._saved = checkpoint.save(self._checkpoints, self.step, tensors, state, self.settings.train.keep_checkpoints)
+        keep = self.settings.train.keep_checkpoints
+        self._saved = checkpoint.save(self._checkpoints, self.step, tensors, state, keep)
 
     def _trim_log(self):
         """Drops the log's lines after the step that is resumed from: they will be written again."""

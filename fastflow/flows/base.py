@@ -35,7 +35,8 @@ class StandardNormal(nn.Module):
         if temperature != 1.0:
             z = z / temperature
         constant = math.prod(self.event_shape) * (0.5 * math.log(2.0 * math.pi) + math.log(temperature))
-        return -0.5 * (z * z).reshape(z.shape[0], -1).sum(1) - constant
+        squares = z * z
+        return -0.5 * (squares.flatten(1).sum(1) if z.dim() > 1 else squares) - constant
 
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, *event_shape) with standard deviation ``temperature``."""

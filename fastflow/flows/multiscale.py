@@ -47,7 +47,6 @@ class ZeroConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-        self.to(memory_format=torch.channels_last)
 
 
 class Split(nn.Module):

@@ -46,17 +46,17 @@ class MLP(nn.Module):
 
 
 def _linear(in_features, out_features):
-    """nn.Linear; without inputs it is its bias, which torch's own initialisation would warn about."""
-    if in_features:
-        return nn.Linear(in_features, out_features)
-    layer = nn.utils.skip_init(nn.Linear, 0, out_features)
-    nn.init.zeros_(layer.bias)
+    """nn.Linear; without inputs it is its bias, about whose empty weight torch's initialisation would warn."""
+    layer = nn.Linear(max(in_features, 1), out_features)
+    if in_features == 0:
+        layer.in_features = 0
+        layer.weight = nn.Parameter(layer.weight.new_empty(out_features, 0))
     return layer
 
 
 class ConvNet(nn.Module):
-    """Glow's conditioner for images: convolutions 3x3, 1x1 and 3x3 with ReLU between, plain biases, weights kept
-    channels-last, in which format it also answers.
+    """Glow's conditioner for images: convolutions 3x3, 1x1 and 3x3 with ReLU between, and plain biases. It answers in the
+    memory format of its input.
 
     Args:
         in_channels, out_channels: channels of input and output.
@@ -73,7 +73,6 @@ class ConvNet(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.conv3.weight)
         nn.init.zeros_(self.conv3.bias)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x, context=None):
         # In place: a convolution does not keep its own output for backward.

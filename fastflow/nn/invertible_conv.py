@@ -48,14 +48,18 @@ class InvertibleConv1x1(nn.Module):
         self.actnorm = actnorm
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, device=device)).Q
         dtype = torch.get_default_dtype() if dtype is None else dtype
+
+        def parameter(value):  # row-major, as FSDP2 wants it
+            return nn.Parameter(value.to(dtype).contiguous())
+
         if parametrization == "plain":
-            self.weight = nn.Parameter(rotation.to(dtype))
+            self.weight = parameter(rotation)
             return
         permutation, lower, upper = torch.linalg.lu(rotation)
         diagonal = upper.diagonal()
-        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
-        self.upper = nn.Parameter(upper.triu(1).to(dtype))
-        self.log_s = nn.Parameter(diagonal.abs().log().to(dtype))
+        self.lower = parameter(lower.tril(-1))
+        self.upper = parameter(upper.triu(1))
+        self.log_s = parameter(diagonal.abs().log())
         self.register_buffer("sign_s", diagonal.sign().to(dtype))
         self.register_buffer("perm", permutation.argmax(1))
 

@@ -3,7 +3,6 @@ import torch
 
 from fastflow import data
 
-pytest.importorskip("sklearn")
 
 
 def test_digits():
@@ -12,14 +11,13 @@ def test_digits():
     assert digits.train.dtype == digits.test.dtype == torch.uint8
     assert (digits.n_bins, int(digits.train.max()), int(digits.train.min())) == (17, 16, 0)
     from sklearn.datasets import load_digits
-    assert torch.equal(torch.cat([digits.train, digits.test])[:, 0], torch.from_numpy(load_digits().images).to(torch.uint8))
+    together = torch.cat([digits.train, digits.test])[:, 0]
+    assert torch.equal(together, torch.from_numpy(load_digits().images).to(torch.uint8))
     assert digits.fingerprint() == data.load("digits").fingerprint()
 
 
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_what_is_loaded_is_what_is_announced(name):
-    if name == "photos":
-        pytest.importorskip("skimage")
     images = data.load(name)
     assert (images.image_shape, images.n_bins) == data.DATASETS[name]
     assert int(images.train.max()) < images.n_bins and int(images.test.max()) < images.n_bins

@@ -3,10 +3,8 @@ import pytest
 import torch
 
 from fastflow import data
+from fastflow.data import photos
 
-pytest.importorskip("skimage")
-pytest.importorskip("sklearn")
-photos = pytest.importorskip("fastflow.data.photos")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("safetensors")
 from fastflow.engine import CheckpointError, checkpoint
 
 
@@ -35,7 +34,8 @@ def test_round_trip(tmp_path, tensors):
     for stem, named in tensors.items():
         assert loaded.tensors[stem].keys() == named.keys()
         assert all(same_bits(loaded.tensors[stem][name], t) for name, t in named.items())
-    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "model.safetensors", "state.json", "training.safetensors"]
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "model.safetensors", "state.json",
+                                                      "training.safetensors"]
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["step-000012"]
 
 

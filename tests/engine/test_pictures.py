@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-Image = pytest.importorskip("PIL.Image")
 from fastflow.engine.pictures import levels, save_grid
 
 

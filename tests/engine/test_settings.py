@@ -1,6 +1,5 @@
 import pytest
 
-pytest.importorskip("pydantic")
 from fastflow.engine import SettingsError, load_settings
 from fastflow.engine.settings import differences, from_dict, recipes
 

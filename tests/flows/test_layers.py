@@ -149,8 +149,8 @@ def test_gaussian_sample():
 
 def test_conv_net():
     net, x = ConvNet(3, 8, 16), torch.randn(2, 3, 4, 4)
-    assert torch.equal(net(x), torch.zeros(2, 8, 4, 4))
-    assert net(x).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(net(x), torch.zeros(2, 8, 4, 4)) and net(x).is_contiguous()
+    assert net(x.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("error", "make", "message"), [

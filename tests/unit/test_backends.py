@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from cases import CASES, cotangents_of, evaluate
+from cases import CASES, cotangents_of, evaluate, kernels_run
 
 from fastflow import backends, functional, reference
 
@@ -14,13 +14,6 @@ KERNELS = {"affine_coupling": ("affine_coupling_fwd", "affine_coupling_bwd"), "s
            "slogdet_inverse": ("slogdet_fwd",), "plu_weight": ("plu_weight_fwd", "plu_weight_bwd"),
            "gaussian_sample_kl": ("gaussian_fwd", "gaussian_bwd")}
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-def kernels_run(function):
-    """Names "namespace::op" of fastflow's operators that torch's dispatcher ran during ``function``."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        function()
-    return {event.key for event in profile.key_averages() if event.key.startswith("fastflow")}
 
 
 def test_available_names_every_backend():

@@ -74,6 +74,23 @@ def test_nonfinite_rule_tells_signs_and_places_apart():
             assert_same_nonfinite(torch.tensor(fault), expected)
 
 
+def test_nonfinite_rule_for_gradients_excuses_only_an_infinity_for_a_nan():
+    nan, inf = float("nan"), float("inf")
+    assert_same_nonfinite(torch.tensor([inf, -inf, nan]), torch.tensor([nan, nan, nan]), gradient=True)
+    for got, want in ((nan, inf), (1.0, nan), (inf, -inf), (nan, 1.0), (inf, 1.0)):
+        with pytest.raises(AssertionError):
+            assert_same_nonfinite(torch.tensor([got]), torch.tensor([want]), gradient=True)
+
+
+def test_elementwise_rule_accepts_the_right_number_for_eager_s_overflow_and_no_other():
+    truth = torch.tensor([2.0, 1e300], dtype=torch.float64)
+    eager = torch.tensor([float("nan"), float("inf")])
+    assert_elementwise(torch.tensor([2.0, float("inf")]), eager, truth)
+    for out in ([2.1, float("inf")], [2.0, 1.0]):
+        with pytest.raises(AssertionError):
+            assert_elementwise(torch.tensor(out), eager, truth)
+
+
 def test_bitwise_rule_tells_the_last_bit():
     t = torch.randn(4)
     assert_bitwise(t, t.clone())

