@@ -39,8 +39,9 @@ PREFERENCE = {
     ("slogdet_inverse", "cuda"): ("cuda", "triton"),
     ("plu_weight", "cuda"): ("cuda", "triton"),
 }
-# Largest matrix that each backend factorises faster than torch.linalg (cpu: measured; triton: what fits in registers).
-SLOGDET_LIMIT = {"cpu": 64, "triton": 32, "cuda": 192}
+# Largest matrix for which each backend is preferred to torch.linalg. cpu: faster at every size measured, up to this one.
+# triton: what fits in registers. cuda: what fits in shared memory; unmeasured.
+SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)

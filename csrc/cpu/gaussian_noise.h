@@ -5,6 +5,10 @@
 #include "cursor.h"
 #include "gaussian_kernel.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace fastflow::FASTFLOW_ISA {
 namespace {
 
@@ -30,7 +34,8 @@ FASTFLOW_HD Lanes operator>>(Lanes a, int bits) { return {a.v >> bits}; }
 FASTFLOW_HD Lanes wide_product(Lanes a, uint32_t multiplier) {
   const LaneVector m = LaneVector{} + uint64_t(multiplier);
 #if defined(__AVX512F__)
-  return {LaneVector(_mm512_mul_epu32(__m512i(a.v), __m512i(m)))};
+  // The unmasked intrinsic makes GCC 12 warn of an uninitialised value inside its own header.
+  return {LaneVector(_mm512_maskz_mul_epu32(0xff, __m512i(a.v), __m512i(m)))};
 #elif defined(__AVX2__)
   return {LaneVector(_mm256_mul_epu32(__m256i(a.v), __m256i(m)))};
 #else

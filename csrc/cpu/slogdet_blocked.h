@@ -260,10 +260,11 @@ struct Blocked {
     if (end - begin <= base_rows) return solve_base<true>(begin, end, inverse, ld_used(end) / W);
     const int64_t middle = halfway(begin, end);
     invert_lower(begin, middle);
-    gemm<T, Update::subtract_sum>(end - middle, ld_used(middle) / W, a + middle * ld + begin, ld, inverse + begin * ld, ld,
-                  inverse + middle * ld, ld, [=](int64_t, int64_t, int64_t j, int64_t) {
-                    return Terms{at_most(middle - begin, at_least(0, j - begin)), middle - begin};
-                  });
+    const auto below_diagonal = [=](int64_t, int64_t, int64_t j, int64_t) {
+      return Terms{at_most(middle - begin, at_least(0, j - begin)), middle - begin};
+    };
+    gemm<T, Update::subtract_sum>(end - middle, ld_used(middle) / W, a + middle * ld + begin, ld, inverse + begin * ld,
+                                  ld, inverse + middle * ld, ld, below_diagonal);
     invert_lower(middle, end);
   }
 

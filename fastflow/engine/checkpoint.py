@@ -16,8 +16,6 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from fastflow.engine.errors import CheckpointError
 
 __all__ = ["Checkpoint", "clean", "find", "load", "newest", "save", "step_of"]

@@ -59,10 +59,12 @@ def describe(figures):
 
 
 def samples(model, n, n_bins, device, temperature=1.0, seed=0):
-    """n images of integer levels, uint8, drawn from the model; from a VAE the likelihood's means, without its noise."""
+    """(images, n_broken): n images of integer levels, uint8, drawn from the model, from a VAE the likelihood's means
+    without its noise; and how many of them hold a value that is not finite."""
     options = {"mean": True} if is_vae(model) else {}
     with _aside(model, device, seed):
-        return levels(model.sample(n, temperature=temperature, **options), n_bins)
+        x = model.sample(n, temperature=temperature, **options)
+        return levels(x, n_bins), n - int(torch.isfinite(x).flatten(1).all(1).sum())
 
 
 def reconstructions(model, objective, images, device, seed=0):

@@ -9,6 +9,8 @@ __all__ = ["TrainProgress"]
 REDRAW_SECONDS = 0.1
 LINE_SECONDS = 10.0
 SMOOTHING = 0.9
+TEXT_WIDTH = 72  # what stands beside the bar, so that a line fits into 80 columns
+DECIMALS = {"bits/dim": 3, "images/s": 0}  # nats have one
 
 
 class TrainProgress:
@@ -22,8 +24,9 @@ class TrainProgress:
 
     def __init__(self, console, title, n_steps, first_step=0):
         self._console, self._title, self._n_steps = console, title, n_steps
-        self._bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                             TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=console)
+        width = max(8, min(24, console.width - TEXT_WIDTH))
+        self._bar = Progress(BarColumn(bar_width=width), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+                             TimeRemainingColumn(), console=console)
         self._task = self._bar.add_task(title, total=n_steps, completed=first_step, figures="")
         self._smooth = {}
         self._shown = time.perf_counter()
@@ -45,8 +48,7 @@ class TrainProgress:
         if now - self._shown < (REDRAW_SECONDS if self._console.is_terminal else LINE_SECONDS) and not last:
             return
         self._shown = now
-        text = "  ".join(f"{name} {value:.0f}" if name == "images/s" else f"{name} {value:.3f}"
-                         for name, value in self._smooth.items())
+        text = "  ".join(f"{name} {value:.{DECIMALS.get(name, 1)}f}" for name, value in self._smooth.items())
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, figures=text)
         else:

@@ -87,7 +87,7 @@ class TrainStep:
             return
         self.optimizer.zero_grad(set_to_none=True)
         what = f"the gradients' norm is {norm.item()}" if torch.isfinite(loss) else f"the loss is {loss.item()}"
-        raise NonFiniteError(f"{what}; the step was not taken (try a lower learning rate, warm-up or gradient clipping)")
+        raise NonFiniteError(f"{what}; the step was not taken (try a lower learning rate, warm-up or clipping)")
 
     def explain(self):
         """What a step does and why, one line per choice."""

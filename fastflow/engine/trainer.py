@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from fastflow import data
-from fastflow.engine import checkpoint, settings as settings_module, state as state_module
+from fastflow.engine import checkpoint
+from fastflow.engine import settings as settings_module
+from fastflow.engine import state as state_module
 from fastflow.engine.errors import CheckpointError, NonFiniteError, SettingsError
 from fastflow.engine.evaluate import describe, evaluate, is_vae, reconstructions, samples
 from fastflow.engine.files import write_text
@@ -202,11 +204,12 @@ class Trainer:
         return figures
 
     def draw(self):
-        """Writes the sample grid and, for a VAE, originals above their reconstructions; returns {what: path}."""
+        """Writes the sample grid and, for a VAE, originals above their reconstructions; returns {what: path} and how many
+        samples are not finite."""
         model, n_bins, options = self.ema or self.model, self.data.n_bins, self.settings.sample
         name = f"step-{self.step:06d}.png"
-        drawn = samples(model, options.count, n_bins, self.device, options.temperature)
-        pictures = {"samples": str(save_grid(self.out / "samples" / name, drawn, n_bins))}
+        drawn, n_broken = samples(model, options.count, n_bins, self.device, options.temperature)
+        pictures = {"samples": str(save_grid(self.out / "samples" / name, drawn, n_bins)), "broken_samples": n_broken}
         if is_vae(model):
             original = self.data.test[:32]
             made = reconstructions(model, self.train_step.objective, original, self.device).cpu()

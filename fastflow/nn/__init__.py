@@ -6,9 +6,10 @@ The layers that are transforms map data to noise, ``layer(x, context=None) -> (z
 
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AffineCoupling
-from fastflow.nn.conditioners import MLP, ConvNet
+from fastflow.nn.conv_net import ConvNet
 from fastflow.nn.gaussian_sample import GaussianSample
 from fastflow.nn.invertible_conv import InvertibleConv1x1
+from fastflow.nn.mlp import MLP
 from fastflow.nn.weight_bank import WeightBank
 
 __all__ = ["MLP", "ActNorm", "AffineCoupling", "ConvNet", "GaussianSample", "InvertibleConv1x1", "WeightBank"]

@@ -4,7 +4,6 @@ import torch
 from fastflow import data
 
 
-
 def test_digits():
     digits = data.load("digits")
     assert digits.train.shape == (1500, 1, 8, 8) and digits.test.shape == (297, 1, 8, 8)

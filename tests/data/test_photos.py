@@ -6,7 +6,6 @@ from fastflow import data
 from fastflow.data import photos
 
 
-
 @pytest.fixture(scope="module")
 def pictures():
     return {name: photos.picture(name) for name in photos.PHOTOS}

@@ -1,4 +1,5 @@
 import math
+
 import pytest
 import torch
 from stand_in_models import Affine, Gauge
@@ -6,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastflow.engine import NonFiniteError, RunError, TrainStep
 from fastflow.flows import dequantize
-
+from fastflow.vae import VAE, mlp_decoder, mlp_encoder
 
 
 def sgd(model, lr=0.1):
@@ -66,6 +67,22 @@ def test_a_vae_minimises_the_negative_elbo():
     assert torch.equal(step.parts["distortion"], bound.distortion.mean().detach())
     with pytest.raises(ValueError, match="context: a VAE takes none"):
         step(x, context=x)
+
+
+@pytest.mark.parametrize("n_bins", [2, 256])
+def test_a_bernoulli_likelihood_gets_integers_as_numbers_from_0_to_1(n_bins):
+    model = VAE(mlp_encoder((1, 2, 2), 3, (8,)), mlp_decoder(3, (1, 2, 2), (8,)))
+    x = torch.randint(n_bins, (5, 1, 2, 2))
+    torch.manual_seed(1)
+    expected = -model.elbo(x.float() / (n_bins - 1)).elbo.mean()
+    torch.manual_seed(1)
+    assert torch.equal(TrainStep(model, sgd(model), n_bins=n_bins)(x), expected.detach())
+
+
+def test_a_model_in_double_precision_stays_there():
+    model = Affine().double()
+    loss = TrainStep(model, sgd(model))(torch.randint(256, (5, 1, 2, 2), dtype=torch.uint8))
+    assert loss.dtype == torch.float64
 
 
 def test_gradients_are_clipped_by_their_total_norm():

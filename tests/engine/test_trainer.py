@@ -5,7 +5,6 @@ import signal
 
 import pytest
 import torch
-
 from rich.console import Console
 
 from fastflow.engine import CheckpointError, NonFiniteError, SettingsError, checkpoint, load_settings
@@ -13,8 +12,8 @@ from fastflow.engine.signals import Interrupted
 from fastflow.engine.trainer import Trainer
 
 SMALL = ["model.n_levels=1", "model.n_steps=2", "model.hidden_channels=8", "train.batch_size=500",
-         "train.warmup_steps=4", "sample.count=4", "train.log_every=1", "train.eval_every=0", "train.checkpoint_every=0", "train.max_seconds=0",
-         "train.device=cpu", "train.threads=1"]
+         "train.warmup_steps=4", "sample.count=4", "train.log_every=1", "train.eval_every=0",
+         "train.checkpoint_every=0", "train.max_seconds=0", "train.device=cpu", "train.threads=1"]
 
 
 @pytest.fixture
@@ -218,6 +217,20 @@ def test_a_log_cut_short_by_a_kill_is_mended(trainer):
     again = resumed(trainer, "run", 4)
     again.run()
     assert [line["step"] for line in lines(again) if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_samples_that_are_not_finite_are_counted(trainer):
+    made = trained(trainer, "run", 0)
+    assert json.loads((made.out / "results.json").read_text())["broken_samples"] == 0
+    draw = made.ema.sample
+
+    def broken(n, **options):
+        x = draw(n, **options)
+        x[1, 0, 2, 2], x[3, 0, 0, 0] = float("nan"), float("inf")
+        return x
+
+    made.ema.sample = broken
+    assert made.draw()["broken_samples"] == 2
 
 
 def test_a_batch_larger_than_the_data_is_refused(trainer):

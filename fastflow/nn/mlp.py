@@ -1,14 +1,15 @@
-"""Small networks for the conditioners of couplings. Their last layer starts at zero, so that a coupling starts simple."""
+"""A fully connected network for the conditioners of couplings."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["MLP", "ConvNet"]
+__all__ = ["MLP"]
 
 
 class MLP(nn.Module):
     """Fully connected network on (B, in_features), optionally with a context (B, context_features) beside the input.
+
+    The last layer starts at zero, so that a coupling starts simple.
 
     Args:
         in_features, out_features: sizes of input and output; in_features may be 0.
@@ -52,29 +53,3 @@ def _linear(in_features, out_features):
         layer.in_features = 0
         layer.weight = nn.Parameter(layer.weight.new_empty(out_features, 0))
     return layer
-
-
-class ConvNet(nn.Module):
-    """Glow's conditioner for images: convolutions 3x3, 1x1 and 3x3 with ReLU between, and plain biases. It answers in the
-    memory format of its input.
-
-    Args:
-        in_channels, out_channels: channels of input and output.
-        hidden_channels: channels between.
-    """
-
-    def __init__(self, in_channels, out_channels, hidden_channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden_channels, hidden_channels, 1)
-        self.conv3 = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
-        for layer in (self.conv1, self.conv2):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.conv3.weight)
-        nn.init.zeros_(self.conv3.bias)
-
-    def forward(self, x, context=None):
-        # In place: a convolution does not keep its own output for backward.
-        h = F.relu(self.conv1(x), inplace=True)
-        return self.conv3(F.relu(self.conv2(h), inplace=True))

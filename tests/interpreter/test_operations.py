@@ -1,0 +1,47 @@
+"""The public operations on the Triton backend: every case of tests/cases.py, with autograd around the kernels."""
+
+import cases
+import layouts
+import pytest
+import torch
+
+from fastflow import backends
+
+
+@pytest.fixture(autouse=True)
+def on_triton(triton):
+    """Every test here runs on the Triton backend."""
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients(case, dtype):
+    tensors = case.tensors(dtype)
+    assert backends.explain(case.op, *tensors.values()).startswith("triton")
+    cases.check_by_ratio(case, tensors, cotangents=cases.cotangents_of(case, tensors))
+
+
+@pytest.mark.parametrize("case", cases.AFFINE_CASES + cases.GAUSSIAN_CASES, ids=str)
+@pytest.mark.parametrize("make", [layouts.permuted, layouts.odd_offset, layouts.channel_slice, layouts.expanded(0)],
+                         ids=layouts.by_name)
+def test_layouts(case, make):
+    tensors = {name: make(t) for name, t in case.tensors(torch.float32).items()}
+    cases.check_by_ratio(case, tensors, cotangents=cases.cotangents_of(case, tensors))
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_one_gradient_at_a_time(case):
+    """Each operand alone gets the gradient that it gets among all."""
+    tensors = case.tensors(torch.float64)
+    cotangents = cases.cotangents_of(case, tensors)
+    _, full = cases.evaluate(case, tensors, cotangents=cotangents)
+    for name in case.differentiable:
+        _, alone = cases.evaluate(case, tensors, needs=(name,), cotangents=cotangents)
+        torch.testing.assert_close(alone[name], full[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_empty_batch(case):
+    tensors = case.tensors(torch.float32, batch=0)
+    results, _ = cases.evaluate(case, tensors)
+    assert all(t.numel() == 0 or case.options.get("n_samples") for t in results.values())
