@@ -9,7 +9,7 @@ TRITON ?= triton==3.7.*
 PIP_ARGS ?=
 RESULTS ?= benchmarks/results
 RECIPE ?= glow-photos
-OUT ?= runs/$(RECIPE)
+OUT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider
 .PHONY: train test test-long bench gpu clean
 
 train: $(VENV)/.train $(VENV)/.built
-	$(BIN)/fastflow train $(RECIPE) --out $(OUT)
+	$(BIN)/fastflow train $(RECIPE) $(if $(OUT),--out $(OUT))
 
 test: $(VENV)/.test $(VENV)/.built
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -m "not slow" tests/interpreter

@@ -48,7 +48,10 @@ def warn_of_broken(count):
 
 def main(argv=None):
     """Runs one command; ``argv`` as in sys.argv[1:]."""
-    arguments = parser().parse_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
+    if rest and arguments.command is not run_bench:
+        fail(f"unrecognized arguments: {' '.join(rest)} (see fastflow --help)")
+    arguments.rest = rest
     if arguments.command is None:
         fail("expected a command: train, sample, evaluate, bench or doctor (see fastflow --help)")
     if arguments.needs_extras:
@@ -114,9 +117,7 @@ def parser():
     evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     evaluate.set_defaults(command=run_evaluate)
 
-    bench = commands.add_parser("bench", help="measure the operations", description="Run the repository's benchmarks.",
-                                add_help=False)
-    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+    bench = commands.add_parser("bench", help="measure the operations (bench --help)", add_help=False)
     bench.set_defaults(command=run_bench, needs_extras=False)
 
     doctor = commands.add_parser("doctor", help="what works on this machine, and why", description="Print versions and "
@@ -235,7 +236,7 @@ def run_bench(arguments):
     if not (here / "benchmarks" / "run.py").is_file():
         fail("bench: the benchmarks are in the repository, not in the installed package; run this where benchmarks/ is")
     sys.path.insert(0, str(here))
-    status = importlib.import_module("benchmarks.run").main(arguments.arguments)
+    status = importlib.import_module("benchmarks.run").main(arguments.rest)
     if status:
         raise SystemExit(status)
 

@@ -1,6 +1,8 @@
 // The Gaussian operators for one instruction set. A tile's operands are brought to contiguous arrays (where they are
 // not that already), its noise is drawn into a small buffer, and plain loops over arrays do the rest.
 #include "gaussian_kernel.h"
+#include <cstdlib>
+static bool __builtin_getenv_(const char*n){return getenv(n)!=nullptr;}
 
 #include "cursor.h"
 #include "gaussian_loops.h"
@@ -41,6 +43,24 @@ struct Scratch {
   alignas(64) float drawn[noise_size];
 };
 
+// Brings what the next tile will touch into the cache while this one computes, guessing that it lies as far from this
+// one as this one does from the last. A wrong guess costs a little time and nothing else.
+template <class T>
+class Ahead {
+ public:
+  template <int write = 0>
+  void fetch(const T* tile, int64_t count) {
+    const int64_t step = reinterpret_cast<intptr_t>(tile) - reinterpret_cast<intptr_t>(last_);
+    last_ = tile;
+    if (step == 0) return;
+    const char* const next = reinterpret_cast<const char*>(tile) + step;
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(next + i, write);
+  }
+
+ private:
+  const T* last_ = nullptr;
+};
+
 // Elements [at, at + count) of a result: written where they lie if they lie as contiguous T, else in buffer, from which
 // `commit` moves them on. The buffer also takes what an absent result would hold.
 template <class T>
@@ -54,7 +74,17 @@ struct Result {
     data = direct == nullptr ? buffer : direct;
   }
 
+  T* target = nullptr;
+  void redirect(bool yes) { if (yes && data != buffer && (reinterpret_cast<uintptr_t>(data) & 63) == 0) { target = data; data = buffer; } }
   void commit(int64_t count) {
+    if (target) {
+      constexpr int64_t step = 64 / sizeof(T); int64_t i = 0;
+#if defined(__AVX512F__)
+      for (; i + step <= count; i += step) _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(buffer + i));
+#endif
+      for (; i < count; ++i) target[i] = buffer[i];
+      return;
+    }
     if (data == buffer && cursor.present()) cursor.write(count, buffer);
   }
 };
@@ -76,11 +106,14 @@ void forward(const Forward& f, int64_t begin, int64_t end) {
   const Loops<T> loops = loops_of<T>(p);
   const bool keep = p.samples != 1 || f.logq != nullptr || !has_quick_loops<T>;
   Scratch<T> s;
+  Ahead<T> mean_ahead, raw_ahead, z_ahead;
   alignas(64) T sigma[gaussian::chunk], log_sigma[gaussian::chunk], element[gaussian::chunk], out[gaussian::chunk];
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile = tile_at(p.tiling, index);
     const int64_t first = tile.first, count = tile.count;
     const Params<T> in = fetch_params(p, tile, s);
+    mean_ahead.fetch(in.mean, count);
+    raw_ahead.fetch(in.raw, count);
     T* const kl = f.elementwise == nullptr ? element : static_cast<T*>(f.elementwise) + first;
     if (keep) {
       loops.keep(in, nullptr, count, {nullptr, kl, sigma, log_sigma});
@@ -91,6 +124,9 @@ void forward(const Forward& f, int64_t begin, int64_t end) {
       const T* const eps = noise_at(p, k, first, count, s.drawn, s.eps);
       if (f.eps != nullptr) copy_run(eps, 1, static_cast<T*>(f.eps) + at, 1, count);
       Result<T> z(f.z, at, count, out);
+      static const bool st = __builtin_getenv_("STF");
+      z.redirect(st);
+      if (k == 0) z_ahead.template fetch<1>(z.data, count);
       if (keep)
         reparametrise(in.mean, sigma, eps, count, z.data);
       else
@@ -107,6 +143,7 @@ void forward(const Forward& f, int64_t begin, int64_t end) {
 
 template <class T>
 struct BackwardScratch {
+  Ahead<T> mean_ahead, raw_ahead, z_ahead, eps_ahead, to_mean_ahead, to_raw_ahead;
   Scratch<T> in;
   SampleSum<T> z, z_eps, logq;
   alignas(64) T incoming[gaussian::chunk], by_logq[gaussian::chunk], kl[gaussian::chunk], product[gaussian::chunk];
@@ -162,8 +199,16 @@ Outgoing<T> backward_tile(const Backward& b, const Tile& tile, BackwardScratch<T
   const int64_t first = tile.first, count = tile.count;
   const Incoming<T> grad = fetch_gradients(b, tile, s);
   const Params<T> in = fetch_params(b.problem, tile, s.in);
+  s.mean_ahead.fetch(in.mean, count);
+  s.raw_ahead.fetch(in.raw, count);
+  s.z_ahead.fetch(grad.z, count);
+  s.eps_ahead.fetch(grad.eps, count);
   const auto gradients = grad.plain ? loops.plain_gradients : loops.gradients;
   Result<T> mean(b.to_mean, first, count, s.mean), raw(b.to_raw, first, count, s.raw);
+  static const bool st = __builtin_getenv_("STB");
+  mean.redirect(st); raw.redirect(st);
+  s.to_mean_ahead.template fetch<1>(mean.data, count);
+  s.to_raw_ahead.template fetch<1>(raw.data, count);
   Outgoing<T> out{mean.data, raw.data, s.prior_mean, s.prior_raw};
   if (b.prior.blocks > 0 || in.prior_mean == nullptr) {
     gradients(in, grad, count, out);

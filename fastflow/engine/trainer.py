@@ -204,8 +204,8 @@ class Trainer:
         return figures
 
     def draw(self):
-        """Writes the sample grid and, for a VAE, originals above their reconstructions; returns {what: path} and how many
-        samples are not finite."""
+        """Writes the sample grid and, for a VAE, originals above their reconstructions; returns the paths, and how many
+        samples are not finite, by name."""
         model, n_bins, options = self.ema or self.model, self.data.n_bins, self.settings.sample
         name = f"step-{self.step:06d}.png"
         drawn, n_broken = samples(model, options.count, n_bins, self.device, options.temperature)

@@ -96,5 +96,6 @@ def test_bench_runs_the_benchmarks_of_the_directory_it_is_called_in(tmp_path):
     assert away.returncode == 1 and "benchmarks" in away.stderr and away.stderr.count("\n") == 1
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "run.py").write_text("def main(arguments):\n    print(arguments)\n    return 3\n")
-    here = run("bench", "ops", "--threads", "1", cwd=tmp_path)
-    assert here.returncode == 3 and here.stdout == "['ops', '--threads', '1']\n", here.stderr
+    for arguments in (["ops", "--threads", "1"], ["--help"], []):
+        here = run("bench", *arguments, cwd=tmp_path)
+        assert here.returncode == 3 and here.stdout == f"{arguments}\n", here.stderr

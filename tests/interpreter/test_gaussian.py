@@ -9,6 +9,7 @@ from tolerances import GRADIENT_FACTOR, assert_bitwise, assert_by_ratio, assert_
 
 from fastflow import reference
 from fastflow.kernels import gaussian as kernels
+from fastflow.kernels import gaussian_backward
 from fastflow.reference import SCALES
 
 REDUCTIONS = ("sample", "channel", "none")
@@ -113,7 +114,7 @@ def test_layouts(make):
 def test_incoming_gradients_of_any_strides(make, reduce):
     params = randn(3, 8, 4)
     results, _ = call(params, seed=1, reduce=reduce)
-    grads = [make(randn(*t.shape)) for t in results[:3]]
+    grads = [make(randn(*t.shape)) if t.dim() > 1 else randn(2 * t.numel())[::2] for t in results[:3]]
     _, dense = call(params, seed=1, reduce=reduce, grads=[g.contiguous() for g in grads])
     _, strided = call(params, seed=1, reduce=reduce, grads=grads)
     assert_bitwise(strided[0], dense[0])
@@ -127,27 +128,31 @@ def test_zero_and_odd_sizes(shape, n_samples):
 
 
 @pytest.mark.parametrize("reduce, expected_sums", [("sample", 2), ("channel", 2), ("none", 1)])
-def test_large_samples_share_their_sums(launches, reduce, expected_sums):
-    params = randn(2, 4, 60, 80)
+def test_large_samples_share_their_sums(launches, monkeypatch, reduce, expected_sums):
+    for name, small in (("ONE_PROGRAM", 256), ("CHUNK", 128), ("LARGEST_TILE", 128)):
+        monkeypatch.setattr(kernels, name, small)
+    params = randn(2, 4, 15, 20)
     results, _ = call(params, seed=1, reduce=reduce)
     assert launches == ["gaussian_fwd_kernel"] + ["row_sums_kernel"] * expected_sums
-    assert kernels.LAUNCHES["gaussian_fwd"]((2, 2, 60, 80), reduce=REDUCTIONS.index(reduce),
+    assert kernels.LAUNCHES["gaussian_fwd"]((2, 2, 15, 20), reduce=REDUCTIONS.index(reduce),
                                             want_logq=True) == 1 + expected_sums
     exact = reference.gaussian_sample_kl(params.double(), seed=1, reduce=reduce, return_logq=True)
     for out, truth in zip(results[1:3], exact[1:], strict=True):
         assert (out.double() - truth).abs().max() <= 2e-6 * truth.abs().max()
 
 
-def test_a_prior_that_a_large_batch_shares(launches):
-    params, prior = randn(1100, 6), (randn(1, 3), randn(1, 3))
-    grads = [randn(1100, 3), randn(1100), randn(1100)]
+def test_a_prior_that_a_large_batch_shares(launches, monkeypatch):
+    for module in (kernels, gaussian_backward):
+        monkeypatch.setattr(module, "PRIOR_ROWS", 32)
+    params, prior = randn(80, 6), (randn(1, 3), randn(1, 3))
+    grads = [randn(80, 3), randn(80), randn(80)]
     _, found = call(params, None, prior, seed=4, eps=None, grads=grads)
     assert launches[-3:] == ["gaussian_bwd_kernel", "shared_prior_bwd_kernel", "column_sums_kernel"]
-    assert kernels.LAUNCHES["gaussian_bwd"]((1100, 3), shared_prior=True) == 3
-    noise = reference.philox_normal((1100, 3), 4)
+    assert kernels.LAUNCHES["gaussian_bwd"]((80, 3), shared_prior=True) == 3
+    noise = reference.philox_normal((80, 3), 4)
     eager, truth = (expected(params, None, prior, noise, grads, dtype)[1] for dtype in (None, torch.float64))
     for out, near, exact in zip(found[2:], eager[2:], truth[2:], strict=True):
-        assert_by_ratio(out, near, exact, factor=GRADIENT_FACTOR, magnitude=math.sqrt(1100))
+        assert_by_ratio(out, near, exact, factor=GRADIENT_FACTOR, magnitude=math.sqrt(80))
 
 
 def test_missing_gradients_and_needs():
@@ -161,7 +166,7 @@ def test_missing_gradients_and_needs():
 
 
 def test_the_stream_does_not_depend_on_tiles_dtype_or_layout(monkeypatch):
-    params = randn(3, 8, 5, 8)
+    params = randn(2, 8, 4, 8)
     expected_results, _ = call(params, seed=9, n_samples=2, save_eps=True)
     monkeypatch.setattr(kernels, "LARGEST_TILE", 64)
     tiled, _ = call(params, seed=9, n_samples=2, save_eps=True)

@@ -25,7 +25,7 @@ def test_values_and_gradients(case, dtype):
 @pytest.mark.parametrize("make", [layouts.permuted, layouts.odd_offset, layouts.channel_slice, layouts.expanded(0)],
                          ids=layouts.by_name)
 def test_layouts(case, make):
-    tensors = {name: make(t) for name, t in case.tensors(torch.float32).items()}
+    tensors = {name: make(t) if t.dim() > 1 else t for name, t in case.tensors(torch.float32).items()}
     cases.check_by_ratio(case, tensors, cotangents=cases.cotangents_of(case, tensors))
 
 

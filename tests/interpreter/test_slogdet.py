@@ -64,9 +64,10 @@ def test_empty_batch_and_size_limit():
         slogdet.slogdet_fwd(torch.randn(1, 33, 33), False)
 
 
-@pytest.mark.parametrize("size, dtype", [(1, torch.float32), (5, torch.float32), (35, torch.float32),
-                                         (18, torch.float64)])
-def test_plu_weight(size, dtype, launches):
+@pytest.mark.parametrize("size, dtype", [(1, torch.float32), (4, torch.float32), (7, torch.float32), (7, torch.float64)])
+def test_plu_weight(size, dtype, launches, monkeypatch):
+    for name, small in (("TILE", 4), ("DOUBLE_TILE", 4), ("TERMS", 2)):  # several tiles and blocks of terms
+        monkeypatch.setattr(plu_weight, name, small)
     count = 2
     operands = [torch.randn(count, size, size).to(dtype).mT, torch.randn(count, size, size).to(dtype),
                 (0.3 * torch.randn(count, size)).to(dtype), torch.randn(count, size).sign().to(dtype)]
