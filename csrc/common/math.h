@@ -27,6 +27,7 @@ struct Bits<float> {
   static constexpr float tiny = 0x1p-126f, rescale = 0x1p25f, rescale_log2 = 25.f;
   static constexpr float rounder = 0x1.8p23f, integer = 0x1p23f;  // adding them leaves an integer in the low bits
   static constexpr float exp_low = -104.f, exp_high = 89.f, expm1_low = -18.f;
+  static constexpr float moderate = 80.f, flush_low = -88.f;  // 2^n is 0 at flush_low
   static constexpr float ln2 = 0x1.62e43p-1f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float log2e = 0x1.715476p0f;
   static constexpr uint sqrt_half = 0x3f3504f3u;
@@ -41,6 +42,7 @@ struct Bits<double> {
   static constexpr double tiny = 0x1p-1022, rescale = 0x1p54, rescale_log2 = 54.;
   static constexpr double rounder = 0x1.8p52, integer = 0x1p52;
   static constexpr double exp_low = -746., exp_high = 710., expm1_low = -40.;
+  static constexpr double moderate = 700., flush_low = -709.;
   static constexpr double ln2 = 0x1.62e42fefa39efp-1, ln2_high = 0x1.62e42fefa3p-1, ln2_low = 0x1.3de6af278ece6p-42;
   static constexpr double log2e = 0x1.71547652b82fep0;
   static constexpr uint sqrt_half = 0x3fe6a09e667f3bcdu;
@@ -205,6 +207,14 @@ FASTFLOW_HD T exp(T x) {
   return exp_in_range(low > B::exp_high ? B::exp_high : low);
 }
 
+// exp(x) for abs(x) <= Bits::moderate, or NaN.
+template <class T>
+FASTFLOW_HD T exp_moderate(T x) {
+  const Reduced<T> q = reduce_exp(x);
+  const T scale = power_of_two(q.rounded);
+  return fma(fma(q.r * q.r, exp_tail(q.r), q.r), scale, scale);
+}
+
 // exp(-abs(x)).
 template <class T>
 FASTFLOW_HD T exp_decay(T x) {
@@ -301,14 +311,31 @@ FASTFLOW_HD T log1p_unit(T w) {
   return log1p_core(f) + offset;
 }
 
+// tanh(x) and its derivative 1/cosh(x)^2, each to its own last digits.
+template <class T>
+struct TanhSlope {
+  T value, slope;
+};
+
+template <class T>
+FASTFLOW_HD TanhSlope<T> tanh_slope(T x) {
+  using B = Bits<T>;
+  const T a = T(2) * abs(x);
+  const Reduced<T> q = reduce_exp(a > -B::flush_low ? B::flush_low : -a);
+  const T p = fma(q.r * q.r, exp_tail(q.r), q.r), scale = power_of_two(q.rounded);
+  const T decay = fma(scale, p, scale), decay_m1 = fma(scale, p, scale - T(1));  // exp(-2 abs(x)), the same minus 1
+  const T inverse = T(1) / (decay_m1 + T(2));
+  return {copysign(-decay_m1 * inverse, x), T(4) * decay * (inverse * inverse)};
+}
+
 template <class T>
 FASTFLOW_HD T tanh(T x) {
   using B = Bits<T>;
   const T a = T(2) * abs(x);
   const Reduced<T> q = reduce_exp(a > -B::expm1_low ? B::expm1_low : -a);
   const T scale = power_of_two(q.rounded);
-  const T z = fma(scale, fma(q.r * q.r, exp_tail(q.r), q.r), scale - T(1));  // expm1(-2 abs(x))
-  return copysign(-z / (z + T(2)), x);
+  const T decay_m1 = fma(scale, fma(q.r * q.r, exp_tail(q.r), q.r), scale - T(1));
+  return copysign(-decay_m1 / (decay_m1 + T(2)), x);
 }
 
 FASTFLOW_HD float atan_tail(float z) {

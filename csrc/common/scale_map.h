@@ -90,7 +90,20 @@ FASTFLOW_HD ScaleSlope<T> with_bounds(const ScaleMap<T>& map, ScaleSlope<T> scal
   return {clamp(s, map.hard_min, map.hard_max), inside * scale.ds, inside * scale.dlog};
 }
 
-template <Kind K, bool Eps, bool Bounds, class T>
+// The bound of abs(log s) for tanh, atan and rational (before eps).
+template <class T>
+FASTFLOW_HD bool log_scale_is_moderate(const ScaleMap<T>& map) {
+  return math::abs(map.amplitude) <= math::Bits<T>::moderate && T(1) / map.inverse_clamp <= math::Bits<T>::moderate;
+}
+
+// exp of a soft-clamped log s; Moderate promises that it is.
+template <bool Moderate, class T>
+FASTFLOW_HD T exp_of_clamped(T log_s) {
+  return Moderate ? math::exp_moderate(log_s) : math::exp(log_s);
+}
+
+// Moderate, here and below: log_scale_is_moderate(map), for the kinds that it speaks of.
+template <Kind K, bool Eps, bool Bounds, bool Moderate = false, class T>
 FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
   const T u = math::fma(map.gain, r, map.offset);
   T s, log_s;
@@ -113,7 +126,7 @@ FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
     if constexpr (K == Kind::tanh) log_s = map.amplitude * math::tanh(u);
     if constexpr (K == Kind::atan) log_s = map.amplitude * math::atan(u);
     if constexpr (K == Kind::rational) log_s = u / math::fma(math::abs(u), map.inverse_clamp, T(1));
-    s = math::exp(log_s);
+    s = exp_of_clamped<Moderate>(log_s);
   }
   Scale<T> scale{s, log_s};
   if constexpr (Eps) scale = with_eps(map, scale);
@@ -122,7 +135,7 @@ FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
 }
 
 // Non-finite values come out where differentiating the formulas above step by step gives them.
-template <Kind K, bool Eps, bool Bounds, class T>
+template <Kind K, bool Eps, bool Bounds, bool Moderate = false, class T>
 FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
   const T u = math::fma(map.gain, r, map.offset);
   T s, ds, dlog;
@@ -147,9 +160,9 @@ FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
   } else {
     T log_s;
     if constexpr (K == Kind::tanh) {
-      const T t = math::tanh(u);
-      log_s = map.amplitude * t;
-      dlog = map.amplitude * map.gain * math::fma(-t, t, T(1));
+      const math::TanhSlope<T> t = math::tanh_slope(u);
+      log_s = map.amplitude * t.value;
+      dlog = map.amplitude * map.gain * t.slope;
     }
     if constexpr (K == Kind::atan) {
       log_s = map.amplitude * math::atan(u);
@@ -160,7 +173,7 @@ FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
       log_s = u * inverse;
       dlog = math::fma(T(0), log_s, map.gain * inverse * inverse);  // NaN at infinite u
     }
-    s = math::exp(log_s);
+    s = exp_of_clamped<Moderate>(log_s);
     ds = s * dlog;
   }
   ScaleSlope<T> scale{s, ds, dlog};
@@ -187,9 +200,9 @@ struct Coupled {
 };
 
 // y and log s (to be subtracted where Inverse) of one element; t is the raw shift.
-template <Kind K, bool Eps, bool Bounds, bool Inverse, bool ShiftFirst, class T>
+template <Kind K, bool Eps, bool Bounds, bool Inverse, bool ShiftFirst, bool Moderate = false, class T>
 FASTFLOW_HD Coupled<T> couple(const ScaleMap<T>& map, T x, T r, T t) {
-  const Scale<T> scale = scale_of<K, Eps, Bounds>(map, r);
+  const Scale<T> scale = scale_of<K, Eps, Bounds, Moderate>(map, r);
   return {coupled(map, scale.s, x, t, Inverse, ShiftFirst), scale.log_s};
 }
 
@@ -226,9 +239,9 @@ FASTFLOW_HD CoupledGradient<T> coupled_gradient(const ScaleMap<T>& map, ScaleSlo
   return grad;
 }
 
-template <Kind K, bool Eps, bool Bounds, bool Inverse, bool ShiftFirst, class T>
+template <Kind K, bool Eps, bool Bounds, bool Inverse, bool ShiftFirst, bool Moderate = false, class T>
 FASTFLOW_HD CoupledGradient<T> couple_gradient(const ScaleMap<T>& map, T gy, T gl, T x, T r, T t) {
-  CoupledGradient<T> grad = coupled_gradient(map, scale_slope<K, Eps, Bounds>(map, r), gy, gl, x, t, Inverse,
+  CoupledGradient<T> grad = coupled_gradient(map, scale_slope<K, Eps, Bounds, Moderate>(map, r), gy, gl, x, t, Inverse,
                                              ShiftFirst, separate_slopes<K, Bounds>);
   if constexpr (K == Kind::additive) grad.raw = T(0);
   return grad;

@@ -53,7 +53,7 @@ void forward_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* 
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const T r = K == Kind::additive ? T(0) : raw[i];
-    const Coupled<T> out = couple<K, Extended, Extended, Inverse, ShiftFirst>(map, x[i], r, shift[i]);
+    const Coupled<T> out = couple<K, Extended, Extended, Inverse, ShiftFirst, !Extended>(map, x[i], r, shift[i]);
     y[i] = out.y;
     log_s[i] = out.log_s;
   }
@@ -71,7 +71,7 @@ void backward_tile(const ScaleMap<T>& constants, int64_t n, const T* grad_y, con
     const T r = K == Kind::additive ? T(0) : raw[i];
     const T t = gradient_reads_shift<Inverse, ShiftFirst> ? shift[i] : T(0);
     const CoupledGradient<T> out =
-        couple_gradient<K, Extended, Extended, Inverse, ShiftFirst>(map, grad_y[i], grad_logdet[i], x[i], r, t);
+        couple_gradient<K, Extended, Extended, Inverse, ShiftFirst, !Extended>(map, grad_y[i], grad_logdet[i], x[i], r, t);
     grad_x[i] = out.x;
     if (K != Kind::additive) grad_raw[i] = out.raw;
     grad_shift[i] = out.shift;
@@ -87,7 +87,7 @@ void log_tile(const ScaleMap<T>& constants, int64_t n, T sign, const T* grad_log
   const ScaleMap<T> map = constants;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
-    grad_raw[i] = sign * grad_logdet[i] * scale_slope<K, Extended, Extended>(map, raw[i]).dlog;
+    grad_raw[i] = sign * grad_logdet[i] * scale_slope<K, Extended, Extended, !Extended>(map, raw[i]).dlog;
 }
 
 template <auto V>
@@ -113,14 +113,21 @@ auto with_kind(int64_t kind, const F& f) {
   }
 }
 
-// Eps and bounds share one instance, and double has no other: the constants of whichever is absent change nothing.
+template <class T>
+ScaleMap<T> constants_of(const AffineMap& m) {
+  return make_scale_map<T>(m.kind, m.gain, m.offset, m.out_gain, m.clamp, m.eps, m.hard_min, m.hard_max, m.shift_gain);
+}
+
+// The plain instance does without eps, without bounds and without the far ends of exp where log s is soft-clamped; the
+// other does it all, and double has no other: the constants of whatever is absent change nothing.
 template <class T, class F>
 auto with_map(const AffineMap& map, const F& f) {
   return with_kind(map.kind, [&](auto kind) {
     if constexpr (sizeof(T) == 8)
       return f(kind, Constant<true>{});
     else
-      return with_flag(map.eps != 0. || has_bounds(map.hard_min, map.hard_max),
+      return with_flag(map.eps != 0. || has_bounds(map.hard_min, map.hard_max) ||
+                           !log_scale_is_moderate(constants_of<T>(map)),
                        [&](auto extended) { return f(kind, extended); });
   });
 }
@@ -154,11 +161,6 @@ LogTile<T> choose_log(const AffineBackward& job) {
   return with_map<T>(job.map, [](auto kind, auto extended) -> LogTile<T> {
     return log_tile<decltype(kind)::value, decltype(extended)::value, T>;
   });
-}
-
-template <class T>
-ScaleMap<T> constants_of(const AffineMap& m) {
-  return make_scale_map<T>(m.kind, m.gain, m.offset, m.out_gain, m.clamp, m.eps, m.hard_min, m.hard_max, m.shift_gain);
 }
 
 // Calls tile(n, sample) for the tiles of units [begin, end), in the order of traversal. Sample is the first that the

@@ -17,9 +17,12 @@ using gaussian::Tiling;
 enum Flags : int64_t { interleaved = 1, scale_in_front = 2 };
 enum Reduce : int64_t { by_sample, by_channel, elementwise };
 
-constexpr int64_t grain = 16384;       // elements that are worth a thread
-constexpr int64_t prior_blocks = 64;   // at most, for the sums of a shared prior's gradients
-constexpr int64_t prior_block_rows = 8;  // at least
+constexpr int64_t grain = 16384;  // elements that are worth a thread
+// Results of this size and above are written past the caches; noise saved for backward, which nobody reads soon, from
+// a smaller one on.
+constexpr int64_t streamed_bytes = int64_t(8) << 20, streamed_noise_bytes = int64_t(1) << 20;
+// The sums of a shared prior's gradients: at most so many blocks, of at least so many samples of the batch.
+constexpr int64_t prior_blocks = 64, prior_block_rows = 8;
 
 Element element_of(ScalarType dtype) {
   switch (dtype) {
@@ -29,6 +32,8 @@ Element element_of(ScalarType dtype) {
     default: return Element::float64;
   }
 }
+
+int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
 
 int64_t product(const Dims& sizes, size_t from = 0) {
   int64_t result = 1;
@@ -213,6 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_fwd(
   if (p.total > 0) {
     p.tiling = tiling_of(rows, p.total / rows, false);
     f.z = operands.of(z, n_samples);
+    f.z_streamed = bytes_of(z) >= streamed_bytes;
+    f.eps_streamed = bytes_of(drawn) >= streamed_noise_bytes;
     f.eps = drawn.numel() > 0 ? drawn.data_ptr() : nullptr;
     if (by_element) {
       f.elementwise = kl.data_ptr();
@@ -263,6 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
     b.to_mean = halves.mean;
     b.to_raw = halves.raw;
   }
+  b.streamed = bytes_of(params) >= streamed_bytes;
   const bool shared = (need_prior_mean || need_prior_raw) && prior_mean->size(0) != shape[0];
   Operands prior_operands(shared ? sizes_of(*prior_mean) : shape);
   if (need_prior_mean) b.to_prior_mean = prior_operands.of(to_prior_mean);

@@ -1,12 +1,11 @@
 // The Gaussian operators for one instruction set. A tile's operands are brought to contiguous arrays (where they are
 // not that already), its noise is drawn into a small buffer, and plain loops over arrays do the rest.
 #include "gaussian_kernel.h"
-#include <cstdlib>
-static bool __builtin_getenv_(const char*n){return getenv(n)!=nullptr;}
 
 #include "cursor.h"
 #include "gaussian_loops.h"
 #include "gaussian_noise.h"
+#include "gaussian_stream.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
@@ -50,42 +49,39 @@ class Ahead {
  public:
   template <int write = 0>
   void fetch(const T* tile, int64_t count) {
-    const int64_t step = reinterpret_cast<intptr_t>(tile) - reinterpret_cast<intptr_t>(last_);
-    last_ = tile;
-    if (step == 0) return;
-    const char* const next = reinterpret_cast<const char*>(tile) + step;
-    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(next + i, write);
+    const uintptr_t now = reinterpret_cast<uintptr_t>(tile), next = now + (now - last_);
+    last_ = now;
+    if (next == now) return;
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(next + static_cast<uintptr_t>(i)), write);
   }
 
  private:
-  const T* last_ = nullptr;
+  uintptr_t last_ = 0;
 };
 
 // Elements [at, at + count) of a result: written where they lie if they lie as contiguous T, else in buffer, from which
-// `commit` moves them on. The buffer also takes what an absent result would hold.
+// `commit` moves them on, past the caches if `streamed`. The buffer also takes what an absent result would hold.
 template <class T>
 struct Result {
   Cursor<T> cursor;
-  T *data, *buffer;
+  T *data, *buffer, *target;
 
-  Result(const Operand& operand, int64_t at, int64_t count, T* where) : buffer(where) {
+  Result(const Operand& operand, int64_t at, int64_t count, T* where, bool streamed) : buffer(where), target(nullptr) {
     cursor.seek(operand, at);
-    T* const direct = cursor.present() ? cursor.in_place(count) : nullptr;
-    data = direct == nullptr ? buffer : direct;
+    data = cursor.present() ? cursor.in_place(count) : nullptr;
+    if (streamed && reinterpret_cast<uintptr_t>(data) % stream_alignment == 0) {
+      target = data;
+      data = nullptr;
+    }
+    if (data == nullptr) data = buffer;
   }
 
-  T* target = nullptr;
-  void redirect(bool yes) { if (yes && data != buffer && (reinterpret_cast<uintptr_t>(data) & 63) == 0) { target = data; data = buffer; } }
   void commit(int64_t count) {
-    if (target) {
-      constexpr int64_t step = 64 / sizeof(T); int64_t i = 0;
-#if defined(__AVX512F__)
-      for (; i + step <= count; i += step) _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(buffer + i));
-#endif
-      for (; i < count; ++i) target[i] = buffer[i];
-      return;
-    }
-    if (data == buffer && cursor.present()) cursor.write(count, buffer);
+    if (target != nullptr)
+      stream(target, buffer, count);
+    else if (data == buffer && cursor.present())
+      cursor.write(count, buffer);
   }
 };
 
@@ -98,6 +94,14 @@ Params<T> fetch_params(const Problem& p, const Tile& tile, Scratch<T>& s) {
     in.prior_raw = fetch(p.prior_raw, first, count, s.prior_raw);
   }
   return in;
+}
+
+template <class T>
+void save(const T* eps, T* to, int64_t count, bool streamed) {
+  if (streamed && reinterpret_cast<uintptr_t>(to) % stream_alignment == 0)
+    stream(to, eps, count);
+  else
+    copy_run(eps, 1, to, 1, count);
 }
 
 template <class T>
@@ -122,10 +126,8 @@ void forward(const Forward& f, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < p.samples; ++k) {
       const int64_t at = k * p.total + first;
       const T* const eps = noise_at(p, k, first, count, s.drawn, s.eps);
-      if (f.eps != nullptr) copy_run(eps, 1, static_cast<T*>(f.eps) + at, 1, count);
-      Result<T> z(f.z, at, count, out);
-      static const bool st = __builtin_getenv_("STF");
-      z.redirect(st);
+      if (f.eps != nullptr) save(eps, static_cast<T*>(f.eps) + at, count, f.eps_streamed);
+      Result<T> z(f.z, at, count, out, f.z_streamed);
       if (k == 0) z_ahead.template fetch<1>(z.data, count);
       if (keep)
         reparametrise(in.mean, sigma, eps, count, z.data);
@@ -139,6 +141,7 @@ void forward(const Forward& f, int64_t begin, int64_t end) {
     }
     if (!keep && f.kl != nullptr) sum_pieces(tile, kl, static_cast<T*>(f.kl));
   }
+  if (f.z_streamed || f.eps_streamed) end_stream();
 }
 
 template <class T>
@@ -204,17 +207,15 @@ Outgoing<T> backward_tile(const Backward& b, const Tile& tile, BackwardScratch<T
   s.z_ahead.fetch(grad.z, count);
   s.eps_ahead.fetch(grad.eps, count);
   const auto gradients = grad.plain ? loops.plain_gradients : loops.gradients;
-  Result<T> mean(b.to_mean, first, count, s.mean), raw(b.to_raw, first, count, s.raw);
-  static const bool st = __builtin_getenv_("STB");
-  mean.redirect(st); raw.redirect(st);
+  Result<T> mean(b.to_mean, first, count, s.mean, b.streamed), raw(b.to_raw, first, count, s.raw, b.streamed);
   s.to_mean_ahead.template fetch<1>(mean.data, count);
   s.to_raw_ahead.template fetch<1>(raw.data, count);
   Outgoing<T> out{mean.data, raw.data, s.prior_mean, s.prior_raw};
   if (b.prior.blocks > 0 || in.prior_mean == nullptr) {
     gradients(in, grad, count, out);
   } else {
-    Result<T> prior_mean(b.to_prior_mean, first, count, s.prior_mean);
-    Result<T> prior_raw(b.to_prior_raw, first, count, s.prior_raw);
+    Result<T> prior_mean(b.to_prior_mean, first, count, s.prior_mean, b.streamed);
+    Result<T> prior_raw(b.to_prior_raw, first, count, s.prior_raw, b.streamed);
     out.prior_mean = prior_mean.data;
     out.prior_raw = prior_raw.data;
     gradients(in, grad, count, out);
@@ -231,6 +232,7 @@ void backward(const Backward& b, int64_t begin, int64_t end) {
   const Loops<T> loops = loops_of<T>(b.problem);
   BackwardScratch<T> s;
   for (int64_t index = begin; index < end; ++index) backward_tile(b, tile_at(b.problem.tiling, index), s, loops);
+  if (b.streamed) end_stream();
 }
 
 template <class T>
@@ -255,6 +257,7 @@ void prior_blocks(const Backward& b, int64_t begin, int64_t end) {
       if (b.prior.raw != nullptr) accumulate(b.prior.raw + start, out.prior_raw, tile.count, sample == from);
     }
   }
+  if (b.streamed) end_stream();
 }
 
 template <class T>

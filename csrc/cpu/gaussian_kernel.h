@@ -38,6 +38,7 @@ struct Problem {
 
 struct Forward {
   Problem problem;
+  bool z_streamed, eps_streamed;  // written past the caches
   Operand z;
   void* eps;          // where to save the noise drawn, [samples][total], or null
   void* elementwise;  // KL of every element, or null
@@ -53,6 +54,7 @@ struct PriorSum {
 
 struct Backward {
   Problem problem;
+  bool streamed;                                         // the gradients are written past the caches
   Operand grad_z, grad_kl, grad_logq;                    // may be absent
   Operand to_mean, to_raw, to_prior_mean, to_prior_raw;  // may be absent
   PriorSum prior;

@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(128) slogdet_warp(const __grid_constant__ Matr
   int my_holder = 0;     // and the lane of the group that held it
   bool odd_swaps = false;
   for (unsigned step = 0; step < static_cast<unsigned>(Rows); ++step) {
-    const bool waits = position >= step && position != kAll;
+    // The padding waits for its own steps, so that a NaN among it never sends a row of W beyond the matrix.
+    const bool waits = position >= step && position != kAll && (row < m.size || step >= m.size);
     const uint64_t key = magnitude_key(a[0]);
     const unsigned high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
     const unsigned most_high = __reduce_max_sync(members, waits ? high : 0u);

@@ -9,6 +9,6 @@ from fastflow.flows.multiscale import Split, Squeeze
 from fastflow.flows.realnvp import RealNVP
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
-__all__ = ["Compose", "Exp", "Flow", "FlowDistribution", "Glow", "GlowStep", "GlowTransform", "Inverse", "Log", "Permute",
-           "RealNVP", "Reverse", "Split", "Squeeze", "StandardNormal", "Transform", "bits_per_dim", "dequantize",
-           "initialize"]
+__all__ = ["Compose", "Exp", "Flow", "FlowDistribution", "Glow", "GlowStep", "GlowTransform", "Inverse", "Log",
+           "Permute", "RealNVP", "Reverse", "Split", "Squeeze", "StandardNormal", "Transform", "bits_per_dim",
+           "dequantize", "initialize"]

@@ -88,7 +88,7 @@ class Flow(nn.Module):
         return FlowDistribution(self, context)
 
     def initialize(self, x, context=None):
-        """Set data-dependent parameters (ActNorm) from a batch x (B, *event), anew at every call; nothing else changes."""
+        """Set the data-dependent parameters (ActNorm) from a batch x (B, *event), anew at every call."""
         initialize(self.transform, x, context)
 
     def unpack(self, z):

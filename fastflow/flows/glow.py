@@ -56,11 +56,12 @@ class GlowLevel(nn.Module):
 class GlowTransform(nn.Module):
     """The transform of :class:`Glow`: images (B, C, H, W) to z (B, D), latents in the order in which they leave.
 
-    All 1x1 weights are factorised together at the start of a pass, each size in one call. Images are kept channels-last,
-    in which the 1x1 convolutions are plain matrix products.
+    All 1x1 weights are factorised together at the start of a pass, each size in one call. Images are kept
+    channels-last, in which the 1x1 convolutions are plain matrix products.
     """
 
-    def __init__(self, image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior, conditioner, coupling):
+    def __init__(self, image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior, conditioner,
+                 coupling):
         super().__init__()
         self.event_shape = tuple(image_shape)
         self.squeeze = Squeeze()
@@ -75,7 +76,8 @@ class GlowTransform(nn.Module):
                               parametrization=parametrization, **coupling) for _ in range(n_steps)]
             split = None
             if level < n_levels - 1:
-                split = Split((channels, height, width), prior=ZeroConv(half, 2 * (channels - half)) if learn_prior else None)
+                prior = ZeroConv(half, 2 * (channels - half)) if learn_prior else None
+                split = Split((channels, height, width), prior=prior)
                 channels = half
             self.levels.append(GlowLevel(steps, split))
         self.latent_shapes = [shape if level.split is None else level.split.latent_shape
@@ -171,9 +173,9 @@ class Glow(Flow):
     """Glow for images (B, C, H, W) with values around [-0.5, 0.5]; the base is N(0, I) over z (B, C*H*W).
 
     Each of ``n_levels`` levels squeezes 2x2 blocks into channels, runs ``n_steps`` steps (ActNorm folded into an
-    invertible 1x1 convolution, affine coupling) and, but for the last, sends half of its channels out as latents under a
-    Gaussian prior learned from the other half. Conditioners are convolutions 3x3, 1x1, 3x3 with ReLU and plain biases,
-    the last zero-initialised. Call :meth:`initialize` on a batch of dequantised images before training, and
+    invertible 1x1 convolution, affine coupling) and, but for the last, sends half of its channels out as latents under
+    a Gaussian prior learned from the other half. Conditioners are convolutions 3x3, 1x1, 3x3 with ReLU and plain
+    biases, the last zero-initialised. Call :meth:`initialize` on a batch of dequantised images before training, and
     :meth:`bits_per_dim` on integer images.
 
     Args:

@@ -14,7 +14,7 @@ __all__ = ["Split", "Squeeze", "ZeroConv"]
 
 
 class Squeeze(nn.Module):
-    """Space to depth: (B, C, H, W) to (B, 4C, H/2, W/2); output channel 4c + 2i + j holds pixel (i, j) of each 2x2 block.
+    """Space to depth: (B, C, H, W) to (B, 4C, H/2, W/2); output channel 4c + 2i + j holds pixel (i, j) of each block.
 
     Raises:
         ValueError: x is not 4-D or its height or width is odd.
@@ -24,7 +24,8 @@ class Squeeze(nn.Module):
         checks.tensor("x", x)
         if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x: expected shape (B, C, H, W) with even H and W, got {tuple(x.shape)}")
-        z = F.pixel_unshuffle(x, 2) if x.shape[0] else x.reshape(0, *self.noise_shape(x.shape[1:]))  # torch keeps the shape
+        # For an empty batch torch's pixel_unshuffle leaves the shape as it was.
+        z = F.pixel_unshuffle(x, 2) if x.shape[0] else x.reshape(0, *self.noise_shape(x.shape[1:]))
         return z, x.new_zeros(x.shape[0])
 
     def noise_shape(self, event_shape):
@@ -50,11 +51,11 @@ class ZeroConv(nn.Conv2d):
 
 
 class Split(nn.Module):
-    """Half of the channels leave as latents, the rest goes on: x = (x1, x2), z = (z2, rest(x1)) packed as one (B, D) tensor.
+    """Half of the channels leave as latents, the rest goes on: x = (x1, x2), z = (z2, rest(x1)) packed as (B, D).
 
     x1 is the first C // 2 channels. With a ``prior``, a network that maps x1 to mu and r packed along dim 1 (mu first),
-    the latents are z2 = (x2 - mu(x1)) / sigma(x1) with log sigma = 5 tanh(r / 5): a Gaussian prior learned for x2 is this
-    transform to N(0, I). Without one z2 = x2.
+    the latents are z2 = (x2 - mu(x1)) / sigma(x1) with log sigma = 5 tanh(r / 5): a Gaussian prior learned for x2 is
+    this transform to N(0, I). Without one z2 = x2.
 
     Args:
         event_shape: (C, *S), the shape of one x.
@@ -124,7 +125,7 @@ class Split(nn.Module):
         return torch.cat([z2.flatten(1), z1.flatten(1)], 1)
 
     def unpack(self, z):
-        """The latents that z (B, D) packs, in the order in which they leave: [z2 (B, C - C // 2, *S), those of rest]."""
+        """The latents that z (B, D) packs, in the order in which they leave: z2 (B, C - C // 2, *S), those of rest."""
         z2, z1 = self._unpack(z)
         return [z2, *self.rest.unpack(z1)] if hasattr(self.rest, "unpack") else [z2, z1]
 

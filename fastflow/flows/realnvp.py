@@ -13,8 +13,8 @@ __all__ = ["RealNVP"]
 class RealNVP(Flow):
     """Affine couplings with fully connected conditioners that take turns on the two halves of the features.
 
-    x (B, features) passes one ActNorm, which ``initialize`` sets from data, and then the couplings; the base is N(0, I).
-    It starts as the identity.
+    x (B, features) passes one ActNorm, which ``initialize`` sets from data, and then the couplings; the base is
+    N(0, I). It starts as the identity.
 
     Args:
         features: D >= 1. With a single feature every coupling transforms it, given the context alone.
@@ -28,7 +28,8 @@ class RealNVP(Flow):
         Dinh et al., "Density estimation using Real NVP", 2017, arXiv:1605.08803.
     """
 
-    def __init__(self, features, *, n_layers=8, hidden=(64, 64), context_features=None, scale="tanh", activation=nn.ReLU):
+    def __init__(self, features, *, n_layers=8, hidden=(64, 64), context_features=None, scale="tanh",
+                 activation=nn.ReLU):
         if features < 1:
             raise ValueError(f"features: expected a positive int, got {features}")
         if n_layers < 0:

@@ -13,8 +13,8 @@ __all__ = ["ActNorm"]
 class ActNorm(nn.Module):
     """z = (x + bias) * exp(log_scale) per channel (dim 1), with log|det| = S * sum(log_scale) for S positions.
 
-    :meth:`initialize` sets both from a batch so that z has mean 0 and standard deviation 1 in every channel; ``forward``
-    never looks at the data to decide. The buffer ``initialized`` records the call, so that it travels with the state dict.
+    :meth:`initialize` sets both from a batch so that z has mean 0 and standard deviation 1 in every channel;
+    ``forward`` never looks at the data to decide. The buffer ``initialized`` records the call in the state dict.
 
     Args:
         channels: C, the size of dim 1.

@@ -18,13 +18,13 @@ class AffineCoupling(nn.Module):
     - "channel": along dim 1 into the first C // 2 channels and the rest (one more if C is odd). The first half is
       passive, with ``flip`` the second; channels keep their places. The conditioner sees the passive half and returns
       params of twice the channels of the other.
-    - "checkerboard": a position is passive where the sum of its indices (spatial ones; for (B, D) data the feature's) is
-      even, with ``flip`` where it is odd.
-    - a mask, a tensor of zeros and ones that broadcasts against x.shape[1:] from the right, so (C, 1, 1) selects channels
-      of an image: 1 is passive, with ``flip`` 0.
+    - "checkerboard": a position is passive where the sum of its spatial indices (for (B, D) data the feature's index)
+      is even, with ``flip`` where it is odd.
+    - a mask, a tensor of zeros and ones that broadcasts against x.shape[1:] from the right, so (C, 1, 1) selects
+      channels of an image: 1 is passive, with ``flip`` 0.
 
-    In the last two, z = mask*x + (1 - mask)*(x*s + t); the conditioner sees mask*x and returns params (B, 2C, *S), of which
-    those at passive places are ignored, also in the log-determinant.
+    In the last two, z = mask*x + (1 - mask)*(x*s + t); the conditioner sees mask*x and returns params (B, 2C, *S), of
+    which those at passive places are ignored, also in the log-determinant.
 
     Args:
         conditioner: module, called with the passive part, and with the context as second argument if one is given;
@@ -127,7 +127,8 @@ class AffineCoupling(nn.Module):
         return (first, second) if self.order == "scale_shift" else (second, first)
 
     def _passive(self, x):
-        """The mask of passive places, (1 or C, *S) and broadcasting, and how many of its dimension they are."""
+        """(mask, count): passive places as (1 or C, *S), broadcasting, and their number: of the S positions if the mask
+        has one row for all channels, else of the C*S elements."""
         event = tuple(x.shape[1:])
         if self.split == "checkerboard":
             spatial = event[1:] or event

@@ -7,8 +7,8 @@ __all__ = ["ConvNet"]
 
 
 class ConvNet(nn.Module):
-    """Convolutions 3x3, 1x1 and 3x3 with ReLU between, and plain biases; the last one starts at zero, so that a coupling
-    starts simple. It answers in the memory format of its input.
+    """Convolutions 3x3, 1x1 and 3x3 with ReLU between, and plain biases; the last one starts at zero, so that a
+    coupling starts simple. It answers in the memory format of its input.
 
     Args:
         in_channels, out_channels: channels of input and output.

@@ -119,5 +119,5 @@ def _refuse_sharded(layer, anchor, root):
         return
     named = (root if root is not None else layer).named_parameters()
     name = next((name for name, parameter in named if parameter is anchor), "weight")
-    raise TypeError(f"{name}: expected a whole tensor, got a sharded one ({type(anchor).__name__}); the 1x1 weights of a "
-                    f"model are factorised together, so keep them in one FSDP2 group that is unsharded at that point")
+    raise TypeError(f"{name}: expected a whole tensor, got a sharded one ({type(anchor).__name__}); the 1x1 weights of "
+                    f"a model are factorised together, so keep them in one FSDP2 group that is unsharded at that point")

@@ -36,8 +36,9 @@ class GaussianSample(nn.Module):
     def forward(self, params, *, prior=None, eps=None, seed=None, offset=0, generator=None):
         """(z, kl) or (z, kl, logq) of params (B, 2D, *S) or a pair (mean, raw); the rest as in the function."""
         return functional.gaussian_sample_kl(
-            params, scale=self.scale, layout=self.layout, order=self.order, prior=prior, eps=eps, seed=seed, offset=offset,
-            generator=generator, n_samples=self.n_samples, reduce=self.reduce, return_logq=self.return_logq)
+            params, scale=self.scale, layout=self.layout, order=self.order, prior=prior, eps=eps, seed=seed,
+            offset=offset, generator=generator, n_samples=self.n_samples, reduce=self.reduce,
+            return_logq=self.return_logq)
 
     def extra_repr(self):
         return (f"scale={self.scale!r}, layout={self.layout!r}, order={self.order!r}, n_samples={self.n_samples}, "

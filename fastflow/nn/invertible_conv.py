@@ -15,12 +15,13 @@ __all__ = ["InvertibleConv1x1"]
 class InvertibleConv1x1(nn.Module):
     """z = W x at every position of x (B, C, *S), S possibly empty; log|det| = S * log|det W| for S positions.
 
-    W starts as a random rotation. "plain" learns W itself, parameter ``weight`` (C, C); its log-determinant comes from one
-    LU factorisation per pass. "plu" learns ``lower``, ``upper`` (C, C) and ``log_s`` (C,) of W = P L U, with the
-    permutation ``perm`` and the signs ``sign_s`` fixed as buffers. Everything runs in float32 or better, autocast or not.
+    W starts as a random rotation. "plain" learns W itself, parameter ``weight`` (C, C); its log-determinant comes from
+    one LU factorisation per pass. "plu" learns ``lower``, ``upper`` (C, C) and ``log_s`` (C,) of W = P L U, with the
+    permutation ``perm`` and the signs ``sign_s`` fixed as buffers. Everything runs in float32 or better, also under
+    autocast.
 
-    With an ``actnorm`` the layer computes W ((x + bias) * exp(log_scale)), folded into one matrix and one offset, so that
-    normalisation costs no pass over the data.
+    With an ``actnorm`` the layer computes W ((x + bias) * exp(log_scale)), folded into one matrix and one offset, so
+    that normalisation costs no pass over the data.
 
     Args:
         channels: C.

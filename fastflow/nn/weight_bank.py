@@ -32,10 +32,11 @@ def convolutions(model):
 class WeightBank(nn.Module):
     """A model whose invertible 1x1 convolutions are factorised together, each size class once per call.
 
-    Called like the model that it wraps, ``bank(x, context)`` and ``bank.inverse(z, context)``, with the same results. Any
-    other method of the model runs so inside ``with bank.factorized(inverse=...):``. Results live for one call: nothing is
-    kept that a change of the weights (an optimiser's step, load_state_dict, functional_call) could make stale. A layer
-    that runs against the direction of the call costs a second factorisation. Models of flows.Glow do this by themselves.
+    Called like the model that it wraps, ``bank(x, context)`` and ``bank.inverse(z, context)``, with the same results.
+    Any other method of the model runs so inside ``with bank.factorized(inverse=...):``. Results live for one call:
+    nothing is kept that a change of the weights (an optimiser's step, load_state_dict, functional_call) could make
+    stale. A layer that runs against the direction of the call costs a second factorisation. flows.Glow does all this by
+    itself.
 
     Args:
         model: a Transform, a Flow, or any module that holds InvertibleConv1x1 layers.

@@ -24,8 +24,8 @@ def _promoted(tensor):
 
 
 class BernoulliLikelihood(nn.Module):
-    """Independent bits; the decoder's output is their logits. Data between 0 and 1 are accepted, but only for bits is this
-    a normalised likelihood."""
+    """Independent bits; the decoder's output is their logits. Data between 0 and 1 are accepted, but only for bits is
+    this a normalised likelihood."""
 
     def log_prob(self, x, output):
         output = _promoted(output)

@@ -19,8 +19,8 @@ LIKELIHOODS = {"bernoulli": BernoulliLikelihood, "gaussian": GaussianLikelihood}
 
 
 class VAE(nn.Module):
-    """p(x) = integral of p(x | z) p(z), trained through the evidence lower bound. Calling the module is :meth:`elbo`, so
-    that wrappers such as DDP, FSDP2 and torch.compile train it.
+    """p(x) = integral of p(x | z) p(z), trained through the evidence lower bound. Calling the module is :meth:`elbo`,
+    so that wrappers such as DDP, FSDP2 and torch.compile train it.
 
     Args:
         encoder: module from x (B, *event) to params (B, 2D, *S).
@@ -28,8 +28,8 @@ class VAE(nn.Module):
         posterior: "gaussian" or a posterior object, see posteriors.py.
         prior: None for N(0, I); a GaussianPrior; or, with a Monte-Carlo KL, any flow, base distribution or
             torch.distributions object over (D, *S).
-        likelihood: "bernoulli" (the decoder gives logits), "gaussian" (it gives means; one learned sigma) or a likelihood
-            object, see likelihoods.py.
+        likelihood: "bernoulli" (the decoder gives logits), "gaussian" (it gives means; one learned sigma) or a
+            likelihood object, see likelihoods.py.
         latent_shape: (D, *S), needed by :meth:`sample` where it can be seen neither in the prior, nor in a decoder that
             begins with a linear layer, nor in an earlier call of elbo.
 
@@ -37,7 +37,8 @@ class VAE(nn.Module):
         Kingma and Welling, "Auto-encoding variational Bayes", 2014, arXiv:1312.6114.
     """
 
-    def __init__(self, encoder, decoder, posterior="gaussian", prior=None, likelihood="bernoulli", *, latent_shape=None):
+    def __init__(self, encoder, decoder, posterior="gaussian", prior=None, likelihood="bernoulli", *,
+                 latent_shape=None):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder

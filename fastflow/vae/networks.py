@@ -19,7 +19,7 @@ def mlp_decoder(latent_features, event_shape, hidden=(256, 256), activation=nn.S
 
 
 def conv_encoder(image_shape, latent_features, channels=(32, 64), activation=nn.SiLU):
-    """Convolutions, each halving height and width, and a linear layer: x (B, C, H, W) to params (B, 2 * latent_features).
+    """Convolutions, each halving height and width, and a linear layer: x (B, C, H, W) to (B, 2 * latent_features).
 
     Raises:
         ValueError: height or width is not divisible by 2**len(channels).

@@ -1,7 +1,8 @@
 """Approximate posteriors q(z | x) from an encoder's output.
 
 A posterior is called as posterior(params, prior, n_samples, eps=, seed=, generator=) and returns z (K, B, D, *S),
-log q(z | x) (K, B) and the KL to the prior (B,), or None for it where there is no closed form; mean(params) is (B, D, *S).
+log q(z | x) (K, B) and the KL to the prior (B,), or None for it where there is no closed form; mean(params) is
+(B, D, *S).
 """
 
 import torch

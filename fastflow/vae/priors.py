@@ -1,5 +1,5 @@
-"""Priors p(z). Any object with log_prob(z) over (N, D, *S) and sample(n, generator=, temperature=) can be one; N(0, I) and
-the one here give the KL in closed form."""
+"""Priors p(z). Any object with log_prob(z) over (N, D, *S) and sample(n, generator=, temperature=) can be one; N(0, I)
+and the one here give the KL in closed form."""
 
 import math
 

@@ -31,7 +31,8 @@ def test_masked_formula(kind, scale, flip):
     x, params = torch.randn(2, 3, 3, 4), torch.randn(2, 6, 3, 4)
     mask = {"checkerboard": checkerboard(3, 4), "channel": torch.tensor([1.0, 0.0, 1.0])[:, None, None],
             "full": torch.randint(0, 2, (3, 3, 4)).float()}[kind]
-    layer = AffineCoupling(Constant(params), split="checkerboard" if kind == "checkerboard" else mask, flip=flip, scale=scale)
+    split = "checkerboard" if kind == "checkerboard" else mask
+    layer = AffineCoupling(Constant(params), split=split, flip=flip, scale=scale)
     for source in (x, x.contiguous(memory_format=torch.channels_last)):
         z, logdet = layer(source)
         m = (1 - mask if flip else mask).expand(3, 3, 4)

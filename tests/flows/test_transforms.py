@@ -31,14 +31,17 @@ CASES = {
     "coupling-odd": (lambda: AffineCoupling(MLP(2, 6, (5,)), scale="tanh"), (5,)),
     "coupling-odd-flip": (lambda: AffineCoupling(MLP(3, 4, (5,)), scale="sigmoid", flip=True), (5,)),
     "coupling-image": (lambda: AffineCoupling(conv(1, 4), scale="softplus", layout="interleave"), (3, 2, 2)),
-    "coupling-image-flip": (lambda: AffineCoupling(conv(2, 2), order="shift_scale", shift_first=True, flip=True), (3, 2, 2)),
+    "coupling-image-flip": (
+        lambda: AffineCoupling(conv(2, 2), order="shift_scale", shift_first=True, flip=True), (3, 2, 2)),
     "coupling-additive": (lambda: AffineCoupling(MLP(1, 2, (5,)), scale="additive"), (3,)),
     "checkerboard": (lambda: AffineCoupling(conv(2, 4), split="checkerboard", scale="sigmoid"), (2, 3, 3)),
     "checkerboard-flip": (lambda: AffineCoupling(conv(2, 4), split="checkerboard", flip=True), (2, 3, 3)),
     "checkerboard-vector": (lambda: AffineCoupling(MLP(5, 10, (5,)), split="checkerboard", scale="atan"), (5,)),
     "mask": (lambda: AffineCoupling(conv(3, 6), split=MASK, scale="sigmoid"), (3, 2, 2)),
-    "mask-interleave": (lambda: AffineCoupling(conv(3, 6), split=MASK, layout="interleave", order="shift_scale"), (3, 2, 2)),
-    "mask-channel": (lambda: AffineCoupling(conv(3, 6), split=torch.tensor([1, 0, 0])[:, None, None], flip=True), (3, 2, 2)),
+    "mask-interleave": (
+        lambda: AffineCoupling(conv(3, 6), split=MASK, layout="interleave", order="shift_scale"), (3, 2, 2)),
+    "mask-channel": (
+        lambda: AffineCoupling(conv(3, 6), split=torch.tensor([1, 0, 0])[:, None, None], flip=True), (3, 2, 2)),
     "mask-additive": (lambda: AffineCoupling(conv(3, 3), split=MASK.bool(), scale="additive"), (3, 2, 2)),
     "squeeze": (flows.Squeeze, (2, 2, 4)),
     "permute": (lambda: flows.Permute([2, 0, 1]), (3, 2)),

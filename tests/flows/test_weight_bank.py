@@ -77,7 +77,8 @@ def test_glow_banks_by_itself(calls):
 
 
 def test_any_method_and_both_directions(calls):
-    flow = flows.Flow(flows.Compose(InvertibleConv1x1(3), flows.Inverse(InvertibleConv1x1(3))), flows.StandardNormal((3,)))
+    both = flows.Compose(InvertibleConv1x1(3), flows.Inverse(InvertibleConv1x1(3)))
+    flow = flows.Flow(both, flows.StandardNormal((3,)))
     bank = WeightBank(flow)
     x = torch.randn(4, 3)
     torch.testing.assert_close(bank(x), flow(x))

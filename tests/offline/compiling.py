@@ -73,3 +73,12 @@ def compiled(launch, capability):
     result = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target,
                             options=options.__dict__)
     return Compiled(kernel.fn.__name__, result.asm["ttir"], result.asm["ptx"], result.asm["cubin"])
+
+
+def variant(launch, capability=90):
+    """What a launch is specialised for, as Triton's cache sees it."""
+    kernel, args, meta = launch
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, specialization, options = bind(*args, **meta)
+    return kernel.fn.__name__, str(specialization), str(options)

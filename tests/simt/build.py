@@ -6,6 +6,7 @@ hash of the sources. A process that loads it must have libasan preloaded: see :f
 
 import hashlib
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,8 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-saniti
               "-fno-omit-frame-pointer"]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DFASTFLOW_SIMT",
          "-DTORCH_TARGET_VERSION=0x020a000000000000", *SANITIZERS]
+if re.search(r"\bfma\b", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""):
+    FLAGS.append("-mfma")  # as a GPU computes
 JOBS = 2
 
 

@@ -73,13 +73,18 @@ def test_explain_gives_a_reason_and_accepts_pairs():
             call()
 
 
-def test_explain_large_matrices_go_to_torch_linalg():
-    """Beyond the table's limit the reference (torch.linalg) is promised and used."""
-    w = torch.eye(600)
-    assert backends.explain("slogdet", w).split()[0] == "reference"
-    assert kernels_run(lambda: functional.slogdet(w)) == set()
-    if backends.available()["cpu"]:
-        assert backends.explain("slogdet", torch.eye(12)).split()[0] == "cpu"
+def test_matrices_beyond_the_table_s_limit_go_to_torch_linalg(monkeypatch):
+    """Where the table says that torch.linalg is faster, the reference is promised and used; a request still forces."""
+    if not backends.available()["cpu"]:
+        pytest.skip(backends.status()["cpu"])
+    monkeypatch.setitem(backends.SLOGDET_LIMIT, "cpu", 16)
+    for size, expected in ((16, "cpu"), (17, "reference")):
+        w = torch.eye(size)
+        assert backends.explain("slogdet", w).split()[0] == expected
+        ran = kernels_run(lambda w=w: functional.slogdet(w))
+        assert ran == ({"fastflow_cpu::slogdet_fwd"} if expected == "cpu" else set())
+    with backends.use_backend("cpu"):
+        assert kernels_run(lambda: functional.slogdet(torch.eye(17))) == {"fastflow_cpu::slogdet_fwd"}
 
 
 def test_meta_tensors_use_the_reference():

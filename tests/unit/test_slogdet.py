@@ -239,6 +239,13 @@ class TestPluWeight:
         parity = torch.linalg.det(torch.eye(6, dtype=torch.float64, device=device)[t["perm"]])
         torch.testing.assert_close(sign, t["sign_s"].prod(1) * parity, rtol=1e-12, atol=0)
 
+    def test_signs_carry_no_gradient(self, backend, device):
+        t = self.operands(2, 4, device=device)
+        assert not plu_weight(**{**t, "sign_s": t["sign_s"].requires_grad_()}).requires_grad
+        t["log_s"].requires_grad_()
+        plu_weight(**t).sum().backward()
+        assert t["sign_s"].grad is None and t["log_s"].grad is not None
+
     @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)], ids=str)
     def test_empty(self, shape, backend, device):
         t = self.operands(*shape, device=device)

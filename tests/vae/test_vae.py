@@ -133,7 +133,8 @@ def test_sampling_options():
 
 
 def test_reconstruction():
-    torch.testing.assert_close(ppca().reconstruct(X), (X - B) @ torch.linalg.solve(posterior_precision(), W.T / S2).T @ W.T + B)
+    gain = torch.linalg.solve(posterior_precision(), W.T / S2)
+    torch.testing.assert_close(ppca().reconstruct(X), (X - B) @ gain.T @ W.T + B)
 
 
 @pytest.mark.parametrize("prior", ["standard", "gaussian", "flow"])
@@ -196,10 +197,11 @@ def test_iwae_of_impossible_samples():
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
 def test_digit_networks_train(kind):
     shape = (1, 8, 8)
-    make_encoder, make_decoder = (vae.mlp_encoder, vae.mlp_decoder) if kind == "mlp" else (vae.conv_encoder, vae.conv_decoder)
-    encoder_net = make_encoder(shape, 4) if kind == "mlp" else make_encoder(shape, 4, (8, 16))
-    decoder_net = make_decoder(4, shape) if kind == "mlp" else make_decoder(4, shape, (16, 8))
-    model = vae.VAE(encoder_net, decoder_net, likelihood="gaussian")
+    if kind == "mlp":
+        networks = vae.mlp_encoder(shape, 4), vae.mlp_decoder(4, shape)
+    else:
+        networks = vae.conv_encoder(shape, 4, (8, 16)), vae.conv_decoder(4, shape, (16, 8))
+    model = vae.VAE(*networks, likelihood="gaussian")
     x = torch.rand(32, *shape)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []

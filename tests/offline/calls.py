@@ -1,0 +1,129 @@
+"""Calls of every launcher, as data: {name: (function without arguments, widest access expected in bytes)}.
+
+The tensors are small and on the CPU; only their dtypes, strides and alignment matter, since nothing runs.
+"""
+
+import torch
+
+from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet
+
+KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
+SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")
+DTYPES = {"f32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2, "f16": (torch.float16,) * 2,
+          "f64": (torch.float64,) * 2, "f32_bf16": (torch.float32, torch.bfloat16),
+          "bf16_f32": (torch.bfloat16, torch.float32)}
+MATRIX_SIZES = (1, 3, 8, 12, 24, 32)
+SHIFT_FIRST, INVERSE = 4, 8
+
+
+def scale_map(kind, bounded=False):
+    """The scalars of a ScaleMap: plain, or with every constant in use."""
+    if bounded:
+        return KINDS.index(kind), 0.7, 0.2, 1.3, 1.5, 0.1, 0.5, 2.0, 0.5
+    return KINDS.index(kind), 1.0, 0.0, 1.0, 1.0, 0.0, -float("inf"), float("inf"), 1.0
+
+
+def affine_calls(kind, dtypes, flags=0, bounded=False):
+    """Forward and backward, packed and contiguous."""
+    x_dtype, params_dtype = DTYPES[dtypes]
+    x = torch.zeros(4, 8, 16, 16, dtype=x_dtype)
+    params = torch.zeros(4, 8 if kind == "additive" else 16, 16, 16, dtype=params_dtype)
+    grad = torch.zeros(4, 8, 16, 16, dtype=torch.float32 if torch.float32 in DTYPES[dtypes] else x_dtype)
+    total = torch.zeros(4, dtype=torch.float64 if x_dtype == torch.float64 else torch.float32)
+    constants = scale_map(kind, bounded)
+    name = f"{kind}{'_bounded' if bounded else ''}-{dtypes}-{flags}"
+    return {f"affine_fwd-{name}": lambda: affine_coupling.affine_coupling_fwd(x, params, None, None, None, flags,
+                                                                             *constants),
+            f"affine_bwd-{name}": lambda: affine_coupling.affine_coupling_bwd(grad, total, x, params, None, 0, True, True,
+                                                                             False, flags, *constants)}
+
+
+def gaussian_calls(scale, dtypes, prior):
+    """Forward and backward with noise from a seed on the device; the prior one that the batch shares."""
+    dtype, _ = DTYPES[dtypes]
+    params = torch.zeros(4, 8, 16, 16, dtype=dtype)
+    shared = (torch.zeros(1, 4, 16, 16, dtype=dtype),) * 2 if prior else (None, None)
+    total = torch.zeros(4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    grad = torch.zeros(4, 4, 16, 16, dtype=dtype)
+    index = SCALES.index(scale)
+    name = f"{scale}-{dtypes}{'-prior' if prior else ''}"
+    return {f"gaussian_fwd-{name}": lambda: gaussian.gaussian_fwd(
+                params, None, *shared, None, torch.tensor(1), 0, 0, None, index, 0, 0, prior, False),
+            f"gaussian_bwd-{name}": lambda: gaussian.gaussian_bwd(
+                grad, total, total if prior else None, params, None, *shared, None, torch.tensor(1), 0, 0, None, index, 0,
+                0, True, False, prior, prior)}
+
+
+def special_calls():
+    """Layouts and sizes that take another path: several programs a sample, small rows, channels last, K samples."""
+    constants = scale_map("sigmoid")
+    large, large_params = torch.zeros(2, 40000), torch.zeros(2, 80000)
+    image = torch.zeros(4, 16, 8, 8).to(memory_format=torch.channels_last)
+    small = torch.zeros(600, 4)
+    samples, prior = torch.zeros(3, 600, 2), torch.zeros(1, 2)
+    latent = torch.zeros(2, 8, 64, 64)
+
+    def forward(x, params, passive=None):
+        return lambda: affine_coupling.affine_coupling_fwd(x, params, None, torch.zeros(x.shape[0]), passive, 0, *constants)
+
+    return {
+        "affine_fwd-two_stages": forward(large, large_params),
+        "affine_fwd-channels_last_passive": forward(image[:, 8:], image, image[:, :8]),
+        "affine_fwd-small_rows": forward(small[:, :2], small),
+        "gaussian_fwd-K_samples_odd": lambda: gaussian.gaussian_fwd(torch.zeros(4, 14), None, None, None, None, None, 3, 0, 3,
+                                                                    0, 0, 0, True, True),
+        "gaussian_fwd-channel": lambda: gaussian.gaussian_fwd(latent, None, None, None, None, None, 3, 0, 2, 0, 0, 1, True,
+                                                              False),
+        "gaussian_bwd-K_samples_large_batch": lambda: gaussian.gaussian_bwd(
+            samples, torch.zeros(600), None, small, None, prior, prior, None, None, 3, 0, 3, 0, 0, 0, True, False, True, True),
+        "philox4x32": lambda: gaussian.philox4x32(torch.zeros(8, 4, dtype=torch.int64), torch.zeros(8, 2, dtype=torch.int64))}
+
+
+def matrix_calls(size, dtype):
+    weight = torch.eye(size, dtype=dtype).repeat(4, 1, 1)
+    calls = {f"slogdet-{size}-{dtype}-{inverse}": lambda inverse=inverse: slogdet.slogdet_fwd(weight, inverse)
+             for inverse in (False, True)}
+    if dtype in (torch.float32, torch.float64) and size == 24:
+        operands = weight, weight, weight[:, 0], weight[:, 0], torch.arange(size).repeat(4, 1)
+        calls |= {f"plu_fwd-{dtype}": lambda: plu_weight.plu_weight_fwd(*operands),
+                  f"plu_bwd-{dtype}": lambda: plu_weight.plu_weight_bwd(weight, *operands)}
+    return calls
+
+
+def wide_calls():
+    """Calls whose tensors are contiguous and aligned, so that every big access must be 16 bytes wide."""
+    calls = {}
+    for dtypes in ("f32", "bf16", "f64"):
+        calls |= affine_calls("sigmoid", dtypes) | gaussian_calls("logvar", dtypes, True)
+    return calls
+
+
+def quick_calls():
+    """Every kernel, map, scale and dtype at least once."""
+    calls = special_calls() | wide_calls()
+    for kind in KINDS:
+        calls |= affine_calls(kind, "f32", INVERSE)
+    calls |= affine_calls("tanh", "f32_bf16", SHIFT_FIRST, bounded=True)
+    calls |= affine_calls("softplus", "bf16_f32", SHIFT_FIRST | INVERSE, bounded=True)
+    calls |= affine_calls("exp", "f16")
+    for scale in SCALES:
+        calls |= gaussian_calls(scale, "f32", scale == "softplus")
+    calls |= matrix_calls(3, torch.float32) | matrix_calls(24, torch.float32) | matrix_calls(32, torch.float64)
+    return calls
+
+
+def all_calls():
+    """Every kernel x map or scale x direction x dtype combination."""
+    calls = quick_calls()
+    for dtypes in DTYPES:
+        for kind in KINDS:
+            for flags in (0, SHIFT_FIRST, INVERSE, SHIFT_FIRST | INVERSE):
+                calls |= affine_calls(kind, dtypes, flags)
+            calls |= affine_calls(kind, dtypes, 0, bounded=True)
+        for scale in SCALES:
+            for prior in (False, True):
+                calls |= gaussian_calls(scale, dtypes, prior)
+    for size in MATRIX_SIZES:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            calls |= matrix_calls(size, dtype)
+    return calls

@@ -1,0 +1,118 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100, without spills, approximations or narrow accesses."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import calls  # noqa: E402  the path above
+import compiling  # noqa: E402
+import torch  # noqa: E402
+
+QUICK = calls.quick_calls()
+WIDE = calls.wide_calls()
+OTHER_TRITON = "FASTFLOW_TRITON36_PYTHON"
+
+
+def check(call, capability):
+    """Compile what ``call`` launches; returns the kernels."""
+    kernels = [compiling.compiled(launch, capability) for launch in compiling.launches_of(call)]
+    assert kernels
+    for kernel in kernels:
+        found = compiling.APPROXIMATE.findall(kernel.ptx)
+        assert not found, f"{kernel.name}: approximate instructions {sorted(set(found))}"
+        assert ".local" not in kernel.ptx, f"{kernel.name}: local memory in the PTX"
+        resources = kernel.resources()
+        assert resources["STACK"] == resources["LOCAL"] == 0, f"{kernel.name}: spills, {resources}"
+        assert has_64_bit_offsets(kernel.ttir), f"{kernel.name}: no 64-bit product in its offsets"
+    return kernels
+
+
+def has_64_bit_offsets(ttir):
+    """Whether offsets are 64-bit products, and no pointer is moved by a 32-bit one."""
+    moved = re.findall(r"tt\.addptr .*, ((?:tensor<[^>]*x)?i\d+)", ttir)
+    return "arith.muli" in ttir and re.search(r"arith\.muli .* : (?:tensor<[^>]*x)?i64", ttir) and not any(
+        kind.endswith("i32") for kind in moved)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_compiles(name):
+    check(QUICK[name], 90)
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("name", [name for name in WIDE if "-f32" in name])
+def test_compiles_for_other_gpus(name, capability):
+    check(WIDE[name], capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", compiling.CAPABILITIES)
+@pytest.mark.parametrize("name", calls.all_calls())
+def test_compiles_everything(name, capability):
+    check(calls.all_calls()[name], capability)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_aligned_accesses_are_16_bytes_wide(name):
+    """All but the one number per row (log-determinants, seeds, gradients of sums)."""
+    for launch in compiling.launches_of(WIDE[name]):
+        kernel = compiling.compiled(launch, 90)
+        loads, stores = kernel.global_accesses()
+        operands = sum(isinstance(a, torch.Tensor) and a.numel() > 600 for a in launch[1])
+        wide = sum(width == 16 for width in loads + stores)
+        assert wide >= operands, f"{kernel.name}: {loads} {stores}"
+        if kernel.name.endswith("fwd_kernel"):
+            assert sum(width < 16 for width in stores) <= 2, f"{kernel.name}: {stores}"
+            assert sum(width < 16 for width in loads) <= 1, f"{kernel.name}: {loads}"
+
+
+def test_a_misaligned_view_compiles_narrow():
+    """The same call one element further in memory must not use the wide kernel."""
+    buffer = torch.zeros(4 * 2048 + 1)
+    x, params = buffer[1:].view(4, 8, 16, 16), torch.zeros(4, 16, 16, 16)
+    launch, = compiling.launches_of(lambda: calls.affine_coupling.affine_coupling_fwd(
+        x, params, None, None, None, 0, *calls.scale_map("exp")))
+    loads, _ = compiling.compiled(launch, 90).global_accesses()
+    assert 4 in loads and 16 in loads
+
+
+@pytest.mark.parametrize("make", [
+    lambda batch: calls.affine_coupling.affine_coupling_fwd(
+        torch.zeros(batch, 6, 4, 4), torch.zeros(batch, 12, 4, 4), None, None, None, 0, *calls.scale_map("exp")),
+    lambda batch: calls.affine_coupling.affine_coupling_bwd(
+        torch.zeros(batch, 6), torch.zeros(batch), torch.zeros(batch, 6), torch.zeros(batch, 12), None, 0, True, True, False,
+        0, *calls.scale_map("exp")),
+    lambda batch: calls.gaussian.gaussian_fwd(torch.zeros(batch, 12), None, None, None, None, None, batch * 2**20, 0, None,
+                                              0, 0, 0, True, False),
+    lambda batch: calls.gaussian.gaussian_bwd(torch.zeros(batch, 6), torch.zeros(batch), None, torch.zeros(batch, 12), None,
+                                              None, None, None, None, 5 * batch, 0, None, 0, 0, 0, True, False, False, False),
+    lambda batch: calls.slogdet.slogdet_fwd(torch.zeros(batch, 12, 12), True)],
+    ids=["affine_fwd", "affine_bwd", "gaussian_fwd", "gaussian_bwd", "slogdet"])
+def test_twenty_batch_sizes_need_at_most_two_variants(make):
+    sizes = [1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 48, 63, 64, 100, 127, 128, 255, 256]
+    keys = {compiling.variant(launch) for batch in sizes for launch in compiling.launches_of(lambda b=batch: make(b))}
+    assert len(keys) <= 2, keys
+
+
+def test_with_triton_3_6():
+    """The same files under another Triton: FASTFLOW_TRITON36_PYTHON names a Python that has it, torch, pytest and
+    fastflow's sources importable."""
+    python = os.environ.get(OTHER_TRITON)
+    if not python:
+        pytest.skip(f"{OTHER_TRITON} is not set")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    environment.pop(OTHER_TRITON)
+    version = subprocess.run([python, "-c", "import triton; print(triton.__version__)"], capture_output=True, text=True,
+                             env=environment, check=True).stdout
+    assert version.startswith("3.6"), version
+    result = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], capture_output=True,
+                            text=True, env=environment, cwd=root)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -1,0 +1,90 @@
+"""The CUDA kernels on the CPU: built against simt.h, run under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+A sanitizer must be in the process from its start, so the checks run in subprocesses: the cases in cases/, those files of
+tests/unit that the operators' mathematics depends on, and the deliberately wrong kernels of teeth.cu.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from simt import build
+
+UNIT = build.ROOT / "tests" / "unit"
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which(build.CXX) is None,
+                                reason="needs Linux and a C++ compiler with AddressSanitizer")
+
+
+def run(*arguments, library=None):
+    environment = build.environment()
+    paths = [str(build.HERE), str(build.ROOT / "tests")]
+    environment["PYTHONPATH"] = ":".join([*paths, environment.get("PYTHONPATH", "")]).rstrip(":")
+    if library is not None:
+        environment["FASTFLOW_SIMT_LIBRARY"] = str(library)
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment,
+                          cwd=build.ROOT, timeout=1200)
+
+
+@pytest.fixture(scope="session")
+def operators():
+    return build.operators()
+
+
+@pytest.fixture(scope="session")
+def teeth():
+    return build.teeth()
+
+
+# tests/unit's fixture "cpu" is here the emulated GPU. Left out: sizes that take minutes to emulate, and tests of threads.
+SUITES = {
+    "kernels": ["tests/simt/cases/check_kernels.py"],
+    "layouts": [UNIT / "test_layouts.py"],
+    "affine_coupling": [UNIT / "test_affine_coupling.py", UNIT / "test_dialects.py"],
+    "nonfinite": [UNIT / "test_nonfinite.py"],
+    "gaussian": [UNIT / "test_gaussian_sample_kl.py", UNIT / "test_gaussian_noise.py"],
+}
+LEFT_OUT = "not carries_no_gradient and not threads"
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_kernels_under_sanitizers(suite, operators):
+    result = run("-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "-q", "-x", "--tb=short", "-k", LEFT_OUT,
+                 "-o", "python_files=test_*.py check_*.py", *SUITES[suite], library=operators)
+    report = f"{result.stdout[-6000:]}\n{result.stderr[-3000:]}"
+    assert result.returncode == 0, report
+    assert " passed" in result.stdout or "[100%]" in result.stdout, report
+
+
+RIGHT = [("tooth_reverse", 1), ("tooth_skip", 0), ("tooth_global", 0), ("tooth_dynamic", 0), ("tooth_static", 0),
+         ("tooth_misaligned", 0), ("tooth_collective", 0, 64)]
+WRONG = [
+    (("tooth_reverse", 0), "wrong"),  # the missing barrier shows as NaN read from shared memory
+    (("tooth_unwritten",), "wrong"),
+    (("tooth_skip", 1), "__syncthreads"),
+    (("tooth_global", 1), "heap-buffer-overflow"),
+    (("tooth_global", -1), "heap-buffer-overflow"),
+    (("tooth_dynamic", 1), "heap-buffer-overflow"),
+    (("tooth_dynamic", -1), "heap-buffer-overflow"),
+    (("tooth_static", 1), "runtime error: index 64 out of bounds"),
+    (("tooth_misaligned", 1), "misaligned address"),
+    (("tooth_collective", 1, 64), "no thread can go on"),
+    (("tooth_collective", 2, 64), "outside its mask"),
+    (("tooth_collective", 0, 48), "a lane that is not there"),
+    (("tooth_block", 1056), "a block of 1056"),
+    (("tooth_shared", 228 * 1024), "too much shared memory"),
+]
+
+
+@pytest.mark.parametrize("call", RIGHT, ids=str)
+def test_right_kernels_pass(call, teeth):
+    result = run(build.HERE / "tooth.py", teeth, *call)
+    assert result.stdout.strip() == "right" and result.returncode == 0, result.stdout + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("call", "sign"), WRONG, ids=str)
+def test_wrong_kernels_are_caught(call, sign, teeth):
+    result = run(build.HERE / "tooth.py", teeth, *call)
+    assert sign in result.stdout + result.stderr, result.stdout + result.stderr[-2000:]
+    assert result.stdout.strip() != "right"
