@@ -325,17 +325,13 @@ FASTFLOW_HD TanhSlope<T> tanh_slope(T x) {
   const T p = fma(q.r * q.r, exp_tail(q.r), q.r), scale = power_of_two(q.rounded);
   const T decay = fma(scale, p, scale), decay_m1 = fma(scale, p, scale - T(1));  // exp(-2 abs(x)), the same minus 1
   const T inverse = T(1) / (decay_m1 + T(2));
-  return {copysign(-decay_m1 * inverse, x), T(4) * decay * (inverse * inverse)};
+  const T value = decay < T(0.33) ? fma(T(-2) * decay, inverse, T(1)) : -decay_m1 * inverse;
+  return {copysign(value, x), T(4) * decay * (inverse * inverse)};
 }
 
 template <class T>
 FASTFLOW_HD T tanh(T x) {
-  using B = Bits<T>;
-  const T a = T(2) * abs(x);
-  const Reduced<T> q = reduce_exp(a > -B::expm1_low ? B::expm1_low : -a);
-  const T scale = power_of_two(q.rounded);
-  const T decay_m1 = fma(scale, fma(q.r * q.r, exp_tail(q.r), q.r), scale - T(1));
-  return copysign(-decay_m1 / (decay_m1 + T(2)), x);
+  return tanh_slope(x).value;
 }
 
 FASTFLOW_HD float atan_tail(float z) {

@@ -53,10 +53,11 @@ struct Scale {
   T s, log_s;
 };
 
-// s, ds/dr and d(log s)/dr.
+// s, ds/dr and d(log s)/dr before the hard bounds, and whether those let gradients through.
 template <class T>
 struct ScaleSlope {
   T s, ds, dlog;
+  bool inside = true;
 };
 
 // NaN stays.
@@ -80,14 +81,14 @@ template <class T>
 FASTFLOW_HD ScaleSlope<T> with_eps(const ScaleMap<T>& map, ScaleSlope<T> scale) {
   const T s = scale.s;
   const T share = (s == math::infinity<T>()) | (map.eps == T(0)) ? T(1) : s / (s + map.eps);
-  return {s + map.eps, scale.ds, scale.dlog * share};
+  return {s + map.eps, scale.ds, scale.dlog * share, scale.inside};
 }
 
 template <class T>
 FASTFLOW_HD ScaleSlope<T> with_bounds(const ScaleMap<T>& map, ScaleSlope<T> scale) {
   const T s = scale.s;
-  const T inside = (s < map.hard_min) | (s > map.hard_max) ? T(0) : T(1);
-  return {clamp(s, map.hard_min, map.hard_max), inside * scale.ds, inside * scale.dlog};
+  return {clamp(s, map.hard_min, map.hard_max), scale.ds, scale.dlog,
+          scale.inside & !((s < map.hard_min) | (s > map.hard_max))};
 }
 
 // The bound of abs(log s) for tanh, atan and rational (before eps).
@@ -223,20 +224,29 @@ FASTFLOW_HD CoupledGradient<T> coupled_gradient(const ScaleMap<T>& map, ScaleSlo
                                                 bool inverse, bool shift_first, bool separate) {
   const T s = scale.s;
   const T shift = inverse != shift_first ? map.shift_gain * t : T(0);
+  const T to_log = scale.inside ? gl : T(0);
   CoupledGradient<T> grad;
   if (inverse) {
     grad.x = gy / s;
     grad.shift = -map.shift_gain * (shift_first ? gy : grad.x);
-    const T quotient = (shift_first ? x : x - shift) / s;
-    grad.raw = -math::fma(grad.x * quotient, scale.ds, gl * scale.dlog);
+    const T to_scale = grad.x * ((shift_first ? x : x - shift) / s);
+    grad.raw = -math::fma(scale.inside ? to_scale : T(0), scale.ds, to_log * scale.dlog);
   } else {
     const T scaled = shift_first ? x + shift : x;  // what s multiplies
+    const T to_scale = gy * scaled;
     grad.x = gy * s;
     grad.shift = map.shift_gain * (shift_first ? grad.x : gy);
-    grad.raw = separate ? math::fma(gy * scaled, scale.ds, gl * scale.dlog)
+    grad.raw = separate ? math::fma(scale.inside ? to_scale : T(0), scale.ds, to_log * scale.dlog)
                         : math::fma(grad.x, scaled, gl) * scale.dlog;
   }
   return grad;
+}
+
+// The gradient in r from the log-det alone, where y is not used.
+template <class T>
+FASTFLOW_HD T log_gradient(ScaleSlope<T> scale, T gl, bool inverse) {
+  const T signed_gl = inverse ? -gl : gl;
+  return (scale.inside ? signed_gl : T(0)) * scale.dlog;
 }
 
 template <Kind K, bool Eps, bool Bounds, bool Inverse, bool ShiftFirst, bool Moderate = false, class T>

@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(
   job.shape = shape_of(x, passive_channels, flags);
   job.map = {kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain};
   Operands operands(x);
-  if (job.shape.batch > 0 && job.shape.sample + job.shape.passive > 0) {
+  if (job.shape.sample > 0) {
     const Halves halves(flags, channels);
     job.x = operands.of(x);
     job.y = operands.of(y, {passive_channels, 1, channels});
@@ -139,16 +139,16 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(
       job.raw = shift ? operands.of(params) : operands.of(params, halves.raw);
       job.shift = shift ? operands.of(*shift) : operands.of(params, halves.shift);
     }
-    if (passive_channels > 0) {
-      job.passive = operands.of(*passive);
-      job.passive_y = operands.of(y, {0, 1, passive_channels});
-    }
+  }
+  if (job.shape.passive > 0) {
+    job.passive = operands.of(*passive);
+    job.passive_y = operands.of(y, {0, 1, passive_channels});
   }
   std::vector<double> partials(static_cast<size_t>(job.shape.partials()));
   job.partials = partials.data();
   job.logdet = operands.of(total);
   if (logdet) job.running = operands.of(*logdet);
-  if (job.x.data != nullptr) {
+  if (y.numel() > 0) {
     parallel_for(0, job.shape.units(), units_per_thread(job.shape),
                  [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(affine_forward, job, begin, end); });
   }

@@ -80,14 +80,14 @@ void backward_tile(const ScaleMap<T>& constants, int64_t n, const T* grad_y, con
 
 // Without a gradient in y only log s depends on the raw values, and x must not bring its infinities in.
 template <class T>
-using LogTile = void (*)(const ScaleMap<T>&, int64_t, T, const T*, const T*, T*);
+using LogTile = void (*)(const ScaleMap<T>&, int64_t, bool, const T*, const T*, T*);
 
 template <Kind K, bool Extended, class T>
-void log_tile(const ScaleMap<T>& constants, int64_t n, T sign, const T* grad_logdet, const T* raw, T* grad_raw) {
+void log_tile(const ScaleMap<T>& constants, int64_t n, bool inverse, const T* grad_logdet, const T* raw, T* grad_raw) {
   const ScaleMap<T> map = constants;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
-    grad_raw[i] = sign * grad_logdet[i] * scale_slope<K, Extended, Extended, !Extended>(map, raw[i]).dlog;
+    grad_raw[i] = log_gradient(scale_slope<K, Extended, Extended, !Extended>(map, raw[i]), grad_logdet[i], inverse);
 }
 
 template <auto V>
@@ -288,7 +288,6 @@ void backward(const AffineBackward& job, int64_t begin, int64_t end) {
   const LogTile<T> compute_log = choose_log<T>(job);
   const bool additive = static_cast<Kind>(job.map.kind) == Kind::additive;
   const bool reads_shift = shape.inverse != shape.shift_first;
-  const T sign = shape.inverse ? T(-1) : T(1);
   const int64_t start = first_element(shape, begin);
   Cursor<T> grad_y, x, raw, shift;
   Result<T> grad_x, grad_raw, grad_shift;
@@ -321,7 +320,7 @@ void backward(const AffineBackward& job, int64_t begin, int64_t end) {
     } else {
       fill(gx, n, T(0));
       fill(gt, n, T(0));
-      if (!additive) compute_log(map, n, sign, gl_tile.values, r, gr);
+      if (!additive) compute_log(map, n, shape.inverse, gl_tile.values, r, gr);
     }
     grad_x.finish(n);
     grad_raw.finish(n);

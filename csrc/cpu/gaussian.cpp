@@ -46,7 +46,7 @@ class Operands {
  public:
   explicit Operands(Dims shape) : shape_(std::move(shape)) {}
 
-  // A tensor whose sizes are the first ones of the shape, and which is the same along the others and where its size is 1.
+  // A tensor whose sizes are the first ones of the shape; along the others, and where its own size is 1, it repeats.
   Operand of(const Tensor& t, const optional<int64_t>& n_samples = {}) {
     return over(t, 0, 1, shape_with(n_samples));
   }
@@ -201,7 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_fwd(
     bool save_eps) {
   const Dims shape = latent_shape(params, raw), z_shape = with_samples(n_samples, shape);
   const ScalarType dtype = compute_type(params.scalar_type());
-  Dims kl_shape(shape.begin(), reduce == by_sample ? shape.begin() + 1 : reduce == by_channel ? shape.begin() + 2 : shape.end());
+  const auto kept = reduce == by_sample ? shape.begin() + 1 : reduce == by_channel ? shape.begin() + 2 : shape.end();
+  const Dims kl_shape(shape.begin(), kept);
   Tensor z = empty(z_shape, result_type(params, raw, prior_mean, prior_raw, eps), params);
   Tensor kl = empty(kl_shape, dtype, params);
   Tensor logq = empty(want_logq ? with_samples(n_samples, {shape[0]}) : Dims{0}, dtype, params);
@@ -294,7 +295,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
   if (need_prior_mean) b.prior.mean = static_cast<double*>(mean_partial.data_ptr());
   if (need_prior_raw) b.prior.raw = static_cast<double*>(raw_partial.data_ptr());
   const int64_t tasks = b.prior.blocks * p.tiling.chunks;
-  parallel_for(0, tasks, tasks > 0 ? std::max<int64_t>(1, grain * tasks / std::max<int64_t>(p.total * p.samples, 1)) : 1,
+  const int64_t work = std::max<int64_t>(p.total * p.samples, 1);
+  parallel_for(0, tasks, std::max<int64_t>(1, grain * tasks / work),
                [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(gaussian_prior_blocks, b, begin, end); });
   parallel_for(0, p.tiling.chunks, std::max<int64_t>(1, grain / gaussian::chunk / std::max<int64_t>(b.prior.blocks, 1)),
                [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(gaussian_prior_sums, b, begin, end); });
@@ -312,7 +314,8 @@ Tensor philox4x32(const Tensor& counter, const Tensor& key) {
     for (int64_t i = begin; i < end; ++i) {
       auto word = [&](int64_t j) { return static_cast<uint64_t>(c[i * row + j * step]); };
       auto key_word = [&](int64_t j) { return static_cast<uint32_t>(k[i * key_row + j * key_step]); };
-      const auto w = philox::generate(philox::Words<uint64_t>{word(0), word(1), word(2), word(3)}, key_word(0), key_word(1));
+      const philox::Words<uint64_t> block{word(0), word(1), word(2), word(3)};
+      const auto w = philox::generate(block, key_word(0), key_word(1));
       const uint64_t found[4] = {w.w0, w.w1, w.w2, w.w3};
       for (int64_t j = 0; j < 4; ++j) out[4 * i + j] = static_cast<int64_t>(found[j] & 0xffffffffu);
     }

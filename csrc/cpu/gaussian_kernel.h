@@ -73,8 +73,8 @@ struct Backward {
 
 namespace fastflow {
 
-// gaussian_forward and gaussian_backward work on tiles [begin, end), gaussian_prior_blocks on tasks (block, tile of a
-// sample), gaussian_prior_sums on tiles of a sample; the last two are gaussian_backward in two steps for a shared prior.
+// gaussian_forward and gaussian_backward work on tiles [begin, end). For a shared prior, backward takes two steps:
+// gaussian_prior_blocks on tasks (block, tile of a sample) and gaussian_prior_sums on tiles of a sample.
 FASTFLOW_GAUSSIAN_ISA(void gaussian_forward(const gaussian::Forward& f, int64_t begin, int64_t end);
                       void gaussian_backward(const gaussian::Backward& b, int64_t begin, int64_t end);
                       void gaussian_prior_blocks(const gaussian::Backward& b, int64_t begin, int64_t end);

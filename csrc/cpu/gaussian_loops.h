@@ -1,4 +1,5 @@
-// The Gaussian operators' loops over contiguous arrays. For gaussian_kernel.cpp alone: compiled once per instruction set.
+// The Gaussian operators' loops over contiguous arrays. For gaussian_kernel.cpp alone: compiled once per instruction
+// set.
 //
 // The structs that functions return by value are taken by value too, and loops say that nothing overlaps (ivdep): GCC
 // vectorises them all then, which it does not with references to those structs or under `omp simd`.
@@ -83,9 +84,9 @@ void posterior(const Params<T>& in, const T* eps, int64_t count, const Sampled<T
   }
 }
 
-// Gradients that come in: by z, summed over the samples, with and without the noise as a factor, by the KL and by log q.
-// Null where there is none. `plain` is the common case: one sample, one kl_each for the whole tile, and no log q; then
-// eps stands in place of z_eps and kl.
+// Gradients that come in: by z, summed over the samples, without and with the noise as a factor, by the KL and by
+// log q; null where there is none. `plain` is the common case of one sample, one kl_each for the whole tile and no log
+// q: then eps and kl_each stand in place of z_eps and kl.
 template <class T>
 struct Incoming {
   const T *z, *z_eps, *kl, *logq;

@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_backward(const __grid_cons
         g = coupled_gradient(p.map.constants, scale[e], in[3][e], gl, in[0][e], in[2][e], p.map.inverse,
                              p.map.shift_first, separate_slope);
       else
-        g = {T(0), (p.map.inverse ? -gl : gl) * scale[e].dlog, T(0)};  // y is not used: exact zeros
+        g = {T(0), log_gradient(scale[e], gl, p.map.inverse), T(0)};  // y is not used: exact zeros
       grad[0][e] = g.x;
       grad[1][e] = g.raw;
       grad[2][e] = g.shift;

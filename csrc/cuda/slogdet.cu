@@ -100,9 +100,13 @@ __global__ void __launch_bounds__(128) slogdet_warp(const __grid_constant__ Matr
 #pragma unroll
   for (int flip = kGroup / 2; flip > 0; flip /= 2) log_sum += __shfl_xor_sync(members, log_sum, flip);
   const unsigned negative = __ballot_sync(members, my_pivot < 0.) & members;
-  const Verdict verdict{(__popc(negative) % 2 != 0) != odd_swaps,
-                        (__ballot_sync(members, my_pivot == 0.) & members) != 0,
-                        (__ballot_sync(members, has_nan || math::isnan(my_pivot)) & members) != 0};
+  const unsigned zeros = __ballot_sync(members, my_pivot == 0.) & members;
+  const unsigned nans = __ballot_sync(members, math::isnan(my_pivot)) & members;
+  const unsigned nan_inputs = __ballot_sync(members, has_nan) & members;
+  // Behind a zero pivot everything is NaN: the first bad step tells.
+  const unsigned first_bad = (zeros | nans) & (0u - (zeros | nans));
+  const Verdict verdict{(__popc(negative) % 2 != 0) != odd_swaps, (zeros & first_bad) != 0,
+                        (nans & first_bad) != 0 || nan_inputs != 0};
   const bool broken = conclude<C>(m, matrix, verdict, log_sum, matrix < m.count && row == 0);
   if (!m.inverse) return;
 #pragma unroll

@@ -48,7 +48,7 @@ def case_of(shape, packing="packed", extra=(), **options):
 @every_map
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_values_and_gradients_of_every_map(scale, inverse, dtype, backend, device):
+def test_values_and_gradients_of_every_map(scale, inverse, dtype, fused, device):
     """37 elements per sample: two full vectors of 16 and a tail."""
     for shift_first, packing in itertools.product((False, True), ("packed", "pair")):
         case = case_of((3, 37), packing, scale=scale, inverse=inverse, shift_first=shift_first)
@@ -59,7 +59,7 @@ def test_values_and_gradients_of_every_map(scale, inverse, dtype, backend, devic
 @pytest.mark.parametrize("shape", [(5, 3), (2, 4, 9), (2, 3, 5, 4), (2, 2, 3, 4, 5), (1, 1, 1), (7, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("layout", ["chunk", "interleave"])
 @pytest.mark.parametrize("order", ["scale_shift", "shift_scale"])
-def test_ranks_packings_and_extra_operands(shape, layout, order, backend, device):
+def test_ranks_packings_and_extra_operands(shape, layout, order, fused, device):
     for extra, inverse in itertools.product(((), ("logdet",), ("passive",), ("logdet", "passive")), (False, True)):
         case = case_of(shape, extra=extra, scale="tanh", layout=layout, order=order, inverse=inverse)
         tensors = case.tensors(torch.float32, device)
@@ -132,7 +132,7 @@ def sweep(dtype, device):
                                                            "sigmoid_eps", "exp_eps")],
                          ids=lambda s: s if isinstance(s, str) else s.kind + "_eps")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_scale_log_scale_and_derivatives_over_the_whole_range(scale, dtype, backend, device):
+def test_scale_log_scale_and_derivatives_over_the_whole_range(scale, dtype, fused, device):
     """With x = 1 and t = 0, y is s and the log-det log s, element by element; so are the two parts of the gradient. s within
     a few roundings of itself, however small; log s and its derivative of themselves or 1, s's derivative of s."""
     raw = sweep(dtype, device).requires_grad_()
@@ -170,7 +170,7 @@ def test_long_sums_of_one_sign(shape, backend, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [m for m in MAPS.values()], ids=MAPS)
-def test_every_shape_up_to_two_vectors(scale, dtype, backend, device):
+def test_every_shape_up_to_two_vectors(scale, dtype, fused, device):
     for size in range(1, 40):
         case = case_of((2, size), scale=scale, inverse=bool(size % 2))
         tensors = case.tensors(dtype, device, seed=size)

@@ -19,7 +19,7 @@ def differentiable_results(case):
 
 
 @by_case
-def test_every_requires_grad_mask_and_every_set_of_results(case, backend, device):
+def test_every_requires_grad_mask_and_every_set_of_results(case, fused, device):
     """2^n masks x {each non-empty set of results}: gradients equal the reference's, None elsewhere."""
     tensors = case.tensors(torch.float64, device)
     cotangents = cotangents_of(case, tensors)
@@ -149,7 +149,7 @@ def test_gradcheck_exhaustive_and_gradgradcheck(case, backend, device):
 
 
 @pytest.mark.parametrize("case", [c for c in TINY if c.op in ("affine_coupling", "gaussian_sample_kl")], ids=str)
-def test_second_derivative_of_one_result_alone(case, backend, device):
+def test_second_derivative_of_one_result_alone(case, fused, device):
     """create_graph with the other results unused: the gradient's gradient equals the reference's."""
     tensors = {n: t.to(device) for n, t in case.tensors(seed=4).items()}
     for name in case.outputs:
@@ -190,7 +190,7 @@ def test_log_det_is_that_of_the_autograd_jacobian(scale, inverse, backend, devic
         torch.testing.assert_close(logdet_back, -logdet, rtol=1e-13, atol=1e-13)
 
 
-def test_one_tensor_in_several_roles(backend, device):
+def test_one_tensor_in_several_roles(fused, device):
     """x as its own scale and shift: the three gradients add up."""
     x = torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True)
     y, logdet = functional.affine_coupling(x, (x, x), scale="tanh", passive=x)
@@ -208,7 +208,7 @@ def test_one_tensor_in_several_roles(backend, device):
 
 @pytest.mark.parametrize("case", (AFFINE_CASES[0], GAUSSIAN_CASES[1], GAUSSIAN_CASES[2]), ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_gives_the_same_gradients(case, reentrant, backend, device):
+def test_activation_checkpointing_gives_the_same_gradients(case, reentrant, fused, device):
     """The recomputed forward draws the same noise, even without torch's RNG state being kept."""
     tensors = case.tensors(torch.float64, device)
     grads = []
@@ -228,7 +228,7 @@ def _backward(out, leaves):
     return [t.grad for t in leaves]
 
 
-def test_softmax_upstream_keeps_what_it_saved(backend, device):
+def test_softmax_upstream_keeps_what_it_saved(fused, device):
     """An op that wrote into its operand would corrupt the output that softmax saved for its own backward."""
     logits = torch.randn(4, 6, dtype=torch.float64, device=device, requires_grad=True)
 

@@ -54,7 +54,7 @@ def test_one_and_two_threads_give_the_same_bits(case, dtype, fused, device, thre
 
 
 @by_case
-def test_twenty_repeats_give_the_same_bits(case, backend, device):
+def test_twenty_repeats_give_the_same_bits(case, fused, device):
     tensors = case.tensors(torch.float32, device)
     cotangents = cotangents_of(case, tensors)
     first = evaluate(case, tensors, cotangents=cotangents)
@@ -72,7 +72,7 @@ def test_large_repeats_give_the_same_bits(case, fused, device):
 
 
 @by_case
-def test_deterministic_mode(case, backend, device):
+def test_deterministic_mode(case, fused, device):
     """torch.use_deterministic_algorithms, with its NaN-filled fresh memory, changes nothing."""
     tensors = case.tensors(torch.float32, device)
     cotangents = cotangents_of(case, tensors)
@@ -86,7 +86,7 @@ def test_deterministic_mode(case, backend, device):
 
 
 @by_case
-def test_inference_mode(case, backend, device):
+def test_inference_mode(case, fused, device):
     """Inference tensors in and out, the same numbers; ordinary tensors made before are usable inside."""
     tensors = case.tensors(torch.float32, device)
     plain = evaluate(case, tensors)[0]

@@ -64,7 +64,7 @@ def test_against_torch_distributions(scale, n_samples, with_prior, backend, devi
 
 @by_scale
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_every_option_by_the_ratio_rule(scale, dtype, backend, device):
+def test_every_option_by_the_ratio_rule(scale, dtype, fused, device):
     for (layout, order), (reduce, n_samples), prior in itertools.product(
             (("chunk", "mean_scale"), ("chunk", "scale_mean"), ("interleave", "scale_mean")),
             (("sample", None), ("channel", 2), ("none", None)), (0, 1, 3)):
@@ -177,7 +177,7 @@ def sweep(scale, dtype, device):
 
 @by_scale
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_sigma_kl_and_their_gradients_over_the_whole_range(scale, dtype, backend, device):
+def test_sigma_kl_and_their_gradients_over_the_whole_range(scale, dtype, fused, device):
     """One element per sample: each sigma (z at mean 0 and eps 1), KL and derivative by itself, non-finite places included."""
     raw = sweep(scale, dtype, device).requires_grad_()
     wide = raw.detach().double().requires_grad_()

@@ -19,7 +19,7 @@ def in_layout(layout, tensors, names):
 
 @every_layout
 @by_case
-def test_every_operand_in_every_layout(case, layout, backend, device):
+def test_every_operand_in_every_layout(case, layout, fused, device):
     """One operand at a time, then all, by the ratio rule (nothing promises the same bits for another layout)."""
     tensors = case.tensors(torch.float32, device)
     cotangents = cotangents_of(case, tensors)
@@ -31,7 +31,7 @@ def test_every_operand_in_every_layout(case, layout, backend, device):
 
 @every_layout
 @by_case
-def test_incoming_gradients_in_every_layout(case, layout, backend, device):
+def test_incoming_gradients_in_every_layout(case, layout, fused, device):
     tensors = case.tensors(torch.float32, device)
     cotangents = cotangents_of(case, tensors)
     check_by_ratio(case, tensors, cotangents=in_layout(layout, cotangents, tuple(cotangents)), what=layout.__name__)
@@ -63,7 +63,7 @@ def test_gradients_of_sums(case, backend, device):
 @pytest.mark.parametrize("shape", layouts.AMBIGUOUS_SHAPES, ids=str)
 @pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last, layouts.channel_slice, layouts.padded],
                          ids=layouts.by_name)
-def test_ambiguous_channels_last_shapes(shape, layout, backend, device):
+def test_ambiguous_channels_last_shapes(shape, layout, fused, device):
     doubled = (shape[0], 2 * shape[1], *shape[2:])
     for case in (Case("affine", "affine_coupling", {"x": shape, "params": doubled, "passive": shape}, {"scale": "tanh"}),
                  Case("pair", "affine_coupling", {"x": shape, "raw": shape, "shift": shape}, {"inverse": True}),
@@ -113,7 +113,7 @@ def test_other_results_are_contiguous(case, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @by_case
-def test_every_misalignment(case, dtype, backend, device):
+def test_every_misalignment(case, dtype, fused, device):
     """Operands that begin 1, 2, 3, ... elements into their storage, after an aligned call of the same shape."""
     if case.op == "plu_weight" and dtype not in (torch.float32, torch.float64):
         return pytest.skip("plu_weight takes float32 and float64")
@@ -171,7 +171,7 @@ def test_no_passive_channels_is_no_passive(backend, device):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 129])
-def test_odd_sizes(size, backend, device):
+def test_odd_sizes(size, fused, device):
     for batch in (1, 2, 5):
         for case in (Case("flat", "affine_coupling", {"x": (batch, size), "params": (batch, 2 * size)}),
                      Case("channel", "affine_coupling", {"x": (batch, 1, size), "params": (batch, 2, size)},

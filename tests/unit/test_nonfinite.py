@@ -35,7 +35,7 @@ def poisoned(tensors, name, index, value):
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("case", WIDE, ids=str)
-def test_poison_comes_out_where_eager_has_it(case, poison, backend, device):
+def test_poison_comes_out_where_eager_has_it(case, poison, fused, device):
     """One bad number in one operand, at the first, a middle, the last element of a sample and in its tail: the same
     non-finite places in every result and gradient as eager's, and the other samples keep their bits."""
     tensors = case.tensors(torch.float32, device)
@@ -59,7 +59,7 @@ def test_poison_comes_out_where_eager_has_it(case, poison, backend, device):
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("case", WIDE, ids=str)
-def test_poison_in_an_incoming_gradient(case, poison, backend, device):
+def test_poison_in_an_incoming_gradient(case, poison, fused, device):
     tensors = case.tensors(torch.float32, device)
     cotangents = cotangents_of(case, tensors)
     clean = evaluate(case, tensors, cotangents=cotangents)[1]
@@ -79,7 +79,7 @@ EXTREMES = [0.0, 1e-6, 5.0, 11.0, 50.0, 80.0, 120.0, 200.0, 1e4, 1e38, math.inf,
 
 
 @pytest.mark.parametrize("case", [c for c in WIDE if c.op == "affine_coupling"], ids=str)
-def test_extreme_raw_scales_meet_extreme_x(case, backend, device):
+def test_extreme_raw_scales_meet_extreme_x(case, fused, device):
     """Every pair of extreme x and extreme raw: overflow, underflow, 0 * inf and inf - inf as eager has them."""
     grid = torch.tensor(EXTREMES + [-v for v in EXTREMES])
     raw, x = (t.flatten()[:, None].to(device) for t in torch.meshgrid(grid, grid, indexing="ij"))
@@ -96,7 +96,7 @@ def test_extreme_raw_scales_meet_extreme_x(case, backend, device):
 
 
 @pytest.mark.parametrize("size", [4, 16, 17, 33])
-def test_a_whole_batch_of_nan_and_of_zeros(size, backend, device):
+def test_a_whole_batch_of_nan_and_of_zeros(size, fused, device):
     for value in (math.nan, 0.0):
         for case in CASES:
             if case.op.startswith(("slogdet", "plu")):
