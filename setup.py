@@ -1,8 +1,7 @@
-"""Builds the native libraries beside the package: fastflow/_C_cpu.so and, where nvcc is, fastflow/_C_cuda.so.
+"""Builds fastflow/_C_cpu.so and, where nvcc is, fastflow/_C_cuda.so, both on LibTorch's stable ABI.
 
-They speak LibTorch's stable ABI, so one build serves every Python and every torch from 2.10. Without torch's headers or a
-compiler the install still succeeds, and the reference serves. FASTFLOW_BUILD=0 skips the build, FASTFLOW_BUILD=1 makes
-its failure an error, TORCH_CUDA_ARCH_LIST chooses the GPU architectures.
+Without torch's headers or a compiler the install still succeeds, and the reference serves. FASTFLOW_BUILD=0 skips the
+build, FASTFLOW_BUILD=1 makes its failure an error, TORCH_CUDA_ARCH_LIST chooses the GPU architectures.
 """
 
 import importlib.util
@@ -35,11 +34,9 @@ rule link
 
 def write_ninja(build, target, torch_dir, nvcc):
     """build.ninja for both libraries, its objects under ``build``, its results in ``target``."""
-    common = (f"-std=c++20 -I{ROOT}/csrc -I{torch_dir}/include -I{torch_dir}/include/torch/csrc/api/include "
-              f"-DTORCH_TARGET_VERSION=0x020a000000000000")
-    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";")
+    common = f"-std=c++20 -I{ROOT}/csrc -I{torch_dir}/include -DTORCH_TARGET_VERSION=0x020a000000000000"
     arch = ""
-    for entry in filter(None, arch_list):
+    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(";", " ").split():
         number = entry.removesuffix("+PTX").replace(".", "")
         arch += f" -gencode arch=compute_{number},code=sm_{number}"
         arch += f" -gencode arch=compute_{number},code=compute_{number}" if entry.endswith("+PTX") else ""
@@ -67,16 +64,15 @@ def write_ninja(build, target, torch_dir, nvcc):
     for library, inputs in objects.items():
         if inputs:
             lines.append(f"build {target}/_C_{library}.so: link {' '.join(inputs)}\n  libs = {libs[library]}")
-    (build / "build.ninja").write_text("\n".join(lines) + "\n")
+    (build / "build.ninja").write_text("\n".join([*lines, ""]))
 
 
 class BuildNative(build_ext):
     def run(self):
         wanted = os.environ.get("FASTFLOW_BUILD", "")
-        if wanted == "0":
-            return
         try:
-            self.build_native()
+            if wanted != "0":
+                self.build_native()
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             if wanted == "1":
                 raise
@@ -89,12 +85,13 @@ class BuildNative(build_ext):
         in_place = self.inplace or self.editable_mode
         build = ROOT / "build/native" if in_place else Path(self.build_temp).resolve()
         target = ROOT / "fastflow" if in_place else Path(self.build_lib).resolve() / "fastflow"
-        build.mkdir(parents=True, exist_ok=True)
-        target.mkdir(parents=True, exist_ok=True)
-        nvcc = shutil.which("nvcc") or shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc"))
+        for folder in (build, target):
+            folder.mkdir(parents=True, exist_ok=True)
+        cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        nvcc = shutil.which("nvcc") or shutil.which(f"{cuda_home}/bin/nvcc")
         write_ninja(build, target, Path(spec.origin).parent, nvcc or "")
         ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
-        subprocess.run([*ninja, "-C", str(build), "-k", "0"], check=True)
+        subprocess.run([*ninja, "-C", build, "-k", "0"], check=True)
 
     def get_outputs(self):
         return []

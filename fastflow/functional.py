@@ -11,7 +11,7 @@ from fastflow.autograd import affine_coupling as _affine
 from fastflow.autograd import gaussian as _gaussian
 from fastflow.autograd import slogdet as _slogdet
 from fastflow.extension import kernel
-from fastflow.reference import SCALES, ScaleMap
+from fastflow.reference import SCALES, ScaleMap, full_precision  # noqa: F401 (for the layers above)
 
 __all__ = ["ScaleMap", "affine_coupling", "gaussian_sample_kl", "plu_weight", "slogdet", "slogdet_inverse"]
 
@@ -201,9 +201,10 @@ def plu_weight(lower, upper, log_s, sign_s, perm):
         dtype = torch.int64 if name == "perm" else lower.dtype
         if value.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+    sign_s = sign_s.detach()
     backend = backends.choose("plu_weight", lower, upper, log_s, sign_s, perm)
     if backend == "reference":
-        return reference.plu_weight(lower, upper, log_s, sign_s.detach(), perm)
+        return reference.plu_weight(lower, upper, log_s, sign_s, perm)
     if _needs_grad(lower, upper, log_s):
         return _slogdet.PluWeightFunction.apply(*_distinct(lower, upper, log_s, sign_s, perm), backend)
     return kernel(backend, "plu_weight_fwd")(lower, upper, log_s, sign_s, perm)
@@ -259,7 +260,9 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
 
     backend = backends.choose("gaussian_sample_kl", first, raw, prior_mean, prior_raw, eps, seed if isinstance(
         seed, torch.Tensor) else None)
-    if eps is None and seed is None:
+    if eps is not None:
+        eps = eps.detach()
+    elif seed is None:
         seed = reference.draw_seed(first.device, generator)
     if backend == "reference":
         return reference.gaussian_sample_kl(params, scale=scale, layout=layout, order=order, prior=prior, eps=eps,

@@ -5,6 +5,7 @@ differentiable to any order, work under ``torch.func`` and forward-mode AD, and 
 nothing beyond what the mathematics needs; :mod:`fastflow.functional` checks arguments.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, fields
 
@@ -273,6 +274,13 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
     return y.contiguous(memory_format=memory_format_of(x)), total
 
 
+def full_precision(device_type):
+    """A context in which autocast does not lower matrix products."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _lu_operand(weight):
     """The matrix in the dtype that it is factorised in, and which matrices of the batch hold a NaN."""
     w = weight.to(torch.float64 if weight.shape[-1] <= FLOAT64_UP_TO else compute_dtype(weight))
@@ -294,7 +302,7 @@ def slogdet_inverse(weight):
     sign, logabsdet = slogdet(weight)
     broken = ~torch.isfinite(logabsdet.detach())[..., None, None]
     inverse = torch.linalg.inv_ex(torch.where(broken, torch.eye(w.shape[-1], device=w.device, dtype=w.dtype), w)).inverse
-    return sign, logabsdet, torch.where(broken, math.nan, inverse).to(compute_dtype(weight))
+    return sign, logabsdet, torch.where(broken, math.nan, inverse).to(compute_dtype(weight)).contiguous()
 
 
 def plu_weight(lower, upper, log_s, sign_s, perm):
@@ -302,7 +310,7 @@ def plu_weight(lower, upper, log_s, sign_s, perm):
     eye = torch.eye(lower.shape[-1], device=lower.device, dtype=lower.dtype)
     low = lower.tril(-1) + eye
     up = upper.triu(1) + torch.diag_embed(sign_s * torch.exp(log_s))
-    with torch.autocast(lower.device.type, enabled=False):
+    with full_precision(lower.device.type):
         return torch.gather(low @ up, -2, perm[..., None].expand(lower.shape))
 
 

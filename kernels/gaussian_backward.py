@@ -272,7 +272,7 @@ def gaussian_bwd(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prior_raw,
             *plan.strides, plan.sizes, *plan.bases, glogq_step, glogq_stride, seed_stride, seed_value, offset,
             plan.n_units, shape[0], parts, 1 if n_samples is None else n_samples, **meta,
             MANY=n_samples is not None and n_samples > 1, ALIGNED=plan.n % 4 == 0, **plan.meta(), ROWS=rows, BLOCK=block,
-            num_warps=warps)
+            num_warps=warps, **layout.REGISTERS)
     if any(g is not None for g in summed):
         shared_prior_bwd(summed, grad_kl, incoming_kl, (mean, mean_strides, mean_base), (scales, raw_strides, raw_base),
                          prior_mean, prior_raw, shape, meta)
@@ -308,7 +308,7 @@ def shared_prior_bwd(grads, grad_kl, incoming_kl, mean, raw, prior_mean, prior_r
     layout.launch(shared_prior_bwd_kernel, chunks * column_blocks, mean[0],
                   mean[0], raw[0], prior_mean, prior_raw, grad_kl, *sums, *plan.strides, plan.sizes, *plan.bases,
                   plan.n_units, shape[0], column_blocks, **meta, CHUNK=PRIOR_ROWS, **plan.meta(), ROWS=rows, BLOCK=block,
-                  num_warps=4)
+                  num_warps=4, **layout.REGISTERS)
     if chunks > 1:
         like = next(t for t in sums if t is not None)
         plan = layout.plan(tuple(like.shape), (like.stride(), *(over_batch(g, shape) for g in grads)))

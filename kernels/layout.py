@@ -12,6 +12,8 @@ MAX_UNIT = 16  # elements; a 16-byte load needs at most 8
 ONE_PROGRAM_UP_TO = 16384  # elements of a sample that one program adds up in its own loop
 CHUNK = 8192  # elements of a program where a sample is shared among several
 REDUCE_BLOCK = 1024
+# Left alone, ptxas may spill a register or two to fit one more block on a multiprocessor.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 INT32_LIMIT = 2**31 - 2**16  # indices below it stay in 32 bits, a tile's padding included
 
 
@@ -176,7 +178,7 @@ def row_sums_kernel(partial_ptr, carried_ptr, carried_stride, out_ptr, n_rows, l
     total = tl.zeros([ROWS, BLOCK], out_ptr.dtype.element_ty)
     for start in range(0, length, BLOCK):
         inside = (rows < n_rows) & (start + columns < length)
-        total += tl.load(partial_ptr + rows * length + start + columns, mask=inside, other=0.0)
+        total += tl.load(partial_ptr + (rows * length + start + columns), mask=inside, other=0.0)
     store_row_totals(tl.sum(total, 1)[:, None], carried_ptr, carried_stride, out_ptr, rows, n_rows, NEGATE)
 
 

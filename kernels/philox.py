@@ -79,15 +79,15 @@ def philox4x32_kernel(counter_ptr, key_ptr, out_ptr, n, BLOCK: tl.constexpr):
     inside = row < n
     c0, c1, c2, c3 = philox4x32(
         tl.load(counter_ptr + 4 * row, mask=inside, other=0).to(tl.uint32),
-        tl.load(counter_ptr + 4 * row + 1, mask=inside, other=0).to(tl.uint32),
-        tl.load(counter_ptr + 4 * row + 2, mask=inside, other=0).to(tl.uint32),
-        tl.load(counter_ptr + 4 * row + 3, mask=inside, other=0).to(tl.uint32),
+        tl.load(counter_ptr + (4 * row + 1), mask=inside, other=0).to(tl.uint32),
+        tl.load(counter_ptr + (4 * row + 2), mask=inside, other=0).to(tl.uint32),
+        tl.load(counter_ptr + (4 * row + 3), mask=inside, other=0).to(tl.uint32),
         tl.load(key_ptr + 2 * row, mask=inside, other=0).to(tl.uint32),
-        tl.load(key_ptr + 2 * row + 1, mask=inside, other=0).to(tl.uint32))
+        tl.load(key_ptr + (2 * row + 1), mask=inside, other=0).to(tl.uint32))
     tl.store(out_ptr + 4 * row, c0.to(tl.int64), mask=inside)
-    tl.store(out_ptr + 4 * row + 1, c1.to(tl.int64), mask=inside)
-    tl.store(out_ptr + 4 * row + 2, c2.to(tl.int64), mask=inside)
-    tl.store(out_ptr + 4 * row + 3, c3.to(tl.int64), mask=inside)
+    tl.store(out_ptr + (4 * row + 1), c1.to(tl.int64), mask=inside)
+    tl.store(out_ptr + (4 * row + 2), c2.to(tl.int64), mask=inside)
+    tl.store(out_ptr + (4 * row + 3), c3.to(tl.int64), mask=inside)
 
 
 def philox4x32_words(counter, key):

@@ -68,8 +68,8 @@ def slogdet_kernel(weight_ptr, sign_ptr, logabsdet_ptr, inverse_ptr, matrix_stri
         origin = tl.sum(tl.where(position[:, None] == column, row, 0), 0)
         finite = (total - total) == 0.0
         a = tl.where(broken | (singular == 1) | (finite == 0), tl.full([], nan, tl.float64), a)
-        target = inverse_ptr + matrix * size * size + position[:, None].to(tl.int64) * size + origin[None, :]
-        tl.store(target, a, mask=(position[:, None] < size) & (origin[None, :] < size) & inside)
+        target = matrix * size * size + position[:, None].to(tl.int64) * size + origin[None, :]
+        tl.store(inverse_ptr + target, a, mask=(position[:, None] < size) & (origin[None, :] < size) & inside)
 
 
 def slogdet_fwd(weight, want_inverse):

@@ -14,6 +14,13 @@
 #define FASTFLOW_HD static inline __attribute__((always_inline))
 #endif
 
+// Whether fma below rounds once.
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__aarch64__)
+#define FASTFLOW_FUSED 1
+#else
+#define FASTFLOW_FUSED 0
+#endif
+
 namespace fastflow::math {
 
 template <class T>
@@ -27,7 +34,7 @@ struct Bits<float> {
   static constexpr float tiny = 0x1p-126f, rescale = 0x1p25f, rescale_log2 = 25.f;
   static constexpr float rounder = 0x1.8p23f, integer = 0x1p23f;  // adding them leaves an integer in the low bits
   static constexpr float exp_low = -104.f, exp_high = 89.f, expm1_low = -18.f;
-  static constexpr float moderate = 80.f, flush_low = -88.f;  // 2^n is 0 at flush_low
+  static constexpr float moderate = 8.f, flush_low = -88.f;  // 2^n is 0 at flush_low
   static constexpr float ln2 = 0x1.62e43p-1f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float log2e = 0x1.715476p0f;
   static constexpr uint sqrt_half = 0x3f3504f3u;
@@ -42,7 +49,7 @@ struct Bits<double> {
   static constexpr double tiny = 0x1p-1022, rescale = 0x1p54, rescale_log2 = 54.;
   static constexpr double rounder = 0x1.8p52, integer = 0x1p52;
   static constexpr double exp_low = -746., exp_high = 710., expm1_low = -40.;
-  static constexpr double moderate = 700., flush_low = -709.;
+  static constexpr double moderate = 8., flush_low = -709.;
   static constexpr double ln2 = 0x1.62e42fefa39efp-1, ln2_high = 0x1.62e42fefa3p-1, ln2_low = 0x1.3de6af278ece6p-42;
   static constexpr double log2e = 0x1.71547652b82fep0;
   static constexpr uint sqrt_half = 0x3fe6a09e667f3bcdu;
@@ -84,7 +91,7 @@ FASTFLOW_HD double from_bits(uint64_t x) {
 FASTFLOW_HD float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return ::fmaf(a, b, c);
-#elif defined(__FMA__) || defined(__aarch64__)
+#elif FASTFLOW_FUSED
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
@@ -94,7 +101,7 @@ FASTFLOW_HD float fma(float a, float b, float c) {
 FASTFLOW_HD double fma(double a, double b, double c) {
 #if defined(__CUDA_ARCH__)
   return ::fma(a, b, c);
-#elif defined(__FMA__) || defined(__aarch64__)
+#elif FASTFLOW_FUSED
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;
@@ -189,6 +196,16 @@ FASTFLOW_HD Reduced<T> reduce_exp(T x) {
   return {rounded, n, fma(-n, B::ln2_low, fma(-n, B::ln2_high, x))};
 }
 
+// The same with one constant for ln 2 where the product is exact: r is wrong by at most n * 2e-9 (1e-17).
+template <class T>
+FASTFLOW_HD Reduced<T> reduce_exp_near(T x) {
+  using B = Bits<T>;
+  if constexpr (!FASTFLOW_FUSED) return reduce_exp(x);
+  const T rounded = fma(x, B::log2e, B::rounder);
+  const T n = rounded - B::rounder;
+  return {rounded, n, fma(-n, B::ln2, x)};
+}
+
 // exp(x) for x within [exp_low, exp_high] or NaN.
 template <class T>
 FASTFLOW_HD T exp_in_range(T x) {
@@ -210,7 +227,7 @@ FASTFLOW_HD T exp(T x) {
 // exp(x) for abs(x) <= Bits::moderate, or NaN.
 template <class T>
 FASTFLOW_HD T exp_moderate(T x) {
-  const Reduced<T> q = reduce_exp(x);
+  const Reduced<T> q = reduce_exp_near(x);
   const T scale = power_of_two(q.rounded);
   return fma(fma(q.r * q.r, exp_tail(q.r), q.r), scale, scale);
 }
@@ -311,27 +328,41 @@ FASTFLOW_HD T log1p_unit(T w) {
   return log1p_core(f) + offset;
 }
 
-// tanh(x) and its derivative 1/cosh(x)^2, each to its own last digits.
+// exp(-2 abs(x)) and the same minus 1, each to its own last digits.
 template <class T>
-struct TanhSlope {
-  T value, slope;
+struct Decay {
+  T value, minus_one;
 };
 
 template <class T>
-FASTFLOW_HD TanhSlope<T> tanh_slope(T x) {
+FASTFLOW_HD Decay<T> tanh_decay(T x) {
   using B = Bits<T>;
-  const T a = T(2) * abs(x);
-  const Reduced<T> q = reduce_exp(a > -B::flush_low ? B::flush_low : -a);
+  const T a = abs(x) + abs(x);
+  const Reduced<T> q = reduce_exp_near(a > -B::flush_low ? B::flush_low : -a);
   const T p = fma(q.r * q.r, exp_tail(q.r), q.r), scale = power_of_two(q.rounded);
-  const T decay = fma(scale, p, scale), decay_m1 = fma(scale, p, scale - T(1));  // exp(-2 abs(x)), the same minus 1
-  const T inverse = T(1) / (decay_m1 + T(2));
-  const T value = decay < T(0.33) ? fma(T(-2) * decay, inverse, T(1)) : -decay_m1 * inverse;
-  return {copysign(value, x), T(4) * decay * (inverse * inverse)};
+  return {fma(scale, p, scale), fma(scale, p, scale - T(1))};
 }
 
 template <class T>
 FASTFLOW_HD T tanh(T x) {
-  return tanh_slope(x).value;
+  const Decay<T> decay = tanh_decay(x);
+  const bool far = decay.value < T(0.33);
+  const T numerator = far ? decay.value + decay.value : decay.minus_one, base = far ? T(1) : T(0);
+  return copysign(base - numerator / (decay.minus_one + T(2)), x);
+}
+
+// tanh(x) and a quarter of its derivative 1/cosh(x)^2, which keeps its relative accuracy where tanh(x) is near 1.
+template <class T>
+struct TanhSlope {
+  T value, quarter_slope;
+};
+
+template <class T>
+FASTFLOW_HD TanhSlope<T> tanh_slope(T x) {
+  const Decay<T> decay = tanh_decay(x);
+  const T inverse = T(1) / (decay.minus_one + T(2)), share = decay.value * inverse;
+  const T value = decay.value < T(0.33) ? fma(T(-2), share, T(1)) : -decay.minus_one * inverse;
+  return {copysign(value, x), share * inverse};
 }
 
 FASTFLOW_HD float atan_tail(float z) {

@@ -88,7 +88,7 @@ template <class T>
 FASTFLOW_HD ScaleSlope<T> with_bounds(const ScaleMap<T>& map, ScaleSlope<T> scale) {
   const T s = scale.s;
   return {clamp(s, map.hard_min, map.hard_max), scale.ds, scale.dlog,
-          scale.inside & !((s < map.hard_min) | (s > map.hard_max))};
+          scale.inside && !(s < map.hard_min) && !(s > map.hard_max)};
 }
 
 // The bound of abs(log s) for tanh, atan and rational (before eps).
@@ -163,7 +163,7 @@ FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
     if constexpr (K == Kind::tanh) {
       const math::TanhSlope<T> t = math::tanh_slope(u);
       log_s = map.amplitude * t.value;
-      dlog = map.amplitude * map.gain * t.slope;
+      dlog = T(4) * map.amplitude * map.gain * t.quarter_slope;
     }
     if constexpr (K == Kind::atan) {
       log_s = map.amplitude * math::atan(u);

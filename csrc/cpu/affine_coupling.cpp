@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
   const bool additive = kind == 6;
   const int64_t channels = x.size(1);
   auto result = [&](bool needed, const Tensor& like) {
-    return needed ? result_like(sizes_of(like), like, like.scalar_type()) : nothing(like);
+    return needed ? result_like(sizes_of(like), like, like.scalar_type()) : nothing(x);
   };
   Tensor grad_x = result(need_x, x);
   Tensor grad_params = result(need_params, params);

@@ -14,6 +14,7 @@ class SlogdetFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         sign, logabsdet, inverse = extension.kernel(backend, "slogdet_fwd")(weight, True)
         ctx.save_for_backward(weight, inverse)
+        ctx.backend = backend
         ctx.mark_non_differentiable(sign)
         return sign, logabsdet, inverse
 
@@ -26,13 +27,19 @@ class SlogdetFunction(torch.autograd.Function):
             grads = differentiable.reference_grads(lambda w: reference.slogdet_inverse(w)[1:], (weight,), (True,),
                                                    (grad_logabsdet, grad_inverse))
             return grads[0], None
-        transpose = inverse.mT
-        grad = None if grad_logabsdet is None else grad_logabsdet[..., None, None] * transpose
+        grad = None if grad_logabsdet is None else grad_logabsdet[..., None, None] * inverse.mT
         if grad_inverse is not None:
-            with torch.autocast(weight.device.type, enabled=False):
-                through = transpose @ grad_inverse @ transpose
+            through = SlogdetFunction.through_inverse(weight, inverse, grad_inverse, ctx.backend)
             grad = -through if grad is None else grad - through
         return grad.to(weight.dtype), None
+
+    @staticmethod
+    def through_inverse(weight, inverse, grad, backend):
+        """W^-T grad W^-T. The inverse is rounded once, so where float64 costs little it is computed there again."""
+        if inverse.dtype == torch.float32 and weight.shape[-1] <= reference.FLOAT64_UP_TO:
+            inverse, grad = extension.kernel(backend, "slogdet_fwd")(weight.double(), True)[2], grad.double()
+        with reference.full_precision(weight.device.type):
+            return inverse.mT @ grad @ inverse.mT
 
 
 class PluWeightFunction(torch.autograd.Function):

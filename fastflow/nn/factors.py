@@ -1,14 +1,14 @@
 """From the weights of invertible 1x1 convolutions to what their passes need, one factorisation per size class."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastflow import functional
+from fastflow.functional import full_precision
 
-__all__ = ["Factors", "channel_affine", "factorize", "full_precision"]
+__all__ = ["Factors", "channel_affine", "factorize"]
 
 
 class Factors(NamedTuple):
@@ -17,13 +17,6 @@ class Factors(NamedTuple):
     matrix: torch.Tensor
     offset: torch.Tensor | None
     logabsdet: torch.Tensor
-
-
-def full_precision(device_type):
-    """A context in which autocast does not lower matrix products."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def factorize(layers, inverse=False, root=None):

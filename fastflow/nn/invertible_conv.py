@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.functional import full_precision
 from fastflow.nn.actnorm import ActNorm
-from fastflow.nn.factors import channel_affine, factorize, full_precision
+from fastflow.nn.factors import channel_affine, factorize
 
 __all__ = ["InvertibleConv1x1"]
 

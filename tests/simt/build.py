@@ -62,7 +62,7 @@ def build(name, sources):
     libraries = Path(torch.__file__).parent / "lib"
     partial = folder / f"{name}.{os.getpid()}.so"
     subprocess.run([CXX, "-shared", *SANITIZERS, *map(str, objects), "-o", str(partial), f"-L{libraries}",
-                    "-ltorch_cpu", "-lc10"], check=True)
+                    f"-Wl,-rpath,{libraries}", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"], check=True)
     os.replace(partial, library)  # another process may have built it meanwhile
     for path in objects:
         path.unlink()

@@ -24,18 +24,18 @@ __global__ void some_skip_the_barrier(int* out, bool skip) {
   if (skip && threadIdx.x >= 32) __syncthreads();
 }
 
-__global__ void write_past(float* out, int extra) { out[threadIdx.x + extra] = 1.f; }
+__global__ void write_past(float* out, int extra) { out[static_cast<int>(threadIdx.x) + extra] = 1.f; }
 
 __global__ void dynamic_past(float* out, int extra) {
   FASTFLOW_DYNAMIC_SHARED(float, tile);
-  tile[threadIdx.x + extra] = 1.f;
+  tile[static_cast<int>(threadIdx.x) + extra] = 1.f;
   __syncthreads();
   out[threadIdx.x] = tile[threadIdx.x];
 }
 
 __global__ void static_past(float* out, int extra) {
   FASTFLOW_SHARED(float, tile, kThreads);
-  tile[threadIdx.x + extra] = 1.f;
+  tile[static_cast<int>(threadIdx.x) + extra] = 1.f;
   __syncthreads();
   out[threadIdx.x] = tile[threadIdx.x];
 }

@@ -1,11 +1,21 @@
 """The backends that run in this process, as a fixture."""
 
 import pytest
+import torch
 
 from fastflow import backends
 
 CPU_BACKENDS = ["reference", "cpu"]
 GPU_BACKENDS = [pytest.param("triton", marks=pytest.mark.gpu), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """One thread unless a test asks for more: on a shared machine a pool that waits for its turn costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _enter(name):

@@ -42,6 +42,8 @@ def test_median_error_is_at_most_one_and_a_half_times_torch_s(size, condition, b
     """In float32; up to 48, where float64 inside costs little, far below torch's wherever rounding leaves room."""
     if backend == "triton" and size > 32:
         pytest.skip("the Triton kernel refuses what does not fit in registers")
+    if backend == "reference" and size > 48:
+        pytest.skip("the reference is torch.linalg in the same dtype there")
     ours, with_inverse, torchs = measure(size, condition, torch.float32, device)
     rounding = torch.finfo(torch.float32).eps
     for mine in (ours, with_inverse):

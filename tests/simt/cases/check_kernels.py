@@ -104,7 +104,15 @@ def test_vector_paths(shape, memory, params_dtype, emulator):
 @pytest.mark.parametrize("size", [*range(1, 34), 40, 47, 48, 49, 56, 64])
 def test_slogdet_of_every_size(size, emulator):
     case = Case("sizes", "slogdet_inverse", {"weight": (3, size, size)})
-    check_by_ratio(case, case.tensors(torch.float32))
+    weight = case.tensors(torch.float32)["weight"]
+    if size <= reference.FLOAT64_UP_TO:
+        check_by_ratio(case, {"weight": weight})
+    else:  # one matrix's error in float32 says little beside another method's
+        sign, logabsdet, inverse = OPS["slogdet_fwd"](weight, True)
+        truth = torch.linalg.inv(weight.double())
+        allowed = 8 * torch.finfo(torch.float32).eps * torch.linalg.cond(weight.double())
+        assert ((inverse - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1) < allowed).all()
+        torch.testing.assert_close(logabsdet.double(), torch.linalg.slogdet(weight.double())[1], rtol=0, atol=1e-4)
     weight = case.tensors(torch.float64)["weight"]
     for got, want in zip(OPS["slogdet_fwd"](weight, True), reference.slogdet_inverse(weight), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
