@@ -85,10 +85,9 @@ class BuildNative(build_ext):
         in_place = self.inplace or self.editable_mode
         build = ROOT / "build/native" if in_place else Path(self.build_temp).resolve()
         target = ROOT / "fastflow" if in_place else Path(self.build_lib).resolve() / "fastflow"
-        for folder in (build, target):
-            folder.mkdir(parents=True, exist_ok=True)
-        cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-        nvcc = shutil.which("nvcc") or shutil.which(f"{cuda_home}/bin/nvcc")
+        build.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        nvcc = shutil.which("nvcc") or shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
         write_ninja(build, target, Path(spec.origin).parent, nvcc or "")
         ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
         subprocess.run([*ninja, "-C", build, "-k", "0"], check=True)

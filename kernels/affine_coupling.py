@@ -1,8 +1,8 @@
 """Affine coupling: y = x*s + t, (x + t)*s or the inverse of either, its log-determinant, and its gradients.
 
-One program handles ``rows`` whole samples, or a part of one: samples beyond ONE_PROGRAM_UP_TO elements are shared among
-programs, whose partial log-determinants a second launch adds up. The order of additions depends on the shape of a sample
-alone, so the result of a sample does not depend on the batch around it.
+One program handles ``rows`` whole samples, or a part of one: samples beyond ONE_PROGRAM_UP_TO elements are shared
+among programs, whose partial log-determinants a second launch adds up. The order of additions depends on the shape of a
+sample alone, so the result of a sample does not depend on the batch around it.
 """
 
 import math
@@ -17,8 +17,8 @@ INTERLEAVED, SHIFT_IN_FRONT, SHIFT_FIRST, INVERSE = 1, 2, 4, 8
 ADDITIVE = 6  # the index of that kind
 
 
-@triton.jit(do_not_specialize=["n", "passive_n", "n_rows", "parts", "passive_blocks", "raw_base", "shift_base", "y_base",
-                               "logdet_stride"])
+@triton.jit(do_not_specialize=["n", "passive_n", "n_rows", "parts", "passive_blocks", "raw_base", "shift_base",
+                               "y_base", "logdet_stride"])
 def affine_coupling_fwd_kernel(
         x_ptr, raw_ptr, shift_ptr, passive_ptr, y_ptr, logdet_ptr, out_ptr,
         x_strides, raw_strides, shift_strides, y_strides, sizes, raw_base, shift_base, y_base, n: tl.int64,
@@ -135,10 +135,9 @@ def affine_coupling_bwd_kernel(
     if graw_ptr is not None:
         if gl_ptr is not None:
             gl = tl.load(gl_ptr + rows * gl_stride, mask=rows < n_rows, other=0.0).to(dtype)
-            if ORDER < 8:
-                pull = pull + gl
-            else:
-                pull = pull - gl
+            if ORDER >= 8:
+                gl = -gl
+            pull = pull + gl
         tl.store(graw_ptr + offsets_of(rows, index, sizes, graw_strides, graw_base, RANK, UNIT), pull * slope,
                  mask=inside)
     if gx_ptr is not None:
@@ -174,7 +173,9 @@ def affine_coupling_fwd(x, params, shift, logdet, passive, flags, kind, gain, of
                        (raw_base, shift_base, y_base), reorder=True)
     rows, block, warps = layout.tile_of(plan.n, x.dtype.itemsize == 8)
     parts = layout.parts_of(plan.n)
-    beside = plan if passive is None else layout.plan(tuple(passive.shape), (passive.stride(), y.stride()), reorder=True)
+    beside = plan
+    if passive is not None:
+        beside = layout.plan(tuple(passive.shape), (passive.stride(), y.stride()), reorder=True)
     batch = x.shape[0]
     sums = out if parts == 1 else x.new_empty((batch, parts), dtype=dtype)
     layout.launch(affine_coupling_fwd_kernel, triton.cdiv(batch, rows) * parts, x,

@@ -64,14 +64,16 @@ def gaussian_fwd_kernel(
         if not WIDE:
             index = index.to(tl.int32)
         inside = (rows < n_rows) & (index < end)
-        mean = tl.load(mean_ptr + offsets_within(_row_starts(rows, channels, mean_strides, mean_base, LEAD), index, sizes,
-                                                 mean_strides, LEAD, RANK, UNIT), mask=inside, other=0.0).to(dtype)
-        raw = tl.load(raw_ptr + offsets_within(_row_starts(rows, channels, raw_strides, raw_base, LEAD), index, sizes,
-                                               raw_strides, LEAD, RANK, UNIT), mask=inside, other=0.0).to(dtype)
+        mean = tl.load(mean_ptr + offsets_within(
+            _row_starts(rows, channels, mean_strides, mean_base, LEAD), index, sizes, mean_strides, LEAD, RANK, UNIT),
+            mask=inside, other=0.0).to(dtype)
+        raw = tl.load(raw_ptr + offsets_within(
+            _row_starts(rows, channels, raw_strides, raw_base, LEAD), index, sizes, raw_strides, LEAD, RANK, UNIT),
+            mask=inside, other=0.0).to(dtype)
         if eps_ptr is not None:
-            eps = tl.load(eps_ptr + offsets_within(_row_starts(rows, channels, eps_strides, k * eps_step, LEAD), index,
-                                                   sizes, eps_strides, LEAD, RANK, UNIT),
-                          mask=inside & (k < n_samples), other=0.0).to(dtype)
+            eps = tl.load(eps_ptr + offsets_within(
+                _row_starts(rows, channels, eps_strides, k * eps_step, LEAD), index, sizes, eps_strides, LEAD, RANK,
+                UNIT), mask=inside & (k < n_samples), other=0.0).to(dtype)
         else:
             eps = terms.noise(drawn_rows, start, end, offset, seed, ALIGNED, BLOCK).to(dtype)
         sigma, log_sigma = terms.sigma_and_log(raw, SCALE)

@@ -61,17 +61,17 @@ def gaussian_bwd_kernel(
         seed = seed_value
         if seed_ptr is not None:
             seed = tl.load(seed_ptr + rows * seed_stride, mask=rows < n_rows, other=0)
-        for k in range(n_samples):
-            gz = tl.load(gz_ptr + offsets_of(rows, index, sizes, gz_strides, tl.cast(k, tl.int64) * gz_step, RANK, UNIT),
-                         mask=inside, other=0.0).to(dtype)
+        for count in range(n_samples):
+            k = tl.cast(count, tl.int64)
+            gz = tl.load(gz_ptr + offsets_of(rows, index, sizes, gz_strides, k * gz_step, RANK, UNIT), mask=inside,
+                         other=0.0).to(dtype)
             through_mean, lost_mean = _add(through_mean, lost_mean, gz, MANY)
             if graw_ptr is not None:
                 if eps_ptr is not None:
-                    eps = tl.load(eps_ptr + offsets_of(rows, index, sizes, eps_strides, tl.cast(k, tl.int64) * eps_step,
-                                                       RANK, UNIT), mask=inside, other=0.0).to(dtype)
+                    eps = tl.load(eps_ptr + offsets_of(rows, index, sizes, eps_strides, k * eps_step, RANK, UNIT),
+                                  mask=inside, other=0.0).to(dtype)
                 else:
-                    drawn_rows = tl.cast(k, tl.int64) * n_rows + rows
-                    eps = terms.noise(drawn_rows, start, end, offset, seed, ALIGNED, BLOCK).to(dtype)
+                    eps = terms.noise(k * n_rows + rows, start, end, offset, seed, ALIGNED, BLOCK).to(dtype)
                 through_sigma, lost_sigma = _add(through_sigma, lost_sigma, gz * eps, MANY)
     raw = tl.load(raw_ptr + offsets_of(rows, index, sizes, raw_strides, raw_base, RANK, UNIT), mask=inside,
                   other=0.0).to(dtype)
@@ -81,8 +81,8 @@ def gaussian_bwd_kernel(
     if glogq_ptr is not None:
         total = tl.zeros([ROWS, 1], dtype)
         lost = total
-        for k in range(n_samples):
-            at = rows * glogq_stride + tl.cast(k, tl.int64) * glogq_step
+        for count in range(n_samples):
+            at = rows * glogq_stride + tl.cast(count, tl.int64) * glogq_step
             total, lost = _add(total, lost, tl.load(glogq_ptr + at, mask=rows < n_rows, other=0.0).to(dtype), MANY)
         graw = graw - total * log_slope
     if gkl_ptr is not None:
@@ -271,8 +271,8 @@ def gaussian_bwd(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prior_raw,
             mean, scales, prior_mean, prior_raw, eps, grad_z, grad_kl, grad_logq, seed_tensor, gmean, graw, *own,
             *plan.strides, plan.sizes, *plan.bases, glogq_step, glogq_stride, seed_stride, seed_value, offset,
             plan.n_units, shape[0], parts, 1 if n_samples is None else n_samples, **meta,
-            MANY=n_samples is not None and n_samples > 1, ALIGNED=plan.n % 4 == 0, **plan.meta(), ROWS=rows, BLOCK=block,
-            num_warps=warps, **layout.REGISTERS)
+            MANY=n_samples is not None and n_samples > 1, ALIGNED=plan.n % 4 == 0, **plan.meta(), ROWS=rows,
+            BLOCK=block, num_warps=warps, **layout.REGISTERS)
     if any(g is not None for g in summed):
         shared_prior_bwd(summed, grad_kl, incoming_kl, (mean, mean_strides, mean_base), (scales, raw_strides, raw_base),
                          prior_mean, prior_raw, shape, meta)
@@ -307,10 +307,11 @@ def shared_prior_bwd(grads, grad_kl, incoming_kl, mean, raw, prior_mean, prior_r
             grad.zero_()
     layout.launch(shared_prior_bwd_kernel, chunks * column_blocks, mean[0],
                   mean[0], raw[0], prior_mean, prior_raw, grad_kl, *sums, *plan.strides, plan.sizes, *plan.bases,
-                  plan.n_units, shape[0], column_blocks, **meta, CHUNK=PRIOR_ROWS, **plan.meta(), ROWS=rows, BLOCK=block,
-                  num_warps=4, **layout.REGISTERS)
+                  plan.n_units, shape[0], column_blocks, **meta, CHUNK=PRIOR_ROWS, **plan.meta(), ROWS=rows,
+                  BLOCK=block, num_warps=4, **layout.REGISTERS)
     if chunks > 1:
         like = next(t for t in sums if t is not None)
         plan = layout.plan(tuple(like.shape), (like.stride(), *(over_batch(g, shape) for g in grads)))
         layout.launch(column_sums_kernel, triton.cdiv(plan.n, block), like, sums[0], grads[0], sums[1], grads[1],
-                      *plan.strides, plan.sizes, plan.n_units, chunks, **plan.meta(), ROWS=rows, BLOCK=block, num_warps=4)
+                      *plan.strides, plan.sizes, plan.n_units, chunks, **plan.meta(), ROWS=rows, BLOCK=block,
+                      num_warps=4)

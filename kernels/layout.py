@@ -30,8 +30,8 @@ class Plan:
     Attributes:
         n: elements per sample; n_units: the same in units.
         sizes: the merged dims, the last one in units.
-        strides: per operand (lead strides, one stride per merged dim), all but the last in units, or all in elements for
-            a loose operand.
+        strides: per operand (lead strides, one stride per merged dim), all but the last in units, or all in
+            elements for a loose operand.
         bases: the base offsets, in units.
         unit: a power of two that divides the last dim, every outer stride and every base offset. A kernel multiplies by
             it, which tells the compiler how wide a load may be.

@@ -28,9 +28,9 @@ def sqrt(x):
 
 
 @triton.jit
-def power_of_two(n, DTYPE: tl.constexpr):
-    """2**n for int32 n in the normal range of DTYPE."""
-    if DTYPE == tl.float64:
+def power_of_two(n, dtype: tl.constexpr):
+    """2**n for int32 n in the normal range of ``dtype``."""
+    if dtype == tl.float64:
         return ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     else:
         return ((n + 127) << 23).to(tl.float32, bitcast=True)

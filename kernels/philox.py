@@ -66,7 +66,7 @@ def normals_of_blocks(block, seed):
 
 @triton.jit
 def normals_of_elements(element, offset, seed):
-    """float32 normals of single elements of a stream, each from its own counter: for streams that start off a counter."""
+    """float32 normals of single elements of a stream, each with its counter: where neighbours do not share one."""
     w0, w1, w2, w3 = _words((element >> 2) + offset, seed)
     late = (element & 2) == 2
     cosine, sine = _pair(tl.where(late, w2, w0), tl.where(late, w3, w1))

@@ -100,8 +100,8 @@ def plu_weight_fwd(lower, upper, log_s, sign_s, perm):
     count, size, tile = lower.shape[0], lower.shape[-1], _tile(lower)
     tiles = triton.cdiv(size, tile)
     layout.launch(plu_weight_fwd_kernel, count * tiles * tiles, lower, lower, upper, log_s, sign_s, perm, out,
-                  lower.stride(), upper.stride(), log_s.stride(), sign_s.stride(), perm.stride(), size, tiles, TILE=tile,
-                  TERMS=TERMS, num_warps=4)
+                  lower.stride(), upper.stride(), log_s.stride(), sign_s.stride(), perm.stride(), size, tiles,
+                  TILE=tile, TERMS=TERMS, num_warps=4)
     return out
 
 

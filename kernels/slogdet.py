@@ -80,7 +80,8 @@ def slogdet_fwd(weight, want_inverse):
     """
     size = weight.shape[-1]
     if size > LARGEST:
-        raise ValueError(f"weight: expected matrices up to {LARGEST}x{LARGEST}, which fit in registers, got {size}x{size}")
+        raise ValueError(f"weight: expected matrices up to {LARGEST}x{LARGEST}, which fit in registers, "
+                         f"got {size}x{size}")
     dtype = layout.compute_dtype(weight.dtype)
     sign = weight.new_empty(weight.shape[:-2], dtype=dtype)
     logabsdet = weight.new_empty(weight.shape[:-2], dtype=dtype)

@@ -119,7 +119,7 @@ template <class T>
 FASTFLOW_HD KlSlopes<T> kl_prior_slopes(T mean, Sigma<T> sigma, T prior_mean, Sigma<T> prior) {
   const T t = (mean - prior_mean) / prior.value, slope = t / prior.value;
   const T change = expm1_twice(exp_parts(sigma.log - prior.log));
-  return {slope, change * sigma.log_slope, -slope, -math::fma(t, t, change) * prior.log_slope};
+  return {slope, change * sigma.log_slope, -slope, -math::fma(t * slope, prior.slope, change * prior.log_slope)};
 }
 
 }  // namespace fastflow::gaussian

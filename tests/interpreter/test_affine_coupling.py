@@ -6,10 +6,10 @@ import math
 import layouts
 import pytest
 import torch
+from fastflow.kernels import affine_coupling as kernels
 from tolerances import GRADIENT_FACTOR, assert_by_ratio, assert_same_nonfinite
 
 from fastflow import reference
-from fastflow.kernels import affine_coupling as kernels
 from fastflow.reference import ScaleMap
 
 DIALECTS = {
@@ -43,7 +43,8 @@ def expected(x, params, shift=None, logdet=None, passive=None, *, grads=None, dt
                                          logdet=operands[3], passive=operands[4], **options)
     found = ()
     if grads is not None:
-        through = [(o, g.to(o.dtype)) for o, g in zip((y, total), grads, strict=True) if g is not None and o.requires_grad]
+        through = [(o, g.to(o.dtype)) for o, g in zip((y, total), grads, strict=True)
+                   if g is not None and o.requires_grad]
         found = torch.autograd.grad([o for o, _ in through], leaves, [g for _, g in through], allow_unused=True)
         found = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
     return y.detach(), total.detach(), *found

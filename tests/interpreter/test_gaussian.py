@@ -5,11 +5,11 @@ import math
 import layouts
 import pytest
 import torch
+from fastflow.kernels import gaussian as kernels
+from fastflow.kernels import gaussian_backward
 from tolerances import GRADIENT_FACTOR, assert_bitwise, assert_by_ratio, assert_same_nonfinite
 
 from fastflow import reference
-from fastflow.kernels import gaussian as kernels
-from fastflow.kernels import gaussian_backward
 from fastflow.reference import SCALES
 
 REDUCTIONS = ("sample", "channel", "none")
@@ -97,7 +97,8 @@ def test_float64_and_priors_of_their_own(scale):
     check(operand(3, 8), None, (operand(1, 4), operand(3, 4)), eps=operand(2, 3, 4), n_samples=2, scale=scale)
 
 
-@pytest.mark.parametrize("dtype, raw_dtype", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("dtype, raw_dtype", [(torch.bfloat16,) * 2, (torch.float16,) * 2,
+                                              (torch.bfloat16, torch.float32)])
 def test_low_precision(dtype, raw_dtype):
     check(randn(2, 4, 4, dtype=dtype), randn(2, 4, 4, dtype=raw_dtype), (randn(1, 4, 4, dtype=dtype),) * 2, seed=3)
 

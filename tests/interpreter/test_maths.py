@@ -7,7 +7,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
 from fastflow.kernels import maths
 
 COUNT = 1 << 15
@@ -50,7 +49,8 @@ def evaluate(name, x):
 def arguments(name, dtype):
     """Magnitudes from subnormal to the function's range, both signs, and a dense normal sample."""
     rng = np.random.default_rng(0)
-    small = np.exp(rng.uniform(-95.0 if dtype == torch.float32 else -700.0, 4.0, COUNT)) * rng.choice([-1.0, 1.0], COUNT)
+    lowest = -95.0 if dtype == torch.float32 else -700.0
+    small = np.exp(rng.uniform(lowest, 4.0, COUNT)) * rng.choice([-1.0, 1.0], COUNT)
     x = np.concatenate([small, rng.normal(size=COUNT), rng.uniform(-80.0, 80.0, COUNT)])
     if name == "log":
         x = np.abs(x)

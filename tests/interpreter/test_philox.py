@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from fastflow.kernels import gaussian, philox
 
 from fastflow import reference
-from fastflow.kernels import gaussian, philox
 
 # Random123's kat_vectors for philox4x32 with 10 rounds.
 KNOWN = [

@@ -6,10 +6,10 @@ import math
 import layouts
 import pytest
 import torch
+from fastflow.kernels import plu_weight, slogdet
 from tolerances import GRADIENT_FACTOR, assert_by_ratio
 
 from fastflow import reference
-from fastflow.kernels import plu_weight, slogdet
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 16, 32])
@@ -64,7 +64,8 @@ def test_empty_batch_and_size_limit():
         slogdet.slogdet_fwd(torch.randn(1, 33, 33), False)
 
 
-@pytest.mark.parametrize("size, dtype", [(1, torch.float32), (4, torch.float32), (7, torch.float32), (7, torch.float64)])
+@pytest.mark.parametrize("size, dtype", [(1, torch.float32), (4, torch.float32), (7, torch.float32),
+                                         (7, torch.float64)])
 def test_plu_weight(size, dtype, launches, monkeypatch):
     for name, small in (("TILE", 4), ("DOUBLE_TILE", 4), ("TERMS", 2)):  # several tiles and blocks of terms
         monkeypatch.setattr(plu_weight, name, small)

@@ -4,7 +4,6 @@ The tensors are small and on the CPU; only their dtypes, strides and alignment m
 """
 
 import torch
-
 from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
@@ -32,10 +31,11 @@ def affine_calls(kind, dtypes, flags=0, bounded=False):
     total = torch.zeros(4, dtype=torch.float64 if x_dtype == torch.float64 else torch.float32)
     constants = scale_map(kind, bounded)
     name = f"{kind}{'_bounded' if bounded else ''}-{dtypes}-{flags}"
-    return {f"affine_fwd-{name}": lambda: affine_coupling.affine_coupling_fwd(x, params, None, None, None, flags,
-                                                                             *constants),
-            f"affine_bwd-{name}": lambda: affine_coupling.affine_coupling_bwd(grad, total, x, params, None, 0, True, True,
-                                                                             False, flags, *constants)}
+    return {
+        f"affine_fwd-{name}": lambda: affine_coupling.affine_coupling_fwd(
+            x, params, None, None, None, flags, *constants),
+        f"affine_bwd-{name}": lambda: affine_coupling.affine_coupling_bwd(
+            grad, total, x, params, None, 0, True, True, False, flags, *constants)}
 
 
 def gaussian_calls(scale, dtypes, prior):
@@ -47,11 +47,13 @@ def gaussian_calls(scale, dtypes, prior):
     grad = torch.zeros(4, 4, 16, 16, dtype=dtype)
     index = SCALES.index(scale)
     name = f"{scale}-{dtypes}{'-prior' if prior else ''}"
-    return {f"gaussian_fwd-{name}": lambda: gaussian.gaussian_fwd(
-                params, None, *shared, None, torch.tensor(1), 0, 0, None, index, 0, 0, prior, False),
-            f"gaussian_bwd-{name}": lambda: gaussian.gaussian_bwd(
-                grad, total, total if prior else None, params, None, *shared, None, torch.tensor(1), 0, 0, None, index, 0,
-                0, True, False, prior, prior)}
+    seed = torch.tensor(1)
+    return {
+        f"gaussian_fwd-{name}": lambda: gaussian.gaussian_fwd(
+            params, None, *shared, None, seed, 0, 0, None, index, 0, 0, prior, False),
+        f"gaussian_bwd-{name}": lambda: gaussian.gaussian_bwd(
+            grad, total, total if prior else None, params, None, *shared, None, seed, 0, 0, None, index, 0, 0,
+            True, False, prior, prior)}
 
 
 def special_calls():
@@ -63,20 +65,24 @@ def special_calls():
     samples, prior = torch.zeros(3, 600, 2), torch.zeros(1, 2)
     latent = torch.zeros(2, 8, 64, 64)
 
+    words = torch.zeros(8, 4, dtype=torch.int64)
+
     def forward(x, params, passive=None):
-        return lambda: affine_coupling.affine_coupling_fwd(x, params, None, torch.zeros(x.shape[0]), passive, 0, *constants)
+        carried = torch.zeros(x.shape[0])
+        return lambda: affine_coupling.affine_coupling_fwd(x, params, None, carried, passive, 0, *constants)
 
     return {
         "affine_fwd-two_stages": forward(large, large_params),
         "affine_fwd-channels_last_passive": forward(image[:, 8:], image, image[:, :8]),
         "affine_fwd-small_rows": forward(small[:, :2], small),
-        "gaussian_fwd-K_samples_odd": lambda: gaussian.gaussian_fwd(torch.zeros(4, 14), None, None, None, None, None, 3, 0, 3,
-                                                                    0, 0, 0, True, True),
-        "gaussian_fwd-channel": lambda: gaussian.gaussian_fwd(latent, None, None, None, None, None, 3, 0, 2, 0, 0, 1, True,
-                                                              False),
+        "gaussian_fwd-K_samples_odd": lambda: gaussian.gaussian_fwd(
+            torch.zeros(4, 14), None, None, None, None, None, 3, 0, 3, 0, 0, 0, True, True),
+        "gaussian_fwd-channel": lambda: gaussian.gaussian_fwd(
+            latent, None, None, None, None, None, 3, 0, 2, 0, 0, 1, True, False),
         "gaussian_bwd-K_samples_large_batch": lambda: gaussian.gaussian_bwd(
-            samples, torch.zeros(600), None, small, None, prior, prior, None, None, 3, 0, 3, 0, 0, 0, True, False, True, True),
-        "philox4x32": lambda: gaussian.philox4x32(torch.zeros(8, 4, dtype=torch.int64), torch.zeros(8, 2, dtype=torch.int64))}
+            samples, torch.zeros(600), None, small, None, prior, prior, None, None, 3, 0, 3, 0, 0, 0,
+            True, False, True, True),
+        "philox4x32": lambda: gaussian.philox4x32(words, words[:, :2])}
 
 
 def matrix_calls(size, dtype):

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from fastflow.kernels import layout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
-
-from fastflow.kernels import layout
 
 CAPABILITIES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -60,8 +60,8 @@ def test_compiles_everything(name, capability):
 
 
 # Fewest 16-byte (loads, stores): one per operand that is as large as the sample.
-WIDE_ACCESSES = {"affine_coupling_fwd_kernel": (3, 1), "affine_coupling_bwd_kernel": (3, 3), "gaussian_fwd_kernel": (4, 1),
-                 "gaussian_bwd_kernel": (5, 2), "shared_prior_bwd_kernel": (4, 0)}
+WIDE_ACCESSES = {"affine_coupling_fwd_kernel": (3, 1), "affine_coupling_bwd_kernel": (3, 3),
+                 "gaussian_fwd_kernel": (4, 1), "gaussian_bwd_kernel": (5, 2), "shared_prior_bwd_kernel": (4, 0)}
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -73,7 +73,8 @@ def test_aligned_accesses_are_16_bytes_wide(name):
         assert loads.count(16) >= WIDE_ACCESSES[kernel.name][0], f"{kernel.name}: loads of {loads} bytes"
         assert stores.count(16) >= WIDE_ACCESSES[kernel.name][1], f"{kernel.name}: stores of {stores} bytes"
         if kernel.name.endswith("fwd_kernel"):
-            assert len(stores) - stores.count(16) <= 2 and len(loads) - loads.count(16) <= 1, f"{kernel.name}: {loads} {stores}"
+            assert len(loads) - loads.count(16) <= 1, f"{kernel.name}: loads of {loads} bytes"
+            assert len(stores) - stores.count(16) <= 2, f"{kernel.name}: stores of {stores} bytes"
 
 
 def test_a_misaligned_view_compiles_narrow():
@@ -86,18 +87,33 @@ def test_a_misaligned_view_compiles_narrow():
     assert 4 in loads and 16 in loads
 
 
-@pytest.mark.parametrize("make", [
-    lambda batch: calls.affine_coupling.affine_coupling_fwd(
-        torch.zeros(batch, 6, 4, 4), torch.zeros(batch, 12, 4, 4), None, None, None, 0, *calls.scale_map("exp")),
-    lambda batch: calls.affine_coupling.affine_coupling_bwd(
-        torch.zeros(batch, 6), torch.zeros(batch), torch.zeros(batch, 6), torch.zeros(batch, 12), None, 0, True, True, False,
-        0, *calls.scale_map("exp")),
-    lambda batch: calls.gaussian.gaussian_fwd(torch.zeros(batch, 12), None, None, None, None, None, batch * 2**20, 0, None,
-                                              0, 0, 0, True, False),
-    lambda batch: calls.gaussian.gaussian_bwd(torch.zeros(batch, 6), torch.zeros(batch), None, torch.zeros(batch, 12), None,
-                                              None, None, None, None, 5 * batch, 0, None, 0, 0, 0, True, False, False, False),
-    lambda batch: calls.slogdet.slogdet_fwd(torch.zeros(batch, 12, 12), True)],
-    ids=["affine_fwd", "affine_bwd", "gaussian_fwd", "gaussian_bwd", "slogdet"])
+def affine_fwd(batch):
+    calls.affine_coupling.affine_coupling_fwd(torch.zeros(batch, 6, 4, 4), torch.zeros(batch, 12, 4, 4), None, None,
+                                              None, 0, *calls.scale_map("exp"))
+
+
+def affine_bwd(batch):
+    x = torch.zeros(batch, 6)
+    calls.affine_coupling.affine_coupling_bwd(x, x[:, 0], x, torch.zeros(batch, 12), None, 0, True, True, False, 0,
+                                              *calls.scale_map("exp"))
+
+
+def gaussian_fwd(batch):
+    calls.gaussian.gaussian_fwd(torch.zeros(batch, 12), None, None, None, None, None, batch * 2**20, 0, None, 0, 0, 0,
+                                True, False)
+
+
+def gaussian_bwd(batch):
+    z = torch.zeros(batch, 6)
+    calls.gaussian.gaussian_bwd(z, z[:, 0], None, torch.zeros(batch, 12), None, None, None, None, None, 5 * batch, 0,
+                                None, 0, 0, 0, True, False, False, False)
+
+
+def slogdet(batch):
+    calls.slogdet.slogdet_fwd(torch.zeros(batch, 12, 12), True)
+
+
+@pytest.mark.parametrize("make", [affine_fwd, affine_bwd, gaussian_fwd, gaussian_bwd, slogdet])
 def test_twenty_batch_sizes_need_at_most_two_variants(make):
     sizes = [1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 32, 48, 63, 64, 100, 127, 128, 255, 256]
     keys = {compiling.variant(launch) for batch in sizes for launch in compiling.launches_of(lambda b=batch: make(b))}
