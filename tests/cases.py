@@ -111,8 +111,8 @@ CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES
 
 @contextlib.contextmanager
 def noise_of_the_backend(case, tensors):
-    """The reference draws, inside, the very normals of the backend in use (which may differ from its own by 2e-6), so that
-    everything else can be compared to the last rounding."""
+    """The reference draws, inside, the very normals of the backend in use (which may differ from its own by 2e-6), so
+    that everything else can be compared to the last rounding."""
     if case.op != "gaussian_sample_kl" or "eps" in tensors:
         yield
         return

@@ -18,7 +18,8 @@ def assert_same_nonfinite(out, expected, what="result", *, gradient=False):
     """NaN, +Inf and -Inf stand at exactly the same places.
 
     For a ``gradient``, an infinity is accepted where eager has NaN: autograd's formulas add an infinity to its opposite
-    where an equal formula has one term (as d u/(1 + |u|) = 1/(1 + |u|)^2). Nothing finite is, and no NaN for an infinity.
+    where an equal formula has one term (as d u/(1 + |u|) = 1/(1 + |u|)^2). Nothing finite is, and no NaN for an
+    infinity.
     """
     finite_got, finite_want = torch.isfinite(out), torch.isfinite(expected)
     assert torch.equal(finite_got, finite_want), (
@@ -76,17 +77,19 @@ def assert_elementwise(out, eager, truth, *, roundings=4.0, factor=VALUE_FACTOR,
     finite = torch.isfinite(eager) & torch.isfinite(truth)
     exact = truth[finite]
     error = (out[finite].double() - exact).abs()
-    size = torch.maximum(exact.abs(), torch.as_tensor(scale, dtype=torch.float64).to(truth.device).expand_as(truth)[finite])
+    scale = torch.as_tensor(scale, dtype=torch.float64, device=truth.device).expand_as(truth)
+    size = torch.maximum(exact.abs(), scale[finite])
     allowed = factor * (eager[finite].double() - exact).abs() + roundings * info.eps * size + info.tiny
     worst = (error - allowed).argmax() if error.numel() else None
     assert worst is None or error[worst] <= allowed[worst], (
         f"{what}: at flat finite index {worst.item()} got {out[finite][worst].item()!r}, eager "
-        f"{eager[finite][worst].item()!r}, truth {exact[worst].item()!r}: error {error[worst]:.3e} > {allowed[worst]:.3e}")
+        f"{eager[finite][worst].item()!r}, truth {exact[worst].item()!r}: error {error[worst]:.3e} > "
+        f"{allowed[worst]:.3e}")
 
 
 def assert_bitwise(out, expected, what="result"):
     """Equal shape, dtype and values, NaN equal to NaN."""
     assert out.shape == expected.shape and out.dtype == expected.dtype, (
         f"{what}: {tuple(out.shape)} {out.dtype}, expected {tuple(expected.shape)} {expected.dtype}")
-    same = (out == expected) | (torch.isnan(out) & torch.isnan(expected)) if out.is_floating_point() else out == expected
+    same = (out == expected) | (out.isnan() & expected.isnan())
     assert bool(same.all()), f"{what}: {int((~same).sum())} of {out.numel()} elements differ"

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kBlock)
   if (i >= count) return;
   const int64_t *c = counter + i * counter_row, *k = key + i * key_row;
   const auto word = [](int64_t value) { return static_cast<uint64_t>(static_cast<uint32_t>(value)); };
-  const philox::Words<uint64_t> in{word(c[0]), word(c[counter_word]), word(c[2 * counter_word]), word(c[3 * counter_word])};
+  const philox::Words<uint64_t> in{word(c[0]), word(c[counter_word]), word(c[2 * counter_word]),
+                                   word(c[3 * counter_word])};
   const auto out = philox::generate(in, static_cast<uint32_t>(k[0]), static_cast<uint32_t>(k[key_word]));
   const uint64_t results[4] = {out.w0, out.w1, out.w2, out.w3};
 #pragma unroll
@@ -170,7 +171,8 @@ void forward(const Results& to, const Tensor& params, const optional<Tensor>& ra
       p.logq = nullptr;
     }
   }
-  const auto gaussian_fwd_kernel = vector ? gaussian_forward<T, sizeof(T) == 4 ? kVector : 1> : gaussian_forward<T, 1>;
+  constexpr int kWide = sizeof(T) == 4 ? kVector : 1;
+  const auto gaussian_fwd_kernel = vector ? gaussian_forward<T, kWide> : gaussian_forward<T, 1>;
   FASTFLOW_LAUNCH(gaussian_fwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
   if (!split_kl) kl_sums.results = 0;
   if (!split_logq) logq_sums.results = 0;
@@ -195,7 +197,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_fwd(
     logq_shape.insert(logq_shape.begin(), *n_samples);
   }
   const Reduce how = static_cast<Reduce>(reduce);
-  const Dims kl_shape = how == Reduce::none ? shape : Dims(shape.begin(), shape.begin() + (how == Reduce::sample ? 1 : 2));
+  Dims kl_shape = shape;
+  if (how != Reduce::none) kl_shape.resize(how == Reduce::sample ? 1 : 2);
   const Results to{empty(z_shape, result_type(params, raw, prior_mean, prior_raw, eps), params),
                    empty(kl_shape, dtype, params), empty(want_logq ? logq_shape : Dims{0}, dtype, params),
                    empty(save_eps && !eps ? z_shape : Dims{0}, dtype, params)};

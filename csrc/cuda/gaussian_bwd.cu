@@ -225,7 +225,8 @@ void backward(const Wanted& to, const optional<Tensor>& grad_z, const optional<T
     const int width = vector ? kVector : 1;
     p.tiles = tile_rows(batch, p.layout.elements / width, width);
     if (p.layout.elements > 0) {
-      const auto gaussian_bwd_kernel = vector ? gaussian_backward<T, sizeof(T) == 4 ? kVector : 1> : gaussian_backward<T, 1>;
+      constexpr int kWide = sizeof(T) == 4 ? kVector : 1;
+      const auto gaussian_bwd_kernel = vector ? gaussian_backward<T, kWide> : gaussian_backward<T, 1>;
       FASTFLOW_LAUNCH(gaussian_bwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
     }
   }

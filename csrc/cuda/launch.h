@@ -3,13 +3,13 @@
 // Launches of each operator (an empty grid is not launched and not counted; tests/simt asserts these numbers):
 //   affine_coupling_fwd  1, or 2 where a sample is split over blocks (beyond 16384 elements)
 //   affine_coupling_bwd  1
-//   slogdet_fwd          1
+//   slogdet_fwd          1, after a copy of a weight whose leading axes no single stride spans
 //   plu_weight_fwd       1
 //   plu_weight_bwd       1
 //   gaussian_fwd         1, or 2 where partial sums are left over: a sample split over blocks (beyond 16384 elements),
 //                        or log q wanted together with a KL per channel
-//   gaussian_bwd         1 (of them 0 where only a broadcast prior's gradient is wanted), and for a prior of batch 1
-//                        whose gradient is wanted 1 more, or 2 where its batch is split over blocks (beyond 64 samples)
+//   gaussian_bwd         1, or 0 where only the gradient of a prior of batch 1 is wanted; that takes 1 more, or 2 where
+//                        the batch is split over blocks (beyond 64 samples)
 //   philox4x32           1
 //
 // tests/simt compiles the same sources as plain C++ (FASTFLOW_SIMT), where simt.h stands in for the device.
@@ -63,8 +63,8 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t grid, int b
   if (grid == 0) return;
   STD_TORCH_CHECK(grid <= 0x7fffffff, "fastflow: ", name, ": too many blocks: ", std::to_string(grid));
   if (shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-               name);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)), name);
   kernel<<<static_cast<unsigned>(grid), block, shared_bytes, stream.handle>>>(arguments...);
   check_cuda(cudaGetLastError(), name);
 }

@@ -1,8 +1,8 @@
 // slogdet: sign, log|det| and inverse of many small matrices in one launch, by Gauss-Jordan elimination with partial
 // pivoting. The pivots are those of LU; each step turns one column of the matrix into one of the inverse, in place.
 //
-// Up to 32x32 a matrix belongs to part of a warp, a row to a thread, in registers; beyond to a block, with the matrix in
-// shared memory where it fits (on sm_90 up to 239x239 floats), else in device memory.
+// Up to 32x32 a matrix belongs to part of a warp, a row to a thread, in registers; beyond to a block, with the matrix
+// in shared memory where it fits (on sm_90 up to 238x238 floats), else in device memory.
 #include "../common/math.h"
 #include "elements.cuh"
 

@@ -61,7 +61,8 @@ __device__ __forceinline__ Place place_of(const Tiles& tiles) {
 
 // Sum over the threads of this thread's group; every thread of the block must call.
 __device__ __forceinline__ double group_sum(double value, int group) {
-  for (int flip = (group < 32 ? group : 32) / 2; flip > 0; flip /= 2) value += __shfl_xor_sync(0xffffffffu, value, flip);
+  const int width = group < 32 ? group : 32;
+  for (int flip = width / 2; flip > 0; flip /= 2) value += __shfl_xor_sync(0xffffffffu, value, flip);
   if (group > 32) {
     FASTFLOW_SHARED(double, partial, kBlock / 32);
     __syncthreads();  // an earlier sum has been read

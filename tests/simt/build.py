@@ -80,7 +80,8 @@ def teeth():
 def environment():
     """Variables of a process that loads a library built here. Fresh memory is filled with NaN."""
     def runtime(name):
-        return subprocess.run([CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        command = [CXX, f"-print-file-name={name}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     # libstdc++ comes along, since AddressSanitizer looks for the real __cxa_throw when it starts.
     return {**os.environ, "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}", "OMP_NUM_THREADS": "1",

@@ -1,7 +1,7 @@
 """A pytest plugin for the sanitized subprocess: tests/unit then runs on the emulated CUDA kernels.
 
-The operators of ``fastflow_simt`` stand in for those of the cpu backend, so that what runs on "cpu" in the unit tests runs
-csrc/cuda; every other backend's case is deselected. FASTFLOW_SIMT_LIBRARY is the library's path.
+The operators of ``fastflow_simt`` stand in for those of the cpu backend, so that what runs on "cpu" in the unit tests
+runs csrc/cuda; every other backend's case is deselected. FASTFLOW_SIMT_LIBRARY is the library's path.
 """
 
 import ctypes

@@ -80,7 +80,7 @@ __attribute__((naked, noinline)) void change_stack(void** /*save rdi*/, void* /*
 }
 #endif
 
-// Tells AddressSanitizer that `here` runs again; only the scheduler resumes fibers, on whatever thread called the operator.
+// Tells AddressSanitizer that `here` runs again. Only the scheduler resumes fibers, on whichever thread called.
 void arrived(Context& here) {
 #if defined(__SANITIZE_ADDRESS__)
   const void* bottom;

@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU: built against simt.h, run under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-A sanitizer must be in the process from its start, so the checks run in subprocesses: the cases in cases/, those files of
-tests/unit that the operators' mathematics depends on, and the deliberately wrong kernels of teeth.cu.
+A sanitizer must be in the process from its start, so the checks run in subprocesses: the cases in cases/, those files
+of tests/unit that hold the operators' mathematics, and the deliberately wrong kernels of teeth.cu.
 """
 
 import shutil
@@ -37,8 +37,8 @@ def teeth():
     return build.teeth()
 
 
-# What tests/unit calls the cpu backend is here the emulated GPU (plugin.py). Its tests of slogdet take minutes to emulate;
-# check_kernels.py has smaller ones.
+# What tests/unit calls the cpu backend is here the emulated GPU (plugin.py). Its tests of slogdet take minutes to
+# emulate; check_kernels.py has smaller ones.
 SUITES = {
     "kernels": [build.HERE / "cases" / "check_kernels.py"],
     "layouts": [UNIT / "test_layouts.py"],

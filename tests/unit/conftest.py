@@ -11,7 +11,8 @@ GPU_BACKENDS = [pytest.param("triton", marks=pytest.mark.gpu), pytest.param("cud
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """One thread unless a test asks for more: on a shared machine a pool that waits for its turn costs more than it gives."""
+    """One thread unless a test asks for more: on a shared machine a pool that waits for its turn costs more than it
+    gives."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,5 @@
-"""Autocast and gradient scaling on the CPU and GPU: the conditioner runs in half precision, z and log-det stay float32."""
+"""Autocast and gradient scaling on the CPU and GPU: the conditioner runs in half precision, z and log-det stay
+float32."""
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ class Layer(torch.nn.Module):
 
     def forward(self, x, module=functional):
         params = self.net(x)
-        y, logdet = module.affine_coupling(x, params, scale="sigmoid", logdet=module.slogdet(self.weight)[1].expand(len(x)))
+        carried = module.slogdet(self.weight)[1].expand(len(x))
+        y, logdet = module.affine_coupling(x, params, scale="sigmoid", logdet=carried)
         stats = self.head(y.mean((2, 3)))
         z, kl = module.gaussian_sample_kl(stats, seed=5)
         self.seen = {"params": params.dtype, "y": y.dtype, "logdet": logdet.dtype, "z": z.dtype, "kl": kl.dtype,
@@ -29,8 +31,8 @@ class Layer(torch.nn.Module):
 
 @HALVES
 def test_dtypes_and_gradients_under_autocast(half, backend, device):
-    """Half-precision params, float32 y, log-det and KL; the backward runs outside autocast and gives float32 parameters'
-    gradients equal to those of the reference under the same autocast."""
+    """Half-precision params, float32 y, log-det and KL; the backward runs outside autocast and gives float32
+    parameters' gradients equal to those of the reference under the same autocast."""
     layer, x = Layer().to(device), torch.randn(4, 3, 6, 6, device=device)
     grads = []
     for module in (functional, reference):

@@ -1,5 +1,5 @@
-"""Gradients: every combination of what requires one and of what is differentiated, finite differences of first and second
-order, and the rules of a well-behaved autograd Function."""
+"""Gradients: every combination of what requires one and of what is differentiated, finite differences of first and
+second order, and the rules of a well-behaved autograd Function."""
 
 import contextlib
 
@@ -61,8 +61,8 @@ def test_operands_without_a_gradient_get_none(case, backend, device):
 
 @by_case
 def test_nothing_is_written_into(case, backend, device):
-    """Operands, saved tensors and incoming gradients keep their bytes and versions; a second backward over the same graph
-    gives the same bits."""
+    """Operands, saved tensors and incoming gradients keep their bytes and versions; a second backward over the same
+    graph gives the same bits."""
     tensors = case.tensors(torch.float32, device)
     cotangents = cotangents_of(case, tensors)
     leaves = {name: t.clone().requires_grad_(name in case.differentiable) for name, t in tensors.items()}
@@ -112,7 +112,8 @@ def as_function(case):
 
 @by_case
 def test_gradcheck(case, backend, device):
-    """Analytic gradients against finite differences along a random direction, and against themselves on a second run."""
+    """Analytic gradients against finite differences along a random direction, and against themselves on a second
+    run."""
     assert torch.autograd.gradcheck(as_function(case), small(case, device), fast_mode=True, nondet_tol=0.0)
 
 
@@ -141,8 +142,8 @@ TINY = (
 
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_gradcheck_exhaustive_and_gradgradcheck(case, backend, device):
-    """Every entry of the Jacobian, and of the Jacobian of the gradients: a backward that stashes an intermediate without
-    differentiating through it is silently half right, and this is what sees it."""
+    """Every entry of the Jacobian, and of the Jacobian of the gradients: a backward that stashes an intermediate
+    without differentiating through it is silently half right, and this is what sees it."""
     operands = small(case, device)
     assert torch.autograd.gradcheck(as_function(case), operands)
     assert torch.autograd.gradgradcheck(as_function(case), operands)

@@ -14,8 +14,8 @@ STRIDE = 2**31 + 64  # elements from one sample to the next
 
 @pytest.fixture(scope="module")
 def far():
-    """A function that gives a tensor's values at a batch stride of 2^31 elements or more (8.6 GB of addresses per float32
-    operand, of which the few pages that hold values are real)."""
+    """A function that gives a tensor's values at a batch stride of 2^31 elements or more (8.6 GB of addresses per
+    float32 operand, of which the few pages that hold values are real)."""
     maps = []
 
     def place(t, dim=0):
@@ -44,22 +44,25 @@ CASES = (
     Case("big_slogdet", "slogdet_inverse", {"weight": (3, 50, 50)}),
     Case("plu", "plu_weight", {"lower": (3, 5, 5), "upper": (3, 5, 5), "log_s": (3, 5), "sign_s": (3, 5),
                                "perm": (3, 5)}),
-    Case("gaussian", "gaussian_sample_kl", {"params": (3, 6, 5)}, {"seed": 1, "reduce": "channel", "return_logq": True}),
-    Case("gaussian_eps", "gaussian_sample_kl", {"mean": (3, 9), "raw": (3, 9), "prior_mean": (3, 9), "prior_raw": (3, 9),
-                                                "eps": (3, 9)}, {"reduce": "none"}),
+    Case("gaussian", "gaussian_sample_kl", {"params": (3, 6, 5)},
+         {"seed": 1, "reduce": "channel", "return_logq": True}),
+    Case("gaussian_eps", "gaussian_sample_kl",
+         dict.fromkeys(("mean", "raw", "prior_mean", "prior_raw", "eps"), (3, 9)), {"reduce": "none"}),
 )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_operands_and_incoming_gradients_far_apart(case, far):
-    """Offsets (batch index times stride) that overflow a 32-bit integer, in every operand and every incoming gradient."""
+    """Offsets (batch index times stride) that overflow a 32-bit integer, in every operand and every incoming
+    gradient."""
     for name in [n for n in ("reference", "cpu") if backends.available()[n]]:
         with backends.use_backend(name):
             tensors = case.tensors(torch.float32)
             cotangents = cotangents_of(case, tensors)
             near = evaluate(case, tensors, cotangents=cotangents)
             operands = {n: far(t) if n != "perm" else t for n, t in tensors.items()}
-            distant = evaluate(case, operands, cotangents={n: far(t) if t.dim() > 1 else t for n, t in cotangents.items()})
+            cotangents = {n: far(t) if t.dim() > 1 else t for n, t in cotangents.items()}
+            distant = evaluate(case, operands, cotangents=cotangents)
             for part in (0, 1):
                 for result, t in near[part].items():
                     assert distant[part][result].shape == t.shape

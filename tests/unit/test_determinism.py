@@ -145,8 +145,8 @@ def in_child(function, seconds=30):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("case", (LARGE[0], LARGE[4], LARGE[7], LARGE[9]), ids=str)
 def test_a_forked_child_computes(case, threads):
-    """A data loader's worker after a parallel op in the parent: the thread pool did not survive the fork, the op does, with
-    the same bits (the kernels alone run in the child: torch's own parallel ops hang there)."""
+    """A data loader's worker after a parallel op in the parent: the thread pool did not survive the fork, the op does,
+    with the same bits (the kernels alone run in the child: torch's own parallel ops hang there)."""
     if not backends.available()["cpu"]:
         pytest.skip(backends.status()["cpu"])
     with backends.use_backend("cpu"):

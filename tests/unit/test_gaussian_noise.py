@@ -66,7 +66,8 @@ def test_integers_are_the_reference_s(backend, device):
     assert philox_op(backend)(counter[:0].to(device), key[:0].to(device)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63 - 1, 2**63, 2**64 - 1, -1, -7])
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63 - 1, 2**63, 2**64 - 1, -1,
+                                  -7])
 @pytest.mark.parametrize("offset", [0, 1, 12345, 2**31 - 1, 2**32 - 2, 2**40 + 3])
 def test_element_i_is_normal_i_mod_4_of_counter_i_div_4(seed, offset, backend, device):
     got = noise((2, 9), seed, offset=offset, device=device).flatten()
@@ -83,8 +84,8 @@ EDGE_COUNTERS = [(32245323, 0), (13385049, 0), (12763568, 0), (2313274, 0), (209
 
 @pytest.mark.parametrize(("counter", "word"), EDGE_COUNTERS)
 def test_extreme_uniforms(counter, word, backend, device):
-    """u = 2^-25 and 1 - 2^-25 (which float32 rounds to 1, whose log is 0), and angles at multiples of a quarter turn: the
-    error is absolute 2e-6, and relative where the radius itself is tiny."""
+    """u = 2^-25 and 1 - 2^-25 (which float32 rounds to 1, whose log is 0), and angles at multiples of a quarter turn:
+    the error is absolute 2e-6, and relative where the radius itself is tiny."""
     top = philox((counter, 0, 0, 0), (7, 0))[word] >> 8
     assert top in (0, 1, 0x7FFFFF, 0x800000, 0xFFFFFE, 0xFFFFFF, 0x200000, 0x3FFFFF, 0x400000, 0xBFFFFF, 0xC00000)
     got = noise((1, 4), 7, offset=counter, device=device).flatten().tolist()
@@ -165,13 +166,15 @@ def test_offset_skips_blocks_of_four(backend, device):
 
 
 def test_seeds_as_int_scalar_and_per_sample_tensors(backend, device):
-    """A 0-d tensor is the same as the int; with a (B,) tensor every sample has a key of its own, the counters unchanged."""
+    """A 0-d tensor is the same as the int; with a (B,) tensor every sample has a key of its own, the counters
+    unchanged."""
     shape, seeds = (4, 3, 5), [3, -1, 2**40 + 1, 3]
     per_sample = noise(shape, torch.tensor(seeds, device=device), device=device)
     samples = noise(shape, torch.tensor(seeds, device=device), n_samples=3, device=device)
     for b, seed in enumerate(seeds):
-        assert_bitwise(noise(shape, torch.tensor(seed, device=device), device=device), noise(shape, seed, device=device))
-        assert_bitwise(per_sample[b], noise(shape, seed, device=device)[b])
+        by_int = noise(shape, seed, device=device)
+        assert_bitwise(noise(shape, torch.tensor(seed, device=device), device=device), by_int)
+        assert_bitwise(per_sample[b], by_int[b])
         assert_bitwise(samples[:, b], noise(shape, seed, n_samples=3, device=device)[:, b])
     assert not torch.equal(per_sample[0], per_sample[3])
 

@@ -58,7 +58,8 @@ def test_channels_are_independent_given_their_params(case, backend, device):
 @pytest.mark.parametrize("shift_first", [False, True])
 @pytest.mark.parametrize("scale", KINDS)
 def test_inverse_of_forward_and_forward_of_inverse(scale, shift_first, backend, device):
-    """In float64 to 1e-11, in float32 to the conditioning of one layer; the carried log-det returns to where it began."""
+    """In float64 to 1e-11, in float32 to the conditioning of one layer; the carried log-det returns to where it
+    began."""
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
         channels = 6 if scale == "additive" else 12
         x, params, carried = (torch.randn(s, dtype=torch.float64).to(device, dtype)
@@ -81,7 +82,8 @@ def test_packings_are_one_operation(scale, backend, device):
         ("interleave", "shift_scale"): torch.stack([shift, raw], 2).flatten(1, 2)}
     want = affine_coupling(x, (raw, shift), scale=scale)
     for (layout, order), params in packings.items():
-        for got, expected in zip(affine_coupling(x, params, scale=scale, layout=layout, order=order), want, strict=True):
+        results = affine_coupling(x, params, scale=scale, layout=layout, order=order)
+        for got, expected in zip(results, want, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
 
 
@@ -104,8 +106,8 @@ def test_shift_first_is_a_shift_by_t_times_s(backend, device):
 @pytest.mark.parametrize("case", GAUSSIAN_CASES, ids=str)
 def test_kl_to_itself_is_zero_and_shifts_with_both_means(case, backend, device):
     scale = case.options.get("scale", "logvar")
-    mean, raw = torch.randn(5, 7, dtype=torch.float64, device=device), torch.rand(5, 7, dtype=torch.float64, device=device)
-    raw = raw + 0.1
+    mean = torch.randn(5, 7, dtype=torch.float64, device=device)
+    raw = torch.rand(5, 7, dtype=torch.float64, device=device) + 0.1
     _, kl = gaussian_sample_kl((mean, raw), scale=scale, prior=(mean, raw), seed=1)
     assert_bitwise(kl, torch.zeros_like(kl))
     other = torch.rand(1, 7, dtype=torch.float64, device=device) + 0.1

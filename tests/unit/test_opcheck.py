@@ -1,5 +1,5 @@
-"""torch.library.opcheck on every operator of the compiled library: schema, no mutation, fake implementation (shapes, dtypes
-and strides), and tracing with dynamic shapes."""
+"""torch.library.opcheck on every operator of the compiled library: schema, no mutation, fake implementation (shapes,
+dtypes and strides), and tracing with dynamic shapes."""
 
 import inspect
 
@@ -42,8 +42,8 @@ def backward_samples():
         for layout in (layouts.contiguous, layouts.channels_last, layouts.permuted):
             x, p = r(*shape, layout=layout), r(*doubled, layout=layout)
             yield r(*shape), r(shape[0]), x, p, None, 0, True, True, False, 0, *EXP
-            yield r(*doubled, layout=layout), None, x, r(*shape), r(*shape, layout=layout), shape[1], True, True, True, \
-                INVERSE, *TANH
+            pair = r(*shape), r(*shape, layout=layout)
+            yield r(*doubled, layout=layout), None, x, *pair, shape[1], True, True, True, INVERSE, *TANH
         yield None, r(shape[0]), r(*shape), r(*doubled), None, 0, False, True, False, INTERLEAVED, *EXP
         yield r(*shape), None, r(*shape), r(*shape), r(*shape), 0, True, False, False, SHIFT_FIRST, *EXP
         yield r(*shape), None, r(*shape, dtype=torch.bfloat16), r(*shape), None, 0, True, True, False, 0, *ADDITIVE
@@ -75,10 +75,11 @@ def gaussian_samples():
         doubled = (shape[0], 2 * shape[1], *shape[2:])
         for reduce in (0, 1, 2):
             yield r(*doubled), None, None, None, None, None, 5, 0, None, 0, 0, reduce, False, True
-            yield r(*shape), r(*shape), r(1, *shape[1:]), r(1, *shape[1:]), None, seed, 0, 7, 2, 1, 0, reduce, True, False
+            pair, prior = (r(*shape), r(*shape)), (r(1, *shape[1:]), r(1, *shape[1:]))
+            yield *pair, *prior, None, seed, 0, 7, 2, 1, 0, reduce, True, False
         yield r(*doubled), None, None, None, r(2, *shape), None, 0, 0, 2, 3, INTERLEAVED, 0, True, True
-        yield r(*doubled, dtype=torch.bfloat16, layout=layouts.channels_last), None, None, None, None, None, 5, 0, None, \
-            4, SHIFT_IN_FRONT, 1, True, True
+        half = r(*doubled, dtype=torch.bfloat16, layout=layouts.channels_last)
+        yield half, None, None, None, None, None, 5, 0, None, 4, SHIFT_IN_FRONT, 1, True, True
     yield r(3, 4), r(3, 4), None, None, None, seeds, 0, 0, None, 0, 0, 0, True, True
 
 
@@ -91,8 +92,8 @@ def gaussian_backward_samples():
                 None, 5, 0, None, 0, 0, reduce, True, False, False, False
             yield r(2, *shape), r(*kls[reduce]), r(2, shape[0]), r(*shape), r(*shape), r(1, *shape[1:]), \
                 r(1, *shape[1:]), None, seed, 0, 7, 2, 1, 0, reduce, True, True, True, True
-        yield None, r(shape[0]), None, r(*shape), r(*shape), None, None, r(*shape), None, 0, 0, None, 0, 0, 0, False, True, \
-            False, False
+        pair, eps = (r(*shape), r(*shape)), r(*shape)
+        yield None, r(shape[0]), None, *pair, None, None, eps, None, 0, 0, None, 0, 0, 0, False, True, False, False
 
 
 def philox_samples():
@@ -127,8 +128,8 @@ def test_schema_and_fake(name, fused, device):
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_fake_strides_dtypes_and_no_aliasing(name, fused, device):
-    """What torch.compile plans by: exact sizes, strides and dtypes of every result, checked here because opcheck of some
-    torch versions skips strides on the CPU; and no result shares memory with an operand."""
+    """What torch.compile plans by: exact sizes, strides and dtypes of every result, checked here because opcheck of
+    some torch versions skips strides on the CPU; and no result shares memory with an operand."""
     op = compiled_operator(fused, name)
     mode = torch._subclasses.FakeTensorMode()
     for sample in SAMPLES[name]():
@@ -140,7 +141,7 @@ def test_fake_strides_dtypes_and_no_aliasing(name, fused, device):
         operands = {a.untyped_storage().data_ptr() for a in sample if isinstance(a, torch.Tensor) and a.numel()}
         for i, (got, planned) in enumerate(pairs):
             assert got.shape == planned.shape and got.dtype == planned.dtype, (name, i)
-            assert got.numel() == 0 or got.stride() == planned.stride(), (name, i, got.shape, got.stride(), planned.stride())
+            assert got.numel() == 0 or got.stride() == planned.stride(), (name, i, got.stride(), planned.stride())
             assert got.numel() == 0 or got.untyped_storage().data_ptr() not in operands
 
 

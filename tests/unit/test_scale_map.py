@@ -39,8 +39,8 @@ def test_names_stand_for_the_contract_s_constants(kind):
 
 def test_defaults_and_positional_order_are_the_contract_s():
     fields = [(f.name, f.default) for f in dataclasses.fields(ScaleMap)]
-    assert [name for name, _ in fields] == ["kind", "gain", "offset", "out_gain", "clamp", "eps", "hard_min", "hard_max",
-                                            "shift_gain"]
+    names = ["kind", "gain", "offset", "out_gain", "clamp", "eps", "hard_min", "hard_max", "shift_gain"]
+    assert [name for name, _ in fields] == names
     assert [default for _, default in fields[1:]] == [1, 0, 1, None, 0, None, None, 1]
 
 
