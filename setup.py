@@ -28,7 +28,7 @@ rule nvcc
   command = {nvcc} -MD -MF $out.d {cuda_flags} -O3 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden {arch} -c $in -o $out
   depfile = $out.d
 rule link
-  command = {cxx} -shared $in -o $out -Wl,--no-as-needed -L{torch}/lib -ltorch -ltorch_cpu -lc10 $libs
+  command = $linker -shared $in -o $out -Xlinker --no-as-needed -L{torch}/lib -ltorch -ltorch_cpu -lc10 -lpthread
 """
 
 
@@ -40,7 +40,8 @@ def write_ninja(build, target, torch_dir, nvcc):
         number = entry.removesuffix("+PTX").replace(".", "")
         arch += f" -gencode arch=compute_{number},code=sm_{number}"
         arch += f" -gencode arch=compute_{number},code=compute_{number}" if entry.endswith("+PTX") else ""
-    lines = [RULES.format(cxx=os.environ.get("CXX", "c++"), nvcc=nvcc, torch=torch_dir, arch=arch,
+    cxx = os.environ.get("CXX", "c++")
+    lines = [RULES.format(cxx=cxx, nvcc=nvcc, torch=torch_dir, arch=arch,
                           flags=f"-fPIC -fvisibility=hidden -Wall {common}", cuda_flags=common)]
     objects = {"cpu": [], "cuda": []}
 
@@ -59,11 +60,10 @@ def write_ninja(build, target, torch_dir, nvcc):
         compile_one("cuda", "cxx", ROOT / "csrc/registration.cpp", "registration", "-DFASTFLOW_CUDA")
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             compile_one("cuda", "nvcc", source, source.stem)
-    cuda_lib = Path(nvcc).resolve().parent.parent / "lib64" if nvcc else ""
-    libs = {"cpu": "-lpthread", "cuda": f"-L{cuda_lib} -lcudart_static -ldl -lrt -lpthread"}
+    linkers = {"cpu": cxx, "cuda": nvcc}  # nvcc knows where its own runtime is
     for library, inputs in objects.items():
         if inputs:
-            lines.append(f"build {target}/_C_{library}.so: link {' '.join(inputs)}\n  libs = {libs[library]}")
+            lines.append(f"build {target}/_C_{library}.so: link {' '.join(inputs)}\n  linker = {linkers[library]}")
     (build / "build.ninja").write_text("\n".join([*lines, ""]))
 
 
