@@ -90,6 +90,7 @@ __device__ __forceinline__ void decode(const Packet<V>& packet, Dtype dtype, flo
                                         : static_cast<float>(BFloat16(halves[e], BFloat16::from_bits()));
 }
 
+// Through the intrinsic __stwb, since nvcc takes some plain stores of vectors apart.
 template <int V>
 __device__ __forceinline__ void store_vector(const Operand& to, int64_t i, const float (&values)[V]) {
   Packet<V> packet;
@@ -97,15 +98,15 @@ __device__ __forceinline__ void store_vector(const Operand& to, int64_t i, const
     __builtin_memcpy(packet.bits, values, sizeof(values));
     uint4* at = reinterpret_cast<uint4*>(static_cast<float*>(to.data) + i);
 #pragma unroll
-    for (int part = 0; part < V / 4; ++part) at[part] = packet.bits[part];
+    for (int part = 0; part < V / 4; ++part) __stwb(at + part, packet.bits[part]);
   } else {
     uint16_t halves[V];
 #pragma unroll
     for (int e = 0; e < V; ++e) halves[e] = to.dtype == Dtype::float16 ? Half(values[e]).x : BFloat16(values[e]).x;
     __builtin_memcpy(packet.bits, halves, sizeof(halves));
     Half* at = static_cast<Half*>(to.data) + i;
-    if constexpr (V == 8) *reinterpret_cast<uint4*>(at) = packet.bits[0];
-    else *reinterpret_cast<uint2*>(at) = uint2{packet.bits[0].x, packet.bits[0].y};
+    if constexpr (V == 8) __stwb(reinterpret_cast<uint4*>(at), packet.bits[0]);
+    else __stwb(reinterpret_cast<uint2*>(at), uint2{packet.bits[0].x, packet.bits[0].y});
   }
 }
 

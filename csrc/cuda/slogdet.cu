@@ -50,7 +50,7 @@ __device__ __forceinline__ bool conclude(const Matrices& m, int64_t matrix, Verd
 // A matrix of at most Rows rows to a group of lanes, padded by the identity; lane r of it holds row r. Rows stay where
 // they are: `position` is where the swaps of LU would have put this lane's row. C: the type of the results.
 template <int Rows, class C>
-__global__ void __launch_bounds__(128) slogdet_warp(const __grid_constant__ Matrices m) {
+__global__ void __launch_bounds__(128, 2) slogdet_warp(const __grid_constant__ Matrices m) {
   constexpr int kGroup = Rows <= 4 ? 4 : Rows <= 8 ? 8 : Rows <= 16 ? 16 : 32;
   const int lane = static_cast<int>(threadIdx.x) % 32, row = lane % kGroup, first = lane - row;
   const unsigned members = (kAll >> (32 - kGroup)) << first;
@@ -118,10 +118,15 @@ __global__ void __launch_bounds__(128) slogdet_warp(const __grid_constant__ Matr
   }
 }
 
+// Threads of a block at most: what the registers suffice for.
+template <class T>
+inline constexpr int most_threads = sizeof(T) == 8 ? 512 : 1024;
+
 // A matrix to a block, in shared memory or in the workspace. T: the type inside, C: that of the results. The threads
 // form rows of `width`, a multiple of 32.
 template <class T, class C, bool kShared>
-__global__ void __launch_bounds__(1024) slogdet_block(const __grid_constant__ Matrices m, T* workspace, int width) {
+__global__ void __launch_bounds__(most_threads<T>)
+    slogdet_block(const __grid_constant__ Matrices m, T* workspace, int width) {
   FASTFLOW_DYNAMIC_SHARED(T, lines);
   FASTFLOW_SHARED(T, best_value, 32);
   FASTFLOW_SHARED(int, best_row, 32);
@@ -238,8 +243,8 @@ void launch_warp(const Matrices& m, const Stream& stream) {
 template <class T, class C>
 void launch_block(const Matrices& m, const Tensor& weight, ScalarType inside, const Stream& stream) {
   const int64_t size = m.size;
-  const int width = static_cast<int>(std::min<int64_t>((size + 31) / 32 * 32, 1024));
-  const int block = width * std::max(1, (size <= 64 ? 512 : 1024) / width);
+  const int width = static_cast<int>(std::min<int64_t>((size + 31) / 32 * 32, most_threads<T>));
+  const int block = width * std::max(1, (size <= 64 ? 512 : most_threads<T>) / width);
   const int64_t lines = 3 * size * static_cast<int64_t>(sizeof(T)) + size * static_cast<int64_t>(sizeof(int));
   const int64_t bytes = lines + size * size * static_cast<int64_t>(sizeof(T));
   constexpr int64_t kStatic = 512;  // best_value, best_row and their alignment

@@ -118,9 +118,13 @@ inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
   return static_cast<unsigned>(simt::collective(simt::Collective::minimum, mask, value, 0));
 }
 
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
+
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 
 namespace fastflow {
 
