@@ -178,13 +178,14 @@ def affine_coupling_fwd(x, params, shift, logdet, passive, flags, kind, gain, of
         beside = layout.plan(tuple(passive.shape), (passive.stride(), y.stride()), reorder=True)
     batch = x.shape[0]
     sums = out if parts == 1 else x.new_empty((batch, parts), dtype=dtype)
-    layout.launch(affine_coupling_fwd_kernel, triton.cdiv(batch, rows) * parts, x,
+    layout.launch(affine_coupling_fwd_kernel, layout.ceil_div(batch, rows) * parts, x,
            x, raw, shift, passive, y, logdet, sums, *plan.strides, plan.sizes, *plan.bases,
            plan.n_units, beside.strides[0], beside.strides[1], beside.sizes, beside.n_units,
-           triton.cdiv(beside.n, parts * block), 0 if logdet is None else logdet.stride(0), batch, parts,
+           layout.ceil_div(beside.n, parts * block), 0 if logdet is None else logdet.stride(0), batch, parts,
            MAP=scale_map.constants(kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain),
            ORDER=flags & (SHIFT_FIRST | INVERSE), **plan.meta(), PASSIVE_RANK=beside.rank, PASSIVE_UNIT=beside.unit,
-           PASSIVE_WIDE=beside.wide, CHUNK=layout.CHUNK if parts > 1 else 0, ROWS=rows, BLOCK=block, num_warps=warps)
+           PASSIVE_WIDE=beside.wide, CHUNK=layout.CHUNK if parts > 1 else 0, ROWS=rows, BLOCK=block, num_warps=warps,
+           **layout.registers(112))
     if parts > 1:
         layout.row_sums(sums, out, logdet, bool(flags & INVERSE))
     return y, out
@@ -213,15 +214,15 @@ def affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, passive_channels,
                                         x.stride() if gx is None else gx.stride(), graw_strides, gshift_strides),
                        (gy_base, raw_base, shift_base, graw_base, gshift_base), reorder=True)
     rows, block, warps = layout.tile_of(plan.n, x.dtype.itemsize == 8)
-    parts = triton.cdiv(plan.n, block)
+    parts = layout.ceil_div(plan.n, block)
     x_strides, gy_strides, *others = plan.strides
     if gx is not None or graw is not None or gshift is not None:
-        layout.launch(affine_coupling_bwd_kernel, triton.cdiv(x.shape[0], rows) * parts, x,
+        layout.launch(affine_coupling_bwd_kernel, layout.ceil_div(x.shape[0], rows) * parts, x,
                grad_y, grad_logdet, x, raw, shift, gx, graw, gshift, gy_strides, x_strides, *others, plan.sizes,
                *plan.bases, 0 if grad_logdet is None else grad_logdet.stride(0), plan.n_units, x.shape[0], parts,
                MAP=scale_map.constants(kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain),
                ORDER=flags & (SHIFT_FIRST | INVERSE), DOUBLE=x.dtype.itemsize == 8, **plan.meta(), ROWS=rows,
-               BLOCK=block, num_warps=warps)
+               BLOCK=block, num_warps=warps, **layout.registers(112))
     return tuple(layout.nothing(x) if g is None else g for g in (gx, gparams, gsecond))
 
 

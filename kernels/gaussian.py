@@ -129,7 +129,7 @@ def gaussian_fwd(params, raw, prior_mean, prior_raw, eps, seed, seed_value, offs
     rows, block, warps = layout.tile_of(plan.n, dtype == torch.float64, LARGEST_TILE)
     chunk = CHUNK
     if elementwise and not want_logq:
-        chunk, parts = block, triton.cdiv(plan.n, block)
+        chunk, parts = block, layout.ceil_div(plan.n, block)
     else:
         parts = layout.parts_of(plan.n, ONE_PROGRAM, CHUNK)
         chunk = CHUNK if parts > 1 else ONE_PROGRAM
@@ -138,12 +138,12 @@ def gaussian_fwd(params, raw, prior_mean, prior_raw, eps, seed, seed_value, offs
     shared = want_logq and (parts > 1 or lead == 2)
     logq_sums = params.new_empty((count, n_rows, parts), dtype=dtype) if shared else logq
     layout.launch(
-        gaussian_fwd_kernel, triton.cdiv(n_rows, rows) * parts * max(count, 1), params,
+        gaussian_fwd_kernel, layout.ceil_div(n_rows, rows) * parts * max(count, 1), params,
         mean, scales, prior_mean, prior_raw, eps, seed_tensor, z, kl_sums,
         logq_sums if want_logq else None, drawn if save_eps and eps is None else None, *plan.strides, plan.sizes,
         *plan.bases, seed_stride, seed_value, offset, plan.n_units, n_rows, shape[1], parts, count,
         SCALE=scale, LEAD=lead, ELEMENTWISE=elementwise, ALIGNED=plan.n % 4 == 0, CHUNK=chunk, **plan.meta(), ROWS=rows,
-        BLOCK=block, num_warps=warps, **layout.REGISTERS)
+        BLOCK=block, num_warps=warps, **layout.registers(168))
     if kl_sums is not kl:
         layout.row_sums(kl_sums, kl)
     if shared:

@@ -262,17 +262,17 @@ def gaussian_bwd(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prior_raw,
                     gz_strides, gmean_strides, graw_strides, *(strides_of(g, shape) for g in own), incoming_kl),
             (mean_base, raw_base, eps_step, gz_step, gmean_base, graw_base), loose=1)
         rows, block, warps = layout.tile_of(plan.n, double, LARGEST_TILE)
-        parts = triton.cdiv(plan.n, block)
+        parts = layout.ceil_div(plan.n, block)
         seed_tensor, seed_stride = noise_arguments(eps, seed)
         glogq_stride, glogq_step = (0, 0) if grad_logq is None else (grad_logq.stride(-1), 0 if n_samples is None else
                                                                      grad_logq.stride(0))
         layout.launch(
-            gaussian_bwd_kernel, triton.cdiv(shape[0], rows) * parts, params,
+            gaussian_bwd_kernel, layout.ceil_div(shape[0], rows) * parts, params,
             mean, scales, prior_mean, prior_raw, eps, grad_z, grad_kl, grad_logq, seed_tensor, gmean, graw, *own,
             *plan.strides, plan.sizes, *plan.bases, glogq_step, glogq_stride, seed_stride, seed_value, offset,
             plan.n_units, shape[0], parts, 1 if n_samples is None else n_samples, **meta,
             MANY=n_samples is not None and n_samples > 1, ALIGNED=plan.n % 4 == 0, **plan.meta(), ROWS=rows,
-            BLOCK=block, num_warps=warps, **layout.REGISTERS)
+            BLOCK=block, num_warps=warps, **layout.registers(168))
     if any(g is not None for g in summed):
         shared_prior_bwd(summed, grad_kl, incoming_kl, (mean, mean_strides, mean_base), (scales, raw_strides, raw_base),
                          prior_mean, prior_raw, shape, meta)
@@ -288,7 +288,7 @@ def kl_strides(grad_kl, shape):
 
 def shared_prior_bwd(grads, grad_kl, incoming_kl, mean, raw, prior_mean, prior_raw, shape, meta):
     """Fill the gradients of the prior's parameters that have batch 1."""
-    chunks = triton.cdiv(shape[0], PRIOR_ROWS)
+    chunks = layout.ceil_div(shape[0], PRIOR_ROWS)
     if chunks <= 1:
         sums = grads
         strides = [over_batch(g, shape) for g in grads]
@@ -301,17 +301,17 @@ def shared_prior_bwd(grads, grad_kl, incoming_kl, mean, raw, prior_mean, prior_r
     rows, block = PRIOR_TILE
     if meta["DOUBLE"]:
         block //= 4
-    column_blocks = triton.cdiv(plan.n, block)
+    column_blocks = layout.ceil_div(plan.n, block)
     if chunks == 0:
         for grad in filter(lambda t: t is not None, grads):
             grad.zero_()
     layout.launch(shared_prior_bwd_kernel, chunks * column_blocks, mean[0],
                   mean[0], raw[0], prior_mean, prior_raw, grad_kl, *sums, *plan.strides, plan.sizes, *plan.bases,
                   plan.n_units, shape[0], column_blocks, **meta, CHUNK=PRIOR_ROWS, **plan.meta(), ROWS=rows,
-                  BLOCK=block, num_warps=4, **layout.REGISTERS)
+                  BLOCK=block, num_warps=4, **layout.registers(168))
     if chunks > 1:
         like = next(t for t in sums if t is not None)
         plan = layout.plan(tuple(like.shape), (like.stride(), *(over_batch(g, shape) for g in grads)))
-        layout.launch(column_sums_kernel, triton.cdiv(plan.n, block), like, sums[0], grads[0], sums[1], grads[1],
+        layout.launch(column_sums_kernel, layout.ceil_div(plan.n, block), like, sums[0], grads[0], sums[1], grads[1],
                       *plan.strides, plan.sizes, plan.n_units, chunks, **plan.meta(), ROWS=rows, BLOCK=block,
                       num_warps=4)

@@ -12,8 +12,6 @@ MAX_UNIT = 16  # elements; a 16-byte load needs at most 8
 ONE_PROGRAM_UP_TO = 16384  # elements of a sample that one program adds up in its own loop
 CHUNK = 8192  # elements of a program where a sample is shared among several
 REDUCE_BLOCK = 1024
-# Left alone, ptxas may spill a register or two to fit one more block on a multiprocessor.
-REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 INT32_LIMIT = 2**31 - 2**16  # indices below it stay in 32 bits, a tile's padding included
 
 
@@ -22,6 +20,17 @@ def launch(kernel, programs, like, *args, **meta):
     if programs:
         with torch.cuda.device_of(like):
             kernel[(programs,)](*args, **meta)
+
+
+def registers(count):
+    """The launch option of at most ``count`` registers per thread. ptxas, left to choose a bound of its own, may spill a
+    register or two to fit one more block on a multiprocessor; these bounds are tried to have no spill."""
+    return {} if torch.version.hip else {"maxnreg": count}
+
+
+def ceil_div(a, b):
+    """ceil(a / b); triton.cdiv costs microseconds on the host."""
+    return -(-a // b)
 
 
 class Plan:
@@ -85,6 +94,7 @@ def plan(shape, strides, bases=(), lead=1, reorder=False, loose=0):
     return Plan(tuple(m[0] for m in merged), full, bases, loose)
 
 
+@functools.lru_cache(maxsize=4096)
 def tile_of(n, double, largest=2048):
     """(rows, block, num_warps): a tile of ``rows`` samples times ``block`` of the n elements of each."""
     largest //= 4 if double else 1
@@ -95,7 +105,7 @@ def tile_of(n, double, largest=2048):
 
 def parts_of(n, one_program=ONE_PROGRAM_UP_TO, chunk=CHUNK):
     """Programs that share one sample of n elements."""
-    return triton.cdiv(n, chunk) if n > one_program else 1
+    return ceil_div(n, chunk) if n > one_program else 1
 
 
 def suggests_channels_last(t):
@@ -198,5 +208,5 @@ def row_sums(partial, out, carried=None, negate=False):
     length = partial.numel() // max(rows, 1)
     block = min(triton.next_power_of_2(max(length, 16)), REDUCE_BLOCK)
     per_program = max(1, 512 // block)
-    launch(row_sums_kernel, triton.cdiv(rows, per_program), out, partial, carried,
+    launch(row_sums_kernel, ceil_div(rows, per_program), out, partial, carried,
            0 if carried is None else carried.stride(0), out, rows, length, NEGATE=negate, BLOCK=block, ROWS=per_program)

@@ -95,5 +95,5 @@ def philox4x32_words(counter, key):
     counter, key = counter.contiguous(), key.expand(*counter.shape[:-1], 2).contiguous()
     out = torch.empty_like(counter)
     n = counter.numel() // 4
-    layout.launch(philox4x32_kernel, triton.cdiv(n, 256), counter, counter, key, out, n, BLOCK=256)
+    layout.launch(philox4x32_kernel, layout.ceil_div(n, 256), counter, counter, key, out, n, BLOCK=256)
     return out

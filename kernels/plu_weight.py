@@ -98,7 +98,7 @@ def plu_weight_fwd(lower, upper, log_s, sign_s, perm):
     """W (N, C, C); see functional.plu_weight. One launch."""
     out = lower.new_empty(lower.shape)
     count, size, tile = lower.shape[0], lower.shape[-1], _tile(lower)
-    tiles = triton.cdiv(size, tile)
+    tiles = layout.ceil_div(size, tile)
     layout.launch(plu_weight_fwd_kernel, count * tiles * tiles, lower, lower, upper, log_s, sign_s, perm, out,
                   lower.stride(), upper.stride(), log_s.stride(), sign_s.stride(), perm.stride(), size, tiles,
                   TILE=tile, TERMS=TERMS, num_warps=4)
@@ -109,7 +109,7 @@ def plu_weight_bwd(grad_weight, lower, upper, log_s, sign_s, perm):
     """Gradients of (lower, upper, log_s), zeros outside their strict triangles. One launch."""
     grads = lower.new_empty(lower.shape), upper.new_empty(upper.shape), log_s.new_empty(log_s.shape)
     count, size, tile = lower.shape[0], lower.shape[-1], _tile(lower)
-    tiles = triton.cdiv(size, tile)
+    tiles = layout.ceil_div(size, tile)
     layout.launch(plu_weight_bwd_kernel, count * tiles * tiles, lower, grad_weight, lower, upper, log_s, sign_s, perm,
                   *grads, grad_weight.stride(), lower.stride(), upper.stride(), log_s.stride(), sign_s.stride(),
                   perm.stride(), size, tiles, TILE=tile, TERMS=TERMS, num_warps=4)
