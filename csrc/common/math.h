@@ -343,12 +343,14 @@ FASTFLOW_HD Decay<T> tanh_decay(T x) {
   return {fma(scale, p, scale), fma(scale, p, scale - T(1))};
 }
 
+// With z = exp(-2 abs(x)) - 1, tanh(abs(x)) = -z/(z + 2) = -z/2 + (z^2/2)/(z + 2), and 1 - 2 (z + 1)/(z + 2) near 1.
 template <class T>
 FASTFLOW_HD T tanh(T x) {
   const Decay<T> decay = tanh_decay(x);
+  const T z = decay.minus_one, half = T(0.5) * z;
   const bool far = decay.value < T(0.33);
-  const T numerator = far ? decay.value + decay.value : decay.minus_one, base = far ? T(1) : T(0);
-  return copysign(base - numerator / (decay.minus_one + T(2)), x);
+  const T numerator = far ? T(-2) * decay.value : z * half, base = far ? T(1) : -half;
+  return copysign(base + numerator / (z + T(2)), x);
 }
 
 // tanh(x) and a quarter of its derivative 1/cosh(x)^2, which keeps its relative accuracy where tanh(x) is near 1.
@@ -360,8 +362,8 @@ struct TanhSlope {
 template <class T>
 FASTFLOW_HD TanhSlope<T> tanh_slope(T x) {
   const Decay<T> decay = tanh_decay(x);
-  const T inverse = T(1) / (decay.minus_one + T(2)), share = decay.value * inverse;
-  const T value = decay.value < T(0.33) ? fma(T(-2), share, T(1)) : -decay.minus_one * inverse;
+  const T z = decay.minus_one, half = T(0.5) * z, inverse = T(1) / (z + T(2)), share = decay.value * inverse;
+  const T value = decay.value < T(0.33) ? fma(T(-2), share, T(1)) : fma(z * half, inverse, -half);
   return {copysign(value, x), share * inverse};
 }
 

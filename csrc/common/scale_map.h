@@ -217,8 +217,7 @@ struct CoupledGradient {
 };
 
 // Gradients in x, r and t of one element from its scale and those of y (gy) and of the summed log-det (gl).
-// `separate` says whether the scale's ds may differ from s*dlog. The inverse goes by ds, so that where s is 0 or infinite
-// its gradient is NaN as that of a quotient is.
+// `separate` says whether the scale's ds may differ from s*dlog.
 template <class T>
 FASTFLOW_HD CoupledGradient<T> coupled_gradient(const ScaleMap<T>& map, ScaleSlope<T> scale, T gy, T gl, T x, T t,
                                                 bool inverse, bool shift_first, bool separate) {
@@ -229,8 +228,11 @@ FASTFLOW_HD CoupledGradient<T> coupled_gradient(const ScaleMap<T>& map, ScaleSlo
   if (inverse) {
     grad.x = gy / s;
     grad.shift = -map.shift_gain * (shift_first ? gy : grad.x);
-    const T to_scale = grad.x * ((shift_first ? x : x - shift) / s);
-    grad.raw = -math::fma(scale.inside ? to_scale : T(0), scale.ds, to_log * scale.dlog);
+    const T scaled = shift_first ? x : x - shift;  // what s divides
+    const T to_scale = grad.x * (scaled / s);
+    // The zero is NaN at infinite s, as the quotient's gradient is.
+    grad.raw = separate ? -math::fma(scale.inside ? to_scale : T(0), scale.ds, to_log * scale.dlog)
+                        : -math::fma(grad.x, scaled, math::fma(T(0), s, gl)) * scale.dlog;
   } else {
     const T scaled = shift_first ? x + shift : x;  // what s multiplies
     const T to_scale = gy * scaled;

@@ -26,7 +26,11 @@ T add_tree(T* values, int n) {
 // Sum of n <= tile values: 32 running sums, whatever the width of the vectors, then a tree.
 template <class T>
 T sum_tile(const T* values, int64_t n) {
-  if (n == 1) return values[0];
+  if (n < lanes) {
+    T sum = values[0];
+    for (int64_t i = 1; i < n; ++i) sum += values[i];
+    return sum;
+  }
   alignas(64) T sums[2 * lanes] = {};
   typedef T Vector __attribute__((vector_size(lanes * sizeof(T))));
   Vector low = {}, high = {};
@@ -60,7 +64,8 @@ void forward_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* 
 }
 
 template <class T>
-using BackwardTile = void (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, const T*, const T*, T*, T*, T*);
+using BackwardTile = void (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, const T*, const T*, T*, T*,
+                              T*);
 
 template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, class T>
 void backward_tile(const ScaleMap<T>& constants, int64_t n, const T* grad_y, const T* grad_logdet, const T* x,

@@ -34,7 +34,8 @@ template <class T>
 FASTFLOW_HD T convert(Half x, T*) {
   const uint32_t wide = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const float normal = math::from_bits(wide + 0x38000000u);
-  const float subnormal = math::from_bits(wide | 0x38800000u) - 0x1p-14f;  // no denormal operand: the mode may flush them
+  // No denormal operand, which the floating-point mode may flush.
+  const float subnormal = math::from_bits(wide | 0x38800000u) - 0x1p-14f;
   const float special = math::from_bits(wide | 0x7f800000u);
   const float magnitude = wide < 0x00800000u ? subnormal : wide < 0x0f800000u ? normal : special;
   return static_cast<T>(math::from_bits(math::to_bits(magnitude) | static_cast<uint32_t>(x.bits & 0x8000) << 16));

@@ -1,4 +1,4 @@
-// A strided operand as the CPU kernels see it: plain data, shared by host code and the kernels of every instruction set.
+// A strided operand as the CPU kernels see it: plain data, shared by host code and kernels.
 #pragma once
 
 #include <cstdint>
