@@ -103,6 +103,37 @@ FASTFLOW_HD T exp_of_clamped(T log_s) {
   return Moderate ? math::exp_moderate(log_s) : math::exp(log_s);
 }
 
+template <Kind K>
+inline constexpr bool soft_clamped = K == Kind::tanh || K == Kind::atan || K == Kind::rational;
+
+template <class T>
+struct LogSlope {
+  T log_s, dlog;
+};
+
+// log s of the soft-clamped kinds, and with its derivative in r.
+template <Kind K, class T>
+FASTFLOW_HD T soft_clamp(const ScaleMap<T>& map, T r) {
+  const T u = math::fma(map.gain, r, map.offset);
+  if constexpr (K == Kind::tanh) return map.amplitude * math::tanh(u);
+  if constexpr (K == Kind::atan) return map.amplitude * math::atan(u);
+  return u / math::fma(math::abs(u), map.inverse_clamp, T(1));
+}
+
+template <Kind K, class T>
+FASTFLOW_HD LogSlope<T> soft_clamp_slope(const ScaleMap<T>& map, T r) {
+  const T u = math::fma(map.gain, r, map.offset);
+  if constexpr (K == Kind::tanh) {
+    const math::TanhSlope<T> t = math::tanh_slope(u);
+    return {map.amplitude * t.value, T(4) * map.amplitude * map.gain * t.quarter_slope};
+  } else if constexpr (K == Kind::atan) {
+    return {map.amplitude * math::atan(u), map.amplitude * map.gain / math::fma(u, u, T(1))};
+  } else {
+    const T inverse = T(1) / math::fma(math::abs(u), map.inverse_clamp, T(1)), log_s = u * inverse;
+    return {log_s, math::fma(T(0), log_s, map.gain * inverse * inverse)};  // NaN at infinite u
+  }
+}
+
 // Moderate, here and below: log_scale_is_moderate(map), for the kinds that it speaks of.
 template <Kind K, bool Eps, bool Bounds, bool Moderate = false, class T>
 FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
@@ -124,9 +155,7 @@ FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
     s = T(1);
     log_s = T(0);
   } else {
-    if constexpr (K == Kind::tanh) log_s = map.amplitude * math::tanh(u);
-    if constexpr (K == Kind::atan) log_s = map.amplitude * math::atan(u);
-    if constexpr (K == Kind::rational) log_s = u / math::fma(math::abs(u), map.inverse_clamp, T(1));
+    log_s = soft_clamp<K>(map, r);
     s = exp_of_clamped<Moderate>(log_s);
   }
   Scale<T> scale{s, log_s};
@@ -159,22 +188,9 @@ FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
     s = T(1);
     ds = dlog = T(0);
   } else {
-    T log_s;
-    if constexpr (K == Kind::tanh) {
-      const math::TanhSlope<T> t = math::tanh_slope(u);
-      log_s = map.amplitude * t.value;
-      dlog = T(4) * map.amplitude * map.gain * t.quarter_slope;
-    }
-    if constexpr (K == Kind::atan) {
-      log_s = map.amplitude * math::atan(u);
-      dlog = map.amplitude * map.gain / math::fma(u, u, T(1));
-    }
-    if constexpr (K == Kind::rational) {
-      const T inverse = T(1) / math::fma(math::abs(u), map.inverse_clamp, T(1));
-      log_s = u * inverse;
-      dlog = math::fma(T(0), log_s, map.gain * inverse * inverse);  // NaN at infinite u
-    }
-    s = exp_of_clamped<Moderate>(log_s);
+    const LogSlope<T> slope = soft_clamp_slope<K>(map, r);
+    dlog = slope.dlog;
+    s = exp_of_clamped<Moderate>(slope.log_s);
     ds = s * dlog;
   }
   ScaleSlope<T> scale{s, ds, dlog};

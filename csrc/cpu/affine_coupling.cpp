@@ -13,6 +13,7 @@ namespace {
 enum Flags : int64_t { interleave = 1, shift_comes_first = 2, shift_first = 4, inverse = 8 };
 
 constexpr int64_t grain = 32768;  // elements that are worth a thread
+constexpr int64_t streamed_bytes = int64_t(8) << 20;  // of a result that no cache is to hold
 
 Element element_of(ScalarType dtype) {
   switch (dtype) {
@@ -148,6 +149,7 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(
   job.partials = partials.data();
   job.logdet = operands.of(total);
   if (logdet) job.running = operands.of(*logdet);
+  job.streamed = x.numel() * size_of(x.scalar_type()) >= streamed_bytes;
   if (y.numel() > 0) {
     parallel_for(0, job.shape.units(), units_per_thread(job.shape),
                  [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(affine_forward, job, begin, end); });
@@ -174,6 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
   job.shape = shape_of(x, 0, flags);
   job.map = {kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain};
   if (x.numel() == 0) return {grad_x, grad_params, grad_shift};
+  job.streamed = x.numel() * size_of(x.scalar_type()) >= streamed_bytes;
   Operands operands(x);
   const Halves halves(flags, channels);
   if (grad_y) job.grad_y = operands.of(*grad_y, {passive_channels, 1, channels});

@@ -1,99 +1,12 @@
 // affine_coupling forward and backward over tiles that stay in the first-level cache.
 #include "affine_coupling_kernel.h"
 
-#include "../common/scale_map.h"
+#include "affine_coupling_tiles.h"
 #include "cursor.h"
 #include "sum.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
-
-constexpr int64_t tile = AffineShape::tile;
-constexpr int lanes = 16;
-
-template <class T>
-struct alignas(64) Tile {
-  T values[tile];
-};
-
-template <class T>
-T add_tree(T* values, int n) {
-  for (int width = n / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) values[i] += values[i + width];
-  return values[0];
-}
-
-// Sum of n <= tile values: 32 running sums, whatever the width of the vectors, then a tree.
-template <class T>
-T sum_tile(const T* values, int64_t n) {
-  if (n < lanes) {
-    T sum = values[0];
-    for (int64_t i = 1; i < n; ++i) sum += values[i];
-    return sum;
-  }
-  alignas(64) T sums[2 * lanes] = {};
-  typedef T Vector __attribute__((vector_size(lanes * sizeof(T))));
-  Vector low = {}, high = {};
-  int64_t i = 0;
-  for (; i + 2 * lanes <= n; i += 2 * lanes) {
-    Vector a, b;
-    __builtin_memcpy(&a, values + i, sizeof a);
-    __builtin_memcpy(&b, values + i + lanes, sizeof b);
-    low += a;
-    high += b;
-  }
-  __builtin_memcpy(sums, &low, sizeof low);
-  __builtin_memcpy(sums + lanes, &high, sizeof high);
-  for (int j = 0; i < n; ++i, ++j) sums[j] += values[i];
-  return add_tree(sums, 2 * lanes);
-}
-
-template <class T>
-using ForwardTile = void (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, T*, T*);
-
-template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, class T>
-void forward_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* raw, const T* shift, T* y, T* log_s) {
-  const ScaleMap<T> map = constants;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T r = K == Kind::additive ? T(0) : raw[i];
-    const Coupled<T> out = couple<K, Extended, Extended, Inverse, ShiftFirst, !Extended>(map, x[i], r, shift[i]);
-    y[i] = out.y;
-    log_s[i] = out.log_s;
-  }
-}
-
-template <class T>
-using BackwardTile = void (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, const T*, const T*, T*, T*,
-                              T*);
-
-template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, class T>
-void backward_tile(const ScaleMap<T>& constants, int64_t n, const T* grad_y, const T* grad_logdet, const T* x,
-                   const T* raw, const T* shift, T* grad_x, T* grad_raw, T* grad_shift) {
-  const ScaleMap<T> map = constants;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T r = K == Kind::additive ? T(0) : raw[i];
-    const T t = gradient_reads_shift<Inverse, ShiftFirst> ? shift[i] : T(0);
-    const CoupledGradient<T> out =
-        couple_gradient<K, Extended, Extended, Inverse, ShiftFirst, !Extended>(map, grad_y[i], grad_logdet[i], x[i], r, t);
-    grad_x[i] = out.x;
-    if (K != Kind::additive) grad_raw[i] = out.raw;
-    grad_shift[i] = out.shift;
-  }
-}
-
-// Without a gradient in y only log s depends on the raw values, and x must not bring its infinities in.
-template <class T>
-using LogTile = void (*)(const ScaleMap<T>&, int64_t, bool, const T*, const T*, T*);
-
-template <Kind K, bool Extended, class T>
-void log_tile(const ScaleMap<T>& constants, int64_t n, bool inverse, const T* grad_logdet, const T* raw, T* grad_raw) {
-  const ScaleMap<T> map = constants;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    grad_raw[i] = log_gradient(scale_slope<K, Extended, Extended, !Extended>(map, raw[i]), grad_logdet[i], inverse);
-}
 
 template <auto V>
 struct Constant {
@@ -137,25 +50,32 @@ auto with_map(const AffineMap& map, const F& f) {
   });
 }
 
-template <class T>
+// Null where there is none: Streamed with double or with more than the plain arithmetic.
+template <bool Streamed, class T>
 ForwardTile<T> choose_forward(const AffineForward& job) {
   return with_map<T>(job.map, [&](auto kind, auto extended) {
     return with_flag(job.shape.inverse, [&](auto inverse) {
       return with_flag(job.shape.shift_first, [&](auto first) -> ForwardTile<T> {
-        return forward_tile<decltype(kind)::value, decltype(extended)::value, decltype(inverse)::value,
-                            decltype(first)::value, T>;
+        if constexpr (Streamed && decltype(extended)::value)
+          return nullptr;
+        else
+          return forward_tile<decltype(kind)::value, decltype(extended)::value, decltype(inverse)::value,
+                              decltype(first)::value, Streamed, T>;
       });
     });
   });
 }
 
-template <class T>
+template <bool Streamed, class T>
 BackwardTile<T> choose_backward(const AffineBackward& job) {
   return with_map<T>(job.map, [&](auto kind, auto extended) {
     return with_flag(job.shape.inverse, [&](auto inverse) {
       return with_flag(job.shape.shift_first, [&](auto first) -> BackwardTile<T> {
-        return backward_tile<decltype(kind)::value, decltype(extended)::value, decltype(inverse)::value,
-                             decltype(first)::value, T>;
+        if constexpr (Streamed && decltype(extended)::value)
+          return nullptr;
+        else
+          return backward_tile<decltype(kind)::value, decltype(extended)::value, decltype(inverse)::value,
+                               decltype(first)::value, Streamed, T>;
       });
     });
   });
@@ -204,8 +124,7 @@ int64_t first_passive(const AffineShape& shape, int64_t unit) {
   return sample * shape.passive + shape.passive * (unit - sample * blocks) / blocks;
 }
 
-// A result: tiles are computed where they belong if they lie there as contiguous T, else in a buffer. (Stores past the
-// caches were measured slower: they stall the next tile's arithmetic.)
+// A result: tiles are computed where they belong if they lie there as contiguous T, else in a buffer.
 template <class T>
 struct Result {
   Cursor<T> cursor;
@@ -221,6 +140,11 @@ struct Result {
   void finish(int64_t n) {
     if (cursor.present() && !direct) cursor.write(n, buffer.values);
   }
+
+  // Whether the tile of n at this target may be streamed.
+  bool streams(const T* target, int64_t n) const {
+    return direct && n % stream_step == 0 && reinterpret_cast<uintptr_t>(target) % stream_alignment == 0;
+  }
 };
 
 template <class T>
@@ -232,7 +156,8 @@ template <class T>
 void forward(const AffineForward& job, int64_t begin, int64_t end) {
   const AffineShape& shape = job.shape;
   const ScaleMap<T> map = constants_of<T>(job.map);
-  const ForwardTile<T> compute = choose_forward<T>(job);
+  const ForwardTile<T> compute = choose_forward<false, T>(job);
+  const ForwardTile<T> compute_streamed = job.streamed ? choose_forward<true, T>(job) : nullptr;
   const int64_t start = first_element(shape, begin);
   Cursor<T> x, raw, shift, passive, passive_y;
   Result<T> y;
@@ -246,8 +171,11 @@ void forward(const AffineForward& job, int64_t begin, int64_t end) {
   CompensatedSum sum;
 
   auto one_tile = [&](int64_t n, int64_t sample) {
-    compute(map, n, x.read(n, x_tile.values), raw.present() ? raw.read(n, raw_tile.values) : nullptr,
-            shift.read(n, shift_tile.values), y.begin(n), log_tile.values);
+    T* to_y = y.begin(n);
+    const bool streamed = compute_streamed != nullptr && y.streams(to_y, n);
+    (streamed ? compute_streamed : compute)(map, n, x.read(n, x_tile.values),
+                                            raw.present() ? raw.read(n, raw_tile.values) : nullptr,
+                                            shift.read(n, shift_tile.values), to_y, log_tile.values);
     y.finish(n);
     if (shape.split()) {
       sum.add(static_cast<double>(sum_tile(log_tile.values, n)));
@@ -270,6 +198,7 @@ void forward(const AffineForward& job, int64_t begin, int64_t end) {
     }
   };
   each_tile(shape, begin, end, one_tile, end_of_unit);
+  if (job.streamed) end_stream();
 }
 
 template <class T>
@@ -289,7 +218,8 @@ template <class T>
 void backward(const AffineBackward& job, int64_t begin, int64_t end) {
   const AffineShape& shape = job.shape;
   const ScaleMap<T> map = constants_of<T>(job.map);
-  const BackwardTile<T> compute = choose_backward<T>(job);
+  const BackwardTile<T> compute = choose_backward<false, T>(job);
+  const BackwardTile<T> compute_streamed = job.streamed ? choose_backward<true, T>(job) : nullptr;
   const LogTile<T> compute_log = choose_log<T>(job);
   const bool additive = static_cast<Kind>(job.map.kind) == Kind::additive;
   const bool reads_shift = shape.inverse != shape.shift_first;
@@ -320,7 +250,9 @@ void backward(const AffineBackward& job, int64_t begin, int64_t end) {
     const T* r = raw.present() ? raw.read(n, raw_tile.values) : nullptr;
     if (grad_y.present()) {
       const T* gy = grad_y.read(n, gy_tile.values);
-      compute(map, n, gy, gl_tile.values, additive ? gy : x.read(n, x_tile.values), r,
+      const bool streamed = compute_streamed != nullptr && grad_x.streams(gx, n) && grad_shift.streams(gt, n) &&
+                            (additive || grad_raw.streams(gr, n));
+      (streamed ? compute_streamed : compute)(map, n, gy, gl_tile.values, additive ? gy : x.read(n, x_tile.values), r,
               reads_shift ? shift.read(n, shift_tile.values) : nullptr, gx, gr, gt);
     } else {
       fill(gx, n, T(0));
@@ -332,6 +264,7 @@ void backward(const AffineBackward& job, int64_t begin, int64_t end) {
     grad_shift.finish(n);
   };
   each_tile(shape, begin, end, one_tile, [](int64_t) {});
+  if (job.streamed) end_stream();
 }
 
 }  // namespace

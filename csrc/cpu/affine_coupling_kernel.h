@@ -33,6 +33,7 @@ struct AffineForward {
   Operand x, raw, shift, y, passive, passive_y;
   double* partials;  // sums of log s
   Operand running, logdet;  // one element per sample; logdet = running +- sum
+  bool streamed;            // y goes past the caches where it can
 };
 
 struct AffineBackward {
@@ -40,6 +41,7 @@ struct AffineBackward {
   AffineMap map;
   Operand grad_y, grad_logdet, x, raw, shift;  // grad_logdet: one element per sample
   Operand grad_x, grad_raw, grad_shift;
+  bool streamed;  // the gradients go past the caches where they can
 };
 
 #define FASTFLOW_AFFINE_KERNELS                                                \

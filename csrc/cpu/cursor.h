@@ -58,27 +58,29 @@ FASTFLOW_HD Half convert(float x, Half*) {
 FASTFLOW_HD BFloat convert(double x, BFloat* tag) { return convert(static_cast<float>(x), tag); }
 FASTFLOW_HD Half convert(double x, Half* tag) { return convert(static_cast<float>(x), tag); }
 
-// n elements, conversions included; strides count elements. Short runs are common (the channels of a channels_last
-// tensor), so equal types take a few fixed-size steps instead of a library call.
+template <int count, class From, class To>
+FASTFLOW_HD void copy_block(const From* from, To* to) {
+  if constexpr (__is_same(From, To)) {
+    __builtin_memcpy(to, from, count * sizeof(To));
+  } else {
+#pragma omp simd
+    for (int j = 0; j < count; ++j) to[j] = convert(from[j], static_cast<To*>(nullptr));
+  }
+}
+
+// n >= count contiguous elements in blocks of `count`, the last of which may overlap the one before.
+template <int count, class From, class To>
+FASTFLOW_HD void copy_blocks(const From* from, To* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + count < n; i += count) copy_block<count>(from + i, to + i);
+  copy_block<count>(from + n - count, to + n - count);
+}
+
+// n elements, conversions included; strides count elements.
 template <class From, class To>
 FASTFLOW_HD void copy_run(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n) {
-  if (from_stride == 1 && to_stride == 1) {
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-#pragma omp simd
-      for (int j = 0; j < 16; ++j) to[i + j] = convert(from[i + j], static_cast<To*>(nullptr));
-    }
-    if (n & 8) {
-#pragma omp simd
-      for (int j = 0; j < 8; ++j) to[i + j] = convert(from[i + j], static_cast<To*>(nullptr));
-      i += 8;
-    }
-    if (n & 4) {
-#pragma omp simd
-      for (int j = 0; j < 4; ++j) to[i + j] = convert(from[i + j], static_cast<To*>(nullptr));
-      i += 4;
-    }
-    for (; i < n; ++i) to[i] = convert(from[i], static_cast<To*>(nullptr));
+  if (from_stride == 1 && to_stride == 1 && n >= 16) {
+    copy_blocks<16>(from, to, n);
   } else if (from_stride == 0 && to_stride == 1) {
     const To value = convert(*from, static_cast<To*>(nullptr));
     for (int64_t i = 0; i < n; ++i) to[i] = value;
@@ -89,6 +91,22 @@ FASTFLOW_HD void copy_run(const From* from, int64_t from_stride, To* to, int64_t
     to[n - 1] = convert(from[2 * (n - 1)], static_cast<To*>(nullptr));
   } else {
     for (int64_t i = 0; i < n; ++i) to[i * to_stride] = convert(from[i * from_stride], static_cast<To*>(nullptr));
+  }
+}
+
+// Runs one after the other, `from_row` and `to_row` apart. Short ones are common (the channels of a channels_last
+// tensor), so those take two blocks each.
+template <class From, class To>
+FASTFLOW_HD void copy_rows(const From* from, int64_t from_stride, int64_t from_row, To* to, int64_t to_stride,
+                           int64_t to_row, int64_t length, int64_t rows) {
+  const bool contiguous = from_stride == 1 && to_stride == 1;
+  if (contiguous && length >= 8 && length < 16) {
+    for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row) copy_blocks<8>(from, to, length);
+  } else if (contiguous && length >= 4 && length < 8) {
+    for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row) copy_blocks<4>(from, to, length);
+  } else {
+    for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row)
+      copy_run(from, from_stride, to, to_stride, length);
   }
 }
 
@@ -156,31 +174,49 @@ struct Cursor {
     position += n;
     if (o.rank == 0 || position < o.size[o.rank - 1]) return;
     position = 0;
-    for (int d = o.rank - 2; d >= 0; --d) {
-      offset += o.stride[d];
-      if (++index[d] < o.size[d]) return;
+    next_runs(1);
+  }
+
+  // To the start of a later run, all before it within the same index of the third last dimension.
+  void next_runs(int64_t count) {
+    const Operand& o = *operand;
+    for (int d = o.rank - 2; d >= 0; --d, count = 1) {
+      offset += count * o.stride[d];
+      index[d] += count;
+      if (index[d] < o.size[d]) return;
       offset -= o.stride[d] * o.size[d];
       index[d] = 0;
     }
   }
 
+  // f(first element, stride, distance of runs, elements done before, elements of each, runs) for the next n.
   template <class F>
   void each_run(int64_t n, const F& f) {
     const Operand& o = *operand;
-    const int64_t length = o.rank > 0 ? o.size[o.rank - 1] : 1, stride = o.rank > 0 ? o.stride[o.rank - 1] : 1;
+    const int last = o.rank - 1;
+    const int64_t length = last >= 0 ? o.size[last] : 1, stride = last >= 0 ? o.stride[last] : 1;
     for (int64_t done = 0; done < n;) {
-      const int64_t left = n - done, room = length - position, count = left < room ? left : room;
-      f(offset + position * stride, stride, done, count);
-      done += count;
-      move(count);
+      const int64_t left = n - done;
+      if (last > 0 && position == 0 && left >= length) {
+        const int64_t whole = left / length, room = o.size[last - 1] - index[last - 1];
+        const int64_t runs = whole < room ? whole : room;
+        f(offset, stride, o.stride[last - 1], done, length, runs);
+        done += runs * length;
+        next_runs(runs);
+      } else {
+        const int64_t room = length - position, count = left < room ? left : room;
+        f(offset + position * stride, stride, int64_t(0), done, count, int64_t(1));
+        done += count;
+        move(count);
+      }
     }
   }
 
   template <class From>
   const T* read_as(int64_t n, T* buffer) {
     const From* data = static_cast<const From*>(operand->data);
-    each_run(n, [&](int64_t at, int64_t stride, int64_t done, int64_t count) {
-      copy_run(data + at, stride, buffer + done, 1, count);
+    each_run(n, [&](int64_t at, int64_t stride, int64_t row, int64_t done, int64_t length, int64_t runs) {
+      copy_rows(data + at, stride, row, buffer + done, 1, length, length, runs);
     });
     return buffer;
   }
@@ -188,8 +224,8 @@ struct Cursor {
   template <class To>
   void write_as(int64_t n, const T* values) {
     To* data = static_cast<To*>(operand->data);
-    each_run(n, [&](int64_t at, int64_t stride, int64_t done, int64_t count) {
-      copy_run(values + done, 1, data + at, stride, count);
+    each_run(n, [&](int64_t at, int64_t stride, int64_t row, int64_t done, int64_t length, int64_t runs) {
+      copy_rows(values + done, 1, length, data + at, stride, row, length, runs);
     });
   }
 };

@@ -5,7 +5,7 @@
 #include "cursor.h"
 #include "gaussian_loops.h"
 #include "gaussian_noise.h"
-#include "gaussian_stream.h"
+#include "stream.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {

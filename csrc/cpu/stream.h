@@ -20,6 +20,11 @@ inline void stream(T* __restrict to, const T* __restrict from, int64_t n) {
   constexpr int64_t step = 64 / sizeof(T);
   for (; i + step <= n; i += step)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX__)
+  constexpr int64_t step = 32 / sizeof(T);
+  for (; i + step <= n; i += step)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
 #elif defined(__SSE2__)
   constexpr int64_t step = 16 / sizeof(T);
   for (; i + step <= n; i += step)
