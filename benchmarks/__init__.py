@@ -1,4 +1,6 @@
-"""What fusing gains: every operation and the Glow step against eager PyTorch, torch.compile and what Glow code runs today.
+"""What fusing gains: every operation and the Glow step against eager PyTorch, torch.compile and today's Glow code.
 
-Run by ``fastflow bench`` from the repository's root, or ``pytest benchmarks``.
+From the repository's root: ``fastflow bench`` (interleaved, JSON for the record), or the operations alone, a table per
+case, by ``python -m pytest benchmarks --benchmark-only``. ``python -m benchmarks.launches`` counts the kernel launches
+of a Glow training step, without a GPU.
 """

@@ -14,12 +14,12 @@ from fastflow import functional
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: ``build(device)`` gives its variants."""
+    """One row of the table: ``build(device)`` gives its variants, {name: callable}, named as in ``variants``."""
 
     name: str
     group: str
     build: object
-    compiles: bool = True  # whether a variant goes through torch.compile, which costs tens of seconds
+    variants: tuple = ("fastflow", "eager", "compile")  # compile costs tens of seconds
 
 
 def _leaf(*shape, device, scale=0.5):
@@ -48,18 +48,16 @@ def _eager_coupling(kind):
     return coupling
 
 
-def _affine(kind, shape, compiled=True):
+def _affine(kind, shape):
     def build(device):
         torch.manual_seed(0)
         x, params = _leaf(*shape, device=device), _leaf(shape[0], 2 * shape[1], *shape[2:], device=device)
         grads = torch.randn(shape, device=device), torch.randn(shape[0], device=device)
         eager = _eager_coupling(kind)
-        variants = {"fastflow": _step(lambda *a: functional.affine_coupling(*a, scale=kind), (x, params), grads),
-                    "eager": _step(eager, (x, params), grads)}
-        if compiled:
-            variants["compile"] = _step(torch.compile(eager, dynamic=False), (x, params), grads)
-        return variants
-    return Case(f"affine_coupling {kind} {tuple(shape)} forward+backward", "affine_coupling", build, compiled)
+        return {"fastflow": _step(lambda *a: functional.affine_coupling(*a, scale=kind), (x, params), grads),
+                "eager": _step(eager, (x, params), grads),
+                "compile": _step(torch.compile(eager, dynamic=False), (x, params), grads)}
+    return Case(f"affine_coupling {kind} {tuple(shape)} forward+backward", "affine_coupling", build)
 
 
 def _affine_forward(kind, shape, inverse):
@@ -73,7 +71,8 @@ def _affine_forward(kind, shape, inverse):
             return ((x - shift) / s if inverse else x * s + shift), raw.flatten(1).sum(1)
         return {"fastflow": lambda: functional.affine_coupling(x, params, scale=kind, inverse=inverse), "eager": eager}
     direction = "inverse" if inverse else "forward"
-    return Case(f"affine_coupling {kind} {tuple(shape)} {direction}", "affine_coupling", build, False)
+    return Case(f"affine_coupling {kind} {tuple(shape)} {direction}", "affine_coupling", build,
+                ("fastflow", "eager"))
 
 
 def _glow_coupling(shape):
@@ -112,7 +111,8 @@ def _slogdet(size, count=96):
         return {"fastflow": lambda: torch.autograd.grad(functional.slogdet(stack)[1].sum(), stack),
                 "torch batched": lambda: torch.autograd.grad(torch.linalg.slogdet(stack)[1].sum(), stack),
                 "torch loop": loop}
-    return Case(f"slogdet {count} matrices {size}x{size} forward+backward", "slogdet", build, False)
+    return Case(f"slogdet {count} matrices {size}x{size} forward+backward", "slogdet", build,
+                ("fastflow", "torch batched", "torch loop"))
 
 
 # reparameterised sampling with KL

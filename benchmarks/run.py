@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -47,32 +48,51 @@ def _processor():
 
 
 def measure(case, device, rounds):
-    """Rows of one case: under one thread in CPU time and all threads in wall time, or on the GPU."""
+    """Rows of one case: under one thread in CPU time and all threads in wall time, or on the GPU.
+
+    Per variant a row holds median and quartiles over the rounds, in microseconds, or under "failed" what it raised.
+    """
     rows = []
     regimes = [("cuda", None)] if device == "cuda" else [("cpu", 1), ("wall", os.cpu_count())]
-    variants = None
     for clock, threads in regimes:
         if threads is not None:
             torch.set_num_threads(threads)
         torch.compiler.reset()
-        variants = case.build(device)
-        seconds = timing.interleave(variants, clock, rounds)
+        try:
+            samples, failed = timing.interleave(case.build(device), clock, rounds)
+        except Exception as error:  # nothing of the case can run
+            samples, failed = {}, {"fastflow": timing.first_line(error)}
+        quartiles = {name: _quartiles(seconds) for name, seconds in samples.items()}
+        own = quartiles.get("fastflow")
         rows.append({"case": case.name, "group": case.group, "clock": timing.CLOCKS[clock], "threads": threads,
-                     "median_us": {name: round(1e6 * s, 2) for name, s in seconds.items()},
-                     "speedup_over": {name: round(s / seconds["fastflow"], 3)
-                                      for name, s in seconds.items() if name != "fastflow"}})
+                     "median_us": {name: _us(q2) for name, (_, q2, _) in quartiles.items()},
+                     "quartiles_us": {name: [_us(q1), _us(q3)] for name, (q1, _, q3) in quartiles.items()},
+                     "speedup_over": {name: round(q2 / own[1], 3)
+                                      for name, (_, q2, _) in quartiles.items() if own and name != "fastflow"},
+                     "failed": failed})
     return rows
 
 
+def _quartiles(values):
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def _us(seconds):
+    return round(1e6 * seconds, 2)
+
+
 def show(row):
-    """One line of the table."""
-    ratios = "  ".join(f"{name} {ratio:6.2f}x" for name, ratio in row["speedup_over"].items())
+    """One line of the table; what failed stands at its end."""
     threads = "GPU" if row["threads"] is None else f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
-    print(f"{row['case']:<72} {threads:<10} {row['median_us']['fastflow']:>12.1f} us   {ratios}", flush=True)
+    own = row["median_us"].get("fastflow")
+    cells = [f"{row['case']:<72} {threads:<10} " + ("" if own is None else f"{own:>12.1f} us ")]
+    cells += [f"{name} {ratio:6.2f}x" for name, ratio in row["speedup_over"].items()]
+    cells += [f"{name} failed: {message}" for name, message in row["failed"].items()]
+    print("  ".join(cells), flush=True)
 
 
 def main(argv=None):
-    """Run the benchmarks; returns the exit status."""
+    """Run the benchmarks; returns the exit status, 1 where fastflow itself raised. A baseline's failure is reported."""
     parser = argparse.ArgumentParser(prog="fastflow bench", description=__doc__)
     parser.add_argument("what", nargs="?", default="ops", choices=("ops", "glow", "all"))
     parser.add_argument("--filter", default="", help="only the cases whose name holds this")
@@ -99,7 +119,10 @@ def main(argv=None):
         name = f"{args.device}-{args.what}-{info['date'][:10]}.json"
         (args.results / name).write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
         print(f"written to {args.results / name}")
-    return 0
+    broken = sorted({row["case"] for row in rows if "fastflow" in row["failed"]})
+    for name in broken:
+        print(f"fastflow bench: fastflow itself failed: {name}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Interleaved timing: every variant once per round, medians over rounds, so that a drifting machine hits all alike."""
+"""Interleaved timing: every variant once per round, so that a drifting machine hits all alike."""
 
-import statistics
 import time
 
 import torch
@@ -37,23 +36,33 @@ _MEASURES = {"cpu": _cpu_seconds, "wall": _wall_seconds, "cuda": _cuda_seconds}
 
 
 def interleave(variants, clock, rounds=15, warmup=3):
-    """Median seconds per call of each variant.
+    """Seconds per call of each variant, in every round. One that raises is left out from then on.
 
     Args:
         variants: {name: callable without arguments}.
         clock: "cpu" (process CPU time, for one thread on a shared machine), "wall" or "cuda".
 
     Returns:
-        {name: seconds}.
+        {name: [seconds, one per round]} of those that ran to the end, {name: what it raised, in a line} of the rest.
     """
     measure = _MEASURES[clock]
-    repeats = {}
-    for name, call in variants.items():
-        for _ in range(warmup):
-            call()
-        repeats[name] = max(1, min(1000, int(ROUND_SECONDS / max(measure(call, 1), 1e-7))))
-    samples = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, call in variants.items():
-            samples[name].append(measure(call, repeats[name]))
-    return {name: statistics.median(values) for name, values in samples.items()}
+    repeats, samples, failed = {}, {name: [] for name in variants}, {}
+    for _ in range(rounds + 1):  # the first warms up and finds the repeats
+        for name in list(samples):
+            try:
+                if name in repeats:
+                    samples[name].append(measure(variants[name], repeats[name]))
+                    continue
+                for _ in range(warmup):
+                    variants[name]()
+                seconds = measure(variants[name], 1)
+                repeats[name] = max(1, min(1000, int(ROUND_SECONDS / max(seconds, 1e-7))))
+            except Exception as error:  # a baseline may lack a size, a library, memory: the others are still measured
+                failed[name] = first_line(error)
+                del samples[name]
+    return samples, failed
+
+
+def first_line(error):
+    """The first line of an exception's message, its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,76 @@
+"""The benchmarks run: a case of the registry under pytest-benchmark, and the runner past a baseline that raises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALLEST = "affine_coupling exp (64, 512) forward+backward"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """benchmarks.run, importable from the repository's root, with short rounds."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import run, timing
+
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-5)
+    return run
+
+
+def pytest_of_benchmarks(*arguments):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments], cwd=ROOT, text=True,
+                          env=environment, capture_output=True, check=False)
+
+
+def test_the_registry_is_collected_and_its_smallest_case_runs(benchmarks):
+    collected = pytest_of_benchmarks("benchmarks", "--collect-only", "--benchmark-only")
+    assert collected.returncode == 0, collected.stdout + collected.stderr
+    for case in benchmarks.cases.OP_CASES:
+        for variant in case.variants:
+            assert f"test_op[{case.name}-{variant}]" in collected.stdout
+    result = pytest_of_benchmarks(
+        "--benchmark-only", "--benchmark-min-rounds=1", "--benchmark-max-time=0", "--benchmark-min-time=0",
+        *(f"benchmarks/test_ops.py::test_op[{SMALLEST}-{variant}]" for variant in ("fastflow", "eager")))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"benchmark '{SMALLEST}': 2 tests" in result.stdout
+
+
+def fail():
+    raise RuntimeError("no such size\nand many details")
+
+
+@pytest.mark.parametrize(("variants", "failed", "status"), [
+    ({"fastflow": int, "eager": fail, "compile": int}, {"eager": "no such size"}, 0),
+    ({"fastflow": fail, "eager": int}, {"fastflow": "no such size"}, 1),
+    (None, {"fastflow": "no such size"}, 1),
+])
+def test_what_raises_is_reported_and_the_others_measured(benchmarks, monkeypatch, tmp_path, capsys, threads, variants,
+                                                        failed, status):
+    threads(1)
+    build = (lambda device: fail()) if variants is None else (lambda device: variants)
+    broken = benchmarks.cases.Case("broken case", "slogdet", build)
+    sound = benchmarks.cases.Case("sound case", "slogdet", lambda device: {"fastflow": int, "eager": int})
+    monkeypatch.setattr(benchmarks.cases, "OP_CASES", (broken, sound))
+    assert benchmarks.main(["ops", "--rounds", "3", "--results", str(tmp_path)]) == status
+    printed = capsys.readouterr()
+    for name, message in failed.items():
+        assert printed.out.count(f"{name} failed: {message}\n") == 2  # one thread, all threads
+    assert ("broken case" in printed.err) == bool(status)
+    rows = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert [row["case"] for row in rows] == ["broken case"] * 2 + ["sound case"] * 2
+    measured = set(variants or ()) - set(failed)
+    for row in rows[:2]:
+        assert row["failed"] == failed
+        assert set(row["median_us"]) == set(row["quartiles_us"]) == measured
+        assert set(row["speedup_over"]) == (measured - {"fastflow"} if "fastflow" in measured else set())
+    for row in rows[2:]:
+        assert row["failed"] == {} and set(row["speedup_over"]) == {"eager"}
+    for row in rows:
+        for name, (low, high) in row["quartiles_us"].items():
+            assert low <= row["median_us"][name] <= high
