@@ -318,6 +318,8 @@ def _gaussian_prior(prior, shape, like):
         if tuple(t.shape[1:]) != tuple(shape[1:]) or t.dim() != len(shape) or t.shape[0] not in (1, shape[0]):
             raise ValueError(f"{name}: expected shape {shape} or {(1, *shape[1:])}, got {tuple(t.shape)}")
         checks.same_device(name, t, "params", like)
+    if prior[0].shape[0] != prior[1].shape[0]:  # kernels take one batch for both
+        return tuple(t.expand(shape) for t in prior)
     return prior[0], prior[1]
 
 

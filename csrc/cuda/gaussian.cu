@@ -17,7 +17,7 @@ struct Forward {
   int64_t batch, rows_per_sample;
   Noise noise;
   int scale;
-  Operand z, drawn, kl;  // kl: per element; null unless that is wanted
+  Operand z, drawn, kl;  // null where not wanted; z with no samples, kl unless it is per element
   T *kl_sum, *logq;      // null where not wanted, or where partial sums are
   double *kl_partial, *logq_partial;
 };
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_forward(const __grid_const
         else kl[e] = gaussian::kl_standard(in[0][e], sigma.log);
       }
     });
-    store_values<T>(p.z, index, z);
+    if (p.z.data) store_values<T>(p.z, index, z);
     if (p.drawn.data) store_values<T>(p.drawn, index, eps);
     if (p.kl.data && wants_kl) store_values<T>(p.kl, index, kl);
 #pragma unroll
@@ -122,7 +122,7 @@ void forward(const Results& to, const Tensor& params, const optional<Tensor>& ra
   if (reduce == Reduce::channel && positions == 1) reduce = Reduce::none;  // the same numbers
   MeanAndRaw own = mean_and_raw(params, raw, packed, flags);
   View prior[2] = {prior_view_of(prior_mean), prior_view_of(prior_raw)};
-  SampleView noise_view = sample_view_of(eps, has_samples);
+  SampleView noise_view = sample_view_of(samples > 0 ? eps : optional<Tensor>(), has_samples);
   const std::array<View*, P::kOperands> all{&own.mean, &own.raw, &prior[0], &prior[1], &noise_view.view};
   P p{};
   p.batch = std::max<int64_t>(batch, 1);
@@ -142,16 +142,16 @@ void forward(const Results& to, const Tensor& params, const optional<Tensor>& ra
   const bool vector = sizeof(T) == 4 && aligned && vectorise<P::kOperands>(p.layout, views, {1, 1, 1, 1, 1}, kVector);
   for (int n = 0; n < P::kOperands; ++n) p.operand[n] = views[n]->operand;
   const int width = vector ? kVector : 1;
-  const int64_t rows = samples * batch * p.rows_per_sample;
+  const int64_t rows = std::max<int64_t>(samples, 1) * batch * p.rows_per_sample;  // no samples: the KL alone
   p.tiles = tile_rows(rows, p.layout.elements / width, width);
   p.eps_sample = noise_view.sample;
   p.noise = noise;
   p.scale = static_cast<int>(scale);
-  p.z = {to.z.data_ptr(), 0, dtype_of(to.z)};
-  if (save_eps && !eps) p.drawn = {to.drawn.data_ptr(), 0, dtype_of(to.drawn)};
+  if (samples > 0) p.z = {to.z.data_ptr(), 0, dtype_of(to.z)};
+  if (samples > 0 && save_eps && !eps) p.drawn = {to.drawn.data_ptr(), 0, dtype_of(to.drawn)};
   if (reduce == Reduce::none) p.kl = {to.kl.data_ptr(), 0, dtype_of(to.kl)};
   else p.kl_sum = static_cast<T*>(to.kl.data_ptr());
-  if (want_logq) p.logq = static_cast<T*>(to.logq.data_ptr());
+  if (samples > 0 && want_logq) p.logq = static_cast<T*>(to.logq.data_ptr());
   T *const kl_sum = p.kl_sum, *const logq_sum = p.logq;
 
   PartialSums kl_sums{nullptr, batch * p.rows_per_sample, p.tiles.chunks};

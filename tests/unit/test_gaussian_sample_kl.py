@@ -111,8 +111,24 @@ def test_dtype_mixes(mean, raw, eps, prior, z, backend, device):
 
 def test_kl_does_not_depend_on_the_samples(backend, device):
     params = torch.randn(5, 8, 3, device=device)
-    kls = [gaussian_sample_kl(params, seed=seed, n_samples=k)[1] for seed, k in ((1, None), (2, None), (1, 1), (3, 7))]
+    kls = [gaussian_sample_kl(params, seed=seed, n_samples=k)[1]
+           for seed, k in ((1, None), (2, None), (1, 1), (3, 7), (4, 0))]
     assert all(torch.equal(kl, kls[0]) for kl in kls)
+
+
+@pytest.mark.parametrize("batches", [(1, 6), (6, 1)])
+def test_prior_halves_of_different_batch(batches, backend, device):
+    """One of the prior's tensors shared by the batch, the other not: as if both were whole."""
+    mean, raw = gaussian("logvar", (6, 3, 5), device=device)
+    prior = [gaussian("logvar", (batch, 3, 5), device=device)[i] for i, batch in enumerate(batches)]
+    whole = [t.detach().expand(6, 3, 5).clone().requires_grad_() for t in prior]
+    results = [gaussian_sample_kl((mean, raw), prior=p, seed=1) for p in (prior, whole)]
+    torch.testing.assert_close(results[0][1], results[1][1])
+    got, want = (torch.autograd.grad(kl.sum(), [mean, raw, *p]) for (_, kl), p in zip(results, (prior, whole),
+                                                                                     strict=True))
+    want = [g if g.shape == w.shape else w.sum(0, keepdim=True) for g, w in zip(got, want, strict=True)]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
 
 
 def test_given_noise_carries_no_gradient(backend, device):

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from cases import CASES, Case, check_by_ratio, cotangents_of, evaluate
+from launch_cases import LAUNCH_CASES, operator_calls
 from plugin import operators
 from tolerances import assert_bitwise
 
 from fastflow import functional, reference
+from fastflow.launches import CUDA, count
 
 OPS = operators()
 EXP = reference.ScaleMap("exp").scalars
@@ -20,32 +22,27 @@ def launches(emulator, function):
     return emulator.simt_launches(), result
 
 
-# (case, launches of the forward, launches of the backward) as csrc/cuda/launch.h declares them
-LAUNCHES = [
-    (Case("small", "affine_coupling", {"x": (3, 4, 5), "params": (3, 8, 5), "passive": (3, 2, 5)}), 1, 1),
-    (Case("split", "affine_coupling", {"x": (2, 3, 5600), "params": (2, 6, 5600)}), 2, 1),
-    (Case("determinants", "slogdet", {"weight": (40, 12, 12)}), 1, 0),
-    (Case("plu", "plu_weight", {"lower": (9, 20, 20), "upper": (9, 20, 20), "log_s": (9, 20), "sign_s": (9, 20),
-                                "perm": (9, 20)}), 1, 1),
-    (Case("vae", "gaussian_sample_kl", {"params": (5, 40)}, {"seed": 1}), 1, 1),
-    (Case("wide", "gaussian_sample_kl", {"params": (2, 34000)}, {"seed": 1, "return_logq": True}), 2, 1),
-    (Case("per_channel", "gaussian_sample_kl", {"params": (3, 4, 6)},
-          {"seed": 1, "reduce": "channel", "return_logq": True, "n_samples": 2}), 2, 1),
-    (Case("prior", "gaussian_sample_kl", {"mean": (3, 9), "raw": (3, 9), "prior_mean": (1, 9), "prior_raw": (1, 9)},
-          {"seed": 1}), 1, 2),
-    (Case("many", "gaussian_sample_kl", {"mean": (200, 9), "raw": (200, 9), "prior_mean": (1, 9), "prior_raw": (1, 9)},
-          {"seed": 1}), 1, 3),
-]
+CASES_OF_LAUNCHES = [case for case, *_ in LAUNCH_CASES]
 
 
-@pytest.mark.parametrize(("case", "forward", "backward"), LAUNCHES, ids=lambda v: str(v))
-def test_launches_are_those_declared(case, forward, backward, emulator):
+@pytest.mark.parametrize("row", LAUNCH_CASES, ids=lambda row: f"{row[0].op}-{row[0]}")
+def test_launches_are_those_declared(row, emulator):
+    case, _, _, forward, backward = row
     tensors = case.tensors(torch.float32)
-    counted, _ = launches(emulator, lambda: evaluate(case, tensors))
-    assert counted == forward
+    with count("cuda") as declared:
+        counted, _ = launches(emulator, lambda: evaluate(case, tensors))
+    assert counted == declared.total == forward
     cotangents = cotangents_of(case, tensors)
-    counted, _ = launches(emulator, lambda: evaluate(case, tensors, cotangents=cotangents))
-    assert counted == forward + backward
+    with count("cuda") as declared:
+        counted, _ = launches(emulator, lambda: evaluate(case, tensors, cotangents=cotangents))
+    assert counted == declared.total == forward + backward
+
+
+def test_launches_of_every_operator_are_those_declared(emulator):
+    for name, args in operator_calls("cpu", (0, 1, 3, 65), ((2,), (2, 0), (2, 5), (3, 1))):
+        counted, _ = launches(emulator, lambda: OPS[name](*args))  # noqa: B023
+        shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
+        assert counted == CUDA[name](*args), (name, shapes)
 
 
 def test_nothing_is_launched_for_nothing(emulator):
@@ -53,7 +50,7 @@ def test_nothing_is_launched_for_nothing(emulator):
     assert counted == 0
 
 
-BIG = [case for case, _, _ in LAUNCHES] + list(CASES)
+BIG = CASES_OF_LAUNCHES + list(CASES)
 
 
 @pytest.mark.parametrize("case", BIG, ids=str)
@@ -70,10 +67,10 @@ def test_thread_order_does_not_change_a_bit(case, emulator):
             assert_bitwise(t, first[name], f"{case} {name} with order {seed}")
 
 
-@pytest.mark.parametrize("case", [case for case, _, _ in LAUNCHES], ids=str)
+@pytest.mark.parametrize("case", CASES_OF_LAUNCHES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_right_on_every_size_class(case, dtype, emulator):
-    if case.op == "slogdet":
+    if case.op.startswith("slogdet"):
         return  # test_slogdet_of_every_size
     tensors = case.tensors(dtype)
     check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors))
@@ -206,6 +203,15 @@ def test_a_seed_per_sample(n_samples, emulator):
     assert (eps - want).abs().max() < 2e-6
     strided = torch.stack([seeds, seeds + 1], 1)[:, 0]
     assert_bitwise(OPS["gaussian_fwd"](params, None, None, None, None, strided, *consts, False, True)[3], eps)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 40000)], ids=str)
+def test_no_samples(shape, emulator):
+    """K = 0: z and log q are empty, the KL is what it always is."""
+    params, consts = torch.randn(shape), (1, 0, 0, 0, 0, 0)
+    z, kl, logq, eps = OPS["gaussian_fwd"](params, None, None, None, None, None, *consts, True, True)
+    assert z.shape == eps.shape == (0, shape[0], shape[1] // 2) and logq.shape == (0, shape[0])
+    torch.testing.assert_close(kl, reference.gaussian_sample_kl(params, seed=1)[1])
 
 
 # Random123's kat_vectors for philox4x32-10.
