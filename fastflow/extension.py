@@ -39,6 +39,7 @@ SCHEMAS = (
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
+observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
 _libraries = {}  # keeps torch.library.Library objects, and with them the registrations, alive
 
 
@@ -97,14 +98,23 @@ def triton_interprets():
 
 
 @functools.cache
-def launchers():
-    """Triton's launchers as {name: function}, the same arguments and results as the operators."""
+def triton_modules():
+    """The modules of the Triton kernels, each with its launchers and LAUNCHES.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed")
     from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet
 
-    modules = (affine_coupling, gaussian, plu_weight, slogdet)
-    return {name: next(getattr(m, name) for m in modules if hasattr(m, name)) for name in NAMES}
+    return affine_coupling, gaussian, plu_weight, slogdet
+
+
+@functools.cache
+def launchers():
+    """Triton's launchers as {name: function}, the same arguments and results as the operators."""
+    return {name: next(getattr(m, name) for m in triton_modules() if hasattr(m, name)) for name in NAMES}
 
 
 def kernel(backend, name):
@@ -112,7 +122,16 @@ def kernel(backend, name):
     if torch.compiler.is_compiling():
         _load_while_tracing(backend)
         return getattr(getattr(torch.ops, f"fastflow_{backend}"), name).default
-    return launchers()[name] if backend == "triton" else load(backend)[name]
+    found = launchers()[name] if backend == "triton" else load(backend)[name]
+    return _observed(name, found) if observers else found
+
+
+def _observed(name, found):
+    def call(*args):
+        for observe in observers:
+            observe(name, args)
+        return found(*args)
+    return call
 
 
 @constant_under_compile

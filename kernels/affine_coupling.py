@@ -226,9 +226,15 @@ def affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, passive_channels,
     return tuple(layout.nothing(x) if g is None else g for g in (gx, gparams, gsecond))
 
 
-def _fwd_launches(shape):
-    return 1 if layout.parts_of(math.prod(shape[1:])) == 1 else 2
+def _fwd_launches(x, *others):
+    if x.shape[0] == 0:
+        return 0
+    return 1 if layout.parts_of(math.prod(x.shape[1:])) == 1 else 2
 
 
-# Kernel launches of a call, from x's shape (B, C, *S).
-LAUNCHES = {"affine_coupling_fwd": _fwd_launches, "affine_coupling_bwd": lambda shape: 1}
+def _bwd_launches(grad_y, grad_logdet, x, params, shift, passive_channels, need_x, need_params, need_shift, *scalars):
+    return int(x.numel() > 0 and (need_x or need_params or (need_shift and shift is not None)))
+
+
+# Kernel launches of a call, from the launcher's own arguments.
+LAUNCHES = {"affine_coupling_fwd": _fwd_launches, "affine_coupling_bwd": _bwd_launches}

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import gaussian_terms as terms
 from . import layout, maths
-from .gaussian_backward import PRIOR_ROWS, gaussian_bwd, noise_arguments, operands, over_batch, over_samples
+from .gaussian_backward import bwd_launches, gaussian_bwd, noise_arguments, operands, over_batch, over_samples
 from .layout import compute_dtype, offsets_within
 from .philox import philox4x32_words as philox4x32
 
@@ -151,16 +151,19 @@ def gaussian_fwd(params, raw, prior_mean, prior_raw, eps, seed, seed_value, offs
     return z, kl, logq, drawn
 
 
-def _fwd_launches(shape, *, reduce=SAMPLE, want_logq=False):
+def _fwd_launches(params, raw, prior_mean, prior_raw, eps, seed, seed_value, offset, n_samples, scale, flags, reduce,
+                  want_logq, save_eps):
+    shape = operands(params, raw, flags)[2]
     lead = 2 if reduce == CHANNEL and math.prod(shape[2:]) != 1 else 1
     elementwise = reduce == NONE or (reduce == CHANNEL and lead == 1)
-    summed = layout.parts_of(math.prod(shape[lead:]), ONE_PROGRAM, CHUNK) > 1
-    return 1 + (summed and not elementwise) + (want_logq and (summed or lead == 2))
+    n_rows, n = math.prod(shape[:lead]), math.prod(shape[lead:])
+    summed = layout.parts_of(n, ONE_PROGRAM, CHUNK) > 1
+    first = n_rows > 0 and (n > 0 or not elementwise or want_logq)
+    kl_sums = n_rows > 0 and summed and not elementwise
+    logq_sums = want_logq and (summed or lead == 2) and shape[0] > 0 and n_samples != 0
+    return first + kl_sums + logq_sums
 
 
-def _bwd_launches(shape, *, shared_prior=False):
-    return 1 + (shared_prior and (1 if shape[0] <= PRIOR_ROWS else 2))
-
-
-# Kernel launches of a call, from mean's shape (B, D, *S).
-LAUNCHES = {"gaussian_fwd": _fwd_launches, "gaussian_bwd": _bwd_launches}
+# Kernel launches of a call, from the launcher's own arguments.
+LAUNCHES = {"gaussian_fwd": _fwd_launches, "gaussian_bwd": bwd_launches,
+            "philox4x32": lambda counter, key: int(counter.numel() > 0)}

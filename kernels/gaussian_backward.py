@@ -4,6 +4,8 @@ One launch for the gradients of mean, raw and a prior of its own for every sampl
 sums over the batch, added up in blocks of PRIOR_ROWS samples by one launch, and over the blocks by a second one.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -315,3 +317,16 @@ def shared_prior_bwd(grads, grad_kl, incoming_kl, mean, raw, prior_mean, prior_r
         layout.launch(column_sums_kernel, layout.ceil_div(plan.n, block), like, sums[0], grads[0], sums[1], grads[1],
                       *plan.strides, plan.sizes, plan.n_units, chunks, **plan.meta(), ROWS=rows, BLOCK=block,
                       num_warps=4)
+
+
+def bwd_launches(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prior_raw, eps, seed, seed_value, offset,
+                 n_samples, scale, flags, reduce, need_params, need_raw, need_prior_mean, need_prior_raw):
+    """Kernel launches of :func:`gaussian_bwd` with these arguments."""
+    shape = operands(params, raw, flags)[2]
+    if not math.prod(shape):
+        return 0
+    wanted = ((prior_mean, need_prior_mean), (prior_raw, need_prior_raw))
+    batches = [prior.shape[0] for prior, need in wanted if need and grad_kl is not None]
+    own = need_params or need_raw or shape[0] in batches
+    shared = any(batch != shape[0] for batch in batches)
+    return own + shared * (1 if shape[0] <= PRIOR_ROWS else 2)

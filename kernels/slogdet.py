@@ -72,16 +72,21 @@ def slogdet_kernel(weight_ptr, sign_ptr, logabsdet_ptr, inverse_ptr, matrix_stri
         tl.store(inverse_ptr + target, a, mask=(position[:, None] < size) & (origin[None, :] < size) & inside)
 
 
+def _size_of(weight):
+    size = weight.shape[-1]
+    if size > LARGEST:
+        raise ValueError(f"weight: expected matrices up to {LARGEST}x{LARGEST}, which fit in registers, "
+                         f"got {size}x{size}")
+    return size
+
+
 def slogdet_fwd(weight, want_inverse):
     """(sign, logabsdet, inverse or (0,)); see functional.slogdet_inverse. One launch.
 
     Raises:
         ValueError: a matrix is larger than 32 x 32.
     """
-    size = weight.shape[-1]
-    if size > LARGEST:
-        raise ValueError(f"weight: expected matrices up to {LARGEST}x{LARGEST}, which fit in registers, "
-                         f"got {size}x{size}")
+    size = _size_of(weight)
     dtype = layout.compute_dtype(weight.dtype)
     sign = weight.new_empty(weight.shape[:-2], dtype=dtype)
     logabsdet = weight.new_empty(weight.shape[:-2], dtype=dtype)
@@ -93,5 +98,10 @@ def slogdet_fwd(weight, want_inverse):
     return sign, logabsdet, inverse
 
 
-# Kernel launches of a call, from weight's shape (*, C, C).
-LAUNCHES = {"slogdet_fwd": lambda shape: 1}
+def _fwd_launches(weight, want_inverse):
+    _size_of(weight)
+    return int(math.prod(weight.shape[:-2]) > 0)
+
+
+# Kernel launches of a call, from the launcher's own arguments.
+LAUNCHES = {"slogdet_fwd": _fwd_launches}

@@ -123,14 +123,12 @@ def test_large_samples_take_two_launches(launches):
     check(randn(*shape), randn(2, 4, 100, 90), None, randn(2), randn(2, 3, 100, 90), scale=DIALECTS["sigmoid"],
           inverse=True)
     assert launches == ["affine_coupling_fwd_kernel", "row_sums_kernel"]
-    assert kernels.LAUNCHES["affine_coupling_fwd"](shape) == 2
 
 
 def test_launches_of_a_small_sample(launches):
     x, params = randn(3, 4), randn(3, 8)
     call(x, params, scale=DIALECTS["exp"], grads=(x, randn(3)))
     assert launches == ["affine_coupling_fwd_kernel", "affine_coupling_bwd_kernel"]
-    assert [kernels.LAUNCHES[name](x.shape) for name in ("affine_coupling_fwd", "affine_coupling_bwd")] == [1, 1]
 
 
 def test_gradients_that_are_not_needed_or_not_given():

@@ -135,21 +135,17 @@ def test_large_samples_share_their_sums(launches, monkeypatch, reduce, expected_
     params = randn(2, 4, 15, 20)
     results, _ = call(params, seed=1, reduce=reduce)
     assert launches == ["gaussian_fwd_kernel"] + ["row_sums_kernel"] * expected_sums
-    assert kernels.LAUNCHES["gaussian_fwd"]((2, 2, 15, 20), reduce=REDUCTIONS.index(reduce),
-                                            want_logq=True) == 1 + expected_sums
     exact = reference.gaussian_sample_kl(params.double(), seed=1, reduce=reduce, return_logq=True)
     for out, truth in zip(results[1:3], exact[1:], strict=True):
         assert (out.double() - truth).abs().max() <= 2e-6 * truth.abs().max()
 
 
 def test_a_prior_that_a_large_batch_shares(launches, monkeypatch):
-    for module in (kernels, gaussian_backward):
-        monkeypatch.setattr(module, "PRIOR_ROWS", 32)
+    monkeypatch.setattr(gaussian_backward, "PRIOR_ROWS", 32)
     params, prior = randn(80, 6), (randn(1, 3), randn(1, 3))
     grads = [randn(80, 3), randn(80), randn(80)]
     _, found = call(params, None, prior, seed=4, eps=None, grads=grads)
     assert launches[-3:] == ["gaussian_bwd_kernel", "shared_prior_bwd_kernel", "column_sums_kernel"]
-    assert kernels.LAUNCHES["gaussian_bwd"]((80, 3), shared_prior=True) == 3
     noise = reference.philox_normal((80, 3), 4)
     eager, truth = (expected(params, None, prior, noise, grads, dtype)[1] for dtype in (None, torch.float64))
     for out, near, exact in zip(found[2:], eager[2:], truth[2:], strict=True):

@@ -22,6 +22,7 @@ LAYERS = {
     "adapters": {"flows", "nn", "functional"},
     "extension": {"kernels"},
     "backends": {"extension"},
+    "launches": {"extension"},
     "kernels": set(),
     "reference": set(),
     "checks": set(),

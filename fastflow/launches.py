@@ -1,0 +1,169 @@
+"""How many device kernels fastflow's operators launch in a piece of code, counted without a GPU.
+
+    with fastflow.launches.count() as counted:
+        flow(images).mean().neg().backward()
+    print(counted)          # launches and calls of every operator
+    counted.total, counted.by_stem["affine_coupling"]
+
+The code runs on whatever backend is here. Every call of an operator is put to the launches that its kernels declare for
+those arguments: ``LAUNCHES`` in kernels/<stem>.py for Triton (held against the launches themselves in tests/interpreter
+and tests/unit/test_launches.py), :data:`CUDA` here for csrc/cuda (held against the emulation in tests/simt).
+"""
+
+import collections
+import contextlib
+import math
+import threading
+
+from fastflow import backends, extension
+
+__all__ = ["CUDA", "Counted", "count", "declared"]
+
+ROW_ELEMENTS = 16384  # csrc/cuda/tiles.cuh, kRowElements: a longer row is split over blocks
+PRIOR_SAMPLES = 64  # csrc/cuda/gaussian_bwd.cu, kPriorSamples: of a prior shared by the batch, samples of a block
+SAMPLE, CHANNEL, NONE = range(3)  # reduce, as the operators take it
+_OPS = {"gaussian": "gaussian_sample_kl", "philox4x32": "gaussian_sample_kl"}  # stems under another name in backends
+
+
+def _affine_coupling_fwd(x, *others):
+    return 0 if x.shape[0] == 0 else 1 + (math.prod(x.shape[1:]) > ROW_ELEMENTS)
+
+
+def _affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, passive_channels, need_x, need_params, need_shift,
+                         *scalars):
+    return int(x.numel() > 0 and (need_x or need_params or need_shift))
+
+
+def _slogdet_fwd(weight, want_inverse):
+    return int(math.prod(weight.shape[:-2]) > 0)
+
+
+def _plu_weight(weight, *others):
+    return int(weight.numel() > 0)
+
+
+def _event_of(params, raw):
+    """mean's shape (B, D, *S)."""
+    return (params.shape[0], params.shape[1] // (2 if raw is None else 1), *params.shape[2:])
+
+
+def _gaussian_fwd(params, raw, prior_mean, prior_raw, eps, seed, seed_value, offset, n_samples, scale, flags, reduce,
+                  want_logq, save_eps):
+    batch, channels, *spatial = _event_of(params, raw)
+    samples, positions = 1 if n_samples is None else n_samples, math.prod(spatial)
+    want_logq = want_logq and samples > 0
+    if reduce == CHANNEL and positions == 1:
+        reduce = NONE
+    per_sample, elements = (channels, positions) if reduce == CHANNEL else (1, channels * positions)
+    split = elements > ROW_ELEMENTS
+    kl_sums = batch * per_sample if split and reduce != NONE else 0
+    logq_sums = samples * batch if want_logq and (split or per_sample != 1) else 0
+    return (batch * per_sample > 0) + (kl_sums + logq_sums > 0)
+
+
+def _gaussian_bwd(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prior_raw, eps, seed, seed_value, offset,
+                  n_samples, scale, flags, reduce, need_params, need_raw, need_prior_mean, need_prior_raw):
+    batch, *event = _event_of(params, raw)
+    if not math.prod(event):
+        return 0
+    of_prior = need_prior_mean or need_prior_raw
+    shared = prior_mean is not None and prior_mean.shape[0] == 1 and batch != 1
+    launches = int(batch > 0 and (need_params or need_raw or (of_prior and not shared)))
+    if of_prior and shared:
+        launches += 1 if grad_kl is None or batch <= PRIOR_SAMPLES else 2
+    return launches
+
+
+# Launches of csrc/cuda, from the operator's arguments; an empty grid is not launched.
+CUDA = {"affine_coupling_fwd": _affine_coupling_fwd, "affine_coupling_bwd": _affine_coupling_bwd,
+        "slogdet_fwd": _slogdet_fwd, "plu_weight_fwd": _plu_weight, "plu_weight_bwd": _plu_weight,
+        "gaussian_fwd": _gaussian_fwd, "gaussian_bwd": _gaussian_bwd,
+        "philox4x32": lambda counter, key: int(counter.shape[0] > 0)}
+
+
+def declared(backend):
+    """{operator: function of its arguments that gives its launches} of "triton" or "cuda".
+
+    Raises:
+        ValueError: another backend. RuntimeError: Triton's kernels are asked for, and Triton is not installed.
+    """
+    if backend == "cuda":
+        return CUDA
+    if backend != "triton":
+        raise ValueError(f"backend: expected 'triton' or 'cuda', got {backend!r}")
+    return {name: launches for module in extension.triton_modules() for name, launches in module.LAUNCHES.items()}
+
+
+class Counted:
+    """What was counted.
+
+    Attributes:
+        by_operator: {operator: kernel launches}, forward and backward ("affine_coupling_fwd", ...) apart.
+        calls: {operator: calls}.
+    """
+
+    def __init__(self):
+        self.by_operator, self.calls = collections.Counter(), collections.Counter()
+
+    @property
+    def by_stem(self):
+        """{"affine_coupling", "slogdet", "plu_weight", "gaussian": kernel launches}, of those that were called."""
+        stems = collections.Counter()
+        for name, launches in self.by_operator.items():
+            stems[_stem_of(name)] += launches
+        return stems
+
+    @property
+    def total(self):
+        return sum(self.by_operator.values())
+
+    def __str__(self):
+        rows = [(name, self.by_operator[name], self.calls[name]) for name in sorted(self.calls)]
+        rows.append(("total", self.total, sum(self.calls.values())))
+        return "\n".join(f"{name:<20} {launches:>6} launches {calls:>6} calls" for name, launches, calls in rows)
+
+
+@contextlib.contextmanager
+def count(backend=None):
+    """Count the kernels that fastflow's operators launch inside: on "triton", on "cuda", or with None on the backend
+    that the table of :mod:`fastflow.backends` prefers for each on CUDA tensors.
+
+    Yields a :class:`Counted`, complete when the block ends. Calls of every thread count, for autograd runs backward in
+    threads of its own. Not counted: what runs in eager PyTorch (the reference; torch's own copies and fills around a
+    kernel), code compiled by torch.compile, and the noise that a double backward on a GPU draws once more.
+
+    Raises:
+        ValueError: ``backend`` is none of these; inside, a call that it would refuse (a matrix beyond Triton's limit).
+        RuntimeError: no native backend works here, so that no operator would be called; or Triton is not installed.
+    """
+    names = ("triton", "cuda") if backend is None else (backend,)
+    tables = {name: declared(name) for name in names}
+    if not any(works for name, works in backends.available().items() if name != "reference"):
+        raise RuntimeError("launches can't be counted: no native backend is available here (see `fastflow doctor`)")
+    counted, lock = Counted(), threading.Lock()
+
+    def observe(name, args):
+        chosen = _preferred(name, args) if backend is None else backend
+        launches = 0 if chosen is None else tables[chosen][name](*args)
+        with lock:
+            counted.by_operator[name] += launches
+            counted.calls[name] += 1
+
+    extension.observers = (*extension.observers, observe)
+    try:
+        yield counted
+    finally:
+        extension.observers = tuple(other for other in extension.observers if other is not observe)
+
+
+def _stem_of(name):
+    return name.removesuffix("_fwd").removesuffix("_bwd")
+
+
+def _preferred(name, args):
+    """The backend that backends.PREFERENCE gives CUDA tensors in a call of this operator; None: the reference."""
+    stem = _stem_of(name)
+    for backend in backends.PREFERENCE[_OPS.get(stem, stem), "cuda"]:
+        if stem != "slogdet" or args[0].shape[-1] <= backends.SLOGDET_LIMIT[backend]:
+            return backend
+    return None
