@@ -100,9 +100,9 @@ void each_tile(const AffineShape& shape, int64_t begin, int64_t end, const F& ti
     } else if (shape.sample > 0) {
       const int64_t from = unit * shape.group();
       const int64_t to = from + shape.group() < shape.batch ? from + shape.group() : shape.batch;
-      const int64_t step = tile / shape.sample;
-      for (int64_t at = from; at < to; at += step)
-        tile_of((to - at < step ? to - at : step) * shape.sample, at);
+      const int64_t most = tile / shape.sample;
+      for (int64_t at = from; at < to; at += most)
+        tile_of((to - at < most ? to - at : most) * shape.sample, at);
     }
     end_of_unit(unit);
   }
@@ -143,7 +143,7 @@ struct Result {
 
   // Whether the tile of n at this target may be streamed.
   bool streams(const T* target, int64_t n) const {
-    return direct && n % stream_step == 0 && reinterpret_cast<uintptr_t>(target) % stream_alignment == 0;
+    return direct && n % step == 0 && reinterpret_cast<uintptr_t>(target) % stream_alignment == 0;
   }
 };
 

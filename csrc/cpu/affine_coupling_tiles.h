@@ -48,62 +48,51 @@ T sum_tile(const T* values, int64_t n) {
   return add_tree(sums, 2 * lanes);
 }
 
-// A soft-clamped log s apart from its exp: in one loop they make a chain of arithmetic so long that a processor sees too
-// few elements at once (10 to 15 % slower).
+// A soft-clamped log s apart from its exp, a step ahead: in one loop they make a chain of arithmetic so long that a
+// processor sees too few elements at once (15 % slower).
 template <Kind K, bool Extended>
 inline constexpr bool two_passes = soft_clamped<K> && !Extended;
 
 template <class T>
 using ForwardTile = void (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, T*, T*);
 
-// y and log s of element i of a tile; the latter is there already where it is computed apart.
-template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, class T>
-FASTFLOW_HD Coupled<T> couple_at(const ScaleMap<T>& map, int64_t i, const T* x, const T* raw, const T* shift,
-                                 const T* log_s) {
-  if constexpr (two_passes<K, Extended>)
-    return {coupled(map, math::exp_moderate(log_s[i]), x[i], shift[i], Inverse, ShiftFirst), log_s[i]};
-  const T r = K == Kind::additive ? T(0) : raw[i];
-  return couple<K, Extended, Extended, Inverse, ShiftFirst, !Extended>(map, x[i], r, shift[i]);
-}
+// Streamed, below: the results are not to be held by any cache, so that reading what they overwrite is spared. They go
+// past the caches from short buffers, within the arithmetic, whose time the stores then share. For whole steps.
+constexpr int64_t step = 4 * lanes;
 
-// Streamed: y is not to be held by any cache, so that reading what it overwrites is spared: it goes past them from short
-// buffers, within the arithmetic, whose time the stores then share. For whole steps.
-constexpr int64_t stream_step = 4 * lanes;
+// Asks for elements [i, i + step) of the next tile, should it follow this one in memory.
+template <class... T>
+FASTFLOW_HD void prefetch_tile(int64_t i, const T*... operands) {
+  for (int64_t j = 0; j < step; j += lanes) (__builtin_prefetch(operands + i + j + tile), ...);
+}
 
 template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, bool Streamed, class T>
 void forward_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* raw, const T* shift, T* y, T* log_s) {
+  constexpr bool apart = two_passes<K, Extended>;
   const ScaleMap<T> map = constants;
-  if constexpr (!Streamed) {
-    if constexpr (two_passes<K, Extended>) {
+  alignas(64) T to_y[step];
+  const int64_t length = apart || Streamed ? step : n;
+  for (int64_t i = 0; i < n; i += length) {
+    const int64_t count = Streamed ? step : n - i < length ? n - i : length;
+    if constexpr (Streamed) prefetch_tile(i, x, raw, shift);
+    if constexpr (apart) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) log_s[i] = soft_clamp<K>(map, raw[i]);
+      for (int64_t j = 0; j < count; ++j) log_s[i + j] = soft_clamp<K>(map, raw[i + j]);
     }
+    T* const at_y = Streamed ? to_y : y + i;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const Coupled<T> out = couple_at<K, Extended, Inverse, ShiftFirst>(map, i, x, raw, shift, log_s);
-      y[i] = out.y;
-      log_s[i] = out.log_s;
-    }
-  } else {
-    for (int64_t i = 0; i < n; i += stream_step) {
-      for (int64_t j = 0; j < stream_step; j += lanes) {  // of the next tile, if it follows in memory
-        __builtin_prefetch(x + i + j + tile);
-        if (K != Kind::additive) __builtin_prefetch(raw + i + j + tile);
-        __builtin_prefetch(shift + i + j + tile);
-      }
-      alignas(64) T to_y[stream_step];
-      if constexpr (two_passes<K, Extended>) {
-#pragma omp simd
-        for (int64_t j = 0; j < stream_step; ++j) log_s[i + j] = soft_clamp<K>(map, raw[i + j]);
-      }
-#pragma omp simd
-      for (int64_t j = 0; j < stream_step; ++j) {
-        const Coupled<T> out = couple_at<K, Extended, Inverse, ShiftFirst>(map, i + j, x, raw, shift, log_s);
-        to_y[j] = out.y;
+    for (int64_t j = 0; j < count; ++j) {
+      if constexpr (apart) {
+        at_y[j] = coupled(map, math::exp_moderate(log_s[i + j]), x[i + j], shift[i + j], Inverse, ShiftFirst);
+      } else {
+        const T r = K == Kind::additive ? T(0) : raw[i + j];
+        const Coupled<T> out =
+            couple<K, Extended, Extended, Inverse, ShiftFirst, !Extended>(map, x[i + j], r, shift[i + j]);
+        at_y[j] = out.y;
         log_s[i + j] = out.log_s;
       }
-      stream(y + i, to_y, stream_step);
     }
+    if constexpr (Streamed) stream(y + i, to_y, step);
   }
 }
 
@@ -111,74 +100,52 @@ template <class T>
 using BackwardTile = void (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, const T*, const T*, T*, T*,
                               T*);
 
-// Slopes of log s for a tile, where they are computed apart.
-template <class T>
-struct Slopes {
-  Tile<T> log_s, dlog;
-
-  template <Kind K, bool Extended>
-  void compute(const ScaleMap<T>& map, int64_t n, const T* raw) {
-    if constexpr (two_passes<K, Extended>) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const LogSlope<T> slope = soft_clamp_slope<K>(map, raw[i]);
-        log_s.values[i] = slope.log_s;
-        dlog.values[i] = slope.dlog;
-      }
-    }
-  }
-};
-
-// The gradients of element i of a tile.
+// The gradients of element i; log_s and dlog are read where they are computed apart.
 template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, class T>
-FASTFLOW_HD CoupledGradient<T> gradient_at(const ScaleMap<T>& map, const T* log_s, const T* dlog, int64_t i,
-                                           const T* grad_y, const T* grad_logdet, const T* x, const T* raw,
-                                           const T* shift) {
-  const T t = gradient_reads_shift<Inverse, ShiftFirst> ? shift[i] : T(0);
+FASTFLOW_HD CoupledGradient<T> gradient_at(const ScaleMap<T>& map, T log_s, T dlog, T grad_y, T grad_logdet, T x,
+                                           const T* raw, const T* shift) {
+  const T t = gradient_reads_shift<Inverse, ShiftFirst> ? *shift : T(0);
   if constexpr (two_passes<K, Extended>) {
-    const T s = math::exp_moderate(log_s[i]);
-    return coupled_gradient(map, ScaleSlope<T>{s, s * dlog[i], dlog[i]}, grad_y[i], grad_logdet[i], x[i], t, Inverse,
-                            ShiftFirst, false);
+    const T s = math::exp_moderate(log_s);
+    return coupled_gradient(map, ScaleSlope<T>{s, s * dlog, dlog}, grad_y, grad_logdet, x, t, Inverse, ShiftFirst,
+                            false);
   }
-  const T r = K == Kind::additive ? T(0) : raw[i];
-  return couple_gradient<K, Extended, Extended, Inverse, ShiftFirst, !Extended>(map, grad_y[i], grad_logdet[i], x[i], r,
-                                                                                t);
+  const T r = K == Kind::additive ? T(0) : *raw;
+  return couple_gradient<K, Extended, Extended, Inverse, ShiftFirst, !Extended>(map, grad_y, grad_logdet, x, r, t);
 }
 
 template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, bool Streamed, class T>
 void backward_tile(const ScaleMap<T>& constants, int64_t n, const T* grad_y, const T* grad_logdet, const T* x,
                    const T* raw, const T* shift, T* grad_x, T* grad_raw, T* grad_shift) {
+  constexpr bool apart = two_passes<K, Extended>;
   const ScaleMap<T> map = constants;
-  Slopes<T> slopes;
-  slopes.template compute<K, Extended>(map, n, raw);
-  if constexpr (!Streamed) {
+  alignas(64) T log_s[step], dlog[step], to_x[step], to_raw[step], to_shift[step];
+  const int64_t length = apart || Streamed ? step : n;
+  for (int64_t i = 0; i < n; i += length) {
+    const int64_t count = Streamed ? step : n - i < length ? n - i : length;
+    if constexpr (Streamed) prefetch_tile(i, x, raw, grad_y);
+    if constexpr (apart) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const CoupledGradient<T> out = gradient_at<K, Extended, Inverse, ShiftFirst>(
-          map, slopes.log_s.values, slopes.dlog.values, i, grad_y, grad_logdet, x, raw, shift);
-      grad_x[i] = out.x;
-      if (K != Kind::additive) grad_raw[i] = out.raw;
-      grad_shift[i] = out.shift;
+      for (int64_t j = 0; j < count; ++j) {
+        const LogSlope<T> slope = soft_clamp_slope<K>(map, raw[i + j]);
+        log_s[j] = slope.log_s;
+        dlog[j] = slope.dlog;
+      }
     }
-  } else {
-    for (int64_t i = 0; i < n; i += stream_step) {
-      for (int64_t j = 0; j < stream_step; j += lanes) {  // of the next tile, if it follows in memory
-        __builtin_prefetch(x + i + j + tile);
-        __builtin_prefetch(raw + i + j + tile);
-        __builtin_prefetch(grad_y + i + j + tile);
-      }
-      alignas(64) T to_x[stream_step], to_raw[stream_step], to_shift[stream_step];
+    T *const at_x = Streamed ? to_x : grad_x + i, *const at_raw = Streamed ? to_raw : grad_raw + i,
+             *const at_shift = Streamed ? to_shift : grad_shift + i;
 #pragma omp simd
-      for (int64_t j = 0; j < stream_step; ++j) {
-        const CoupledGradient<T> out = gradient_at<K, Extended, Inverse, ShiftFirst>(
-            map, slopes.log_s.values, slopes.dlog.values, i + j, grad_y, grad_logdet, x, raw, shift);
-        to_x[j] = out.x;
-        to_raw[j] = out.raw;
-        to_shift[j] = out.shift;
-      }
-      stream(grad_x + i, to_x, stream_step);
-      if (K != Kind::additive) stream(grad_raw + i, to_raw, stream_step);
-      stream(grad_shift + i, to_shift, stream_step);
+    for (int64_t j = 0; j < count; ++j) {
+      const CoupledGradient<T> out = gradient_at<K, Extended, Inverse, ShiftFirst>(
+          map, apart ? log_s[j] : T(0), apart ? dlog[j] : T(0), grad_y[i + j], grad_logdet[i + j], x[i + j], raw + i + j, shift + i + j);
+      at_x[j] = out.x;
+      if (K != Kind::additive) at_raw[j] = out.raw;
+      at_shift[j] = out.shift;
+    }
+    if constexpr (Streamed) {
+      stream(grad_x + i, to_x, step);
+      if (K != Kind::additive) stream(grad_raw + i, to_raw, step);
+      stream(grad_shift + i, to_shift, step);
     }
   }
 }
