@@ -77,8 +77,6 @@ def _affine_forward(kind, shape, inverse):
 
 def _glow_coupling(shape):
     """Split, sigmoid coupling, concatenation, as inside a Glow step; ``shape`` is the whole tensor's."""
-    half = shape[1] // 2
-
     def eager(x, h):
         passive, active = x.chunk(2, 1)
         raw, shift = h.chunk(2, 1)
@@ -86,7 +84,8 @@ def _glow_coupling(shape):
         return torch.cat([passive, (active + shift) * torch.sigmoid(u)], 1), F.logsigmoid(u).flatten(1).sum(1)
 
     def fused(x, h):
-        return functional.affine_coupling(x[:, half:], h, scale="sigmoid", shift_first=True, passive=x[:, :half])
+        passive, active = x.chunk(2, 1)
+        return functional.affine_coupling(active, h, scale="sigmoid", shift_first=True, passive=passive)
 
     def build(device):
         torch.manual_seed(0)

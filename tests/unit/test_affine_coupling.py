@@ -187,3 +187,23 @@ def test_every_shape_up_to_two_vectors(scale, dtype, fused, device):
     for (part, name), triples in pooled.items():
         out, eager, truth = (torch.cat([t.flatten() for t in column]) for column in zip(*triples, strict=True))
         assert_by_ratio(out, eager, truth, factor=GRADIENT_FACTOR if part else VALUE_FACTOR, magnitude=6.0, what=name)
+
+
+@pytest.mark.parametrize("scale", ["exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive"])
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_large_results_have_the_bits_of_small_ones(scale, inverse, fused, device):
+    """Results too large for any cache are stored otherwise; the numbers are those of one sample at a time."""
+    shape = (3, 16, 210, 211)  # 8.5 MiB in float32, samples that are no multiple of a tile
+    torch.manual_seed(0)
+    x, grad_y = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    params = torch.randn(3, 16 if scale == "additive" else 32, 210, 211, device=device)
+    grad_logdet = torch.randn(3, device=device)
+
+    def run(*which):
+        leaves = [t[list(which)].clone().requires_grad_() for t in (x, params)]
+        y, logdet = affine_coupling(*leaves, scale=scale, inverse=inverse)
+        return y, logdet, *torch.autograd.grad((y, logdet), leaves, (grad_y[list(which)], grad_logdet[list(which)]))
+
+    parts = zip(*(run(b) for b in range(3)), strict=True)
+    for whole, part in zip(run(0, 1, 2), parts, strict=True):
+        assert torch.equal(whole, torch.cat(part))
