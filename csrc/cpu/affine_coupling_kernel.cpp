@@ -36,6 +36,11 @@ ScaleMap<T> constants_of(const AffineMap& m) {
   return make_scale_map<T>(m.kind, m.gain, m.offset, m.out_gain, m.clamp, m.eps, m.hard_min, m.hard_max, m.shift_gain);
 }
 
+template <class T>
+bool needs_extended(const AffineMap& map) {
+  return map.eps != 0. || has_bounds(map.hard_min, map.hard_max) || !log_scale_is_moderate(constants_of<T>(map));
+}
+
 // The plain instance does without eps, without bounds and without the far ends of exp where log s is soft-clamped; the
 // other does it all, and double has no other: the constants of whatever is absent change nothing.
 template <class T, class F>
@@ -44,9 +49,7 @@ auto with_map(const AffineMap& map, const F& f) {
     if constexpr (sizeof(T) == 8)
       return f(kind, Constant<true>{});
     else
-      return with_flag(map.eps != 0. || has_bounds(map.hard_min, map.hard_max) ||
-                           !log_scale_is_moderate(constants_of<T>(map)),
-                       [&](auto extended) { return f(kind, extended); });
+      return with_flag(needs_extended<T>(map), [&](auto extended) { return f(kind, extended); });
   });
 }
 
@@ -62,6 +65,18 @@ ForwardTile<T> choose_forward(const AffineForward& job) {
           return forward_tile<decltype(kind)::value, decltype(extended)::value, decltype(inverse)::value,
                               decltype(first)::value, Streamed, T>;
       });
+    });
+  });
+}
+
+// Null where there is none.
+template <bool Streamed, class T>
+SummedTile<T> choose_summed(const AffineForward& job) {
+  if (sizeof(T) == 8 || !job.shape.split() || static_cast<Kind>(job.map.kind) != Kind::sigmoid) return nullptr;
+  if (needs_extended<T>(job.map)) return nullptr;
+  return with_flag(job.shape.inverse, [&](auto inverse) {
+    return with_flag(job.shape.shift_first, [&](auto first) -> SummedTile<T> {
+      return sigmoid_tile<decltype(inverse)::value, decltype(first)::value, Streamed, T>;
     });
   });
 }
@@ -158,6 +173,7 @@ void forward(const AffineForward& job, int64_t begin, int64_t end) {
   const ScaleMap<T> map = constants_of<T>(job.map);
   const ForwardTile<T> compute = choose_forward<false, T>(job);
   const ForwardTile<T> compute_streamed = job.streamed ? choose_forward<true, T>(job) : nullptr;
+  const SummedTile<T> summed = choose_summed<false, T>(job), summed_streamed = choose_summed<true, T>(job);
   const int64_t start = first_element(shape, begin);
   Cursor<T> x, raw, shift, passive, passive_y;
   Result<T> y;
@@ -173,9 +189,14 @@ void forward(const AffineForward& job, int64_t begin, int64_t end) {
   auto one_tile = [&](int64_t n, int64_t sample) {
     T* to_y = y.begin(n);
     const bool streamed = compute_streamed != nullptr && y.streams(to_y, n);
-    (streamed ? compute_streamed : compute)(map, n, x.read(n, x_tile.values),
-                                            raw.present() ? raw.read(n, raw_tile.values) : nullptr,
-                                            shift.read(n, shift_tile.values), to_y, log_tile.values);
+    const T* at_x = x.read(n, x_tile.values);
+    const T* r = raw.present() ? raw.read(n, raw_tile.values) : nullptr;
+    const T* t = shift.read(n, shift_tile.values);
+    if (summed != nullptr) {
+      sum.add(static_cast<double>((streamed ? summed_streamed : summed)(map, n, at_x, r, t, to_y)));
+      return y.finish(n);
+    }
+    (streamed ? compute_streamed : compute)(map, n, at_x, r, t, to_y, log_tile.values);
     y.finish(n);
     if (shape.split()) {
       sum.add(static_cast<double>(sum_tile(log_tile.values, n)));
