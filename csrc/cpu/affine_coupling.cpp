@@ -2,6 +2,7 @@
 #include "affine_coupling_kernel.h"
 
 #include "../fastflow.h"
+#include "operands.h"
 #include "runtime.h"
 
 #include <vector>
@@ -15,20 +16,9 @@ enum Flags : int64_t { interleave = 1, shift_comes_first = 2, shift_first = 4, i
 constexpr int64_t grain = 32768;  // elements that are worth a thread
 constexpr int64_t streamed_bytes = int64_t(8) << 20;  // of a result that no cache is to hold
 
-Element element_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half: return Element::float16;
-    case ScalarType::BFloat16: return Element::bfloat16;
-    case ScalarType::Float: return Element::float32;
-    default: return Element::float64;
-  }
-}
-
-int64_t size_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
-
 Tensor result_like(const Dims& sizes, const Tensor& like, ScalarType dtype) {
   Tensor result = empty_strided(sizes, strides_like(sizes, like), dtype, like);
-  advise_huge_pages(result.data_ptr(), result.numel() * size_of(dtype));
+  advise_huge_pages(result.data_ptr(), bytes_of(result));
   return result;
 }
 
@@ -57,23 +47,12 @@ class Operands {
     const auto sizes = t.sizes();
     const auto strides = t.strides();
     const size_t rank = sizes.size();
-    out.element = element_of(t.scalar_type());
-    out.rank = 0;
-    const int64_t skipped = rank > 1 ? channels.first * strides[1] * size_of(t.scalar_type()) : 0;
-    out.data = static_cast<char*>(t.data_ptr()) + skipped;
+    out = operand_at(t, rank > 1 ? channels.first * strides[1] : 0);
     for (size_t i = 0; i < rank; ++i) {
       const size_t d = !channels_last_ || i == 0 ? i : i == rank - 1 ? 1 : i + 1;
       const bool sliced = d == 1 && channels.count >= 0;
-      const int64_t size = sliced ? channels.count : sizes[d], stride = strides[d] * (sliced ? channels.step : 1);
-      if (size == 1) continue;
-      if (out.rank > 0 && out.stride[out.rank - 1] == stride * size) {
-        out.size[out.rank - 1] *= size;
-        out.stride[out.rank - 1] = stride;
-        continue;
-      }
-      if (out.rank == Operand::max_rank) return false;
-      out.size[out.rank] = size;
-      out.stride[out.rank++] = stride;
+      if (!append_dimension(out, sliced ? channels.count : sizes[d], strides[d] * (sliced ? channels.step : 1)))
+        return false;
     }
     return true;
   }
@@ -149,7 +128,7 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(
   job.partials = partials.data();
   job.logdet = operands.of(total);
   if (logdet) job.running = operands.of(*logdet);
-  job.streamed = x.numel() * size_of(x.scalar_type()) >= streamed_bytes;
+  job.streamed = bytes_of(x) >= streamed_bytes;
   if (y.numel() > 0) {
     parallel_for(0, job.shape.units(), units_per_thread(job.shape),
                  [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(affine_forward, job, begin, end); });
@@ -176,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
   job.shape = shape_of(x, 0, flags);
   job.map = {kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain};
   if (x.numel() == 0) return {grad_x, grad_params, grad_shift};
-  job.streamed = x.numel() * size_of(x.scalar_type()) >= streamed_bytes;
+  job.streamed = bytes_of(x) >= streamed_bytes;
   Operands operands(x);
   const Halves halves(flags, channels);
   if (grad_y) job.grad_y = operands.of(*grad_y, {passive_channels, 1, channels});

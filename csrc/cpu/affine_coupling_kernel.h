@@ -1,6 +1,7 @@
 // What the host code of affine_coupling hands to its kernels.
 #pragma once
 
+#include "each_isa.h"
 #include "operand.h"
 
 namespace fastflow {
@@ -44,21 +45,8 @@ struct AffineBackward {
   bool streamed;  // the gradients go past the caches where they can
 };
 
-#define FASTFLOW_AFFINE_KERNELS                                                \
-  void affine_forward(const AffineForward& job, int64_t begin, int64_t end);   \
-  void affine_logdet(const AffineForward& job);                                \
-  void affine_backward(const AffineBackward& job, int64_t begin, int64_t end);
-
-namespace baseline {
-FASTFLOW_AFFINE_KERNELS
-}
-namespace avx2 {
-FASTFLOW_AFFINE_KERNELS
-}
-namespace avx512 {
-FASTFLOW_AFFINE_KERNELS
-}
-
-#undef FASTFLOW_AFFINE_KERNELS
+FASTFLOW_EACH_ISA(void affine_forward(const AffineForward& job, int64_t begin, int64_t end);
+                  void affine_logdet(const AffineForward& job);
+                  void affine_backward(const AffineBackward& job, int64_t begin, int64_t end);)
 
 }  // namespace fastflow

@@ -1,62 +1,11 @@
 // Reads and writes strided operands of any dtype in tiles. For *_kernel.cpp alone: compiled once per instruction set.
 #pragma once
 
-#include "../common/math.h"
 #include "operand.h"
+#include "storage.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
-
-struct Half {
-  uint16_t bits;
-};
-
-struct BFloat {
-  uint16_t bits;
-};
-
-template <class T>
-FASTFLOW_HD T convert(float x, T*) {
-  return static_cast<T>(x);
-}
-
-template <class T>
-FASTFLOW_HD T convert(double x, T*) {
-  return static_cast<T>(x);
-}
-
-template <class T>
-FASTFLOW_HD T convert(BFloat x, T*) {
-  return static_cast<T>(math::from_bits(static_cast<uint32_t>(x.bits) << 16));
-}
-
-template <class T>
-FASTFLOW_HD T convert(Half x, T*) {
-  const uint32_t wide = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
-  const float normal = math::from_bits(wide + 0x38000000u);
-  // No denormal operand, which the floating-point mode may flush.
-  const float subnormal = math::from_bits(wide | 0x38800000u) - 0x1p-14f;
-  const float special = math::from_bits(wide | 0x7f800000u);
-  const float magnitude = wide < 0x00800000u ? subnormal : wide < 0x0f800000u ? normal : special;
-  return static_cast<T>(math::from_bits(math::to_bits(magnitude) | static_cast<uint32_t>(x.bits & 0x8000) << 16));
-}
-
-FASTFLOW_HD BFloat convert(float x, BFloat*) {
-  const uint32_t u = math::to_bits(x);
-  const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
-  return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
-}
-
-FASTFLOW_HD Half convert(float x, Half*) {
-  const uint32_t u = math::to_bits(x), a = u & 0x7fffffffu;
-  const uint32_t normal = (a + 0xfffu + (a >> 13 & 1u) - 0x38000000u) >> 13;
-  const uint32_t subnormal = math::to_bits(math::from_bits(a) + 0.5f) - 0x3f000000u;
-  const uint32_t finite = a < 0x38800000u ? subnormal : a < 0x477ff000u ? normal : 0x7c00u;
-  return {static_cast<uint16_t>((a > 0x7f800000u ? 0x7e00u : finite) | (u >> 16 & 0x8000u))};
-}
-
-FASTFLOW_HD BFloat convert(double x, BFloat* tag) { return convert(static_cast<float>(x), tag); }
-FASTFLOW_HD Half convert(double x, Half* tag) { return convert(static_cast<float>(x), tag); }
 
 template <int count, class From, class To>
 FASTFLOW_HD void copy_block(const From* from, To* to) {
@@ -138,12 +87,7 @@ struct Cursor {
   // The next n elements: in place if they lie there as contiguous T, else copied to buffer.
   const T* read(int64_t n, T* buffer) {
     if (T* direct = in_place(n)) return direct;
-    switch (operand->element) {
-      case Element::float16: return read_as<Half>(n, buffer);
-      case Element::bfloat16: return read_as<BFloat>(n, buffer);
-      case Element::float32: return read_as<float>(n, buffer);
-      default: return read_as<double>(n, buffer);
-    }
+    return with_element(operand->element, [&](auto* type) { return read_as(type, n, buffer); });
   }
 
   // Where the next n elements may be written directly, moving past them; else null, without moving.
@@ -159,12 +103,7 @@ struct Cursor {
 
   // Writes the next n elements from values.
   void write(int64_t n, const T* values) {
-    switch (operand->element) {
-      case Element::float16: return write_as<Half>(n, values);
-      case Element::bfloat16: return write_as<BFloat>(n, values);
-      case Element::float32: return write_as<float>(n, values);
-      default: return write_as<double>(n, values);
-    }
+    with_element(operand->element, [&](auto* type) { write_as(type, n, values); });
   }
 
  private:
@@ -213,7 +152,7 @@ struct Cursor {
   }
 
   template <class From>
-  const T* read_as(int64_t n, T* buffer) {
+  const T* read_as(From*, int64_t n, T* buffer) {
     const From* data = static_cast<const From*>(operand->data);
     each_run(n, [&](int64_t at, int64_t stride, int64_t row, int64_t done, int64_t length, int64_t runs) {
       copy_rows(data + at, stride, row, buffer + done, 1, length, length, runs);
@@ -222,7 +161,7 @@ struct Cursor {
   }
 
   template <class To>
-  void write_as(int64_t n, const T* values) {
+  void write_as(To*, int64_t n, const T* values) {
     To* data = static_cast<To*>(operand->data);
     each_run(n, [&](int64_t at, int64_t stride, int64_t row, int64_t done, int64_t length, int64_t runs) {
       copy_rows(values + done, 1, length, data + at, stride, row, length, runs);
@@ -234,12 +173,9 @@ struct Cursor {
 template <class T>
 T element(const Operand& o, int64_t i) {
   const int64_t at = o.rank > 0 ? i * o.stride[0] : 0;
-  switch (o.element) {
-    case Element::float16: return convert(static_cast<const Half*>(o.data)[at], static_cast<T*>(nullptr));
-    case Element::bfloat16: return convert(static_cast<const BFloat*>(o.data)[at], static_cast<T*>(nullptr));
-    case Element::float32: return static_cast<T>(static_cast<const float*>(o.data)[at]);
-    default: return static_cast<T>(static_cast<const double*>(o.data)[at]);
-  }
+  return with_element(o.element, [&](auto* type) {
+    return convert(static_cast<decltype(type)>(o.data)[at], static_cast<T*>(nullptr));
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "../common/philox.h"
 #include "../fastflow.h"
+#include "operands.h"
 #include "runtime.h"
 
 #include <algorithm>
@@ -23,17 +24,6 @@ constexpr int64_t grain = 16384;  // elements that are worth a thread
 constexpr int64_t streamed_bytes = int64_t(8) << 20, streamed_noise_bytes = int64_t(1) << 20;
 // The sums of a shared prior's gradients: at most so many blocks, of at least so many samples of the batch.
 constexpr int64_t prior_blocks = 64, prior_block_rows = 8;
-
-Element element_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half: return Element::float16;
-    case ScalarType::BFloat16: return Element::bfloat16;
-    case ScalarType::Float: return Element::float32;
-    default: return Element::float64;
-  }
-}
-
-int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
 
 int64_t product(const Dims& sizes, size_t from = 0) {
   int64_t result = 1;
@@ -78,22 +68,10 @@ class Operands {
   // False if the strides leave more dimensions than a kernel takes.
   static bool describe(const Tensor& t, int64_t first, int64_t step, const Dims& shape, Operand& out) {
     const Dims sizes = sizes_of(t), strides = strides_of(t);
-    out.element = element_of(t.scalar_type());
-    out.rank = 0;
-    const int64_t skipped = first == 0 ? 0 : first * strides[1];
-    out.data = static_cast<char*>(t.data_ptr()) + skipped * static_cast<int64_t>(t.element_size());
+    out = operand_at(t, first == 0 ? 0 : first * strides[1]);
     for (size_t d = 0; d < shape.size(); ++d) {
-      if (shape[d] == 1) continue;
       const bool repeated = d >= sizes.size() || sizes[d] == 1;
-      const int64_t stride = repeated ? 0 : strides[d] * (d == 1 ? step : 1);
-      if (out.rank > 0 && out.stride[out.rank - 1] == stride * shape[d]) {
-        out.size[out.rank - 1] *= shape[d];
-        out.stride[out.rank - 1] = stride;
-        continue;
-      }
-      if (out.rank == Operand::max_rank) return false;
-      out.size[out.rank] = shape[d];
-      out.stride[out.rank++] = stride;
+      if (!append_dimension(out, shape[d], repeated ? 0 : strides[d] * (d == 1 ? step : 1))) return false;
     }
     return true;
   }

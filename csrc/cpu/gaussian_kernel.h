@@ -1,6 +1,7 @@
 // What the host code and the per-instruction-set code of the Gaussian operators agree on.
 #pragma once
 
+#include "each_isa.h"
 #include "operand.h"
 
 namespace fastflow::gaussian {
@@ -60,24 +61,15 @@ struct Backward {
   PriorSum prior;
 };
 
-#if defined(__x86_64__)
-#define FASTFLOW_GAUSSIAN_ISA(...)  \
-  namespace avx512 { __VA_ARGS__ }  \
-  namespace avx2 { __VA_ARGS__ }    \
-  namespace baseline { __VA_ARGS__ }
-#else
-#define FASTFLOW_GAUSSIAN_ISA(...) namespace baseline { __VA_ARGS__ }
-#endif
-
 }  // namespace fastflow::gaussian
 
 namespace fastflow {
 
 // gaussian_forward and gaussian_backward work on tiles [begin, end). For a shared prior, backward takes two steps:
 // gaussian_prior_blocks on tasks (block, tile of a sample) and gaussian_prior_sums on tiles of a sample.
-FASTFLOW_GAUSSIAN_ISA(void gaussian_forward(const gaussian::Forward& f, int64_t begin, int64_t end);
-                      void gaussian_backward(const gaussian::Backward& b, int64_t begin, int64_t end);
-                      void gaussian_prior_blocks(const gaussian::Backward& b, int64_t begin, int64_t end);
-                      void gaussian_prior_sums(const gaussian::Backward& b, int64_t begin, int64_t end);)
+FASTFLOW_EACH_ISA(void gaussian_forward(const gaussian::Forward& f, int64_t begin, int64_t end);
+                  void gaussian_backward(const gaussian::Backward& b, int64_t begin, int64_t end);
+                  void gaussian_prior_blocks(const gaussian::Backward& b, int64_t begin, int64_t end);
+                  void gaussian_prior_sums(const gaussian::Backward& b, int64_t begin, int64_t end);)
 
 }  // namespace fastflow

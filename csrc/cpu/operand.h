@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace fastflow {
+#include "element.h"
 
-enum class Element : int { float16, bfloat16, float32, float64 };
+namespace fastflow {
 
 // Dimensions outermost first in the order of traversal, adjacent ones merged where the strides allow; strides count
 // elements. A null `data` stands for an operand that is absent.

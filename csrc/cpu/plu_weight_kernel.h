@@ -1,7 +1,9 @@
 // What the host code and the per-instruction-set code of plu_weight agree on.
 #pragma once
 
-#include "slogdet_kernel.h"
+#include <cstdint>
+
+#include "each_isa.h"
 
 namespace fastflow {
 

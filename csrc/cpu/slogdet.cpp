@@ -4,20 +4,11 @@
 #include <algorithm>
 
 #include "../fastflow.h"
+#include "operands.h"
 #include "runtime.h"
 #include "slogdet_scratch.h"
 
 namespace fastflow {
-
-namespace {
-
-MatrixType matrix_type(ScalarType dtype) {
-  if (dtype == ScalarType::Half) return MatrixType::half;
-  if (dtype == ScalarType::BFloat16) return MatrixType::bfloat16;
-  return dtype == ScalarType::Double ? MatrixType::float64 : MatrixType::float32;
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> slogdet_fwd(const Tensor& weight, bool want_inverse) {
   const Dims sizes = sizes_of(weight), strides = strides_of(weight);
@@ -44,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> slogdet_fwd(const Tensor& weight, bool want_i
 
   SlogdetBatch whole{};
   whole.weight = weight.data_ptr();
-  whole.type = matrix_type(weight.scalar_type());
+  whole.type = element_of(weight.scalar_type());
   whole.n = n;
   whole.row_stride = strides[rank];
   whole.column_stride = strides[rank + 1];

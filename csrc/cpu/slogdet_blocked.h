@@ -50,9 +50,9 @@ struct Blocked {
       T* out = a + i * ld;
       const In* from = in + i * row_stride;
       if (column_stride == 1) {
-        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(to_float(from[j]));
+        for (int64_t j = 0; j < n; ++j) out[j] = convert(from[j], static_cast<T*>(nullptr));
       } else {
-        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(to_float(from[j * column_stride]));
+        for (int64_t j = 0; j < n; ++j) out[j] = convert(from[j * column_stride], static_cast<T*>(nullptr));
       }
       for (int64_t j = n; j < ld; ++j) out[j] = 0;
       for (int64_t j = 0; j < ld; j += W) bad |= vec(out + j) != vec(out + j);
@@ -318,8 +318,8 @@ template <class T, class Out>
 static void slogdet_blocked(const SlogdetBatch& batch) {
   Blocked<T> matrix(batch.n, batch.scratch);
   for (int64_t b = 0; b < batch.count; ++b) {
-    with_type(batch.type, [&](auto* type) {
-      matrix.load(static_cast<decltype(type)>(batch.weight) + batch.offset[b], batch.row_stride, batch.column_stride);
+    with_element(batch.type, [&]<class In>(In*) {
+      matrix.load(static_cast<const In*>(batch.weight) + batch.offset[b], batch.row_stride, batch.column_stride);
     });
     matrix.factorise(0, batch.n);
     matrix.template write<Out>(batch, b);

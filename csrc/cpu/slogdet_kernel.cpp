@@ -15,7 +15,7 @@ int64_t slogdet_scratch(int64_t n) {
 }
 
 void slogdet(const SlogdetBatch& batch) {
-  const bool wide = batch.type == MatrixType::float64;
+  const bool wide = batch.type == Element::float64;
   if (batch.n <= lanes_up_to)
     wide ? slogdet_lanes<double>(batch) : slogdet_lanes<float>(batch);
   else if (wide)

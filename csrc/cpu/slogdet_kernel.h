@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
-namespace fastflow {
+#include "each_isa.h"
+#include "element.h"
 
-enum class MatrixType { half, bfloat16, float32, float64 };
+namespace fastflow {
 
 // Up to here matrices are factorised in double, whatever their type (reference.FLOAT64_UP_TO).
 constexpr int64_t float64_up_to = 48;
@@ -13,22 +14,13 @@ constexpr int64_t float64_up_to = 48;
 // `count` matrices of size n x n, matrix b starting at element offset[b] of weight.
 struct SlogdetBatch {
   const void* weight;
-  MatrixType type;
+  Element type;
   const int64_t* offset;
   int64_t count, n, row_stride, column_stride;
   void *sign, *logabsdet;  // of the computing type: double for float64, else float
   void* inverse;           // likewise, contiguous; null if not wanted
   void* scratch;           // slogdet_scratch(n) bytes, aligned to 64
 };
-
-#if defined(__x86_64__)
-#define FASTFLOW_EACH_ISA(DECLARATION)  \
-  namespace avx512 { DECLARATION }      \
-  namespace avx2 { DECLARATION }        \
-  namespace baseline { DECLARATION }
-#else
-#define FASTFLOW_EACH_ISA(DECLARATION) namespace baseline { DECLARATION }
-#endif
 
 FASTFLOW_EACH_ISA(void slogdet(const SlogdetBatch& batch); int64_t slogdet_scratch(int64_t n);)
 

@@ -69,7 +69,7 @@ struct Lanes {
     for (; element < n * n; ++element) {
       const int64_t at = i * row_stride + j * column_stride;
       V x;
-      for (int l = 0; l < W; ++l) x[l] = static_cast<double>(to_float(in[l][at]));
+      for (int l = 0; l < W; ++l) x[l] = convert(in[l][at], static_cast<double*>(nullptr));
       put(x);
     }
   }
@@ -236,10 +236,10 @@ static void slogdet_lanes(const SlogdetBatch& batch) {
   Lanes tile(n, batch.scratch);
   for (int64_t first = 0; first < batch.count; first += W) {
     const int64_t count = at_most(W, batch.count - first);
-    with_type(batch.type, [&](auto* type) {
-      decltype(type) in[W];
+    with_element(batch.type, [&]<class In>(In*) {
+      const In* in[W];
       for (int64_t l = 0; l < W; ++l)
-        in[l] = static_cast<decltype(type)>(batch.weight) + batch.offset[first + (l < count ? l : 0)];
+        in[l] = static_cast<const In*>(batch.weight) + batch.offset[first + (l < count ? l : 0)];
       tile.load(in, batch.row_stride, batch.column_stride);
     });
     tile.factorise(batch.inverse != nullptr);
