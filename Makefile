@@ -28,8 +28,8 @@ test: $(VENV)/.test $(VENV)/.built
 	$(PYTEST) -n $(WORKERS) -m "not slow" tests --ignore=tests/interpreter
 
 test-long: $(VENV)/.test $(VENV)/.built
-	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/interpreter
-	$(PYTEST) -n $(WORKERS) tests --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -m "slow or not slow" tests/interpreter
+	$(PYTEST) -n $(WORKERS) -m "slow or not slow" tests --ignore=tests/interpreter
 
 bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/fastflow bench all --results $(RESULTS)

@@ -94,7 +94,7 @@ def slogdet_fwd(weight, want_inverse):
     flat = weight.reshape(math.prod(weight.shape[:-2]), size, size)
     padded = max(2, triton.next_power_of_2(size))
     layout.launch(slogdet_kernel, flat.shape[0], weight, flat, sign, logabsdet, inverse if want_inverse else None,
-                  *flat.stride(), size, SIZE=padded, num_warps=1 if padded <= 16 else 4)
+                  *flat.stride(), size, SIZE=padded, num_warps=1 if padded <= 16 else 4, **layout.registers(168))
     return sign, logabsdet, inverse
 
 
