@@ -51,7 +51,7 @@ bool in_forked_child() { return forked; }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096, least = uintptr_t(4) << 20;
+  constexpr uintptr_t page = 4096, least = uintptr_t(32) << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
   // Only a hint: where it is refused, nothing is lost.
