@@ -1,5 +1,6 @@
 """The words of the README are run: its Python blocks as they stand, its shell commands as far as they parse."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -46,3 +47,16 @@ def test_doctor_and_list_run():
 def test_named_recipes_exist():
     for recipe in re.findall(r"fastflow train ([a-z][a-z-]+)", README):
         assert (ROOT / "fastflow" / "recipes" / f"{recipe}.toml").exists()
+
+
+def test_figures_are_those_of_the_results_file():
+    """Every row of the tables of ratios stands in the file that the README names, and none of its cases is left out."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.table import markdown
+
+    (name,) = set(re.findall(r"benchmarks/results/[\w.-]+\.json", README))
+    results = json.loads((ROOT / name).read_text())
+    rows = [line for line in README.splitlines() if re.match(r"\| .*\d x \d|\| .*\(\d+,|\| slogdet \d|\| Glow ", line)]
+    measured = markdown(results, ("affine_coupling", "gaussian_sample_kl", "glow")) + markdown(results, ("slogdet",))
+    assert rows == [line for line in measured if line in rows] and rows
+    assert len(rows) == len({row["case"] for row in results["rows"]})
