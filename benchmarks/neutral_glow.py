@@ -1,7 +1,7 @@
 """Glow in plain, careful eager PyTorch: the neutral baseline, as a good user would write it without fastflow.
 
-Parameter by parameter it is the model of ``fastflow.flows.Glow``: :func:`load_weights` carries the weights over, and both
-then compute the same likelihood.
+Parameter by parameter it is the model of ``fastflow.flows.Glow``: :func:`load_weights` carries the weights over, and
+both then compute the same likelihood.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Which backend runs which operation, and why.
 
 ========== ============================================== =======================================================
-reference  anything                                       eager PyTorch: truth, torch.func, forward mode, double backward
+reference  anything                                       eager PyTorch: truth, torch.func, forward AD, double backward
 cpu        CPU tensors                                    C++, vectorised and threaded
 triton     CUDA tensors                                   Triton 3.6 or newer
 cuda       CUDA tensors                                   CUDA C++
@@ -39,8 +39,8 @@ PREFERENCE = {
     ("slogdet_inverse", "cuda"): ("cuda", "triton"),
     ("plu_weight", "cuda"): ("cuda", "triton"),
 }
-# Largest matrix for which each backend is preferred to torch.linalg. cpu: faster at every size measured, up to this one.
-# triton: what fits in registers. cuda: what fits in shared memory; unmeasured.
+# Largest matrix for which each backend is preferred to torch.linalg. cpu: faster at every size measured, up to this
+# one. triton: what fits in registers. cuda: what fits in shared memory; unmeasured.
 SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 

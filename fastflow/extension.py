@@ -44,8 +44,8 @@ _libraries = {}  # keeps torch.library.Library objects, and with them the regist
 
 
 def constant_under_compile(function):
-    """Dynamo runs ``function`` at trace time instead of tracing it (torch.compiler.assume_constant_result, whose use here
-    would import Dynamo)."""
+    """Dynamo runs ``function`` at trace time instead of tracing it (torch.compiler.assume_constant_result, whose use
+    here would import Dynamo)."""
     function._dynamo_marked_constant = True
     return function
 

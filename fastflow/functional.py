@@ -1,7 +1,7 @@
 """The public operations: check the arguments, choose a backend, run its kernels under autograd.
 
-Every function has a namesake with the same signature in :mod:`fastflow.reference`, which states the mathematics in eager
-PyTorch. All are differentiable to any order, capturable in a CUDA graph, and visible to torch.compile.
+Every function has a namesake with the same signature in :mod:`fastflow.reference`, which states the mathematics in
+eager PyTorch. All are differentiable to any order, capturable in a CUDA graph, and visible to torch.compile.
 """
 
 import torch
@@ -49,7 +49,8 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
         shift_first: add the shift before scaling.
         inverse: compute the inverse map.
         logdet: (B,) running log-determinant in nats, added to the result, differentiable, never written in place.
-        passive: (B, C1, *S), returned in front of y along dim 1 in the same pass, as torch.cat([passive, y], 1) would be.
+        passive: (B, C1, *S), returned in front of y along dim 1 in the same pass, as torch.cat([passive, y], 1) would
+        be.
 
     Returns:
         y: (B, C, *S) ((B, C1 + C, *S) with passive) in x's dtype, float32 if any operand is, in x's memory format.
@@ -140,8 +141,8 @@ def slogdet(weight):
     Returns:
         sign: (*,) -1, 0 or 1, not differentiable.
         logabsdet: (*,) log|det| in nats; its gradient is the inverse transpose.
-        Both float64 for a float64 weight, else float32. Singular: sign 0, logabsdet -inf. NaN in, NaN out. No exception,
-        no host synchronisation, and no matrix of the batch affects another.
+        Both float64 for a float64 weight, else float32. Singular: sign 0, logabsdet -inf. NaN in, NaN out. No
+        exception, no host synchronisation, and no matrix of the batch affects another.
 
     Raises:
         ValueError, TypeError: weight is not a floating tensor of square matrices.
@@ -214,9 +215,9 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
                        offset=0, generator=None, n_samples=None, reduce="sample", return_logq=False):
     """Reparameterised samples of a diagonal Gaussian, its KL divergence to the prior, and log q(z), in one pass.
 
-    z = mean + sigma*eps. KL(N(mean, sigma^2) || N(0, I)) = (mean^2 + expm1(2 log sigma) - 2 log sigma)/2 per element; to a
-    second Gaussian ((mean - mean_p)^2/sigma_p^2 + expm1(d) - d)/2 with d = 2 log(sigma/sigma_p). The KL is analytic and
-    does not depend on the samples.
+    z = mean + sigma*eps. KL(N(mean, sigma^2) || N(0, I)) = (mean^2 + expm1(2 log sigma) - 2 log sigma)/2 per element;
+    to a second Gaussian ((mean - mean_p)^2/sigma_p^2 + expm1(d) - d)/2 with d = 2 log(sigma/sigma_p). The KL is
+    analytic and does not depend on the samples.
 
     Args:
         params: (B, 2D, *S) from the encoder, or a pair (mean, raw), each (B, D, *S), any strides, dtypes free.

@@ -259,10 +259,14 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
     if scale.shift_gain != 1.0:
         t = scale.shift_gain * t
     s, log_s = scale.scale_and_log(torch.zeros_like(t) if raw is None else raw.to(dtype))
-    if inverse:
-        y = xc / s - t if shift_first else (xc - t) / s
+    if inverse and shift_first:
+        y = xc / s - t
+    elif inverse:
+        y = (xc - t) / s
+    elif shift_first:
+        y = (xc + t) * s
     else:
-        y = (xc + t) * s if shift_first else xc * s + t
+        y = xc * s + t
     total = log_s.flatten(1).sum(1)
     if inverse:
         total = -total
@@ -301,7 +305,8 @@ def slogdet_inverse(weight):
     w, _ = _lu_operand(weight)
     sign, logabsdet = slogdet(weight)
     broken = ~torch.isfinite(logabsdet.detach())[..., None, None]
-    inverse = torch.linalg.inv_ex(torch.where(broken, torch.eye(w.shape[-1], device=w.device, dtype=w.dtype), w)).inverse
+    identity = torch.eye(w.shape[-1], device=w.device, dtype=w.dtype)
+    inverse = torch.linalg.inv_ex(torch.where(broken, identity, w)).inverse
     return sign, logabsdet, torch.where(broken, math.nan, inverse).to(compute_dtype(weight)).contiguous()
 
 
@@ -344,8 +349,8 @@ def philox_normal(shape, seed, offset=0, *, batch_dim=0, device=None):
     """float32 standard normals: element i of the row-major order is normal i%4 of counter i//4 + offset.
 
     The key is the low and high word of ``seed``: an int, a 0-d int64 tensor, or a (B,) int64 tensor whose entry b keys
-    the elements with index b along ``batch_dim``. With u = ((word >> 8) + 0.5) * 2^-24, Box-Muller on words (0, 1) gives
-    normals 0 and 1 as sqrt(-2 log u0) times cos and sin of 2 pi u1, and on words (2, 3) normals 2 and 3.
+    the elements with index b along ``batch_dim``. With u = ((word >> 8) + 0.5) * 2^-24, Box-Muller on words (0, 1)
+    gives normals 0 and 1 as sqrt(-2 log u0) times cos and sin of 2 pi u1, and on words (2, 3) normals 2 and 3.
     """
     mask = 0xFFFFFFFF
     if not isinstance(seed, torch.Tensor):

@@ -23,8 +23,8 @@ def launch(kernel, programs, like, *args, **meta):
 
 
 def registers(count):
-    """The launch option of at most ``count`` registers per thread. ptxas, left to choose a bound of its own, may spill a
-    register or two to fit one more block on a multiprocessor; these bounds are tried to have no spill."""
+    """The launch option of at most ``count`` registers per thread. ptxas, left to choose a bound of its own, may spill
+    a register or two to fit one more block on a multiprocessor; these bounds are tried to have no spill."""
     return {} if torch.version.hip else {"maxnreg": count}
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 
 from fastflow import functional, reference
 from fastflow.functional import ScaleMap
-from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 
 NOT_DIFFERENTIABLE = ("eps", "seed", "sign_s", "perm")
 

@@ -97,9 +97,9 @@ void forward_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* 
   }
 }
 
-// The sigmoid's tile with the sum of its log s instead of the terms: those are u - log(1 + w) below zero and -log(1 + w)
-// above, and of eight 1 + w the product is taken first, less 1, which keeps the relative accuracy of small w. One log1p
-// in eight elements makes the tile a quarter faster.
+// The sigmoid's tile with the sum of its log s instead of the terms: those are u - log(1 + w) below zero and
+// -log(1 + w) above, and of eight 1 + w the product is taken first, less 1, which keeps the relative accuracy of small
+// w. One log1p in eight elements makes the tile a quarter faster.
 template <class T>
 using SummedTile = T (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, T*);
 
@@ -180,7 +180,8 @@ void backward_tile(const ScaleMap<T>& constants, int64_t n, const T* grad_y, con
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
       const CoupledGradient<T> out = gradient_at<K, Extended, Inverse, ShiftFirst>(
-          map, apart ? log_s[j] : T(0), apart ? dlog[j] : T(0), grad_y[i + j], grad_logdet[i + j], x[i + j], raw + i + j, shift + i + j);
+          map, apart ? log_s[j] : T(0), apart ? dlog[j] : T(0), grad_y[i + j], grad_logdet[i + j], x[i + j],
+          raw + i + j, shift + i + j);
       at_x[j] = out.x;
       if (K != Kind::additive) at_raw[j] = out.raw;
       at_shift[j] = out.shift;

@@ -16,8 +16,8 @@ Isa isa();
 // A forked child has none of its parent's OpenMP threads, and waiting for them would hang.
 bool in_forked_child();
 
-// Asks for huge pages under a result that an allocator maps afresh every time (glibc: from 32 MiB): taking its 4 KiB pages
-// one by one costs more than computing it. Not under smaller ones: the advice would stay with the heap that they lie in.
+// Asks for huge pages under a result that an allocator maps afresh every time (glibc: from 32 MiB): taking its 4 KiB
+// pages one by one costs more than computing it. Not under smaller ones: the advice would stay with their heap.
 void advise_huge_pages(void* data, int64_t bytes);
 
 // f(begin, end) over [begin, end) on torch's threads (torch.set_num_threads), serially in a forked child.

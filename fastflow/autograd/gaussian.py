@@ -11,8 +11,8 @@ INTERLEAVED, SCALE_IN_FRONT = 1, 2
 class GaussianFunction(torch.autograd.Function):
     """(z, kl, logq) of params (packed, or the mean of a pair), raw (of a pair), prior_mean and prior_raw.
 
-    ``consts`` is (seed_value, offset, n_samples, scale, flags, reduce), as the operator takes them. On the CPU the drawn
-    noise is kept for backward, elsewhere it is drawn again.
+    ``consts`` is (seed_value, offset, n_samples, scale, flags, reduce), as the operator takes them. On the CPU the
+    drawn noise is kept for backward, elsewhere it is drawn again.
     """
 
     @staticmethod
@@ -20,7 +20,8 @@ class GaussianFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         z, kl, logq, drawn = extension.kernel(backend, "gaussian_fwd")(
             params, raw, prior_mean, prior_raw, eps, seed, *consts, want_logq, backend == "cpu")
-        ctx.save_for_backward(params, raw, prior_mean, prior_raw, drawn if eps is None and backend == "cpu" else eps, seed)
+        kept = drawn if eps is None and backend == "cpu" else eps
+        ctx.save_for_backward(params, raw, prior_mean, prior_raw, kept, seed)
         ctx.backend, ctx.consts, ctx.want_logq = backend, consts, want_logq
         return z, kl, logq
 
@@ -28,7 +29,7 @@ class GaussianFunction(torch.autograd.Function):
     def backward(ctx, grad_z, grad_kl, grad_logq):
         params, raw, prior_mean, prior_raw, eps, seed = ctx.saved_tensors
         inputs = params, raw, prior_mean, prior_raw
-        needs = [need and t is not None for need, t in zip(ctx.needs_input_grad, inputs)]
+        needs = [need and t is not None for need, t in zip(ctx.needs_input_grad, inputs, strict=False)]
         grads = grad_z, grad_kl, grad_logq if ctx.want_logq else None
         if all(g is None for g in grads) or not any(needs):
             found = [None] * 4

@@ -1,4 +1,5 @@
-"""Loads the CPU library built here into whatever torch runs this script, and holds every operation against the reference.
+"""Loads the CPU library built here into whatever torch runs this script, and holds every operation against the
+reference.
 
 One binary serves every torch from 2.10; run it with each:
 

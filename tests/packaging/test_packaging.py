@@ -1,4 +1,5 @@
-"""The distribution: what a wheel holds, that an install without a compiler still serves, that the binary keeps the ABI."""
+"""The distribution: what a wheel holds, that an install without a compiler still serves, that the binary keeps the
+ABI."""
 
 import os
 import shutil
@@ -28,7 +29,8 @@ def source(tmp_path_factory):
 
 
 def pip(*args, **environment):
-    return subprocess.run([sys.executable, "-m", "pip", *args, "--no-deps", "--no-build-isolation", "--disable-pip-version-check"],
+    options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    return subprocess.run([sys.executable, "-m", "pip", *args, *options],
                           env=os.environ | environment, capture_output=True, text=True, check=False)
 
 

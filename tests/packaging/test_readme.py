@@ -40,7 +40,8 @@ def test_fastflow_command_is_known(line):
 
 def test_doctor_and_list_run():
     for words in (["doctor"], ["train", "--list"]):
-        result = subprocess.run([sys.executable, "-m", "fastflow.cli", *words], capture_output=True, text=True, check=True)
+        result = subprocess.run([sys.executable, "-m", "fastflow.cli", *words], capture_output=True, text=True,
+                                check=True)
         assert result.stdout.strip()
 
 

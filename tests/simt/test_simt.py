@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-
 from simt import build
 
 UNIT = build.ROOT / "tests" / "unit"

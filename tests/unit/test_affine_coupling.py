@@ -170,7 +170,7 @@ def test_long_sums_of_one_sign(shape, backend, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scale", [m for m in MAPS.values()], ids=MAPS)
+@pytest.mark.parametrize("scale", list(MAPS.values()), ids=MAPS)
 def test_every_shape_up_to_two_vectors(scale, dtype, fused, device):
     """Sizes 1 to 39, pooled: the largest error of a few elements says little."""
     pooled = {}

@@ -5,8 +5,7 @@ import contextlib
 
 import pytest
 import torch
-from cases import (AFFINE_CASES, CASES, GAUSSIAN_CASES, Case, cotangents_of, evaluate,
-                   noise_of_the_backend, subsets)
+from cases import AFFINE_CASES, CASES, GAUSSIAN_CASES, Case, cotangents_of, evaluate, noise_of_the_backend, subsets
 from tolerances import assert_bitwise
 
 from fastflow import functional, reference
