@@ -97,12 +97,12 @@ void forward_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* 
   }
 }
 
-// The sigmoid's tile with the sum of its log s instead of the terms: those are u - log(1 + w) below zero and
-// -log(1 + w) above, and of eight 1 + w the product is taken first, less 1, which keeps the relative accuracy of small
-// w. One log1p in eight elements makes the tile a quarter faster.
+// Returns the sum of log s instead of the terms.
 template <class T>
 using SummedTile = T (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, T*);
 
+// With w = exp(-abs(u)), log s is u - log(1 + w) below zero and -log(1 + w) above. Of eight 1 + w the product is taken
+// first, less 1, which keeps the relative accuracy of small w; one log1p then serves the eight.
 template <bool Inverse, bool ShiftFirst, bool Streamed, class T>
 T sigmoid_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* raw, const T* shift, T* y) {
   constexpr int64_t width = 2 * lanes, group = 8 * width;

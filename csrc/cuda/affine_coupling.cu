@@ -10,14 +10,7 @@ __device__ __forceinline__ void scales(const Map<T>& map, const T (&raw)[V], Sca
 #pragma unroll
     for (int e = 0; e < V; ++e) scale[e] = scale_of<K, false, false>(map.constants, raw[e]);
   });
-  if (map.eps) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) scale[e] = with_eps(map.constants, scale[e]);
-  }
-  if (map.bounds) {
-#pragma unroll
-    for (int e = 0; e < V; ++e) scale[e] = with_bounds(map.constants, scale[e]);
-  }
+  limit(map, scale);
 }
 
 template <class T>

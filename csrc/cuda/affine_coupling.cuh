@@ -40,6 +40,19 @@ __device__ __forceinline__ void with_kind(Kind kind, F&& f) {
   }
 }
 
+// The eps and bounds of a map, on the scales or on their slopes.
+template <class T, class S, int V>
+__device__ __forceinline__ void limit(const Map<T>& map, S (&scale)[V]) {
+  if (map.eps) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) scale[e] = with_eps(map.constants, scale[e]);
+  }
+  if (map.bounds) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) scale[e] = with_bounds(map.constants, scale[e]);
+  }
+}
+
 // How the kernels address raw scale and shift. `paired`: they alternate in memory (interleaved params whose channels
 // are the dense axis) and are read 2V elements at a time, the raw first unless shift_in_front.
 struct Pairing {
