@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight")
+OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -33,6 +33,7 @@ PREFERENCE = {
     ("slogdet", "cpu"): ("cpu",),
     ("slogdet_inverse", "cpu"): ("cpu",),
     ("plu_weight", "cpu"): ("cpu",),
+    ("conv_net", "cpu"): ("cpu",),
     ("affine_coupling", "cuda"): ("triton", "cuda"),
     ("gaussian_sample_kl", "cuda"): ("triton", "cuda"),
     ("slogdet", "cuda"): ("cuda", "triton"),
@@ -42,6 +43,7 @@ PREFERENCE = {
 # Largest matrix for which each backend is preferred to torch.linalg. cpu: faster at every size measured, up to this
 # one. triton: what fits in registers. cuda: what fits in shared memory; unmeasured.
 SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
+CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide it
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -154,8 +156,23 @@ def refusal(backend, op, tensors):
     reason = _status_of(backend)
     if not reason.startswith("available"):
         return reason
+    if op == "conv_net":
+        return _conv_net_refusal(backend, tensors)
     if backend == "triton" and op.startswith("slogdet") and first.shape[-1] > TRITON_MAX:
         return f"a {first.shape[-1]}x{first.shape[-1]} matrix does not fit in registers (limit {TRITON_MAX})"
+    return None
+
+
+def _conv_net_refusal(backend, tensors):
+    x, *weights = tensors
+    if backend != "cpu":
+        return f"the {backend} backend leaves convolutions to PyTorch"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"the cpu kernel takes float32 and float64, not {x.dtype}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses the dtype of convolutions"
+    if weights and (weights[0].shape[0] % CONV_NET_CHANNELS or weights[0].shape[0] == 0):
+        return f"the cpu kernel takes hidden channels in multiples of {CONV_NET_CHANNELS}, not {weights[0].shape[0]}"
     return None
 
 

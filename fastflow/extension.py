@@ -17,7 +17,8 @@ SCALE_MAP_ARGS = ("int kind, float gain, float offset, float out_gain, float cla
                   "float hard_max, float shift_gain")
 # kind and scale are indices into reference.KINDS and reference.SCALES. flags of affine_coupling: 1 interleaved layout,
 # 2 shift first in the params, 4 shift_first, 8 inverse; of gaussian: 1 interleaved layout, 2 scale first in the params.
-# reduce: 0 sample, 1 channel, 2 none. A result that was not asked for is an empty tensor of shape (0,).
+# reduce: 0 sample, 1 channel, 2 none. A result that was not asked for is an empty tensor of shape (0,). conv_net is of
+# the CPU library alone: on a GPU its convolutions are cuDNN's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int flags, "
     f"{SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -36,6 +37,10 @@ SCHEMAS = (
     "int reduce, bool need_params, bool need_raw, bool need_prior_mean, bool need_prior_raw)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "philox4x32(Tensor counter, Tensor key) -> Tensor",
+    "conv_net_fwd(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, float slope, bool keep)"
+    " -> (Tensor, Tensor, Tensor)",
+    "conv_net_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor h1, Tensor h2, float slope, "
+    "bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
@@ -114,7 +119,7 @@ def triton_modules():
 @functools.cache
 def launchers():
     """Triton's launchers as {name: function}, the same arguments and results as the operators."""
-    return {name: next(getattr(m, name) for m in triton_modules() if hasattr(m, name)) for name in NAMES}
+    return {name: getattr(m, name) for m in triton_modules() for name in NAMES if hasattr(m, name)}
 
 
 def kernel(backend, name):
@@ -209,3 +214,18 @@ def _fake_gaussian_bwd(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prio
 
 def _fake_philox4x32(counter, key):
     return counter.new_empty(counter.shape)
+
+
+def _fake_conv_net_fwd(x, w1, b1, w2, b2, w3, b3, slope, keep):
+    batch, _, *spatial = x.shape
+    maps = [x.new_empty((x.shape[0] * x.shape[2] * x.shape[3], w1.shape[0])) if keep else _nothing(x) for _ in "12"]
+    return _empty_in_format_of(x, (batch, w3.shape[0], *spatial), x.dtype), *maps
+
+
+def _fake_conv_net_bwd(grad, x, w1, w2, w3, h1, h2, slope, need_x, need_weights):
+    def like(t, need):
+        return _empty_in_format_of(t, t.shape, t.dtype) if need else _nothing(x)
+
+    def bias(t):
+        return t.new_empty(t.shape[:1]) if need_weights else _nothing(x)
+    return like(x, need_x), *(f(w) for w in (w1, w2, w3) for f in (lambda w: like(w, need_weights), bias))

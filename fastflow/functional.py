@@ -8,12 +8,13 @@ import torch
 
 from fastflow import backends, checks, reference
 from fastflow.autograd import affine_coupling as _affine
+from fastflow.autograd import conv_net as _conv_net
 from fastflow.autograd import gaussian as _gaussian
 from fastflow.autograd import slogdet as _slogdet
 from fastflow.extension import kernel
 from fastflow.reference import SCALES, ScaleMap, full_precision  # noqa: F401 (for the layers above)
 
-__all__ = ["ScaleMap", "affine_coupling", "gaussian_sample_kl", "plu_weight", "slogdet", "slogdet_inverse"]
+__all__ = ["ScaleMap", "affine_coupling", "conv_net", "gaussian_sample_kl", "plu_weight", "slogdet", "slogdet_inverse"]
 
 LAYOUTS = ("chunk", "interleave")
 REDUCTIONS = ("sample", "channel", "none")
@@ -124,6 +125,55 @@ def _affine_params(x, params, scale):
                          f"got {tuple(params.shape)}")
     checks.same_device("params", params, "x", x)
     return params, None
+
+
+def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
+    """Glow's conditioner in one pass: convolutions 3x3, 1x1 and 3x3, padded with zeros, rectified after the first two.
+
+    out = conv(r(conv(r(conv(x, w1) + b1), w2) + b2), w3) + b3 with r(h) = max(h, 0) + negative_slope * min(h, 0). The
+    CPU kernel takes a sample through all three while its hidden maps lie in the cache, for hidden channels in multiples
+    of 16; for others, on other devices, in half precision and under autocast the convolutions are PyTorch's.
+
+    Args:
+        x: (B, I, H, W), any strides.
+        w1, b1: (N, I, 3, 3) and (N,), N the hidden channels.
+        w2, b2: (N, N, 1, 1) and (N,).
+        w3, b3: (O, N, 3, 3) and (O,).
+        negative_slope: slope of the rectifier below zero, 0 <= negative_slope.
+
+    Returns:
+        (B, O, H, W) in x's memory format and in the dtype that all operands share.
+
+    Raises:
+        ValueError: a shape or device does not fit, or the slope is negative; the message names the argument.
+        TypeError: not a tensor, or a dtype that is not floating or not x's.
+
+    References:
+        Kingma and Dhariwal, "Glow", 2018, arXiv:1807.03039, section 5.
+    """
+    checks.tensor("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected shape (B, I, H, W), got {tuple(x.shape)}")
+    if not negative_slope >= 0.0:
+        raise ValueError(f"negative_slope: expected a number >= 0, got {negative_slope!r}")
+    checks.tensor("w1", w1)
+    checks.tensor("w3", w3)
+    hidden, out = w1.shape[:1], w3.shape[:1]
+    for name, value, expected in (("w1", w1, (*hidden, x.shape[1], 3, 3)), ("b1", b1, hidden),
+                                  ("w2", w2, (*hidden, *hidden, 1, 1)), ("b2", b2, hidden),
+                                  ("w3", w3, (*out, *hidden, 3, 3)), ("b3", b3, out)):
+        checks.tensor(name, value)
+        checks.shape(name, value, expected)
+        checks.same_device(name, value, "x", x)
+        if value.dtype != x.dtype:
+            raise TypeError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
+    operands = (x, w1, b1, w2, b2, w3, b3)
+    backend = backends.choose("conv_net", *operands)
+    if backend == "reference":
+        return reference.conv_net(*operands, negative_slope=negative_slope)
+    if _needs_grad(*operands):
+        return _conv_net.ConvNetFunction.apply(*_distinct(*operands), backend, float(negative_slope))
+    return _conv_net.forward(backend, operands, float(negative_slope))[0]
 
 
 def _check_weight(weight):

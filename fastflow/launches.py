@@ -163,7 +163,7 @@ def _stem_of(name):
 def _preferred(name, args):
     """The backend that backends.PREFERENCE gives CUDA tensors in a call of this operator; None: the reference."""
     stem = _stem_of(name)
-    for backend in backends.PREFERENCE[_OPS.get(stem, stem), "cuda"]:
+    for backend in backends.PREFERENCE.get((_OPS.get(stem, stem), "cuda"), ()):
         if stem != "slogdet" or args[0].shape[-1] <= backends.SLOGDET_LIMIT[backend]:
             return backend
     return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-__all__ = ["SCALES", "ScaleMap", "affine_coupling", "gaussian_sample_kl", "philox4x32", "philox_normal", "plu_weight",
+__all__ = ["SCALES", "ScaleMap", "affine_coupling", "conv_net", "gaussian_sample_kl", "philox4x32", "philox_normal", "plu_weight",
            "slogdet", "slogdet_inverse"]
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
@@ -276,6 +276,15 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
     if passive is not None:
         y = torch.cat([passive.to(out_dtype), y], 1)
     return y.contiguous(memory_format=memory_format_of(x)), total
+
+
+def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
+    """Convolutions 3x3, 1x1 and 3x3, padded with zeros, with a rectifier after the first two."""
+    def rectify(h):
+        return F.leaky_relu(h, negative_slope, inplace=True) if negative_slope else F.relu(h, inplace=True)
+
+    h = rectify(F.conv2d(x, w1, b1, padding=1))  # a convolution does not keep its own output
+    return F.conv2d(rectify(F.conv2d(h, w2, b2)), w3, b3, padding=1)
 
 
 def full_precision(device_type):

@@ -1,77 +1,20 @@
-// Vectors and the register-tiled matrix product that LU, inverse and PLU assembly are made of. Compiled once per
-// instruction set: everything is in namespace FASTFLOW_ISA.
+// The register-tiled matrix product that LU, inverse and PLU assembly are made of. Compiled once per instruction set:
+// everything is in namespace FASTFLOW_ISA.
 #pragma once
 
 #include <cstdint>
 
+#include "vectors.h"
+
 namespace fastflow::FASTFLOW_ISA {
 
 #if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
 constexpr int tile_rows = 8, tile_vectors = 3;  // 24 accumulators of 32 registers
 #elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
 constexpr int tile_rows = 4, tile_vectors = 3;  // 12 of 16
 #else
-constexpr int vector_bytes = 16;
 constexpr int tile_rows = 4, tile_vectors = 2;  // 8 of 16, room for the product that lacks a fused add
 #endif
-
-template <class T>
-struct IntegerLike;
-template <>
-struct IntegerLike<float> {
-  using type = int32_t;
-};
-template <>
-struct IntegerLike<double> {
-  using type = int64_t;
-};
-template <class T>
-struct IntegerLike<const T> : IntegerLike<T> {};
-
-template <class T>
-struct Simd {
-  using Integer = typename IntegerLike<T>::type;
-  typedef T Vec __attribute__((vector_size(vector_bytes), may_alias));
-  typedef Integer Lane __attribute__((vector_size(vector_bytes), may_alias));  // comparisons of Vec, row numbers
-  static constexpr int lanes = vector_bytes / sizeof(T);
-};
-
-template <class T>
-using Vec = typename Simd<T>::Vec;
-
-template <class T>
-static inline Vec<T>& vec(T* p) {
-  return *reinterpret_cast<Vec<T>*>(p);
-}
-
-template <class T>
-static inline const Vec<T>& vec(const T* p) {
-  return *reinterpret_cast<const Vec<T>*>(p);
-}
-
-template <class T>
-static inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
-}
-
-// Lanes [index(0), index(1), ...] of a, and of b from Simd<T>::lanes on.
-template <class T, class V, class Index>
-static inline V shuffle(V a, V b, const Index& index) {
-  constexpr int W = Simd<T>::lanes;
-#if defined(__clang__)
-  V result;
-#pragma clang loop unroll(full)
-  for (int l = 0; l < W; ++l) result[l] = index(l) < W ? a[index(l)] : b[index(l) - W];
-  return result;
-#else
-  typename Simd<T>::Lane lanes{};
-#pragma GCC unroll 16
-  for (int l = 0; l < W; ++l) lanes[l] = index(l);
-  return __builtin_shuffle(a, b, lanes);
-#endif
-}
 
 // Transposes a square of vectors: blocks of 1, 2, 4, ... change places across the diagonal.
 template <class T, int Block = 1>

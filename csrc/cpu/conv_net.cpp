@@ -1,0 +1,198 @@
+// Host side of conv_net on the CPU: weights in the kernels' order, results, threads.
+#include "conv_net_kernel.h"
+
+#include <algorithm>
+
+#include "../fastflow.h"
+#include "operands.h"
+#include "runtime.h"
+#include "slogdet_scratch.h"
+
+namespace fastflow {
+
+namespace {
+
+Image image_of(const Tensor& t) {
+  const Dims strides = strides_of(t);
+  return {t.data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+ConvShape shape_of(const Tensor& x, const Tensor& w1, const Tensor& w3, double slope) {
+  return {x.size(0), x.size(1), w1.size(0), w3.size(0), x.size(2), x.size(3),
+          x.scalar_type() == ScalarType::Double, slope};
+}
+
+// How a weight (O, I, 3, 3) or (O, I) lies in a kernel's array: outer and hidden channel, and the taps.
+struct Order {
+  int64_t channels, hidden, taps;
+  int64_t channel, inner;          // strides of the weight
+  int64_t tap_row, tap_column;
+  bool tap_first, flipped;
+
+  int64_t size() const { return channels * hidden * taps; }
+
+  // f(offset in the weight, offset in the array) of every row of hidden channels.
+  template <class F>
+  void for_each_row(const F& f) const {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t t = 0; t < taps; ++t) {
+        const int64_t at = flipped ? taps - 1 - t : t;
+        f(c * channel + at / 3 * tap_row + at % 3 * tap_column, (tap_first ? t * channels + c : c * taps + t) * hidden);
+      }
+  }
+};
+
+// hidden_dim: the dimension of w that holds the hidden channels.
+Order order_of(const Tensor& w, int hidden_dim, bool tap_first, bool flipped) {
+  const Dims sizes = sizes_of(w), strides = strides_of(w);
+  const int other = 1 - hidden_dim;
+  const bool window = sizes[2] == 3;
+  return {sizes[other], sizes[hidden_dim], window ? 9 : 1, strides[other], strides[hidden_dim],
+          strides[2], strides[3], tap_first, flipped};
+}
+
+template <class T>
+void pack(const Tensor& w, const Order& order, T* to) {
+  const T* const from = static_cast<const T*>(w.data_ptr());
+  order.for_each_row([&](int64_t source, int64_t target) {
+    for (int64_t j = 0; j < order.hidden; ++j) to[target + j] = from[source + j * order.inner];
+  });
+}
+
+template <class T>
+void unpack(const T* from, const Order& order, Tensor& w) {
+  T* const to = static_cast<T*>(w.mutable_data_ptr());
+  order.for_each_row([&](int64_t target, int64_t source) {
+    for (int64_t j = 0; j < order.hidden; ++j) to[target + j * order.inner] = from[source + j];
+  });
+}
+
+// Arrays for the kernels in one allocation, each on a cache line.
+class Packed {
+ public:
+  Packed(int64_t values, bool is_double)
+      : is_double_(is_double), scratch_(make_scratch((values + 6 * 16) * (is_double ? 8 : 4))) {}
+
+  const void* add(const Tensor& w, const Order& order) {
+    return place(order.size(), [&](auto* to) { pack(w, order, to); });
+  }
+
+  const void* add(const Tensor& vector) {
+    const int64_t stride = strides_of(vector)[0], count = vector.size(0);
+    return place(count, [&](auto* to) {
+      using T = std::remove_pointer_t<decltype(to)>;
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<const T*>(vector.data_ptr())[i * stride];
+    });
+  }
+
+ private:
+  template <class F>
+  const void* place(int64_t count, const F& fill) {
+    const int64_t width = is_double_ ? 8 : 4;
+    char* const at = static_cast<char*>(scratch_.get()) + used_;
+    is_double_ ? fill(reinterpret_cast<double*>(at)) : fill(reinterpret_cast<float*>(at));
+    used_ += (count * width + 63) / 64 * 64;
+    return at;
+  }
+
+  bool is_double_;
+  Scratch scratch_;
+  int64_t used_ = 0;
+};
+
+Tensor result_like(const Tensor& like, const Dims& sizes) {
+  return empty_strided(sizes, strides_like(sizes, like), like.scalar_type(), like);
+}
+
+// Adds the groups' rows in order and hands the gradients out.
+template <class T>
+void finish(const ConvBackward& job, T* sums, std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>& grads) {
+  const int64_t count = job.partial_values();
+  parallel_for(0, count, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t group = 1; group < job.groups(); ++group) {
+      const T* const row = sums + group * count;
+      for (int64_t i = begin; i < end; ++i) sums[i] += row[i];
+    }
+  });
+  auto& [w1, b1, w2, b2, w3, b3] = grads;
+  const ConvShape& shape = job.shape;
+  unpack(sums, order_of(w1, 0, true, false), w1);
+  unpack(sums + shape.size1(), order_of(w2, 1, true, false), w2);
+  unpack(sums + shape.size1() + shape.size2(), order_of(w3, 1, true, true), w3);
+  const T* const biases = sums + shape.size1() + shape.size2() + shape.size3();
+  std::copy_n(biases, shape.hidden, static_cast<T*>(b1.mutable_data_ptr()));
+  std::copy_n(biases + shape.hidden, shape.hidden, static_cast<T*>(b2.mutable_data_ptr()));
+  std::copy_n(biases + 2 * shape.hidden, shape.out, static_cast<T*>(b3.mutable_data_ptr()));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> conv_net_fwd(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                                                const Tensor& b2, const Tensor& w3, const Tensor& b3, double slope,
+                                                bool keep) {
+  ConvForward job{};
+  job.shape = shape_of(x, w1, w3, slope);
+  const ConvShape& shape = job.shape;
+  Tensor out = result_like(x, {shape.batch, shape.out, shape.height, shape.width});
+  const Dims maps{shape.batch * shape.pixels(), shape.hidden};
+  Tensor h1 = keep ? empty(maps, x.scalar_type(), x) : nothing(x);
+  Tensor h2 = keep ? empty(maps, x.scalar_type(), x) : nothing(x);
+  if (out.numel() == 0) return {out, h1, h2};
+  Packed packed(shape.size1() + shape.size2() + shape.size3() + 2 * shape.hidden + shape.out, shape.is_double);
+  job.x = image_of(x);
+  job.out = image_of(out);
+  job.w1 = packed.add(w1, order_of(w1, 0, true, false));
+  job.w2 = packed.add(w2, order_of(w2, 0, true, false));
+  job.w3 = packed.add(w3, order_of(w3, 1, false, false));
+  job.b1 = packed.add(b1);
+  job.b2 = packed.add(b2);
+  job.b3 = packed.add(b3);
+  job.h1 = keep ? h1.mutable_data_ptr() : nullptr;
+  job.h2 = keep ? h2.mutable_data_ptr() : nullptr;
+  parallel_for(0, shape.batch, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch = make_scratch(job.scratch_values() * (shape.is_double ? 8 : 4));
+    FASTFLOW_ISA_CALL(conv_net_forward, job, scratch.get(), begin, end);
+  });
+  return {out, h1, h2};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
+    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& w3, const Tensor& h1,
+    const Tensor& h2, double slope, bool need_x, bool need_weights) {
+  ConvBackward job{};
+  job.shape = shape_of(x, w1, w3, slope);
+  const ConvShape& shape = job.shape;
+  job.need_x = need_x;
+  job.need_weights = need_weights;
+  auto weight_like = [&](const Tensor& w) { return need_weights ? result_like(w, sizes_of(w)) : nothing(x); };
+  auto bias_of = [&](int64_t count) { return need_weights ? empty({count}, x.scalar_type(), x) : nothing(x); };
+  Tensor grad_x = need_x ? result_like(x, sizes_of(x)) : nothing(x);
+  std::tuple grads{weight_like(w1), bias_of(shape.hidden), weight_like(w2), bias_of(shape.hidden), weight_like(w3),
+                   bias_of(shape.out)};
+  const int64_t values = need_weights ? job.partial_values() * std::max<int64_t>(1, job.groups()) : 0;
+  const int64_t width = shape.is_double ? 8 : 4;
+  const Scratch partials = make_scratch(values * width);
+  std::fill_n(static_cast<char*>(partials.get()), values * width, 0);
+  job.partials = partials.get();
+  if (shape.batch * shape.pixels() > 0) {
+    Packed packed(shape.size1() + shape.size2() + shape.size3(), shape.is_double);
+    job.grad = image_of(grad);
+    job.x = image_of(x);
+    if (need_x) job.grad_x = image_of(grad_x);
+    job.w1 = packed.add(w1, order_of(w1, 0, false, true));
+    job.w2 = packed.add(w2, order_of(w2, 1, true, false));
+    job.w3 = packed.add(w3, order_of(w3, 1, true, true));
+    job.h1 = h1.data_ptr();
+    job.h2 = h2.data_ptr();
+    parallel_for(0, job.groups(), 1, [&](int64_t begin, int64_t end) {
+      const Scratch scratch = make_scratch(job.scratch_values() * width);
+      FASTFLOW_ISA_CALL(conv_net_backward, job, scratch.get(), begin, end);
+    });
+  }
+  if (need_weights)
+    shape.is_double ? finish(job, static_cast<double*>(partials.get()), grads)
+                    : finish(job, static_cast<float*>(partials.get()), grads);
+  return std::tuple_cat(std::tuple{grad_x}, grads);
+}
+
+}  // namespace fastflow

@@ -1,0 +1,235 @@
+// The three products that a chain of convolutions over channels-last pixels is made of, in tiles of registers:
+//   expand   a few channels to many:  out[p][j] = sum_k in[p + k] w[k][j], vectors along j
+//   reduce   many channels to a few:  out[p][o] = sum_j in[p][j] w[o][j], vectors along the sum
+//   outer    their weights' gradient: to[k][j] += sum_p in[p + k] v[p][j], vectors along j
+// j runs over the hidden channels, a multiple of the lanes. Compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace fastflow::FASTFLOW_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int expand_rows = 6, expand_vectors = 4, reduce_pixels = 4, reduce_outputs = 6;  // 24 sums, 32 registers
+#elif defined(__AVX2__)
+constexpr int expand_rows = 6, expand_vectors = 2, reduce_pixels = 4, reduce_outputs = 3;  // 12 sums, 16 registers
+#else
+constexpr int expand_rows = 4, expand_vectors = 2, reduce_pixels = 4, reduce_outputs = 2;  // 8: no fused add here
+#endif
+
+// Scalars of one pixel that a sum runs over: `count` runs of `length` adjacent ones, `step` apart.
+struct Runs {
+  int64_t count, length, step;
+};
+
+// What becomes of an expanded value: a bias and a rectifier in front, a rectifier's slope behind.
+template <class T>
+struct Finish {
+  const T* bias = nullptr;    // of output j; with it, negative sums are multiplied by slope
+  const T* gate = nullptr;    // gate[p][j]; where it is not positive, the sum is multiplied by slope
+  int64_t gate_step = 0;
+  T slope = 0;
+};
+
+// max(x, 0) or leaky, as torch.relu and leaky_relu treat NaN and infinities.
+template <class T>
+inline Vec<T> rectify(Vec<T> x, T slope) {
+  const Vec<T> zero{};
+  return x <= zero ? (slope == T(0) ? zero : x * slope) : x;
+}
+
+template <class T>
+inline Vec<T> gated(Vec<T> x, Vec<T> gate, T slope) {
+  const Vec<T> zero{};
+  if (slope == T(0)) return gate <= zero ? zero : x;
+  return gate > zero ? x : x * slope;
+}
+
+template <int R, int N, class T>
+inline void expand_tile(const Runs& runs, const T* in, int64_t in_step, const T* w, int64_t w_step,
+                        const Finish<T>& finish, T* out, int64_t out_step) {
+  constexpr int W = Simd<T>::lanes;
+  Vec<T> sum[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n] = finish.bias ? load(finish.bias + n * W) : Vec<T>{};
+  for (int64_t run = 0; run < runs.count; ++run, in += runs.step) {
+#pragma GCC unroll 1
+    for (int64_t l = 0; l < runs.length; ++l, w += w_step) {
+      Vec<T> row[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) row[n] = load(w + n * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const T factor = in[r * in_step + l];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[r][n] += factor * row[n];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      Vec<T> value = sum[r][n];
+      if (finish.bias) value = rectify(value, finish.slope);
+      if (finish.gate) value = gated(value, load(finish.gate + r * finish.gate_step + n * W), finish.slope);
+      store(out + r * out_step + n * W, value);
+    }
+}
+
+// The number of pixels in each of the fewest tiles that hold `width`, the larger tiles first.
+struct Tiling {
+  int64_t tiles, least, larger;
+  Tiling(int64_t width, int64_t most) : tiles((width + most - 1) / most), least(width / tiles), larger(width % tiles) {}
+  int64_t operator[](int64_t tile) const { return least + (tile < larger); }
+};
+
+// out[p][j], j < hidden, of `width` pixels p.
+template <class T>
+inline void expand(const Runs& runs, int64_t width, const T* in, int64_t in_step, const T* w, int64_t hidden,
+                   const Finish<T>& finish, T* out) {
+  constexpr int W = Simd<T>::lanes;
+  const Tiling tiling(width, expand_rows);
+  for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
+    const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
+    Finish<T> tail = finish;
+    if (tail.bias) tail.bias += j;
+    with_count<expand_vectors>(vectors, [&](auto n) {
+      for (int64_t t = 0, p = 0; t < tiling.tiles; p += tiling[t++])
+        with_count<expand_rows>(tiling[t], [&](auto r) {
+          Finish<T> here = tail;
+          if (here.gate) here.gate += p * here.gate_step + j;
+          expand_tile<decltype(r)::value, decltype(n)::value>(runs, in + p * in_step, in_step, w + j, hidden, here,
+                                                              out + p * hidden + j, hidden);
+        });
+    });
+  }
+}
+
+// The taps of one row: at[r][x] is pixel x of input row r; pixels outside the image are read from `zeros`.
+template <class T>
+struct TapRows {
+  const T* first;  // pixel 0 of the first input row
+  int64_t rows, row_step, columns, width, hidden;
+  const T* zeros;
+};
+
+template <int P, int O, class T, class Put>
+inline void reduce_tile(const TapRows<T>& taps, int64_t x, const T* w, int64_t w_output, const Put& put) {
+  constexpr int W = Simd<T>::lanes;
+  Vec<T> sum[P][O] = {};
+  const int64_t reach = taps.columns / 2;
+  for (int64_t row = 0; row < taps.rows; ++row)
+    for (int64_t column = 0; column < taps.columns; ++column, w += taps.hidden) {
+      const T* at[P];
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const int64_t from = x + p + column - reach;
+        at[p] = from < 0 || from >= taps.width ? taps.zeros : taps.first + row * taps.row_step + from * taps.hidden;
+      }
+#pragma GCC unroll 1
+      for (int64_t j = 0; j < taps.hidden; j += W) {
+        Vec<T> value[P];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) value[p] = load(at[p] + j);
+#pragma GCC unroll 8
+        for (int o = 0; o < O; ++o) {
+          const Vec<T> factor = load(w + o * w_output + j);
+#pragma GCC unroll 8
+          for (int p = 0; p < P; ++p) sum[p][o] += factor * value[p];
+        }
+      }
+    }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) put(p, o, sum_lanes<T>(sum[p][o]));
+}
+
+// put(x, o, value) for every pixel x of one row and every output o. w[o] has w_output values, its first tap first.
+template <class T, class Put>
+inline void reduce(const TapRows<T>& taps, const T* w, int64_t w_output, int64_t outputs, const Put& put) {
+  const Tiling pixels(taps.width, reduce_pixels), groups(outputs, reduce_outputs);
+  for (int64_t g = 0, o = 0; g < groups.tiles; o += groups[g++])
+    with_count<reduce_outputs>(groups[g], [&](auto outs) {
+      for (int64_t t = 0, x = 0; t < pixels.tiles; x += pixels[t++])
+        with_count<reduce_pixels>(pixels[t], [&](auto count) {
+          reduce_tile<decltype(count)::value, decltype(outs)::value>(
+              taps, x, w + o * w_output, w_output,
+              [&](int p, int i, T value) { put(x + p, o + i, value); });
+        });
+    });
+}
+
+// Pixels that a sum runs over, and where their values lie.
+struct Extent {
+  int64_t samples, rows, width;
+};
+
+template <class T>
+struct Pixels {
+  const T* first;
+  int64_t sample_step, row_step, step;
+};
+
+template <int R, int N, class T>
+inline void outer_tile(const Extent& extent, const Pixels<T>& in, const Pixels<T>& v, T* to, int64_t to_step) {
+  constexpr int W = Simd<T>::lanes;
+  Vec<T> sum[R][N] = {};
+  for (int64_t i = 0; i < extent.samples * extent.rows; ++i) {
+    const int64_t sample = i / extent.rows, y = i % extent.rows;
+    const T* a = in.first + sample * in.sample_step + y * in.row_step;
+    const T* b = v.first + sample * v.sample_step + y * v.row_step;
+#pragma GCC unroll 1
+    for (int64_t x = 0; x < extent.width; ++x, a += in.step, b += v.step) {
+      Vec<T> row[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) row[n] = load(b + n * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[r][n] += a[r] * row[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(to + r * to_step + n * W, load(to + r * to_step + n * W) + sum[r][n]);
+}
+
+// to[k][j] += sum over the pixels of in[p][k] v[p][j], for `length` adjacent scalars k and j < hidden.
+template <class T>
+inline void outer(const Extent& extent, const Pixels<T>& in, int64_t length, const Pixels<T>& v, int64_t hidden, T* to) {
+  constexpr int W = Simd<T>::lanes;
+  const Tiling tiling(length, expand_rows);
+  for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
+    const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
+    with_count<expand_vectors>(vectors, [&](auto n) {
+      for (int64_t t = 0, k = 0; t < tiling.tiles; k += tiling[t++])
+        with_count<expand_rows>(tiling[t], [&](auto r) {
+          outer_tile<decltype(r)::value, decltype(n)::value>(
+              extent, {in.first + k, in.sample_step, in.row_step, in.step},
+              {v.first + j, v.sample_step, v.row_step, v.step}, to + k * hidden + j, hidden);
+        });
+    });
+  }
+}
+
+// to[j] += sum of v[p][j] over `count` adjacent pixels.
+template <class T>
+inline void add_pixels(int64_t count, const T* v, int64_t hidden, T* to) {
+  constexpr int W = Simd<T>::lanes;
+  for (int64_t j = 0; j < hidden; j += W) {
+    Vec<T> sum[4] = {};
+    for (int64_t p = 0; p < count; ++p) sum[p % 4] += load(v + p * hidden + j);
+    store(to + j, load(to + j) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  }
+}
+
+}  // namespace
+}  // namespace fastflow::FASTFLOW_ISA
