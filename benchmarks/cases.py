@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fastflow import functional
+from fastflow import functional, nn, reference
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,24 @@ def _gaussian(shape):
     return Case(f"gaussian_sample_kl {tuple(shape)} with its noise, forward+backward", "gaussian_sample_kl", build)
 
 
+# Glow's conditioner
+
+def _conv_net(batch, channels, size, hidden):
+    """From half of Glow's channels to twice as many, in channels_last, which is eager's faster format, too."""
+    def build(device):
+        torch.manual_seed(0)
+        x = _leaf(batch, channels, size, size, device=device).detach()
+        net = nn.ConvNet(channels, 2 * channels, hidden).to(device)
+        torch.nn.init.normal_(net.conv3.weight, std=0.05)
+        convolutions = [p for layer in (net.conv1, net.conv2, net.conv3) for p in (layer.weight, layer.bias)]
+        inputs = (x.contiguous(memory_format=torch.channels_last).requires_grad_(), *convolutions)
+        grad = torch.randn(batch, 2 * channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        return {"fastflow": _step(functional.conv_net, inputs, grad), "eager": _step(reference.conv_net, inputs, grad),
+                "compile": _step(torch.compile(reference.conv_net, dynamic=False), inputs, grad)}
+    widths = f"{channels}-{hidden}-{hidden}-{2 * channels}"
+    return Case(f"conv_net {widths} channels, batch {batch}, {size}x{size}, forward+backward", "conv_net", build)
+
+
 OP_CASES = (
     *(_affine(kind, shape) for kind in ("exp", "sigmoid", "tanh")
       for shape in ((256, 48, 16, 16), (8, 1024, 768), (64, 512))),
@@ -141,4 +159,5 @@ OP_CASES = (
     *(_glow_coupling(shape) for shape in ((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4))),
     *(_slogdet(size) for size in (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)),
     *(_gaussian(shape) for shape in ((4096, 256), (1024, 1024), (16, 4, 64, 64), (128, 64))),
+    *(_conv_net(32, channels, size, hidden) for hidden in (64, 128) for channels, size in ((6, 16), (12, 8), (24, 4))),
 )

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import cases, glow, timing
 
-GROUPS = ("affine_coupling", "slogdet", "gaussian_sample_kl", "glow")
+GROUPS = ("affine_coupling", "slogdet", "gaussian_sample_kl", "conv_net", "glow")
 
 
 def select(what, pattern):

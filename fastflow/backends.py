@@ -191,6 +191,14 @@ def choose(op, *tensors):
     return wanted
 
 
+def serves(op, *tensors):
+    """Whether a kernel would run this call; not where use_backend asks for the reference or for one that can't."""
+    wanted = requested()
+    if wanted is None:
+        return _choose(op, tensors)[0] != "reference"
+    return wanted != "reference" and not (needs_reference(tensors) or refusal(wanted, op, tensors))
+
+
 def _choose(op, tensors):
     reason = needs_reference(tensors)
     if reason is not None:

@@ -17,8 +17,8 @@ SCALE_MAP_ARGS = ("int kind, float gain, float offset, float out_gain, float cla
                   "float hard_max, float shift_gain")
 # kind and scale are indices into reference.KINDS and reference.SCALES. flags of affine_coupling: 1 interleaved layout,
 # 2 shift first in the params, 4 shift_first, 8 inverse; of gaussian: 1 interleaved layout, 2 scale first in the params.
-# reduce: 0 sample, 1 channel, 2 none. A result that was not asked for is an empty tensor of shape (0,). conv_net is of
-# the CPU library alone: on a GPU its convolutions are cuDNN's.
+# reduce: 0 sample, 1 channel, 2 none. A result that was not asked for is an empty tensor of shape (0,). Those of
+# CPU_ALONE are of the CPU library alone: on a GPU, conv_net's convolutions are cuDNN's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int flags, "
     f"{SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -43,6 +43,7 @@ SCHEMAS = (
     "bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+CPU_ALONE = ("conv_net_fwd", "conv_net_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
 _libraries = {}  # keeps torch.library.Library objects, and with them the registrations, alive

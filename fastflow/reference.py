@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-__all__ = ["SCALES", "ScaleMap", "affine_coupling", "conv_net", "gaussian_sample_kl", "philox4x32", "philox_normal", "plu_weight",
-           "slogdet", "slogdet_inverse"]
+__all__ = ["SCALES", "ScaleMap", "affine_coupling", "conv_net", "gaussian_sample_kl", "philox4x32", "philox_normal",
+           "plu_weight", "slogdet", "slogdet_inverse"]
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
 SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")

@@ -11,6 +11,7 @@ from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 from fastflow import functional, reference
 from fastflow.functional import ScaleMap
 
+FULL_PRECISION = ("plu_weight", "conv_net")  # ops whose kernels take no half precision
 NOT_DIFFERENTIABLE = ("eps", "seed", "sign_s", "perm")
 
 
@@ -33,7 +34,7 @@ class Case:
     @property
     def outputs(self):
         return {"affine_coupling": ("y", "logdet"), "slogdet": ("sign", "logabsdet"), "plu_weight": ("weight",),
-                "slogdet_inverse": ("sign", "logabsdet", "inverse"),
+                "slogdet_inverse": ("sign", "logabsdet", "inverse"), "conv_net": ("y",),
                 "gaussian_sample_kl": ("z", "kl", "logq") if self.options.get("return_logq") else ("z", "kl"),
                 }[self.op]
 
@@ -72,8 +73,8 @@ class Case:
             if "prior_mean" in t:
                 options["prior"] = t.pop("prior_mean"), t.pop("prior_raw")
             return module.gaussian_sample_kl(params, **t, **options)
-        if self.op == "plu_weight":
-            return (module.plu_weight(**t),)
+        if self.op in ("plu_weight", "conv_net"):
+            return (getattr(module, self.op)(**t, **options),)
         return getattr(module, self.op)(**t)
 
 
@@ -107,6 +108,16 @@ GAUSSIAN_CASES = (
                                                  "eps": (2, 3, 2, 3)}, {"scale": "std", "n_samples": 2}),
 )
 CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES
+
+
+def conv_case(name, x, hidden, out, **options):
+    """A call of conv_net on x (B, I, H, W)."""
+    return Case(name, "conv_net", {"x": x, "w1": (hidden, x[1], 3, 3), "b1": (hidden,), "w2": (hidden, hidden, 1, 1),
+                                   "b2": (hidden,), "w3": (out, hidden, 3, 3), "b3": (out,)}, options)
+
+
+CONV_CASES = (conv_case("relu", (3, 5, 6, 7), 16, 4), conv_case("leaky", (3, 2, 4, 4), 48, 7, negative_slope=0.2))
+CPU_CASES = CASES + CONV_CASES  # with the operations that have no kernel on a GPU
 
 
 @contextlib.contextmanager

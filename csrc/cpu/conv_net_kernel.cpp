@@ -180,8 +180,9 @@ class Backward {
       pad(job_.x, b + i, shape_.in, shape_.height, shape_.width, x_ + i * padded_ * shape_.in);
     outer3x3(shape_, count, shape_.in, x_, grad1_, to);
     to += shape_.size1();
-    outer({1, 1, count * shape_.pixels()}, Pixels<T>{grad2_, 0, 0, shape_.hidden}, shape_.hidden,
-          Pixels<T>{h1, 0, 0, shape_.hidden}, shape_.hidden, to);
+    const int64_t row = shape_.width * shape_.hidden;
+    outer({count, shape_.height, shape_.width}, Pixels<T>{grad2_, map_, row, shape_.hidden}, shape_.hidden,
+          Pixels<T>{h1, map_, row, shape_.hidden}, shape_.hidden, to);
     to += shape_.size2();
     outer3x3(shape_, count, shape_.out, grad_, h2, to);
     to += shape_.size3();

@@ -49,8 +49,9 @@ struct ConvBackward {
   static constexpr int64_t most_groups = 16, chunk_pixels = 256;
 
   int64_t chunk() const {
-    const int64_t samples = chunk_pixels / shape.pixels();
-    return samples < 1 ? 1 : samples > shape.batch ? shape.batch : samples;
+    const int64_t samples = shape.pixels() > 0 ? chunk_pixels / shape.pixels() : 1;
+    const int64_t present = samples > shape.batch ? shape.batch : samples;
+    return present < 1 ? 1 : present;
   }
   int64_t groups() const {
     const int64_t chunks = (shape.batch + chunk() - 1) / chunk();

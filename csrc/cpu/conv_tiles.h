@@ -85,7 +85,8 @@ inline void expand_tile(const Runs& runs, const T* in, int64_t in_step, const T*
 // The number of pixels in each of the fewest tiles that hold `width`, the larger tiles first.
 struct Tiling {
   int64_t tiles, least, larger;
-  Tiling(int64_t width, int64_t most) : tiles((width + most - 1) / most), least(width / tiles), larger(width % tiles) {}
+  Tiling(int64_t width, int64_t most)
+      : tiles((width + most - 1) / most), least(tiles ? width / tiles : 0), larger(tiles ? width % tiles : 0) {}
   int64_t operator[](int64_t tile) const { return least + (tile < larger); }
 };
 
@@ -177,11 +178,13 @@ struct Pixels {
   int64_t sample_step, row_step, step;
 };
 
+// Over rows [begin, end), counted through the samples.
 template <int R, int N, class T>
-inline void outer_tile(const Extent& extent, const Pixels<T>& in, const Pixels<T>& v, T* to, int64_t to_step) {
+inline void outer_tile(const Extent& extent, int64_t begin, int64_t end, const Pixels<T>& in, const Pixels<T>& v, T* to,
+                       int64_t to_step) {
   constexpr int W = Simd<T>::lanes;
   Vec<T> sum[R][N] = {};
-  for (int64_t i = 0; i < extent.samples * extent.rows; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const int64_t sample = i / extent.rows, y = i % extent.rows;
     const T* a = in.first + sample * in.sample_step + y * in.row_step;
     const T* b = v.first + sample * v.sample_step + y * v.row_step;
@@ -202,19 +205,22 @@ inline void outer_tile(const Extent& extent, const Pixels<T>& in, const Pixels<T
     for (int n = 0; n < N; ++n) store(to + r * to_step + n * W, load(to + r * to_step + n * W) + sum[r][n]);
 }
 
-// to[k][j] += sum over the pixels of in[p][k] v[p][j], for `length` adjacent scalars k and j < hidden.
+// to[k][j] += sum over the pixels of in[p][k] v[p][j], for `length` adjacent scalars k and j < hidden. About 64 pixels are
+// summed before they are added to what is there: the rounding of a long sum in one go would show.
 template <class T>
 inline void outer(const Extent& extent, const Pixels<T>& in, int64_t length, const Pixels<T>& v, int64_t hidden, T* to) {
   constexpr int W = Simd<T>::lanes;
   const Tiling tiling(length, expand_rows);
+  const int64_t rows = extent.samples * extent.rows, step = extent.width < 64 ? 64 / extent.width : 1;
   for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
     const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
     with_count<expand_vectors>(vectors, [&](auto n) {
       for (int64_t t = 0, k = 0; t < tiling.tiles; k += tiling[t++])
         with_count<expand_rows>(tiling[t], [&](auto r) {
-          outer_tile<decltype(r)::value, decltype(n)::value>(
-              extent, {in.first + k, in.sample_step, in.row_step, in.step},
-              {v.first + j, v.sample_step, v.row_step, v.step}, to + k * hidden + j, hidden);
+          for (int64_t i = 0; i < rows; i += step)
+            outer_tile<decltype(r)::value, decltype(n)::value>(
+                extent, i, i + step < rows ? i + step : rows, {in.first + k, in.sample_step, in.row_step, in.step},
+                {v.first + j, v.sample_step, v.row_step, v.step}, to + k * hidden + j, hidden);
         });
     });
   }

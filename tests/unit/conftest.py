@@ -19,7 +19,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def _enter(name):
+def _enter(request):
+    name, case = request.param, getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
+    if name in ("triton", "cuda") and case is not None and (case.op, "cuda") not in backends.PREFERENCE:
+        pytest.skip(f"{case.op} has no kernel on a GPU")
     if not backends.available()[name]:
         pytest.skip(f"{name}: {backends.status()[name]}")
     return backends.use_backend(name)
@@ -28,14 +31,14 @@ def _enter(name):
 @pytest.fixture(params=CPU_BACKENDS + GPU_BACKENDS)
 def backend(request):
     """The name of a backend, which every operation in the test runs on."""
-    with _enter(request.param):
+    with _enter(request):
         yield request.param
 
 
 @pytest.fixture(params=["cpu", *GPU_BACKENDS])
 def fused(request):
     """Like ``backend``, without the reference: for what only kernels promise, and for what the reference defines."""
-    with _enter(request.param):
+    with _enter(request):
         yield request.param
 
 

@@ -5,12 +5,22 @@ import contextlib
 
 import pytest
 import torch
-from cases import AFFINE_CASES, CASES, GAUSSIAN_CASES, Case, cotangents_of, evaluate, noise_of_the_backend, subsets
+from cases import (
+    AFFINE_CASES,
+    CPU_CASES,
+    GAUSSIAN_CASES,
+    Case,
+    conv_case,
+    cotangents_of,
+    evaluate,
+    noise_of_the_backend,
+    subsets,
+)
 from tolerances import assert_bitwise
 
 from fastflow import functional, reference
 
-by_case = pytest.mark.parametrize("case", CASES, ids=str)
+by_case = pytest.mark.parametrize("case", CPU_CASES, ids=str)
 
 
 def differentiable_results(case):
@@ -131,6 +141,7 @@ TINY = (
     Case("slogdet_inverse", "slogdet_inverse", {"weight": (2, 3, 3)}),
     Case("plu_weight", "plu_weight", {"lower": (2, 3, 3), "upper": (2, 3, 3), "log_s": (2, 3), "sign_s": (2, 3),
                                       "perm": (2, 3)}),
+    conv_case("conv_net", (1, 1, 2, 2), 16, 1, negative_slope=0.3),
     *(Case(scale, "gaussian_sample_kl", {"params": (2, 4), "eps": (2, 2)}, {"scale": scale, "return_logq": True})
       for scale in reference.SCALES),
     Case("prior_seed", "gaussian_sample_kl",

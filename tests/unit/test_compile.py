@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from cases import AFFINE_CASES, CASES, GAUSSIAN_CASES, SLOGDET_CASES, cotangents_of, evaluate, kernels_run
+from cases import (
+    AFFINE_CASES,
+    CONV_CASES,
+    CPU_CASES,
+    GAUSSIAN_CASES,
+    SLOGDET_CASES,
+    cotangents_of,
+    evaluate,
+    kernels_run,
+)
 from torch._dynamo.utils import counters
 
 from fastflow import functional
@@ -51,7 +60,7 @@ def check(case, call, tensors, mark=False):
         torch.testing.assert_close(grad, want_grads[name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
 def test_aot_eager_with_a_dynamic_batch(case, backend, device):
     """Several batch sizes, at most two compilations, no break; the sizes are marked dynamic, which raises if the code
     specialises on them; and the compiled graph runs the backend's own kernels."""
@@ -136,8 +145,8 @@ def test_a_model_with_a_conditioner_compiles_whole(backend, device):
     assert sum(counters["graph_break"].values()) == 0
 
 
-@pytest.mark.parametrize("case", (AFFINE_CASES[0], AFFINE_CASES[3], *SLOGDET_CASES[1:], GAUSSIAN_CASES[1]),
-                         ids=lambda c: f"{c.op}-{c}")
+@pytest.mark.parametrize("case", (AFFINE_CASES[0], AFFINE_CASES[3], *SLOGDET_CASES[1:], GAUSSIAN_CASES[1],
+                                  CONV_CASES[0]), ids=lambda c: f"{c.op}-{c}")
 def test_inductor_once_per_op(case, fused, device):
     call = compiled(case, dynamic=True)
     for batch in (5, 7):
@@ -145,7 +154,7 @@ def test_inductor_once_per_op(case, fused, device):
     assert counters["stats"]["unique_graphs"] <= 2 and sum(counters["graph_break"].values()) == 0
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
 def test_export(case, fused, device):
     """torch.export traces the op into one graph with a dynamic batch."""
     tensors = case.tensors(torch.float32, device, batch=5)

@@ -97,6 +97,31 @@ PLU = {
     "perm floating": (TypeError, "perm", lambda: plu(perm=r(2, 3))),
     "perm int32": (TypeError, "perm", lambda: plu(perm=r(2, 3, dtype=torch.int32))),
 }
+
+
+def conv(**changes):
+    operands = {"x": r(2, 3, 4, 4), "w1": r(16, 3, 3, 3), "b1": r(16), "w2": r(16, 16, 1, 1), "b2": r(16),
+                "w3": r(5, 16, 3, 3), "b3": r(5)}
+    return functional.conv_net(**{**operands, **changes})
+
+
+CONV = {
+    "x a matrix": (ValueError, "x", lambda: conv(x=r(3, 4))),
+    "x of integers": (TypeError, "x", lambda: conv(x=r(2, 3, 4, 4, dtype=LONG))),
+    "w1 for other channels": (ValueError, "w1", lambda: conv(w1=r(16, 4, 3, 3))),
+    "w1 5x5": (ValueError, "w1", lambda: conv(w1=r(16, 3, 5, 5))),
+    "w1 a list": (TypeError, "w1", lambda: conv(w1=[1.0])),
+    "b1 of another size": (ValueError, "b1", lambda: conv(b1=r(15))),
+    "b1 None": (TypeError, "b1", lambda: conv(b1=None)),
+    "w2 3x3": (ValueError, "w2", lambda: conv(w2=r(16, 16, 3, 3))),
+    "w2 bfloat16": (TypeError, "w2", lambda: conv(w2=r(16, 16, 1, 1, dtype=HALF))),
+    "b2 float64": (TypeError, "b2", lambda: conv(b2=r(16, dtype=DOUBLE))),
+    "w3 for other channels": (ValueError, "w3", lambda: conv(w3=r(5, 8, 3, 3))),
+    "w3 elsewhere": (ValueError, "w3", lambda: conv(w3=r(5, 16, 3, 3, **META))),
+    "b3 of another size": (ValueError, "b3", lambda: conv(b3=r(1))),
+    "negative slope": (ValueError, "negative_slope", lambda: conv(negative_slope=-0.1)),
+    "slope NaN": (ValueError, "negative_slope", lambda: conv(negative_slope=float("nan"))),
+}
 Q = r(2, 6, 4)
 M = r(2, 3, 4)
 
@@ -154,9 +179,9 @@ GAUSSIAN = {
 }
 
 
-@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *GAUSSIAN])
+@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *GAUSSIAN])
 def test_refused_and_named(name):
-    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **GAUSSIAN}[name]
+    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **GAUSSIAN}[name]
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)

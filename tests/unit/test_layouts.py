@@ -4,11 +4,11 @@ format of what comes out."""
 import layouts
 import pytest
 import torch
-from cases import CASES, Case, check_by_ratio, cotangents_of, evaluate
+from cases import CASES, CPU_CASES, FULL_PRECISION, Case, check_by_ratio, cotangents_of, evaluate
 from tolerances import assert_bitwise
 
 every_layout = pytest.mark.parametrize("layout", layouts.ALL, ids=layouts.by_name)
-by_case = pytest.mark.parametrize("case", CASES, ids=str)
+by_case = pytest.mark.parametrize("case", CPU_CASES, ids=str)
 SUGGEST = torch._prims_common.suggest_memory_format
 
 
@@ -117,8 +117,8 @@ def test_other_results_are_contiguous(case, backend, device):
 @by_case
 def test_every_misalignment(case, dtype, fused, device):
     """Operands that begin 1, 2, 3, ... elements into their storage, after an aligned call of the same shape."""
-    if case.op == "plu_weight" and dtype not in (torch.float32, torch.float64):
-        return pytest.skip("plu_weight takes float32 and float64")
+    if case.op in FULL_PRECISION and dtype not in (torch.float32, torch.float64):
+        return pytest.skip(f"the kernels of {case.op} take float32 and float64")
     tensors = case.tensors(dtype, device)
     cotangents = cotangents_of(case, tensors)
     aligned = check_by_ratio(case, tensors, cotangents=cotangents)
