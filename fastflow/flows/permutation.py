@@ -1,42 +1,11 @@
-"""Transforms without parameters: permutations and scalar bijections."""
+"""Permutations of channels."""
 
 import torch
 from torch import nn
 
 from fastflow import checks
 
-__all__ = ["Exp", "Log", "Permute", "Reverse"]
-
-
-def _sum(values):
-    """Sum over all but the first dimension."""
-    return values.flatten(1).sum(1) if values.dim() > 1 else values
-
-
-class Log(nn.Module):
-    """z = log(x), element by element; Flow(Log(), base) is the law of x = exp(z), such as a log-normal.
-
-    Outside the domain, at x <= 0, the log-determinant is -inf and z is 0, so that log_prob is -inf.
-    """
-
-    def forward(self, x, context=None):
-        outside = x <= 0  # false for NaN, which passes through
-        z = torch.log(torch.where(outside, torch.ones_like(x), x))
-        return z, _sum(torch.where(outside, torch.full_like(z, -torch.inf), -z))
-
-    def inverse(self, z, context=None):
-        return torch.exp(z), _sum(z)
-
-
-class Exp(nn.Module):
-    """z = exp(x), element by element; Flow(Exp(), base) is the law of x = log(z) for a positive z."""
-
-    def forward(self, x, context=None):
-        return torch.exp(x), _sum(x)
-
-    def inverse(self, z, context=None):
-        x, logdet = Log()(z)
-        return x, logdet
+__all__ = ["Permute", "Reverse"]
 
 
 class Permute(nn.Module):

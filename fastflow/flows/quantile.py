@@ -1,0 +1,103 @@
+"""Cumulative distribution functions as transforms: any torch.distributions law to the unit interval and back."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributions import Distribution, transform_to
+
+from fastflow import checks
+from fastflow.flows.scalar import sum_event
+
+__all__ = ["CDF", "Quantile"]
+
+
+class CDF(nn.Module):
+    """z = F(x), element by element, with log F' = log p: the law of ``distribution`` becomes uniform on (0, 1).
+
+    The inverse is the distribution's icdf where it has one; else F(x) = z is solved by bisection, and differentiated by
+    the implicit function theorem. Outside the support, or for z outside (0, 1), the log-determinant is -inf.
+
+    Args:
+        distribution: a continuous torch.distributions object over scalars, with a cdf; its batch shape broadcasts
+            against x.shape[1:]. Its parameters may require gradients.
+
+    Raises:
+        TypeError: not such a distribution.
+    """
+
+    def __init__(self, distribution):
+        super().__init__()
+        if not isinstance(distribution, Distribution) or distribution.event_shape or distribution.support.is_discrete:
+            raise TypeError(f"distribution: expected a continuous torch.distributions object over scalars, got "
+                            f"{distribution!r}")
+        try:
+            with torch.no_grad():
+                distribution.cdf(distribution.sample())
+        except NotImplementedError as error:
+            raise TypeError(f"distribution: expected one with a cdf, got {distribution!r}") from error
+        self.distribution = distribution
+
+    def forward(self, x, context=None):
+        """(z, logdet) of x (B, *event), logdet (B,) in nats; ``context`` is ignored."""
+        checks.tensor("x", x)
+        outside = ~(self.distribution.support.check(x) | torch.isnan(x))
+        safe = torch.where(outside, self._inner(x), x)
+        missing = torch.isnan(safe)
+        safe = torch.where(missing, self._inner(x), safe)
+        z, slope = self.distribution.cdf(safe), self.distribution.log_prob(safe)
+        slope = torch.where(outside, -math.inf, slope)
+        return torch.where(missing, math.nan, z), sum_event(torch.where(missing, math.nan, slope))
+
+    def inverse(self, z, context=None):
+        """(x, logdet) of z (B, *event)."""
+        checks.tensor("z", z)
+        outside = (z <= 0.0) | (z >= 1.0)
+        safe = torch.where(outside | torch.isnan(z), 0.5, z)
+        try:
+            x = self.distribution.icdf(safe)
+        except NotImplementedError:
+            x = self._solve(safe)
+        slope = torch.where(outside, -math.inf, -self.distribution.log_prob(x))
+        missing = torch.isnan(z)
+        return torch.where(missing, math.nan, x), sum_event(torch.where(missing, math.nan, slope))
+
+    def _inner(self, like):
+        return transform_to(self.distribution.support)(torch.zeros_like(like))
+
+    def _solve(self, z):
+        """x with F(x) = z."""
+        to_support = transform_to(self.distribution.support)
+        with torch.no_grad():
+            # In the unconstrained u, of which x is a monotone function, for every support alike.
+            low, high = torch.full_like(z, -1.0), torch.full_like(z, 1.0)
+            rising = (to_support(high) > to_support(low)).all()
+            value = (lambda u: self.distribution.cdf(to_support(u))) if rising else (
+                lambda u: self.distribution.cdf(to_support(-u)))
+            for _ in range(12):
+                low = torch.where(value(low) > z, 2.0 * low, low)
+                high = torch.where(value(high) < z, 2.0 * high, high)
+            for _ in range(64 if z.dtype == torch.float64 else 40):
+                middle = 0.5 * (low + high)
+                above = value(middle) > z
+                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+            x = to_support(0.5 * (low + high) * (1.0 if rising else -1.0))
+            slope = torch.exp(self.distribution.log_prob(x))
+        # One step of Newton's method, whose derivative is that of the implicit function.
+        return x - (self.distribution.cdf(x) - z) / slope
+
+
+class Quantile(nn.Module):
+    """z = F^-1(x), the inverse of :class:`CDF`: uniform x on (0, 1) become a sample of ``distribution``."""
+
+    def __init__(self, distribution):
+        super().__init__()
+        self.cdf = CDF(distribution)
+
+    def forward(self, x, context=None):
+        """(z, logdet) of x (B, *event) with values in (0, 1)."""
+        return self.cdf.inverse(x)
+
+    def inverse(self, z, context=None):
+        """(x, logdet) of z (B, *event)."""
+        return self.cdf(z)
