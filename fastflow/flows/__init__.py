@@ -4,6 +4,8 @@ from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow, FlowDistribution
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
+from fastflow.flows.jacobian import InvertibilityReport, Lambda, check_invertible
+from fastflow.flows.linear import PLU, QR, Dense, Householder, LinearMap, LowRank, Orthogonal, Triangular
 from fastflow.flows.multiscale import Split, Squeeze
 from fastflow.flows.permutation import Permute, Reverse
 from fastflow.flows.quantile import CDF, Quantile
@@ -23,7 +25,8 @@ from fastflow.flows.scalar import (
 )
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
-__all__ = ["CDF", "Affine", "Atan", "Compose", "Exp", "Flow", "FlowDistribution", "Glow", "GlowStep", "GlowTransform",
-           "Inverse", "LeakyReLU", "Log", "Logit", "Permute", "Power", "Quantile", "RealNVP", "Reverse",
+__all__ = ["CDF", "PLU", "QR", "Affine", "Atan", "Compose", "Dense", "Exp", "Flow", "FlowDistribution", "Glow",
+           "GlowStep", "GlowTransform", "Householder", "Inverse", "InvertibilityReport", "Lambda", "LeakyReLU",
+           "LinearMap", "Log", "Logit", "LowRank", "Orthogonal", "Permute", "Power", "Quantile", "RealNVP", "Reverse",
            "ScalarTransform", "Sigmoid", "Softplus", "Split", "Squeeze", "StandardNormal", "Tanh", "Transform",
-           "bits_per_dim", "dequantize", "initialize"]
+           "Triangular", "bits_per_dim", "check_invertible", "dequantize", "initialize"]

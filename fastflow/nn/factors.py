@@ -97,14 +97,14 @@ def _stack(tensors, dtype):
 
 
 def channel_affine(x, matrix, offset):
-    """matrix @ x + offset along dim 1 of x (B, C, *S), in x's memory format, as one matrix product."""
+    """matrix @ x + offset along dim 1 of x (B, C, *S), in x's memory format, as one matrix product; matrix (C', C)."""
     if x.dim() == 2:
         return nn.functional.linear(x, matrix, offset)
     if x.stride(1) == 1:  # channels last: the pixels are the rows of a matrix
         return nn.functional.linear(x.movedim(1, -1), matrix, offset).movedim(-1, 1)
     batched, flat = matrix.expand(x.shape[0], *matrix.shape), x.flatten(2)
     y = torch.bmm(batched, flat) if offset is None else torch.baddbmm(offset[:, None], batched, flat)
-    return y.view(x.shape)
+    return y.view(x.shape[0], matrix.shape[0], *x.shape[2:])
 
 
 def _refuse_sharded(layer, anchor, root):
