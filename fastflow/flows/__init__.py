@@ -1,6 +1,16 @@
 """Normalising flows: transforms, base distributions, exact log-likelihoods and ready models."""
 
 from fastflow.flows.base import StandardNormal
+from fastflow.flows.bases import (
+    ClassConditionalNormal,
+    ConditionalNormal,
+    DiagonalNormal,
+    FullNormal,
+    Mixture,
+    StudentT,
+    TruncatedNormal,
+    Uniform,
+)
 from fastflow.flows.flow import Flow, FlowDistribution
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
@@ -25,8 +35,10 @@ from fastflow.flows.scalar import (
 )
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
-__all__ = ["CDF", "PLU", "QR", "Affine", "Atan", "Compose", "Dense", "Exp", "Flow", "FlowDistribution", "Glow",
-           "GlowStep", "GlowTransform", "Householder", "Inverse", "InvertibilityReport", "Lambda", "LeakyReLU",
-           "LinearMap", "Log", "Logit", "LowRank", "Orthogonal", "Permute", "Power", "Quantile", "RealNVP", "Reverse",
-           "ScalarTransform", "Sigmoid", "Softplus", "Split", "Squeeze", "StandardNormal", "Tanh", "Transform",
-           "Triangular", "bits_per_dim", "check_invertible", "dequantize", "initialize"]
+__all__ = ["CDF", "PLU", "QR", "Affine", "Atan", "ClassConditionalNormal", "Compose", "ConditionalNormal", "Dense",
+           "DiagonalNormal", "Exp", "Flow", "FlowDistribution", "FullNormal", "Glow", "GlowStep", "GlowTransform",
+           "Householder", "Inverse", "InvertibilityReport", "Lambda", "LeakyReLU", "LinearMap", "Log", "Logit",
+           "LowRank", "Mixture", "Orthogonal", "Permute", "Power", "Quantile", "RealNVP", "Reverse",
+           "ScalarTransform", "Sigmoid", "Softplus", "Split", "Squeeze", "StandardNormal", "StudentT", "Tanh",
+           "Transform", "Triangular", "TruncatedNormal", "Uniform", "bits_per_dim", "check_invertible", "dequantize",
+           "initialize"]

@@ -22,7 +22,8 @@ class Flow(nn.Module):
     Args:
         transform: data to noise, any :class:`Transform`.
         base: distribution of the noise: a StandardNormal, an object like it, or a torch.distributions object, whose
-            batch dimensions count as event dimensions. Only modules follow ``.to()``.
+            batch dimensions count as event dimensions. Only modules follow ``.to()``. One whose attribute
+            ``conditional`` is true gets the context as well.
 
     Attributes:
         transform, base: as given.
@@ -49,7 +50,7 @@ class Flow(nn.Module):
             (B,); -inf outside the support.
         """
         z, logdet = self.transform(x, context)
-        return as_base(self.base).log_prob(z) + logdet
+        return as_base(self.base).log_prob(z, **self._of_base(context)) + logdet
 
     @torch.no_grad()
     def sample(self, n, context=None, *, generator=None, temperature=1.0):
@@ -80,7 +81,7 @@ class Flow(nn.Module):
             raise ValueError("temperature: expected a positive number, because there is no density at 0, got 0")
         z, context, lead = self._noise(n, context, generator, temperature)
         x, logdet = self.transform.inverse(z, context)
-        log_prob = as_base(self.base).log_prob(z, temperature) - logdet
+        log_prob = as_base(self.base).log_prob(z, temperature, **self._of_base(context)) - logdet
         return x.unflatten(0, lead), log_prob.unflatten(0, lead)
 
     def as_distribution(self, context=None):
@@ -124,8 +125,12 @@ class Flow(nn.Module):
         if context is not None:
             lead = (n, context.shape[0])
             context = context.expand(n, *context.shape).flatten(0, 1)
-        z = as_base(self.base).sample(math.prod(lead), generator=generator, temperature=temperature)
+        z = as_base(self.base).sample(math.prod(lead), generator=generator, temperature=temperature,
+                                      **self._of_base(context))
         return z, context, lead
+
+    def _of_base(self, context):
+        return {"context": context} if getattr(self.base, "conditional", False) else {}
 
 
 class FlowDistribution(Distribution):

@@ -1,0 +1,315 @@
+"""Base distributions with parameters: Gaussians of every kind, mixtures, bounded and heavy-tailed laws.
+
+Each has ``event_shape``, ``log_prob(z, temperature=1.0)`` (B,) in nats, and ``sample(n, generator=, temperature=)``
+(n, *event_shape), reparameterised: gradients reach loc and scale through samples. Temperature scales the spread around
+loc where that stays in the family, and is refused elsewhere. Those with ``conditional = True`` also take ``context=``,
+one for each z, which a Flow hands on.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from fastflow import checks
+from fastflow.flows.base import as_base
+
+__all__ = ["ClassConditionalNormal", "ConditionalNormal", "DiagonalNormal", "FullNormal", "Mixture", "StudentT",
+           "TruncatedNormal", "Uniform"]
+
+HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
+
+
+class Base(nn.Module):
+    """What the bases share."""
+
+    conditional = False
+
+    def __init__(self, event_shape):
+        super().__init__()
+        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+
+    def forward(self, z):
+        return self.log_prob(z)
+
+    def extra_repr(self):
+        return str(tuple(self.event_shape))
+
+    def _checked(self, z):
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], *self.event_shape))
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    def _noise(self, n, like, generator, draw=torch.randn):
+        device = like.device if generator is None else generator.device
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return draw((n, *self.event_shape), generator=generator, dtype=dtype, device=device).to(like.device)
+
+    def _refuse_temperature(self, temperature):
+        if temperature != 1.0:
+            raise ValueError(f"temperature: expected 1 for a base of type {type(self).__name__}, got {temperature}")
+
+
+def _total(values):
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+def _normal_log_prob(z, loc, log_scale, temperature):
+    standard = (z - loc) * torch.exp(-log_scale) / temperature
+    return _total(-0.5 * standard.square() - log_scale - HALF_LOG_TWO_PI - math.log(temperature))
+
+
+class DiagonalNormal(Base):
+    """N(loc, diag(exp(2 log_scale))), both learned, N(0, I) at first."""
+
+    def __init__(self, event_shape):
+        super().__init__(event_shape)
+        self.loc = nn.Parameter(torch.zeros(self.event_shape))
+        self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+
+    def log_prob(self, z, temperature=1.0):
+        return _normal_log_prob(self._checked(z), self.loc, self.log_scale, temperature)
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        return self.loc + temperature * torch.exp(self.log_scale) * self._noise(n, self.loc, generator)
+
+
+class FullNormal(Base):
+    """N(loc, L L') over (B, D), L lower triangular with diagonal exp(log_diagonal); N(0, I) at first."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.loc = nn.Parameter(torch.zeros(features))
+        self.lower = nn.Parameter(torch.zeros(features, features))
+        self.log_diagonal = nn.Parameter(torch.zeros(features))
+
+    @property
+    def scale_tril(self):
+        return torch.tril(self.lower, -1) + torch.diag(torch.exp(self.log_diagonal))
+
+    def covariance(self):
+        return self.scale_tril @ self.scale_tril.mT
+
+    def log_prob(self, z, temperature=1.0):
+        centred = (self._checked(z) - self.loc) / temperature
+        standard = torch.linalg.solve_triangular(self.scale_tril, centred.mT, upper=False)
+        constant = self.log_diagonal.sum() + len(self.loc) * (HALF_LOG_TWO_PI + math.log(temperature))
+        return -0.5 * standard.square().sum(0) - constant
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        return self.loc + temperature * self._noise(n, self.loc, generator) @ self.scale_tril.mT
+
+
+class ConditionalNormal(Base):
+    """N(mean(context), diag(sigma(context)^2)): ``network`` maps the context to mean and r packed along dim 1, mean
+    first, and log sigma = 5 tanh(r / 5).
+
+    Args:
+        event_shape: of one z, (D, *S).
+        network: module from (B, ...) to (B, 2D, *S).
+    """
+
+    conditional = True
+
+    def __init__(self, event_shape, network):
+        super().__init__(event_shape)
+        self.network = network
+
+    def _moments(self, context):
+        if context is None:
+            raise ValueError(f"context: expected a tensor for a base of type {type(self).__name__}, got None")
+        params = self.network(context)
+        checks.shape("network output", params, (len(context), 2 * self.event_shape[0], *self.event_shape[1:]))
+        mean, raw = params.chunk(2, 1)
+        return mean, 5.0 * torch.tanh(raw / 5.0)
+
+    def log_prob(self, z, temperature=1.0, *, context=None):
+        return _normal_log_prob(self._checked(z), *self._moments(context), temperature)
+
+    def sample(self, n, *, generator=None, temperature=1.0, context=None):
+        mean, log_scale = self._moments(context)
+        return mean + temperature * torch.exp(log_scale) * self._noise(n, mean, generator)
+
+
+class ClassConditionalNormal(Base):
+    """A DiagonalNormal for each class; the context is the classes (B,) int64.
+
+    Args:
+        event_shape: of one z.
+        n_classes: number of classes.
+    """
+
+    conditional = True
+
+    def __init__(self, event_shape, n_classes):
+        super().__init__(event_shape)
+        if n_classes < 1:
+            raise ValueError(f"n_classes: expected a positive int, got {n_classes!r}")
+        self.loc = nn.Parameter(torch.zeros(n_classes, *self.event_shape))
+        self.log_scale = nn.Parameter(torch.zeros(n_classes, *self.event_shape))
+
+    def _moments(self, context):
+        if not isinstance(context, torch.Tensor) or context.dtype != torch.int64 or context.dim() != 1:
+            raise ValueError("context: expected the classes (B,) int64, got "
+                             + (f"{context.dtype} {tuple(context.shape)}" if isinstance(context, torch.Tensor)
+                                else type(context).__name__))
+        return self.loc[context], self.log_scale[context]
+
+    def log_prob(self, z, temperature=1.0, *, context=None):
+        return _normal_log_prob(self._checked(z), *self._moments(context), temperature)
+
+    def sample(self, n, *, generator=None, temperature=1.0, context=None):
+        loc, log_scale = self._moments(context)
+        return loc + temperature * torch.exp(log_scale) * self._noise(n, loc, generator)
+
+
+class Mixture(Base):
+    """sum_k w_k p_k(z) with learned weights, softmax(logits), equal at first.
+
+    Samples are reparameterised within a component; the choice of one carries no gradient, so none reaches the weights
+    through samples.
+
+    Args:
+        components: bases of one event shape; modules among them become submodules.
+    """
+
+    def __init__(self, components):
+        bases = [as_base(c) for c in components]
+        if not bases:
+            raise ValueError("components: expected at least one base")
+        shapes = {tuple(b.event_shape) for b in bases}
+        if len(shapes) > 1:
+            raise ValueError(f"components: expected one event shape, got {sorted(shapes)}")
+        if any(getattr(b, "conditional", False) for b in bases):
+            raise ValueError("components: expected unconditional bases")
+        super().__init__(bases[0].event_shape)
+        self.components = bases
+        self.modules_of_components = nn.ModuleList(b for b in bases if isinstance(b, nn.Module))
+        self.logits = nn.Parameter(torch.zeros(len(bases)))
+
+    def log_prob(self, z, temperature=1.0):
+        each = torch.stack([b.log_prob(self._checked(z), temperature) for b in self.components])
+        return torch.logsumexp(torch.log_softmax(self.logits, 0)[:, None] + each, 0)
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        weights = torch.softmax(self.logits.detach(), 0)
+        if generator is not None:
+            weights = weights.to(generator.device)
+        chosen = torch.multinomial(weights, n, replacement=True, generator=generator) if n else torch.zeros(
+            0, dtype=torch.int64, device=weights.device)
+        parts = [b.sample(int((chosen == k).sum()), generator=generator, temperature=temperature)
+                 for k, b in enumerate(self.components)]
+        order = torch.argsort(torch.argsort(chosen, stable=True))
+        return torch.cat(parts)[order.to(parts[0].device)]
+
+
+class Uniform(Base):
+    """Uniform on the box low <= z < high.
+
+    Args:
+        low, high: numbers or tensors that broadcast to event_shape, fixed.
+        event_shape: of one z; default that of low and high.
+    """
+
+    def __init__(self, low, high, event_shape=None):
+        low, high = torch.broadcast_tensors(*(torch.as_tensor(t, dtype=torch.get_default_dtype())
+                                              if not isinstance(t, torch.Tensor) else t for t in (low, high)))
+        super().__init__(low.shape if event_shape is None else event_shape)
+        self.register_buffer("low", low.expand(self.event_shape).clone())
+        self.register_buffer("high", high.expand(self.event_shape).clone())
+        if not bool((self.low < self.high).all()):
+            raise ValueError("low: expected values below high")
+
+    def log_prob(self, z, temperature=1.0):
+        self._refuse_temperature(temperature)
+        z = self._checked(z)
+        inside = (z >= self.low) & (z < self.high)
+        value = torch.where(inside, -torch.log(self.high - self.low), -math.inf)
+        return _total(torch.where(torch.isnan(z), math.nan, value))
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        self._refuse_temperature(temperature)
+        return self.low + (self.high - self.low) * self._noise(n, self.low, generator, torch.rand)
+
+
+class TruncatedNormal(Base):
+    """N(loc, scale^2) cut to [low, high] in every dimension and renormalised, loc and log_scale learned.
+
+    Args:
+        low, high: numbers, low < high; infinities for one open side.
+        event_shape: of one z.
+    """
+
+    def __init__(self, low, high, event_shape):
+        super().__init__(event_shape)
+        if not low < high:
+            raise ValueError(f"low: expected a number below high {high!r}, got {low!r}")
+        self.low, self.high = float(low), float(high)
+        start = min(max(0.0, self.low), self.high)
+        self.loc = nn.Parameter(torch.full(self.event_shape, start))
+        self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+
+    def _edges(self, temperature):
+        scale = torch.exp(self.log_scale) * temperature
+        # An open side is a constant: its difference to loc would have NaN gradients.
+        low, high = ((edge - self.loc) / scale if math.isfinite(edge) else torch.full_like(scale, edge)
+                     for edge in (self.low, self.high))
+        # Mirrored where the interval lies above loc: log Phi is accurate in the lower tail alone.
+        mirrored = low > 0
+        return scale, torch.where(mirrored, -high, low), torch.where(mirrored, -low, high), mirrored
+
+    @staticmethod
+    def _log_mass(low, high):
+        above, below = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+        return above, above + torch.log1p(-torch.exp(below - above))
+
+    def log_prob(self, z, temperature=1.0):
+        z = self._checked(z)
+        scale, low, high, _ = self._edges(temperature)
+        value = -0.5 * ((z - self.loc) / scale).square() - HALF_LOG_TWO_PI - torch.log(scale)
+        value = value - self._log_mass(low, high)[1]
+        return _total(torch.where((z < self.low) | (z > self.high), -math.inf, value))
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        scale, low, high, mirrored = self._edges(temperature)
+        u = self._noise(n, self.loc, generator, torch.rand).double()
+        low, high = low.double(), high.double()
+        p = torch.exp(torch.special.log_ndtr(low))
+        standard = torch.special.ndtri(p + u * (torch.exp(torch.special.log_ndtr(high)) - p))
+        standard = torch.minimum(torch.maximum(standard, low), high)
+        z = self.loc + scale * torch.where(mirrored, -standard, standard).to(scale.dtype)
+        return z.clamp(self.low, self.high)
+
+
+class StudentT(Base):
+    """Student's t with learned degrees of freedom, loc and scale in every dimension: heavier tails than a Gaussian's.
+
+    Args:
+        event_shape: of one z.
+        df: degrees of freedom at first, positive.
+    """
+
+    def __init__(self, event_shape, df=5.0):
+        super().__init__(event_shape)
+        if not 0.0 < df < math.inf:
+            raise ValueError(f"df: expected a finite positive number, got {df!r}")
+        self.log_df = nn.Parameter(torch.full(self.event_shape, math.log(df)))
+        self.loc = nn.Parameter(torch.zeros(self.event_shape))
+        self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+
+    def log_prob(self, z, temperature=1.0):
+        df, log_scale = torch.exp(self.log_df), self.log_scale + math.log(temperature)
+        standard = (self._checked(z) - self.loc) * torch.exp(-log_scale)
+        constant = (torch.lgamma(0.5 * (df + 1.0)) - torch.lgamma(0.5 * df) - 0.5 * (self.log_df + math.log(math.pi)))
+        return _total(constant - log_scale - 0.5 * (df + 1.0) * torch.log1p(standard.square() / df))
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        normal = self._noise(n, self.loc, generator)
+        df = torch.exp(self.log_df).expand(normal.shape)
+        seed = torch.randint(0, 2**63 - 1, (), generator=generator, device=None if generator is None
+                             else generator.device).item()
+        # The gamma law takes no generator.
+        with torch.random.fork_rng(devices=[normal.device] if normal.is_cuda else []):
+            torch.manual_seed(seed)
+            gamma = torch.distributions.Gamma(0.5 * df, torch.full_like(df, 0.5)).rsample()
+        return self.loc + temperature * torch.exp(self.log_scale) * normal * torch.sqrt(df / gamma)

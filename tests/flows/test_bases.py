@@ -1,0 +1,166 @@
+"""Base distributions: densities against torch.distributions and integrals, samples against densities, gradients."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions as D
+from torch import nn
+
+from fastflow import flows
+
+
+def scattered(base, seed=0):
+    torch.manual_seed(seed)
+    base = base.double()
+    with torch.no_grad():
+        for p in base.parameters():
+            p.add_(0.4 * torch.randn_like(p))
+    return base
+
+
+def mixture():
+    return flows.Mixture([flows.DiagonalNormal(2), flows.FullNormal(2), D.Laplace(torch.zeros(2).double(), 1.0)])
+
+
+BASES = {"diagonal": lambda: flows.DiagonalNormal(2), "full": lambda: flows.FullNormal(2), "mixture": mixture,
+         "uniform": lambda: flows.Uniform(torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 0.75])),
+         "truncated": lambda: flows.TruncatedNormal(-1.0, 2.5, (2,)), "student": lambda: flows.StudentT(2, df=6.0),
+         "half truncated": lambda: flows.TruncatedNormal(0.3, math.inf, (2,))}
+every_base = pytest.mark.parametrize("name", BASES)
+
+
+def test_densities_against_torch_distributions():
+    z = torch.randn(7, 3, dtype=torch.float64)
+    base = scattered(flows.DiagonalNormal(3))
+    want = D.Normal(base.loc, 0.7 * base.log_scale.exp()).log_prob(z).sum(1)
+    torch.testing.assert_close(base.log_prob(z, 0.7), want)
+    base = scattered(flows.FullNormal(3))
+    want = D.MultivariateNormal(base.loc, scale_tril=0.7 * base.scale_tril).log_prob(z)
+    torch.testing.assert_close(base.log_prob(z, 0.7), want)
+    torch.testing.assert_close(base.covariance(), base.scale_tril @ base.scale_tril.T)
+    base = scattered(flows.StudentT((3,), df=3.0))
+    want = D.StudentT(base.log_df.exp(), base.loc, base.log_scale.exp()).log_prob(z).sum(1)
+    torch.testing.assert_close(base.log_prob(z), want)
+    base = flows.Uniform(-1.0, 3.0, (3,)).double()
+    inside = torch.rand(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(base.log_prob(inside), torch.full((4,), -3 * math.log(4.0), dtype=torch.float64))
+    assert torch.isneginf(base.log_prob(torch.tensor([[0.0, 3.0, 0.0]]).double())).all()
+    parts = [scattered(flows.DiagonalNormal(3), seed) for seed in (1, 2)]
+    base = scattered(flows.Mixture(parts))
+    weights = torch.softmax(base.logits, 0)
+    want = torch.log(sum(w * p.log_prob(z).exp() for w, p in zip(weights, parts, strict=True)))
+    torch.testing.assert_close(base.log_prob(z), want)
+
+
+@every_base
+def test_densities_integrate_to_one_and_samples_follow_them(name):
+    """On a grid, and by the mean of log p over samples, which is minus the entropy found on the grid."""
+    base = scattered(BASES[name]())
+    low, high, n = (-40.0, 40.0, 1601) if name in ("student", "mixture") else (-9.0, 9.0, 1201)
+    step = (high - low) / n
+    axis = low + step * (torch.arange(n, dtype=torch.float64) + 0.5)
+    with torch.no_grad():
+        log_p = base.log_prob(torch.cartesian_prod(axis, axis))
+        p = log_p.exp() * step * step
+        assert abs(p.sum() - 1.0) < (2e-3 if name in ("diagonal", "full", "mixture", "student") else 0.02)  # edges
+        entropy = -torch.where(p > 0, p * log_p, 0.0).sum() / p.sum()
+        drawn = base.log_prob(base.sample(20_000, generator=torch.Generator().manual_seed(1)))
+    assert torch.isfinite(drawn).all()
+    assert abs(-drawn.mean() - entropy) < 4 * drawn.std() / math.sqrt(len(drawn)) + 0.02
+
+
+@every_base
+def test_generators_shapes_and_dtypes(name):
+    base = BASES[name]()
+    first, second = (base.sample(5, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (5, 2)
+    assert not torch.equal(base.sample(5), base.sample(5))
+    if name != "mixture":
+        assert first.dtype == torch.float32 and base.log_prob(first).dtype == torch.float32
+    assert base.double().sample(3).dtype == torch.float64
+    assert base.sample(0).shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "full", "truncated", "half truncated", "student"])
+def test_gradients_of_the_density(name):
+    base = scattered(BASES[name]())
+    z = base.sample(3).detach().requires_grad_()
+    values = dict(base.named_parameters())
+
+    def log_prob(z, *parameters):
+        return torch.func.functional_call(base, dict(zip(values, parameters, strict=True)), (z,))
+
+    assert torch.autograd.gradcheck(log_prob, (z, *values.values()))
+
+
+@pytest.mark.parametrize("name", ["diagonal", "full", "student"])
+def test_gradients_through_samples(name):
+    """d E[sum z]/d loc = 1, through the reparameterisation."""
+    base = scattered(BASES[name]())
+    (grad,) = torch.autograd.grad(base.sample(6).sum(0).sum(), base.loc)
+    torch.testing.assert_close(grad, torch.full((2,), 6.0, dtype=torch.float64))
+
+
+def test_truncation_far_in_the_tails():
+    """Both tails alike: the mass of an interval ten deviations out is not 1 - 1."""
+    for low, high in ((10.0, 11.0), (-11.0, -10.0)):
+        base = flows.TruncatedNormal(low, high, (1,)).double()
+        torch.nn.init.zeros_(base.loc)
+        axis = torch.linspace(low, high, 20001, dtype=torch.float64)
+        assert torch.trapezoid(base.log_prob(axis[:, None]).exp(), axis).item() == pytest.approx(1.0, abs=1e-6)
+        z = base.sample(1000)
+        assert ((z >= low) & (z <= high)).all() and abs(abs(z.mean().item()) - 10.098) < 0.02
+
+
+def test_conditional_bases_get_the_flows_context():
+    network = nn.Linear(3, 4)
+    base = flows.ConditionalNormal(2, network)
+    flow = flows.Flow(flows.Affine(0.0, 2.0), base)
+    context, x = torch.randn(5, 3), torch.randn(5, 2)
+    mean, raw = network(context).chunk(2, 1)
+    law = D.Normal(mean / 2.0, torch.exp(5.0 * torch.tanh(raw / 5.0)) / 2.0)
+    torch.testing.assert_close(flow.log_prob(x, context), law.log_prob(x).sum(1))
+    samples, log_prob = flow.sample_and_log_prob(4, context)
+    assert samples.shape == (4, 5, 2)
+    torch.testing.assert_close(log_prob[2], flow.log_prob(samples[2], context))
+    assert flow.as_distribution(context).sample((2,)).shape == (2, 5, 2)
+    with pytest.raises(ValueError, match="context"):
+        flow.log_prob(x)
+
+
+def test_class_conditional_base():
+    base = scattered(flows.ClassConditionalNormal(2, 3))
+    flow = flows.Flow(flows.Affine(), base)
+    labels = torch.tensor([2, 0, 1, 1])
+    x = torch.randn(4, 2, dtype=torch.float64)
+    want = D.Normal(base.loc[labels], base.log_scale[labels].exp()).log_prob(x).sum(1)
+    torch.testing.assert_close(flow.log_prob(x, labels), want)
+    assert flow.sample(3, labels).shape == (3, 4, 2)
+    for wrong in (None, labels.float(), labels[:, None]):
+        with pytest.raises(ValueError, match="context"):
+            base.log_prob(x, context=wrong)
+
+
+def test_mixtures_choose_components_by_weight():
+    parts = [flows.Uniform(k, k + 1.0, (1,)) for k in range(3)]
+    base = flows.Mixture(parts)
+    with torch.no_grad():
+        base.logits.copy_(torch.log(torch.tensor([0.2, 0.5, 0.3])))
+    z = base.sample(20_000, generator=torch.Generator().manual_seed(0))[:, 0]
+    share = torch.stack([((z >= k) & (z < k + 1)).float().mean() for k in range(3)])
+    assert (share - torch.tensor([0.2, 0.5, 0.3])).abs().max() < 0.015
+    assert z[:100].floor().unique().numel() == 3  # in mixed order
+
+
+@pytest.mark.parametrize(("call", "match"), [
+    (lambda: flows.Mixture([]), "components"),
+    (lambda: flows.Mixture([flows.DiagonalNormal(2), flows.DiagonalNormal(3)]), "components"),
+    (lambda: flows.Mixture([flows.ClassConditionalNormal(2, 2)]), "components"),
+    (lambda: flows.Uniform(1.0, 0.0), "low"), (lambda: flows.TruncatedNormal(1.0, 1.0, (2,)), "low"),
+    (lambda: flows.StudentT(2, df=0.0), "df"), (lambda: flows.ClassConditionalNormal(2, 0), "n_classes"),
+    (lambda: flows.DiagonalNormal(2).log_prob(torch.zeros(3, 1)), "z"),
+    (lambda: flows.Uniform(0.0, 1.0, (2,)).sample(3, temperature=0.5), "temperature")])
+def test_refusals(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
