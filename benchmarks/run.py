@@ -12,14 +12,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, glow, timing
+from benchmarks import cases, glow, realnvp, timing
 
-GROUPS = ("affine_coupling", "slogdet", "gaussian_sample_kl", "conv_net", "glow")
+WHAT = ("ops", "models", "compiled", "all")
 
 
 def select(what, pattern):
-    """The cases of "ops", "glow" or "all" whose name holds ``pattern``."""
-    chosen = {"ops": cases.OP_CASES, "glow": glow.CASES, "all": (*cases.OP_CASES, *glow.CASES)}[what]
+    """The cases of "ops", "models", "compiled" (models under torch.compile, minutes of compilation each) or "all",
+    which is the first two, whose name holds ``pattern``."""
+    models = (*glow.CASES, *realnvp.CASES)
+    chosen = {"ops": cases.OP_CASES, "models": models, "compiled": realnvp.COMPILED_CASES,
+              "all": (*cases.OP_CASES, *models)}[what]
     return [case for case in chosen if pattern in case.name]
 
 
@@ -50,7 +53,8 @@ def _processor():
 def measure(case, device, rounds):
     """Rows of one case: under one thread in CPU time and all threads in wall time, or on the GPU.
 
-    Per variant a row holds median and quartiles over the rounds, in microseconds, or under "failed" what it raised.
+    Per variant a row holds median and quartiles over the rounds, in microseconds, or under "failed" what it raised;
+    where the case names peers, also the fastest of them, and the setting in which each contender ran.
     """
     rows = []
     regimes = [("cuda", None)] if device == "cuda" else [("cpu", 1), ("wall", os.cpu_count())]
@@ -58,8 +62,10 @@ def measure(case, device, rounds):
         if threads is not None:
             torch.set_num_threads(threads)
         torch.compiler.reset()
+        variants = {}
         try:
-            samples, failed = timing.interleave(case.build(device), clock, rounds)
+            variants = case.build(device)
+            samples, failed = timing.interleave(variants, clock, rounds)
         except Exception as error:  # nothing of the case can run
             samples, failed = {}, {"fastflow": timing.first_line(error)}
         quartiles = {name: _quartiles(seconds) for name, seconds in samples.items()}
@@ -70,7 +76,18 @@ def measure(case, device, rounds):
                      "speedup_over": {name: round(q2 / own[1], 3)
                                       for name, (_, q2, _) in quartiles.items() if own and name != "fastflow"},
                      "failed": failed})
+        if case.peers:
+            rows[-1] |= {"over_fastest": _over_fastest(rows[-1], case.peers),
+                         "settings": {name: call.setting for name, call in variants.items()
+                                      if getattr(call, "setting", "")}}
     return rows
+
+
+def _over_fastest(row, peers):
+    """{"of", "name", "ratio"}: the fastest of the peers that ran, and how many times faster fastflow is."""
+    ran = {name: row["speedup_over"][name] for name in peers if name in row["speedup_over"]}
+    name = min(ran, key=ran.get, default=None)
+    return {"of": list(peers), "name": name, "ratio": ran.get(name)}
 
 
 def _quartiles(values):
@@ -88,13 +105,16 @@ def show(row):
     cells = [f"{row['case']:<72} {threads:<10} " + ("" if own is None else f"{own:>12.1f} us ")]
     cells += [f"{name} {ratio:6.2f}x" for name, ratio in row["speedup_over"].items()]
     cells += [f"{name} failed: {message}" for name, message in row["failed"].items()]
+    fastest = row.get("over_fastest", {})
+    if fastest.get("name"):
+        cells.append(f"over the fastest peer, {fastest['name']}: {fastest['ratio']:.2f}x")
     print("  ".join(cells), flush=True)
 
 
 def main(argv=None):
     """Run the benchmarks; returns the exit status, 1 where fastflow itself raised. A baseline's failure is reported."""
     parser = argparse.ArgumentParser(prog="fastflow bench", description=__doc__)
-    parser.add_argument("what", nargs="?", default="ops", choices=("ops", "glow", "all"))
+    parser.add_argument("what", nargs="?", default="ops", choices=WHAT)
     parser.add_argument("--filter", default="", help="only the cases whose name holds this")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=15)
