@@ -16,14 +16,15 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def fastflow_glow(n_levels=3, n_steps=8, hidden_channels=64, image_shape=(3, 32, 32), device="cpu", seed=0,
-                  dialect="fastflow"):
-    """fastflow's Glow, initialised on noise, no weight zero; with dialect "nflows" its coupling is that of nflows."""
+                  dialect="fastflow", perturb=True):
+    """fastflow's Glow, initialised on noise, with ``perturb`` no weight zero; its coupling is its own or, with dialect
+    "nflows", that of nflows."""
     torch.manual_seed(seed)
     options = {"scale": ScaleMap.nflows(), "shift_first": False} if dialect == "nflows" else {}
     glow = flows.Glow(image_shape, n_levels, n_steps, hidden_channels, **options).to(device)
     glow.initialize(torch.rand(32, *image_shape, device=device) - 0.5)
     with torch.no_grad():
-        for parameter in glow.parameters():
+        for parameter in glow.parameters() if perturb else ():
             parameter.add_(0.01 * torch.randn_like(parameter))
     return glow
 
@@ -51,12 +52,19 @@ def peer_glow(name, n_levels=3, n_steps=8, hidden_channels=64, image_shape=(3, 3
     return model
 
 
-def _in_formats(construct, x, prefix=""):
-    """{setting: constructor of a training step} of a model in every memory format."""
-    def build(memory_format):
-        model = construct().to(memory_format=memory_format)
+def settings(name):
+    """{setting: (keyword arguments of the peer's Glow, memory format)} in which a peer is tried; name "eager" too."""
+    own = {"": {}} if name == "eager" else contest.settings(name, "glow")
+    return {contest.joined(setting, name): (options, memory_format)
+            for setting, options in own.items() for name, memory_format in FORMATS.items()}
+
+
+def fastest_step(name, construct, x):
+    """A training step on x of the fastest setting of a peer; ``construct(**options)`` builds its model."""
+    def build(options, memory_format):
+        model = construct(**options).to(memory_format=memory_format)
         return contest.training_step(model, x.contiguous(memory_format=memory_format))
-    return {contest.joined(prefix, name): lambda f=f: build(f) for name, f in FORMATS.items()}
+    return contest.best({setting: lambda c=choice: build(*c) for setting, choice in settings(name).items()})
 
 
 def _glow(n_steps, hidden_channels, batch):
@@ -65,12 +73,9 @@ def _glow(n_steps, hidden_channels, batch):
         fused = fastflow_glow(**sizes)
         x = torch.rand(batch, 3, 32, 32, device=device) - 0.5
         variants = {"fastflow": contest.fastflow_step(fused, x),
-                    "eager": contest.best(_in_formats(lambda: neutral_glow(fused), x))}
+                    "eager": fastest_step("eager", lambda: neutral_glow(fused), x)}
         for name in peers.GLOW:
-            candidates = {}
-            for setting, options in contest.settings(name, "glow").items():
-                candidates |= _in_formats(lambda n=name, o=options: peer_glow(n, **sizes, **o), x, setting)
-            variants[name] = contest.best(candidates)
+            variants[name] = fastest_step(name, lambda n=name, **options: peer_glow(n, **sizes, **options), x)
         return variants
     name = f"Glow training step, 3 levels x {n_steps} steps, {hidden_channels} hidden channels, batch {batch}, 3x32x32"
     return Case(name, "glow", build, ("fastflow", "eager", *peers.GLOW), peers.FASTEST_GLOW)

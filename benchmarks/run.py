@@ -50,6 +50,14 @@ def _processor():
         return platform.processor()
 
 
+def save(folder, name, content):
+    """Write a record, its key "machine" that of :func:`machine`, under ``folder`` as NAME-DATE.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{content['machine']['date'][:10]}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to {path}")
+
+
 def measure(case, device, rounds):
     """Rows of one case: under one thread in CPU time and all threads in wall time, or on the GPU.
 
@@ -134,11 +142,7 @@ def main(argv=None):
             show(row)
             rows.append(row)
     if args.results:
-        args.results.mkdir(parents=True, exist_ok=True)
-        info = machine(args.device)
-        name = f"{args.device}-{args.what}-{info['date'][:10]}.json"
-        (args.results / name).write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
-        print(f"written to {args.results / name}")
+        save(args.results, f"{args.device}-{args.what}", {"machine": machine(args.device), "rows": rows})
     broken = sorted({row["case"] for row in rows if "fastflow" in row["failed"]})
     for name in broken:
         print(f"fastflow bench: fastflow itself failed: {name}", file=sys.stderr)
