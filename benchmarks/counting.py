@@ -4,8 +4,8 @@
     with saved_for_backward(model) as saved: loss = model(x).mean()     saved.bytes
 
 A launch is an aten operator that is neither a view nor an allocation. On a GPU one operator may be several kernels
-(a convolution's backward, slogdet, a foreach optimiser) and is seldom fewer, so a count is a lower bound. fastflow's own
-operators are not aten's: they count as the kernels that they declare, see fastflow.launches.
+(a convolution's backward, slogdet, a foreach optimiser) and is seldom fewer, so a count is a lower bound. fastflow's
+own operators are not aten's: they count as the kernels that they declare, see fastflow.launches.
 """
 
 import collections
@@ -87,7 +87,8 @@ class Saved:
 
 @contextlib.contextmanager
 def saved_for_backward(model):
-    """Yields a :class:`Saved` of what a forward pass inside the block keeps, the model's parameters and buffers excluded."""
+    """Yields a :class:`Saved` of what a forward pass inside the block keeps, the model's parameters and buffers
+    excluded."""
     saved = Saved({t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())})
     with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
         yield saved

@@ -2,8 +2,8 @@
 
     python -m benchmarks.equal_time [--seconds 120] [--threads 2] [--results FOLDER]
 
-Two pairs are trained on the built-in photographs: fastflow and normflows; fastflow with nflows' coupling and nflows. The
-two of a pair start from equal weights and compute the same likelihood; they see the same batches with the same
+Two pairs are trained on the built-in photographs: fastflow and normflows; fastflow with nflows' coupling and nflows.
+The two of a pair start from equal weights and compute the same likelihood; they see the same batches with the same
 dequantisation noise in the same order, with the same fused Adam, learning rate, warm-up and clipping. fastflow goes
 through engine.TrainStep, a peer through the loop that its users write, in the fastest of its settings. All four take
 turns of a few seconds, so that a drifting machine hits them alike, until each has had its seconds; evaluations on
@@ -160,7 +160,8 @@ def main(argv=None):
     for row in rows:
         print(f"{row['peer']}: fastflow is {row['gain_bits_per_dim']:+.4f} bits/dim ahead")
     if args.results:
-        run.save(args.results, "cpu-equal-time", {"machine": run.machine("cpu"), "arguments": settings, "rows": rows})
+        run.save(args.results, "cpu-equal-time", {"machine": run.machine("cpu"), "arguments": settings,
+                                                 "marks": MARKS, "rows": rows})
     return 0
 
 

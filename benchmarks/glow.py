@@ -44,7 +44,8 @@ def models(n_levels=3, n_steps=8, hidden_channels=64, image_shape=(3, 32, 32), d
     return fused, neutral_glow(fused)
 
 
-def peer_glow(name, n_levels=3, n_steps=8, hidden_channels=64, image_shape=(3, 32, 32), device="cpu", seed=0, **setting):
+def peer_glow(name, n_levels=3, n_steps=8, hidden_channels=64, image_shape=(3, 32, 32), device="cpu", seed=0,
+              **setting):
     """A peer's Glow, initialised on the same noise as fastflow's."""
     torch.manual_seed(seed)
     model = peers.module(name).Glow(image_shape, n_levels, n_steps, hidden_channels, **setting).to(device)

@@ -92,7 +92,7 @@ def main(argv=None):
     print(f"{'model':<28} {'launches':>8} {'of flow':>8} {'reads':>6}   MB per image at {HIDDEN} hidden channels")
     for name, construct in contenders().items():
         row = {"model": name, **launches(construct)}
-        row["saved_bytes_per_image"] = {str(hidden): saved_bytes(construct, hidden_channels=hidden) for hidden in HIDDEN}
+        row["saved_bytes_per_image"] = {str(h): saved_bytes(construct, hidden_channels=h) for h in HIDDEN}
         rows.append(row)
         megabytes = "  ".join(f"{saved / 1e6:8.2f}" for saved in row["saved_bytes_per_image"].values())
         print(f"{name:<28} {row['launches']:>8} {row['of_flow']:>8} {row['reads']:>6}   {megabytes}", flush=True)

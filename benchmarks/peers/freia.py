@@ -1,7 +1,7 @@
 """Glow and RealNVP in FrEIA (PyPI ``FrEIA``): its AllInOneBlock, the block that its authors recommend.
 
-AllInOneBlock has no learned 1x1 convolution and so no log-determinant of one: a rotation drawn once stands in its place.
-It does less work than a Glow step. Its affine part comes after the coupling and is not set from data.
+AllInOneBlock has no learned 1x1 convolution and so no log-determinant of one: a rotation drawn once stands in its
+place. It does less work than a Glow step. Its affine part comes after the coupling and is not set from data.
 """
 
 import FrEIA.framework as Ff
@@ -14,8 +14,6 @@ from benchmarks.peers import common
 
 GLOW_SETTINGS = {"strided squeeze": {"legacy_squeeze": False}, "legacy squeeze": {"legacy_squeeze": True}}
 REALNVP_SETTINGS = {"one-sided couplings": {"all_in_one": False}, "AllInOneBlock": {"all_in_one": True}}
-GLOW_DIFFERENCE = "fixed rotations for learned 1x1 weights, so less work; coupling x * exp(2 tanh(0.1 r)) + 0.1 t"
-REALNVP_DIFFERENCE = "AllInOneBlock, where it is the faster, adds an affine map per layer"
 
 
 class Glow(nn.Module):

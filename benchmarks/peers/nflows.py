@@ -13,8 +13,6 @@ from benchmarks.peers import common
 
 GLOW_SETTINGS = {"": {}}
 REALNVP_SETTINGS = {"": {}}
-GLOW_DIFFERENCE = "1x1 weights as L U P with a bias of their own; coupling x * (sigmoid(r + 2) + 0.001) + t"
-REALNVP_DIFFERENCE = "coupling x * (sigmoid(r + 2) + 0.001) + t"
 
 
 class WithoutContext(nn.Module):
@@ -78,9 +76,11 @@ class Glow(nn.Module):
 
 
 def load_glow(peer, glow):
-    """Give it the weights of a fastflow Glow in nflows' dialect, realised as L U P with a positive diagonal. Such a form
-    exists up to the signs of the rows of a 1x1 weight: where they don't fit, the rows of the fastflow Glow's weight
-    change sign first (a rotation stays one), so that both are the same model afterwards."""
+    """Give it the weights of a fastflow Glow in nflows' dialect, realised as L U P with a positive diagonal.
+
+    Such a form exists up to the signs of the rows of a 1x1 weight: where they don't fit, the rows of the fastflow
+    Glow's weight change sign first (a rotation stays one), so that both are the same model afterwards.
+    """
     for (steps, prior), level in zip(peer.levels, glow.transform.levels, strict=True):
         order = torch.arange(level.steps[0].conv.channels)  # of the channels at a step's input, then swapped
         for (actnorm, conv, coupling), step in zip(steps, level.steps, strict=True):

@@ -11,8 +11,6 @@ from benchmarks.peers import common
 
 GLOW_SETTINGS = {"plain 1x1": {"use_lu": False}, "LU 1x1": {"use_lu": True}}
 REALNVP_SETTINGS = {"": {}}
-GLOW_DIFFERENCE = "the LU form of its 1x1 weights, where it is the faster, stores L and U as full matrices"
-REALNVP_DIFFERENCE = ""
 
 
 class PriorParams(nn.Module):

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 GLOW_SETTINGS = {"plain 1x1": {"use_lu": False}, "LU 1x1": {"use_lu": True}}
-GLOW_DIFFERENCE = ("a learned scale on each coupling's and prior's convolution, a convolution as the last level's prior; "
-                   "the LU form of its 1x1 weights, where it is the faster, stores L and U as full matrices")
 
 
 class ActNorm(nn.Module):
@@ -97,7 +95,7 @@ class Coupling(nn.Module):
         raw, shift = self.net(passive).chunk(2, 1)
         s = torch.sigmoid(raw + 2)
         z = torch.cat([passive, (active + shift) * s], 1)
-        return z, torch.sum(torch.log(s).view(len(x), -1), 1)
+        return z, torch.log(s).flatten(1).sum(1)
 
 
 def _log_normal(x, mean, log_sigma):
@@ -108,8 +106,9 @@ class Level(nn.Module):
     def __init__(self, channels, n_steps, hidden_channels, split, use_lu):
         super().__init__()
         conv = Conv1x1LU if use_lu else Conv1x1
-        self.steps = nn.ModuleList(nn.ModuleList([ActNorm(channels), conv(channels), Coupling(channels, hidden_channels)])
-                                   for _ in range(n_steps))
+        self.steps = nn.ModuleList(
+            nn.ModuleList([ActNorm(channels), conv(channels), Coupling(channels, hidden_channels)])
+            for _ in range(n_steps))
         self.split = split
         self.prior = ZeroConv(channels // 2, channels) if split else ZeroConv(channels, 2 * channels)
 
@@ -128,7 +127,7 @@ class Level(nn.Module):
         else:
             mean, log_sigma = self.prior(torch.zeros_like(x)).chunk(2, 1)
             latent = x
-        return x, logdet, _log_normal(latent, mean, log_sigma).view(batch, -1).sum(1)
+        return x, logdet, _log_normal(latent, mean, log_sigma).flatten(1).sum(1)
 
 
 class Glow(nn.Module):

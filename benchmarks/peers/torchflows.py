@@ -14,7 +14,6 @@ from torchflows.bijections.finite.matrix.permutation import ReversePermutationMa
 from benchmarks.peers import common
 
 REALNVP_SETTINGS = {"": {}}
-REALNVP_DIFFERENCE = "coupling x * exp(r / 2) + t"
 
 
 class RealNVP(nn.Module):

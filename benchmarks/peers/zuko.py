@@ -7,7 +7,6 @@ from torch import nn
 from benchmarks.peers import common
 
 REALNVP_SETTINGS = {"": {}}
-REALNVP_DIFFERENCE = "coupling x * exp(r / (1 + abs(r / log 0.001))) + t"
 
 
 class RealNVP(nn.Module):
