@@ -56,6 +56,8 @@ def best(candidates, tries=5):
         for setting, call in calls.items():
             start = clock()
             call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds[setting] = min(seconds.get(setting, float("inf")), clock() - start)
     setting = min(seconds, key=seconds.get) if seconds else next(iter(calls))
     chosen = calls[setting]

@@ -29,7 +29,7 @@ class NeutralRealNVP(nn.Module):
         return common.standard_normal(torch.cat(parts, 1)) + logdet
 
     def sample(self, n):
-        parts = list(torch.randn(n, 2).split(1, 1))
+        parts = list(torch.randn(n, 2, device=self.bias.device).split(1, 1))
         for index, net in reversed(list(enumerate(self.nets))):
             passive, active = index % 2, 1 - index % 2
             raw, shift = net(parts[passive]).split(1, 1)

@@ -75,7 +75,8 @@ class RealNVP(nn.Module):
         return common.standard_normal(z) + logdet
 
     def sample(self, n):
-        return self.inn(torch.randn(n, 2), rev=True, jac=False)[0]
+        z = torch.randn(n, 2, device=next(self.parameters()).device)
+        return self.inn(z, rev=True, jac=False)[0]
 
 
 def _swapping_seed():
