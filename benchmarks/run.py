@@ -58,14 +58,15 @@ def save(folder, name, content):
     print(f"written to {path}")
 
 
-def measure(case, device, rounds):
-    """Rows of one case: under one thread in CPU time and all threads in wall time, or on the GPU.
+def measure(case, device, rounds, one_thread=False):
+    """Rows of one case: under one thread in CPU time and, unless ``one_thread``, all threads in wall time; or on the
+    GPU.
 
     Per variant a row holds median and quartiles over the rounds, in microseconds, or under "failed" what it raised;
     where the case names peers, also the fastest of them, and the setting in which each contender ran.
     """
     rows = []
-    regimes = [("cuda", None)] if device == "cuda" else [("cpu", 1), ("wall", os.cpu_count())]
+    regimes = [("cuda", None)] if device == "cuda" else [("cpu", 1), ("wall", os.cpu_count())][:1 if one_thread else 2]
     for clock, threads in regimes:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -126,6 +127,8 @@ def main(argv=None):
     parser.add_argument("--filter", default="", help="only the cases whose name holds this")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--one-thread", action="store_true",
+                        help="leave out all threads in wall time, which means little on a machine that others use")
     parser.add_argument("--results", type=Path, help="folder for the JSON; none is written without it")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -138,7 +141,7 @@ def main(argv=None):
     print("Medians of fastflow, and how many times faster it is than each baseline (interleaved in one run).")
     rows = []
     for case in chosen:
-        for row in measure(case, args.device, args.rounds):
+        for row in measure(case, args.device, args.rounds, args.one_thread):
             show(row)
             rows.append(row)
     if args.results:
