@@ -120,8 +120,7 @@ def _no_gain(device, used):
         for row in record["rows"]:
             for name, ratio in row["speedup_over"].items():
                 if ratio < NO_GAIN:
-                    threads = "" if row["threads"] is None else f" at {row['threads']} threads"
-                    found[f"- {row['case']}{threads}: {ratio:.2f} over {name}"] = None
+                    found[f"- {row['case']}{table.regime(row)}: {ratio:.2f} over {name}"] = None
     where = "" if device == "cpu" else f", {device}"
     return [f"## No gain{where}", "", f"Every ratio above that is below {NO_GAIN}:", "", *(found or ["- none"]), ""]
 

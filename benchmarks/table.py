@@ -38,9 +38,15 @@ def markdown(results, groups=(), baselines=BASELINES):
 
 def settings(results):
     """A line per case and regime: in which setting each contender was the fastest."""
-    return [f"- {row['case']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}: "
+    return [f"- {row['case']}{regime(row)}: "
             + "; ".join(f"{name} {setting}" for name, setting in row["settings"].items())
-            for row in results["rows"] if row.get("settings") and row["threads"]]
+            for row in results["rows"] if row.get("settings")]
+
+
+def regime(row):
+    """", 1 thread", ", 2 threads"; nothing on a GPU."""
+    threads = row["threads"]
+    return "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
 
 
 def equal_time(results):

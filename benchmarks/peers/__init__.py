@@ -23,7 +23,7 @@ GLOW_DIFFERENCES = {
                   "learned scale on each last convolution, a convolution as the last level's prior, borders padded "
                   f"with ones; {_FULL_LU}",
     "FrEIA": "does less work: AllInOneBlock has a fixed rotation for the learned 1x1 weight and no log-determinant of "
-             "one; coupling x exp(2 tanh(r / 20)) + t / 10, before the actnorm, which is not set from data",
+             "one; coupling x exp(2 tanh(r / 10)) + t / 10, before the actnorm, which is not set from data",
 }
 REALNVP_DIFFERENCES = {
     "nflows": "x (sigmoid(r + 2) + 0.001) + t",
