@@ -5,7 +5,8 @@
 
 A launch is an aten operator that is neither a view nor an allocation. On a GPU one operator may be several kernels
 (a convolution's backward, slogdet, a foreach optimiser) and is seldom fewer, so a count is a lower bound. fastflow's
-own operators are not aten's: they count as the kernels that they declare, see fastflow.launches.
+own operators are not aten's: they count as the kernels that they declare, see fastflow.launches. One that has a kernel
+on the CPU alone (conv_net) declares none, so count such a model where that kernel steps aside.
 """
 
 import collections

@@ -123,12 +123,11 @@ def race(contenders, seconds, turn):
     marks = [mark * seconds for mark in MARKS]
     while any(c.seconds < seconds for c in contenders):
         for contender in contenders:
-            target = next((mark for mark in marks if contender.seconds < mark), None)
-            if target is None:
+            if contender.seconds >= seconds:
                 continue
-            contender.turn(min(turn, target - contender.seconds))
-            if contender.seconds >= target:
-                contender.evaluate()
+            contender.turn(min(turn, marks[len(contender.curve) - 1] - contender.seconds))
+            while len(contender.curve) <= len(marks) and contender.seconds >= marks[len(contender.curve) - 1]:
+                contender.evaluate()  # a point for each mark, also where one long step passes two
                 latest = contender.curve[-1]
                 print(f"{contender.name:<24} {latest['seconds']:7.1f} s {latest['steps']:6d} steps "
                       f"{latest['bits_per_dim']:.4f} bits/dim", flush=True)

@@ -49,7 +49,7 @@ LAUNCHES = """\
 A training step of Glow 3x32x32, 3 levels x {n_steps} steps. A launch is a dispatched operator that is neither a view
 nor an allocation, fastflow's own counted as the kernels that they declare: a lower bound of what a GPU launches, exact
 on any machine. "Of the flow" leaves out the conditioners and the optimiser. "MB kept" is what a forward pass keeps for
-backward, per image, parameters excluded, without recomputation. `python -m benchmarks.peer_launches`
+backward, per image, on the CPU, parameters excluded, without recomputation. `python -m benchmarks.peer_launches`
 """
 
 OPERATIONS = """\
@@ -98,7 +98,7 @@ def _device(device):
 
     where = "" if device == "cpu" else f", {device}"
     operations = newest(device, lambda row: row["group"] == "slogdet")
-    groups = ("affine_coupling", "gaussian_sample_kl", "slogdet")
+    groups = ("affine_coupling", "gaussian_sample_kl", "conv_net", "slogdet")
     parts = [
         _section(f"Glow beside other libraries{where}", GLOW.format(fastest=", ".join(peers.FASTEST_GLOW)), of("glow"),
                  ratios("glow"), _differences(peers.GLOW_DIFFERENCES)),

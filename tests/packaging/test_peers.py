@@ -148,6 +148,7 @@ def test_launches_and_bytes_of_a_glow():
     eager = peer_launches.launches(peer_launches.contenders()["eager"], n_steps=1, hidden_channels=4)
     assert own["launches"] == own["of_flow"] + own["of_conditioners"] + own["of_optimizer"]
     assert own["of_flow"] < eager["of_flow"] and own["of_optimizer"] == eager["of_optimizer"] == 1
+    assert own["of_conditioners"] == eager["of_conditioners"] > 0  # no kernel of the CPU alone hides them
     two = peer_launches.saved_bytes(glow.fastflow_glow, n_steps=2, hidden_channels=64)
     one = peer_launches.saved_bytes(glow.fastflow_glow, n_steps=1, hidden_channels=64)
     hidden_maps = 2 * 64 * 4 * (16 * 16 + 8 * 8 + 4 * 4)  # bytes per image of one step in every level
