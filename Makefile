@@ -33,6 +33,9 @@ test-long: $(VENV)/.test $(VENV)/.built
 
 bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/fastflow bench all --results $(RESULTS)
+	$(BIN)/fastflow bench compiled --results $(RESULTS)
+	$(BIN)/python -m benchmarks.peer_launches --results $(RESULTS)
+	$(BIN)/python -m benchmarks.equal_time --results $(RESULTS)
 
 # On a GPU machine: that Python's own torch as found, no network, no isolation.
 gpu:

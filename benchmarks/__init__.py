@@ -1,6 +1,13 @@
-"""What fusing gains: every operation and the Glow step against eager PyTorch, torch.compile and today's Glow code.
+"""What fusing gains: operations and whole models against eager PyTorch, torch.compile and other people's libraries.
 
-From the repository's root: ``fastflow bench`` (interleaved, JSON for the record), or the operations alone, a table per
-case, by ``python -m pytest benchmarks --benchmark-only``. ``python -m benchmarks.launches`` counts the kernel launches
-of a Glow training step, without a GPU.
+From the repository's root:
+
+    fastflow bench [ops | models | compiled | all]       interleaved medians, JSON for the record
+    python -m benchmarks.equal_time                      held-out bits/dim after equal wall time
+    python -m benchmarks.peer_launches                   launches and bytes kept for backward, beside the peers
+    python -m benchmarks.launches                        the kernel launches of a Glow step, by operator
+    python -m benchmarks.page                            docs/benchmarks.md from the records under results/
+    python -m pytest benchmarks --benchmark-only         the operations alone, a table per case
+
+None needs a GPU.
 """

@@ -14,12 +14,17 @@ from fastflow import functional, nn, reference
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: ``build(device)`` gives its variants, {name: callable}, named as in ``variants``."""
+    """One row of the table: ``build(device)`` gives its variants, {name: callable}, named as in ``variants``.
+
+    fastflow is also compared with the fastest of ``peers``, names among the variants. A callable may have an attribute
+    ``setting``, which the results then hold.
+    """
 
     name: str
     group: str
     build: object
     variants: tuple = ("fastflow", "eager", "compile")  # compile costs tens of seconds
+    peers: tuple = ()
 
 
 def _leaf(*shape, device, scale=0.5):

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, glow, timing
+from benchmarks import cases, glow, realnvp, timing
 
-GROUPS = ("affine_coupling", "slogdet", "gaussian_sample_kl", "conv_net", "glow")
+WHAT = ("ops", "models", "compiled", "all")
 
 
 def select(what, pattern):
-    """The cases of "ops", "glow" or "all" whose name holds ``pattern``."""
-    chosen = {"ops": cases.OP_CASES, "glow": glow.CASES, "all": (*cases.OP_CASES, *glow.CASES)}[what]
+    """The cases of "ops", "models", "compiled" (models under torch.compile, minutes of compilation each) or "all",
+    which is the first two, whose name holds ``pattern``."""
+    models = (*glow.CASES, *realnvp.CASES)
+    chosen = {"ops": cases.OP_CASES, "models": models, "compiled": realnvp.COMPILED_CASES,
+              "all": (*cases.OP_CASES, *models)}[what]
     return [case for case in chosen if pattern in case.name]
 
 
@@ -47,19 +50,31 @@ def _processor():
         return platform.processor()
 
 
-def measure(case, device, rounds):
-    """Rows of one case: under one thread in CPU time and all threads in wall time, or on the GPU.
+def save(folder, name, content):
+    """Write a record, its key "machine" that of :func:`machine`, under ``folder`` as NAME-DATE.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{content['machine']['date'][:10]}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to {path}")
 
-    Per variant a row holds median and quartiles over the rounds, in microseconds, or under "failed" what it raised.
+
+def measure(case, device, rounds, one_thread=False):
+    """Rows of one case: under one thread in CPU time and, unless ``one_thread``, all threads in wall time; or on the
+    GPU.
+
+    Per variant a row holds median and quartiles over the rounds, in microseconds, or under "failed" what it raised;
+    where the case names peers, also the fastest of them, and the setting in which each contender ran.
     """
     rows = []
-    regimes = [("cuda", None)] if device == "cuda" else [("cpu", 1), ("wall", os.cpu_count())]
+    regimes = [("cuda", None)] if device == "cuda" else [("cpu", 1), ("wall", os.cpu_count())][:1 if one_thread else 2]
     for clock, threads in regimes:
         if threads is not None:
             torch.set_num_threads(threads)
         torch.compiler.reset()
+        variants = {}
         try:
-            samples, failed = timing.interleave(case.build(device), clock, rounds)
+            variants = case.build(device)
+            samples, failed = timing.interleave(variants, clock, rounds)
         except Exception as error:  # nothing of the case can run
             samples, failed = {}, {"fastflow": timing.first_line(error)}
         quartiles = {name: _quartiles(seconds) for name, seconds in samples.items()}
@@ -70,7 +85,18 @@ def measure(case, device, rounds):
                      "speedup_over": {name: round(q2 / own[1], 3)
                                       for name, (_, q2, _) in quartiles.items() if own and name != "fastflow"},
                      "failed": failed})
+        if case.peers:
+            rows[-1] |= {"over_fastest": _over_fastest(rows[-1], case.peers),
+                         "settings": {name: call.setting for name, call in variants.items()
+                                      if getattr(call, "setting", "")}}
     return rows
+
+
+def _over_fastest(row, peers):
+    """{"of", "name", "ratio"}: the fastest of the peers that ran, and how many times faster fastflow is."""
+    ran = {name: row["speedup_over"][name] for name in peers if name in row["speedup_over"]}
+    name = min(ran, key=ran.get, default=None)
+    return {"of": list(peers), "name": name, "ratio": ran.get(name)}
 
 
 def _quartiles(values):
@@ -88,16 +114,21 @@ def show(row):
     cells = [f"{row['case']:<72} {threads:<10} " + ("" if own is None else f"{own:>12.1f} us ")]
     cells += [f"{name} {ratio:6.2f}x" for name, ratio in row["speedup_over"].items()]
     cells += [f"{name} failed: {message}" for name, message in row["failed"].items()]
+    fastest = row.get("over_fastest", {})
+    if fastest.get("name"):
+        cells.append(f"over the fastest peer, {fastest['name']}: {fastest['ratio']:.2f}x")
     print("  ".join(cells), flush=True)
 
 
 def main(argv=None):
     """Run the benchmarks; returns the exit status, 1 where fastflow itself raised. A baseline's failure is reported."""
     parser = argparse.ArgumentParser(prog="fastflow bench", description=__doc__)
-    parser.add_argument("what", nargs="?", default="ops", choices=("ops", "glow", "all"))
+    parser.add_argument("what", nargs="?", default="ops", choices=WHAT)
     parser.add_argument("--filter", default="", help="only the cases whose name holds this")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--one-thread", action="store_true",
+                        help="leave out all threads in wall time, which means little on a machine that others use")
     parser.add_argument("--results", type=Path, help="folder for the JSON; none is written without it")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -110,15 +141,11 @@ def main(argv=None):
     print("Medians of fastflow, and how many times faster it is than each baseline (interleaved in one run).")
     rows = []
     for case in chosen:
-        for row in measure(case, args.device, args.rounds):
+        for row in measure(case, args.device, args.rounds, args.one_thread):
             show(row)
             rows.append(row)
     if args.results:
-        args.results.mkdir(parents=True, exist_ok=True)
-        info = machine(args.device)
-        name = f"{args.device}-{args.what}-{info['date'][:10]}.json"
-        (args.results / name).write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
-        print(f"written to {args.results / name}")
+        save(args.results, f"{args.device}-{args.what}", {"machine": machine(args.device), "rows": rows})
     broken = sorted({row["case"] for row in rows if "fastflow" in row["failed"]})
     for name in broken:
         print(f"fastflow bench: fastflow itself failed: {name}", file=sys.stderr)

@@ -7,27 +7,76 @@ import json
 import sys
 from pathlib import Path
 
-BASELINES = ("eager", "compile", "torch batched", "torch loop")
+FASTEST = "the fastest peer"
+BASELINES = ("eager", "compile", "torch batched", "torch loop", "nflows", "normflows", "rosinality", "FrEIA", "zuko",
+             "torchflows", FASTEST)
 
 
-def markdown(results, groups=()):
-    """The lines of the table, of all groups of cases or of these. On a CPU a cell holds the ratio at one thread in CPU
-    time, then at all threads in wall time; a baseline that failed there leaves a dash."""
+def markdown(results, groups=(), baselines=BASELINES):
+    """The lines of the table, of all groups of cases or of these, one column for each of the baselines that was
+    measured. On a CPU a cell holds the ratio at one thread in CPU time, then at all threads in wall time; a baseline
+    that failed there leaves a dash."""
     table = {}
     for row in results["rows"]:
         if groups and row["group"] not in groups:
             continue
         entry = table.setdefault(row["case"], {})
-        for baseline in BASELINES:
-            if baseline in row["speedup_over"] or baseline in row["failed"]:
-                ratio = row["speedup_over"].get(baseline)
+        ratios = dict(row["speedup_over"])
+        if row.get("over_fastest"):
+            ratios[FASTEST] = row["over_fastest"]["ratio"]
+        for baseline in baselines:
+            if baseline in ratios or baseline in row["failed"]:
+                ratio = ratios.get(baseline)
                 entry.setdefault(baseline, []).append("-" if ratio is None else f"{ratio:.2f}")
-    used = [b for b in BASELINES if any(b in entry for entry in table.values())]
+    used = [b for b in baselines if any(b in entry for entry in table.values())]
     lines = ["| case | " + " | ".join(f"over {b}" for b in used) + " |", "|---" * (1 + len(used)) + "|"]
     for case, entry in table.items():
         cells = [" / ".join(entry.get(b, ())) for b in used]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return lines
+
+
+def settings(results):
+    """A line per case and regime: in which setting each contender was the fastest."""
+    return [f"- {row['case']}{regime(row)}: "
+            + "; ".join(f"{name} {setting}" for name, setting in row["settings"].items())
+            for row in results["rows"] if row.get("settings")]
+
+
+def regime(row):
+    """", 1 thread", ", 2 threads"; nothing on a GPU."""
+    threads = row["threads"]
+    return "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+
+
+def equal_time(results):
+    """Held-out bits/dim of the two of every pair at each mark, lower is better."""
+    lines = ["| model | start | " + " | ".join(
+        f"{100 * mark:g} % of the time" for mark in results["marks"]) + " | steps |",
+        "|---" * (3 + len(results["marks"])) + "|"]
+    for row in results["rows"]:
+        for model in (row["fastflow"], row["of_peer"]):
+            bits = " | ".join(f"{point['bits_per_dim']:.3f}" for point in model["curve"])
+            lines.append(f"| {model['name']} | {bits} | {model['curve'][-1]['steps']} |")
+    return lines
+
+
+def launches(results):
+    """Launches of a step and megabytes kept for backward per image."""
+    hidden = list(results["rows"][0]["saved_bytes_per_image"])
+    lines = ["| model | launches | of the flow | host reads | " + " | ".join(
+        f"MB kept, {h} hidden" for h in hidden) + " |", "|---" * (4 + len(hidden)) + "|"]
+    for row in results["rows"]:
+        kept = " | ".join(f"{row['saved_bytes_per_image'][h] / 1e6:.2f}" for h in hidden)
+        lines.append(f"| {row['model']} | {row['launches']} | {row['of_flow']} | {row['reads']} | {kept} |")
+    return lines
+
+
+def machine(results):
+    """On what a file was measured, in a sentence."""
+    info = results["machine"]
+    return (f"{info['processor']}, {info['cores']} cores, torch {info['torch']}, Python {info['python']}, "
+            f"{info['date'][:10]}, commit {info['commit'][:10]}")
 
 
 if __name__ == "__main__":

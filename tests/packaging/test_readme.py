@@ -53,11 +53,15 @@ def test_named_recipes_exist():
 def test_figures_are_those_of_the_results_file():
     """Every row of the tables of ratios stands in the file that the README names, and none of its cases is left out."""
     sys.path.insert(0, str(ROOT))
-    from benchmarks.table import markdown
+    from benchmarks.table import FASTEST, markdown
 
     (name,) = set(re.findall(r"benchmarks/results/[\w.-]+\.json", README))
     results = json.loads((ROOT / name).read_text())
-    rows = [line for line in README.splitlines() if re.match(r"\| .*\d x \d|\| .*\(\d+,|\| slogdet \d|\| Glow ", line)]
-    measured = markdown(results, ("affine_coupling", "gaussian_sample_kl", "glow")) + markdown(results, ("slogdet",))
+    rows = [line for line in README.splitlines()
+            if re.match(r"\| .*\d x \d|\| .*\(\d+,|\| slogdet \d|\| Glow |\| RealNVP ", line)]
+    measured = [line for groups, baselines in (
+        (("affine_coupling", "gaussian_sample_kl", "conv_net"), ("eager", "compile")),
+        (("slogdet",), ("torch batched", "torch loop")),
+        (("glow", "realnvp"), ("eager", FASTEST))) for line in markdown(results, groups, baselines)]
     assert rows == [line for line in measured if line in rows] and rows
     assert len(rows) == len({row["case"] for row in results["rows"]})

@@ -1,0 +1,150 @@
+"""docs/benchmarks.md, written from the records under benchmarks/results:  python -m benchmarks.page
+
+A table comes from the newest record that holds its rows; what has no record is named as not measured.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks import peers, table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
+NO_GAIN = 1.05  # a ratio below this is listed as no gain
+
+HEAD = """\
+# Benchmarks
+
+Written by `python -m benchmarks.page` from the records under `benchmarks/results`; edit those, not this.
+
+A ratio says how many times faster fastflow is: the quotient of medians of interleaved runs, first at one thread in CPU
+time, then at all threads in wall time (missing where only one thread was measured). float32, the same fused Adam for
+everybody. A contender other than fastflow runs in the fastest of its settings (memory format, form of the 1x1 weights,
+kind of block), found anew in each regime. The machine is shared with others; single ratios vary by 10 to 30 % from run
+to run.
+"""
+
+GLOW = """\
+A training step: forward, backward, optimiser. `eager` is the same model in plain, careful PyTorch, with equal weights.
+"The fastest peer" is the fastest of {fastest}; FrEIA does less work and stands beside them. `fastflow bench models`
+"""
+
+REALNVP = """\
+`log_prob` and sampling without gradients. "The fastest peer" is the fastest of {fastest}. `fastflow bench models`
+"""
+
+COMPILED = """\
+The others under torch.compile, fastflow as it is; zuko and torchflows are missing, because their graphs break.
+`fastflow bench compiled`
+"""
+
+EQUAL_TIME = """\
+Bits/dim of held-out photographs, lower is better. The two of a pair start from equal weights and the same likelihood
+and see the same batches in the same order with the same noise, learning rate and clipping; fastflow goes through
+engine.TrainStep. Arguments: {arguments}. `python -m benchmarks.equal_time`
+"""
+
+LAUNCHES = """\
+A training step of Glow 3x32x32, 3 levels x {n_steps} steps. A launch is a dispatched operator that is neither a view
+nor an allocation, fastflow's own counted as the kernels that they declare: a lower bound of what a GPU launches, exact
+on any machine. "Of the flow" leaves out the conditioners and the optimiser. "MB kept" is what a forward pass keeps for
+backward, per image, on the CPU, parameters excluded, without recomputation. `python -m benchmarks.peer_launches`
+"""
+
+OPERATIONS = """\
+Forward and backward unless said otherwise, beside careful eager PyTorch, torch.compile, torch's batched call and a
+loop. `fastflow bench ops`
+"""
+
+
+def records(pattern):
+    """The records of that name in RESULTS, newest first."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob(pattern)]
+    return sorted(found, key=lambda record: record["machine"]["date"], reverse=True)
+
+
+def newest(device, wanted):
+    """The newest record of `fastflow bench` on a device with rows that are ``wanted``, or None."""
+    return next((record for record in records(f"{device}-*.json")
+                 if any("case" in row and wanted(row) for row in record.get("rows", ()))), None)
+
+
+def _differences(differences):
+    return ["", "In what each model differs:", "", *(f"- {name}: {text}" for name, text in differences.items())]
+
+
+def _section(title, words, record, lines, after=()):
+    if record is None:
+        return [f"## {title}", "", "Not measured yet.", ""]
+    return [f"## {title}", "", *words.rstrip().splitlines(), "", table.machine(record) + ".", "", *lines(record),
+            *after, ""]
+
+
+def _settings(record, group):
+    chosen = table.settings({"rows": [row for row in record["rows"] if row["group"] == group]})
+    return ["", "Settings that were the fastest:", "", *chosen] if chosen else []
+
+
+def _device(device):
+    """The sections of one device."""
+    def ratios(*groups):
+        def lines(record):
+            return [*table.markdown(record, groups), *(line for group in groups for line in _settings(record, group))]
+        return lines
+
+    def of(group):
+        return newest(device, lambda row: row["group"] == group and "over_fastest" in row)
+
+    where = "" if device == "cpu" else f", {device}"
+    operations = newest(device, lambda row: row["group"] == "slogdet")
+    groups = ("affine_coupling", "gaussian_sample_kl", "conv_net", "slogdet")
+    parts = [
+        _section(f"Glow beside other libraries{where}", GLOW.format(fastest=", ".join(peers.FASTEST_GLOW)), of("glow"),
+                 ratios("glow"), _differences(peers.GLOW_DIFFERENCES)),
+        _section(f"Tabular RealNVP beside other libraries{where}",
+                 REALNVP.format(fastest=", ".join(peers.FASTEST_REALNVP)), of("realnvp"), ratios("realnvp"),
+                 _differences(peers.REALNVP_DIFFERENCES)),
+        _section(f"Tabular RealNVP, the others compiled{where}", COMPILED, of("realnvp compiled"),
+                 ratios("realnvp compiled")),
+        _section(f"Operations{where}", OPERATIONS, operations,
+                 lambda record: [line for group in groups for line in (*table.markdown(record, (group,)), "")][:-1])]
+    used = [record for record in (of("glow"), of("realnvp"), of("realnvp compiled"), operations) if record]
+    return [line for part in parts for line in part] + _no_gain(device, used)
+
+
+def _no_gain(device, used):
+    """Every comparison on this page in which fastflow gains less than NO_GAIN."""
+    found = {}
+    for record in used:
+        for row in record["rows"]:
+            for name, ratio in row["speedup_over"].items():
+                if ratio < NO_GAIN:
+                    found[f"- {row['case']}{table.regime(row)}: {ratio:.2f} over {name}"] = None
+    where = "" if device == "cpu" else f", {device}"
+    return [f"## No gain{where}", "", f"Every ratio above that is below {NO_GAIN}:", "", *(found or ["- none"]), ""]
+
+
+def render():
+    """The page as a string."""
+    equal_time, launches = (next(iter(records(f"cpu-{name}-*.json")), None)
+                            for name in ("equal-time", "peer-launches"))
+    arguments = {} if equal_time is None else equal_time["arguments"]
+    lines = [HEAD]
+    gpu = newest("cuda", lambda row: True)
+    if gpu is None:
+        lines += ["Nothing on this page has been measured on a GPU. Launches are counts, not times.", ""]
+    lines += _section("Equal wall time", EQUAL_TIME.format(
+        arguments=", ".join(f"{key} {value}" for key, value in arguments.items())), equal_time, table.equal_time)
+    lines += _section("Launches and memory", LAUNCHES.format(n_steps=launches["n_steps"] if launches else ""), launches,
+                      table.launches)
+    for device in ("cpu",) if gpu is None else ("cpu", "cuda"):
+        lines += _device(device)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(render())
+    print(f"written to {PAGE}")
+    sys.exit(0)
