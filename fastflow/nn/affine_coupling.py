@@ -74,6 +74,24 @@ class AffineCoupling(nn.Module):
         """(x, logdet) of z: noise to data."""
         return self._run(z, context, True, logdet)
 
+    def recompute(self, z, context=None, *, needs=True, dtype=None):
+        """The x that forward made z of, and on the way forward's graph, as far as it holds what backward needs.
+
+        Params depend on the passive part alone, which z holds unchanged, so one run of the conditioner serves the
+        inverse and the graph. For passes that keep no activations (flows.memory): the graph hangs on nothing.
+
+        Args:
+            z: (B, C, *S) as forward returned it.
+            needs: whether forward's x required a gradient.
+            dtype: of forward's x; None for z's.
+        """
+        with torch.enable_grad():
+            params = self._params(z.detach().requires_grad_(needs), context)
+            with torch.no_grad():
+                x = self._couple(z, params, True, None)[0].to(z.dtype if dtype is None else dtype)
+            self._couple(x.detach().requires_grad_(needs), params, False, None)
+        return x
+
     def extra_repr(self):
         return f"split={self.split!r}, flip={self.flip}, scale={self.scale}"
 
@@ -81,12 +99,27 @@ class AffineCoupling(nn.Module):
         checks.tensor("x", x)
         if x.dim() < 2:
             raise ValueError(f"x: expected shape (B, C, *S), got {tuple(x.shape)}")
-        if self.split != "channel":
-            return self._run_masked(x, context, inverse, logdet)
+        return self._couple(x, self._params(x, context), inverse, logdet)
+
+    def _params(self, x, context):
+        """What the conditioner makes of the passive part of x, which is that of z as well."""
+        if self.split == "channel":
+            seen = self._halves(x)[0]
+        else:
+            passive, _ = self._passive(x)
+            seen = torch.where(passive, x, torch.zeros_like(x))
+        return self.conditioner(seen) if context is None else self.conditioner(seen, context)
+
+    def _halves(self, x):
+        """(passive, active) channels of x."""
         half = x.shape[1] // 2
         first, second = torch.split(x, [half, x.shape[1] - half], 1)
-        passive, active = (second, first) if self.flip else (first, second)
-        params = self.conditioner(passive) if context is None else self.conditioner(passive, context)
+        return (second, first) if self.flip else (first, second)
+
+    def _couple(self, x, params, inverse, logdet):
+        if self.split != "channel":
+            return self._couple_masked(x, params, inverse, logdet)
+        passive, active = self._halves(x)
         y, logdet = self._transform(active, params, inverse, logdet, None if self.flip else passive)
         return torch.cat([y, passive.to(y.dtype)], 1) if self.flip else y, logdet
 
@@ -94,10 +127,8 @@ class AffineCoupling(nn.Module):
         return functional.affine_coupling(x, params, scale=self.scale, layout=self.layout, order=self.order,
                                           shift_first=self.shift_first, inverse=inverse, logdet=logdet, passive=passive)
 
-    def _run_masked(self, x, context, inverse, logdet):
+    def _couple_masked(self, x, params, inverse, logdet):
         passive, count = self._passive(x)
-        seen = torch.where(passive, x, torch.zeros_like(x))
-        params = self.conditioner(seen) if context is None else self.conditioner(seen, context)
         additive = self.scale.kind == "additive"
         channels = x.shape[1] if additive else 2 * x.shape[1]
         checks.shape("conditioner output", params, (x.shape[0], channels, *x.shape[2:]))
