@@ -47,27 +47,26 @@ class TransformLink(_Link):
         if isinstance(context, torch.Tensor):
             self.tensors = (context,)
         modules = transform.modules() if isinstance(transform, torch.nn.Module) else ()
-        self.banked = [(m, m._bank) for m in modules if isinstance(m, InvertibleConv1x1) and m._bank is not None]
+        self.convs = [m for m in modules if isinstance(m, InvertibleConv1x1)]
 
     def forward(self, x, logdet, *context):
-        with self._banks():
+        with self._outside_banks():
             z, more = self.transform(x, *(context or (self.context,)))
         return z, _add(logdet, more)
 
     def undo(self, z, side):
-        with self._banks():
-            return self.transform.inverse(z, self.context)[0]
+        return self.transform.inverse(z, self.context)[0]
 
     @contextlib.contextmanager
-    def _banks(self):
-        """The WeightBank that the pass began in, whose call has ended by the time of backward."""
-        now = [(m, m._bank) for m, _ in self.banked]
-        for module, bank in self.banked:
-            module._bank = bank
+    def _outside_banks(self):
+        """A WeightBank's call has ended by the time of backward, and the second run must do as the first did."""
+        held = [(m, m._bank) for m in self.convs if m._bank is not None]
+        for module, _ in held:
+            module._bank = None
         try:
             yield
         finally:
-            for module, bank in now:
+            for module, bank in held:
                 module._bank = bank
 
 
