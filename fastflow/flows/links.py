@@ -85,14 +85,24 @@ class ShapeLink(_Link):
         return self.transform.inverse(z)[0]
 
 
-class CouplingLink(TransformLink):
+class CouplingLink(_Link):
     """An nn.AffineCoupling: one run of the conditioner serves inverse and graph."""
 
+    heavy = True
+
+    def __init__(self, coupling, context=None):
+        self.coupling, self.context = coupling, context
+        if isinstance(context, torch.Tensor):
+            self.tensors = (context,)
+
     def forward(self, x, logdet, *context):
-        return self.transform(x, *(context or (self.context,)), logdet=logdet)
+        return self.coupling(x, *(context or (self.context,)), logdet=logdet)
+
+    def undo(self, z, side):
+        return self.coupling.inverse(z, self.context)[0]
 
     def rerun(self, z, side, needs, dtype, *context):
-        return self.transform.recompute(z, *(context or (self.context,)), needs=needs, dtype=dtype)
+        return self.coupling.recompute(z, *(context or (self.context,)), needs=needs, dtype=dtype)
 
 
 class ConvLink(_Link):
