@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from fastflow.flows import memory
 from fastflow.nn import InvertibleConv1x1
 from fastflow.nn.factors import Factors
 
@@ -50,7 +51,7 @@ class TransformLink(_Link):
         self.convs = [m for m in modules if isinstance(m, InvertibleConv1x1)]
 
     def forward(self, x, logdet, *context):
-        with self._outside_banks():
+        with memory.saving(None), self._outside_banks():
             z, more = self.transform(x, *(context or (self.context,)))
         return z, _add(logdet, more)
 
@@ -59,7 +60,7 @@ class TransformLink(_Link):
 
     @contextlib.contextmanager
     def _outside_banks(self):
-        """A WeightBank's call has ended by the time of backward, and the second run must do as the first did."""
+        """A WeightBank's call has ended by the time of backward. The second run must do as the first did."""
         held = [(m, m._bank) for m in self.convs if m._bank is not None]
         for module, _ in held:
             module._bank = None

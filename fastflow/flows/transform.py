@@ -53,6 +53,8 @@ class Compose(nn.Module):
         transforms: any number of transforms. Those that are modules become submodules.
     """
 
+    saves_memory = True
+
     def __init__(self, *transforms):
         super().__init__()
         for index, transform in enumerate(transforms):
