@@ -62,9 +62,10 @@ def per_image(loss, model, x, context=None, *, n=PROBE):
     buffers = [(b, b.clone()) for b in model.buffers()]
     with torch.random.fork_rng(devices), torch.enable_grad():
         for size in sizes:
-            part = context[:size] if isinstance(context, torch.Tensor) else context
+            # Clones, because a slice counts with all of its storage.
+            part = context[:size].clone() if isinstance(context, torch.Tensor) else context
             with SavedBytes(model) as saved:
-                value = loss(x[:size], part)
+                value = loss(x[:size].clone(), part)
             found.append(saved.total)
             del value
     with torch.no_grad():

@@ -210,9 +210,10 @@ class _InvertPath:
             out = self._run(link, *out[:2])
         self.couplings += any(link.heavy for link in links)
         if self.couplings == self.mode.keep_every and len(out) == 2:
-            out = self._keep(*out, lambda z, index=len(self.links): self.states.update({index: z}))
+            index = len(self.links)
+            out = self._keep(*out, lambda z: self.states.update({index: z}))
             if self.mode.drifts is not None:
-                self.truth[len(self.links)] = out[0].detach()
+                self.truth[index] = out[0].detach()
         return out
 
     def end(self, z, logdet, unpack=None):
@@ -247,7 +248,7 @@ class _InvertPath:
         if index in self.states:
             return self.states.pop(index)
         if index >= len(self.links):
-            raise RuntimeError("memory: 'invert' has lost the flow's output; backward must run through what it returned")
+            raise RuntimeError("memory: 'invert' can't go back from an output that backward did not come through")
         with torch.no_grad():
             return self.links[index].undo(self.take(index + 1), self.sides.pop(index, None))
 
