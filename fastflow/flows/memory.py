@@ -6,8 +6,8 @@
   came after it. A coupling's parameters depend on what it passes on unchanged, so one run of its conditioner serves
   the inversion and the gradient. Recovered values drift by rounding; z kept every few steps bounds the drift.
 
-The graph is that of the plain pass in both: torch's non-reentrant checkpointing drops what a step has saved and asks
-for it again in backward. So parameters may live anywhere, and the hooks of DDP and FSDP2 fire where they always do.
+The graph is that of the plain pass in both; what a step has saved in it is dropped, and asked for again in backward. So
+parameters may live anywhere, and the hooks of DDP and FSDP2 fire where they always do.
 
 References:
     Chen et al., "Training deep nets with sublinear memory cost", 2016, arXiv:1604.06174.
@@ -19,9 +19,10 @@ import threading
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from fastflow import backends
+from fastflow.flows.recompute import recomputed
 
 __all__ = ["Mode", "kept", "path", "saving"]
 
@@ -109,41 +110,87 @@ def path():
     return _InvertPath(mode)
 
 
-def kept(function, *args):
-    """``function(*args)``; in a memory mode its arguments are kept and it runs once more in backward."""
+def kept(function, x):
+    """``function(x)``; in a memory mode x is kept and the function runs once more in backward."""
     mode = active()
-    return function(*args) if mode is None else _checkpoint(mode, function, *args)
+    if mode is None:
+        return function(x)
+    run = _Recomputing(mode)
+    out = run(function, function, x, (x,))
+    run.end()
+    return out
 
 
-def _checkpoint(mode, function, *args, early_stop=True):
-    if torch.compiler.is_compiling():
-        return checkpoint(function, *args, use_reentrant=False)
-    # The states of random generators can't be read while a CUDA graph is captured.
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if capturing and mode.random:
-        raise ValueError(f"memory: {mode.name!r} can't be captured in a CUDA graph with a model that draws random "
-                         f"numbers inside the flow")
-    backend = backends.requested()
-    context_fn = noop_context_fn
-    if mode.norms or backend is not None:
-        def context_fn():
-            return contextlib.nullcontext(), _again(mode.norms, backend)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=not capturing, context_fn=context_fn,
-                      early_stop=early_stop)
+class _Recomputing:
+    """The recomputed runs of one pass, each of which finds in backward what it found at first: the backend, autocast,
+    the states of random generators; and running statistics that a second update would spoil."""
+
+    def __init__(self, mode):
+        self.mode, self.tracing = mode, torch.compiler.is_compiling()
+        if self.tracing:
+            return
+        self.backend = backends.requested()
+        self.autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+                         for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
+        # The states of random generators can't be read while a CUDA graph is captured.
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if capturing and mode.random:
+            raise ValueError(f"memory: {mode.name!r} can't be captured in a CUDA graph with a model that draws random "
+                             f"numbers inside the flow")
+        self.generators = None if capturing else []
+
+    def __call__(self, first, second, x, tensors):
+        if self.tracing:
+            return checkpoint(first, *tensors, use_reentrant=False)
+        if self.generators is None:
+            return recomputed(first, second, tensors, lambda: self._again(None))
+        index = len(self.generators)
+        self.generators.append(_generators(x.device))
+        return recomputed(first, second, tensors, lambda: self._again(self.generators and self.generators[index]))
+
+    def end(self):
+        if self.tracing or not self.generators:
+            return
+        device = self.generators[0][0]
+        if all(map(torch.equal, self.generators[0][1:], _generators(device)[1:])):
+            self.generators = None  # nothing has drawn from them
+        else:
+            self.mode.random = True
+
+    @contextlib.contextmanager
+    def _again(self, generators):
+        norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in self.mode.norms]
+        with contextlib.ExitStack() as stack:
+            if self.backend != backends.requested():
+                stack.enter_context(backends.use_backend(self.backend))
+            for kind, enabled, dtype in self.autocast:
+                if (enabled, dtype) != (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+            now = None if generators is None else _generators(generators[0])
+            if now is not None:
+                _set_generators(generators)
+            for norm in self.mode.norms:
+                norm.momentum, norm.num_batches_tracked = 0.0, None
+            try:
+                yield
+            finally:
+                for norm, momentum, count in norms:
+                    norm.momentum, norm.num_batches_tracked = momentum, count
+                if now is not None:
+                    _set_generators(now)
 
 
-@contextlib.contextmanager
-def _again(norms, backend):
-    """The second run: on the backend of the first, and without a second update of running statistics."""
-    held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        with backends.use_backend(backend):
-            yield
-    finally:
-        for norm, momentum, count in held:
-            norm.momentum, norm.num_batches_tracked = momentum, count
+def _generators(device):
+    """(device, states of torch's generators that serve it)."""
+    if device.type == "cuda":
+        return device, torch.get_rng_state(), torch.cuda.get_rng_state(device)
+    return device, torch.get_rng_state()
+
+
+def _set_generators(states):
+    torch.set_rng_state(states[1])
+    if states[0].type == "cuda":
+        torch.cuda.set_rng_state(states[2], states[0])
 
 
 class _PlainPath:
@@ -168,8 +215,7 @@ class _SavePath:
     inverts = False
 
     def __init__(self, mode):
-        self.mode = mode
-        self.generators = None if torch.compiler.is_compiling() else _generators()
+        self.recomputing = _Recomputing(mode)
 
     def __call__(self, x, logdet, *links):
         if all(link.saves_nothing for link in links):
@@ -182,10 +228,10 @@ class _SavePath:
                 out = link.forward(*out[:2], *tensors[begin:end])
                 begin = end
             return out
-        return _checkpoint(self.mode, run, x, logdet, *(t for link in links for t in link.tensors))
+        return self.recomputing(run, run, x, (x, logdet, *(t for link in links for t in link.tensors)))
 
     def end(self, z, logdet, unpack=None):
-        _watch(self.mode, self.generators)
+        self.recomputing.end()
         return z, logdet
 
 
@@ -196,11 +242,10 @@ class _InvertPath:
     inverts = True  # needs ConvLink.factors.undo
 
     def __init__(self, mode):
-        self.mode = mode
+        self.mode, self.recomputing = mode, _Recomputing(mode)
         self.links, self.states, self.sides, self.truth = [], {}, {}, {}
         self.couplings = 0  # since z was last kept, at state ``kept_at``
         self.kept_at = None
-        self.generators = _generators()
 
     def __call__(self, x, logdet, *links):
         if not self.links and self.mode.drifts is not None:
@@ -217,7 +262,7 @@ class _InvertPath:
         return out
 
     def end(self, z, logdet, unpack=None):
-        _watch(self.mode, self.generators)
+        self.recomputing.end()
         if not self.links or (unpack is None and self.kept_at == len(self.links)):
             return z, logdet
         return self._keep(z, logdet, lambda z: self._put(z, unpack))
@@ -231,7 +276,12 @@ class _InvertPath:
                 del self.truth[index]
                 self.truth[index + 1] = out[0].detach()
             return out
-        return _checkpoint(self.mode, _Region(self, index, x, logdet), *link.tensors, early_stop=False)
+        needs, dtype = x.requires_grad, x.dtype  # x itself is not to be kept
+
+        def again(*tensors):
+            z = self.take(index + 1)
+            self.found(index, link.rerun(z, self.sides.pop(index, None), needs, dtype, *tensors))
+        return self.recomputing(lambda *tensors: link.forward(x, logdet, *tensors), again, x, link.tensors)
 
     def _keep(self, z, logdet, put):
         self.couplings, self.kept_at = 0, len(self.links)
@@ -260,25 +310,6 @@ class _InvertPath:
             self.mode.drifts.append(((x - true).abs().amax() / scale).float())
 
 
-class _Region:
-    """What a checkpoint of :class:`_InvertPath` runs: the link, and in backward its reconstruction from its output."""
-
-    def __init__(self, owner, index, x, logdet):
-        self.owner, self.index = owner, index
-        self.inputs = x, logdet
-        self.needs, self.dtype = x.requires_grad, x.dtype
-
-    def __call__(self, *tensors):
-        owner, index = self.owner, self.index
-        link = owner.links[index]
-        if self.inputs is not None:
-            inputs, self.inputs = self.inputs, None
-            return link.forward(*inputs, *tensors)
-        z = owner.take(index + 1)
-        x = link.rerun(z, owner.sides.pop(index, None), self.needs, self.dtype, *tensors)
-        owner.found(index, x)
-
-
 class _Kept(torch.autograd.Function):
     """z and logdet as they are; z is kept, and handed to ``put`` before backward goes on."""
 
@@ -293,18 +324,3 @@ class _Kept(torch.autograd.Function):
     def backward(ctx, grad_z, grad_logdet):
         ctx.put(ctx.saved_tensors[0].detach())
         return grad_z, grad_logdet, None
-
-
-def _generators():
-    """The states of torch's generators, where they may be read."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        return torch.get_rng_state(), torch.cuda.get_rng_state()
-    return (torch.get_rng_state(),)
-
-
-def _watch(mode, before):
-    if before is not None and not mode.random:
-        after = _generators()
-        mode.random = len(after) != len(before) or not all(map(torch.equal, before, after))
