@@ -23,20 +23,26 @@ def recomputed(first, second, tensors, around):
         around: constructor of a context manager.
     """
     frame = _Frame(second, tensors, around)
-    with saved_tensors_hooks(frame.pack, _unpack):
-        return first(*tensors)
+    try:
+        with saved_tensors_hooks(frame.pack, _unpack):
+            return first(*tensors)
+    finally:
+        frame.close()
 
 
 class _Saved:
-    """The place of one saved tensor: empty but for the time between the second run and its use."""
+    """The place of one saved tensor: empty but for the first run, in which the function may take gradients, and for the
+    time between the second run and its use."""
 
     __slots__ = ("__weakref__", "frame", "task", "value")
 
-    def __init__(self, frame):
-        self.frame, self.task, self.value = frame, None, None
+    def __init__(self, frame, value):
+        self.frame, self.task, self.value = frame, None, value
 
 
 def _unpack(saved):
+    if saved.frame.open:
+        return saved.value
     task = torch._C._current_graph_task_id()
     if saved.value is None or saved.task != task:
         saved.frame.rerun(task)
@@ -47,14 +53,21 @@ def _unpack(saved):
 class _Frame:
     def __init__(self, second, tensors, around):
         self.second, self.around = second, around
-        self.places, self.kinds = [], []
+        self.places, self.kinds, self.open = [], [], True
         self.keeper = _Keeper.apply(torch.empty((), requires_grad=True), *tensors).grad_fn
 
     def pack(self, tensor):
-        saved = _Saved(self)
+        saved = _Saved(self, tensor)
         self.places.append(weakref.ref(saved))
         self.kinds.append((tensor.shape, tensor.dtype))
         return saved
+
+    def close(self):
+        self.open = False
+        for place in self.places:
+            saved = place()
+            if saved is not None:
+                saved.value = None
 
     def rerun(self, task):
         count = 0

@@ -78,7 +78,21 @@ def multiscale(dtype=torch.float64):
     return scattered(model, dtype, 0.05), [torch.rand(3, 2, 8, 8, dtype=dtype)], []
 
 
-MODELS = {"glow": glow, "glow plu": lambda dtype=torch.float64: glow(dtype, parametrization="plu"),
+def masks(dtype=torch.float64):
+    """Images under every way to split, with conditioners that answer in their own packing."""
+    def layer(channels_in, channels_out, **options):
+        return AffineCoupling(nn.Conv2d(channels_in, channels_out, 3, padding=1), **options)
+    stripes = torch.tensor([[1, 0, 0], [0, 1, 1]]).view(1, 2, 3).expand(1, 2, 3)
+    transform = flows.Compose(
+        layer(3, 6, split="checkerboard", scale="sigmoid"), layer(3, 6, split="checkerboard", flip=True, scale="tanh"),
+        layer(3, 6, split=torch.tensor([1, 0, 1]).view(3, 1, 1), layout="interleave", scale="rational"),
+        layer(3, 6, split=stripes, order="shift_scale", scale="softplus"),
+        layer(1, 4, layout="interleave", scale="atan"), layer(2, 1, flip=True, scale="additive"))
+    model = scattered(flows.Flow(transform, flows.StandardNormal((3, 2, 3))), dtype)
+    return model, [torch.randn(4, 3, 2, 3, dtype=dtype)], []
+
+
+MODELS = {"masks": masks, "glow": glow, "glow plu": lambda dtype=torch.float64: glow(dtype, parametrization="plu"),
           "glow without prior": lambda dtype=torch.float64: glow(dtype, learn_prior=False, scale="tanh"),
           "realnvp": realnvp, "mixed": mixed, "multiscale": multiscale}
 
