@@ -38,6 +38,7 @@ class TrainStep:
 
     Attributes:
         parts: after a step, its detached 0-d ``grad_norm`` and, for a VAE, ``rate`` and ``distortion``.
+        memory: what is kept for backward: ``mode``, and after the first step ``saved`` (bytes) and ``drift``.
 
     Raises:
         ValueError, TypeError: an argument that can't be, by name.

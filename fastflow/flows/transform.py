@@ -17,7 +17,8 @@ class Transform(Protocol):
     The log-determinants are (B,), in nats, and opposite: t(x) = (z, l) and t.inverse(z) = (x, -l). A transform whose
     noise is made of several latents packed as one (B, D) tensor also has ``unpack(z)``; one with data-dependent
     parameters has ``initialize(x, context=None)``, which sets them from a batch and returns z; one whose noise has
-    another shape than its data has ``noise_shape(event_shape)``, shapes without the batch dimension.
+    another shape than its data has ``noise_shape(event_shape)``, shapes without the batch dimension; one that only runs
+    others in turn has ``parts()``, which lists them.
     """
 
     def __call__(self, x, context=None):
