@@ -198,7 +198,7 @@ def main(argv=None):
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
         info = run.machine(args.device)
-        path = args.results / f"{args.device}-memory-{info['date'][:10]}.json"
+        path = args.results / f"{args.device}-memory-{args.what}-{info['date'][:10]}.json"
         path.write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
         print(f"written to {path}")
     return 0
