@@ -13,6 +13,7 @@ _HOMES = {
     "load_settings": "settings",
     "build_model": "models",
     "CheckpointError": "errors",
+    "DriftError": "errors",
     "NonFiniteError": "errors",
     "RunError": "errors",
     "SettingsError": "errors",

@@ -1,6 +1,6 @@
 """What stops a run. Each message is one line that a user can act on; the command line prints it and exits."""
 
-__all__ = ["CheckpointError", "NonFiniteError", "RunError", "SettingsError"]
+__all__ = ["CheckpointError", "DriftError", "NonFiniteError", "RunError", "SettingsError"]
 
 
 class RunError(RuntimeError):
@@ -17,3 +17,7 @@ class CheckpointError(RunError):
 
 class NonFiniteError(RunError):
     """The loss or a gradient is NaN or infinite; no parameter was changed by that step."""
+
+
+class DriftError(RunError):
+    """z recovered by inverting the steps of a flow is too far from what it was; no parameter was changed."""

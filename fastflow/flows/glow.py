@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.flows import memory
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
+from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, SplitLink
 from fastflow.flows.multiscale import Split, Squeeze, ZeroConv
 from fastflow.functional import ScaleMap
 from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
@@ -40,6 +42,9 @@ class GlowStep(nn.Module):
         x, more = self.conv.inverse(z)
         return x, logdet + more
 
+    def parts(self):
+        return [self.conv, self.coupling]
+
     def initialize(self, x, context=None):
         return self.coupling(self.conv.initialize(x), context)[0]
 
@@ -59,6 +64,8 @@ class GlowTransform(nn.Module):
     All 1x1 weights are factorised together at the start of a pass, each size in one call. Images are kept
     channels-last, in which the 1x1 convolutions are plain matrix products.
     """
+
+    saves_memory = True
 
     def __init__(self, image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior, conditioner,
                  coupling):
@@ -86,20 +93,20 @@ class GlowTransform(nn.Module):
     def forward(self, x, context=None):
         """(z (B, D), logdet (B,)) of x (B, C, H, W)."""
         self._check(x, context)
-        factors = self._factorize(inverse=False)
+        path = memory.path()
+        factors = self._factorize(inverse=False, undo=path.inverts)
         x = x.contiguous(memory_format=torch.channels_last)
         logdet, latents = None, []
         for level, shape, level_factors in zip(self.levels, self.level_shapes, factors, strict=True):
-            x = self.squeeze(x)[0]
+            x, logdet = path(x, logdet, ShapeLink(self.squeeze))
             for step, factor in zip(level.steps, level_factors, strict=True):
-                x = step.conv.apply_factors(x, factor)
-                x, logdet = step.coupling(x, logdet=logdet)
+                x, logdet = path(x, logdet, ConvLink(step.conv, factor, with_logdet=False), CouplingLink(step.coupling))
             logdet = _add_convolutions(logdet, level_factors, shape, x)
             if level.split is not None:
-                x, latent, logdet = level.split.split(x, logdet)
+                x, logdet, latent = path(x, logdet, SplitLink(level.split))
                 latents.append(latent.flatten(1))
         latents.append(x.flatten(1))
-        return torch.cat(latents, 1), logdet
+        return path.end(torch.cat(latents, 1), logdet, self._unpack_channels_last)
 
     def inverse(self, z, context=None):
         """(x (B, C, H, W), logdet (B,)) of z (B, D)."""
@@ -144,18 +151,21 @@ class GlowTransform(nn.Module):
         parts = torch.split(z, [math.prod(shape) for shape in self.latent_shapes], 1)
         return [part.reshape(-1, *shape) for part, shape in zip(parts, self.latent_shapes, strict=True)]
 
+    def _unpack_channels_last(self, z):
+        return [latent.contiguous(memory_format=torch.channels_last) for latent in self.unpack(z)]
+
     def _check(self, x, context):
         checks.tensor("x", x)
         checks.shape("x", x, (x.shape[0], *self.event_shape))
         if context is not None:
             raise ValueError("context: expected None, because Glow is unconditional")
 
-    def _factorize(self, inverse):
+    def _factorize(self, inverse, undo=False):
         """The factors of each step, level by level."""
         convs = [step.conv for level in self.levels for step in level.steps]
         bank = convs[0]._bank if convs else None
-        if bank is None:
-            flat = iter(factorize(convs, inverse, self))
+        if bank is None or undo:
+            flat = iter(factorize(convs, inverse, self, undo=undo))
         else:  # inside a WeightBank
             flat = iter([bank.factors(conv, inverse) for conv in convs])
         return [[next(flat) for _ in level.steps] for level in self.levels]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks, functional
+from fastflow.flows import memory
 from fastflow.flows.transform import check_transform, initialize, noise_shape
 from fastflow.functional import ScaleMap
 
@@ -19,6 +20,8 @@ class Squeeze(nn.Module):
     Raises:
         ValueError: x is not 4-D or its height or width is odd.
     """
+
+    moves_elements = True
 
     def forward(self, x, context=None):
         checks.tensor("x", x)
@@ -67,6 +70,7 @@ class Split(nn.Module):
     """
 
     SCALE = ScaleMap("tanh", clamp=5.0)
+    saves_memory = True
 
     def __init__(self, event_shape, rest=None, *, prior=None):
         super().__init__()
@@ -101,8 +105,21 @@ class Split(nn.Module):
         return functional.affine_coupling(z2, self.prior(x1), scale=self.SCALE, order="shift_scale", logdet=logdet,
                                           passive=x1)
 
+    def recompute(self, x1, z2, *, needs=True, dtype=None):
+        """The x that split made x1 and z2 of, and on the way split's graph, with one run of the prior; ``needs`` and
+        ``dtype`` as in nn.AffineCoupling.recompute."""
+        dtype = z2.dtype if dtype is None else dtype
+        with torch.enable_grad():
+            params = self.prior(x1.detach().requires_grad_(needs))
+            with torch.no_grad():
+                x = functional.affine_coupling(z2, params, scale=self.SCALE, order="shift_scale", passive=x1)[0]
+            x = x.to(dtype)
+            functional.affine_coupling(x[:, self.sizes[0]:].detach().requires_grad_(needs), params, scale=self.SCALE,
+                                       order="shift_scale", inverse=True)
+        return x
+
     def forward(self, x, context=None):
-        z1, z2, logdet = self.split(x)
+        z1, z2, logdet = memory.kept(self.split, x)
         if self.rest is not None:
             z1, more = self.rest(z1, context)
             logdet = logdet + more

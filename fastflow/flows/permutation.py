@@ -15,6 +15,8 @@ class Permute(nn.Module):
         permutation: sequence or (C,) int64 tensor holding each of 0..C-1 once.
     """
 
+    moves_elements = True  # and does nothing else: log-determinant 0
+
     def __init__(self, permutation):
         super().__init__()
         permutation = torch.as_tensor(permutation, dtype=torch.int64)
@@ -37,6 +39,8 @@ class Permute(nn.Module):
 
 class Reverse(nn.Module):
     """The channels (dim 1) in reverse order."""
+
+    moves_elements = True
 
     def forward(self, x, context=None):
         return x.flip(1), x.new_zeros(x.shape[0])

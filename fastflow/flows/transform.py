@@ -5,6 +5,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from fastflow.flows import memory, sequence
+
 __all__ = ["Compose", "Inverse", "Transform", "initialize", "noise_shape"]
 
 
@@ -15,7 +17,8 @@ class Transform(Protocol):
     The log-determinants are (B,), in nats, and opposite: t(x) = (z, l) and t.inverse(z) = (x, -l). A transform whose
     noise is made of several latents packed as one (B, D) tensor also has ``unpack(z)``; one with data-dependent
     parameters has ``initialize(x, context=None)``, which sets them from a batch and returns z; one whose noise has
-    another shape than its data has ``noise_shape(event_shape)``, shapes without the batch dimension.
+    another shape than its data has ``noise_shape(event_shape)``, shapes without the batch dimension; one that only runs
+    others in turn has ``parts()``, which lists them.
     """
 
     def __call__(self, x, context=None):
@@ -51,6 +54,8 @@ class Compose(nn.Module):
         transforms: any number of transforms. Those that are modules become submodules.
     """
 
+    saves_memory = True
+
     def __init__(self, *transforms):
         super().__init__()
         for index, transform in enumerate(transforms):
@@ -58,6 +63,8 @@ class Compose(nn.Module):
         self.transforms = nn.ModuleList(t if isinstance(t, nn.Module) else _Foreign(t) for t in transforms)
 
     def forward(self, x, context=None):
+        if memory.active() is not None:
+            return sequence.run(self.parts(), x, context)
         total = None
         for transform in self.transforms:
             x, logdet = transform(x, context)
@@ -70,6 +77,10 @@ class Compose(nn.Module):
             z, logdet = transform.inverse(z, context)
             total = logdet if total is None else total + logdet
         return z, z.new_zeros(z.shape[0]) if total is None else total
+
+    def parts(self):
+        """The transforms in order, in place of a composition its own."""
+        return sequence.flatten(self.transforms)
 
     def initialize(self, x, context=None):
         for transform in self.transforms:
@@ -103,6 +114,11 @@ class Inverse(nn.Module):
 
     def inverse(self, z, context=None):
         return self.transform(z, context)
+
+    def parts(self):
+        """The parts of the transform, each the other way, in the order in which they run then."""
+        parts = sequence.flatten([self.transform])
+        return [self] if parts == [self.transform] else [Inverse(part) for part in reversed(parts)]
 
 
 class _Foreign(nn.Module):

@@ -74,6 +74,26 @@ class AffineCoupling(nn.Module):
         """(x, logdet) of z: noise to data."""
         return self._run(z, context, True, logdet)
 
+    def recompute(self, z, context=None, *, needs=True, dtype=None):
+        """The x that forward made z of, and on the way forward's graph, as far as it holds what backward needs.
+
+        Params depend on the passive part alone, which z holds unchanged, so one run of the conditioner serves the
+        inverse and the graph. For passes that keep no activations (flows.memory): the graph hangs on nothing.
+
+        Args:
+            z: (B, C, *S) as forward returned it.
+            needs: whether forward's x required a gradient.
+            dtype: of forward's x; None for z's.
+        """
+        with torch.enable_grad():
+            seen, parts = self._seen(z.detach().requires_grad_(needs))
+            params = self._condition(seen, context)
+            with torch.no_grad():
+                x = self._couple(z, parts, params, True, None)[0].to(z.dtype if dtype is None else dtype)
+            x_leaf = x.detach().requires_grad_(needs)
+            self._couple(x_leaf, self._seen(x_leaf)[1], params, False, None)
+        return x
+
     def extra_repr(self):
         return f"split={self.split!r}, flip={self.flip}, scale={self.scale}"
 
@@ -81,16 +101,30 @@ class AffineCoupling(nn.Module):
         checks.tensor("x", x)
         if x.dim() < 2:
             raise ValueError(f"x: expected shape (B, C, *S), got {tuple(x.shape)}")
+        seen, parts = self._seen(x)
+        return self._couple(x, parts, self._condition(seen, context), inverse, logdet)
+
+    def _seen(self, x):
+        """(what the conditioner sees of x, which it also sees of z; the channels (passive, active) or None)."""
         if self.split != "channel":
-            return self._run_masked(x, context, inverse, logdet)
+            passive, _ = self._passive(x)
+            return torch.where(passive, x, torch.zeros_like(x)), None
         half = x.shape[1] // 2
         first, second = torch.split(x, [half, x.shape[1] - half], 1)
         passive, active = (second, first) if self.flip else (first, second)
-        params = self.conditioner(passive) if context is None else self.conditioner(passive, context)
+        return passive, (passive, active)
+
+    def _condition(self, seen, context):
+        return self.conditioner(seen) if context is None else self.conditioner(seen, context)
+
+    def _couple(self, x, parts, params, inverse, logdet):
+        if parts is None:
+            return self._couple_masked(x, params, inverse, logdet)
+        passive, active = parts
         if not self.flip:
             return self._transform(active, params, inverse, logdet, passive)
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return self._transform(x, params, inverse, logdet, half - x.shape[1])
+            return self._transform(x, params, inverse, logdet, -passive.shape[1])
         # With a gradient of x, the split's node joins those of both parts; that of the whole and that of the
         # conditioner's slice of it, widened with zeros, would be added.
         y, logdet = self._transform(active, params, inverse, logdet, None)
@@ -100,10 +134,8 @@ class AffineCoupling(nn.Module):
         return functional.affine_coupling(x, params, scale=self.scale, layout=self.layout, order=self.order,
                                           shift_first=self.shift_first, inverse=inverse, logdet=logdet, passive=passive)
 
-    def _run_masked(self, x, context, inverse, logdet):
+    def _couple_masked(self, x, params, inverse, logdet):
         passive, count = self._passive(x)
-        seen = torch.where(passive, x, torch.zeros_like(x))
-        params = self.conditioner(seen) if context is None else self.conditioner(seen, context)
         additive = self.scale.kind == "additive"
         channels = x.shape[1] if additive else 2 * x.shape[1]
         checks.shape("conditioner output", params, (x.shape[0], channels, *x.shape[2:]))

@@ -16,10 +16,11 @@ class Factors(NamedTuple):
 
     matrix: torch.Tensor
     offset: torch.Tensor | None
-    logabsdet: torch.Tensor
+    logabsdet: torch.Tensor | None
+    undo: "Factors | None" = None  # the other direction, without gradients
 
 
-def factorize(layers, inverse=False, root=None):
+def factorize(layers, inverse=False, root=None, *, undo=False):
     """The :class:`Factors` of each InvertibleConv1x1 in ``layers``, in order.
 
     Weights of one size are stacked and factorised by one call of functional.slogdet, or for the inverse of
@@ -30,6 +31,7 @@ def factorize(layers, inverse=False, root=None):
         layers: InvertibleConv1x1 modules.
         inverse: the direction; False is data to noise.
         root: module in which a parameter is looked up when an error must name it.
+        undo: for data to noise, also the way back, without gradients; plain weights need no second factorisation.
 
     Raises:
         TypeError: a parameter is sharded (a DTensor); the message names it.
@@ -45,20 +47,24 @@ def factorize(layers, inverse=False, root=None):
         members = ([i for i in members if layers[i].parametrization == "plain"]
                    + [i for i in members if layers[i].parametrization == "plu"])
         with full_precision(device.type):
-            factors = _factorize_class([layers[i] for i in members], inverse)
+            factors = _factorize_class([layers[i] for i in members], inverse, undo)
         for index, factor in zip(members, factors, strict=True):
             results[index] = factor
     return results
 
 
-def _factorize_class(layers, inverse):
+def _factorize_class(layers, inverse, undo):
     dtype = torch.promote_types(layers[0].anchor.dtype, torch.float32)
     plain = [layer for layer in layers if layer.parametrization == "plain"]
     plu = [layer for layer in layers if layer.parametrization == "plu"]
-    weights, logabsdets = [], []
+    weights, logabsdets, inverses = [], [], []
     if plain:
         weights.append(_stack([layer.weight for layer in plain], dtype))
-        if not inverse:
+        if undo:
+            _, logabsdet, back = functional.slogdet_inverse(weights[0])
+            logabsdets.append(logabsdet)
+            inverses.append(back.detach())
+        elif not inverse:
             logabsdets.append(functional.slogdet(weights[0])[1])
     if plu:
         log_s = _stack([layer.log_s for layer in plu], dtype)
@@ -66,6 +72,8 @@ def _factorize_class(layers, inverse):
             _stack([layer.lower for layer in plu], dtype), _stack([layer.upper for layer in plu], dtype), log_s,
             _stack([layer.sign_s for layer in plu], dtype), torch.stack([layer.perm for layer in plu])))
         logabsdets.append(log_s.sum(-1))
+        if undo:
+            inverses.append(functional.slogdet_inverse(weights[-1].detach())[2])
     matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
     if inverse:
         _, logabsdet, matrix = functional.slogdet_inverse(matrix)
@@ -73,8 +81,19 @@ def _factorize_class(layers, inverse):
             logabsdet = torch.cat([logabsdet[:len(plain)], *logabsdets])
     else:
         logabsdet = logabsdets[0] if len(logabsdets) == 1 else torch.cat(logabsdets)
-    matrix, offset, logabsdet = _fold_actnorm([layer.actnorm for layer in layers], matrix, logabsdet, inverse)
-    offsets = [None] * len(layers) if offset is None else offset.unbind(0)
+    norms = [layer.actnorm for layer in layers]
+    factors = _folded(norms, matrix, logabsdet, inverse)
+    if undo:
+        with torch.no_grad():
+            back = _folded(norms, inverses[0] if len(inverses) == 1 else torch.cat(inverses), -logabsdet, True)
+        factors = [factor._replace(undo=other) for factor, other in zip(factors, back, strict=True)]
+    return factors
+
+
+def _folded(norms, matrix, logabsdet, inverse):
+    """The Factors of each layer, its actnorm folded in."""
+    matrix, offset, logabsdet = _fold_actnorm(norms, matrix, logabsdet, inverse)
+    offsets = [None] * len(norms) if offset is None else offset.unbind(0)
     return list(map(Factors, matrix.unbind(0), offsets, logabsdet.unbind(0)))
 
 

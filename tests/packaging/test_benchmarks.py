@@ -74,3 +74,20 @@ def test_what_raises_is_reported_and_the_others_measured(benchmarks, monkeypatch
     for row in rows:
         for name, (low, high) in row["quartiles_us"].items():
             assert low <= row["median_us"][name] <= high
+
+
+def test_memory_modes_are_measured(benchmarks, capsys, threads):
+    from benchmarks import memory
+
+    threads(1)
+    rows = list(memory.modes_rows("cpu", 1, n=1, hidden=32, depths=(2,)))
+    assert [row["mode"] for row in rows] == list(memory.MODES)
+    none, save_z, invert, _ = (row["saved_bytes_per_image"] for row in rows)
+    assert none > save_z > invert == 4 * 3072
+    for row in rows:
+        assert row["failed"] is None and row["time_over_none"] > 0
+        assert row["peak_bytes_per_image"] >= row["saved_bytes_per_image"]
+        memory.show(row)
+    assert capsys.readouterr().out.count("MB/image") == 8
+    assert memory.main(["--child", "cpu", "16", "1", "8", "1", "save_z"]) is None
+    assert int(capsys.readouterr().out) >= 0

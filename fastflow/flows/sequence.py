@@ -1,0 +1,67 @@
+"""Any sequence of transforms in a memory mode."""
+
+from fastflow.flows import memory
+from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, TransformLink
+from fastflow.nn import ActNorm, AffineCoupling, InvertibleConv1x1
+from fastflow.nn.factors import factorize
+
+__all__ = ["flatten", "run"]
+
+
+def flatten(transforms):
+    """The transforms, each replaced by its ``parts()`` if it has such a method and no hooks, which belong to the whole
+    (those of FSDP2 among them)."""
+    return [part for t in transforms for part in (t.parts() if hasattr(t, "parts") and not _hooked(t) else [t])]
+
+
+def run(transforms, x, context=None):
+    """(z, logdet) of x through the transforms in the memory mode in force.
+
+    What holds no network (1x1 convolutions, ActNorm, permutations) shares the kept z of the coupling behind it. A
+    transform with the attribute ``saves_memory`` saves by itself and stands between two paths. Any other is run again
+    as a whole, by its inverse and forward under "invert".
+    """
+    path, logdet, waiting = memory.path(), None, []
+    factors = _factors(transforms, undo=path.inverts)
+    for index, transform in enumerate(transforms):
+        if getattr(transform, "saves_memory", False):
+            x, logdet = path.end(*path(x, logdet, *waiting))
+            waiting = []
+            x, more = transform(x, context)
+            logdet = more if logdet is None else logdet + more
+            path = memory.path()
+            continue
+        waiting.append(_link(transform, context, factors.get(index)))
+        if waiting[-1].heavy:
+            x, logdet = path(x, logdet, *waiting)
+            waiting = []
+    x, logdet = path.end(*path(x, logdet, *waiting))
+    return x, x.new_zeros(x.shape[0]) if logdet is None else logdet
+
+
+def _factors(transforms, undo):
+    """{index: Factors} of the 1x1 convolutions, each size factorised once."""
+    places = [i for i, t in enumerate(transforms) if _is(t, InvertibleConv1x1) and not _hooked(t)]
+    convs = [transforms[i] for i in places]
+    if convs and convs[0]._bank is not None and not undo:  # inside a WeightBank
+        return {i: conv._bank.factors(conv, False) for i, conv in zip(places, convs, strict=True)}
+    return dict(zip(places, factorize(convs, undo=undo), strict=True))
+
+
+def _link(transform, context, factors):
+    if factors is not None:
+        return ConvLink(transform, factors, with_logdet=True)
+    if _is(transform, AffineCoupling):
+        return CouplingLink(transform, context)
+    if getattr(transform, "moves_elements", False):
+        return ShapeLink(transform)
+    return TransformLink(transform, context, heavy=not isinstance(transform, (ActNorm, InvertibleConv1x1)))
+
+
+def _is(transform, kind):
+    """Whether it is of that kind and runs as that does."""
+    return isinstance(transform, kind) and type(transform).forward is kind.forward
+
+
+def _hooked(transform):
+    return bool(getattr(transform, "_forward_hooks", None) or getattr(transform, "_forward_pre_hooks", None))
