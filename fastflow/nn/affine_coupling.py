@@ -86,12 +86,13 @@ class AffineCoupling(nn.Module):
             dtype: of forward's x; None for z's.
         """
         with torch.enable_grad():
-            seen, parts = self._seen(z.detach().requires_grad_(needs))
-            params = self._condition(seen, context)
+            known = z.detach().requires_grad_(needs)
+            parts = self._parts(known)
+            params = self._condition(known, parts, context)
             with torch.no_grad():
                 x = self._couple(z, parts, params, True, None)[0].to(z.dtype if dtype is None else dtype)
             x_leaf = x.detach().requires_grad_(needs)
-            self._couple(x_leaf, self._seen(x_leaf)[1], params, False, None)
+            self._couple(x_leaf, self._parts(x_leaf), params, False, None)
         return x
 
     def extra_repr(self):
@@ -101,20 +102,20 @@ class AffineCoupling(nn.Module):
         checks.tensor("x", x)
         if x.dim() < 2:
             raise ValueError(f"x: expected shape (B, C, *S), got {tuple(x.shape)}")
-        seen, parts = self._seen(x)
-        return self._couple(x, parts, self._condition(seen, context), inverse, logdet)
+        parts = self._parts(x)
+        return self._couple(x, parts, self._condition(x, parts, context), inverse, logdet)
 
-    def _seen(self, x):
-        """(what the conditioner sees of x, which it also sees of z; the channels (passive, active) or None)."""
+    def _parts(self, x):
+        """The channels (passive, active) of x; None where a mask tells them apart."""
         if self.split != "channel":
-            passive, _ = self._passive(x)
-            return torch.where(passive, x, torch.zeros_like(x)), None
+            return None
         half = x.shape[1] // 2
         first, second = torch.split(x, [half, x.shape[1] - half], 1)
-        passive, active = (second, first) if self.flip else (first, second)
-        return passive, (passive, active)
+        return (second, first) if self.flip else (first, second)
 
-    def _condition(self, seen, context):
+    def _condition(self, x, parts, context):
+        """The params, of x or of z: the conditioner sees what both have in common."""
+        seen = parts[0] if parts is not None else torch.where(self._passive(x)[0], x, torch.zeros_like(x))
         return self.conditioner(seen) if context is None else self.conditioner(seen, context)
 
     def _couple(self, x, parts, params, inverse, logdet):
