@@ -8,10 +8,10 @@ from torch import nn
 from fastflow import checks
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
-from fastflow.flows.multiscale import Split, Squeeze, ZeroConv
+from fastflow.flows.multiscale import Split, Squeeze, ZeroConv, space_to_depth
 from fastflow.functional import ScaleMap
 from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
-from fastflow.nn.factors import factorize
+from fastflow.nn.factors import factorize, total_logabsdet
 
 __all__ = ["Glow", "GlowStep", "GlowTransform"]
 
@@ -87,10 +87,9 @@ class GlowTransform(nn.Module):
         """(z (B, D), logdet (B,)) of x (B, C, H, W)."""
         self._check(x, context)
         factors = self._factorize(inverse=False)
-        x = x.contiguous(memory_format=torch.channels_last)
         logdet, latents = None, []
         for level, shape, level_factors in zip(self.levels, self.level_shapes, factors, strict=True):
-            x = self.squeeze(x)[0]
+            x = space_to_depth(x)
             for step, factor in zip(level.steps, level_factors, strict=True):
                 x = step.conv.apply_factors(x, factor)
                 x, logdet = step.coupling(x, logdet=logdet)
@@ -123,10 +122,9 @@ class GlowTransform(nn.Module):
     def initialize(self, x, context=None):
         """Set every ActNorm from the batch x (B, C, H, W), first to last, and return z."""
         self._check(x, context)
-        x = x.contiguous(memory_format=torch.channels_last)
         latents = []
         for level in self.levels:
-            x = self.squeeze(x)[0]
+            x = space_to_depth(x)
             for step in level.steps:
                 x = step.initialize(x)
             if level.split is not None:
@@ -165,8 +163,7 @@ def _add_convolutions(logdet, factors, shape, x):
     """The running log-determinant (B,) plus that of a level's 1x1 convolutions, the same for every image."""
     if not factors:
         return x.new_zeros(x.shape[0]) if logdet is None else logdet
-    total = shape[1] * shape[2] * torch.stack([factor.logabsdet for factor in factors]).sum()
-    return logdet + total
+    return torch.add(logdet, total_logabsdet(factors), alpha=shape[1] * shape[2])
 
 
 class Glow(Flow):

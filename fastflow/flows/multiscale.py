@@ -10,7 +10,15 @@ from fastflow import checks, functional
 from fastflow.flows.transform import check_transform, initialize, noise_shape
 from fastflow.functional import ScaleMap
 
-__all__ = ["Split", "Squeeze", "ZeroConv"]
+__all__ = ["Split", "Squeeze", "ZeroConv", "space_to_depth"]
+
+
+def space_to_depth(x):
+    """:class:`Squeeze`'s map of x (B, C, H, W) in any memory format to one in channels-last, in one copy."""
+    batch, channels, height, width = x.shape
+    blocks = x.permute(0, 2, 3, 1).unflatten(2, (width // 2, 2)).unflatten(1, (height // 2, 2))
+    z = blocks.permute(0, 1, 3, 5, 2, 4).reshape(batch, height // 2, width // 2, 4 * channels)
+    return z.permute(0, 3, 1, 2)
 
 
 class Squeeze(nn.Module):
