@@ -38,9 +38,9 @@ class TrainStep:
         compile: run the loss through torch.compile as one graph for all batch sizes of 2 and more; True or the name of
             a backend. The first call compiles, which takes minutes for a deep flow.
         capture: record the whole step as one CUDA graph per batch shape (up to four, further ones run eagerly) and
-            replay it, with fresh noise each time. The first two calls of a shape run eagerly and the third is recorded;
-            all are training steps. The learning rate becomes a tensor on the device, which schedulers may change;
-            other hyperparameters may change too, at the price of a new recording.
+            replay it, with fresh noise each time. The first two calls of a shape (three at the very start) run eagerly
+            and the next is recorded; all are training steps. The learning rate becomes a tensor on the device, which
+            schedulers may change; other hyperparameters may change too, at the price of a new recording.
         clip_grad_norm: gradients of a larger total norm are scaled down to it; None leaves them.
         check_finite: True looks at the loss and the gradients' norm before the optimizer changes anything, at the cost
             of one synchronisation per update on an accelerator. "late" leaves the decision to the device, where a fused
