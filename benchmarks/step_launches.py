@@ -4,8 +4,8 @@
 
 A launch is an aten operation that is neither a view nor an allocation, or what an operator of fastflow declares
 (:mod:`fastflow.launches`). Real launches are more where one aten operation is several kernels (a convolution's backward
-is two or three), for all models alike. Counts depend neither on sizes nor on the batch, so that tiny models are counted,
-and are linear in the number of steps, so that K is reached from two small ones.
+is two or three), for all models alike. Counts depend neither on sizes nor on the batch, so that tiny models are
+counted, and are linear in the number of steps, so that K is reached from small ones.
 """
 
 import collections
@@ -34,6 +34,7 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
         "_unsafe_view", "_reshape_alias", "lift_fresh", "_record_function_enter_new", "_record_function_exit",
         "_local_scalar_dense", "resize_"}
 GEMM = {"convolution", "convolution_backward", "addmm", "mm", "bmm", "baddbmm"}
+UPDATES = ("engine/update.py", "engine/ema.py")
 MOVES = {"cat", "stack", "copy_", "clone", "slice_backward", "select_backward", "_to_copy"}
 
 
@@ -88,7 +89,7 @@ class StepCounter(TorchDispatchMode):
             owner, file = frame.f_locals.get("self"), frame.f_code.co_filename
             if id(owner) in self._conditioners:
                 return CONDITIONER
-            if isinstance(owner, torch.optim.Optimizer) or "clip_grad" in file:
+            if isinstance(owner, torch.optim.Optimizer) or "clip_grad" in file or file.endswith(UPDATES):
                 return OPTIMIZER
             if file.endswith(("nn/factors.py", "nn/invertible_conv.py", "nn/channel_affine.py")):
                 return CONV1X1

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["agree", "is_sharded", "replicas", "synchronized", "unwrap", "whole"]
+__all__ = ["agree", "is_sharded", "local", "replicas", "synchronized", "unwrap", "whole"]
 
 
 def layers_of(model):
@@ -48,6 +48,11 @@ def synchronized(model, now):
 def whole(tensor):
     """A sharded tensor gathered; another one as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor):
+    """This process's part of a sharded tensor, the same memory; another tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def agree(model, flag):

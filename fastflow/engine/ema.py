@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from fastflow.engine.distributed import local
+
 __all__ = ["EMA"]
 
 
@@ -26,10 +28,14 @@ class EMA:
         self._sources = [p for _, p in named]
         self.parameters = {name: p.detach().clone() for name, p in named}
 
+    def _tensors(self):
+        """(averages, parameters): the tensors of this process."""
+        return list(map(local, self.parameters.values())), [local(p.detach()) for p in self._sources]
+
     @torch.no_grad()
     def update(self, skip=None):
         """Takes the current parameters in; not where the 0-d device tensor ``skip`` is 1."""
-        averages, sources = list(self.parameters.values()), [p.detach() for p in self._sources]
+        averages, sources = self._tensors()
         if skip is None:
             torch._foreach_lerp_(averages, sources, 1.0 - self.decay)
             return
@@ -40,20 +46,20 @@ class EMA:
     @contextlib.contextmanager
     def swapped_in(self):
         """Inside, the model has the averages for parameters; afterwards its own again. Buffers stay as they are."""
-        averages = list(self.parameters.values())
+        averages, sources = self._tensors()
+        kept = [t.clone() for t in sources]
         with torch.no_grad():
-            kept = [p.detach().clone() for p in self._sources]
-            torch._foreach_copy_([p.detach() for p in self._sources], averages)
+            torch._foreach_copy_(sources, averages)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_([p.detach() for p in self._sources], kept)
+                torch._foreach_copy_(self._tensors()[1], kept)
 
     @torch.no_grad()
     def reset(self):
         """Starts again from the parameters as they are, after an initialisation or a loaded checkpoint."""
-        torch._foreach_copy_(list(self.parameters.values()), [p.detach() for p in self._sources])
+        torch._foreach_copy_(*self._tensors())
 
     def state_dict(self):
         """{name in the model: average}; the averages themselves, not copies."""

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from fastflow.engine.distributed import is_sharded, replicas, unwrap
+from fastflow.engine.distributed import is_sharded, local, replicas, unwrap
 from fastflow.engine.state import random_state, restore_random
 
 __all__ = ["Replay", "diagnose"]
@@ -31,15 +31,18 @@ class Replay:
 def diagnose(model, objective, replays):
     """(what, module): a phrase for what was not finite first when the batches run again, eagerly and with the noise of
     their time, and the name of the module whose output it was, None if it was no module's. ("", None) if all is finite
-    now. Parameters, gradients and generators are left as they are."""
-    sharded, inner = is_sharded(model), unwrap(model)
+    now, or the model is sharded and can't run in one process. Parameters, gradients and generators are left as they
+    are."""
+    inner = unwrap(model)
     for name, parameter in inner.named_parameters():
-        if not sharded and not _finite(parameter):
+        if not _finite(local(parameter)):
             return f"the parameter {name} is not finite", None
     for replay in replays:
         for name, value in (("x", replay.x), ("context", replay.context)):
             if value is not None and not _finite(value):
                 return f"the batch's {name} is not finite", None
+        if is_sharded(model):
+            continue  # a forward would wait for the processes whose batch told them enough
         x, context = (None if t is None else t.to(replay.device) for t in (replay.x, replay.context))
         with replay.generators(), _watched(inner) as found, torch.enable_grad():
             loss = objective(inner, x, context)[0]
@@ -49,8 +52,8 @@ def diagnose(model, objective, replays):
                 return f"{what} was the first with an output that is not finite", name
             if not _finite(loss):
                 return "the model's output is finite, its mean is not", None
-            if sharded or replicas(model) is not None:
-                continue  # a backward here would wait for the other processes
+            if replicas(model) is not None:
+                continue  # what reached the optimizer is the mean of all processes
             named = [(n, p) for n, p in inner.named_parameters() if p.requires_grad]
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         # Backward runs from the last module to the first.

@@ -38,8 +38,8 @@ class Lowered:
     def __init__(self, model, dtype):
         self.modules = conditioners(model)
         if not self.modules:
-            raise ValueError(f"conditioner_dtype: expected None for {type(model).__name__}, in which no network is known "
-                             "to be a conditioner; use torch.autocast around what may be lowered")
+            raise ValueError(f"conditioner_dtype: expected None for {type(model).__name__}, in which no network is "
+                             "known to be a conditioner; use torch.autocast around what may be lowered")
         # Made once, for torch.compile guards on them.
         self.forwards = [_under_autocast(module.forward, dtype) for module in self.modules]
 

@@ -69,8 +69,8 @@ class TrainStep:
     """
 
     def __init__(self, model, optimizer, *, memory="auto", compile=False, capture=False, clip_grad_norm=None,
-                 check_finite=True, conditioner_dtype=None, accumulate=1, ema_decay=None, channels_last=None, n_bins=256,
-                 n_samples=1, beta=1.0):
+                 check_finite=True, conditioner_dtype=None, accumulate=1, ema_decay=None, channels_last=None,
+                 n_bins=256, n_samples=1, beta=1.0):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if memory in LATER:
@@ -226,8 +226,8 @@ class TrainStep:
         if is_sharded(self.model):
             raise ValueError("check_finite: 'late' is not available under FSDP2; use True or False")
         if not can_skip(self.optimizer):
-            raise ValueError(f"check_finite: 'late' needs an optimizer that can skip an update on the device's word; make "
-                             f"the {type(self.optimizer).__name__} with fused=True")
+            raise ValueError(f"check_finite: 'late' needs an optimizer that can skip an update on the device's word; "
+                             f"make the {type(self.optimizer).__name__} with fused=True")
 
     def _compiled(self):
         """The loss as one compiled graph; inside DistributedDataParallel torch.compile cuts it at gradient buckets."""

@@ -35,7 +35,7 @@ class StandardNormal(nn.Module):
         if temperature != 1.0:
             z = z / temperature
         constant = math.prod(self.event_shape) * (0.5 * math.log(2.0 * math.pi) + math.log(temperature))
-        squares = z.square()
+        squares = z * z
         return -0.5 * (squares.flatten(1).sum(1) if z.dim() > 1 else squares) - constant
 
     def sample(self, n, *, generator=None, temperature=1.0):

@@ -1,4 +1,4 @@
-"""One matrix and one offset applied along the channels, with weight gradients that a whole size class computes at once."""
+"""One matrix and one offset along the channels, with weight gradients that a whole size class computes at once."""
 
 import torch
 from torch import nn
@@ -28,15 +28,22 @@ def channel_affine(x, matrix, offset, ledger=None, index=0):
     return y.view(x.shape[0], matrix.shape[0], *x.shape[2:])
 
 
-def hand_out(matrix, offset):
-    """(matrices, offsets, ledger) of matrix (N, C, C) and offset (N, C) or None, apart; ``ledger`` is None where
-    gradients can't be deferred: under torch.compile, which fuses and orders them itself, and torch.func."""
+def hand_out(matrix, shift=None, offset=None):
+    """(matrices, offsets, ledger) of N layers y = matrix @ (x + shift), or y = matrix @ x + offset, in the second form;
+    matrix (N, C, C), shift or offset (N, C) or neither. ``ledger`` is None where gradients can't be deferred: under
+    torch.compile, which fuses and orders them itself, and torch.func."""
     ledger = None
-    if matrix.requires_grad and torch.is_grad_enabled() and _deferrable(matrix, offset):
+    if matrix.requires_grad and torch.is_grad_enabled() and _deferrable(matrix, shift, offset):
         ledger = Ledger()
-        matrix, offset = _Collect.apply(matrix, offset, ledger)
+        matrix, offset = _Collect.apply(matrix, shift, offset, ledger)
+    elif shift is not None:
+        offset = _offsets(matrix, shift)
     offsets = [None] * len(matrix) if offset is None else offset.unbind(0)
     return matrix.unbind(0), offsets, ledger
+
+
+def _offsets(matrix, shift):
+    return torch.bmm(matrix, shift[:, :, None]).squeeze(-1)
 
 
 def _deferrable(*tensors):
@@ -88,7 +95,8 @@ class _DeferredAffine(torch.autograd.Function):
         x, matrix, offset = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], offset is not None and ctx.needs_input_grad[2])
         if differentiable.wanted((grad,)):
-            grads = differentiable.reference_grads(lambda *t: (channel_affine(*t),), (x, matrix, offset), needs, (grad,))
+            grads = differentiable.reference_grads(lambda *inputs: (channel_affine(*inputs),), (x, matrix, offset),
+                                                   needs, (grad,))
             return (*grads, None, None)
         rows, grad_x = _rows(grad), None
         with full_precision(x.device.type):
@@ -101,33 +109,43 @@ class _DeferredAffine(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """The identity on matrix (N, C, C) and offset (N, C); backward adds what the ledger holds."""
+    """matrix (N, C, C) itself, and the offset itself or the offsets matrix @ shift. Backward adds what the ledger holds
+    to the gradients that come the usual way."""
 
     @staticmethod
-    def forward(ctx, matrix, offset, ledger):
+    def forward(ctx, matrix, shift, offset, ledger):
         ctx.set_materialize_grads(False)
         ctx.ledger = ledger
-        ctx.like = matrix.shape, matrix.dtype, matrix.device
-        return matrix.view_as(matrix), None if offset is None else offset.view_as(offset)
+        ctx.save_for_backward(matrix, shift)
+        if offset is not None:
+            return matrix.view_as(matrix), offset.view_as(offset)
+        return matrix.view_as(matrix), None if shift is None else _offsets(matrix, shift)
 
     @staticmethod
     def backward(ctx, grad_matrix, grad_offset):
-        entries = ctx.ledger.take()
-        if not entries:
-            return grad_matrix, grad_offset, None
-        shape, dtype, device = ctx.like
-        with full_precision(device.type):
-            indices, grads, inputs = zip(*entries, strict=True)
-            if list(indices) == list(range(shape[0])) and len({x.shape for x in inputs}) == 1:
-                grads = torch.stack(grads)
-                matrix, offset = torch.bmm(grads.mT, torch.stack(inputs)), grads.sum(1)
-            else:  # layers that did not run, ran twice, or at another size
-                matrix = torch.zeros(shape, dtype=dtype, device=device)
-                offset = torch.zeros(shape[:2], dtype=dtype, device=device)
-                for index, grad, x in entries:
-                    matrix[index] += grad.t() @ x
-                    offset[index] += grad.sum(0)
-        if not ctx.needs_input_grad[1]:
-            offset = None
-        return (matrix if grad_matrix is None else matrix + grad_matrix,
-                offset if grad_offset is None else offset + grad_offset, None)
+        matrix, shift = ctx.saved_tensors
+        entries, grad_shift = ctx.ledger.take(), None
+        with full_precision(matrix.device.type):
+            if entries:
+                mine, offset = _weight_gradients(entries, matrix)
+                grad_matrix = mine if grad_matrix is None else mine + grad_matrix
+                grad_offset = offset if grad_offset is None else offset + grad_offset
+            if shift is not None and grad_offset is not None:
+                column, row = grad_offset[:, :, None], shift[:, None, :]
+                if ctx.needs_input_grad[1]:
+                    grad_shift = torch.bmm(matrix.mT, column).squeeze(-1)
+                grad_matrix = torch.bmm(column, row) if grad_matrix is None else torch.baddbmm(grad_matrix, column, row)
+        return grad_matrix, grad_shift, grad_offset if ctx.needs_input_grad[2] else None, None
+
+
+def _weight_gradients(entries, matrix):
+    """The gradients of matrix (N, C, C) and offset (N, C) of what the layers left."""
+    indices, grads, inputs = zip(*entries, strict=True)
+    if list(indices) == list(range(len(matrix))) and len({x.shape for x in inputs}) == 1:
+        grads = torch.stack(grads)
+        return torch.bmm(grads.mT, torch.stack(inputs)), grads.sum(1)
+    of_matrix, of_offset = torch.zeros_like(matrix), matrix.new_zeros(matrix.shape[:2])
+    for index, grad, x in entries:  # layers that did not run, ran twice, or at another size
+        of_matrix[index] += grad.t() @ x
+        of_offset[index] += grad.sum(0)
+    return of_matrix, of_offset

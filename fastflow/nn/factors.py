@@ -96,15 +96,15 @@ def _factorize_class(layers, inverse):
             known = known + log_scale[len(plain):].sum(-1)
     if inverse:
         _, logabsdet, matrix = functional.slogdet_inverse(matrix)
-        offset = None if bias is None else -bias
     else:
         logabsdet = functional.slogdet(matrix if not plu else matrix[:len(plain)])[1] if plain else None
-        offset = None if bias is None else (matrix @ bias[:, :, None]).squeeze(-1)
     if plu:  # PLU factors know their determinant without rounding
         logabsdet = torch.cat([logabsdet[:len(plain)], known]) if plain else known
     if inverse:
         logabsdet = -logabsdet
-    matrices, offsets, ledger = hand_out(matrix, offset)
+        matrices, offsets, ledger = hand_out(matrix, offset=None if bias is None else -bias)
+    else:
+        matrices, offsets, ledger = hand_out(matrix, shift=bias)
     group = Group(logabsdet, ledger)
     return [Factors(*parts, group, index)
             for index, parts in enumerate(zip(matrices, offsets, logabsdet.unbind(0), strict=True))]

@@ -103,12 +103,11 @@ def test_one_bad_batch_of_an_accumulation_drops_the_update(check, bad):
         for i in range(4):
             step(poisoned() if i == bad else good[0])
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(model, optimizer, step), strict=True))
-    twin, fresh = Affine(), OPTIMIZERS["adam"]
-    twin.load_state_dict(copy.deepcopy(model.state_dict()))
-    other = fresh(twin.parameters())
+    twin = copy.deepcopy(model)
+    other = OPTIMIZERS["adam"](twin.parameters())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for a, b in zip(good, good, strict=True):  # the next three are a whole update again
-        step(a)
+    for x in good:  # the next three are a whole update again
+        step(x)
     TrainStep(twin, other)(torch.cat(good))
     torch.testing.assert_close([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()])
 

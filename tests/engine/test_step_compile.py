@@ -48,24 +48,24 @@ def check(model, shape, batches=(4, 6, 9), backend="aot_eager", exact=True, inte
 
 
 def test_glow_traces_whole():
-    step = check(glow(2, n_levels=2), (3, 8, 8))
+    step = check(glow(1, n_levels=2), (3, 8, 8))
     assert "compile: torch.compile on the loss (aot_eager), one graph for batches of 2 and more" in step.explain()
 
 
-@pytest.mark.parametrize("options", [{"conditioner_dtype": torch.bfloat16}, {"accumulate": 3}])
-def test_with_other_options(options):
-    check(glow(1, n_levels=1), (3, 4, 4), **options)
+def test_with_other_options():
+    check(glow(1, n_levels=1), (3, 4, 4), conditioner_dtype=torch.bfloat16, accumulate=3, ema_decay=0.9)
 
 
 def test_a_vae_and_a_tabular_flow_trace_whole():
     check(VAE(mlp_encoder((1, 4, 4), 3, (8,)), mlp_decoder(3, (1, 4, 4), (8,))), (1, 4, 4), integer=False)
     torch._dynamo.reset()
     counters.clear()
-    check(flows.RealNVP(4, n_layers=4, hidden=(8, 8)), (4,), integer=False)
+    check(flows.RealNVP(4, n_layers=2, hidden=(8,)), (4,), integer=False)
 
 
 def test_inductor():
-    check(flows.RealNVP(2, n_layers=2, hidden=(8,)), (2,), backend="inductor", exact=False, integer=False)
+    check(flows.RealNVP(2, n_layers=1, hidden=(4,)), (2,), batches=(4, 6), backend="inductor", exact=False,
+          integer=False)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from fastflow.nn import ActNorm, InvertibleConv1x1, WeightBank
 from fastflow.nn.channel_affine import channel_affine
@@ -38,12 +39,13 @@ def through(factors, x, order):
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2), (1, 1, 0), (2, 0, 1), ()])
 @pytest.mark.parametrize("shape", [(3, 4, 2, 2), (5, 4), (0, 4, 2, 2)])
 @pytest.mark.parametrize("actnorm", [True, False])
-def test_equal_gradients_whichever_layers_run(order, shape, actnorm):
+@pytest.mark.parametrize("inverse", [False, True])
+def test_equal_gradients_whichever_layers_run(order, shape, actnorm, inverse):
     model, x = layers(actnorm=actnorm), batch(*shape).requires_grad_()
     inputs = [x, *model.parameters()]
     grads = []
     for prepare in (list, apart):
-        value = through(prepare(factorize(model)), x, order)
+        value = through(prepare(factorize(model, inverse)), x, order)
         grads.append(torch.autograd.grad(value, inputs, materialize_grads=True, allow_unused=True))
     assert all(torch.count_nonzero(g) for g in grads[0][1:]) or not actnorm or len(set(order)) < 3 or not x.numel()
     torch.testing.assert_close(*grads)
@@ -73,13 +75,14 @@ def test_passes_that_want_no_weights_leave_nothing_behind():
     torch.testing.assert_close(found[0], expected)
 
 
-def test_first_and_second_derivatives():
-    model = layers(2)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_first_and_second_derivatives(inverse):
+    model = layers(2, 3)
     parameters = tuple(p for p in model.parameters())
-    x = batch(2, 4, 2, 2).requires_grad_()
+    x = batch(2, 3, 2, 1).requires_grad_()
 
     def function(x, *_):
-        return through(factorize(model), x, (0, 1))
+        return through(factorize(model, inverse), x, (0, 1))
 
     assert gradcheck(function, (x, *parameters)) and gradgradcheck(function, (x, *parameters))
 
@@ -120,7 +123,7 @@ def test_checkpointed_layers():
     factors = factorize(model)
     value = x
     for factor in factors:
-        value = torch.utils.checkpoint.checkpoint(lambda v, f=factor: torch.tanh(f.apply(v)), value, use_reentrant=False)
+        value = checkpoint(lambda v, f=factor: torch.tanh(f.apply(v)), value, use_reentrant=False)
     found = torch.autograd.grad((value * value).sum() + total_logabsdet(factors), [x, *model.parameters()])
     expected = torch.autograd.grad(through(apart(factorize(model)), x, (0, 1, 2)), [x, *model.parameters()])
     torch.testing.assert_close(found, expected)
