@@ -7,8 +7,15 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from fastflow.nn import ActNorm, InvertibleConv1x1, WeightBank
+from fastflow.nn import channel_affine as channel_affine_module
 from fastflow.nn.channel_affine import channel_affine
 from fastflow.nn.factors import Factors, factorize, total_logabsdet
+
+
+@pytest.fixture(autouse=True)
+def deferred(monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(channel_affine_module, "DEFERRED_ON", {"cpu", "cuda"})
 
 
 def layers(n=3, channels=4, actnorm=True):
