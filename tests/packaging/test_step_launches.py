@@ -37,7 +37,7 @@ def test_a_step_stays_within_its_budget(counts, options):
 def test_the_count_is_exact_where_it_is_not_extrapolated(counts):
     direct = counts.of_fastflow(5, n_levels=2).counts
     line = counts.extrapolated(counts.of_fastflow, 5, n_levels=2)
-    assert dict(line) == {name: direct[name] for name in counts.CLASSES}
+    assert all(line[name] == direct[name] for name in counts.CLASSES)
 
 
 def test_deferral_is_put_back(counts):
