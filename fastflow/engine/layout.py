@@ -2,7 +2,7 @@
 
 import torch
 
-from fastflow.engine.distributed import is_sharded, unwrap
+from fastflow.engine.distributed import is_sharded, replicas, unwrap
 from fastflow.flows import Flow
 
 __all__ = ["convolutions_to_channels_last"]
@@ -26,15 +26,24 @@ def convolutions_to_channels_last(model, optimizer, wanted):
         return "as it was (there are no 2-D convolutions)"
     if wanted is None and not isinstance(inner, Flow):
         return "as it was (channels_last=True would convert the convolutions' weights)"
-    reason = ("parameters are sharded" if is_sharded(model) else "the optimizer has state in the other format"
-              if any(w in optimizer.state for w in weights) and not all(map(_converted, weights)) else None)
-    if reason is not None:
+    if not all(map(_converted, weights)) and (reason := _obstacle(model, optimizer, weights)):
         if wanted:
             raise ValueError(f"channels_last: can't be done, {reason}; use None or False")
         return f"as it was ({reason})"
     for weight in weights:
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return f"channels-last, the weights of {len(weights)} convolutions too"
+
+
+def _obstacle(model, optimizer, weights):
+    """Why weights can't be converted any more, or None."""
+    if is_sharded(model):
+        return "parameters are sharded"
+    if replicas(model) is not None:
+        return "DistributedDataParallel has laid out its buckets; convert the model before it is wrapped"
+    if any(weight in optimizer.state for weight in weights):
+        return "the optimizer has state in the other format"
+    return None
 
 
 def _converted(weight):
