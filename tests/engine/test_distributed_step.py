@@ -20,12 +20,12 @@ def glow(seed=0):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    return model.double()
 
 
 def batches(n, size):
     generator = torch.Generator().manual_seed(3)
-    return [torch.rand(size, 1, 8, 8, generator=generator) - 0.5 for _ in range(n)]
+    return [torch.rand(size, 1, 8, 8, generator=generator, dtype=torch.float64) - 0.5 for _ in range(n)]
 
 
 def sgd(model, fused=True):
@@ -138,7 +138,7 @@ def test_replicas_equal_one_process_with_all_the_data(results):
         for x in batches(4, 4):
             step(x)
         assert all(torch.equal(a, b) for a, b in zip(first[name][0], second[name][0], strict=True))
-        torch.testing.assert_close(first[name][0], [p.detach() for p in model.parameters()], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(first[name][0], [p.detach() for p in model.parameters()], rtol=1e-8, atol=1e-9)
         assert first[name][1].startswith(("the gradients' norm is nan", "the loss or a gradient is not finite"))
         assert "the batch's x is not finite" in second[name][1]
     assert first["reductions"] == 2  # one bucket, two updates in eight calls
@@ -150,8 +150,8 @@ def test_shards_equal_a_whole_model(results):
     for x in batches(4, 4):
         step(x)
     for parameters, averages, message, refused, unchanged in (of_shards for _, of_shards in results):
-        torch.testing.assert_close(parameters, [p.detach() for p in model.parameters()], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(averages, list(step.ema.parameters.values()), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(parameters, [p.detach() for p in model.parameters()], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(averages, list(step.ema.parameters.values()), rtol=1e-8, atol=1e-9)
         assert "the step was not taken" in message and unchanged
         assert refused[0].startswith("capture: ") and refused[1].startswith("check_finite: 'late'")
         assert "levels.0.steps.1.conv.weight: expected a whole tensor" in refused[2]
