@@ -16,7 +16,16 @@ class CheckpointError(RunError):
 
 
 class NonFiniteError(RunError):
-    """The loss or a gradient is NaN or infinite; no parameter was changed by that step."""
+    """The loss or a gradient is NaN or infinite; no parameter was changed by that step.
+
+    Attributes:
+        module: name in the model of the first module whose output was not finite ("" is the model itself), None if it
+            is not known.
+    """
+
+    def __init__(self, message, module=None):
+        super().__init__(message)
+        self.module = module
 
 
 class DriftError(RunError):

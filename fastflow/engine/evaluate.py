@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from fastflow.engine.objectives import unwrap
+from fastflow.engine.distributed import unwrap
 from fastflow.engine.pictures import levels
 
 __all__ = ["describe", "evaluate", "is_vae", "reconstructions", "samples"]

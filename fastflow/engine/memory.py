@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fastflow.engine.distributed import unwrap
 from fastflow.engine.errors import DriftError
-from fastflow.engine.objectives import unwrap
 from fastflow.flows import memory as flow_memory
 
 __all__ = ["DRIFT_BOUND", "MODES", "Memory", "SavedBytes", "free_bytes", "per_image"]

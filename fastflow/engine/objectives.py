@@ -4,21 +4,11 @@ import math
 
 import torch
 
+from fastflow.engine.distributed import unwrap
 from fastflow.flows import bits_per_dim, dequantize
 from fastflow.vae import BernoulliLikelihood
 
-__all__ = ["NegativeELBO", "NegativeLogLikelihood", "objective_for", "unwrap"]
-
-
-def unwrap(model):
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+__all__ = ["NegativeELBO", "NegativeLogLikelihood", "objective_for"]
 
 
 def objective_for(model, *, n_bins=256, n_samples=1, beta=1.0):

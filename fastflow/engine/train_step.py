@@ -1,21 +1,33 @@
 """One training step of a flow or a VAE."""
 
+import contextlib
+
 import torch
 
-from fastflow.engine.errors import DriftError, NonFiniteError
+from fastflow.engine import capture as capturing
+from fastflow.engine import explain
+from fastflow.engine.distributed import is_sharded, replicas, synchronized, unwrap
+from fastflow.engine.ema import EMA
+from fastflow.engine.errors import NonFiniteError
+from fastflow.engine.layout import convolutions_to_channels_last
 from fastflow.engine.memory import DRIFT_BOUND, Memory
-from fastflow.engine.objectives import objective_for, unwrap
+from fastflow.engine.nonfinite import Replay, diagnose
+from fastflow.engine.objectives import objective_for
+from fastflow.engine.precision import Lowered
+from fastflow.engine.update import Update, can_skip
 
 __all__ = ["TrainStep"]
+
+ADVICE = "(try a lower learning rate, warm-up or clipping)"
 
 
 class TrainStep:
     """``step(x, context=None)`` runs one training step on a batch and returns its loss.
 
     The loss is the mean over the batch, in nats, of the negative log-likelihood of a Flow or of the negative ELBO of a
-    VAE: anything with ``log_prob`` or ``elbo`` as its ``forward``, wrapped by torch.compile or DistributedDataParallel
-    or not. Integer images are dequantised inside, x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss is
-    that of the integers (D*log(n_bins) included, so that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli
+    VAE: anything with ``log_prob`` or ``elbo`` as its ``forward``, wrapped by torch.compile, DistributedDataParallel or
+    FSDP2 or not. Integer images are dequantised inside, x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss
+    is that of the integers (D*log(n_bins) included, so that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli
     likelihood they become x/(n_bins - 1) instead. Floating x is taken as it is.
 
     Args:
@@ -24,44 +36,96 @@ class TrainStep:
         memory: what is kept for backward. "none": every activation. "save_z": the input of each step of a flow, whose
             conditioner runs once more in backward; gradients are the same. "invert": next to nothing; z is recovered by
             inverting the steps, in models without dropout and batch normalisation. "auto": "none", or "save_z" where
-            activations would take more than a quarter of free memory, as estimated at the first batch.
+            activations would take more than a quarter of free memory, as estimated at the first batch; under
+            ``capture``, "none".
         keep_every: under "invert", keep z after every so many couplings; None keeps the flow's output alone.
         drift_bound: under "invert", the largest error of a recovered z, relative to its largest element, that the
             first step may show. Gradients err about as much.
-        compile: run the loss through torch.compile, which takes the first calls to warm up.
-        capture: must be False.
+        compile: run the loss through torch.compile as one graph for all batch sizes of 2 and more; True or the name of
+            a backend. The first call compiles, which takes minutes for a deep flow.
+        capture: record the whole step as one CUDA graph per batch shape (up to four, further ones run eagerly) and
+            replay it, with fresh noise each time. The first two calls of a shape (three at the very start) run eagerly
+            and the next is recorded; all are training steps. The learning rate becomes a tensor on the device, which
+            schedulers may change; other hyperparameters may change too, at the price of a new recording.
         clip_grad_norm: gradients of a larger total norm are scaled down to it; None leaves them.
-        check_finite: look at the loss and the gradients' norm before the optimizer changes anything. Costs one
-            synchronisation per step on an accelerator.
+        check_finite: True looks at the loss and the gradients' norm before the optimizer changes anything, at the cost
+            of one synchronisation per update on an accelerator. "late" leaves the decision to the device, where a fused
+            optimizer skips the update, and raises at the next call (or at :meth:`check`); with ``capture`` True means
+            that. False does not look.
+        conditioner_dtype: torch.bfloat16 runs conditioners (encoder and decoder of a VAE) under autocast to it;
+            parameters, z, log-determinants and factorisations stay in float32. None leaves all as it is.
+        accumulate: N calls make one update, that of the N batches as one, whatever their sizes.
+        ema_decay: average the parameters with this decay after every update, see ``ema``; None does not.
+        channels_last: keep the weights of convolutions channels-last, as the flows for images keep their data. None: in
+            flows, if the optimizer has no state yet.
         n_bins: levels of integer images.
         n_samples, beta: of the ELBO; flows ignore them.
 
     Attributes:
-        parts: after a step, its detached 0-d ``grad_norm`` and, for a VAE, ``rate`` and ``distortion``.
+        parts: of the last call, detached and 0-d: for a VAE ``rate`` and ``distortion``, and after an update
+            ``grad_norm`` where it was needed.
+        ema: the :class:`~fastflow.engine.ema.EMA` or None.
         memory: what is kept for backward: ``mode``, and after the first step ``saved`` (bytes) and ``drift``.
 
     Raises:
         ValueError, TypeError: an argument that can't be, by name.
-        NonFiniteError: at a step whose loss or gradients are not finite; neither parameters nor optimizer changed.
+        NonFiniteError: at a step whose loss or gradients are not finite; neither parameters nor optimizer nor average
+            changed, what was accumulated is dropped, and the message names the first module whose output was not
+            finite. With "late" the call after it raises before it does anything: the same call again goes on. Batches
+            must not be overwritten until then.
         DriftError: at the first step, where "invert" drifts above the bound; nothing changed either.
     """
 
     def __init__(self, model, optimizer, *, memory="auto", keep_every=None, drift_bound=DRIFT_BOUND, compile=False,
-                 capture=False, clip_grad_norm=None, check_finite=True, n_bins=256, n_samples=1, beta=1.0):
+                 capture=False, clip_grad_norm=None, check_finite=True, conditioner_dtype=None, accumulate=1,
+                 ema_decay=None, channels_last=None, n_bins=256, n_samples=1, beta=1.0):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if capture:
-            raise ValueError("capture: capturing a step in a CUDA graph is not available in this version; use False")
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {clip_grad_norm!r}")
-        self.model, self.optimizer = model, optimizer
-        self.compile = bool(compile)
-        self.clip_grad_norm, self.check_finite = clip_grad_norm, bool(check_finite)
+        if check_finite not in (True, False, "late"):
+            raise ValueError(f"check_finite: expected True, False or 'late', got {check_finite!r}")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate: expected a positive integer, got {accumulate!r}")
+        if conditioner_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"conditioner_dtype: expected torch.bfloat16 or None, got {conditioner_dtype!r}")
+        if not isinstance(compile, (bool, str)):
+            raise TypeError(f"compile: expected a bool or the name of a backend, got {type(compile).__name__}")
         self.objective = objective_for(model, n_bins=n_bins, n_samples=n_samples, beta=beta)
-        self.memory = Memory(model, self.objective, memory, keep_every, drift_bound, compiled=self.compile)
-        self.parts = {}
-        self._loss = torch.compile(self.objective) if compile else self.objective
+        self.model, self.optimizer = model, optimizer
+        self.compile, self.capture = compile, bool(capture)
+        if capture and memory in ("save_z", "invert"):
+            raise ValueError(f"memory: {memory!r} can't be combined with capture; use 'none'")
+        self.memory = Memory(model, self.objective, "none" if capture and memory == "auto" else memory, keep_every,
+                             drift_bound, compiled=bool(compile))
+        self.clip_grad_norm, self.accumulate, self.conditioner_dtype = clip_grad_norm, accumulate, conditioner_dtype
+        self.check_finite = "late" if capture and check_finite else check_finite
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._device = self._parameters[0].device
+        recorder = capturing.recorder_for(self._device) if capture else None
+        if capture:
+            capturing.prepare(model, optimizer, self._device, self.check_finite)
+        if self.check_finite == "late":
+            self._refuse_late()
+        self.layout = convolutions_to_channels_last(model, optimizer, channels_last)
+        self._lowered = contextlib.nullcontext if conditioner_dtype is None else Lowered(unwrap(model),
+                                                                                        conditioner_dtype)
+        self._loss = self._compiled() if compile else self.objective
+        self.ema = None if ema_decay is None else EMA(unwrap(model), ema_decay)
+        self._update = Update(model, optimizer, self._parameters, clip_grad_norm, bool(self.check_finite), self.ema)
+        self.parts = {}
+        self._calls, self._examples, self._updates = 0, 0, 0  # calls and examples since the last update; updates
+        self._watch = self._total = None
+        if accumulate > 1:
+            dtype = torch.promote_types(self._parameters[0].dtype, torch.float32)
+            self._watch, self._total = (torch.zeros((), dtype=dtype, device=self._device) for _ in range(2))
+        self._replays, self._pending = [], None
+        self._keeps_gradients = self.capture and accumulate > 1  # graphs that add to gradients need them where they are
+        self._steps = None
+        if capture:
+            optimizer.zero_grad(set_to_none=True)
+            self._steps = capturing.CapturedSteps(self._device_step, optimizer, self._parameters, recorder,
+                                                  self._keeps_gradients)
 
     def __call__(self, x, context=None):
         """The step's loss, a detached 0-d tensor. x (B, *event), integer or floating; context as the model takes it."""
@@ -69,48 +133,120 @@ class TrainStep:
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.ndim < 2 or len(x) == 0:
             raise ValueError(f"x: expected a batch (B, *event) with B > 0, got shape {tuple(x.shape)}")
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.memory.applied(x, context):
-            loss, parts = self._loss(self.model, x, context)
-        loss.backward()
-        loss = loss.detach()
-        if self.check_finite or self.clip_grad_norm is not None:
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            parts = {**parts, "grad_norm": norm}
-            if self.check_finite:
-                self._refuse_non_finite(loss, norm)
-            if self.clip_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip_grad_norm, norm)
-        self._refuse_drift()
-        self.optimizer.step()
+        self.check()
+        last = self._calls + 1 == self.accumulate
+        if self.check_finite:
+            self._replays.append(Replay(x, context, self._device))
+        self._examples += len(x)
+        if self._total is not None:
+            self._total.fill_(self._examples)
+        # The first update makes the optimizer's state, which a skipped one would leave half made: the host checks it.
+        late = self.check_finite == "late" and self._updates > 0
+        try:
+            if self._steps is None or (self.check_finite and not late):
+                loss, parts, flag = self._step(x, context, last, late)
+            else:
+                loss, parts, flag = self._steps(x, context, last)
+        except BaseException:
+            self._drop()
+            raise
+        self._calls += 1
+        if last:
+            self._calls, self._examples, self._updates = 0, 0, self._updates + 1
+            if late:
+                self._pending = flag, self._replays
+            self._replays = []
         self.parts = parts
         return loss
 
-    def _refuse_non_finite(self, loss, norm):
-        if torch.isfinite(loss + norm):
+    def check(self):
+        """Waits for the last update and raises if it was skipped; only with check_finite "late" there is one to ask.
+
+        Raises:
+            NonFiniteError: its loss or gradients were not finite. Asked again, it says nothing.
+        """
+        if self._pending is None:
             return
-        self.optimizer.zero_grad(set_to_none=True)
-        what = f"the gradients' norm is {norm.item()}" if torch.isfinite(loss) else f"the loss is {loss.item()}"
-        raise NonFiniteError(f"{what}; the step was not taken (try a lower learning rate, warm-up or clipping)")
+        (flag, replays), self._pending = self._pending, None
+        if flag.item():
+            self._updates -= 1
+            raise self._error("the loss or a gradient is not finite; the update was skipped", replays)
 
-    def _refuse_drift(self):
-        try:
-            self.memory.check()
-        except DriftError:
+    def explain(self, x=None, context=None):
+        """What a step does and why, one line per choice. With a batch ``x`` also the kernels that fastflow's operators
+        launch in its forward and backward (see :mod:`fastflow.launches`); nothing is changed by that."""
+        text = explain.choices(self)
+        return text if x is None else text + "\n" + explain.launched(self, x, context)
+
+    def _device_step(self, x, context, last):
+        """What is recorded: one call without a word to the host."""
+        return self._step(x, context, last, bool(self.check_finite))
+
+    def _step(self, x, context, last, late):
+        """(loss, parts, flag) of one call; ``late`` leaves a flag for later instead of raising."""
+        if self._calls == 0 and not self._keeps_gradients:
             self.optimizer.zero_grad(set_to_none=True)
-            raise
+        with synchronized(self.model, last), self._lowered():
+            with self.memory.applied(x, context):
+                loss, parts = self._loss(self.model, x, context)
+            (loss if self.accumulate == 1 else loss * len(x)).backward()
+        self.memory.check()
+        loss, scale, watched = loss.detach(), None, loss.detach()
+        if self.accumulate > 1:
+            watched, scale = self._watch.add_(watched), 1.0 / self._total
+        if not last:
+            return loss, parts, None
+        norm, flag = self._update.measure(watched, scale)
+        if self.check_finite and not late:
+            self._refuse_non_finite(watched, norm, flag)
+        self._update.apply(norm, flag if late else None)
+        if self.accumulate > 1:
+            self._watch.zero_()
+            if self._keeps_gradients:
+                torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+        return loss, parts if norm is None else {**parts, "grad_norm": norm}, flag
 
-    def explain(self):
-        """What a step does and why, one line per choice."""
-        clip = self.clip_grad_norm
-        clip = "off" if clip is None else f"gradients of norm above {clip:g} are scaled down"
-        return "\n".join([
-            f"objective: {self.objective.name} of {type(unwrap(self.model)).__name__}, mean over the batch, in nats",
-            f"integer images: dequantised with {self.objective.n_bins} levels, floating x taken as it is",
-            f"optimizer: {type(self.optimizer).__name__}, {sum(p.numel() for p in self._parameters):,} parameters",
-            f"memory: {self.memory.explain()}",
-            f"compile: {'torch.compile on the loss' if self.compile else 'off'}",
-            f"clipping: {clip}",
-            f"non-finite loss: {'refused before the optimizer runs' if self.check_finite else 'not looked for'}",
-        ])
+    def _refuse_non_finite(self, loss, norm, flag):
+        """Raises before anything is changed."""
+        if not flag:
+            return
+        if not torch.isfinite(loss):
+            what = f"the loss is {loss.item()}"
+        elif not torch.isfinite(norm):
+            what = f"the gradients' norm is {norm.item()}"
+        else:
+            what = "the loss of another process is not finite"
+        replays = self._replays
+        self._drop()
+        raise self._error(f"{what}; the step was not taken", replays)
+
+    def _error(self, what, replays):
+        with self._lowered():
+            where, module = diagnose(self.model, self.objective, replays)
+        return NonFiniteError(f"{what}{': ' if where else ''}{where} {ADVICE}", module)
+
+    def _drop(self):
+        """Forgets what was accumulated."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._calls, self._examples, self._replays = 0, 0, []
+        if self._watch is not None:
+            self._watch.zero_()
+
+    def _refuse_late(self):
+        if is_sharded(self.model):
+            raise ValueError("check_finite: 'late' is not available under FSDP2; use True or False")
+        if not can_skip(self.optimizer):
+            raise ValueError(f"check_finite: 'late' needs an optimizer that can skip an update on the device's word; "
+                             f"make the {type(self.optimizer).__name__} with fused=True")
+
+    def _compiled(self):
+        """The loss as one compiled graph; inside DistributedDataParallel torch.compile cuts it at gradient buckets."""
+        options = {} if self.compile is True else {"backend": self.compile}
+        compiled = torch.compile(self.objective, fullgraph=replicas(self.model) is None, **options)
+
+        def loss(model, x, context):
+            for tensor in (x, context):
+                if tensor is not None and len(tensor) > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            return compiled(model, x, context)
+        return loss

@@ -161,7 +161,7 @@ class Trainer:
         try:
             loss = self.train_step(x).item()
         except NonFiniteError as error:
-            raise NonFiniteError(f"step {self.step + 1}: {error}") from None
+            raise NonFiniteError(f"step {self.step + 1}: {error}", error.module) from None
         self.step += 1
         if self.ema is not None:
             self._average()

@@ -13,7 +13,7 @@ from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, SplitLink
 from fastflow.flows.multiscale import Split, Squeeze, ZeroConv
 from fastflow.functional import ScaleMap
 from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
-from fastflow.nn.factors import factorize
+from fastflow.nn.factors import factorize, total_logabsdet
 
 __all__ = ["Glow", "GlowStep", "GlowTransform"]
 
@@ -71,7 +71,7 @@ class GlowTransform(nn.Module):
                  coupling):
         super().__init__()
         self.event_shape = tuple(image_shape)
-        self.squeeze = Squeeze()
+        self.squeeze = Squeeze(channels_last=True)
         self.levels = nn.ModuleList()
         self.level_shapes = []  # of the data inside each level
         channels, height, width = self.event_shape
@@ -95,7 +95,6 @@ class GlowTransform(nn.Module):
         self._check(x, context)
         path = memory.path()
         factors = self._factorize(inverse=False, undo=path.inverts)
-        x = x.contiguous(memory_format=torch.channels_last)
         logdet, latents = None, []
         for level, shape, level_factors in zip(self.levels, self.level_shapes, factors, strict=True):
             x, logdet = path(x, logdet, ShapeLink(self.squeeze))
@@ -130,7 +129,6 @@ class GlowTransform(nn.Module):
     def initialize(self, x, context=None):
         """Set every ActNorm from the batch x (B, C, H, W), first to last, and return z."""
         self._check(x, context)
-        x = x.contiguous(memory_format=torch.channels_last)
         latents = []
         for level in self.levels:
             x = self.squeeze(x)[0]
@@ -175,8 +173,7 @@ def _add_convolutions(logdet, factors, shape, x):
     """The running log-determinant (B,) plus that of a level's 1x1 convolutions, the same for every image."""
     if not factors:
         return x.new_zeros(x.shape[0]) if logdet is None else logdet
-    total = shape[1] * shape[2] * torch.stack([factor.logabsdet for factor in factors]).sum()
-    return logdet + total
+    return torch.add(logdet, total_logabsdet(factors), alpha=shape[1] * shape[2])
 
 
 class Glow(Flow):

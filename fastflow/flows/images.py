@@ -21,11 +21,13 @@ def dequantize(x, n_bins=256, *, generator=None, dtype=torch.float32):
     checks.tensor("x", x, floating=False)
     if n_bins < 1:
         raise ValueError(f"n_bins: expected a positive int, got {n_bins}")
-    device = x.device if generator is None else generator.device
-    noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=device).to(x.device)
+    if generator is None:  # passing one, torch.compile takes no symbolic sizes
+        noise = torch.rand(x.shape, dtype=dtype, device=x.device)
+    else:
+        noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=generator.device).to(x.device)
     # Rounding must not carry the last bin to 0.5, which lies outside.
     below = 0.5 - (2.0**-25 if dtype == torch.float32 else 2.0**-54)
-    return ((x.to(dtype) + noise) / n_bins - 0.5).clamp(max=below)
+    return noise.add_(x).div_(n_bins).sub_(0.5).clamp_(max=below)
 
 
 def bits_per_dim(log_prob, n_dims, n_bins=256):

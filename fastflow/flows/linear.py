@@ -8,7 +8,7 @@ from torch import nn
 from fastflow import checks, functional
 from fastflow.functional import full_precision
 from fastflow.nn import InvertibleConv1x1
-from fastflow.nn.factors import channel_affine
+from fastflow.nn.channel_affine import channel_affine
 
 __all__ = ["PLU", "QR", "Dense", "Householder", "LinearMap", "LowRank", "Orthogonal", "Triangular"]
 

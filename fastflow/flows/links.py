@@ -118,7 +118,9 @@ class ConvLink(_Link):
         self.tensors = tuple(factors[:2]) if factors.undo is None else (*factors[:2], *factors.undo[:2])
 
     def forward(self, x, logdet, matrix, offset, *_):
-        z = self.conv.apply_factors(x, Factors(matrix, offset, None))
+        # What comes from outside a saving pass's graph is the factors' own; inside, gradients belong to its inputs.
+        own = matrix is self.factors.matrix and offset is self.factors.offset
+        z = self.conv.apply_factors(x, self.factors if own else Factors(matrix, offset, None))
         if self.with_logdet:
             logdet = _add(logdet, (math.prod(x.shape[2:]) * self.factors.logabsdet).expand(x.shape[0]))
         return z, logdet

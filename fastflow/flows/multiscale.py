@@ -14,8 +14,19 @@ from fastflow.functional import ScaleMap
 __all__ = ["Split", "Squeeze", "ZeroConv"]
 
 
+def _space_to_depth(x):
+    """:class:`Squeeze`'s map of x (B, C, H, W) in any memory format to one in channels-last, in one copy."""
+    batch, channels, height, width = x.shape
+    blocks = x.permute(0, 2, 3, 1).unflatten(2, (width // 2, 2)).unflatten(1, (height // 2, 2))
+    z = blocks.permute(0, 1, 3, 5, 2, 4).reshape(batch, height // 2, width // 2, 4 * channels)
+    return z.permute(0, 3, 1, 2)
+
+
 class Squeeze(nn.Module):
     """Space to depth: (B, C, H, W) to (B, 4C, H/2, W/2); output channel 4c + 2i + j holds pixel (i, j) of each block.
+
+    Args:
+        channels_last: whether z is in channels-last whatever x is in.
 
     Raises:
         ValueError: x is not 4-D or its height or width is odd.
@@ -23,10 +34,16 @@ class Squeeze(nn.Module):
 
     moves_elements = True
 
+    def __init__(self, *, channels_last=False):
+        super().__init__()
+        self.channels_last = bool(channels_last)
+
     def forward(self, x, context=None):
         checks.tensor("x", x)
         if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x: expected shape (B, C, H, W) with even H and W, got {tuple(x.shape)}")
+        if self.channels_last:
+            return _space_to_depth(x), x.new_zeros(x.shape[0])
         # For an empty batch torch's pixel_unshuffle leaves the shape as it was.
         z = F.pixel_unshuffle(x, 2) if x.shape[0] else x.reshape(0, *self.noise_shape(x.shape[1:]))
         return z, x.new_zeros(x.shape[0])

@@ -7,8 +7,16 @@ from torch import nn
 
 from fastflow import functional
 from fastflow.functional import full_precision
+from fastflow.nn.channel_affine import Ledger, channel_affine, hand_out
 
-__all__ = ["Factors", "channel_affine", "factorize"]
+__all__ = ["Factors", "factorize", "total_logabsdet"]
+
+
+class Group(NamedTuple):
+    """What the layers of one size class share: log|det| of each (N,), and where they leave their weights' gradients."""
+
+    logabsdet: torch.Tensor
+    ledger: Ledger | None
 
 
 class Factors(NamedTuple):
@@ -17,7 +25,23 @@ class Factors(NamedTuple):
     matrix: torch.Tensor
     offset: torch.Tensor | None
     logabsdet: torch.Tensor | None
+    group: Group | None = None
+    index: int = 0
     undo: "Factors | None" = None  # the other direction, without gradients
+
+    def apply(self, x):
+        """matrix @ x + offset along dim 1 of x (B, C, *S), which has the matrix's dtype."""
+        with full_precision(x.device.type):
+            return channel_affine(x, self.matrix, self.offset, None if self.group is None else self.group.ledger,
+                                  self.index)
+
+
+def total_logabsdet(factors):
+    """The sum of the layers' log|det|, 0-d, in as few launches as possible."""
+    group = factors[0].group
+    if group is not None and [f.index for f in factors if f.group is group] == list(range(len(group.logabsdet))):
+        return group.logabsdet.sum()
+    return torch.stack([factor.logabsdet for factor in factors]).sum()
 
 
 def factorize(layers, inverse=False, root=None, *, undo=False):
@@ -57,73 +81,59 @@ def _factorize_class(layers, inverse, undo):
     dtype = torch.promote_types(layers[0].anchor.dtype, torch.float32)
     plain = [layer for layer in layers if layer.parametrization == "plain"]
     plu = [layer for layer in layers if layer.parametrization == "plu"]
-    weights, logabsdets, inverses = [], [], []
+    weights, known = [], None
     if plain:
         weights.append(_stack([layer.weight for layer in plain], dtype))
-        if undo:
-            _, logabsdet, back = functional.slogdet_inverse(weights[0])
-            logabsdets.append(logabsdet)
-            inverses.append(back.detach())
-        elif not inverse:
-            logabsdets.append(functional.slogdet(weights[0])[1])
     if plu:
         log_s = _stack([layer.log_s for layer in plu], dtype)
         weights.append(functional.plu_weight(
             _stack([layer.lower for layer in plu], dtype), _stack([layer.upper for layer in plu], dtype), log_s,
             _stack([layer.sign_s for layer in plu], dtype), torch.stack([layer.perm for layer in plu])))
-        logabsdets.append(log_s.sum(-1))
-        if undo:
-            inverses.append(functional.slogdet_inverse(weights[-1].detach())[2])
+        known = log_s.sum(-1)
     matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
+    bias, log_scale = _actnorm_parameters([layer.actnorm for layer in layers], matrix)
+    if bias is not None:  # W (x + b) e^l = M x + M b with M = W e^l
+        matrix = matrix * torch.exp(log_scale)[:, None, :]
+        if plu:
+            known = known + log_scale[len(plain):].sum(-1)
+    backs = []
     if inverse:
         _, logabsdet, matrix = functional.slogdet_inverse(matrix)
-        if plu:  # the factors know their determinant without rounding
-            logabsdet = torch.cat([logabsdet[:len(plain)], *logabsdets])
+    elif undo:
+        if plain:
+            _, logabsdet, back = functional.slogdet_inverse(matrix[:len(plain)])
+            backs.append(back.detach())
+        if plu:
+            backs.append(functional.slogdet_inverse(matrix[len(plain):].detach())[2])
     else:
-        logabsdet = logabsdets[0] if len(logabsdets) == 1 else torch.cat(logabsdets)
-    norms = [layer.actnorm for layer in layers]
-    factors = _folded(norms, matrix, logabsdet, inverse)
-    if undo:
-        with torch.no_grad():
-            back = _folded(norms, inverses[0] if len(inverses) == 1 else torch.cat(inverses), -logabsdet, True)
-        factors = [factor._replace(undo=other) for factor, other in zip(factors, back, strict=True)]
-    return factors
-
-
-def _folded(norms, matrix, logabsdet, inverse):
-    """The Factors of each layer, its actnorm folded in."""
-    matrix, offset, logabsdet = _fold_actnorm(norms, matrix, logabsdet, inverse)
-    offsets = [None] * len(norms) if offset is None else offset.unbind(0)
-    return list(map(Factors, matrix.unbind(0), offsets, logabsdet.unbind(0)))
-
-
-def _fold_actnorm(norms, matrix, logabsdet, inverse):
-    """W (x + b) e^l = (W e^l) x + (W e^l) b, and its inverse (e^-l W^-1) z - b."""
-    if all(norm is None for norm in norms):
-        return matrix, None, -logabsdet if inverse else logabsdet
-    identity = matrix.new_zeros(matrix.shape[-1])
-    bias = _stack([identity if norm is None else norm.bias for norm in norms], matrix.dtype)
-    log_scale = _stack([identity if norm is None else norm.log_scale for norm in norms], matrix.dtype)
-    logabsdet = logabsdet + log_scale.sum(-1)
+        logabsdet = functional.slogdet(matrix if not plu else matrix[:len(plain)])[1] if plain else None
+    if plu:  # PLU factors know their determinant without rounding
+        logabsdet = torch.cat([logabsdet[:len(plain)], known]) if plain else known
     if inverse:
-        return matrix * torch.exp(-log_scale)[:, :, None], -bias, -logabsdet
-    matrix = matrix * torch.exp(log_scale)[:, None, :]
-    return matrix, (matrix @ bias[:, :, None]).squeeze(-1), logabsdet
+        logabsdet = -logabsdet
+        matrices, offsets, ledger = hand_out(matrix, offset=None if bias is None else -bias)
+    else:
+        matrices, offsets, ledger = hand_out(matrix, shift=bias)
+    group = Group(logabsdet, ledger)
+    others = [None] * len(layers)
+    if backs:
+        back_offsets = others if bias is None else -bias.detach()
+        others = [Factors(*parts, None) for parts in zip(torch.cat(backs), back_offsets, strict=True)]
+    return [Factors(*parts, group, index, other) for index, (*parts, other)
+            in enumerate(zip(matrices, offsets, logabsdet.unbind(0), others, strict=True))]
+
+
+def _actnorm_parameters(norms, matrix):
+    """(bias, log_scale), each (N, C), zero where a layer has no ActNorm; (None, None) where none has."""
+    if all(norm is None for norm in norms):
+        return None, None
+    identity = matrix.new_zeros(matrix.shape[-1]) if None in norms else None
+    return tuple(_stack([identity if norm is None else getattr(norm, name) for norm in norms], matrix.dtype)
+                 for name in ("bias", "log_scale"))
 
 
 def _stack(tensors, dtype):
     return torch.stack(tuple(tensors)).to(dtype)
-
-
-def channel_affine(x, matrix, offset):
-    """matrix @ x + offset along dim 1 of x (B, C, *S), in x's memory format, as one matrix product; matrix (C', C)."""
-    if x.dim() == 2:
-        return nn.functional.linear(x, matrix, offset)
-    if x.stride(1) == 1:  # channels last: the pixels are the rows of a matrix
-        return nn.functional.linear(x.movedim(1, -1), matrix, offset).movedim(-1, 1)
-    batched, flat = matrix.expand(x.shape[0], *matrix.shape), x.flatten(2)
-    y = torch.bmm(batched, flat) if offset is None else torch.baddbmm(offset[:, None], batched, flat)
-    return y.view(x.shape[0], matrix.shape[0], *x.shape[2:])
 
 
 def _refuse_sharded(layer, anchor, root):

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from fastflow import checks
-from fastflow.functional import full_precision
 from fastflow.nn.actnorm import ActNorm
-from fastflow.nn.factors import channel_affine, factorize
+from fastflow.nn.factors import factorize
 
 __all__ = ["InvertibleConv1x1"]
 
@@ -94,8 +93,7 @@ class InvertibleConv1x1(nn.Module):
         if x.dtype != matrix.dtype:
             checks.no_mixed_double([("weight", matrix), ("x", x)])
             x = x.to(matrix.dtype)
-        with full_precision(x.device.type):
-            return channel_affine(x, matrix, factors.offset)
+        return factors.apply(x)
 
     def extra_repr(self):
         return f"{self.channels}, parametrization={self.parametrization!r}"

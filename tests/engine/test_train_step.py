@@ -6,7 +6,7 @@ from stand_in_models import Affine, Gauge
 from torch.nn.parallel import DistributedDataParallel
 
 from fastflow.engine import NonFiniteError, RunError, TrainStep
-from fastflow.flows import dequantize
+from fastflow.flows import Glow, dequantize
 from fastflow.vae import VAE, mlp_decoder, mlp_encoder
 
 
@@ -162,9 +162,25 @@ def test_distributed_data_parallel_is_unwrapped_only_to_be_recognised(tmp_path):
 def test_explain_states_every_choice():
     text = TrainStep(model := Gauge(), sgd(model), clip_grad_norm=2.0, n_bins=17).explain()
     for words in ("negative ELBO of Gauge", "17 levels", "SGD, 2 parameters", "memory: none", "compile: off",
-                  "norm above 2 ", "refused before the optimizer"):
+                  "norm above 2 ", "refused before the optimizer", "fused: nothing", "accumulation: off",
+                  "average: off", "processes: one", "capture: off (the model is on cpu)"):
         assert words in text
     assert "'auto'" not in TrainStep(model, sgd(model), memory="none").explain()  # more in test_memory.py
+
+
+def test_explain_names_what_is_fused_and_counts_launches():
+    model = Glow((3, 8, 8), n_levels=2, n_steps=3, hidden_channels=4)
+    step = TrainStep(model, torch.optim.Adam(model.parameters(), fused=True), accumulate=2, ema_decay=0.5)
+    x = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    before, generator = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
+    text = step.explain(x)
+    for words in ("6 couplings, each with its log-determinant, on cpu",
+                  "6 invertible 1x1 convolutions of 2 sizes, 6 with", "accumulation: 2 calls make one update",
+                  "average: exponential, decay 0.5", "launches of fastflow's",
+                  "affine_coupling_bwd       7 launches      7 calls", "slogdet_fwd               2 launches"):
+        assert words in text, text
+    assert torch.equal(torch.get_rng_state(), generator) and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "fastflow"
 # What each part may import directly. Parts reach what those import in turn; everything may import backends and checks.
 LAYERS = {
     "cli": {"engine", "recipes"},
-    "engine": {"vae", "diagnostics", "data"},
+    "engine": {"vae", "diagnostics", "data", "launches"},
     "diagnostics": {"vae", "flows"},
     "vae": {"flows", "estimators"},
     "flows": {"nn"},

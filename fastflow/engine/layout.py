@@ -1,0 +1,50 @@
+"""The memory format of convolution weights."""
+
+import torch
+
+from fastflow.engine.distributed import is_sharded, replicas, unwrap
+from fastflow.flows import Flow
+
+__all__ = ["convolutions_to_channels_last"]
+
+
+def convolutions_to_channels_last(model, optimizer, wanted):
+    """Converts the weights of 2-D convolutions in place, so that neither they nor their gradients are copied from one
+    format to the other at every step; returns a phrase that says what was done and why.
+
+    Args:
+        wanted: True, False, or None for where it helps and can be done.
+
+    Raises:
+        ValueError: it is wanted and can't be done.
+    """
+    inner = unwrap(model)
+    weights = [m.weight for m in inner.modules() if isinstance(m, torch.nn.Conv2d)]
+    if wanted is False:
+        return "as it was (channels_last=False)"
+    if not weights:
+        return "as it was (there are no 2-D convolutions)"
+    if wanted is None and not isinstance(inner, Flow):
+        return "as it was (channels_last=True would convert the convolutions' weights)"
+    if not all(map(_converted, weights)) and (reason := _obstacle(model, optimizer, weights)):
+        if wanted:
+            raise ValueError(f"channels_last: can't be done, {reason}; use None or False")
+        return f"as it was ({reason})"
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return f"channels-last, the weights of {len(weights)} convolutions too"
+
+
+def _obstacle(model, optimizer, weights):
+    """Why weights can't be converted any more, or None."""
+    if is_sharded(model):
+        return "parameters are sharded"
+    if replicas(model) is not None:
+        return "DistributedDataParallel has laid out its buckets; convert the model before it is wrapped"
+    if any(weight in optimizer.state for weight in weights):
+        return "the optimizer has state in the other format"
+    return None
+
+
+def _converted(weight):
+    return weight.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,61 @@
+"""Conditioners in a lower precision than the flow around them."""
+
+import contextlib
+
+import torch
+
+from fastflow.flows import Split
+from fastflow.nn import AffineCoupling
+from fastflow.vae import VAE
+
+__all__ = ["Lowered", "conditioners"]
+
+
+def conditioners(model):
+    """The networks whose output only parametrises what is computed in full precision, once each, in order: of couplings
+    and splits; of a VAE encoder and decoder."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, AffineCoupling):
+            found.append(module.conditioner)
+        elif isinstance(module, Split):
+            found.append(module.prior)
+        elif isinstance(module, VAE):
+            found += [module.encoder, module.decoder]
+    return list({id(m): m for m in found if isinstance(m, torch.nn.Module)}.values())
+
+
+class Lowered:
+    """A context in which the conditioners of a model run under autocast, and nothing else does.
+
+    Parameters stay as they are, and so does the model outside the context: what a conditioner's ``forward`` is inside
+    is an attribute of the instance for as long.
+
+    Raises:
+        ValueError: the model has no conditioner.
+    """
+
+    def __init__(self, model, dtype):
+        self.modules = conditioners(model)
+        if not self.modules:
+            raise ValueError(f"conditioner_dtype: expected None for {type(model).__name__}, in which no network is "
+                             "known to be a conditioner; use torch.autocast around what may be lowered")
+        # Made once, for torch.compile guards on them.
+        self.forwards = [_under_autocast(module.forward, dtype) for module in self.modules]
+
+    @contextlib.contextmanager
+    def __call__(self):
+        for module, forward in zip(self.modules, self.forwards, strict=True):
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module in self.modules:
+                del module.forward
+
+
+def _under_autocast(forward, dtype):
+    def lowered(x, *args, **kwargs):
+        with torch.autocast(x.device.type, dtype=dtype):
+            return forward(x, *args, **kwargs)
+    return lowered

@@ -1,0 +1,63 @@
+"""From gradients to new parameters, without a word to the host: clipping, the check, the optimizer, the average."""
+
+import torch
+
+from fastflow.engine.distributed import agree, whole
+
+__all__ = ["Update", "can_skip", "is_fused"]
+
+
+def is_fused(optimizer):
+    """Whether every parameter group is updated by a fused kernel."""
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+def can_skip(optimizer):
+    """Whether the optimizer leaves everything, its step count included, as it was where a device flag says so."""
+    return is_fused(optimizer) and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+class Update:
+    """One call of the optimizer on the gradients that are there.
+
+    Args:
+        model, optimizer: as TrainStep has them.
+        parameters: those of the optimizer.
+        clip_grad_norm: bound of the gradients' total norm or None.
+        check: whether to look for values that are not finite.
+        ema: an EMA or None.
+    """
+
+    def __init__(self, model, optimizer, parameters, clip_grad_norm, check, ema):
+        self.model, self.optimizer, self.parameters = model, optimizer, parameters
+        self.clip_grad_norm, self.check, self.ema = clip_grad_norm, check, ema
+
+    def measure(self, loss, scale):
+        """(norm, flag): the gradients multiplied by ``scale`` (None for 1) in place, their total norm, and a 0-d float
+        that is 1 if the norm or ``loss`` is not finite in any process, else 0. None where nobody asks for them."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if scale is not None and gradients:
+            torch._foreach_mul_(gradients, scale)
+        if self.clip_grad_norm is None and not self.check:
+            return None, None
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        if not self.check:
+            return norm, None
+        # x - x is 0 for a finite x, else NaN.
+        watched = loss + norm
+        return norm, agree(self.model, (watched - watched).ne(0).to(torch.float32))
+
+    def apply(self, norm, skip=None):
+        """Clips, steps and averages; nothing of the three happens where the 0-d device tensor ``skip`` is 1."""
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad_norm, norm)
+        if skip is None:
+            self.optimizer.step()
+        else:
+            self.optimizer.found_inf, self.optimizer.grad_scale = skip, None
+            try:
+                self.optimizer.step()
+            finally:
+                del self.optimizer.found_inf, self.optimizer.grad_scale
+        if self.ema is not None:
+            self.ema.update(skip)

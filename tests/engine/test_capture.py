@@ -1,0 +1,330 @@
+"""Captured steps. On the CPU a stand-in for the recorder runs what would be in the graph, on the same static buffers;
+with a GPU the same things are shown of CUDA graphs."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from stand_in_models import Affine
+
+from fastflow import flows
+from fastflow.engine import NonFiniteError, TrainStep, capture
+from fastflow.vae import VAE, mlp_decoder, mlp_encoder
+
+
+class StandIn:
+    """Records by keeping the body. Like a graph it runs on the tensors that it was recorded with, refreshes the outputs
+    in place, and holds what Python saw at recording: here, that nothing but ``body`` runs in a replay."""
+
+    def __init__(self, device):
+        self.device, self.asides, self.recordings, self.replays = device, 0, 0, 0
+
+    @contextlib.contextmanager
+    def aside(self):
+        self.asides += 1
+        yield
+
+    def record(self, body):
+        self.recordings += 1
+        generator = torch.get_rng_state()  # capturing runs nothing
+        outputs = None
+
+        def replay():
+            nonlocal outputs
+            self.replays += 1
+            fresh = body()
+            if outputs is None:
+                outputs = fresh
+            _refresh(outputs, fresh)
+
+        held = _Later(lambda: outputs)
+        torch.set_rng_state(generator)
+        return replay, held
+
+
+class _Later:
+    """The outputs of a recording, which exist from the first replay on."""
+
+    def __init__(self, get):
+        self.get = get
+
+
+def _refresh(old, new):
+    for a, b in zip(_flat(old), _flat(new), strict=True):
+        a.copy_(b)
+
+
+def _flat(outputs):
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    values = outputs.values() if isinstance(outputs, dict) else outputs or ()
+    return [t for value in values for t in _flat(value)]
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """The stand-ins that were made, last first."""
+    made = []
+    copied = capture._copied
+
+    def make(device):
+        made.insert(0, StandIn(device))
+        return made[0]
+
+    monkeypatch.setattr(capture, "recorder_for", make)
+    monkeypatch.setattr(capture, "_copied", lambda o: copied(o.get() if isinstance(o, _Later) else o))
+    return made
+
+
+def adam(model, **options):
+    return torch.optim.Adam(model.parameters(), 0.05, fused=True, **options)
+
+
+def pair(options=None, make=Affine, optimizer=adam):
+    """(captured, eager) steps of equal models."""
+    model = make()
+    twin = copy.deepcopy(model)
+    return (TrainStep(model, optimizer(model), capture=True, **(options or {})),
+            TrainStep(twin, optimizer(twin), **(options or {})))
+
+
+def same(captured, eager):
+    torch.testing.assert_close([p.detach() for p in captured.model.parameters()],
+                               [p.detach() for p in eager.model.parameters()])
+
+
+def glow():
+    model = flows.Glow((3, 8, 8), n_levels=2, n_steps=2, hidden_channels=8)
+    model.initialize(torch.rand(8, 3, 8, 8) - 0.5)
+    return model
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"clip_grad_norm": 0.5, "ema_decay": 0.9}, {"check_finite": False}, {"accumulate": 3, "ema_decay": 0.5},
+    {"conditioner_dtype": torch.bfloat16}])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_twenty_steps_equal_twenty_eager_ones(recorder, options, optimizer):
+    make = {"adam": adam, "sgd": lambda m: torch.optim.SGD(m.parameters(), 1e-4, momentum=0.9, fused=True)}[optimizer]
+    captured, eager = pair(options, glow, make)
+    for i in range(20):
+        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+        losses = []
+        for step in (captured, eager):
+            torch.manual_seed(i)
+            losses.append(step(x))
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(captured.parts, eager.parts)
+    same(captured, eager)
+    if captured.ema is not None:
+        torch.testing.assert_close(captured.ema.parameters, eager.ema.parameters)
+    graphs = 2 if captured.accumulate > 1 else 1
+    assert recorder[0].recordings == graphs and f"capture: {graphs} graphs recorded" in captured.explain()
+    assert captured.capture and "capture: off (the model is on cpu)" in eager.explain()
+
+
+def test_a_vae_and_its_parts(recorder):
+    captured, eager = pair(make=lambda: VAE(mlp_encoder((1, 4, 4), 3, (8,)), mlp_decoder(3, (1, 4, 4), (8,))))
+    for i in range(6):
+        x = torch.rand(5, 1, 4, 4)
+        for step in (captured, eager):
+            torch.manual_seed(i)
+            step(x)
+        assert captured.parts.keys() == {"rate", "distortion", "grad_norm"}
+        torch.testing.assert_close(captured.parts, eager.parts)
+
+
+def test_a_context_is_an_input_of_the_graph(recorder):
+    captured, eager = pair()
+    for _ in range(6):
+        x, context = torch.randn(5, 1, 2, 2), torch.randn(5, 1, 2, 2)
+        torch.testing.assert_close(captured(x, context), eager(x, context))
+    torch.testing.assert_close(captured(x), eager(x))
+    same(captured, eager)
+
+
+def test_losses_that_were_returned_stay_as_they_were(recorder):
+    captured, _ = pair()
+    losses = [captured(torch.randn(5, 1, 2, 2) * i) for i in range(1, 8)]
+    kept = [loss.item() for loss in losses]
+    captured(torch.randn(5, 1, 2, 2))
+    assert len(set(kept)) == 7 and kept == [loss.item() for loss in losses]
+    assert recorder[0].replays == 5  # the first call is checked by the host, two warm up
+
+
+def test_each_shape_has_its_graph_up_to_a_bound(recorder):
+    captured, eager = pair()
+    for _ in range(4):
+        for batch in (2, 3, 4, 5, 6):
+            x = torch.randn(batch, 1, 2, 2)
+            torch.testing.assert_close(captured(x), eager(x))
+    same(captured, eager)
+    assert recorder[0].recordings == capture.MAX_SHAPES == 4
+    assert captured._steps.eager == 8 + 3  # two calls of each of four shapes, all of the fifth but the very first
+
+
+def test_the_learning_rate_may_be_scheduled_or_set(recorder):
+    captured, eager = pair()
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(step.optimizer, 0.7) for step in (captured, eager)]
+    for i in range(12):
+        x = torch.randn(5, 1, 2, 2)
+        for step in (captured, eager):
+            if i in (5, 7):
+                step.optimizer.param_groups[0]["lr"] = 0.3 / i  # as a warm-up written by hand does
+            step(x)
+        for scheduler in schedulers:
+            scheduler.step()
+    same(captured, eager)
+    assert recorder[0].recordings == 1
+
+
+def test_other_hyperparameters_and_loaded_states_are_recorded_anew(recorder):
+    captured, eager = pair()
+    x = torch.randn(5, 1, 2, 2)
+
+    def run(n):
+        for _ in range(n):
+            captured(x), eager(x)
+
+    run(5)
+    for step in (captured, eager):
+        step.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+    run(5)
+    assert recorder[0].recordings == 2
+    for step in (captured, eager):
+        step.optimizer.load_state_dict(copy.deepcopy(eager.optimizer.state_dict()))
+    run(5)
+    assert recorder[0].recordings == 3 and captured.optimizer.param_groups[0]["capturable"]
+    assert isinstance(captured.optimizer.param_groups[0]["lr"], torch.Tensor)
+    same(captured, eager)
+
+
+def test_gradients_thrown_away_between_calls_are_put_back(recorder):
+    captured, eager = pair({"accumulate": 2})
+    for _ in range(6):
+        captured.optimizer.zero_grad(set_to_none=True)
+        for step in (captured, eager):
+            torch.manual_seed(0)
+            step(torch.randn(5, 1, 2, 2)), step(torch.randn(4, 1, 2, 2))
+    same(captured, eager)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_batch_that_is_not_finite_is_skipped_and_named(recorder, accumulate):
+    captured, eager = pair({"accumulate": accumulate, "ema_decay": 0.9})
+    x = torch.randn(5, 1, 2, 2)
+    for i in range(8):
+        if i in (2, 6):  # while warming up, and in the graph
+            bad = x.clone()
+            bad[1] = float("nan")
+            for _ in range(accumulate):
+                captured(bad)
+            with pytest.raises(NonFiniteError, match="the update was skipped: the batch's x is not finite"):
+                captured(x)
+        for _ in range(accumulate):
+            captured(x), eager(x)
+    same(captured, eager)
+    torch.testing.assert_close(captured.ema.parameters, eager.ema.parameters)
+
+
+@pytest.mark.parametrize("optimizer, check, message", [
+    (lambda p: torch.optim.Adam(p), True, "capture: this Adam can't skip .* make it with fused=True, or set check_"),
+    (lambda p: torch.optim.RMSprop(p), False, "capture: this RMSprop can't be captured; make it with fused=True or"),
+    (lambda p: torch.optim.LBFGS(p), False, "capture: this LBFGS can't be captured"),
+])
+def test_optimizers_that_cannot_be_captured(recorder, optimizer, check, message):
+    model = Affine()
+    with pytest.raises(ValueError, match=message):
+        TrainStep(model, optimizer(model.parameters()), capture=True, check_finite=check)
+
+
+def test_capturable_without_fused_needs_no_check(recorder):
+    model = Affine()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1, fused=True), capture=True, check_finite=False)
+    assert "not looked for" in step.explain()
+
+
+def test_a_model_on_the_cpu_is_refused():
+    model = Affine()
+    with pytest.raises(ValueError, match="capture: expected a model on a CUDA device, this one is on cpu"):
+        TrainStep(model, adam(model), capture=True)
+
+
+@pytest.fixture
+def on_gpu():
+    return glow().cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.5, "ema_decay": 0.9}, {"accumulate": 2},
+                                     {"conditioner_dtype": torch.bfloat16}])
+def test_on_a_gpu_twenty_steps_equal_twenty_eager_ones(options):
+    captured, eager = pair(options, lambda: glow().cuda())
+    for i in range(20):
+        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
+        losses = []
+        for step in (captured, eager):
+            torch.manual_seed(i)
+            losses.append(step(x))
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-2)
+    assert captured._steps.recorded == (2 if "accumulate" in options else 1)
+    for a, b in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_replay_draws_fresh_noise(on_gpu):
+    optimizer = torch.optim.SGD(on_gpu.parameters(), 0.0, fused=True)
+    step = TrainStep(on_gpu, optimizer, capture=True)
+    x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
+    assert len({step(x).item() for _ in range(12)}) == 12
+    vae = VAE(mlp_encoder((1, 4, 4), 3, (8,)), mlp_decoder(3, (1, 4, 4), (8,))).cuda()
+    step = TrainStep(vae, torch.optim.SGD(vae.parameters(), 0.0, fused=True), capture=True)
+    x = torch.rand(4, 1, 4, 4, device="cuda")
+    assert len({step(x).item() for _ in range(12)}) == 12
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_batch_that_is_not_finite_is_skipped(on_gpu):
+    step = TrainStep(on_gpu, adam(on_gpu), capture=True, ema_decay=0.9)
+    x = torch.rand(4, 3, 8, 8, device="cuda") - 0.5
+    for _ in range(5):
+        step(x)
+    before = [p.detach().clone() for p in (*on_gpu.parameters(), *step.ema.parameters.values())]
+    steps = [s["step"].item() for s in step.optimizer.state.values()]
+    step(x * float("nan"))
+    with pytest.raises(NonFiniteError, match="the batch's x is not finite"):
+        step(x)
+    after = [*on_gpu.parameters(), *step.ema.parameters.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert steps == [s["step"].item() for s in step.optimizer.state.values()]
+    assert torch.isfinite(step(x))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_schedule_is_seen(on_gpu):
+    step = TrainStep(on_gpu, torch.optim.SGD(on_gpu.parameters(), 1e-3, fused=True), capture=True)
+    x = torch.rand(4, 3, 8, 8, device="cuda") - 0.5
+    for _ in range(5):
+        step(x)
+    step.optimizer.param_groups[0]["lr"] = 0.0
+    before = [p.detach().clone() for p in on_gpu.parameters()]
+    step(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, on_gpu.parameters(), strict=True))
+    step.optimizer.param_groups[0]["lr"] = 1e-3
+    step(x)
+    assert not all(torch.equal(a, b) for a, b in zip(before, on_gpu.parameters(), strict=True))
+    assert step._steps.recorded == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_replay_does_not_wait(on_gpu):
+    step = TrainStep(on_gpu, adam(on_gpu), capture=True, check_finite=False, clip_grad_norm=1.0, ema_decay=0.9)
+    x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
+    for _ in range(4):
+        step(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

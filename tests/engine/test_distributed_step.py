@@ -1,0 +1,189 @@
+"""TrainStep over several processes: replicas equal one process with all the data, shards equal a whole model."""
+
+import copy
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from fastflow import flows
+from fastflow.engine import NonFiniteError, TrainStep
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+WORLD = 2
+
+
+def glow(seed=0):
+    torch.manual_seed(seed)
+    model = flows.Glow((1, 8, 8), n_levels=2, n_steps=2, hidden_channels=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.double()
+
+
+def batches(n, size):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.rand(size, 1, 8, 8, generator=generator, dtype=torch.float64) - 0.5 for _ in range(n)]
+
+
+def sgd(model, fused=True):
+    return torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, fused=fused)
+
+
+def _process(rank, body, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        torch.save(body(rank), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def replicas(rank):
+    """Plain, accumulated, and late-checked steps of replicas; what happens if one process has a bad batch."""
+    found = {}
+    for name, options in (("plain", {"clip_grad_norm": 1.0}), ("accumulated", {"accumulate": 2}),
+                          ("late", {"check_finite": "late", "ema_decay": 0.5})):
+        model = glow()
+        step = TrainStep(DistributedDataParallel(model), sgd(model), **options)
+        assert "processes: replicas (DistributedDataParallel)" in step.explain()
+        for x in batches(4, 4):
+            step(x.chunk(WORLD)[rank])
+        before = [p.detach().clone() for p in model.parameters()]
+        message = None
+        try:
+            bad = batches(1, 4)[0].chunk(WORLD)[rank]
+            for _ in range(step.accumulate):
+                step(bad * float("nan") if rank == 1 else bad)
+            step.check()
+        except NonFiniteError as error:
+            message = str(error)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        found[name] = before, message
+    reductions = []
+    model = glow()
+    ddp = DistributedDataParallel(model)
+    ddp.register_comm_hook(None, lambda _, bucket: _counted(reductions, bucket))
+    step = TrainStep(ddp, sgd(model), accumulate=4)
+    for x in batches(8, 4):
+        step(x)
+    found["reductions"] = len(reductions)
+    return found
+
+
+def _counted(reductions, bucket):
+    reductions.append(bucket.index())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def shards(rank):
+    """FSDP2 with everything, so also all 1x1 weights, in one group."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = glow()
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
+    fully_shard(model, mesh=mesh)
+    step = TrainStep(model, sgd(model, fused=False), accumulate=2, clip_grad_norm=1.0, ema_decay=0.5)
+    text = step.explain()
+    assert "processes: sharded (FSDP2)" in text and "layout: as it was (parameters are sharded)" in text
+    for x in batches(4, 4):
+        step(x.chunk(WORLD)[rank])
+    with step.ema.swapped_in():
+        averages = [p.detach().full_tensor() for p in model.parameters()]
+    parameters = [p.detach().full_tensor() for p in model.parameters()]
+    message, refused = None, []
+    try:
+        for _ in range(2):
+            step(batches(1, 2)[0] * (float("nan") if rank == 1 else 1.0))
+    except NonFiniteError as error:
+        message = str(error)
+    for options in ({"capture": True}, {"check_finite": "late"}):
+        try:
+            TrainStep(model, sgd(model, fused=False), **options)
+        except ValueError as error:
+            refused.append(str(error))
+    now = [p.detach().full_tensor() for p in model.parameters()]
+    unchanged = all(torch.equal(a, b) for a, b in zip(parameters, now, strict=True))
+    apart = glow()
+    fully_shard(apart.transform.levels[0].steps[1], mesh=mesh)
+    fully_shard(apart, mesh=mesh)
+    try:
+        TrainStep(apart, sgd(apart, fused=False))(batches(1, 2)[0])
+    except TypeError as error:
+        refused.append(str(error))
+    return parameters, averages, message, refused, unchanged
+
+
+def both(rank):
+    return replicas(rank), shards(rank)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What two processes found, in order of rank: (of replicas, of shards)."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.start_processes(_process, (both, str(folder)), WORLD, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def test_replicas_equal_one_process_with_all_the_data(results):
+    first, second = (of_replicas for of_replicas, _ in results)
+    for name, options in (("plain", {"clip_grad_norm": 1.0}), ("accumulated", {"accumulate": 2}), ("late", {})):
+        model = glow()
+        step = TrainStep(model, sgd(model), **options)
+        for x in batches(4, 4):
+            step(x)
+        assert all(torch.equal(a, b) for a, b in zip(first[name][0], second[name][0], strict=True))
+        torch.testing.assert_close(first[name][0], [p.detach() for p in model.parameters()], rtol=1e-8, atol=1e-9)
+        assert first[name][1].startswith(("the gradients' norm is nan", "the loss or a gradient is not finite"))
+        assert "the batch's x is not finite" in second[name][1]
+    assert first["reductions"] == 2  # one bucket, two updates in eight calls
+
+
+def test_shards_equal_a_whole_model(results):
+    model = glow()
+    step = TrainStep(model, sgd(model), accumulate=2, clip_grad_norm=1.0, ema_decay=0.5)
+    for x in batches(4, 4):
+        step(x)
+    for parameters, averages, message, refused, unchanged in (of_shards for _, of_shards in results):
+        torch.testing.assert_close(parameters, [p.detach() for p in model.parameters()], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(averages, list(step.ema.parameters.values()), rtol=1e-8, atol=1e-9)
+        assert "the step was not taken" in message and unchanged
+        assert refused[0].startswith("capture: ") and refused[1].startswith("check_finite: 'late'")
+        assert "levels.0.steps.1.conv.weight: expected a whole tensor" in refused[2]
+
+
+def test_capture_is_refused_for_replicas(tmp_path, monkeypatch):
+    from fastflow.engine import capture
+
+    monkeypatch.setattr(capture, "recorder_for", lambda device: None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = glow()
+        with pytest.raises(ValueError, match="capture: not available inside DistributedDataParallel"):
+            TrainStep(DistributedDataParallel(model), sgd(model), capture=True)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_compiled_replica(tmp_path):
+    torch._dynamo.reset()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = flows.RealNVP(2, n_layers=1, hidden=(4,))
+        twin = copy.deepcopy(model)
+        compiled = TrainStep(DistributedDataParallel(model), sgd(model), compile="aot_eager")
+        plain = TrainStep(twin, sgd(twin))
+        assert "cut where DistributedDataParallel's buckets end" in compiled.explain()
+        for batch in (4, 6):
+            x = torch.randn(batch, 2)
+            torch.testing.assert_close(compiled(x), plain(x))
+        torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+    finally:
+        torch.distributed.destroy_process_group()
+        torch._dynamo.reset()

@@ -1,0 +1,107 @@
+"""Conditioners in bfloat16, everything else in float32."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastflow import flows
+from fastflow.engine import TrainStep
+from fastflow.engine.precision import Lowered, conditioners
+from fastflow.vae import VAE, mlp_decoder, mlp_encoder
+
+
+def glow():
+    model = flows.Glow((3, 8, 8), n_levels=2, n_steps=2, hidden_channels=8)
+    model.initialize(torch.rand(8, 3, 8, 8) - 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def test_z_and_logdet_stay_in_float32_and_close():
+    model, x = glow(), torch.rand(4, 3, 8, 8) - 0.5
+    z, logdet = model.transform(x)
+    seen = []
+    for module in conditioners(model):
+        module.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with Lowered(model, torch.bfloat16)():
+        low_z, low_logdet = model.transform(x)
+    assert seen == [(torch.float32, torch.bfloat16)] * 5  # four couplings, one prior
+    assert low_z.dtype == low_logdet.dtype == torch.float32
+    assert 0 < (low_z - z).abs().max() < 0.05 and ((low_logdet - logdet) / 192).abs().max() < 5e-3
+    again = model.transform(x)
+    assert torch.equal(again[0], z) and torch.equal(again[1], logdet) and seen[-1][1] == torch.float32
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_only_conditioners_compute_in_bfloat16():
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.dtypes = {}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func._schema.name in ("aten::addmm", "aten::mm", "aten::bmm", "aten::convolution",
+                                     "aten::convolution_backward", "fastflow_cpu::slogdet_fwd"):
+                first = result[1] if isinstance(result, tuple) else result
+                self.dtypes.setdefault(func._schema.name, set()).add(first.dtype)
+            return result
+
+    model = glow()
+    step = TrainStep(model, torch.optim.Adam(model.parameters(), fused=True), conditioner_dtype=torch.bfloat16)
+    with Products() as products:
+        step(torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8))
+    assert products.dtypes == {
+        "aten::addmm": {torch.float32}, "aten::mm": {torch.float32}, "aten::bmm": {torch.float32},
+        "fastflow_cpu::slogdet_fwd": {torch.float32}, "aten::convolution": {torch.bfloat16},
+        "aten::convolution_backward": {torch.bfloat16}}
+
+
+def test_training_stays_close_and_parameters_in_float32():
+    model = glow()
+    plain = copy.deepcopy(model)
+    low = TrainStep(model, torch.optim.Adam(model.parameters(), 1e-3, fused=True), conditioner_dtype=torch.bfloat16)
+    full = TrainStep(plain, torch.optim.Adam(plain.parameters(), 1e-3, fused=True))
+    assert "5 conditioners under autocast to torch.bfloat16; parameters, z" in low.explain()
+    assert "precision: torch.float32 throughout" in full.explain()
+    x = torch.rand(8, 3, 8, 8) - 0.5
+    for _ in range(10):
+        a, b = low(x), full(x)
+        assert a.dtype == torch.float32 and abs(a - b) / 192 < 0.02
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_encoder_and_decoder_of_a_vae():
+    model = VAE(mlp_encoder((1, 4, 4), 3, (8,)), mlp_decoder(3, (1, 4, 4), (8,)))
+    step = TrainStep(model, torch.optim.Adam(model.parameters()), conditioner_dtype=torch.bfloat16)
+    seen = []
+    model.decoder.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    loss = step(torch.rand(5, 1, 4, 4))
+    assert seen == [(torch.float32, torch.bfloat16)] and loss.dtype == torch.float32
+    assert step.parts["rate"].dtype == torch.float32
+
+
+def test_a_copy_made_during_training_is_a_model_of_its_own():
+    model = glow()
+    step = TrainStep(model, torch.optim.Adam(model.parameters()), conditioner_dtype=torch.bfloat16)
+    step(torch.rand(4, 3, 8, 8))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not torch.equal(twin.transform.levels[0].steps[0].coupling.conditioner(torch.ones(1, 6, 4, 4)),
+                           model.transform.levels[0].steps[0].coupling.conditioner(torch.ones(1, 6, 4, 4)))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    model = glow().cuda()
+    step = TrainStep(model, torch.optim.Adam(model.parameters(), fused=True), conditioner_dtype=torch.bfloat16)
+    x = torch.rand(4, 3, 8, 8, device="cuda") - 0.5
+    loss = step(x)
+    assert loss.dtype == torch.float32 and torch.isfinite(loss)
+    assert all(p.dtype == torch.float32 for p in model.parameters())

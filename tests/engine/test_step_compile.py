@@ -1,0 +1,79 @@
+"""TrainStep(compile=...): one graph without a break, for every batch size of 2 and more."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from fastflow import flows
+from fastflow.engine import TrainStep
+from fastflow.vae import VAE, mlp_decoder, mlp_encoder
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def glow(n_steps, n_levels=3, **options):
+    side = 2 * 2**n_levels
+    model = flows.Glow((3, side, side), n_levels, n_steps, hidden_channels=4, **options)
+    model.initialize(torch.rand(8, 3, side, side) - 0.5)
+    return model
+
+
+def check(model, shape, batches=(4, 6, 9), backend="aot_eager", exact=True, integer=True, **options):
+    """Equal losses and parameters, one graph, no break, at every one of several batch sizes."""
+    twin = copy.deepcopy(model)
+    steps = [TrainStep(m, torch.optim.Adam(m.parameters(), 1e-3, fused=True), compile=c, **options)
+             for m, c in ((model, backend), (twin, False))]
+    assert f"one graph for batches of 2 and more ({backend})" not in steps[1].explain()
+    for batch in batches:
+        x = torch.randint(256, (batch, *shape), dtype=torch.uint8) if integer else torch.rand(batch, *shape) - 0.5
+        losses = []
+        for step in steps:
+            torch.manual_seed(batch)
+            losses.append(step(x))
+        tolerance = {} if exact else {"rtol": 1e-3, "atol": 1e-3}
+        torch.testing.assert_close(*losses, **tolerance)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-4)
+    assert counters["stats"]["unique_graphs"] == 1, dict(counters["stats"])
+    assert counters["graph_break"].total() == 0 and counters["recompile_limit"].total() == 0
+    return steps[0]
+
+
+def test_glow_traces_whole():
+    step = check(glow(1, n_levels=2), (3, 8, 8))
+    assert "compile: torch.compile on the loss (aot_eager), one graph for batches of 2 and more" in step.explain()
+
+
+def test_with_other_options():
+    check(glow(1, n_levels=1), (3, 4, 4), conditioner_dtype=torch.bfloat16, accumulate=3, ema_decay=0.9)
+
+
+def test_a_vae_and_a_tabular_flow_trace_whole():
+    check(VAE(mlp_encoder((1, 4, 4), 3, (8,)), mlp_decoder(3, (1, 4, 4), (8,))), (1, 4, 4), integer=False)
+    torch._dynamo.reset()
+    counters.clear()
+    check(flows.RealNVP(4, n_layers=2, hidden=(8,)), (4,), integer=False)
+
+
+def test_inductor():
+    check(flows.RealNVP(2, n_layers=1, hidden=(4,)), (2,), batches=(4, 6), backend="inductor", exact=False,
+          integer=False)
+
+
+@pytest.mark.slow
+def test_glow_of_32_steps_traces_whole():
+    check(glow(32), (3, 16, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parametrization", ["plain", "plu"])
+def test_glow_through_inductor(parametrization):
+    check(glow(1, parametrization=parametrization), (3, 16, 16), backend="inductor", exact=False, integer=False)

@@ -1,0 +1,163 @@
+"""Accumulation, the average of the parameters, layout: each against the step one would write by hand."""
+
+import copy
+
+import pytest
+import torch
+from stand_in_models import Affine
+
+from fastflow import flows
+from fastflow.engine import TrainStep
+from fastflow.engine.ema import EMA
+from fastflow.vae import VAE, conv_decoder, conv_encoder
+
+
+def adam(model, **options):
+    return torch.optim.Adam(model.parameters(), 0.05, **options)
+
+
+def glow(**options):
+    model = flows.Glow((3, 8, 8), **{"n_levels": 2, "n_steps": 2, "hidden_channels": 8, **options})
+    model.initialize(torch.rand(8, 3, 8, 8) - 0.5)
+    return model
+
+
+def same(a, b, **tolerance):
+    torch.testing.assert_close([p.detach() for p in a.parameters()], [p.detach() for p in b.parameters()], **tolerance)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 1, 3)])
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.3}, {"check_finite": "late"}])
+def test_accumulated_batches_update_as_one(sizes, options):
+    one, many = Affine(), Affine()
+    whole = TrainStep(one, adam(one, fused=True), **options)
+    parts = TrainStep(many, adam(many, fused=True), accumulate=len(sizes), **options)
+    for _ in range(3):
+        x = torch.randn(sum(sizes), 1, 2, 2) * 3
+        before = copy.deepcopy(many)
+        for i, batch in enumerate(x.split(sizes)):
+            loss = parts(batch)
+            torch.testing.assert_close(loss, -before.log_prob(batch).mean().detach())
+            assert ("grad_norm" in parts.parts) == (i == len(sizes) - 1)
+        whole(x)
+        torch.testing.assert_close(parts.parts["grad_norm"], whole.parts["grad_norm"])
+        same(one, many)
+
+
+def test_the_optimizer_runs_once_in_n_calls():
+    model = Affine()
+    optimizer = adam(model)
+    step = TrainStep(model, optimizer, accumulate=4, ema_decay=0.5)
+    for call in range(1, 10):
+        step(torch.randn(2, 1, 2, 2))
+        assert [s["step"].item() for s in optimizer.state.values()] == [call // 4] * (2 if call >= 4 else 0)
+
+
+def test_the_average_follows_every_update():
+    model = Affine()
+    step = TrainStep(model, adam(model), ema_decay=0.75)
+    expected = [p.detach().clone() for p in model.parameters()]
+    for _ in range(4):
+        step(torch.randn(5, 1, 2, 2))
+        for average, p in zip(expected, model.parameters(), strict=True):
+            average.lerp_(p.detach(), 0.25)
+    averages = step.ema.state_dict()
+    assert list(averages) == ["shift", "log_scale"]
+    torch.testing.assert_close(list(averages.values()), expected)
+
+
+def test_the_average_swaps_in_and_out():
+    model = Affine()
+    step = TrainStep(model, adam(model), ema_decay=0.9)
+    x = torch.randn(5, 1, 2, 2)
+    for _ in range(3):
+        step(x)
+    own = [p.detach().clone() for p in model.parameters()]
+    pointers = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="inside"), step.ema.swapped_in():
+        assert all(torch.equal(p, a) for p, a in zip(model.parameters(), step.ema.parameters.values(), strict=True))
+        assert not torch.equal(model.shift, own[0])
+        raise RuntimeError("inside")
+    assert all(torch.equal(p, o) for p, o in zip(model.parameters(), own, strict=True))
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def test_the_average_is_saved_and_loaded():
+    model, other = Affine(), Affine()
+    step = TrainStep(model, adam(model), ema_decay=0.9)
+    step(torch.randn(5, 1, 2, 2))
+    ema = EMA(other, 0.9)
+    ema.load_state_dict({name: t.clone() for name, t in step.ema.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip(ema.parameters.values(), step.ema.parameters.values(), strict=True))
+    ema.reset()
+    assert torch.equal(ema.parameters["shift"], other.shift)
+    with pytest.raises(ValueError, match="state: expected the names .* differs in log_scale"):
+        ema.load_state_dict({"shift": other.shift.detach()})
+    with pytest.raises(ValueError, match=r"state: shift: expected shape \(1, 2, 2\), got \(2,\)"):
+        ema.load_state_dict({"shift": torch.zeros(2), "log_scale": torch.zeros(1, 2, 2)})
+
+
+def test_frozen_parameters_are_not_averaged():
+    model = Affine()
+    model.shift.requires_grad_(False)
+    assert list(EMA(model, 0.5).parameters) == ["log_scale"]
+
+
+def test_convolution_weights_go_channels_last_and_so_do_their_gradients():
+    model = glow()
+    plain = copy.deepcopy(model)
+    step = TrainStep(model, adam(model, fused=True))
+    other = TrainStep(plain, adam(plain, fused=True), channels_last=False)
+    assert "channels-last, the weights of 13 convolutions too" in step.explain()
+    assert "layout: as it was (channels_last=False)" in other.explain()
+    for _ in range(3):
+        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+        torch.manual_seed(1)
+        loss = step(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(loss, other(x))
+    same(model, plain, rtol=1e-3, atol=1e-4)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            assert module.weight.grad.stride() == module.weight.stride()
+
+
+def test_layout_is_left_alone_where_it_would_hurt():
+    model = glow()
+    optimizer = adam(model, fused=True)
+    TrainStep(model, optimizer, channels_last=False)(torch.rand(2, 3, 8, 8))
+    assert "layout: as it was (the optimizer has state" in TrainStep(model, optimizer).explain()
+    with pytest.raises(ValueError, match="channels_last: can't be done, the optimizer has state"):
+        TrainStep(model, optimizer, channels_last=True)
+    vae = VAE(conv_encoder((1, 8, 8), 2, (4,)), conv_decoder(2, (1, 8, 8), (4,)))
+    assert "layout: as it was (channels_last=True would" in TrainStep(vae, adam(vae)).explain()
+    assert "layout: channels-last" in TrainStep(vae, adam(vae), channels_last=True).explain()
+    assert "layout: as it was (there are no 2-D" in TrainStep(model := Affine(), adam(model)).explain()
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: torch.optim.Adam(p, fused=True), "4 parameters, fused"),
+    (lambda p: torch.optim.AdamW(p), "not fused: make it with fused=True"),
+    (lambda p: torch.optim.SGD(p, 0.1), "not fused: make it with fused=True"),
+    (lambda p: torch.optim.RMSprop(p), "not fused: torch has no fused kernel for it"),
+])
+def test_explain_says_whether_the_optimizer_is_fused(make, words):
+    model = Affine((1, 1, 2))
+    assert words in TrainStep(model, make(model.parameters())).explain()
+
+
+@pytest.mark.parametrize("arguments, kind, message", [
+    ({"accumulate": 0}, ValueError, "accumulate: expected a positive integer, got 0"),
+    ({"accumulate": True}, ValueError, "accumulate: "),
+    ({"ema_decay": 1.0}, ValueError, "ema_decay: expected a number in"),
+    ({"ema_decay": float("nan")}, ValueError, "ema_decay: "),
+    ({"check_finite": "never"}, ValueError, "check_finite: expected True, False or 'late'"),
+    ({"conditioner_dtype": torch.float64}, ValueError, "conditioner_dtype: expected torch.bfloat16 or None"),
+    ({"conditioner_dtype": torch.bfloat16}, ValueError, "conditioner_dtype: expected None for Affine"),
+    ({"compile": 3}, TypeError, "compile: expected a bool or the name of a backend, got int"),
+])
+def test_arguments_that_cannot_be_are_named(arguments, kind, message):
+    model = Affine()
+    with pytest.raises(kind, match=message):
+        TrainStep(model, adam(model), **arguments)
