@@ -190,7 +190,6 @@ class TrainStep:
             with self.memory.applied(x, context):
                 loss, parts = self._loss(self.model, x, context)
             (loss if self.accumulate == 1 else loss * len(x)).backward()
-        self.memory.check()
         loss, scale, watched = loss.detach(), None, loss.detach()
         if self.accumulate > 1:
             watched, scale = self._watch.add_(watched), 1.0 / self._total
@@ -199,6 +198,7 @@ class TrainStep:
         norm, flag = self._update.measure(watched, scale)
         if self.check_finite and not late:
             self._refuse_non_finite(watched, norm, flag)
+        self.memory.check()
         self._update.apply(norm, flag if late else None)
         if self.accumulate > 1:
             self._watch.zero_()
