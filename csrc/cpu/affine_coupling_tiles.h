@@ -4,6 +4,7 @@
 #include "../common/scale_map.h"
 #include "affine_coupling_kernel.h"
 #include "stream.h"
+#include "tanh_table.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
@@ -53,6 +54,56 @@ T sum_tile(const T* values, int64_t n) {
 template <Kind K, bool Extended>
 inline constexpr bool two_passes = soft_clamped<K> && !Extended;
 
+#if defined(__AVX512F__)
+template <Kind K, class T>
+inline constexpr bool by_table = K == Kind::tanh && sizeof(T) == 4;
+
+// each(i, mask, tanh(u)) for every vector of n raw values: those of `mask` are elements i and up.
+template <class F>
+FASTFLOW_HD void each_tanh(const ScaleMap<float>& map, int64_t n, const float* raw, const F& each) {
+  const TableTanh tanh;
+  const __m512 gain = _mm512_set1_ps(map.gain), offset = _mm512_set1_ps(map.offset);
+  for (int64_t i = 0; i < n; i += lanes) {
+    const __mmask16 mask = static_cast<__mmask16>(n - i < lanes ? (1 << (n - i)) - 1 : -1);
+    each(i, mask, tanh(_mm512_fmadd_ps(gain, _mm512_maskz_loadu_ps(mask, raw + i), offset)));
+  }
+}
+#else
+template <Kind K, class T>
+inline constexpr bool by_table = false;
+#endif
+
+// log s of n soft-clamped raw values, and with its derivatives.
+template <Kind K, class T>
+FASTFLOW_HD void soft_clamp_run(const ScaleMap<T>& map, int64_t n, const T* raw, T* log_s) {
+  if constexpr (by_table<K, T>) {
+    each_tanh(map, n, raw, [&](int64_t i, auto mask, auto value) {
+      _mm512_mask_storeu_ps(log_s + i, mask, map.amplitude * value);
+    });
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) log_s[i] = soft_clamp<K>(map, raw[i]);
+  }
+}
+
+template <Kind K, class T>
+FASTFLOW_HD void soft_clamp_slope_run(const ScaleMap<T>& map, int64_t n, const T* raw, T* log_s, T* dlog) {
+  if constexpr (by_table<K, T>) {
+    const T steepest = map.amplitude * map.gain;
+    each_tanh(map, n, raw, [&](int64_t i, auto mask, auto value) {
+      _mm512_mask_storeu_ps(log_s + i, mask, map.amplitude * value);
+      _mm512_mask_storeu_ps(dlog + i, mask, steepest * (T(1) - value * value));
+    });
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const LogSlope<T> slope = soft_clamp_slope<K>(map, raw[i]);
+      log_s[i] = slope.log_s;
+      dlog[i] = slope.dlog;
+    }
+  }
+}
+
 template <class T>
 using ForwardTile = void (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, T*, T*);
 
@@ -76,10 +127,7 @@ void forward_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* 
     const int64_t count = Streamed ? step : n - i < length ? n - i : length;
     if constexpr (Streamed)
       for (int64_t j = 0; j < step; j += lanes) prefetch_line(i + j, x, raw, shift);
-    if constexpr (apart) {
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) log_s[i + j] = soft_clamp<K>(map, raw[i + j]);
-    }
+    if constexpr (apart) soft_clamp_run<K>(map, count, raw + i, log_s + i);
     T* const at_y = Streamed ? to_y : y + i;
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
@@ -167,14 +215,7 @@ void backward_tile(const ScaleMap<T>& constants, int64_t n, const T* grad_y, con
     const int64_t count = Streamed ? step : n - i < length ? n - i : length;
     if constexpr (Streamed)
       for (int64_t j = 0; j < step; j += lanes) prefetch_line(i + j, x, raw, grad_y);
-    if constexpr (apart) {
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) {
-        const LogSlope<T> slope = soft_clamp_slope<K>(map, raw[i + j]);
-        log_s[j] = slope.log_s;
-        dlog[j] = slope.dlog;
-      }
-    }
+    if constexpr (apart) soft_clamp_slope_run<K>(map, count, raw + i, log_s, dlog);
     T *const at_x = Streamed ? to_x : grad_x + i, *const at_raw = Streamed ? to_raw : grad_raw + i,
              *const at_shift = Streamed ? to_shift : grad_shift + i;
 #pragma omp simd
