@@ -84,8 +84,7 @@ def _glow_coupling(shape):
         return torch.cat([passive, (active + shift) * torch.sigmoid(u)], 1), F.logsigmoid(u).flatten(1).sum(1)
 
     def fused(x, h):
-        passive, active = x.chunk(2, 1)
-        return functional.affine_coupling(active, h, scale="sigmoid", shift_first=True, passive=passive)
+        return functional.affine_coupling(x, h, scale="sigmoid", shift_first=True, passive=shape[1] // 2)
 
     def build(device):
         torch.manual_seed(0)

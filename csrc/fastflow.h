@@ -102,14 +102,31 @@ ScalarType result_type(const Tensor& like, const Operands&... operands) {
   return result;
 }
 
+// Channels first, first + step, ... of a tensor (B, C, *S); count -1: all.
+struct Channels {
+  int64_t first = 0, step = 1, count = -1;
+};
+
+// Which channels of a whole tensor of affine_coupling are transformed and which pass. Of `channels`, the first `kept`
+// pass, or the last -kept.
+struct CouplingParts {
+  Channels active, passive;
+
+  CouplingParts(int64_t channels, int64_t kept) {
+    const int64_t passing = kept < 0 ? -kept : kept, transformed = channels - passing;
+    active = {kept > 0 ? kept : 0, 1, transformed};
+    passive = {kept < 0 ? transformed : 0, 1, passing};
+  }
+};
+
 std::tuple<Tensor, Tensor> affine_coupling_fwd(
     const Tensor& x, const Tensor& params, const optional<Tensor>& shift, const optional<Tensor>& logdet,
-    const optional<Tensor>& passive, int64_t flags, int64_t kind, double gain, double offset, double out_gain,
-    double clamp, double eps, double hard_min, double hard_max, double shift_gain);
+    const optional<Tensor>& passive, int64_t kept, int64_t flags, int64_t kind, double gain, double offset,
+    double out_gain, double clamp, double eps, double hard_min, double hard_max, double shift_gain);
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
     const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet, const Tensor& x, const Tensor& params,
-    const optional<Tensor>& shift, int64_t passive_channels, bool need_x, bool need_params, bool need_shift,
+    const optional<Tensor>& shift, int64_t kept, bool need_x, bool need_params, bool need_shift,
     int64_t flags, int64_t kind, double gain, double offset, double out_gain, double clamp, double eps,
     double hard_min, double hard_max, double shift_gain);
 

@@ -17,13 +17,14 @@ SCALE_MAP_ARGS = ("int kind, float gain, float offset, float out_gain, float cla
                   "float hard_max, float shift_gain")
 # kind and scale are indices into reference.KINDS and reference.SCALES. flags of affine_coupling: 1 interleaved layout,
 # 2 shift first in the params, 4 shift_first, 8 inverse; of gaussian: 1 interleaved layout, 2 scale first in the params.
+# kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
 # reduce: 0 sample, 1 channel, 2 none. A result that was not asked for is an empty tensor of shape (0,). Those of
 # CPU_ALONE are of the CPU library alone: on a GPU, conv_net's convolutions are cuDNN's.
 SCHEMAS = (
-    f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int flags, "
-    f"{SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
+    f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
+    f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
     f"affine_coupling_bwd(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, Tensor? shift, "
-    f"int passive_channels, bool need_x, bool need_params, bool need_shift, int flags, {SCALE_MAP_ARGS})"
+    f"int kept, bool need_x, bool need_params, bool need_shift, int flags, {SCALE_MAP_ARGS})"
     f" -> (Tensor, Tensor, Tensor)",
     "slogdet_fwd(Tensor weight, bool want_inverse) -> (Tensor, Tensor, Tensor)",
     "plu_weight_fwd(Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s, Tensor perm) -> Tensor",
@@ -165,15 +166,15 @@ def _empty_in_format_of(like, shape, dtype):
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
-def _fake_affine_coupling_fwd(x, params, shift, logdet, passive, flags, kind, gain, offset, out_gain, clamp, eps,
-                              hard_min, hard_max, shift_gain):
+def _fake_affine_coupling_fwd(x, params, shift, logdet, passive, kept, flags, kind, gain, offset, out_gain, clamp,
+                              eps, hard_min, hard_max, shift_gain):
     channels = x.shape[1] + (0 if passive is None else passive.shape[1])
     y = _empty_in_format_of(x, (x.shape[0], channels, *x.shape[2:]), _widen(x, params, shift, passive))
     return y, x.new_empty((x.shape[0],), dtype=_compute_dtype(x.dtype))
 
 
-def _fake_affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, passive_channels, need_x, need_params, need_shift,
-                              flags, kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain):
+def _fake_affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, kept, need_x, need_params, need_shift, flags,
+                              kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain):
     return tuple(_empty_in_format_of(t, t.shape, t.dtype) if need else _nothing(x)
                  for t, need in ((x, need_x), (params, need_params), (shift, need_shift)))
 

@@ -25,13 +25,15 @@ SAMPLE, CHANNEL, NONE = range(3)  # reduce, as the operators take it
 _OPS = {"gaussian": "gaussian_sample_kl", "philox4x32": "gaussian_sample_kl"}  # stems under another name in backends
 
 
-def _affine_coupling_fwd(x, *others):
-    return 0 if x.shape[0] == 0 else 1 + (math.prod(x.shape[1:]) > ROW_ELEMENTS)
+def _affine_coupling_fwd(x, params, shift, logdet, passive, kept, *scalars):
+    return 0 if x.shape[0] == 0 else 1 + ((x.shape[1] - abs(kept)) * math.prod(x.shape[2:]) > ROW_ELEMENTS)
 
 
-def _affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, passive_channels, need_x, need_params, need_shift,
+def _affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, kept, need_x, need_params, need_shift,
                          *scalars):
-    return int(x.numel() > 0 and (need_x or need_params or need_shift))
+    positions = x.shape[0] * math.prod(x.shape[2:])
+    active = (x.shape[1] - abs(kept)) * positions > 0 and (need_x or need_params or need_shift)
+    return int(active or (need_x and kept * positions != 0))
 
 
 def _slogdet_fwd(weight, want_inverse):

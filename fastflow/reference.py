@@ -240,6 +240,15 @@ def split_params(params, layout, first_is_a):
     return (first, second) if first_is_a else (second, first)
 
 
+def split_passive(x, passive):
+    """(active part of x, passive tensor or None, whether the passive goes in front of y)."""
+    if passive is None or isinstance(passive, torch.Tensor):
+        return x, passive, True
+    if passive >= 0:
+        return x[:, passive:], x[:, :passive], True
+    return x[:, :passive], x[:, passive:], False
+
+
 def memory_format_of(x):
     """The memory format that ``x``'s strides suggest (Tensor.suggest_memory_format)."""
     return torch._prims_common.suggest_memory_format(x)
@@ -249,6 +258,8 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
                     logdet=None, passive=None):
     """y = x*s + t (or (x + t)*s), or exactly its inverse, and log|det J|; see functional.affine_coupling."""
     scale = ScaleMap.of(scale)
+    memory_format = memory_format_of(x)
+    x, passive, in_front = split_passive(x, passive)
     if scale.kind == "additive":
         raw, shift = None, params
     else:
@@ -274,8 +285,9 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
         total = logdet.to(dtype) + total
     y = y.to(out_dtype)
     if passive is not None:
-        y = torch.cat([passive.to(out_dtype), y], 1)
-    return y.contiguous(memory_format=memory_format_of(x)), total
+        passive = passive.to(out_dtype)
+        y = torch.cat([passive, y] if in_front else [y, passive], 1)
+    return y.contiguous(memory_format=memory_format), total
 
 
 def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):

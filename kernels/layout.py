@@ -145,6 +145,13 @@ def result_dtype(like, *operands):
     return like.dtype
 
 
+def parts_of_whole(x, kept):
+    """(active, passive, first channel of each) of a whole tensor whose first ``kept`` channels pass, or last -kept."""
+    if kept >= 0:
+        return x[:, kept:], x[:, :kept], kept, 0
+    return x[:, :kept], x[:, kept:], 0, x.shape[1] + kept
+
+
 def halves(params, interleaved):
     """(strides as if of one half, elements from the first half to the second) of packed params along dim 1."""
     strides = list(params.stride())

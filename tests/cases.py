@@ -87,6 +87,10 @@ AFFINE_CASES = (
          {"scale": ScaleMap("tanh", clamp=1.5, eps=0.1, shift_gain=0.5)}),
     Case("softplus_passive_inverse", "affine_coupling",
          {"x": (3, 2, 3, 3), "params": (3, 4, 3, 3), "passive": (3, 5, 3, 3)}, {"scale": "softplus", "inverse": True}),
+    Case("sigmoid_kept", "affine_coupling", {"x": (3, 5, 2, 5), "params": (3, 6, 2, 5), "logdet": (3,)},
+         {"scale": "sigmoid", "shift_first": True, "passive": 2}),
+    Case("tanh_pair_kept_behind", "affine_coupling", {"x": (3, 7), "raw": (3, 4), "shift": (3, 4)},
+         {"scale": "tanh", "inverse": True, "passive": -3}),
     Case("additive", "affine_coupling", {"x": (3, 4, 3, 3), "params": (3, 4, 3, 3), "logdet": (3,)},
          {"scale": "additive"}),
 )

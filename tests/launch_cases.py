@@ -30,6 +30,12 @@ LAUNCH_CASES = (
                                        "passive": (2, 3, SPLIT // 2)}, {"inverse": True}), 2, 1, 2, 1),
     (Case("pair", "affine_coupling", {"x": (3, 5), "raw": (3, 5), "shift": (3, 5), "logdet": (3,)}), 1, 1, 1, 1),
     (Case("additive", "affine_coupling", {"x": (3, 5), "params": (3, 5)}, {"scale": "additive"}), 1, 1, 1, 1),
+    (Case("kept", "affine_coupling", {"x": (3, 6, 5), "params": (3, 8, 5)}, {"passive": 2}), 1, 1, 1, 1),
+    (Case("kept_and_split", "affine_coupling", {"x": (2, 5, SPLIT // 2), "params": (2, 4, SPLIT // 2)},
+          {"passive": -3}), 2, 1, 2, 1),
+    (Case("half_of_a_long_one", "affine_coupling", {"x": (1, 2, 16384), "params": (1, 2, 16384)}, {"passive": 1}),
+     1, 1, 1, 1),
+    (Case("all_kept", "affine_coupling", {"x": (2, 3), "params": (2, 0), "logdet": (2,)}, {"passive": 3}), 1, 1, 1, 1),
     (Case("no_rows", "affine_coupling", {"x": (0, 5), "params": (0, 10)}), 0, 0, 0, 0),
     (Case("no_elements", "affine_coupling", {"x": (2, 0), "params": (2, 0), "logdet": (2,)}), 1, 0, 1, 0),
     (Case("slogdet", "slogdet", {"weight": (7, 12, 12)}), 1, 0, 1, 0),
@@ -65,10 +71,17 @@ def operator_calls(device, batches, events, mixed_priors=False):
     for batch, (channels, *s), dtype in itertools.product(batches, events, (torch.float32, torch.float64)):
         x, packed = zeros(batch, channels, *s, dtype=dtype), zeros(batch, 2 * channels, *s, dtype=dtype)
         for passive in (None, x):
-            yield "affine_coupling_fwd", (x, packed, None, None, passive, 8, *EXP)
+            yield "affine_coupling_fwd", (x, packed, None, None, passive, 0, 8, *EXP)
         for needs in itertools.product((False, True), repeat=3):
             yield "affine_coupling_bwd", (x, None, x, x, x, 0, *needs, 0, *EXP)
             yield "affine_coupling_bwd", (x, None, x, packed, None, 0, *needs, 0, *EXP)
+        for kept in (channels, -channels):
+            whole, rest = zeros(batch, 2 * channels, *s, dtype=dtype), zeros(batch, 0, *s, dtype=dtype)
+            yield "affine_coupling_fwd", (whole, packed, None, None, None, kept, 0, *EXP)
+            yield "affine_coupling_fwd", (x, rest, None, None, None, kept, 0, *EXP)
+            for needs in itertools.product((False, True), repeat=2):
+                yield "affine_coupling_bwd", (whole, None, whole, packed, None, kept, *needs, False, 0, *EXP)
+                yield "affine_coupling_bwd", (x, None, x, rest, None, kept, *needs, False, 0, *EXP)
     for batch, size in itertools.product(((0,), (3,), (2, 0), (2, 3), ()), (0, 1, 5, 32)):
         yield "slogdet_fwd", (zeros(*batch, size, size), size != 5)
     for count, size in itertools.product((0, 1, 3), (0, 1, 40)):

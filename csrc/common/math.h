@@ -232,12 +232,14 @@ FASTFLOW_HD T exp_moderate(T x) {
   return fma(fma(q.r * q.r, exp_tail(q.r), q.r), scale, scale);
 }
 
-// exp(-abs(x)).
+// exp(-abs(x)). Only the low end of the exponents needs care: 2^n is taken 64 powers higher, and the product brought down.
 template <class T>
 FASTFLOW_HD T exp_decay(T x) {
   using B = Bits<T>;
   const T a = abs(x);
-  return exp_in_range(a > -B::exp_low ? B::exp_low : -a);
+  const Reduced<T> q = reduce_exp(a > -B::exp_low ? B::exp_low : -a);
+  const T scale = power_of_two(q.rounded + T(64));
+  return fma(fma(q.r * q.r, exp_tail(q.r), q.r), scale, scale) * T(0x1p-64);
 }
 
 template <class T>

@@ -22,11 +22,6 @@ Tensor result_like(const Dims& sizes, const Tensor& like, ScalarType dtype) {
   return result;
 }
 
-// Channels first, first + step, ... of a tensor (B, C, *S).
-struct Channels {
-  int64_t first = 0, step = 1, count = -1;  // count -1: all
-};
-
 // The order of traversal is y's order in memory, which x suggests.
 class Operands {
  public:
@@ -73,14 +68,14 @@ struct Halves {
   }
 };
 
-AffineShape shape_of(const Tensor& x, int64_t passive_channels, int64_t flags) {
+AffineShape shape_of(const Tensor& x, const CouplingParts& parts, int64_t flags) {
   const auto sizes = x.sizes();
   int64_t space = 1;
   for (size_t d = 2; d < sizes.size(); ++d) space *= sizes[d];
   AffineShape shape{};
   shape.batch = sizes[0];
-  shape.sample = sizes[1] * space;
-  shape.passive = passive_channels * space;
+  shape.sample = parts.active.count * space;
+  shape.passive = parts.passive.count * space;
   shape.is_double = x.scalar_type() == ScalarType::Double;
   shape.inverse = flags & inverse;
   shape.shift_first = flags & shift_first;
@@ -96,23 +91,24 @@ int64_t units_per_thread(const AffineShape& shape) {
 
 std::tuple<Tensor, Tensor> affine_coupling_fwd(
     const Tensor& x, const Tensor& params, const optional<Tensor>& shift, const optional<Tensor>& logdet,
-    const optional<Tensor>& passive, int64_t flags, int64_t kind, double gain, double offset, double out_gain,
-    double clamp, double eps, double hard_min, double hard_max, double shift_gain) {
+    const optional<Tensor>& passive, int64_t kept, int64_t flags, int64_t kind, double gain, double offset,
+    double out_gain, double clamp, double eps, double hard_min, double hard_max, double shift_gain) {
   const bool additive = kind == 6;
   Dims sizes = sizes_of(x);
-  const int64_t channels = sizes[1], passive_channels = passive ? passive->size(1) : 0;
-  sizes[1] += passive_channels;
+  const CouplingParts from(sizes[1], kept);  // of x
+  if (passive) sizes[1] += passive->size(1);
+  const CouplingParts to(sizes[1], passive ? passive->size(1) : kept);  // of y
   Tensor y = result_like(sizes, x, result_type(x, optional(params), shift, passive));
   Tensor total = empty({sizes[0]}, compute_type(x.scalar_type()), x);
 
   AffineForward job{};
-  job.shape = shape_of(x, passive_channels, flags);
+  job.shape = shape_of(x, to, flags);
   job.map = {kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain};
   Operands operands(x);
   if (job.shape.sample > 0) {
-    const Halves halves(flags, channels);
-    job.x = operands.of(x);
-    job.y = operands.of(y, {passive_channels, 1, channels});
+    const Halves halves(flags, from.active.count);
+    job.x = operands.of(x, from.active);
+    job.y = operands.of(y, to.active);
     if (additive) {
       job.shift = operands.of(params);
     } else {
@@ -121,8 +117,8 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(
     }
   }
   if (job.shape.passive > 0) {
-    job.passive = operands.of(*passive);
-    job.passive_y = operands.of(y, {0, 1, passive_channels});
+    job.passive = passive ? operands.of(*passive) : operands.of(x, from.passive);
+    job.passive_y = operands.of(y, to.passive);
   }
   std::vector<double> partials(static_cast<size_t>(job.shape.partials()));
   job.partials = partials.data();
@@ -139,11 +135,11 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
     const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet, const Tensor& x, const Tensor& params,
-    const optional<Tensor>& shift, int64_t passive_channels, bool need_x, bool need_params, bool need_shift,
+    const optional<Tensor>& shift, int64_t kept, bool need_x, bool need_params, bool need_shift,
     int64_t flags, int64_t kind, double gain, double offset, double out_gain, double clamp, double eps,
     double hard_min, double hard_max, double shift_gain) {
   const bool additive = kind == 6;
-  const int64_t channels = x.size(1);
+  const CouplingParts parts(x.size(1), kept);
   auto result = [&](bool needed, const Tensor& like) {
     return needed ? result_like(sizes_of(like), like, like.scalar_type()) : nothing(x);
   };
@@ -152,29 +148,37 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
   Tensor grad_shift = result(need_shift && shift, shift ? *shift : params);
 
   AffineBackward job{};
-  job.shape = shape_of(x, 0, flags);
+  job.shape = shape_of(x, parts, flags);
   job.map = {kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain};
   if (x.numel() == 0) return {grad_x, grad_params, grad_shift};
   job.streamed = bytes_of(x) >= streamed_bytes;
   Operands operands(x);
-  const Halves halves(flags, channels);
-  if (grad_y) job.grad_y = operands.of(*grad_y, {passive_channels, 1, channels});
+  // Where x keeps no channels of its own, those that grad_y has more than x belong to a tensor in front.
+  const CouplingParts of_y = grad_y && kept == 0 ? CouplingParts(grad_y->size(1), grad_y->size(1) - x.size(1)) : parts;
   if (grad_logdet) job.grad_logdet = operands.of(*grad_logdet);
-  job.x = operands.of(x);
-  if (need_x) job.grad_x = operands.of(grad_x);
-  if (additive) {
-    job.shift = operands.of(params);
-    if (need_params) job.grad_shift = operands.of(grad_params);
-  } else if (shift) {
-    job.raw = operands.of(params);
-    job.shift = operands.of(*shift);
-    if (need_params) job.grad_raw = operands.of(grad_params);
-    if (need_shift) job.grad_shift = operands.of(grad_shift);
-  } else {
-    job.raw = operands.of(params, halves.raw);
-    job.shift = operands.of(params, halves.shift);
-    if (need_params) job.grad_raw = operands.of(grad_params, halves.raw);
-    if (need_params) job.grad_shift = operands.of(grad_params, halves.shift);
+  if (need_x && job.shape.passive > 0) {
+    if (grad_y) job.passive_grad_y = operands.of(*grad_y, of_y.passive);
+    job.passive_grad_x = operands.of(grad_x, parts.passive);
+  }
+  if (job.shape.sample > 0) {
+    const Halves halves(flags, parts.active.count);
+    if (grad_y) job.grad_y = operands.of(*grad_y, of_y.active);
+    job.x = operands.of(x, parts.active);
+    if (need_x) job.grad_x = operands.of(grad_x, parts.active);
+    if (additive) {
+      job.shift = operands.of(params);
+      if (need_params) job.grad_shift = operands.of(grad_params);
+    } else if (shift) {
+      job.raw = operands.of(params);
+      job.shift = operands.of(*shift);
+      if (need_params) job.grad_raw = operands.of(grad_params);
+      if (need_shift) job.grad_shift = operands.of(grad_shift);
+    } else {
+      job.raw = operands.of(params, halves.raw);
+      job.shift = operands.of(params, halves.shift);
+      if (need_params) job.grad_raw = operands.of(grad_params, halves.raw);
+      if (need_params) job.grad_shift = operands.of(grad_params, halves.shift);
+    }
   }
   parallel_for(0, job.shape.units(), units_per_thread(job.shape),
                [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(affine_backward, job, begin, end); });

@@ -167,6 +167,16 @@ void fill(T* values, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) values[i] = value;
 }
 
+// Copies `count` elements, or writes zeros where there is nothing to copy.
+template <class T>
+void copy_passive(Cursor<T>& from, Cursor<T>& to, int64_t count, Tile<T>& buffer) {
+  for (; count > 0; count -= tile) {
+    const int64_t n = count < tile ? count : tile;
+    if (!from.present()) fill(buffer.values, n, T(0));
+    to.write(n, from.present() ? from.read(n, buffer.values) : buffer.values);
+  }
+}
+
 template <class T>
 void forward(const AffineForward& job, int64_t begin, int64_t end) {
   const AffineShape& shape = job.shape;
@@ -210,13 +220,8 @@ void forward(const AffineForward& job, int64_t begin, int64_t end) {
       job.partials[unit] = sum.total();
       sum = CompensatedSum();
     }
-    if (!passive.present()) return;
-    int64_t left = first_passive(shape, unit + 1) - first_passive(shape, unit);
-    for (; left > 0; left -= tile) {
-      const int64_t n = left < tile ? left : tile;
-      const T* values = passive.read(n, x_tile.values);
-      passive_y.write(n, values);
-    }
+    if (passive.present())
+      copy_passive(passive, passive_y, first_passive(shape, unit + 1) - first_passive(shape, unit), x_tile);
   };
   each_tile(shape, begin, end, one_tile, end_of_unit);
   if (job.streamed) end_stream();
@@ -245,12 +250,14 @@ void backward(const AffineBackward& job, int64_t begin, int64_t end) {
   const bool additive = static_cast<Kind>(job.map.kind) == Kind::additive;
   const bool reads_shift = shape.inverse != shape.shift_first;
   const int64_t start = first_element(shape, begin);
-  Cursor<T> grad_y, x, raw, shift;
+  Cursor<T> grad_y, x, raw, shift, passive_grad_y, passive_grad_x;
   Result<T> grad_x, grad_raw, grad_shift;
   grad_y.seek(job.grad_y, start);
   x.seek(job.x, start);
   raw.seek(job.raw, start);
   shift.seek(job.shift, start);
+  passive_grad_y.seek(job.passive_grad_y, first_passive(shape, begin));
+  passive_grad_x.seek(job.passive_grad_x, first_passive(shape, begin));
   grad_x.cursor.seek(job.grad_x, start);
   grad_raw.cursor.seek(job.grad_raw, start);
   grad_shift.cursor.seek(job.grad_shift, start);
@@ -284,7 +291,12 @@ void backward(const AffineBackward& job, int64_t begin, int64_t end) {
     grad_raw.finish(n);
     grad_shift.finish(n);
   };
-  each_tile(shape, begin, end, one_tile, [](int64_t) {});
+  auto end_of_unit = [&](int64_t unit) {
+    if (passive_grad_x.present())
+      copy_passive(passive_grad_y, passive_grad_x, first_passive(shape, unit + 1) - first_passive(shape, unit),
+                   x_tile);
+  };
+  each_tile(shape, begin, end, one_tile, end_of_unit);
   if (job.streamed) end_stream();
 }
 

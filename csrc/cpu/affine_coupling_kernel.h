@@ -42,6 +42,7 @@ struct AffineBackward {
   AffineMap map;
   Operand grad_y, grad_logdet, x, raw, shift;  // grad_logdet: one element per sample
   Operand grad_x, grad_raw, grad_shift;
+  Operand passive_grad_y, passive_grad_x;  // of x's own passive channels; zeros without the former
   bool streamed;  // the gradients go past the caches where they can
 };
 

@@ -21,9 +21,7 @@ struct Forward {
   Pairing pairing;
   Operand operand[kOperands];
   Layout<kOperands> layout;
-  Operand passive, passive_y;
-  Layout<2> passive_layout;
-  int64_t passive_items;
+  Passive passive;
   Operand running;  // log-det so far
   T* logdet;
   double* partial;  // (rows, chunks), null where a row is one chunk
@@ -59,16 +57,7 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_forward(const __grid_const
     else p.logdet[place.row] =
         static_cast<T>(p.running.data ? load<T>(p.running, place.row * p.running.batch) + total : total);
   }
-  if (!p.passive.data || !place.inside) return;
-  const int64_t share = (p.passive_items + p.tiles.chunks - 1) / p.tiles.chunks, begin = place.chunk * share;
-  const int64_t end = begin + share < p.passive_items ? begin + share : p.passive_items;
-  for (int64_t item = begin + (place.first - place.chunk * p.tiles.chunk_items); item < end; item += place.step) {
-    int64_t at[2];
-    locate(p.passive_layout, item * V, at);
-    T value[1][V];
-    load_all<T, V>({&p.passive}, {at[0] + place.row * p.passive.batch}, value);
-    store_one<T>(p.passive_y, at[1] + place.row * p.passive_y.batch, value[0]);
-  }
+  copy_passive<T, V>(p.passive, p.tiles, place);
 }
 
 template <class T>
@@ -81,15 +70,18 @@ __global__ void __launch_bounds__(kBlock) finish_logdet(PartialSums sums, Operan
 
 template <class T>
 void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& shift, const optional<Tensor>& logdet,
-             const optional<Tensor>& passive, const Tensor& y, const Tensor& total, int64_t flags, const Map<T>& map) {
+             const optional<Tensor>& passive, int64_t kept, const Tensor& y, const Tensor& total, int64_t flags,
+             const Map<T>& map) {
   using P = Forward<T>;
-  const int64_t rows = x.size(0), passive_channels = passive ? passive->size(1) : 0;
-  View from = view_of(x), to = view_of(y, passive_channels);
+  const int64_t rows = x.size(0);
+  const CouplingParts of_x(x.size(1), kept), of_y(y.size(1), passive ? passive->size(1) : kept);
+  const bool passes = of_y.passive.count > 0;
+  View from = view_of(x, of_x.active.first), to = view_of(y, of_y.active.first);
   Params halves = params_of(params, shift, map.kind, !shift, flags);
   const std::array<const View*, 4> views{&from, &halves.raw, &halves.shift, &to};
   P p{};
   p.map = map;
-  p.layout = layout_of<4>(sample_sizes(x), views);
+  p.layout = layout_of<4>(sample_sizes(x, of_x.active.count), views);
   const int last = std::max(p.layout.rank - 1, 0);
   p.pairing = {alternate_in_memory(halves, p.layout.stride[P::kRaw][last], p.layout.stride[P::kShift][last]),
                (flags & kShiftInFront) != 0};
@@ -97,25 +89,16 @@ void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& shif
   if (p.pairing.paired) point_at_pairs(halves);
   const int step = p.pairing.paired ? 2 : 1;
   bool vector = sizeof(T) == 4 && vectorise<4>(p.layout, views, {1, step, step, 1}, kVector);
-  View passive_from = view_of(passive), passive_to = passive ? view_of(y) : no_view();
-  if (passive) {
-    const std::array<const View*, 2> pair{&passive_from, &passive_to};
-    p.passive_layout = layout_of<2>(sample_sizes(*passive), pair);
-    Layout<2> dense = p.passive_layout;
-    const bool fits = p.passive_layout.elements == 0 || vectorise<2>(dense, pair, {1, 1}, kVector);
-    vector = vector && fits;
-    if (vector) p.passive_layout = dense;
-  }
+  if (passes)
+    p.passive = passive_of(passive ? view_of(*passive) : view_of(x, of_x.passive.first),
+                           view_of(y, of_y.passive.first), sample_sizes(y, of_y.passive.count), vector);
   if (!vector && p.pairing.paired) {
     p.pairing.paired = false;
     halves = apart;
   }
   const int width = vector ? kVector : 1;
   for (int n = 0; n < P::kOperands; ++n) p.operand[n] = views[n]->operand;
-  p.passive = passive_from.operand;
-  p.passive_y = passive_to.operand;
-  p.passive_items = p.passive_layout.elements / width;
-  p.tiles = tile_rows(rows, std::max(p.layout.elements / width, passive ? int64_t{1} : int64_t{0}), width);
+  p.tiles = tile_rows(rows, std::max(p.layout.elements / width, passes ? int64_t{1} : int64_t{0}), width);
   p.tiles.items = p.layout.elements / width;
   if (logdet) p.running = {logdet->data_ptr(), logdet->stride(0), dtype_of(*logdet)};
   p.logdet = static_cast<T*>(total.data_ptr());
@@ -137,15 +120,15 @@ void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& shif
 
 std::tuple<Tensor, Tensor> affine_coupling_fwd(
     const Tensor& x, const Tensor& params, const optional<Tensor>& shift, const optional<Tensor>& logdet,
-    const optional<Tensor>& passive, int64_t flags, int64_t kind, double gain, double offset, double out_gain,
-    double clamp, double eps, double hard_min, double hard_max, double shift_gain) {
+    const optional<Tensor>& passive, int64_t kept, int64_t flags, int64_t kind, double gain, double offset,
+    double out_gain, double clamp, double eps, double hard_min, double hard_max, double shift_gain) {
   Dims sizes = sizes_of(x);
   if (passive) sizes[1] += passive->size(1);
   const ScalarType dtype = result_type(x, optional<Tensor>(params), shift, passive);
   const Tensor y = empty_strided(sizes, strides_like(sizes, x), dtype, x);
   const Tensor total = empty({x.size(0)}, compute_type(x.scalar_type()), x);
   auto run = [&]<class T>(T) {
-    forward<T>(x, params, shift, logdet, passive, y, total, flags,
+    forward<T>(x, params, shift, logdet, passive, kept, y, total, flags,
                make_map<T>(flags, kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain));
   };
   x.scalar_type() == ScalarType::Double ? run(double()) : run(float());

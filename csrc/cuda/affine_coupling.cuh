@@ -118,6 +118,39 @@ inline Params params_of(const optional<Tensor>& params, const optional<Tensor>& 
   return flags & kShiftInFront ? Params{halves.second, halves.first} : Params{halves.first, halves.second};
 }
 
+// The channels that pass, beside those that are transformed: a copy, or zeros where `from` is absent.
+struct Passive {
+  Operand from, to;
+  Layout<2> layout;
+  int64_t items = 0;
+};
+
+// `vector`: whether the transformed part is accessed in vectors; false afterwards if the passive part can't be.
+inline Passive passive_of(const View& from, const View& to, const Dims& sizes, bool& vector) {
+  Passive passive{from.operand, to.operand};
+  const std::array<const View*, 2> pair{&from, &to};
+  passive.layout = layout_of<2>(sizes, pair);
+  Layout<2> dense = passive.layout;
+  vector = vector && (passive.layout.elements == 0 || vectorise<2>(dense, pair, {1, 1}, kVector));
+  if (vector) passive.layout = dense;
+  passive.items = passive.layout.elements / (vector ? kVector : 1);
+  return passive;
+}
+
+// This thread's share; chunks of a row take equal parts.
+template <class T, int V>
+__device__ __forceinline__ void copy_passive(const Passive& passive, const Tiles& tiles, const Place& place) {
+  if (!place.inside) return;
+  const int64_t share = (passive.items + tiles.chunks - 1) / tiles.chunks, begin = place.chunk * share;
+  const int64_t end = begin + share < passive.items ? begin + share : passive.items;
+  for (int64_t item = begin + (place.first - place.chunk * tiles.chunk_items); item < end; item += place.step) {
+    int64_t at[2];
+    locate(passive.layout, item * V, at);
+    T value[1][V];
+    load_all<T, V>({&passive.from}, {at[0] + place.row * passive.from.batch}, value);
+    store_one<T>(passive.to, at[1] + place.row * passive.to.batch, value[0]);
+  }
+}
 
 // Whether the halves alternate in memory along the layout's dense axis.
 inline bool alternate_in_memory(const Params& params, int64_t raw_stride, int64_t shift_stride) {

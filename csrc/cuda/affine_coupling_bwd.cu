@@ -38,6 +38,7 @@ struct Backward {
   Operand operand[kOperands];
   Layout<kOperands> layout;
   Operand grad_logdet;
+  Passive passive;
 };
 
 template <class T, int V>
@@ -79,22 +80,29 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_backward(const __grid_cons
     for (int n = 0; n < 3; ++n)
       if (p.operand[P::kGradX + n].data) store_one<T>(p.operand[P::kGradX + n], at[P::kGradX + n], grad[n]);
   }
+  copy_passive<T, V>(p.passive, p.tiles, place);
 }
 
 template <class T>
 void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet, const Tensor& x,
-              const Tensor& params, const optional<Tensor>& shift, int64_t passive_channels,
+              const Tensor& params, const optional<Tensor>& shift, int64_t kept,
               const optional<Tensor>& grad_x, const optional<Tensor>& grad_params, const optional<Tensor>& grad_shift,
               int64_t flags, const Map<T>& map) {
   using P = Backward<T>;
-  View from = view_of(x), gx = view_of(grad_x), gy = grad_y ? view_of(*grad_y, passive_channels) : no_view();
+  const CouplingParts of_x(x.size(1), kept);
+  // Where x keeps no channels of its own, those that grad_y has more than x belong to a tensor in front.
+  const CouplingParts of_y =
+      grad_y && kept == 0 ? CouplingParts(grad_y->size(1), grad_y->size(1) - x.size(1)) : of_x;
+  const bool passes = grad_x && of_x.passive.count > 0;
+  View from = view_of(x, of_x.active.first), gx = view_of(grad_x, of_x.active.first);
+  View gy = view_of(grad_y, of_y.active.first);
   Params halves = params_of(params, shift, map.kind, !shift, flags);
   Params grads = params_of(grad_params, grad_shift, map.kind, !shift, flags);
   const std::array<const View*, 7> views{&from, &halves.raw, &halves.shift, &gy, &gx, &grads.raw, &grads.shift};
   P p{};
   p.map = map;
-  p.layout = layout_of<7>(sample_sizes(x), views);
-  if (p.layout.elements == 0) return;
+  p.layout = layout_of<7>(sample_sizes(x, of_x.active.count), views);
+  if (x.numel() == 0 || (p.layout.elements == 0 && !passes)) return;
   const int last = std::max(p.layout.rank - 1, 0);
   auto paired = [&](const Params& of, int raw) {
     return alternate_in_memory(of, p.layout.stride[raw][last], p.layout.stride[raw + 1][last]);
@@ -106,7 +114,10 @@ void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logde
     if (grad_params) point_at_pairs(grads);
   }
   const int step = p.pairing.paired ? 2 : 1;
-  const bool vector = sizeof(T) == 4 && vectorise<7>(p.layout, views, {1, step, step, 1, 1, step, step}, kVector);
+  bool vector = sizeof(T) == 4 && vectorise<7>(p.layout, views, {1, step, step, 1, 1, step, step}, kVector);
+  if (passes)
+    p.passive = passive_of(view_of(grad_y, of_y.passive.first), view_of(grad_x, of_x.passive.first),
+                           sample_sizes(x, of_x.passive.count), vector);
   if (!vector && p.pairing.paired) {
     p.pairing.paired = false;
     halves = apart;
@@ -116,7 +127,8 @@ void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logde
   if (!p.pairing.paired && map.inverse == map.shift_first) p.operand[P::kShift] = {};  // these gradients don't read it
   if (grad_logdet) p.grad_logdet = {grad_logdet->data_ptr(), grad_logdet->stride(0), dtype_of(*grad_logdet)};
   const int width = vector ? kVector : 1;
-  p.tiles = tile_rows(x.size(0), p.layout.elements / width, width);
+  p.tiles = tile_rows(x.size(0), std::max(p.layout.elements / width, passes ? int64_t{1} : int64_t{0}), width);
+  p.tiles.items = p.layout.elements / width;
   const Stream stream(x);
   constexpr int kWide = sizeof(T) == 4 ? kVector : 1;
   const auto affine_coupling_bwd_kernel = vector ? coupling_backward<T, kWide> : coupling_backward<T, 1>;
@@ -127,7 +139,7 @@ void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logde
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
     const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet, const Tensor& x, const Tensor& params,
-    const optional<Tensor>& shift, int64_t passive_channels, bool need_x, bool need_params, bool need_shift,
+    const optional<Tensor>& shift, int64_t kept, bool need_x, bool need_params, bool need_shift,
     int64_t flags, int64_t kind, double gain, double offset, double out_gain, double clamp, double eps,
     double hard_min, double hard_max, double shift_gain) {
   optional<Tensor> grad_x, grad_params, grad_shift;
@@ -135,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
   if (need_params) grad_params = gradient_of(params);
   if (need_shift && shift) grad_shift = gradient_of(*shift);
   auto run = [&]<class T>(T) {
-    backward<T>(grad_y, grad_logdet, x, params, shift, passive_channels, grad_x, grad_params, grad_shift, flags,
+    backward<T>(grad_y, grad_logdet, x, params, shift, kept, grad_x, grad_params, grad_shift, flags,
                 make_map<T>(flags, kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain));
   };
   if (need_x || need_params || need_shift) x.scalar_type() == ScalarType::Double ? run(double()) : run(float());

@@ -30,13 +30,17 @@ inline View view_of(const Tensor& t, int64_t offset = 0, int64_t step = 1) {
   return view;
 }
 
-inline View view_of(const optional<Tensor>& t) { return t ? view_of(*t) : no_view(); }
+inline View view_of(const optional<Tensor>& t, int64_t offset = 0) { return t ? view_of(*t, offset) : no_view(); }
 
-// (C, *S) of a tensor (B, C, *S).
-inline Dims sample_sizes(const Tensor& t) {
+// (C, *S) of some channels of a tensor (B, C, *S).
+inline Dims sample_sizes(const Tensor& t, int64_t channels) {
   const Dims sizes = sizes_of(t);
-  return Dims(sizes.begin() + 1, sizes.end());
+  Dims result(sizes.begin() + 1, sizes.end());
+  result[0] = channels;
+  return result;
 }
+
+inline Dims sample_sizes(const Tensor& t) { return sample_sizes(t, t.size(1)); }
 
 // Uninitialised, with t's shape and dtype and the memory format that t suggests.
 inline Tensor gradient_of(const Tensor& t) {

@@ -26,18 +26,19 @@ def call(x, params, shift=None, logdet=None, passive=None, *, scale, layout="chu
          shift_first=False, inverse=False, grads=None):
     """(y, logdet, gradients of x, params, shift) by the kernels; the gradients for incoming ``grads``."""
     flags = (layout == "interleave") + 2 * (order == "shift_scale") + 4 * shift_first + 8 * inverse
-    y, total = kernels.affine_coupling_fwd(x, params, shift, logdet, passive, flags, *scale.scalars)
+    kept, passive = (passive, None) if isinstance(passive, int) else (0, passive)
+    y, total = kernels.affine_coupling_fwd(x, params, shift, logdet, passive, kept, flags, *scale.scalars)
     found = ()
     if grads is not None:
-        front = 0 if passive is None else passive.shape[1]
-        found = kernels.affine_coupling_bwd(*grads, x, params, shift, front, True, True, shift is not None, flags,
+        found = kernels.affine_coupling_bwd(*grads, x, params, shift, kept, True, True, shift is not None, flags,
                                             *scale.scalars)
     return y, total, *(found if shift is not None else found[:2])
 
 
 def expected(x, params, shift=None, logdet=None, passive=None, *, grads=None, dtype=None, **options):
     """The same by the reference, in ``dtype`` if given."""
-    operands = [t if t is None or dtype is None else t.to(dtype) for t in (x, params, shift, logdet, passive)]
+    operands = [t.to(dtype) if dtype is not None and isinstance(t, torch.Tensor) else t
+                for t in (x, params, shift, logdet, passive)]
     leaves = [t.detach().requires_grad_() for t in operands[:3] if t is not None]
     y, total = reference.affine_coupling(leaves[0], leaves[1] if shift is None else tuple(leaves[1:]),
                                          logdet=operands[3], passive=operands[4], **options)

@@ -33,7 +33,7 @@ def affine_calls(kind, dtypes, flags=0, bounded=False):
     name = f"{kind}{'_bounded' if bounded else ''}-{dtypes}-{flags}"
     return {
         f"affine_fwd-{name}": lambda: affine_coupling.affine_coupling_fwd(
-            x, params, None, None, None, flags, *constants),
+            x, params, None, None, None, 0, flags, *constants),
         f"affine_bwd-{name}": lambda: affine_coupling.affine_coupling_bwd(
             grad, total, x, params, None, 0, True, True, False, flags, *constants)}
 
@@ -67,13 +67,21 @@ def special_calls():
 
     words = torch.zeros(8, 4, dtype=torch.int64)
 
-    def forward(x, params, passive=None):
+    def forward(x, params, passive=None, kept=0):
         carried = torch.zeros(x.shape[0])
-        return lambda: affine_coupling.affine_coupling_fwd(x, params, None, carried, passive, 0, *constants)
+        return lambda: affine_coupling.affine_coupling_fwd(x, params, None, carried, passive, kept, 0, *constants)
+
+    def backward(x, params, kept, grad=True):
+        total = torch.zeros(x.shape[0])
+        return lambda: affine_coupling.affine_coupling_bwd(x if grad else None, total, x, params, None, kept, True,
+                                                           True, False, 0, *constants)
 
     return {
         "affine_fwd-two_stages": forward(large, large_params),
         "affine_fwd-channels_last_passive": forward(image[:, 8:], image, image[:, :8]),
+        "affine_fwd-kept": forward(image, image, kept=8),
+        "affine_bwd-kept": backward(image, image, -8),
+        "affine_bwd-kept_of_logdet": backward(large, large, 20000, grad=False),
         "affine_fwd-small_rows": forward(small[:, :2], small),
         "gaussian_fwd-K_samples_odd": lambda: gaussian.gaussian_fwd(
             torch.zeros(4, 14), None, None, None, None, None, 3, 0, 3, 0, 0, 0, True, True),

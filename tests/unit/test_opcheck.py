@@ -26,14 +26,16 @@ def forward_samples():
         doubled = (shape[0], 2 * shape[1], *shape[2:])
         for layout in (layouts.contiguous, layouts.channels_last, layouts.padded):
             x, p = r(*shape, layout=layout), r(*doubled, layout=layout)
-            yield x, p, None, None, None, 0, *EXP
-            yield x, r(*shape), r(*shape, layout=layout), r(shape[0]), r(*shape, layout=layout), INVERSE, *TANH
-        yield r(*shape, dtype=torch.bfloat16), r(*doubled, dtype=torch.bfloat16), None, None, None, INTERLEAVED, *EXP
-        yield r(*shape, dtype=torch.bfloat16), r(*doubled), None, None, None, SHIFT_IN_FRONT | SHIFT_FIRST, *TANH
-        yield r(*shape, dtype=torch.float64), r(*shape, dtype=torch.float64), None, None, None, 0, *ADDITIVE
+            yield x, p, None, None, None, 0, 0, *EXP
+            yield p, p, None, None, None, shape[1], SHIFT_FIRST, *EXP
+            yield p, x, None, r(shape[0]), None, -shape[1], 0, *ADDITIVE
+            yield x, r(*shape), r(*shape, layout=layout), r(shape[0]), r(*shape, layout=layout), 0, INVERSE, *TANH
+        yield r(*shape, dtype=torch.bfloat16), r(*doubled, dtype=torch.bfloat16), None, None, None, 0, INTERLEAVED, *EXP
+        yield r(*shape, dtype=torch.bfloat16), r(*doubled), None, None, None, 0, SHIFT_IN_FRONT | SHIFT_FIRST, *TANH
+        yield r(*shape, dtype=torch.float64), r(*shape, dtype=torch.float64), None, None, None, 0, 0, *ADDITIVE
     for shape in layouts.AMBIGUOUS_SHAPES:
         for layout in (layouts.contiguous, layouts.channels_last, layouts.channel_slice):
-            yield r(*shape, layout=layout), r(*shape), r(*shape), None, r(*shape), 0, *EXP
+            yield r(*shape, layout=layout), r(*shape), r(*shape), None, r(*shape), 0, 0, *EXP
 
 
 def backward_samples():
@@ -43,7 +45,9 @@ def backward_samples():
             x, p = r(*shape, layout=layout), r(*doubled, layout=layout)
             yield r(*shape), r(shape[0]), x, p, None, 0, True, True, False, 0, *EXP
             pair = r(*shape), r(*shape, layout=layout)
-            yield r(*doubled, layout=layout), None, x, *pair, shape[1], True, True, True, INVERSE, *TANH
+            yield r(*doubled, layout=layout), None, x, *pair, 0, True, True, True, INVERSE, *TANH
+            yield r(*doubled, layout=layout), None, p, *pair, -shape[1], True, True, True, INVERSE, *TANH
+            yield None, r(shape[0]), p, p, None, shape[1], True, False, False, 0, *EXP
         yield None, r(shape[0]), r(*shape), r(*doubled), None, 0, False, True, False, INTERLEAVED, *EXP
         yield r(*shape), None, r(*shape), r(*shape), r(*shape), 0, True, False, False, SHIFT_FIRST, *EXP
         yield r(*shape), None, r(*shape, dtype=torch.bfloat16), r(*shape), None, 0, True, True, False, 0, *ADDITIVE

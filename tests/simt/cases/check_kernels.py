@@ -83,15 +83,16 @@ SHAPES = [(3, 8), (2, 16, 4, 4), (2, 8, 3, 3), (3, 5, 16), (2, 8, 8)]
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("params_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_vector_paths(shape, memory, params_dtype, emulator):
-    """Aligned operands in every layout, order and mixture of dtypes, with and without passive."""
+    """Aligned operands in every layout, order and mixture of dtypes, without passive, with, and with x's own."""
     if memory is torch.channels_last and len(shape) != 4:
         return
     for layout in ("chunk", "interleave"):
         for order in ("scale_shift", "shift_scale"):
-            for passive in (False, True):
-                names = {"x": shape, "params": (shape[0], 2 * shape[1], *shape[2:])}
-                case = Case("vector", "affine_coupling", {**names, **({"passive": shape} if passive else {})},
-                            {"layout": layout, "order": order, "scale": "sigmoid", "inverse": order == "shift_scale"})
+            options = {"layout": layout, "order": order, "scale": "sigmoid", "inverse": order == "shift_scale"}
+            doubled = (shape[0], 2 * shape[1], *shape[2:])
+            for shapes, extra in (({"x": shape}, {}), ({"x": shape, "passive": shape}, {}),
+                                  ({"x": doubled}, {"passive": shape[1]}), ({"x": doubled}, {"passive": -shape[1]})):
+                case = Case("vector", "affine_coupling", {**shapes, "params": doubled}, {**options, **extra})
                 tensors = case.tensors(torch.float32)
                 tensors["params"] = tensors["params"].to(params_dtype)
                 tensors = {n: t.contiguous(memory_format=memory) for n, t in tensors.items()}
