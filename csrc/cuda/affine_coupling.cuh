@@ -120,15 +120,15 @@ inline Params params_of(const optional<Tensor>& params, const optional<Tensor>& 
 
 // The channels that pass, beside those that are transformed: a copy, or zeros where `from` is absent.
 struct Passive {
-  Operand from, to;
+  Operand to, from;
   Layout<2> layout;
   int64_t items = 0;
 };
 
 // `vector`: whether the transformed part is accessed in vectors; false afterwards if the passive part can't be.
 inline Passive passive_of(const View& from, const View& to, const Dims& sizes, bool& vector) {
-  Passive passive{from.operand, to.operand};
-  const std::array<const View*, 2> pair{&from, &to};
+  Passive passive{to.operand, from.operand};
+  const std::array<const View*, 2> pair{&to, &from};
   passive.layout = layout_of<2>(sizes, pair);
   Layout<2> dense = passive.layout;
   vector = vector && (passive.layout.elements == 0 || vectorise<2>(dense, pair, {1, 1}, kVector));
@@ -147,8 +147,8 @@ __device__ __forceinline__ void copy_passive(const Passive& passive, const Tiles
     int64_t at[2];
     locate(passive.layout, item * V, at);
     T value[1][V];
-    load_all<T, V>({&passive.from}, {at[0] + place.row * passive.from.batch}, value);
-    store_one<T>(passive.to, at[1] + place.row * passive.to.batch, value[0]);
+    load_all<T, V>({&passive.from}, {at[1] + place.row * passive.from.batch}, value);
+    store_one<T>(passive.to, at[0] + place.row * passive.to.batch, value[0]);
   }
 }
 

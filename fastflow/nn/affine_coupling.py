@@ -87,8 +87,14 @@ class AffineCoupling(nn.Module):
         first, second = torch.split(x, [half, x.shape[1] - half], 1)
         passive, active = (second, first) if self.flip else (first, second)
         params = self.conditioner(passive) if context is None else self.conditioner(passive, context)
-        y, logdet = self._transform(active, params, inverse, logdet, None if self.flip else passive)
-        return torch.cat([y, passive.to(y.dtype)], 1) if self.flip else y, logdet
+        if not self.flip:
+            return self._transform(active, params, inverse, logdet, passive)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self._transform(x, params, inverse, logdet, half - x.shape[1])
+        # With a gradient of x, the split's node joins those of both parts; that of the whole and that of the
+        # conditioner's slice of it, widened with zeros, would be added.
+        y, logdet = self._transform(active, params, inverse, logdet, None)
+        return torch.cat([y, passive.to(y.dtype)], 1), logdet
 
     def _transform(self, x, params, inverse, logdet, passive):
         return functional.affine_coupling(x, params, scale=self.scale, layout=self.layout, order=self.order,

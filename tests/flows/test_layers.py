@@ -57,6 +57,8 @@ def test_channel_split_keeps_the_order(flip):
     params = torch.randn(2, 4 if flip else 6, 2)
     layer = AffineCoupling(Constant(params), flip=flip)
     z, logdet = layer(x)
+    for out, expected in zip(layer(x.clone().requires_grad_()), (z, logdet), strict=True):
+        assert torch.equal(out, expected)
     half = params.shape[1] // 2
     passive, active = (slice(2, 5), slice(0, 2)) if flip else (slice(0, 2), slice(2, 5))
     assert torch.equal(z[:, passive], x[:, passive]) and torch.equal(layer.conditioner.seen, x[:, passive])

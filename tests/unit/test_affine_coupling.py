@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import Case, check_by_ratio, cotangents_of, evaluate, upcast
-from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio, assert_elementwise
+from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_bitwise, assert_by_ratio, assert_elementwise
 
 from fastflow import reference
 from fastflow.functional import ScaleMap, affine_coupling
@@ -117,6 +117,37 @@ def test_logdet_is_of_the_active_part_alone(backend, device):
     assert torch.equal(both, torch.cat([t["passive"], y], 1)) and torch.equal(logdet_both, logdet)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_own_channels_pass_as_a_tensor_in_front_or_behind(dtype, memory, backend, device):
+    """An int as passive gives bit for bit what splitting and joining by hand gives, gradients included."""
+    whole = torch.randn(3, 5, 17, 31, device=device, dtype=dtype).contiguous(memory_format=memory)
+    for kept in (0, 2, 5, -1, -5):
+        count = 5 - abs(kept)
+        params = torch.randn(3, 2 * count, 17, 31, device=device)
+        leaves = whole.clone().requires_grad_(), params.requires_grad_()
+
+        def by_hand(x, p, kept=kept, count=count):
+            sizes = (kept, count) if kept >= 0 else (count, -kept)
+            parts = torch.split(x, sizes, 1)
+            active, passive = parts[::-1] if kept >= 0 else parts
+            y, logdet = affine_coupling(active, p, scale="tanh")
+            passive = passive.to(y.dtype)
+            return torch.cat([passive, y] if kept >= 0 else [y, passive], 1), logdet
+
+        got, want = affine_coupling(*leaves, scale="tanh", passive=kept), by_hand(*leaves)
+        for out, expected in zip(got, want, strict=True):
+            assert_bitwise(out, expected, f"passive={kept}")
+        assert got[0].is_contiguous(memory_format=memory)
+        incoming = [torch.randn_like(t) for t in got]
+        for used in ((0, 1), (0,), (1,)):
+            found, right = (torch.autograd.grad([outs[i] for i in used], leaves, [incoming[i] for i in used],
+                                                retain_graph=True, allow_unused=True, materialize_grads=True)
+                            for outs in (got, want))
+            for out, expected in zip(found, right, strict=True):
+                assert_bitwise(out, expected, f"gradient for passive={kept}, {used}")
+
+
 EDGES = [0.0, 1e-30, 1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0, 5.0, 9.0, 11.0, 16.6, 20.0, 30.0, 50.0, 80.0, 86.0, 87.3, 88.7,
          89.0, 95.0, 103.0, 104.0, 200.0, 1e4, 1e30]
 
@@ -154,6 +185,19 @@ def test_scale_log_scale_and_derivatives_over_the_whole_range(scale, dtype, fuse
             assert_elementwise(out.detach(), eager[name].detach(), truth[name].detach(), what=f"{scale} {name}",
                                factor=GRADIENT_FACTOR if gradient else VALUE_FACTOR, roundings=8.0 if gradient else 4.0,
                                scale=relative_to[name])
+
+
+def test_tanh_keeps_small_values_and_never_exceeds_its_clamp(fused, device):
+    """log s within 2 ulp of itself, however small, in the order of the raw values and at most 1, full vectors and a
+    tail."""
+    raw = torch.cat([torch.logspace(-38, 1.3, 20_011), torch.tensor([8.9, 9.0, 9.1, 1e4, 3e38])]).sort().values
+    for sign in (1.0, -1.0):
+        r = (sign * raw).to(device)
+        _, log_s = affine_coupling(torch.ones(len(r), 1, device=device), (r[:, None], torch.zeros_like(r)[:, None]),
+                                   scale="tanh")
+        truth = torch.tanh(r.double())
+        assert ((log_s.double() - truth).abs() <= 2.01 * 2.0**-23 * truth.abs() + 2.0**-149).all()
+        assert (sign * log_s).diff().min() >= -2.0**-23 and log_s.abs().max() == 1.0
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 41, 43), (1, 50_000), (3, 7, 4099)], ids=str)

@@ -12,6 +12,7 @@ from cases import (
     evaluate,
     kernels_run,
 )
+from tolerances import assert_bitwise
 from torch._dynamo.utils import counters
 
 from fastflow import functional
@@ -117,6 +118,20 @@ def test_noise_is_drawn_anew_by_every_call_of_a_compiled_function(backend, devic
     one = given(params, seed)
     assert torch.equal(one, functional.gaussian_sample_kl(params, seed=5)[0])
     assert not torch.equal(given(params, seed + 1), one)
+
+
+def test_own_passive_channels_compile_with_dynamic_channels(backend, device):
+    """Half the channels as an int, computed from the shape while tracing."""
+    def half(x, params):
+        return functional.affine_coupling(x, params, scale="tanh", passive=-(x.shape[1] // 2))
+
+    call = torch.compile(half, fullgraph=True, dynamic=True, backend="aot_eager")
+    for channels in (4, 6):
+        x, params = (torch.randn(3, channels, 5, device=device, requires_grad=True) for _ in range(2))
+        got, want = call(x, params), half(x, params)
+        grads = [torch.autograd.grad(y.sum() + logdet.sum(), (x, params)) for y, logdet in (got, want)]
+        for out, expected in zip((*got, *grads[0]), (*want, *grads[1]), strict=True):
+            assert_bitwise(out, expected)
 
 
 def test_a_model_with_a_conditioner_compiles_whole(backend, device):

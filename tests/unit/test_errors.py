@@ -64,6 +64,10 @@ AFFINE = {
     "passive elsewhere": (ValueError, "passive", lambda: affine_coupling(X, P, passive=r(2, 3, 4, **META))),
     "passive in float64": (TypeError, "x|params|passive",
                            lambda: affine_coupling(X, P, passive=r(2, 3, 4, dtype=DOUBLE))),
+    "passive more than all": (ValueError, "passive", lambda: affine_coupling(X, P, passive=4)),
+    "passive more than all from the end": (ValueError, "passive", lambda: affine_coupling(X, P, passive=-4)),
+    "passive a bool": (TypeError, "passive", lambda: affine_coupling(X, P, passive=True)),
+    "params of all channels beside passive": (ValueError, "params", lambda: affine_coupling(X, P, passive=1)),
     "passive a list": (TypeError, "passive", lambda: affine_coupling(X, P, passive=[X])),
 }
 SLOGDET = {
