@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_backward(const __grid_cons
   using P = Backward<T>;
   const Place place = place_of(p.tiles);
   if (!place.inside) return;
+  copy_passive<T, V>(p.passive, p.tiles, place);  // before the loop below: after it sm_100 spills
   const bool separate_slope = p.map.bounds || p.map.kind == Kind::softplus;
   const T gl = p.grad_logdet.data ? load<T>(p.grad_logdet, place.row * p.grad_logdet.batch) : T(0);
   for (int64_t item = place.first; item < place.last; item += place.step) {

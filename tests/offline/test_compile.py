@@ -82,14 +82,14 @@ def test_a_misaligned_view_compiles_narrow():
     buffer = torch.zeros(4 * 2048 + 1)
     x, params = buffer[1:].view(4, 8, 16, 16), torch.zeros(4, 16, 16, 16)
     launch, = compiling.launches_of(lambda: calls.affine_coupling.affine_coupling_fwd(
-        x, params, None, None, None, 0, *calls.scale_map("exp")))
+        x, params, None, None, None, 0, 0, *calls.scale_map("exp")))
     loads, _ = compiling.compiled(launch, 90).global_accesses()
     assert 4 in loads and 16 in loads
 
 
 def affine_fwd(batch):
     calls.affine_coupling.affine_coupling_fwd(torch.zeros(batch, 6, 4, 4), torch.zeros(batch, 12, 4, 4), None, None,
-                                              None, 0, *calls.scale_map("exp"))
+                                              None, 0, 0, *calls.scale_map("exp"))
 
 
 def affine_bwd(batch):
