@@ -1,12 +1,15 @@
 """Normalising flows: transforms, base distributions, exact log-likelihoods and ready models."""
 
+from fastflow.flows.autoregressive import IAF, MAF, AffineTransformer, MaskedAutoregressive
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow, FlowDistribution
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.jacobian import InvertibilityReport, Lambda, check_invertible
 from fastflow.flows.linear import PLU, QR, Dense, Householder, LinearMap, LowRank, Orthogonal, Triangular
+from fastflow.flows.made import MADE
 from fastflow.flows.multiscale import Split, Squeeze
+from fastflow.flows.nice import NICE, DiagonalScale
 from fastflow.flows.permutation import Permute, Reverse
 from fastflow.flows.quantile import CDF, Quantile
 from fastflow.flows.realnvp import RealNVP
@@ -25,8 +28,9 @@ from fastflow.flows.scalar import (
 )
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
-__all__ = ["CDF", "PLU", "QR", "Affine", "Atan", "Compose", "Dense", "Exp", "Flow", "FlowDistribution", "Glow",
-           "GlowStep", "GlowTransform", "Householder", "Inverse", "InvertibilityReport", "Lambda", "LeakyReLU",
-           "LinearMap", "Log", "Logit", "LowRank", "Orthogonal", "Permute", "Power", "Quantile", "RealNVP", "Reverse",
+__all__ = ["CDF", "IAF", "MADE", "MAF", "NICE", "PLU", "QR", "Affine", "AffineTransformer", "Atan", "Compose", "Dense",
+           "DiagonalScale", "Exp", "Flow", "FlowDistribution", "Glow", "GlowStep", "GlowTransform", "Householder",
+           "Inverse", "InvertibilityReport", "Lambda", "LeakyReLU", "LinearMap", "Log", "Logit", "LowRank",
+           "MaskedAutoregressive", "Orthogonal", "Permute", "Power", "Quantile", "RealNVP", "Reverse",
            "ScalarTransform", "Sigmoid", "Softplus", "Split", "Squeeze", "StandardNormal", "Tanh", "Transform",
            "Triangular", "bits_per_dim", "check_invertible", "dequantize", "initialize"]
