@@ -11,6 +11,7 @@ from fastflow.flows.made import MADE
 from fastflow.flows.multiscale import Split, Squeeze
 from fastflow.flows.nice import NICE, DiagonalScale
 from fastflow.flows.permutation import Permute, Reverse
+from fastflow.flows.planar import Planar, Radial
 from fastflow.flows.quantile import CDF, Quantile
 from fastflow.flows.realnvp import RealNVP
 from fastflow.flows.scalar import (
@@ -26,11 +27,13 @@ from fastflow.flows.scalar import (
     Softplus,
     Tanh,
 )
+from fastflow.flows.sylvester import Sylvester
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
 __all__ = ["CDF", "IAF", "MADE", "MAF", "NICE", "PLU", "QR", "Affine", "AffineTransformer", "Atan", "Compose", "Dense",
            "DiagonalScale", "Exp", "Flow", "FlowDistribution", "Glow", "GlowStep", "GlowTransform", "Householder",
            "Inverse", "InvertibilityReport", "Lambda", "LeakyReLU", "LinearMap", "Log", "Logit", "LowRank",
-           "MaskedAutoregressive", "Orthogonal", "Permute", "Power", "Quantile", "RealNVP", "Reverse",
-           "ScalarTransform", "Sigmoid", "Softplus", "Split", "Squeeze", "StandardNormal", "Tanh", "Transform",
-           "Triangular", "bits_per_dim", "check_invertible", "dequantize", "initialize"]
+           "MaskedAutoregressive", "Orthogonal", "Permute", "Planar", "Power", "Quantile", "Radial",
+           "RealNVP", "Reverse", "ScalarTransform", "Sigmoid", "Softplus", "Split", "Squeeze", "StandardNormal",
+           "Sylvester", "Tanh", "Transform", "Triangular", "bits_per_dim", "check_invertible", "dequantize",
+           "initialize"]
