@@ -7,6 +7,7 @@ from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.jacobian import InvertibilityReport, Lambda, check_invertible
 from fastflow.flows.linear import PLU, QR, Dense, Householder, LinearMap, LowRank, Orthogonal, Triangular
+from fastflow.flows.lipschitz import LipschitzMLP, LipSwish, SpectralLinear
 from fastflow.flows.made import MADE
 from fastflow.flows.multiscale import Split, Squeeze
 from fastflow.flows.nice import NICE, DiagonalScale
@@ -14,6 +15,7 @@ from fastflow.flows.permutation import Permute, Reverse
 from fastflow.flows.planar import Planar, Radial
 from fastflow.flows.quantile import CDF, Quantile
 from fastflow.flows.realnvp import RealNVP
+from fastflow.flows.residual import InvertibleResidual, ResidualFlow
 from fastflow.flows.scalar import (
     Affine,
     Atan,
@@ -32,8 +34,8 @@ from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
 __all__ = ["CDF", "IAF", "MADE", "MAF", "NICE", "PLU", "QR", "Affine", "AffineTransformer", "Atan", "Compose", "Dense",
            "DiagonalScale", "Exp", "Flow", "FlowDistribution", "Glow", "GlowStep", "GlowTransform", "Householder",
-           "Inverse", "InvertibilityReport", "Lambda", "LeakyReLU", "LinearMap", "Log", "Logit", "LowRank",
-           "MaskedAutoregressive", "Orthogonal", "Permute", "Planar", "Power", "Quantile", "Radial",
-           "RealNVP", "Reverse", "ScalarTransform", "Sigmoid", "Softplus", "Split", "Squeeze", "StandardNormal",
-           "Sylvester", "Tanh", "Transform", "Triangular", "bits_per_dim", "check_invertible", "dequantize",
-           "initialize"]
+           "Inverse", "InvertibilityReport", "InvertibleResidual", "Lambda", "LeakyReLU", "LinearMap", "LipSwish",
+           "LipschitzMLP", "Log", "Logit", "LowRank", "MaskedAutoregressive", "Orthogonal", "Permute", "Planar",
+           "Power", "Quantile", "Radial", "RealNVP", "ResidualFlow", "Reverse", "ScalarTransform", "Sigmoid",
+           "Softplus", "SpectralLinear", "Split", "Squeeze", "StandardNormal", "Sylvester", "Tanh", "Transform",
+           "Triangular", "bits_per_dim", "check_invertible", "dequantize", "initialize"]
