@@ -2,6 +2,7 @@
 
 from fastflow.flows.autoregressive import IAF, MAF, AffineTransformer, MaskedAutoregressive
 from fastflow.flows.base import StandardNormal
+from fastflow.flows.continuous import FFJORD, ContinuousTransform, VelocityMLP, flow_matching_loss
 from fastflow.flows.flow import Flow, FlowDistribution
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
@@ -32,10 +33,11 @@ from fastflow.flows.scalar import (
 from fastflow.flows.sylvester import Sylvester
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
-__all__ = ["CDF", "IAF", "MADE", "MAF", "NICE", "PLU", "QR", "Affine", "AffineTransformer", "Atan", "Compose", "Dense",
-           "DiagonalScale", "Exp", "Flow", "FlowDistribution", "Glow", "GlowStep", "GlowTransform", "Householder",
-           "Inverse", "InvertibilityReport", "InvertibleResidual", "Lambda", "LeakyReLU", "LinearMap", "LipSwish",
-           "LipschitzMLP", "Log", "Logit", "LowRank", "MaskedAutoregressive", "Orthogonal", "Permute", "Planar",
-           "Power", "Quantile", "Radial", "RealNVP", "ResidualFlow", "Reverse", "ScalarTransform", "Sigmoid",
-           "Softplus", "SpectralLinear", "Split", "Squeeze", "StandardNormal", "Sylvester", "Tanh", "Transform",
-           "Triangular", "bits_per_dim", "check_invertible", "dequantize", "initialize"]
+__all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "PLU", "QR", "Affine", "AffineTransformer", "Atan", "Compose",
+           "ContinuousTransform", "Dense", "DiagonalScale", "Exp", "Flow", "FlowDistribution", "Glow", "GlowStep",
+           "GlowTransform", "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Lambda",
+           "LeakyReLU", "LinearMap", "LipSwish", "LipschitzMLP", "Log", "Logit", "LowRank", "MaskedAutoregressive",
+           "Orthogonal", "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "ResidualFlow", "Reverse",
+           "ScalarTransform", "Sigmoid", "Softplus", "SpectralLinear", "Split", "Squeeze", "StandardNormal",
+           "Sylvester", "Tanh", "Transform", "Triangular", "VelocityMLP", "bits_per_dim", "check_invertible",
+           "dequantize", "flow_matching_loss", "initialize"]

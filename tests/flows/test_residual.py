@@ -8,6 +8,7 @@ from flow_checks import check_bijection, check_gradients, integral, scattered
 from torch import nn
 
 from fastflow import flows
+from fastflow.nn import ActNorm
 
 
 def block(features, seed=0, *, bound=0.8, context_features=None, hidden=(6, 5), size=0.5, **options):
@@ -206,18 +207,19 @@ def test_model_samples_and_gradients():
 
 
 def test_training_fits():
-    """Two clusters in the plane: 60 steps of the estimated likelihood raise the exact one by at least 0.3 nats."""
-    flow = flows.ResidualFlow(2, n_layers=3, hidden=(32,))
-    x = 0.4 * torch.randn(256, 2) + torch.tensor([2.0, 0.0]) * torch.randint(0, 2, (256, 1)).mul(2).sub(1)
+    """A correlation of 0.95, which ActNorm can't see, is worth 1.16 nats: 50 steps of the estimated likelihood find 0.8
+    of them, by the exact one."""
+    flow = flows.ResidualFlow(2, n_layers=3, hidden=(16,))
+    x = torch.randn(256, 2) @ torch.tensor([[1.0, 0.95], [0.0, math.sqrt(1 - 0.95**2)]])
     flow.initialize(x)
-    before = flow.eval()(x).mean().item()
-    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
-    flow.train()
-    for _ in range(60):
+    plain = flows.Flow(ActNorm(2), flows.StandardNormal(2))
+    plain.initialize(x)
+    optimizer = torch.optim.Adam(flow.parameters(), 2e-2)
+    for _ in range(50):
         optimizer.zero_grad()
         (-flow(x).mean()).backward()
         optimizer.step()
-    assert flow.eval()(x).mean().item() > before + 0.3
+    assert flow.eval()(x).mean() > plain(x).mean() + 0.8
 
 
 def test_any_contractive_net_on_images():
