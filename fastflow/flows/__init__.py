@@ -1,5 +1,6 @@
 """Normalising flows: transforms, base distributions, exact log-likelihoods and ready models."""
 
+from fastflow.flows.autoregressive import IAF, MAF, AffineTransformer, MaskedAutoregressive
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.bases import (
     ClassConditionalNormal,
@@ -11,15 +12,21 @@ from fastflow.flows.bases import (
     TruncatedNormal,
     Uniform,
 )
+from fastflow.flows.continuous import FFJORD, ContinuousTransform, VelocityMLP, flow_matching_loss
 from fastflow.flows.flow import Flow, FlowDistribution
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.jacobian import InvertibilityReport, Lambda, check_invertible
 from fastflow.flows.linear import PLU, QR, Dense, Householder, LinearMap, LowRank, Orthogonal, Triangular
+from fastflow.flows.lipschitz import LipschitzMLP, LipSwish, SpectralLinear
+from fastflow.flows.made import MADE
 from fastflow.flows.multiscale import Split, Squeeze
+from fastflow.flows.nice import NICE, DiagonalScale
 from fastflow.flows.permutation import Permute, Reverse
+from fastflow.flows.planar import Planar, Radial
 from fastflow.flows.quantile import CDF, Quantile
 from fastflow.flows.realnvp import RealNVP
+from fastflow.flows.residual import InvertibleResidual, ResidualFlow
 from fastflow.flows.scalar import (
     Affine,
     Atan,
@@ -33,12 +40,15 @@ from fastflow.flows.scalar import (
     Softplus,
     Tanh,
 )
+from fastflow.flows.sylvester import Sylvester
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
-__all__ = ["CDF", "PLU", "QR", "Affine", "Atan", "ClassConditionalNormal", "Compose", "ConditionalNormal", "Dense",
-           "DiagonalNormal", "Exp", "Flow", "FlowDistribution", "FullNormal", "Glow", "GlowStep", "GlowTransform",
-           "Householder", "Inverse", "InvertibilityReport", "Lambda", "LeakyReLU", "LinearMap", "Log", "Logit",
-           "LowRank", "Mixture", "Orthogonal", "Permute", "Power", "Quantile", "RealNVP", "Reverse",
-           "ScalarTransform", "Sigmoid", "Softplus", "Split", "Squeeze", "StandardNormal", "StudentT", "Tanh",
-           "Transform", "Triangular", "TruncatedNormal", "Uniform", "bits_per_dim", "check_invertible", "dequantize",
-           "initialize"]
+__all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "PLU", "QR", "Affine", "AffineTransformer", "Atan",
+           "ClassConditionalNormal", "Compose", "ConditionalNormal", "ContinuousTransform", "Dense", "DiagonalNormal",
+           "DiagonalScale", "Exp", "Flow", "FlowDistribution", "FullNormal", "Glow", "GlowStep", "GlowTransform",
+           "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Lambda", "LeakyReLU", "LinearMap",
+           "LipSwish", "LipschitzMLP", "Log", "Logit", "LowRank", "MaskedAutoregressive", "Mixture", "Orthogonal",
+           "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "ResidualFlow", "Reverse",
+           "ScalarTransform", "Sigmoid", "Softplus", "SpectralLinear", "Split", "Squeeze", "StandardNormal",
+           "StudentT", "Sylvester", "Tanh", "Transform", "Triangular", "TruncatedNormal", "Uniform", "VelocityMLP",
+           "bits_per_dim", "check_invertible", "dequantize", "flow_matching_loss", "initialize"]

@@ -26,10 +26,10 @@ def jacobian(function, x):
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
         z = function(x)
-        flat = z.reshape(len(x), -1)
-        if flat.numel() != x.numel():
+        if z.numel() != x.numel():
             raise ValueError(f"function: expected as many elements per sample as x has, {tuple(x.shape)}, got "
                              f"{tuple(z.shape)}")
+        flat = z.reshape(len(x), math.prod(x.shape[1:]))
         rows = [torch.autograd.grad(column.sum(), x, create_graph=create_graph, retain_graph=True,
                                     materialize_grads=True)[0].flatten(1) if column.requires_grad
                 else torch.zeros_like(x).flatten(1) for column in flat.unbind(1)]

@@ -1,0 +1,159 @@
+"""Masked autoregressive flows: each feature is transformed by parameters that a MADE makes of those before it."""
+
+import torch
+from torch import nn
+
+from fastflow import checks, functional
+from fastflow.flows.base import StandardNormal
+from fastflow.flows.flow import Flow
+from fastflow.flows.made import MADE
+from fastflow.flows.transform import Compose, Inverse
+from fastflow.functional import ScaleMap
+from fastflow.nn import ActNorm
+
+__all__ = ["IAF", "MAF", "AffineTransformer", "MaskedAutoregressive"]
+
+
+class AffineTransformer:
+    """z = x*s + t, log|dz/dx| = log s, through ``functional.affine_coupling``.
+
+    A transformer is any object with ``params_per_feature``, ``layout`` ("chunk" or "interleave", see :class:`MADE`),
+    ``transformer(x, params) -> (z, logdet)`` and ``transformer.inverse(z, params) -> (x, logdet)`` for x (B, C), params
+    (B, C*params_per_feature) and logdet (B,), where C is any number of features; an increasing map of each for
+    every params.
+
+    Args:
+        scale: ScaleMap or its name; "additive" has one parameter per feature, the rest two.
+    """
+
+    layout = "chunk"
+
+    def __init__(self, scale="tanh"):
+        self.scale = ScaleMap.of(scale)
+        self.params_per_feature = 1 if self.scale.kind == "additive" else 2
+
+    def __call__(self, x, params):
+        return functional.affine_coupling(x, params, scale=self.scale)
+
+    def inverse(self, z, params):
+        return functional.affine_coupling(z, params, scale=self.scale, inverse=True)
+
+    def __repr__(self):
+        return f"AffineTransformer({self.scale})"
+
+
+class MaskedAutoregressive(nn.Module):
+    """z_i = f(x_i; params_i) with params_i = MADE(x, context)_i of the features before i: one pass from x to z.
+
+    The inverse goes feature by feature, since params_i need x up to i - 1; it evaluates every hidden unit once (see
+    :class:`Sweep`), so that it costs the multiplications of one pass, in D times as many launches. The Jacobian is
+    triangular in the order, and log|det| the sum of the transformer's. It starts as the transformer's map of zeros.
+
+    Args:
+        features: D >= 1.
+        hidden, order, context_features, activation: of the :class:`MADE`.
+        transformer: the map of one feature, see :class:`AffineTransformer`, which is the default. One that is a module
+            becomes a submodule.
+
+    References:
+        Papamakarios et al., "Masked autoregressive flow for density estimation", 2017, arXiv:1705.07057.
+    """
+
+    def __init__(self, features, hidden=(64, 64), *, order=None, context_features=None, transformer=None,
+                 activation=nn.ReLU):
+        super().__init__()
+        transformer = AffineTransformer() if transformer is None else transformer
+        for name in ("params_per_feature", "layout", "inverse", "__call__"):
+            if not hasattr(transformer, name):
+                raise TypeError(f"transformer: expected an object with {name}, got {type(transformer).__name__}")
+        self.transformer = transformer
+        self.network = MADE(features, transformer.params_per_feature, hidden, order=order, layout=transformer.layout,
+                            context_features=context_features, activation=activation)
+
+    def forward(self, x, context=None):
+        """(z, logdet) of x (B, D), in one pass."""
+        return self.transformer(x, self.network(x, context))
+
+    def inverse(self, z, context=None):
+        """(x, logdet) of z (B, D), feature by feature."""
+        network = self.network
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], network.features))
+        checks.no_mixed_double([("weight", network.layers[0].weight), ("z", z)])
+        sweep = network.sweep(z.shape[0], context)
+        found, total = [], None
+        for column in z.index_select(1, network.order).split(1, 1):
+            x, logdet = self.transformer.inverse(column, sweep.params())
+            sweep.push(x)
+            found.append(x)
+            total = logdet if total is None else total + logdet
+        return torch.cat(found, 1).index_select(1, torch.argsort(network.order)), total
+
+
+class _AutoregressiveFlow(Flow):
+    """What MAF and IAF have in common: layers that take turns in order, with an ActNorm in front of each."""
+
+    def __init__(self, features, n_layers, hidden, context_features, scale, transformer, order, actnorm, activation,
+                 wrap):
+        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
+            raise ValueError(f"features: expected a positive int, got {features!r}")
+        if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 0:
+            raise ValueError(f"n_layers: expected a non-negative int, got {n_layers!r}")
+        checks.choice("order", order, ("reverse", "random"))
+        layers = []
+        for index in range(n_layers):
+            if order == "random":
+                sequence = torch.randperm(features)
+            else:
+                sequence = torch.arange(features) if index % 2 == 0 else torch.arange(features).flip(0)
+            layer = MaskedAutoregressive(
+                features, hidden, order=sequence, context_features=context_features, activation=activation,
+                transformer=AffineTransformer(scale) if transformer is None else transformer())
+            layers += [*([ActNorm(features)] if actnorm else []), wrap(layer)]
+        super().__init__(Compose(*layers), StandardNormal((features,)))
+        self.features = features
+
+
+class MAF(_AutoregressiveFlow):
+    """Masked autoregressive flow: densities in one pass per layer, samples feature by feature.
+
+    x (B, features) passes ``n_layers`` :class:`MaskedAutoregressive`, each behind an ActNorm, which ``initialize`` sets
+    from data; the base is N(0, I). With the default scale it starts as the identity.
+
+    Args:
+        features: D >= 1.
+        n_layers: number of autoregressive layers.
+        hidden: sizes of each MADE's hidden layers.
+        context_features: size of the context (B, context_features) that conditions the density, or None.
+        scale: ScaleMap of the affine transformers or its name; "tanh" keeps each scale between 1/e and e.
+        transformer: constructor of another transformer for each layer, in place of an affine one.
+        order: "reverse", every second layer takes the features from last to first; "random", each layer draws an
+            order of its own.
+        actnorm: whether an ActNorm stands in front of each layer.
+        activation: constructor of the activation module.
+
+    References:
+        Papamakarios et al., "Masked autoregressive flow for density estimation", 2017, arXiv:1705.07057.
+    """
+
+    def __init__(self, features, *, n_layers=5, hidden=(64, 64), context_features=None, scale="tanh", transformer=None,
+                 order="reverse", actnorm=True, activation=nn.ReLU):
+        super().__init__(features, n_layers, hidden, context_features, scale, transformer, order, actnorm, activation,
+                         lambda layer: layer)
+
+
+class IAF(_AutoregressiveFlow):
+    """Inverse autoregressive flow: samples and their densities in one pass per layer, the density of given x feature
+    by feature.
+
+    The layers of :class:`MAF` the other way round: each makes its data from its noise by one MADE. The arguments are
+    MAF's.
+
+    References:
+        Kingma et al., "Improving variational inference with inverse autoregressive flow", 2016, arXiv:1606.04934.
+    """
+
+    def __init__(self, features, *, n_layers=5, hidden=(64, 64), context_features=None, scale="tanh", transformer=None,
+                 order="reverse", actnorm=True, activation=nn.ReLU):
+        super().__init__(features, n_layers, hidden, context_features, scale, transformer, order, actnorm, activation,
+                         Inverse)
