@@ -155,6 +155,47 @@ def _conv_net(batch, channels, size, hidden):
     return Case(f"conv_net {widths} channels, batch {batch}, {size}x{size}, forward+backward", "conv_net", build)
 
 
+# whole tabular flows
+
+def _eager_flow(layers, x):
+    """tanh couplings with ReLU networks that take turns, in careful plain PyTorch."""
+    total, half = 0.0, x.shape[1] // 2
+    for index, layer in enumerate(layers):
+        first, second = x[:, :half], x[:, half:]
+        passive, active = (second, first) if index % 2 else (first, second)
+        h = passive
+        for weight, bias in layer[:-1]:
+            h = torch.relu(F.linear(h, weight, bias))
+        raw, shift = F.linear(h, *layer[-1]).chunk(2, 1)
+        log_s = torch.tanh(raw)
+        y = active * log_s.exp() + shift
+        x = torch.cat([y, passive] if index % 2 else [passive, y], 1)
+        total = total + log_s.sum(1)
+    return x, total
+
+
+def _mlp_flow(features, hidden, batch, couplings=16):
+    def build(device):
+        torch.manual_seed(0)
+        layers = []
+        for index in range(couplings):
+            active = features // 2 if index % 2 else features - features // 2
+            sizes = (features - active, hidden, hidden, 2 * active)
+            layers.append([(_leaf(out, size, device=device, scale=max(size, 1) ** -0.5), _leaf(out, device=device))
+                           for size, out in zip(sizes, sizes[1:], strict=False)])
+        x, leaves = torch.randn(batch, features, device=device), [t for layer in layers for pair in layer for t in pair]
+        grads = torch.randn(batch, features, device=device), torch.randn(batch, device=device)
+
+        def fused(*leaves):
+            steps = [functional.MLPCoupling(tuple(w for w, _ in layer), tuple(b for _, b in layer), scale="tanh",
+                                            flip=bool(index % 2)) for index, layer in enumerate(layers)]
+            return functional.mlp_flow(x, steps)
+        return {"fastflow": _step(fused, leaves, grads),
+                "eager": _step(lambda *_: _eager_flow(layers, x), leaves, grads)}
+    name = f"mlp_flow {couplings} couplings of {features} features, hidden {hidden}, batch {batch} forward+backward"
+    return Case(name, "mlp_flow", build, ("fastflow", "eager"))
+
+
 OP_CASES = (
     *(_affine(kind, shape) for kind in ("exp", "sigmoid", "tanh")
       for shape in ((256, 48, 16, 16), (8, 1024, 768), (64, 512))),
@@ -162,6 +203,7 @@ OP_CASES = (
     _affine_forward("exp", (256, 48, 16, 16), True),
     *(_glow_coupling(shape) for shape in ((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4))),
     *(_slogdet(size) for size in (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)),
+    *(_mlp_flow(*sizes) for sizes in ((2, 64, 256), (2, 64, 4096), (10, 64, 4096), (64, 128, 1024))),
     *(_gaussian(shape) for shape in ((4096, 256), (1024, 1024), (16, 4, 64, 64), (128, 64))),
     *(_conv_net(32, channels, size, hidden) for hidden in (64, 128) for channels, size in ((6, 16), (12, 8), (24, 4))),
 )

@@ -159,6 +159,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
     int64_t offset, optional<int64_t> n_samples, int64_t scale, int64_t flags, int64_t reduce, bool need_params,
     bool need_raw, bool need_prior_mean, bool need_prior_raw);
 
+std::tuple<Tensor, Tensor, Tensor> mlp_flow_fwd(const Tensor& x, const optional<Tensor>& context,
+                                                std::vector<Tensor> params, std::vector<int64_t> steps,
+                                                std::vector<double> constants, bool inverse, bool save);
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_flow_bwd(
+    const optional<Tensor>& grad_z, const optional<Tensor>& grad_logdet, const Tensor& z, const Tensor& saved,
+    const optional<Tensor>& context, std::vector<Tensor> params, std::vector<int64_t> steps,
+    std::vector<double> constants, bool inverse, bool need_x, bool need_context, bool need_params);
+
 Tensor philox4x32(const Tensor& counter, const Tensor& key);
 
 }  // namespace fastflow

@@ -17,6 +17,8 @@ FASTFLOW_LIBRARY {
   m.impl("plu_weight_bwd", TORCH_BOX(&fastflow::plu_weight_bwd));
   m.impl("gaussian_fwd", TORCH_BOX(&fastflow::gaussian_fwd));
   m.impl("gaussian_bwd", TORCH_BOX(&fastflow::gaussian_bwd));
+  m.impl("mlp_flow_fwd", TORCH_BOX(&fastflow::mlp_flow_fwd));
+  m.impl("mlp_flow_bwd", TORCH_BOX(&fastflow::mlp_flow_bwd));
   m.impl("philox4x32", TORCH_BOX(&fastflow::philox4x32));
 #if !defined(FASTFLOW_CUDA) && !defined(FASTFLOW_SIMT)
   m.impl("conv_net_fwd", TORCH_BOX(&fastflow::conv_net_fwd));

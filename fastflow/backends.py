@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net")
+OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp_flow")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -34,11 +34,13 @@ PREFERENCE = {
     ("slogdet_inverse", "cpu"): ("cpu",),
     ("plu_weight", "cpu"): ("cpu",),
     ("conv_net", "cpu"): ("cpu",),
+    ("mlp_flow", "cpu"): ("cpu",),
     ("affine_coupling", "cuda"): ("triton", "cuda"),
     ("gaussian_sample_kl", "cuda"): ("triton", "cuda"),
     ("slogdet", "cuda"): ("cuda", "triton"),
     ("slogdet_inverse", "cuda"): ("cuda", "triton"),
     ("plu_weight", "cuda"): ("cuda", "triton"),
+    ("mlp_flow", "cuda"): ("cuda",),
 }
 # Largest matrix for which each backend is preferred to torch.linalg. cpu: faster at every size measured, up to this
 # one. triton: what fits in registers. cuda: what fits in shared memory; unmeasured.
@@ -158,6 +160,8 @@ def refusal(backend, op, tensors):
         return reason
     if op == "conv_net":
         return _conv_net_refusal(backend, tensors)
+    if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
+        return f"{op} has no Triton kernel"
     if backend == "triton" and op.startswith("slogdet") and first.shape[-1] > TRITON_MAX:
         return f"a {first.shape[-1]}x{first.shape[-1]} matrix does not fit in registers (limit {TRITON_MAX})"
     return None
@@ -193,10 +197,16 @@ def choose(op, *tensors):
 
 def serves(op, *tensors):
     """Whether a kernel would run this call; not where use_backend asks for the reference or for one that can't."""
+    return prefers(op, *tensors)[0] != "reference"
+
+
+def prefers(op, *tensors):
+    """(backend, reason) as :func:`choose`, but the reference where a request of use_backend can't be met."""
     wanted = requested()
     if wanted is None:
-        return _choose(op, tensors)[0] != "reference"
-    return wanted != "reference" and not (needs_reference(tensors) or refusal(wanted, op, tensors))
+        return _choose(op, tensors)
+    reason = wanted != "reference" and (needs_reference(tensors) or refusal(wanted, op, tensors))
+    return ("reference", reason) if reason else (wanted, "requested by use_backend")
 
 
 def _choose(op, tensors):

@@ -42,9 +42,16 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "conv_net_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor h1, Tensor h2, float slope, "
     "bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # steps and constants: see csrc/mlp_flow_program.h. saved: (features that the steps overwrite, B).
+    "mlp_flow_fwd(Tensor x, Tensor? context, Tensor[] params, int[] steps, float[] constants, bool inverse, bool save)"
+    " -> (Tensor, Tensor, Tensor)",
+    "mlp_flow_bwd(Tensor? grad_z, Tensor? grad_logdet, Tensor z, Tensor saved, Tensor? context, Tensor[] params, "
+    "int[] steps, float[] constants, bool inverse, bool need_x, bool need_context, bool need_params)"
+    " -> (Tensor, Tensor, Tensor[])",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 CPU_ALONE = ("conv_net_fwd", "conv_net_bwd")
+WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
 _libraries = {}  # keeps torch.library.Library objects, and with them the registrations, alive
@@ -231,3 +238,21 @@ def _fake_conv_net_bwd(grad, x, w1, w2, w3, h1, h2, slope, need_x, need_weights)
     def bias(t):
         return t.new_empty(t.shape[:1]) if need_weights else _nothing(x)
     return like(x, need_x), *(f(w) for w in (w1, w2, w3) for f in (lambda w: like(w, need_weights), bias))
+
+
+def _fake_mlp_flow_fwd(x, context, params, steps, constants, inverse, save):
+    batch, features = x.shape
+    rows = sum(_overwritten(features, *steps[at:at + 3]) for at in range(0, len(steps), 6))
+    return x.new_empty(x.shape), x.new_empty((batch,)), x.new_empty((rows, batch) if save else (0,))
+
+
+def _overwritten(features, coupling, linears, flip):
+    """How many features a step overwrites: all, or the second part, or with flip the first."""
+    return features if not coupling else features // 2 if flip else features - features // 2
+
+
+def _fake_mlp_flow_bwd(grad_z, grad_logdet, z, saved, context, params, steps, constants, inverse, need_x, need_context,
+                       need_params):
+    grad_context = need_context and context is not None
+    return (z.new_empty(z.shape) if need_x else _nothing(z), z.new_empty(context.shape if grad_context else (0,)),
+            [p.new_empty(p.shape) for p in params] if need_params else [])

@@ -21,6 +21,8 @@ __all__ = ["CUDA", "Counted", "count", "declared"]
 
 ROW_ELEMENTS = 16384  # csrc/cuda/tiles.cuh, kRowElements: a longer row is split over blocks
 PRIOR_SAMPLES = 64  # csrc/cuda/gaussian_bwd.cu, kPriorSamples: of a prior shared by the batch, samples of a block
+FLOW_STEPS, FLOW_LINEARS, FLOW_MAPS = 32, 64, 4  # csrc/cuda/mlp_flow.cuh, kMostSteps and so on: of a launch
+FLOW_PARAMETERS = 192  # csrc/cuda/mlp_flow_bwd.cu, kMostParameters
 SAMPLE, CHANNEL, NONE = range(3)  # reduce, as the operators take it
 _OPS = {"gaussian": "gaussian_sample_kl", "philox4x32": "gaussian_sample_kl"}  # stems under another name in backends
 
@@ -76,11 +78,38 @@ def _gaussian_bwd(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prior_raw
     return launches
 
 
+def _mlp_flow_pieces(code, constants, inverse):
+    """Pieces that a flow is cut into for its launches: csrc/cuda/mlp_flow.cuh, flow_programs."""
+    steps, maps = [tuple(code[at:at + 6]) for at in range(0, len(code), 6)], iter(constants)
+    described = [(count if coupling else 1,
+                  (kind, flags & 4, *(next(maps) for _ in range(8))) if coupling else None)
+                 for coupling, count, _, _, flags, kind in steps]
+    pieces, length, linears, known = 1, 0, 0, set()
+    for count, scale in reversed(described) if inverse else described:
+        if length == FLOW_STEPS or linears + count > FLOW_LINEARS or (
+                scale is not None and scale not in known and len(known) == FLOW_MAPS):
+            pieces, length, linears, known = pieces + 1, 0, 0, set()
+        length, linears, known = length + 1, linears + count, known | ({scale} if scale is not None else set())
+    return pieces
+
+
+def _mlp_flow_fwd(x, context, params, steps, constants, inverse, save):
+    return _mlp_flow_pieces(steps, constants, inverse) if x.shape[0] > 0 else 0
+
+
+def _mlp_flow_bwd(grad_z, grad_logdet, z, saved, context, params, steps, constants, inverse, need_x, need_context,
+                  need_params):
+    sizes = [p.numel() for p in params] if need_params else []
+    sums = sum(any(sizes[at:at + FLOW_PARAMETERS]) for at in range(0, len(sizes), FLOW_PARAMETERS))
+    return sums + (_mlp_flow_pieces(steps, constants, inverse) if z.shape[0] > 0 else 0)
+
+
 # Launches of csrc/cuda, from the operator's arguments; an empty grid is not launched.
 CUDA = {"affine_coupling_fwd": _affine_coupling_fwd, "affine_coupling_bwd": _affine_coupling_bwd,
         "slogdet_fwd": _slogdet_fwd, "plu_weight_fwd": _plu_weight, "plu_weight_bwd": _plu_weight,
         "gaussian_fwd": _gaussian_fwd, "gaussian_bwd": _gaussian_bwd,
-        "philox4x32": lambda counter, key: int(counter.shape[0] > 0)}
+        "philox4x32": lambda counter, key: int(counter.shape[0] > 0),
+        "mlp_flow_fwd": _mlp_flow_fwd, "mlp_flow_bwd": _mlp_flow_bwd}
 
 
 def declared(backend):
@@ -109,7 +138,7 @@ class Counted:
 
     @property
     def by_stem(self):
-        """{"affine_coupling", "slogdet", "plu_weight", "gaussian": kernel launches}, of those that were called."""
+        """{"affine_coupling", "slogdet", "plu_weight", "gaussian", "mlp_flow": kernel launches}, of those called."""
         stems = collections.Counter()
         for name, launches in self.by_operator.items():
             stems[_stem_of(name)] += launches
@@ -146,6 +175,10 @@ def count(backend=None):
 
     def observe(name, args):
         chosen = _preferred(name, args) if backend is None else backend
+        if name in extension.CPU_ALONE:  # a GPU runs it in eager PyTorch
+            chosen = None
+        if chosen is not None and name not in tables[chosen]:
+            raise ValueError(f"{name} has no {chosen} kernel to count the launches of")
         launches = 0 if chosen is None else tables[chosen][name](*args)
         with lock:
             counted.by_operator[name] += launches

@@ -11,7 +11,7 @@ from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 from fastflow import functional, reference
 from fastflow.functional import ScaleMap
 
-FULL_PRECISION = ("plu_weight", "conv_net")  # ops whose kernels take no half precision
+FULL_PRECISION = ("plu_weight", "conv_net", "mlp_flow")  # ops whose kernels take no half precision
 NOT_DIFFERENTIABLE = ("eps", "seed", "sign_s", "perm")
 
 
@@ -33,8 +33,9 @@ class Case:
 
     @property
     def outputs(self):
-        return {"affine_coupling": ("y", "logdet"), "slogdet": ("sign", "logabsdet"), "plu_weight": ("weight",),
-                "slogdet_inverse": ("sign", "logabsdet", "inverse"), "conv_net": ("y",),
+        return {"affine_coupling": ("y", "logdet"), "mlp_flow": ("z", "logdet"), "conv_net": ("y",),
+                "slogdet": ("sign", "logabsdet"), "plu_weight": ("weight",),
+                "slogdet_inverse": ("sign", "logabsdet", "inverse"),
                 "gaussian_sample_kl": ("z", "kl", "logq") if self.options.get("return_logq") else ("z", "kl"),
                 }[self.op]
 
@@ -48,6 +49,9 @@ class Case:
                 for name, shape in shapes.items()}
 
     def batch_dim(self, name):
+        """The dim of the operand that is the batch; None: it has none."""
+        if self.op == "mlp_flow" and name not in ("x", "context"):
+            return None
         return 1 if name == "eps" and "n_samples" in self.options else 0
 
     def _operand(self, name, shape, generator):
@@ -58,6 +62,8 @@ class Case:
             return value.sign()
         if name == "weight":
             return value + 2.0 * torch.eye(shape[-1], dtype=torch.float64)
+        if self.op == "mlp_flow" and len(shape) == 2 and name not in ("x", "context"):
+            return value / max(shape[1], 1) ** 0.5
         if self.options.get("scale") == "std":
             return value.abs() + 0.4
         return value
@@ -75,7 +81,38 @@ class Case:
             return module.gaussian_sample_kl(params, **t, **options)
         if self.op in ("plu_weight", "conv_net"):
             return (getattr(module, self.op)(**t, **options),)
+        if self.op == "mlp_flow":
+            return self._call_mlp_flow(t, module)
         return getattr(module, self.op)(**t)
+
+    def _call_mlp_flow(self, t, module):
+        """Operands are named "<step>.bias", "<step>.log_scale", "<step>.w<layer>" and "<step>.b<layer>"."""
+        x, context, options = t.pop("x"), t.pop("context", None), dict(self.options)
+        inverse, steps = options.pop("inverse", False), []
+        for index in sorted({int(name.split(".")[0]) for name in t}):
+            own = {name.split(".")[1]: value for name, value in t.items() if name.startswith(f"{index}.")}
+            if "log_scale" in own:
+                steps.append(functional.ChannelAffine(**own))
+                continue
+            layers = range(len(own) // 2)
+            weights, biases = (tuple(own[f"{kind}{i}"] for i in layers) for kind in "wb")
+            steps.append(functional.MLPCoupling(weights, biases, flip=bool(index % 2), **options))
+        return module.mlp_flow(x, steps, context=context, inverse=inverse)
+
+
+def flow_case(name, features, hidden, couplings, *, batch=3, context=None, actnorm=True, **options):
+    """A flow of couplings that take turns, behind an ActNorm's step or without one."""
+    shapes, additive = {"x": (batch, features)}, options.get("scale") == "additive"
+    if context is not None:
+        shapes["context"] = (batch, context)
+    if actnorm:
+        shapes |= {"0.bias": (features,), "0.log_scale": (features,)}
+    for index in range(1, couplings + 1):
+        active = features // 2 if index % 2 else features - features // 2
+        sizes = [features - active + (context or 0), *hidden, (1 if additive else 2) * active]
+        for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+            shapes |= {f"{index}.w{layer}": (outputs, inputs), f"{index}.b{layer}": (outputs,)}
+    return Case(name, "mlp_flow", shapes, options)
 
 
 AFFINE_CASES = (
@@ -111,7 +148,14 @@ GAUSSIAN_CASES = (
     Case("std_prior_eps", "gaussian_sample_kl", {"params": (3, 4, 3), "prior_mean": (3, 2, 3), "prior_raw": (3, 2, 3),
                                                  "eps": (2, 3, 2, 3)}, {"scale": "std", "n_samples": 2}),
 )
-CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES
+FLOW_CASES = (
+    flow_case("flow_tanh_context", 5, (6,), 1, context=2, scale="tanh", activation="tanh"),
+    flow_case("flow_glow_inverse", 4, (), 2, actnorm=False, inverse=True,
+              scale=ScaleMap("sigmoid", offset=2.0, eps=0.1), layout="interleave", order="shift_scale",
+              shift_first=True),
+    flow_case("flow_additive", 2, (5,), 1, scale="additive", activation="silu"),
+)
+CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES + FLOW_CASES
 
 
 def conv_case(name, x, hidden, out, **options):

@@ -1,10 +1,10 @@
 """Calls whose kernel launches are counted, of every way in which an operator's launches depend on its arguments:
-(case, launches on Triton forward, backward, on CUDA forward, backward)."""
+(case, launches on Triton forward, backward, on CUDA forward, backward); None where there is no Triton kernel."""
 
 import itertools
 
 import torch
-from cases import Case
+from cases import Case, flow_case
 
 from fastflow import functional
 
@@ -43,6 +43,11 @@ LAUNCH_CASES = (
     (Case("inverse", "slogdet_inverse", {"weight": (2, 3, 5, 5)}), 1, 1, 1, 1),
     (Case("no_matrices", "slogdet", {"weight": (0, 4, 4)}), 0, 0, 0, 0),
     (Case("plu", "plu_weight", PLU), 1, 1, 1, 1),
+    (flow_case("realnvp", 2, (3, 3), 16, scale="tanh"), None, None, 1, 2),
+    (flow_case("flow_inverse", 4, (), 3, actnorm=False, context=1, scale="tanh", inverse=True), None, None, 1, 2),
+    (flow_case("flow_pieces", 2, (3, 3), 22, scale="tanh"), None, None, 2, 3),
+    (flow_case("flow_steps", 3, (), 98), None, None, 4, 6),
+    (flow_case("flow_no_samples", 2, (3,), 1, batch=0), None, None, 0, 1),
     (_gaussian("vae", {"params": (5, 40)}), 1, 1, 1, 1),
     (_gaussian("samples", {"params": (5, 40)}, n_samples=3, return_logq=True), 1, 1, 1, 1),
     (_gaussian("elements", {"params": (2, 6, 4)}, reduce="none", return_logq=True), 1, 1, 1, 1),
@@ -102,5 +107,25 @@ def operator_calls(device, batches, events, mixed_priors=False):
             priors = [zeros(n, channels, *s) for n in own]
             consts = 1, 0, samples, 0, 0, reduce
             yield "gaussian_bwd", (z, incoming, None, mean, mean, *priors, None, None, *consts, *needs)
+    yield from flow_calls(device, batches)
     for count in (0, 1, 300):
         yield "philox4x32", (zeros(count, 4, dtype=torch.int64), zeros(count, 2, dtype=torch.int64))
+
+
+def flow_calls(device, batches):
+    """Calls of mlp_flow's operators: several scale maps, many steps, no steps, both directions."""
+    for batch, count, maps, inverse in itertools.product(batches, (0, 1, 35), (1, 6), (False, True)):
+        def zeros(*shape):
+            return torch.zeros(shape, device=device)
+
+        if batch > 100:
+            continue
+        params, code, constants = [zeros(3), zeros(3)], [0] * 6, []
+        for index in range(count):
+            params += [zeros(4, 1), zeros(4), zeros(4, 4), zeros(4)]
+            code += [1, 2, 0, 0, 0, 0]
+            constants += [1.0 + index % maps, *EXP[2:]]
+        x, saved, described = zeros(batch, 3), zeros(3 + 2 * count, batch), (params, code, constants, inverse)
+        yield "mlp_flow_fwd", (x, None, *described, count == 1)
+        for need_params in (False, True):
+            yield "mlp_flow_bwd", (x, None, x, saved, None, *described, True, False, need_params)

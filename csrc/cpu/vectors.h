@@ -54,7 +54,7 @@ static inline const Vec<T>& vec(const T* p) {
 
 template <class T>
 static inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // not 0 + x, which would make 0 of -0
 }
 
 // Lanes [index(0), index(1), ...] of a, and of b from Simd<T>::lanes on.

@@ -11,6 +11,8 @@
 //   gaussian_bwd         1, or 0 where only the gradient of a prior of batch 1 is wanted; that takes 1 more, or 2 where
 //                        the batch is split over blocks (beyond 64 samples)
 //   philox4x32           1
+//   mlp_flow_fwd         1 for every 32 steps, 64 layers and 4 different scale maps
+//   mlp_flow_bwd         as many, and 1 for every 192 parameters if their gradients are wanted
 //
 // tests/simt compiles the same sources as plain C++ (FASTFLOW_SIMT), where simt.h stands in for the device.
 #pragma once

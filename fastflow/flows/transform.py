@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from fastflow.flows import memory, sequence
+from fastflow.flows import fused, memory, sequence
 
 __all__ = ["Compose", "Inverse", "Transform", "initialize", "noise_shape"]
 
@@ -50,6 +50,9 @@ def noise_shape(transform, event_shape):
 class Compose(nn.Module):
     """The transforms one after the other, first to last from data to noise; log-determinants add up.
 
+    Couplings with small fully connected conditioners on (B, D) data, and the ActNorms among them, run as one kernel
+    where nothing stands against it (:func:`functional.mlp_flow`); :meth:`explain` says what does.
+
     Args:
         transforms: any number of transforms. Those that are modules become submodules.
     """
@@ -66,14 +69,14 @@ class Compose(nn.Module):
         if memory.active() is not None:
             return sequence.run(self.parts(), x, context)
         total = None
-        for transform in self.transforms:
+        for transform in fused.runs(self.transforms, x, context):
             x, logdet = transform(x, context)
             total = logdet if total is None else total + logdet
         return x, x.new_zeros(x.shape[0]) if total is None else total
 
     def inverse(self, z, context=None):
         total = None
-        for transform in reversed(self.transforms):
+        for transform in reversed(fused.runs(self.transforms, z, context)):
             z, logdet = transform.inverse(z, context)
             total = logdet if total is None else total + logdet
         return z, z.new_zeros(z.shape[0]) if total is None else total
@@ -81,6 +84,10 @@ class Compose(nn.Module):
     def parts(self):
         """The transforms in order, in place of a composition its own."""
         return sequence.flatten(self.transforms)
+
+    def explain(self, x, context=None):
+        """One line: which layers a call with x and context runs as one kernel, and why not the others."""
+        return fused.explain(self, x, context)
 
     def initialize(self, x, context=None):
         for transform in self.transforms:

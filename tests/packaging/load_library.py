@@ -17,7 +17,10 @@ def main():
     torch.manual_seed(0)
     x, params = torch.randn(4, 6, 5, 5), torch.randn(4, 12, 5, 5)
     weight, n = torch.randn(3, 12, 12), torch.arange(12).repeat(3, 1)
+    weights, biases = (torch.randn(8, 2), torch.randn(4, 8)), (torch.randn(8), torch.randn(4))
+    step = functional.MLPCoupling(weights, biases, scale="tanh")
     calls = {
+        "mlp_flow": lambda f: f.mlp_flow(x[:, :4, 0, 0], [step]),
         "affine_coupling": lambda f: f.affine_coupling(x, params, scale="sigmoid"),
         "slogdet": lambda f: f.slogdet(weight),
         "slogdet_inverse": lambda f: f.slogdet_inverse(weight),

@@ -12,7 +12,8 @@ from fastflow import backends, functional, reference
 NAMES = ("reference", "cpu", "triton", "cuda")
 KERNELS = {"affine_coupling": ("affine_coupling_fwd", "affine_coupling_bwd"), "slogdet": ("slogdet_fwd",),
            "slogdet_inverse": ("slogdet_fwd",), "plu_weight": ("plu_weight_fwd", "plu_weight_bwd"),
-           "gaussian_sample_kl": ("gaussian_fwd", "gaussian_bwd"), "conv_net": ("conv_net_fwd", "conv_net_bwd")}
+           "gaussian_sample_kl": ("gaussian_fwd", "gaussian_bwd"), "conv_net": ("conv_net_fwd", "conv_net_bwd"),
+           "mlp_flow": ("mlp_flow_fwd", "mlp_flow_bwd")}
 by_case = pytest.mark.parametrize("case", CPU_CASES, ids=str)
 
 
@@ -52,8 +53,8 @@ def test_spy_no_backward_kernel_without_a_gradient(case, fused, device):
 @by_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_explain_tells_what_an_unforced_call_uses(case, dtype):
-    if case.op == "plu_weight" and dtype in (torch.bfloat16, torch.float16):
-        return pytest.skip("plu_weight takes float32 and float64")
+    if case.op in FULL_PRECISION and dtype in (torch.bfloat16, torch.float16):
+        return pytest.skip("it takes float32 and float64")
     tensors = case.tensors(dtype)
     promised = backends.explain(case.op, *tensors.values()).split()[0]
     ran = kernels_run(lambda: case.call(tensors))

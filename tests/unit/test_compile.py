@@ -46,8 +46,9 @@ def check(case, call, tensors, mark=False):
     leaves = {n: t.detach().requires_grad_(n in case.differentiable) for n, t in tensors.items()}
     if mark:
         for name, t in leaves.items():
-            if t.shape[case.batch_dim(name)] > 1:
-                torch._dynamo.mark_dynamic(t, case.batch_dim(name))
+            dim = case.batch_dim(name)
+            if dim is not None and t.shape[dim] > 1:
+                torch._dynamo.mark_dynamic(t, dim)
     results = dict(zip(case.outputs, call(*leaves.values()), strict=True))
     cotangents = cotangents_of(case, tensors)
     grads = torch.autograd.grad([results[n] for n in cotangents], [leaves[n] for n in case.differentiable],
@@ -179,7 +180,9 @@ def test_export(case, fused, device):
             return case.call(operands)
 
     batch = torch.export.Dim("batch", min=2, max=1000)
-    shapes = {n: {case.batch_dim(n): batch} if t.shape[case.batch_dim(n)] == 5 else None for n, t in tensors.items()}
+    dims = {n: case.batch_dim(n) for n in tensors}
+    shapes = {n: {dims[n]: batch} if dims[n] is not None and t.shape[dims[n]] == 5 else None
+              for n, t in tensors.items()}
     program = torch.export.export(Module(), (tensors,), dynamic_shapes=(shapes,))
     other = case.tensors(torch.float32, device, batch=9)
     for got, want in zip(program.module()(other), case.call(other), strict=True):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from cases import CASES, CPU_CASES, Case, check_by_ratio, cotangents_of, evaluate
+from cases import CASES, CPU_CASES, Case, check_by_ratio, cotangents_of, evaluate, flow_case
 from tolerances import assert_bitwise
 
 from fastflow import backends
@@ -29,6 +29,7 @@ LARGE = (
     Case("slogdet_big", "slogdet_inverse", {"weight": (5, 64, 64)}),
     Case("plu", "plu_weight", {"lower": (40, 48, 48), "upper": (40, 48, 48), "log_s": (40, 48), "sign_s": (40, 48),
                                "perm": (40, 48)}),
+    flow_case("flow", 7, (24, 33), 3, batch=2100, context=3, scale="tanh"),
 )
 
 
@@ -143,7 +144,7 @@ def in_child(function, seconds=30):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("case", (LARGE[0], LARGE[4], LARGE[7], LARGE[9]), ids=str)
+@pytest.mark.parametrize("case", (LARGE[0], LARGE[4], LARGE[7], LARGE[9], LARGE[10]), ids=str)
 def test_a_forked_child_computes(case, threads):
     """A data loader's worker after a parallel op in the parent: the thread pool did not survive the fork, the op does,
     with the same bits (the kernels alone run in the child: torch's own parallel ops hang there)."""

@@ -126,6 +126,48 @@ CONV = {
     "negative slope": (ValueError, "negative_slope", lambda: conv(negative_slope=-0.1)),
     "slope NaN": (ValueError, "negative_slope", lambda: conv(negative_slope=float("nan"))),
 }
+D2 = r(3, 4)
+
+
+def coupling(**changes):
+    settings = {"weights": (r(5, 2), r(4, 5)), "biases": (r(5), r(4))} | changes
+    return functional.MLPCoupling(**settings)
+
+
+def flow(x=D2, steps=None, **kwargs):
+    return functional.mlp_flow(x, [coupling()] if steps is None else steps, **kwargs)
+
+
+FLOW = {
+    "x a list": (TypeError, "x", lambda: flow([1.0])),
+    "x a vector": (ValueError, "x", lambda: flow(r(4))),
+    "x bfloat16": (TypeError, "x", lambda: flow(r(3, 4, dtype=HALF))),
+    "steps a coupling": (TypeError, "steps", lambda: flow(steps=coupling())),
+    "steps of modules": (TypeError, r"steps\[1\]", lambda: flow(steps=[coupling(), torch.nn.Linear(1, 1)])),
+    "bias of another size": (ValueError, r"steps\[0\].bias",
+                             lambda: flow(steps=[functional.ChannelAffine(r(3), r(4))])),
+    "log_scale float64": (TypeError, r"steps\[0\].log_scale",
+                          lambda: flow(steps=[functional.ChannelAffine(r(4), r(4, dtype=DOUBLE))])),
+    "weights with too few inputs": (ValueError, r"steps\[0\].weights\[0\]",
+                                    lambda: flow(steps=[coupling(weights=(r(5, 1), r(4, 5)))])),
+    "weights with too many outputs": (ValueError, r"steps\[0\].weights\[1\]",
+                                      lambda: flow(steps=[coupling(weights=(r(5, 2), r(5, 5)))])),
+    "weights of a pair for a shift": (ValueError, r"steps\[0\].weights\[1\]",
+                                      lambda: flow(steps=[coupling(scale="additive")])),
+    "weights a number": (TypeError, r"steps\[0\].weights\[0\]", lambda: flow(steps=[coupling(weights=(1, r(4, 5)))])),
+    "weights elsewhere": (ValueError, r"steps\[0\].weights\[0\]",
+                          lambda: flow(steps=[coupling(weights=(r(5, 2, **META), r(4, 5)))])),
+    "no weights": (ValueError, r"steps\[0\].biases", lambda: flow(steps=[coupling(weights=(), biases=())])),
+    "biases too few": (ValueError, r"steps\[0\].biases", lambda: flow(steps=[coupling(biases=(r(5),))])),
+    "biases of another size": (ValueError, r"steps\[0\].biases\[0\]",
+                               lambda: flow(steps=[coupling(biases=(r(4), r(4)))])),
+    "unknown activation": (ValueError, r"steps\[0\].activation", lambda: flow(steps=[coupling(activation="gelu")])),
+    "unknown scale of a step": (ValueError, "scale", lambda: flow(steps=[coupling(scale="cube")])),
+    "unknown order of a step": (ValueError, r"steps\[0\].order", lambda: flow(steps=[coupling(order="s")])),
+    "context of another batch": (ValueError, "context", lambda: flow(context=r(2, 1))),
+    "context float64": (TypeError, "context", lambda: flow(context=r(3, 1, dtype=DOUBLE))),
+    "context not expected": (ValueError, r"steps\[0\].weights\[0\]", lambda: flow(context=r(3, 1))),
+}
 Q = r(2, 6, 4)
 M = r(2, 3, 4)
 
@@ -183,13 +225,13 @@ GAUSSIAN = {
 }
 
 
-@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *GAUSSIAN])
+@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *FLOW, *GAUSSIAN])
 def test_refused_and_named(name):
-    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **GAUSSIAN}[name]
+    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **FLOW, **GAUSSIAN}[name]
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
-    assert re.match(rf"({argument})\b", message), f"the message does not begin with {argument!r}: {message!r}"
+    assert re.match(rf"({argument})(?!\w)", message), f"the message does not begin with {argument!r}: {message!r}"
     assert isinstance(caught.value, (TypeError, ValueError)) and not isinstance(caught.value, RuntimeError)
 
 

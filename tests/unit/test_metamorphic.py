@@ -22,7 +22,7 @@ def parts(case, tensors, index):
     out = {}
     for name, t in tensors.items():
         dim = case.batch_dim(name)
-        out[name] = t if t.shape[dim] == 1 else t.index_select(dim, index)
+        out[name] = t if dim is None or t.shape[dim] == 1 else t.index_select(dim, index)
     return out
 
 

@@ -6,6 +6,7 @@ import inspect
 import layouts
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from fastflow import extension
 
@@ -122,14 +123,45 @@ def conv_net_backward_samples():
         yield r(x.shape[0], 7, *x.shape[2:], dtype=x.dtype), x, w1, w2, w3, *maps, slope, True, False
 
 
+def flow_samples():
+    for batch, features, context, dtype in ((3, 4, None, torch.float32), (70, 5, 2, torch.float64), (0, 2, None,
+                                                                                                 torch.float32)):
+        code, constants, params = [0] * 6, [], [r(features, dtype=dtype), r(features, dtype=dtype)]
+        for flip, kind in ((0, EXP), (1, TANH)):
+            active = features // 2 if flip else features - features // 2
+            code += [1, 2, flip, flip, flip * INTERLEAVED, kind[0]]
+            constants += kind[1:]
+            params += [r(6, features - active + (context or 0), dtype=dtype, layout=layouts.transposed),
+                       r(6, dtype=dtype), r(2 * active, 6, dtype=dtype), r(2 * active, dtype=dtype)]
+        beside = None if context is None else r(batch, context, dtype=dtype, layout=layouts.padded)
+        yield batch, features, dtype, beside, params, code, constants
+
+
+def flow_forward_samples():
+    for batch, features, dtype, *rest in flow_samples():
+        for inverse, save in ((False, True), (True, False)):
+            yield r(batch, features, dtype=dtype, layout=layouts.permuted), *rest, inverse, save
+
+
+def flow_backward_samples():
+    for batch, features, dtype, context, *rest in flow_samples():
+        saved = r(2 * features, batch, dtype=dtype)
+        for needs in ((True, True, True), (False, False, True), (True, False, False)):
+            yield r(batch, features, dtype=dtype, layout=layouts.permuted), r(batch, dtype=dtype), \
+                r(batch, features, dtype=dtype), saved, context, *rest, needs[0], *needs
+        yield None, r(1, dtype=dtype).expand(batch), r(batch, features, dtype=dtype), saved, context, *rest, False, \
+            True, True, True
+
+
 SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backward_samples,
            "slogdet_fwd": slogdet_samples, "plu_weight_fwd": plu_samples, "plu_weight_bwd": plu_backward_samples,
            "gaussian_fwd": gaussian_samples, "gaussian_bwd": gaussian_backward_samples, "philox4x32": philox_samples,
-           "conv_net_fwd": conv_net_samples, "conv_net_bwd": conv_net_backward_samples}
+           "conv_net_fwd": conv_net_samples, "conv_net_bwd": conv_net_backward_samples,
+           "mlp_flow_fwd": flow_forward_samples, "mlp_flow_bwd": flow_backward_samples}
 
 
 def move(sample, device):
-    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in sample)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), sample)
 
 
 def compiled_operator(fused, name):
@@ -160,9 +192,10 @@ def test_fake_strides_dtypes_and_no_aliasing(name, fused, device):
         sample = move(sample, device)
         real = op(*sample)
         with mode:
-            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in sample))
-        pairs = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
-        operands = {a.untyped_storage().data_ptr() for a in sample if isinstance(a, torch.Tensor) and a.numel()}
+            fake = op(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, sample))
+        pairs = zip(pytree.tree_leaves(real), pytree.tree_leaves(fake), strict=True)
+        operands = {a.untyped_storage().data_ptr() for a in pytree.tree_leaves(sample)
+                    if isinstance(a, torch.Tensor) and a.numel()}
         for i, (got, planned) in enumerate(pairs):
             assert got.shape == planned.shape and got.dtype == planned.dtype, (name, i)
             assert got.numel() == 0 or got.stride() == planned.stride(), (name, i, got.stride(), planned.stride())
@@ -176,6 +209,6 @@ def test_operators_take_meta_tensors(name, fused):
             continue
         real = compiled_operator(fused, name)(*move(sample, "cuda" if fused != "cpu" else "cpu"))
         meta = compiled_operator(fused, name)(*move(sample, "meta"))
-        for got, planned in zip(real, meta, strict=True) if isinstance(real, tuple) else [(real, meta)]:
+        for got, planned in zip(pytree.tree_leaves(real), pytree.tree_leaves(meta), strict=True):
             assert planned.is_meta and got.shape == planned.shape and got.dtype == planned.dtype
         break

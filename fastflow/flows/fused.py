@@ -1,0 +1,191 @@
+"""Runs of tabular layers that go through one kernel: couplings with small fully connected conditioners, and ActNorms.
+
+:class:`fastflow.flows.Compose` asks for the runs at every call, so that whatever changes between calls (a hook, a layer
+put in another's place, autocast) counts. What no run takes is called layer by layer.
+"""
+
+import torch
+from torch import nn
+
+from fastflow import backends, functional
+from fastflow.nn import MLP, ActNorm, AffineCoupling
+
+__all__ = ["MAX_FEATURES", "MAX_HIDDEN", "explain", "runs"]
+
+MAX_FEATURES, MAX_HIDDEN = 64, 128  # beyond them a layer's own matrix products fill the machine
+SHARED_BYTES = 99 * 1024  # that a block has on every GPU since sm_80
+HOOKED = "it has a hook or a method of its own"
+ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
+
+
+class Run:
+    """Several transforms in a row, as one that one kernel computes."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self, x, context=None):
+        return functional.run_steps(x, self.steps, context, False)
+
+    def inverse(self, z, context=None):
+        return functional.run_steps(z, self.steps, context, True)
+
+
+def runs(transforms, x, context=None):
+    """The transforms in their order, with a :class:`Run` in place of those that it takes."""
+    if len(transforms) < 1 or _refusal(x, context) is not None:
+        return transforms
+    pieces = []
+    for steps, members in _grouped(transforms, [_step(t, x, context) for t in transforms]):
+        pieces += members if steps is None else [Run(steps)]
+    return pieces
+
+
+def explain(transform, x, context=None):
+    """One line: which layers a call with x and context runs as one kernel, and why not the others.
+
+    Args:
+        transform: a Compose, or any transform (which is one layer then).
+        x, context: what it would be called with.
+    """
+    transforms = list(getattr(transform, "transforms", [transform]))
+    reason = _refusal(x, context)
+    if reason is not None:
+        return f"layer by layer: {reason}"
+    found = [_step(t, x, context) for t in transforms]
+    groups = [steps for steps, _ in _grouped(transforms, found) if steps is not None]
+    reasons = {}
+    for index, step in enumerate(found):
+        if isinstance(step, str):
+            reasons.setdefault(step, []).append(index)
+        elif not any(step is other for steps in groups for other in steps):
+            reasons.setdefault("no coupling beside it to go with", []).append(index)
+    backend = backends.prefers("mlp_flow", x, context)[0]
+    kernels = f"{len(groups)} kernel{'' if len(groups) == 1 else 's'} on {backend}" if groups else "no kernel"
+    text = f"{sum(map(len, groups))} of {len(transforms)} layers in {kernels}"
+    return "; ".join([text, *(f"not {', '.join(map(str, where))}: {why}" for why, where in reasons.items())])
+
+
+def _grouped(transforms, found):
+    """(steps, transforms) of each run, and (None, transforms) of those that stay by themselves."""
+    start = 0
+    for end in range(len(found) + 1):
+        if end < len(found) and not isinstance(found[end], str):
+            continue
+        steps = found[start:end]
+        whole = any(isinstance(step, functional.MLPCoupling) for step in steps)
+        if steps:
+            yield (steps if whole else None), transforms[start:end]
+        if end < len(found):
+            yield None, transforms[end:end + 1]
+        start = end + 1
+
+
+def _refusal(x, context):
+    """Why nothing about a call with these operands goes through one kernel, or None."""
+    if not isinstance(x, torch.Tensor) or x.dim() != 2:
+        return "the data are not (B, D)"
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"the data are {x.dtype}"
+    if x.shape[1] > MAX_FEATURES:
+        return f"more than {MAX_FEATURES} features"
+    if context is not None and (not isinstance(context, torch.Tensor) or context.dim() != 2
+                                or context.dtype != x.dtype or context.shape[0] != x.shape[0]):
+        return f"the context is not (B, K) in {x.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    if nn.modules.module._has_any_global_hook():
+        return "a hook on all modules is registered"
+    backend, reason = backends.prefers("mlp_flow", x, context)
+    return reason if backend == "reference" else None
+
+
+def _step(transform, x, context):
+    """The step that the transform makes, or why it can't be one of a run."""
+    kind = type(transform)
+    if kind is AffineCoupling:
+        return _coupling(transform, x, context)
+    if kind is not ActNorm:
+        return f"{kind.__name__} is no affine coupling or ActNorm"
+    if _is_hooked(transform):
+        return HOOKED
+    bias, log_scale = _own_parameters(transform, "bias", "log_scale")
+    if bias is None or log_scale is None or bias.dtype is not x.dtype or log_scale.dtype is not x.dtype:
+        return f"its parameters are not {x.dtype}"
+    if transform.channels != x.shape[1]:
+        return f"it takes {transform.channels} features"
+    return functional.ChannelAffine(bias, log_scale)
+
+
+def _coupling(transform, x, context):
+    if _is_hooked(transform):
+        return HOOKED
+    if transform.split != "channel":
+        return f"its split is {transform.split!r}"
+    network = transform._modules.get("conditioner")
+    kind = type(network)
+    if kind is MLP:
+        if (network.context_features is None) != (context is None):
+            return "its conditioner and the context do not go together"
+        if _is_hooked(network):
+            return HOOKED
+        network = network._modules.get("layers")
+    elif kind is nn.Sequential and context is not None:
+        return "its conditioner is a Sequential, which takes no context"
+    if type(network) is not nn.Sequential:
+        return f"its conditioner is of {kind.__name__}, not MLP or Sequential"
+    if _is_hooked(network):
+        return HOOKED
+    return _linears(network, transform, x, 0 if context is None else context.shape[1])
+
+
+def _linears(network, transform, x, context_features):
+    """The coupling over a Sequential of Linear layers with one kind of activation between, or what is in the way."""
+    weights, biases, activation, dtype = [], [], nn.ReLU, x.dtype
+    layers = network._modules.values()
+    for index, layer in enumerate(layers):
+        kind = type(layer)
+        if _is_hooked(layer):
+            return HOOKED
+        if index % 2:
+            if kind not in ACTIVATIONS or (index > 1 and kind is not activation):
+                return f"its conditioner's activation {kind.__name__} is none of one kind among ReLU, SiLU, Tanh"
+            activation = kind
+            continue
+        weight, bias = _own_parameters(layer, "weight", "bias")
+        if kind is not nn.Linear or weight is None or bias is None:
+            return "its conditioner is not Linear layers, each with a bias, with activations between"
+        if weight.dtype is not dtype or bias.dtype is not dtype:
+            return f"its parameters are not {dtype}"
+        weights.append(weight)
+        biases.append(bias)
+    if len(layers) % 2 == 0:
+        return "its conditioner does not end with a Linear layer"
+    if any(bias.shape[0] > MAX_HIDDEN for bias in biases[:-1]):
+        return f"its conditioner has a layer of more than {MAX_HIDDEN}"
+    if x.is_cuda and _shared_bytes(x, context_features, biases) > SHARED_BYTES:
+        return "its layers together need more shared memory than a block has"
+    passive = (x.shape[1] + 1) // 2 if transform.flip else x.shape[1] // 2
+    if weights[0].shape[1] != passive + context_features:
+        return "its conditioner takes another number of features"
+    return functional.MLPCoupling(tuple(weights), tuple(biases), transform.flip, ACTIVATIONS[activation],
+                                  transform.scale, transform.layout, transform.order, transform.shift_first)
+
+
+def _shared_bytes(x, context_features, biases):
+    """What the backward kernel needs in a block: csrc/cuda/mlp_flow_bwd.cu, lines_of."""
+    outputs = [bias.shape[0] for bias in biases]
+    seen = x.shape[1] + 3 * context_features if context_features else 0
+    return (33 * (2 * x.shape[1] + seen + sum(outputs) + max(outputs)) + 16 * 68) * x.element_size()
+
+
+def _own_parameters(module, *names):
+    """The parameters of these names, whatever functional_call has put there; None where it is no parameter."""
+    return map(module._parameters.get, names)
+
+
+def _is_hooked(module):
+    """Whether a call of the module would run more than its class's forward."""
+    own = module.__dict__
+    return (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+            or "forward" in own or "inverse" in own)

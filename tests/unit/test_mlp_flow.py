@@ -1,0 +1,163 @@
+"""mlp_flow: values and gradients over sizes, maps, activations, depths; non-finite numbers; other instruction sets."""
+
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import cotangents_of, evaluate, flow_case, upcast
+from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_bitwise, assert_same_nonfinite
+
+from fastflow import functional, reference
+from fastflow.functional import ScaleMap
+
+# Features, hidden layers, context: thin and wide inputs and outputs, sizes that fill no vector, no hidden layer at all.
+SIZES = ((2, (64, 64), None), (3, (5,), 2), (10, (32, 20), None), (64, (128,), 3), (33, (17, 40, 9), 1),
+         (1, (7,), None), (1, (), 2), (9, (), None))
+BATCHES = (1, 15, 64, 65, 200)
+
+
+def check(case, dtype, device="cpu", size=0.5):
+    """Results and gradients by the error-ratio rule, over all results and over all gradients, each relative to its
+    magnitude: a rounding early in a flow goes into everything behind it, and the largest error of one small tensor says
+    little about either side.
+
+    size: of the parameters, small enough for steps that do not stretch.
+    """
+    tensors = {name: t if name in ("x", "context") else size * t for name, t in case.tensors(dtype, device).items()}
+    cotangents = cotangents_of(case, tensors)
+    got = evaluate(case, tensors, cotangents=cotangents)
+    eager = evaluate(case, tensors, cotangents=cotangents, module=reference)
+    truth = evaluate(case, upcast(tensors), cotangents=upcast(cotangents), module=reference)
+    for part, factor in ((0, VALUE_FACTOR), (1, GRADIENT_FACTOR)):
+        errors = {}
+        for which, results in (("fused", got), ("eager", eager)):
+            pairs = [(t, truth[part][name]) for name, t in results[part].items()]
+            assert all(t.dtype == dtype and t.shape == exact.shape for t, exact in pairs)
+            errors[which] = max(((t.double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
+                                for t, exact in pairs if t.numel())
+        few = next(iter(tensors.values())).shape[0] < 64  # then eager may happen to hit a result
+        roundings = 64 if dtype == torch.float64 else 16 if few else 4
+        allowed = factor * errors["eager"] + roundings * torch.finfo(dtype).eps
+        assert errors["fused"] <= allowed, f"{case} {dtype} part {part}: {errors} {allowed}"
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sizes(sizes, inverse, fused, device):
+    features, hidden, context = sizes
+    for batch in BATCHES:
+        case = flow_case(f"{sizes} batch {batch}", features, hidden, 3, batch=batch, context=context, scale="tanh",
+                         inverse=inverse, activation="silu")
+        check(case, torch.float32, device)
+        relu = dataclasses.replace(case, options={**case.options, "activation": "relu"})  # its kinks: exact enough here
+        check(relu, torch.float64, device)
+
+
+MAPS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive", ScaleMap.nflows(general=True),
+        ScaleMap.freia(), ScaleMap.tarflow(), ScaleMap("tanh", clamp=20.0, eps=0.1, hard_min=0.2, shift_gain=0.5))
+
+
+@pytest.mark.parametrize("scale", MAPS, ids=lambda s: s if isinstance(s, str) else s.kind)
+def test_maps_packings_and_activations(scale, fused, device):
+    options = itertools.product(("relu", "silu", "tanh"), (False, True), (False, True))
+    for activation, inverse, other in options:
+        case = flow_case(f"{activation} {inverse} {other}", 5, (19, 8), 2, batch=70, scale=scale, inverse=inverse,
+                         activation=activation, layout="interleave" if other else "chunk", shift_first=other,
+                         order="shift_scale" if other else "scale_shift")
+        check(case, torch.float64 if activation == "relu" else torch.float32, device)
+
+
+def test_inverse_undoes_and_log_dets_cancel(fused, device):
+    case = flow_case("there", 6, (20,), 5, batch=40, context=2, scale="tanh")
+    tensors = case.tensors(torch.float64, device)
+    z, logdet = case.call(tensors)
+    back = dataclasses.replace(case, options={**case.options, "inverse": True})
+    x, opposite = back.call({**tensors, "x": z})
+    torch.testing.assert_close(x, tensors["x"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(opposite, -logdet, rtol=1e-12, atol=1e-12)
+    jacobian = torch.autograd.functional.jacobian(lambda v: case.call({**tensors, "x": v})[0].sum(0), tensors["x"])
+    expected = torch.linalg.slogdet(jacobian.transpose(0, 1)).logabsdet
+    torch.testing.assert_close(logdet, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_many_samples_and_a_deep_flow(fused, device):
+    """The groups of samples whose gradients are summed apart, and more steps and layers than a launch takes."""
+    case = flow_case("many", 2, (8,), 2, batch=9000 if device == "cuda" or fused == "cpu" else 300, scale="tanh")
+    check(case, torch.float32, device)
+    check(flow_case("deep", 2, (4, 4, 4), 40, batch=33, scale="tanh"), torch.float32, device, size=0.3)
+
+
+def test_no_steps_no_samples_and_steps_of_one_kind(fused, device):
+    x = torch.randn(4, 3, device=device, requires_grad=True)
+    z, logdet = functional.mlp_flow(x, [])
+    assert torch.equal(z, x) and not logdet.any() and z.data_ptr() != x.data_ptr()
+    assert torch.equal(torch.autograd.grad(z.sum(), x)[0], torch.ones_like(x))
+    case = flow_case("none", 3, (8,), 2, batch=0, context=1)
+    tensors = case.tensors(torch.float32, device)
+    results, grads = evaluate(case, tensors, cotangents=cotangents_of(case, tensors))
+    assert results["z"].shape == (0, 3) and results["logdet"].shape == (0,)
+    assert all(g.shape == tensors[n].shape and not g.any() for n, g in grads.items())
+    check(flow_case("affine alone", 3, (), 0, batch=5), torch.float32, device)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
+def test_non_finite_numbers_come_out_where_eager_has_them(activation, poison, fused, device):
+    """In one feature of one sample, in the context, in a weight and a bias; other samples keep their bits."""
+    case = flow_case("poison", 4, (6,), 2, batch=18, context=1, scale="tanh", activation=activation)
+    tensors = case.tensors(torch.float32, device)
+    clean = evaluate(case, tensors)[0]
+    cotangents = cotangents_of(case, tensors)
+    for name, t in tensors.items():
+        bad = {n: v.clone() for n, v in tensors.items()}
+        bad[name][(16,) + (0,) * (t.dim() - 1) if name in ("x", "context") else 0] = poison
+        got = evaluate(case, bad, cotangents=cotangents)
+        eager = evaluate(case, bad, cotangents=cotangents, module=reference)
+        for part in (0, 1):
+            for result, out in got[part].items():
+                assert_same_nonfinite(out, eager[part][result], f"{poison} in {name} -> {result}", gradient=part == 1)
+        if name in ("x", "context"):
+            for result, out in got[0].items():
+                keep = torch.arange(18, device=device) != 16
+                assert_bitwise(out[keep], clean[result][keep], f"{poison} in {name} -> {result}")
+
+
+def test_a_context_that_is_only_read_and_parameters_shared_by_steps(fused, device):
+    """One network in two steps: its gradient is the sum; no gradient of the context unless asked."""
+    x, context = torch.randn(9, 4, device=device), torch.randn(9, 2, device=device)
+    weight, bias = 0.3 * torch.randn(4, 4, device=device), torch.zeros(4, device=device)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    steps = [functional.MLPCoupling((weight,), (bias,), flip=flip, scale="tanh") for flip in (False, True)]
+    found = []
+    for module in (functional, reference):
+        z, logdet = module.mlp_flow(x, steps, context=context)
+        found.append(torch.autograd.grad(z.square().sum() + logdet.sum(), (weight, bias)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch
+from cases import flow_case
+from test_mlp_flow import check
+torch.set_num_threads(1)
+for features, hidden, context in ((2, (64, 64), None), (33, (17, 40), 1)):
+    for dtype in (torch.float32, torch.float64):
+        check(flow_case("isa", features, hidden, 3, batch=75, context=context, scale="tanh", activation="silu"), dtype)
+print("right")
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_on_older_processors(isa):
+    folders = map(str, Path(__file__).parents[:2])
+    run = subprocess.run([sys.executable, "-c", SCRIPT, *folders], capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "FASTFLOW_ISA": isa})
+    assert run.stdout == "right\n", run.stdout + run.stderr
