@@ -64,7 +64,7 @@ def test_bijection(features, context_features):
 def test_models_are_bijections(name, features):
     for seed in range(20):
         torch.manual_seed(seed)
-        flow = FLOWS[name](features, n_layers=3, hidden=(6,), activation=nn.Tanh, context_features=1)
+        flow = FLOWS[name](features, n_layers=2, hidden=(6,), activation=nn.Tanh, context_features=1)
         scattered(flow.double())
         x = torch.randn(3, features, dtype=torch.float64)
         check_bijection(flow.transform, x, torch.randn(3, 1, dtype=torch.float64))
@@ -158,11 +158,11 @@ def test_second_derivatives_and_functional_transforms():
 @pytest.mark.parametrize("order", ["reverse", "random"])
 def test_density_integrates_to_one(name, order):
     options = {} if name == "nice" else {"order": order}
-    for features, n in ((1, 4001), (2, 601)):
+    for features, n in ((1, 2001), (2, 301)):
         flow = FLOWS[name](features, n_layers=3, hidden=(8,), activation=nn.Tanh, context_features=1, **options)
-        scattered(flow.double(), 0.2)
+        scattered(flow.double(), 0.1)
         for context in (torch.tensor([-1.0]), torch.tensor([1.5])):
-            assert abs(integral(flow, 30, n, features, context.double()) - 1) < 1e-6
+            assert abs(integral(flow, 12, n, features, context.double()) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -201,9 +201,9 @@ def test_maf_fits_a_curved_density():
     x = torch.cat([x1, x1**2 + 0.5 * torch.randn_like(x1)], 1)
     flow.initialize(x)
     optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
-    for step in range(300):
+    for step in range(200):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 - step / 300)
+            group["lr"] = 1e-2 * (1 - step / 200)
         optimizer.zero_grad()
         (-flow(x).mean()).backward()
         optimizer.step()
@@ -242,7 +242,7 @@ def test_a_transformer_that_is_a_module_and_actnorm_by_choice():
 def test_compiles_without_breaks(name):
     flow = scattered(FLOWS[name](2, n_layers=1, hidden=(4,)))
     x = torch.randn(4, 2)
-    compiled = torch.compile(flow, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(flow, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), flow(x))
 
 

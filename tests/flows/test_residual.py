@@ -11,7 +11,7 @@ from fastflow import flows
 from fastflow.nn import ActNorm
 
 
-def block(features, seed=0, *, bound=0.8, context_features=None, hidden=(6, 5), size=0.5, **options):
+def block(features, seed=0, *, bound=0.7, context_features=None, hidden=(6,), size=0.5, **options):
     """A residual block in float64 and eval mode, away from its start."""
     torch.manual_seed(seed)
     net = flows.LipschitzMLP(features, hidden, bound=bound, context_features=context_features)
