@@ -21,6 +21,8 @@ ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
 class Run:
     """Several transforms in a row, as one that one kernel computes."""
 
+    saves_memory = True  # its backward has z of each layer and computes the hidden activations again
+
     def __init__(self, steps):
         self.steps = steps
 

@@ -66,8 +66,10 @@ class Compose(nn.Module):
         self.transforms = nn.ModuleList(t if isinstance(t, nn.Module) else _Foreign(t) for t in transforms)
 
     def forward(self, x, context=None):
-        if memory.active() is not None:
-            return sequence.run(self.parts(), x, context)
+        mode = memory.active()
+        if mode is not None:
+            parts = self.parts()
+            return sequence.run(fused.runs(parts, x, context) if mode.name == "save_z" else parts, x, context)
         total = None
         for transform in fused.runs(self.transforms, x, context):
             x, logdet = transform(x, context)
