@@ -112,6 +112,11 @@ def run(model, inputs, more, mode, call=None):
     return loss.detach(), torch.autograd.grad(loss, [*inputs, *model.parameters(), *more])
 
 
+def same_loss(loss, expected):
+    """A plain pass may run several couplings as one kernel, which rounds elsewhere."""
+    torch.testing.assert_close(loss, expected, rtol=8 * torch.finfo(loss.dtype).eps, atol=0)
+
+
 def assert_equal_gradients(found, expected, tolerance):
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max(), ((a - b).abs().max() / b.abs().max()).item()
@@ -123,7 +128,7 @@ def test_save_z_has_the_gradients_of_a_plain_pass(make, dtype):
     model, inputs, more = make(dtype)
     expected = run(model, inputs, more, None)
     loss, grads = run(model, inputs, more, mode_of(model, "save_z"))
-    assert torch.equal(loss, expected[0])
+    same_loss(loss, expected[0])
     assert_equal_gradients(grads, expected[1], 1e-12 if dtype == torch.float64 else 1e-6)
 
 
@@ -136,7 +141,7 @@ def test_invert_has_them_within_the_drift(make, dtype, mode):
     mode = mode_of(model, *mode)
     loss, grads = run(model, inputs, more, mode)
     drift = torch.stack(mode.drifts).max().item()
-    assert torch.equal(loss, expected[0])
+    same_loss(loss, expected[0])
     rounding = 1e-14 if dtype == torch.float64 else 4e-7
     assert drift <= 300 * rounding
     assert_equal_gradients(grads, expected[1], 20 * (drift + rounding))
