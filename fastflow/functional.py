@@ -12,6 +12,8 @@ from fastflow.autograd import conv_net as _conv_net
 from fastflow.autograd import gaussian as _gaussian
 from fastflow.autograd import mlp_flow as _mlp_flow
 from fastflow.autograd import slogdet as _slogdet
+from fastflow.autograd.differentiable import distinct as _distinct
+from fastflow.autograd.differentiable import needs_grad as _needs_grad
 from fastflow.extension import kernel
 from fastflow.reference import SCALES, ChannelAffine, MLPCoupling, ScaleMap, full_precision  # noqa: F401 (for layers)
 
@@ -20,17 +22,6 @@ __all__ = ["ChannelAffine", "MLPCoupling", "ScaleMap", "affine_coupling", "conv_
 
 LAYOUTS = ("chunk", "interleave")
 REDUCTIONS = ("sample", "channel", "none")
-
-
-def _needs_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _distinct(*tensors):
-    """The tensors, under torch.compile with views for repetitions: Dynamo takes no tensor twice in a Function."""
-    if not torch.compiler.is_compiling():
-        return tensors
-    return [t.view_as(t) if t is not None and any(t is u for u in tensors[:i]) else t for i, t in enumerate(tensors)]
 
 
 def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shift", shift_first=False, inverse=False,
@@ -444,16 +435,4 @@ def mlp_flow(x, steps, *, context=None, inverse=False):
         network: a tile of samples in fast memory through every layer).
     """
     _mlp_flow.check(x, steps, context)
-    return run_steps(x, steps, context, bool(inverse))
-
-
-def run_steps(x, steps, context, inverse):
-    """:func:`mlp_flow` without its checks, for layers whose operands fit by construction."""
-    params, code, constants = _mlp_flow.program(steps)
-    backend = backends.choose("mlp_flow", x, context, *params)
-    if backend == "reference":
-        return reference.mlp_flow(x, steps, context=context, inverse=inverse)
-    if _needs_grad(x, context, *params):
-        operands = _distinct(x, context, *params)
-        return _mlp_flow.MLPFlowFunction.apply(*operands[:2], backend, code, constants, inverse, *operands[2:])
-    return _mlp_flow.forward(backend, x, context, params, code, constants, inverse)
+    return _mlp_flow.run_steps(x, steps, context, bool(inverse))

@@ -7,6 +7,18 @@ gradients are batched by vmap (is_grads_batched), it computes by this instead.
 import torch
 
 
+def needs_grad(*tensors):
+    """Whether a call with these operands (None among them allowed) is to be recorded."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def distinct(*tensors):
+    """The tensors, under torch.compile with views for repetitions: Dynamo takes no tensor twice in a Function."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return [t.view_as(t) if t is not None and any(t is u for u in tensors[:i]) else t for i, t in enumerate(tensors)]
+
+
 def wanted(grads):
     """Whether a backward with these incoming gradients must be differentiable or run under vmap."""
     if torch.compiler.is_compiling():

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastflow import checks, extension, reference
+from fastflow import backends, checks, extension, reference
 from fastflow.autograd import differentiable
 from fastflow.autograd.affine_coupling import INTERLEAVED, SHIFT_FIRST, SHIFT_IN_FRONT
 
@@ -155,3 +155,15 @@ class MLPFlowFunction(torch.autograd.Function):
             found = (grad_x, grad_context, *(of_params if any(need_params) else [None] * len(params)))
             grads = [g if need else None for g, need in zip(found, needs, strict=True)]
         return (*grads[:2], None, None, None, None, *grads[2:])
+
+
+def run_steps(x, steps, context, inverse):
+    """functional.mlp_flow without its checks, for layers whose operands fit by construction."""
+    params, code, constants = program(steps)
+    backend = backends.choose("mlp_flow", x, context, *params)
+    if backend == "reference":
+        return reference.mlp_flow(x, steps, context=context, inverse=inverse)
+    if differentiable.needs_grad(x, context, *params):
+        operands = differentiable.distinct(x, context, *params)
+        return MLPFlowFunction.apply(*operands[:2], backend, code, constants, inverse, *operands[2:])
+    return forward(backend, x, context, params, code, constants, inverse)

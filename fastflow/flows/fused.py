@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastflow import backends, functional
+from fastflow.autograd.mlp_flow import run_steps
 from fastflow.nn import MLP, ActNorm, AffineCoupling
 
 __all__ = ["MAX_FEATURES", "MAX_HIDDEN", "explain", "runs"]
@@ -27,10 +28,10 @@ class Run:
         self.steps = steps
 
     def __call__(self, x, context=None):
-        return functional.run_steps(x, self.steps, context, False)
+        return run_steps(x, self.steps, context, False)
 
     def inverse(self, z, context=None):
-        return functional.run_steps(z, self.steps, context, True)
+        return run_steps(z, self.steps, context, True)
 
 
 def runs(transforms, x, context=None):
