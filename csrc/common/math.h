@@ -232,7 +232,7 @@ FASTFLOW_HD T exp_moderate(T x) {
   return fma(fma(q.r * q.r, exp_tail(q.r), q.r), scale, scale);
 }
 
-// exp(-abs(x)). Only the low end of the exponents needs care: 2^n is taken 64 powers higher, and the product brought down.
+// exp(-abs(x)). Only the low end of the exponents needs care: 2^n is taken 64 powers higher, the product brought down.
 template <class T>
 FASTFLOW_HD T exp_decay(T x) {
   using B = Bits<T>;

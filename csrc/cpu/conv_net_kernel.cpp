@@ -45,8 +45,8 @@ struct Window {
 
 // 3x3 convolution of a padded sample to the hidden channels of row y.
 template <class T>
-void expand3x3(const ConvShape& shape, int64_t channels, const T* padded, int64_t y, const T* w, const Finish<T>& finish,
-               T* out) {
+void expand3x3(const ConvShape& shape, int64_t channels, const T* padded, int64_t y, const T* w,
+               const Finish<T>& finish, T* out) {
   const Window window(y, shape.height);
   const int64_t row = (shape.width + 2) * channels;
   expand({window.rows(), 3 * channels, row}, shape.width, padded + (y - 1 + window.first) * row, channels,
@@ -155,7 +155,8 @@ class Backward {
  private:
   // The gradients of sample b + i's hidden maps and of its x.
   void maps(int64_t b, int64_t i) {
-    T *const grad = grad_ + i * padded_ * shape_.out, *const grad1 = grad1_ + i * map_, *const grad2 = grad2_ + i * map_;
+    T* const grad = grad_ + i * padded_ * shape_.out;
+    T *const grad1 = grad1_ + i * map_, *const grad2 = grad2_ + i * map_;
     Finish<T> gate;
     gate.gate_step = shape_.hidden;
     gate.slope = static_cast<T>(shape_.slope);

@@ -38,7 +38,7 @@ struct ConvForward {
 };
 
 // Samples are dealt to groups, each with sums of its own, in a way that depends on the shape alone, not on threads. A
-// group goes through its samples in chunks of about chunk_pixels, so that sums over small images stay in registers long.
+// group takes its samples in chunks of about chunk_pixels, so that sums over small images stay in registers long.
 struct ConvBackward {
   ConvShape shape;
   Image grad, x, grad_x;

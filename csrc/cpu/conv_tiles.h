@@ -205,10 +205,11 @@ inline void outer_tile(const Extent& extent, int64_t begin, int64_t end, const P
     for (int n = 0; n < N; ++n) store(to + r * to_step + n * W, load(to + r * to_step + n * W) + sum[r][n]);
 }
 
-// to[k][j] += sum over the pixels of in[p][k] v[p][j], for `length` adjacent scalars k and j < hidden. About 64 pixels are
-// summed before they are added to what is there: the rounding of a long sum in one go would show.
+// to[k][j] += sum over the pixels of in[p][k] v[p][j], for `length` adjacent scalars k and j < hidden. About 64 pixels
+// are summed before they are added to what is there: the rounding of a long sum in one go would show.
 template <class T>
-inline void outer(const Extent& extent, const Pixels<T>& in, int64_t length, const Pixels<T>& v, int64_t hidden, T* to) {
+inline void outer(const Extent& extent, const Pixels<T>& in, int64_t length, const Pixels<T>& v, int64_t hidden,
+                  T* to) {
   constexpr int W = Simd<T>::lanes;
   const Tiling tiling(length, expand_rows);
   const int64_t rows = extent.samples * extent.rows, step = extent.width < 64 ? 64 / extent.width : 1;

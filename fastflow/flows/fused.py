@@ -171,6 +171,9 @@ def _linears(network, transform, x, context_features):
     passive = (x.shape[1] + 1) // 2 if transform.flip else x.shape[1] // 2
     if weights[0].shape[1] != passive + context_features:
         return "its conditioner takes another number of features"
+    active = x.shape[1] - passive
+    if biases[-1].shape[0] != (active if transform.scale.kind == "additive" else 2 * active):
+        return "its conditioner gives another number of outputs"
     return functional.MLPCoupling(tuple(weights), tuple(biases), transform.flip, ACTIVATIONS[activation],
                                   transform.scale, transform.layout, transform.order, transform.shift_first)
 

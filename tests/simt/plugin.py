@@ -40,7 +40,8 @@ def pytest_collection_modifyitems(config, items):
     def emulated(item):
         parameters = getattr(item, "callspec", None)
         chosen = parameters and (parameters.params.get("backend") or parameters.params.get("fused"))
-        return "unit" not in item.path.parts or chosen == "cpu"
+        op = parameters and getattr(parameters.params.get("case"), "op", None)
+        return "unit" not in item.path.parts or (chosen == "cpu" and f"{op}_fwd" not in extension.CPU_ALONE)
 
     config.hook.pytest_deselected(items=[item for item in items if not emulated(item)])
     items[:] = [item for item in items if emulated(item)]
