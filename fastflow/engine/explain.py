@@ -33,14 +33,18 @@ def choices(step):
 
 
 def launched(step, x, context=None):
-    """The launches of fastflow's operators in one forward and backward of a batch."""
+    """The layers that run as one kernel on this batch, and the launches of fastflow's operators in one forward and
+    backward of it."""
     inner = unwrap(step.model)
+    whole = getattr(getattr(inner, "transform", None), "explain", None)
+    generator = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=generator):
+        whole = "" if whole is None else f"whole flow: {whole(step.objective.prepare(inner, x)[0], context)}\n"
     parameters = [p for p in inner.parameters() if p.requires_grad]
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []), launches.count() as counted, \
-            step._lowered():
+    with torch.random.fork_rng(devices=generator), launches.count() as counted, step._lowered():
         loss = step.objective(inner, x, context)[0]
         torch.autograd.grad(loss, parameters, allow_unused=True)
-    return f"launches of fastflow's operators on a GPU, forward and backward:\n{counted}"
+    return f"{whole}launches of fastflow's operators on a GPU, forward and backward:\n{counted}"
 
 
 def _fused(model, device):

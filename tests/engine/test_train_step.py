@@ -6,7 +6,7 @@ from stand_in_models import Affine, Gauge
 from torch.nn.parallel import DistributedDataParallel
 
 from fastflow.engine import NonFiniteError, RunError, TrainStep
-from fastflow.flows import Glow, dequantize
+from fastflow.flows import Glow, RealNVP, dequantize
 from fastflow.vae import VAE, mlp_decoder, mlp_encoder
 
 
@@ -181,6 +181,14 @@ def test_explain_names_what_is_fused_and_counts_launches():
         assert words in text, text
     assert torch.equal(torch.get_rng_state(), generator) and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_explain_says_which_layers_run_as_one_kernel():
+    model = RealNVP(2, n_layers=3)
+    step = TrainStep(model, sgd(model))
+    assert "whole flow: 4 of 4 layers in 1 kernel on cpu" in step.explain(torch.zeros(4, 2))
+    model.transform.transforms[2].conditioner.register_forward_hook(lambda *_: None)
+    assert "hook" in step.explain(torch.zeros(4, 2))
 
 
 @pytest.mark.parametrize("arguments, message", [
