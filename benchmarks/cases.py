@@ -194,6 +194,32 @@ def _mlp_flow(features, hidden, batch, couplings=16):
                 "eager": _step(lambda *_: _eager_flow(layers, x), leaves, grads)}
     name = f"mlp_flow {couplings} couplings of {features} features, hidden {hidden}, batch {batch} forward+backward"
     return Case(name, "mlp_flow", build, ("fastflow", "eager"))
+# splines
+
+def _spline(batch, features, bins):
+    """Rational-quadratic with linear tails, against the functions of nflows and zuko on the same parameters."""
+    def nflows(x, params):
+        from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
+        widths, heights, slopes = params.view(batch, features, -1).split((bins, bins, bins - 1), -1)
+        y, log = unconstrained_rational_quadratic_spline(x, widths, heights, slopes, tail_bound=3.0)
+        return y, log.sum(1)
+
+    def zuko(x, params):
+        from zuko.transforms import MonotonicRQSTransform
+        raw = params.view(batch, features, -1).split((bins, bins, bins - 1), -1)
+        y, log = MonotonicRQSTransform(*raw, bound=3.0).call_and_ladj(x)
+        return y, log.sum(1)
+
+    def build(device):
+        torch.manual_seed(0)
+        inputs = (_leaf(batch, features, device=device, scale=1.0),
+                  _leaf(batch, features * (3 * bins - 1), device=device, scale=1.0))
+        grads = torch.randn(batch, features, device=device), torch.randn(batch, device=device)
+        functions = {"fastflow": functional.spline, "eager": reference.spline,
+                     "compile": torch.compile(reference.spline, dynamic=False), "nflows": nflows, "zuko": zuko}
+        return {name: _step(function, inputs, grads) for name, function in functions.items()}
+    return Case(f"spline ({batch}, {features}) with {bins} bins, forward+backward", "spline", build,
+                ("fastflow", "eager", "compile", "nflows", "zuko"))
 
 
 OP_CASES = (
@@ -206,4 +232,5 @@ OP_CASES = (
     *(_mlp_flow(*sizes) for sizes in ((2, 64, 256), (2, 64, 4096), (10, 64, 4096), (64, 128, 1024))),
     *(_gaussian(shape) for shape in ((4096, 256), (1024, 1024), (16, 4, 64, 64), (128, 64))),
     *(_conv_net(32, channels, size, hidden) for hidden in (64, 128) for channels, size in ((6, 16), (12, 8), (24, 4))),
+    *(_spline(batch, features, 8) for batch, features in ((4096, 64), (256, 8))),
 )

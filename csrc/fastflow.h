@@ -168,6 +168,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_flow_bwd(
     const optional<Tensor>& context, std::vector<Tensor> params, std::vector<int64_t> steps,
     std::vector<double> constants, bool inverse, bool need_x, bool need_context, bool need_params);
 
+std::tuple<Tensor, Tensor> spline_fwd(const Tensor& x, const Tensor& params, const optional<Tensor>& logdet,
+                                      int64_t kind, bool inverse, double bound, double min_width, double min_height,
+                                      double min_derivative, double gain, double clamp);
+
+std::tuple<Tensor, Tensor> spline_bwd(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet,
+                                      const Tensor& x, const Tensor& params, bool need_x, bool need_params,
+                                      int64_t kind, bool inverse, double bound, double min_width, double min_height,
+                                      double min_derivative, double gain, double clamp);
+
 Tensor philox4x32(const Tensor& counter, const Tensor& key);
 
 }  // namespace fastflow

@@ -23,5 +23,7 @@ FASTFLOW_LIBRARY {
 #if !defined(FASTFLOW_CUDA) && !defined(FASTFLOW_SIMT)
   m.impl("conv_net_fwd", TORCH_BOX(&fastflow::conv_net_fwd));
   m.impl("conv_net_bwd", TORCH_BOX(&fastflow::conv_net_bwd));
+  m.impl("spline_fwd", TORCH_BOX(&fastflow::spline_fwd));
+  m.impl("spline_bwd", TORCH_BOX(&fastflow::spline_bwd));
 #endif
 }

@@ -24,7 +24,8 @@ from torch.autograd import forward_ad
 from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp_flow")
+OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp_flow",
+       "spline")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -35,6 +36,7 @@ PREFERENCE = {
     ("plu_weight", "cpu"): ("cpu",),
     ("conv_net", "cpu"): ("cpu",),
     ("mlp_flow", "cpu"): ("cpu",),
+    ("spline", "cpu"): ("cpu",),
     ("affine_coupling", "cuda"): ("triton", "cuda"),
     ("gaussian_sample_kl", "cuda"): ("triton", "cuda"),
     ("slogdet", "cuda"): ("cuda", "triton"),
@@ -162,6 +164,8 @@ def refusal(backend, op, tensors):
         return _conv_net_refusal(backend, tensors)
     if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
         return f"{op} has no Triton kernel"
+    if f"{op}_fwd" in extension.CPU_ALONE and backend != "cpu":
+        return f"{op} has no {backend} kernel"
     if backend == "triton" and op.startswith("slogdet") and first.shape[-1] > TRITON_MAX:
         return f"a {first.shape[-1]}x{first.shape[-1]} matrix does not fit in registers (limit {TRITON_MAX})"
     return None

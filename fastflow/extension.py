@@ -15,11 +15,14 @@ import torch
 
 SCALE_MAP_ARGS = ("int kind, float gain, float offset, float out_gain, float clamp, float eps, float hard_min, "
                   "float hard_max, float shift_gain")
+SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_height, float min_derivative, "
+               "float gain, float clamp")
 # kind and scale are indices into reference.KINDS and reference.SCALES. flags of affine_coupling: 1 interleaved layout,
 # 2 shift first in the params, 4 shift_first, 8 inverse; of gaussian: 1 interleaved layout, 2 scale first in the params.
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
-# reduce: 0 sample, 1 channel, 2 none. A result that was not asked for is an empty tensor of shape (0,). Those of
-# CPU_ALONE are of the CPU library alone: on a GPU, conv_net's convolutions are cuDNN's.
+# reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
+# that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
+# conv_net's convolutions are cuDNN's, and splines run in eager PyTorch.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -48,9 +51,12 @@ SCHEMAS = (
     "mlp_flow_bwd(Tensor? grad_z, Tensor? grad_logdet, Tensor z, Tensor saved, Tensor? context, Tensor[] params, "
     "int[] steps, float[] constants, bool inverse, bool need_x, bool need_context, bool need_params)"
     " -> (Tensor, Tensor, Tensor[])",
+    f"spline_fwd(Tensor x, Tensor params, Tensor? logdet, {SPLINE_ARGS}) -> (Tensor, Tensor)",
+    f"spline_bwd(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, bool need_x, bool need_params, "
+    f"{SPLINE_ARGS}) -> (Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-CPU_ALONE = ("conv_net_fwd", "conv_net_bwd")
+CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "spline_fwd", "spline_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
@@ -256,3 +262,13 @@ def _fake_mlp_flow_bwd(grad_z, grad_logdet, z, saved, context, params, steps, co
     grad_context = need_context and context is not None
     return (z.new_empty(z.shape) if need_x else _nothing(z), z.new_empty(context.shape if grad_context else (0,)),
             [p.new_empty(p.shape) for p in params] if need_params else [])
+
+
+def _fake_spline_fwd(x, params, logdet, kind, inverse, *constants):
+    y = _empty_in_format_of(x, x.shape, _widen(x, params))
+    return y, x.new_empty((x.shape[0],), dtype=_compute_dtype(x.dtype))
+
+
+def _fake_spline_bwd(grad_y, grad_logdet, x, params, need_x, need_params, kind, inverse, *constants):
+    return tuple(_empty_in_format_of(t, t.shape, t.dtype) if need else _nothing(x)
+                 for t, need in ((x, need_x), (params, need_params)))

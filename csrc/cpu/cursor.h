@@ -97,7 +97,7 @@ struct Cursor {
     const int last = o.rank - 1;
     if (last >= 0 && (o.stride[last] != 1 || position + n > o.size[last])) return nullptr;
     T* result = static_cast<T*>(o.data) + offset + position;
-    move(n);
+    skip(n);
     return result;
   }
 
@@ -106,9 +106,8 @@ struct Cursor {
     with_element(operand->element, [&](auto* type) { write_as(type, n, values); });
   }
 
- private:
-  // Within the current run, going to the next at its end.
-  void move(int64_t n) {
+  // Past n elements within the current run, going to the next at its end.
+  void skip(int64_t n) {
     const Operand& o = *operand;
     position += n;
     if (o.rank == 0 || position < o.size[o.rank - 1]) return;
@@ -116,6 +115,7 @@ struct Cursor {
     next_runs(1);
   }
 
+ private:
   // To the start of a later run, all before it within the same index of the third last dimension.
   void next_runs(int64_t count) {
     const Operand& o = *operand;
@@ -146,7 +146,7 @@ struct Cursor {
         const int64_t room = length - position, count = left < room ? left : room;
         f(offset + position * stride, stride, int64_t(0), done, count, int64_t(1));
         done += count;
-        move(count);
+        skip(count);
       }
     }
   }

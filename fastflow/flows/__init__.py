@@ -22,6 +22,7 @@ from fastflow.flows.lipschitz import LipschitzMLP, LipSwish, SpectralLinear
 from fastflow.flows.made import MADE
 from fastflow.flows.multiscale import Split, Squeeze
 from fastflow.flows.nice import NICE, DiagonalScale
+from fastflow.flows.nsf import NSF, SplineTransformer
 from fastflow.flows.permutation import Permute, Reverse
 from fastflow.flows.planar import Planar, Radial
 from fastflow.flows.quantile import CDF, Quantile
@@ -43,12 +44,12 @@ from fastflow.flows.scalar import (
 from fastflow.flows.sylvester import Sylvester
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
-__all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "PLU", "QR", "Affine", "AffineTransformer", "Atan",
+__all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "NSF", "PLU", "QR", "Affine", "AffineTransformer", "Atan",
            "ClassConditionalNormal", "Compose", "ConditionalNormal", "ContinuousTransform", "Dense", "DiagonalNormal",
            "DiagonalScale", "Exp", "Flow", "FlowDistribution", "FullNormal", "Glow", "GlowStep", "GlowTransform",
            "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Lambda", "LeakyReLU", "LinearMap",
            "LipSwish", "LipschitzMLP", "Log", "Logit", "LowRank", "MaskedAutoregressive", "Mixture", "Orthogonal",
-           "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "ResidualFlow", "Reverse",
-           "ScalarTransform", "Sigmoid", "Softplus", "SpectralLinear", "Split", "Squeeze", "StandardNormal",
+           "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "ResidualFlow", "Reverse", "ScalarTransform",
+           "Sigmoid", "Softplus", "SpectralLinear", "SplineTransformer", "Split", "Squeeze", "StandardNormal",
            "StudentT", "Sylvester", "Tanh", "Transform", "Triangular", "TruncatedNormal", "Uniform", "VelocityMLP",
            "bits_per_dim", "check_invertible", "dequantize", "flow_matching_loss", "initialize"]

@@ -10,6 +10,8 @@ from fastflow.nn.conv_net import ConvNet
 from fastflow.nn.gaussian_sample import GaussianSample
 from fastflow.nn.invertible_conv import InvertibleConv1x1
 from fastflow.nn.mlp import MLP
+from fastflow.nn.spline_coupling import SplineCoupling
 from fastflow.nn.weight_bank import WeightBank
 
-__all__ = ["MLP", "ActNorm", "AffineCoupling", "ConvNet", "GaussianSample", "InvertibleConv1x1", "WeightBank"]
+__all__ = ["MLP", "ActNorm", "AffineCoupling", "ConvNet", "GaussianSample", "InvertibleConv1x1", "SplineCoupling",
+           "WeightBank"]

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from fastflow.reference.philox import philox4x32, philox_normal, to_int64  # noqa: F401 (to_int64 for other modules)
 
-__all__ = ["SCALES", "ChannelAffine", "MLPCoupling", "ScaleMap", "affine_coupling", "conv_net", "gaussian_sample_kl",
-           "mlp_flow", "philox4x32", "philox_normal", "plu_weight", "slogdet", "slogdet_inverse"]
+__all__ = ["SCALES", "SPLINES", "ChannelAffine", "MLPCoupling", "ScaleMap", "affine_coupling", "conv_net",
+           "gaussian_sample_kl", "mlp_flow", "philox4x32", "philox_normal", "plu_weight", "slogdet", "slogdet_inverse",
+           "spline", "spline_bins", "spline_params"]
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
 SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")
@@ -401,5 +402,6 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
     return z, kl.contiguous(), -per_element.flatten(1 if n_samples is None else 2).sum(-1)
 
 
-from fastflow.reference.mlp_flow import ACTIVATIONS, ChannelAffine, MLPCoupling, mlp_flow  # noqa: E402, F401 (built on
-#   what stands above)
+# Built on what stands above.
+from fastflow.reference.mlp_flow import ACTIVATIONS, ChannelAffine, MLPCoupling, mlp_flow  # noqa: E402, F401
+from fastflow.reference.spline import SPLINES, spline, spline_bins, spline_params  # noqa: E402

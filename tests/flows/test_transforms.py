@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastflow import flows
-from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
+from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1, SplineCoupling
 
 MASK = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
 
@@ -43,6 +43,13 @@ CASES = {
     "mask-channel": (
         lambda: AffineCoupling(conv(3, 6), split=torch.tensor([1, 0, 0])[:, None, None], flip=True), (3, 2, 2)),
     "mask-additive": (lambda: AffineCoupling(conv(3, 3), split=MASK.bool(), scale="additive"), (3, 2, 2)),
+    "spline": (lambda: SplineCoupling(MLP(2, 33, (5,)), n_bins=4), (5,)),
+    "spline-flip": (lambda: SplineCoupling(MLP(3, 10, (5,)), n_bins=5, kind="linear", flip=True), (5,)),
+    "spline-image": (lambda: SplineCoupling(conv(1, 16), n_bins=3), (3, 2, 2)),
+    "spline-checkerboard": (lambda: SplineCoupling(conv(2, 16), n_bins=3, split="checkerboard"), (2, 3, 3)),
+    "spline-mask": (lambda: SplineCoupling(conv(3, 15), n_bins=2, split=MASK, flip=True), (3, 2, 2)),
+    "spline-mask-vector": (
+        lambda: SplineCoupling(MLP(4, 20, (5,)), n_bins=2, split=torch.tensor([1, 0, 0, 1]), clamp=6.9), (4,)),
     "squeeze": (flows.Squeeze, (2, 2, 4)),
     "permute": (lambda: flows.Permute([2, 0, 1]), (3, 2)),
     "reverse": (flows.Reverse, (3, 2)),
@@ -55,6 +62,9 @@ CASES = {
     "nested-split": (lambda: flows.Compose(flows.Squeeze(), flows.Split((4, 2, 2), flows.Compose(
         flows.Squeeze(), InvertibleConv1x1(8)), prior=conv(2, 4))), (1, 4, 4)),
     "realnvp": (lambda: flows.RealNVP(3, n_layers=3, hidden=(6,)).transform, (3,)),
+    "nsf": (lambda: flows.NSF(3, n_layers=3, n_bins=4, hidden=(6,)).transform, (3,)),
+    "nsf-random": (
+        lambda: flows.NSF(3, n_layers=3, n_bins=4, hidden=(6,), permutation="random", kind="linear").transform, (3,)),
     "glow-step": (lambda: flows.GlowStep(4, ConvNet(2, 4, 6)), (4, 2, 2)),
     "glow": (small_glow, (1, 4, 4)),
     "glow-plu": (lambda: small_glow(parametrization="plu", learn_prior=False, scale="tanh"), (1, 4, 4)),

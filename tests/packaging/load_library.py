@@ -26,6 +26,7 @@ def main():
         "slogdet_inverse": lambda f: f.slogdet_inverse(weight),
         "gaussian_sample_kl": lambda f: f.gaussian_sample_kl(params, seed=7, return_logq=True),
         "plu_weight": lambda f: f.plu_weight(weight, weight, weight[..., 0], weight[..., 1].sign(), n),
+        "spline": lambda f: f.spline(x[:, :2], params[:, :10]),
     }
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
     with backends.use_backend("cpu"):

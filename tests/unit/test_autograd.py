@@ -142,6 +142,9 @@ TINY = (
     Case("plu_weight", "plu_weight", {"lower": (2, 3, 3), "upper": (2, 3, 3), "log_s": (2, 3), "sign_s": (2, 3),
                                       "perm": (2, 3)}),
     conv_case("conv_net", (1, 1, 2, 2), 16, 1, negative_slope=0.3),
+    Case("rq", "spline", {"x": (2, 2), "params": (2, 10), "logdet": (2,)}),
+    Case("rq_soft_inverse", "spline", {"x": (2, 2), "params": (2, 10)}, {"inverse": True, "clamp": 5.0}),
+    Case("linear_spline_inverse", "spline", {"x": (2, 1, 2), "params": (2, 3, 2)}, {"kind": "linear", "inverse": True}),
     *(Case(scale, "gaussian_sample_kl", {"params": (2, 4), "eps": (2, 2)}, {"scale": scale, "return_logq": True})
       for scale in reference.SCALES),
     Case("prior_seed", "gaussian_sample_kl",

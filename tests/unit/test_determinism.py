@@ -26,6 +26,8 @@ LARGE = (
     Case("shared_prior", "gaussian_sample_kl", {"mean": (2000, 96), "raw": (2000, 96), "prior_mean": (1, 96),
                                                 "prior_raw": (1, 96)}, {"seed": 1, "n_samples": 2}),
     Case("slogdet", "slogdet_inverse", {"weight": (97, 24, 24)}),
+    Case("spline", "spline", {"x": (700, 48), "params": (700, 48 * 11)}),
+    Case("spline_one", "spline", {"x": (1, 2, 40_001), "params": (1, 10, 40_001)}, {"inverse": True}),
     Case("slogdet_big", "slogdet_inverse", {"weight": (5, 64, 64)}),
     Case("plu", "plu_weight", {"lower": (40, 48, 48), "upper": (40, 48, 48), "log_s": (40, 48), "sign_s": (40, 48),
                                "perm": (40, 48)}),
@@ -144,7 +146,7 @@ def in_child(function, seconds=30):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("case", (LARGE[0], LARGE[4], LARGE[7], LARGE[9], LARGE[10]), ids=str)
+@pytest.mark.parametrize("case", (LARGE[0], LARGE[4], LARGE[7], LARGE[8], LARGE[11], LARGE[12]), ids=str)
 def test_a_forked_child_computes(case, threads):
     """A data loader's worker after a parallel op in the parent: the thread pool did not survive the fork, the op does,
     with the same bits (the kernels alone run in the child: torch's own parallel ops hang there)."""

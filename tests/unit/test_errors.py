@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastflow import backends, functional
-from fastflow.functional import affine_coupling, gaussian_sample_kl, plu_weight, slogdet, slogdet_inverse
+from fastflow.functional import affine_coupling, gaussian_sample_kl, plu_weight, slogdet, slogdet_inverse, spline
 
 
 def r(*shape, dtype=torch.float32, device="cpu"):
@@ -224,10 +224,38 @@ GAUSSIAN = {
     "generator a seed": (TypeError, "generator", lambda: sample(generator=3)),
 }
 
+S = r(2, 15, 4)  # two bins for each of X's channels
+SPLINE = {
+    "spline of no tensor": (TypeError, "x", lambda: spline([1.0], S)),
+    "spline of integers": (TypeError, "x", lambda: spline(X.long(), S)),
+    "spline without channels": (ValueError, "x", lambda: spline(r(4), r(4))),
+    "spline params not a tensor": (TypeError, "params", lambda: spline(X, None)),
+    "spline params 0-d": (ValueError, "params", lambda: spline(X, r())),
+    "spline params that are no 3K - 1": (ValueError, "params", lambda: spline(X, r(2, 18, 4))),
+    "spline params of part of a channel": (ValueError, "params", lambda: spline(X, r(2, 16, 4))),
+    "spline params of no bins": (ValueError, "params", lambda: spline(X, r(2, 0, 4), kind="linear")),
+    "spline params of another batch": (ValueError, "params", lambda: spline(X, r(3, 15, 4))),
+    "spline params of another size": (ValueError, "params", lambda: spline(X, r(2, 15))),
+    "spline params for no channels": (ValueError, "params", lambda: spline(r(2, 0, 4), S)),
+    "spline params elsewhere": (ValueError, "params", lambda: spline(X, r(2, 15, 4, **META))),
+    "spline params in float64": (TypeError, "x|params", lambda: spline(X, S.double())),
+    "spline logdet of another shape": (ValueError, "logdet", lambda: spline(X, S, logdet=r(3))),
+    "spline logdet in float64": (TypeError, "x|params|logdet", lambda: spline(X, S, logdet=r(2, dtype=DOUBLE))),
+    "spline of an unknown kind": (ValueError, "kind", lambda: spline(X, S, kind="cubic")),
+    "spline with unknown tails": (ValueError, "tails", lambda: spline(X, S, tails="circular")),
+    "spline of no interval": (ValueError, "tail_bound", lambda: spline(X, S, tail_bound=0.0)),
+    "spline of an endless interval": (ValueError, "tail_bound", lambda: spline(X, S, tail_bound=float("inf"))),
+    "spline of bins too wide": (ValueError, "min_width", lambda: spline(X, S, min_width=0.5)),
+    "spline of bins too high": (ValueError, "min_height", lambda: spline(X, S, min_height=-0.1)),
+    "spline of falling knots": (ValueError, "min_derivative", lambda: spline(X, S, min_derivative=-1.0)),
+    "spline of no gain": (ValueError, "gain", lambda: spline(X, S, gain=float("nan"))),
+    "spline of no clamp": (ValueError, "clamp", lambda: spline(X, S, clamp=0.0)),
+}
 
-@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *FLOW, *GAUSSIAN])
+
+@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *FLOW, *GAUSSIAN, *SPLINE])
 def test_refused_and_named(name):
-    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **FLOW, **GAUSSIAN}[name]
+    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **FLOW, **GAUSSIAN, **SPLINE}[name]
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)

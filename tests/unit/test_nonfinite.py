@@ -24,6 +24,9 @@ WIDE = (
            {"scale": scale, "return_logq": True}) for scale in reference.SCALES),
     Case("gaussian_packed", "gaussian_sample_kl", {"params": (3, 2, 37)},
          {"seed": 1, "reduce": "channel", "layout": "interleave"}),
+    *(Case(f"spline_{kind}{'_inverse' * inverse}{'_soft' * (clamp is not None)}", "spline",
+           {"x": (3, 37), "params": (3, 37 * 5), "logdet": (3,)}, {"kind": kind, "inverse": inverse, "clamp": clamp})
+      for kind, clamp in (("rq", None), ("rq", 6.9), ("linear", None)) for inverse in (False, True)),
 )
 
 

@@ -153,11 +153,33 @@ def flow_backward_samples():
             True, True, True
 
 
+RQ, SOFT = (0, False, 3.0, 1e-3, 1e-3, 1e-3, 1.0, 0.0), (0, True, 5.0, 0.0, 0.0, 0.0, 1.0, 6.9)
+LINEAR = (1, False, 1.0, 0.0, 1e-3, 1e-3, 0.5, 0.0)  # kind, inverse, bound, the three minima, gain, clamp
+
+
+def spline_samples():
+    for shape in ((3, 4), (2, 3, 4, 5), (0, 4, 2), (2, 0, 3)):
+        params = (shape[0], 5 * shape[1], *shape[2:])  # two rational-quadratic bins, or five linear ones
+        for layout in (layouts.contiguous, layouts.channels_last, layouts.padded):
+            yield r(*shape, layout=layout), r(*params, layout=layout), r(shape[0]), *RQ
+        yield r(*shape, dtype=torch.bfloat16), r(*params), None, *SOFT
+        yield r(*shape, dtype=torch.float64), r(*params, dtype=torch.float64), None, *LINEAR
+
+
+def spline_backward_samples():
+    for x, params, _, *constants in spline_samples():
+        y = torch.randn_like(x)
+        yield y, r(x.shape[0]), x, params, True, True, *constants
+        yield y, None, x, params, True, False, *constants
+        yield None, r(x.shape[0]), x, params, False, True, *constants
+
+
 SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backward_samples,
            "slogdet_fwd": slogdet_samples, "plu_weight_fwd": plu_samples, "plu_weight_bwd": plu_backward_samples,
            "gaussian_fwd": gaussian_samples, "gaussian_bwd": gaussian_backward_samples, "philox4x32": philox_samples,
            "conv_net_fwd": conv_net_samples, "conv_net_bwd": conv_net_backward_samples,
-           "mlp_flow_fwd": flow_forward_samples, "mlp_flow_bwd": flow_backward_samples}
+           "mlp_flow_fwd": flow_forward_samples, "mlp_flow_bwd": flow_backward_samples,
+           "spline_fwd": spline_samples, "spline_bwd": spline_backward_samples}
 
 
 def move(sample, device):

@@ -22,6 +22,9 @@ CALLS = {
     "gaussian z": (lambda m, p: m.gaussian_sample_kl(p, eps=X)[0], PARAMS),
     "gaussian kl": (lambda m, p: m.gaussian_sample_kl(p, eps=X, scale="soft_tanh")[1], PARAMS),
     "gaussian logq": (lambda m, p: m.gaussian_sample_kl(p, seed=3, scale="logstd", return_logq=True)[2], PARAMS),
+    "spline y by params": (lambda m, p: m.spline(X, p, kind="linear")[0], PARAMS),
+    "spline logdet by params": (lambda m, p: m.spline(X[:, :1], p[:, :5])[1], PARAMS),
+    "spline inverse by x": (lambda m, x: m.spline(x[:, :1], PARAMS[:, :5], inverse=True)[0], X),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 

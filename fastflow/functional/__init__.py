@@ -10,15 +10,16 @@ from fastflow import backends, checks, reference
 from fastflow.autograd import affine_coupling as _affine
 from fastflow.autograd import conv_net as _conv_net
 from fastflow.autograd import gaussian as _gaussian
-from fastflow.autograd import mlp_flow as _mlp_flow
 from fastflow.autograd import slogdet as _slogdet
 from fastflow.autograd.differentiable import distinct as _distinct
 from fastflow.autograd.differentiable import needs_grad as _needs_grad
 from fastflow.extension import kernel
+from fastflow.functional.mlp_flow import mlp_flow
+from fastflow.functional.spline import check_spline_constants, spline, spline_params  # noqa: F401 (for the layers above)
 from fastflow.reference import SCALES, ChannelAffine, MLPCoupling, ScaleMap, full_precision  # noqa: F401 (for layers)
 
 __all__ = ["ChannelAffine", "MLPCoupling", "ScaleMap", "affine_coupling", "conv_net", "gaussian_sample_kl", "mlp_flow",
-           "plu_weight", "slogdet", "slogdet_inverse"]
+           "plu_weight", "slogdet", "slogdet_inverse", "spline", "spline_params"]
 
 LAYOUTS = ("chunk", "interleave")
 REDUCTIONS = ("sample", "channel", "none")
@@ -404,35 +405,3 @@ def _check_noise(eps, seed, offset, generator, z_shape, batch, like):
     _count("offset", offset)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
-
-
-def mlp_flow(x, steps, *, context=None, inverse=False):
-    """A whole tabular flow, affine couplings with fully connected conditioners, as one kernel.
-
-    The steps run one after the other, for ``inverse`` each one's inverse from the last to the first; log-determinants
-    add up. A tile of samples stays in fast memory from the first step to the last. Backward is a second kernel: from
-    what each step overwrote, with the networks' activations computed again.
-
-    Args:
-        x: (B, D) float32 or float64, any strides; one dtype and device for all operands.
-        steps: sequence of ChannelAffine(bias, log_scale), both (D,), and MLPCoupling(weights, biases, ...), whose
-            weights are (out, in) matrices from D_passive + K inputs to the 2 * D_active params of affine_coupling
-            (D_active for scale "additive"). Tensors of any strides.
-        context: (B, K), which every network sees after the passive features, or None.
-        inverse: noise to data.
-
-    Returns:
-        z: (B, D), contiguous, x's dtype.
-        logdet: (B,) in nats, x's dtype.
-
-    Raises:
-        ValueError: a shape, device or option does not fit; the message names the argument.
-        TypeError: not a tensor or not a step, or dtypes that differ or are neither float32 nor float64.
-
-    References:
-        Dinh et al., "Density estimation using Real NVP", 2017, arXiv:1605.08803.
-        Mueller et al., "Real-time neural radiance caching for path tracing", 2021, arXiv:2106.12372 (a fully fused
-        network: a tile of samples in fast memory through every layer).
-    """
-    _mlp_flow.check(x, steps, context)
-    return _mlp_flow.run_steps(x, steps, context, bool(inverse))

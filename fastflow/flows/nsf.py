@@ -1,0 +1,97 @@
+"""Neural spline flows for tabular data."""
+
+import torch
+from torch import nn
+
+from fastflow import checks, functional
+from fastflow.flows.base import StandardNormal
+from fastflow.flows.flow import Flow
+from fastflow.flows.permutation import Permute
+from fastflow.flows.transform import Compose
+from fastflow.nn import MLP, ActNorm, SplineCoupling
+
+__all__ = ["NSF", "SplineTransformer"]
+
+
+class SplineTransformer:
+    """z = f(x; params) of every feature by ``functional.spline``, for autoregressive layers.
+
+    Such a transformer has ``params_per_feature``, the ``layout`` of params (B, C*params_per_feature) ("interleave":
+    those of a feature lie side by side), and both directions.
+
+    Args:
+        n_bins: K, bins of each spline.
+        kind, **options: as of functional.spline.
+    """
+
+    layout = "interleave"
+
+    def __init__(self, n_bins=8, *, kind="rq", **options):
+        self.params_per_feature = functional.spline_params(kind, n_bins)
+        self.n_bins = n_bins
+        self.options = {"kind": kind, **options}
+
+    def __call__(self, x, params):
+        """(z, logdet) of x (B, C)."""
+        return functional.spline(x, params, **self.options)
+
+    def inverse(self, z, params):
+        """(x, logdet) of z (B, C)."""
+        return functional.spline(z, params, inverse=True, **self.options)
+
+    def __repr__(self):
+        return f"SplineTransformer({self.n_bins}, {', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+
+
+class NSF(Flow):
+    """Spline couplings with fully connected conditioners that take turns on the two halves of the features.
+
+    x (B, features) passes one ActNorm, which ``initialize`` sets from data, and then the couplings; the base is
+    N(0, I). It starts as the identity. An element outside [-tail_bound, tail_bound] passes a coupling unchanged, so
+    standardise the data or ``initialize``.
+
+    Args:
+        features: D >= 1. With a single feature every coupling transforms it, given the context alone.
+        n_layers: number of couplings.
+        n_bins: bins of each spline.
+        hidden: sizes of each conditioner's hidden layers.
+        tail_bound: where the tails begin.
+        context_features: size of the context (B, context_features) that conditions the density, or None.
+        autoregressive: not available yet.
+        permutation: "flip", couplings take turns on the two halves; "random", each stands behind a random permutation
+            of the features, drawn at construction from torch's generator.
+        kind: "rq" or "linear" splines.
+        activation: constructor of the activation module.
+
+    Raises:
+        ValueError: an argument does not fit, or ``autoregressive`` is true.
+
+    References:
+        Durkan et al., "Neural spline flows", 2019, arXiv:1906.04032.
+    """
+
+    def __init__(self, features, *, n_layers=8, n_bins=8, hidden=(64, 64), tail_bound=3.0, context_features=None,
+                 autoregressive=False, permutation="flip", kind="rq", activation=nn.ReLU):
+        if autoregressive:
+            raise ValueError("autoregressive: expected False, autoregressive spline flows are not available yet")
+        if features < 1:
+            raise ValueError(f"features: expected a positive int, got {features}")
+        if n_layers < 0:
+            raise ValueError(f"n_layers: expected a non-negative int, got {n_layers}")
+        checks.choice("permutation", permutation, ("flip", "random"))
+        per_feature = functional.spline_params(kind, n_bins)
+        layers = [ActNorm(features)]
+        for index in range(n_layers):
+            flip = permutation == "flip" and index % 2 == 1 and features > 1
+            first = features // 2
+            passive, active = (features - first, first) if flip else (first, features - first)
+            conditioner = MLP(passive, active * per_feature, hidden, context_features=context_features,
+                              activation=activation)
+            coupling = SplineCoupling(conditioner, flip=flip, n_bins=n_bins, tail_bound=tail_bound, kind=kind)
+            with torch.no_grad():
+                conditioner.layers[-1].bias.copy_(coupling.identity_params().repeat(active))
+            if permutation == "random" and index > 0:
+                layers.append(Permute(torch.randperm(features)))
+            layers.append(coupling)
+        super().__init__(Compose(*layers), StandardNormal((features,)))
+        self.features = features

@@ -1,0 +1,145 @@
+"""What couplings of every kind share: part of the input decides, by way of a conditioner, what the rest becomes."""
+
+import torch
+from torch import nn
+
+from fastflow import checks
+from fastflow.nn.masks import checkerboard, partition
+
+__all__ = ["Coupling"]
+
+
+class Coupling(nn.Module):
+    """The split into a passive and an active part, both directions, and masks.
+
+    A kind of coupling adds ``params_per_channel``, ``_couple_channels``, ``_transform`` and ``_select``.
+
+    Args:
+        conditioner: module, called with the passive part, and with the context as second argument if one is given.
+        split: "channel", "checkerboard" or a mask of zeros and ones.
+        flip: exchanges the two parts.
+    """
+
+    def __init__(self, conditioner, split, flip):
+        super().__init__()
+        self.conditioner = conditioner
+        self.flip = bool(flip)
+        self.mask_ones = 0
+        mask = None
+        if isinstance(split, torch.Tensor):
+            mask, self.split = split.detach() != 0, "mask"
+            if not torch.equal(mask.to(split.dtype), split.detach()):
+                raise ValueError("split: expected a mask of zeros and ones, got other values")
+            self.mask_ones = int(mask.sum())
+        else:
+            checks.choice("split", split, ("channel", "checkerboard"))
+            self.split = split
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x, context=None, *, logdet=None):
+        """(z, logdet) of x (B, C, *S): data to noise. A running ``logdet`` (B,) is added to the result."""
+        return self._run(x, context, False, logdet)
+
+    def inverse(self, z, context=None, *, logdet=None):
+        """(x, logdet) of z: noise to data."""
+        return self._run(z, context, True, logdet)
+
+    def recompute(self, z, context=None, *, needs=True, dtype=None):
+        """The x that forward made z of, and on the way forward's graph, as far as it holds what backward needs.
+
+        Params depend on the passive part alone, which z holds unchanged, so one run of the conditioner serves the
+        inverse and the graph. For passes that keep no activations (flows.memory): the graph hangs on nothing.
+
+        Args:
+            z: (B, C, *S) as forward returned it.
+            needs: whether forward's x required a gradient.
+            dtype: of forward's x; None for z's.
+        """
+        with torch.enable_grad():
+            known = z.detach().requires_grad_(needs)
+            parts = self._parts(known)
+            params = self._condition(known, parts, context)
+            with torch.no_grad():
+                x = self._couple(z, parts, params, True, None)[0].to(z.dtype if dtype is None else dtype)
+            x_leaf = x.detach().requires_grad_(needs)
+            self._couple(x_leaf, self._parts(x_leaf), params, False, None)
+        return x
+
+    def _couple_channels(self, x, parts, params, inverse, logdet):
+        """(y, logdet) of x, whose passive and active channels are ``parts``."""
+        raise NotImplementedError
+
+    def _transform(self, x, params, inverse, logdet, passive):
+        """(y, logdet) of the active elements x, behind ``passive`` along dim 1 if there is one."""
+        raise NotImplementedError
+
+    def _select(self, params, active):
+        """The params (B, C * params_per_channel, *S) of the elements with these indices of the flattened C*S."""
+        raise NotImplementedError
+
+    def _run(self, x, context, inverse, logdet):
+        checks.tensor("x", x)
+        if x.dim() < 2:
+            raise ValueError(f"x: expected shape (B, C, *S), got {tuple(x.shape)}")
+        parts = self._parts(x)
+        return self._couple(x, parts, self._condition(x, parts, context), inverse, logdet)
+
+    def _parts(self, x):
+        """The channels (passive, active) of x; None where a mask tells them apart."""
+        if self.split != "channel":
+            return None
+        half = x.shape[1] // 2
+        first, second = torch.split(x, [half, x.shape[1] - half], 1)
+        return (second, first) if self.flip else (first, second)
+
+    def _condition(self, x, parts, context):
+        """The params, of x or of z: the conditioner sees what both have in common."""
+        seen = parts[0] if parts is not None else torch.where(self._passive(x)[0], x, torch.zeros_like(x))
+        return self.conditioner(seen) if context is None else self.conditioner(seen, context)
+
+    def _couple(self, x, parts, params, inverse, logdet):
+        if parts is None:
+            return self._couple_masked(x, params, inverse, logdet)
+        return self._couple_channels(x, parts, params, inverse, logdet)
+
+    def _couple_masked(self, x, params, inverse, logdet):
+        passive, count = self._passive(x)
+        channels = x.shape[1] * self.params_per_channel
+        checks.shape("conditioner output", params, (x.shape[0], channels, *x.shape[2:]))
+        # The active elements are gathered, so that the log-determinant counts them alone whatever the map.
+        if x.dim() > 2 and passive.shape[0] == 1:
+            order, restore = partition(passive.expand(1, *x.shape[2:]))
+            values = x.flatten(2).index_select(2, order)
+            y, logdet = self._transform(values[..., count:], params.flatten(2).index_select(2, order[count:]), inverse,
+                                        logdet, None)
+            z = torch.cat([values[..., :count].to(y.dtype), y], 2).index_select(2, restore)
+        else:
+            order, restore = partition(passive.expand(x.shape[1:]))
+            values, active = x.flatten(1).index_select(1, order), order[count:]
+            y, logdet = self._transform(values[:, count:], self._select(params, active), inverse, logdet,
+                                        values[:, :count])
+            z = y.index_select(1, restore)
+        return z.view(x.shape).contiguous(memory_format=torch._prims_common.suggest_memory_format(x)), logdet
+
+    def _passive(self, x):
+        """(mask, count): passive places as (1 or C, *S), broadcasting, and their number: of the S positions if the mask
+        has one row for all channels, else of the C*S elements."""
+        event = tuple(x.shape[1:])
+        if self.split == "checkerboard":
+            spatial = event[1:] or event
+            mask = checkerboard(spatial, x.device)
+            size = mask.numel()
+            ones = (size + 1) // 2
+            mask = mask[None] if event[1:] else mask
+        else:
+            mask = self.mask
+            if mask.dim() == x.dim() and mask.shape[0] == 1:
+                mask = mask[0]
+            mask = mask.view((1,) * (len(event) - mask.dim()) + tuple(mask.shape))
+            if mask.dim() != len(event) or any(m not in (1, e) for m, e in zip(mask.shape, event, strict=False)):
+                raise ValueError(f"x: expected x.shape[1:] to go with the mask {tuple(self.mask.shape)}, got {event}")
+            size = 1
+            for dim in (event[1:] if len(event) > 1 and mask.shape[0] == 1 else event):
+                size *= dim
+            ones = self.mask_ones * size // mask.numel()
+        return (~mask, size - ones) if self.flip else (mask, ones)

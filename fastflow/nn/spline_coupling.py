@@ -1,0 +1,78 @@
+"""The spline coupling layer: part of the input bends the rest through monotonic splines."""
+
+import math
+
+import torch
+
+from fastflow import checks, functional
+from fastflow.nn.coupling import Coupling
+
+__all__ = ["SplineCoupling"]
+
+
+class SplineCoupling(Coupling):
+    """z keeps the passive part of x and sends each element of the rest through a monotonic spline of its own.
+
+    x (B, C, *S) is split as by nn.AffineCoupling: along the channels, in a checkerboard, or by a mask of zeros and ones
+    (1 passive); ``flip`` exchanges the parts. Outside [-tail_bound, tail_bound] an element stays as it is.
+
+    Args:
+        conditioner: module, called with the passive part, and with the context as second argument if one is given;
+            returns params as functional.spline takes them, (B, C_active * params_per_channel, *S), with a checkerboard
+            or a mask (B, C * params_per_channel, *S).
+        split, flip: see above.
+        n_bins: K, bins of each spline.
+        tail_bound, kind, min_width, min_height, min_derivative, gain, clamp: as of functional.spline.
+
+    Attributes:
+        params_per_channel: 3K - 1 for kind "rq", K for "linear".
+
+    Raises:
+        ValueError: an unknown option, no bins, a mask with other values than 0 and 1; on a call, params of another
+            shape and what functional.spline raises.
+
+    References:
+        Durkan et al., "Neural spline flows", 2019, arXiv:1906.04032.
+    """
+
+    def __init__(self, conditioner, *, split="channel", flip=False, n_bins=8, tail_bound=3.0, kind="rq", min_width=1e-3,
+                 min_height=1e-3, min_derivative=1e-3, gain=1.0, clamp=None):
+        super().__init__(conditioner, split, flip)
+        self.n_bins = n_bins
+        self.params_per_channel = functional.spline_params(kind, n_bins)
+        self.options = {"kind": kind, "tail_bound": tail_bound, "min_width": min_width, "min_height": min_height,
+                        "min_derivative": min_derivative, "gain": gain, "clamp": clamp}
+        functional.check_spline_constants(n_bins, **self.options)
+
+    def extra_repr(self):
+        return (f"split={self.split!r}, flip={self.flip}, n_bins={self.n_bins}, kind={self.options['kind']!r}, "
+                f"tail_bound={self.options['tail_bound']}")
+
+    def identity_params(self):
+        """(params_per_channel,) raw parameters of one channel for which the spline is the identity.
+
+        Raises:
+            ValueError: min_derivative is 1 or more, which the identity's slope does not pass.
+        """
+        params, least, clamp = torch.zeros(self.params_per_channel), *map(self.options.get, ("min_derivative", "clamp"))
+        if self.options["kind"] == "rq":
+            if least >= 1.0:
+                raise ValueError(f"min_derivative: expected less than 1, the identity's slope, got {least}")
+            log = math.log1p(-least)
+            params[2 * self.n_bins:] = math.log(math.expm1(1.0 - least)) if clamp is None else log / (1 + log / clamp)
+        return params
+
+    def _couple_channels(self, x, parts, params, inverse, logdet):
+        passive, active = parts
+        channels = active.shape[1] * self.params_per_channel
+        checks.shape("conditioner output", params, (x.shape[0], channels, *x.shape[2:]))
+        y, logdet = self._transform(active, params, inverse, logdet, None if self.flip else passive)
+        return torch.cat([y, passive.to(y.dtype)], 1) if self.flip else y, logdet
+
+    def _transform(self, x, params, inverse, logdet, passive):
+        y, logdet = functional.spline(x, params, inverse=inverse, logdet=logdet, **self.options)
+        return y if passive is None else torch.cat([passive.to(y.dtype), y], 1), logdet
+
+    def _select(self, params, active):
+        per_element = params.unflatten(1, (-1, self.params_per_channel)).movedim(2, -1)
+        return per_element.flatten(1, -2).index_select(1, active).flatten(1)
