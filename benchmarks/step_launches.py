@@ -78,6 +78,8 @@ class StepCounter(TorchDispatchMode):
     def _class_of(self, node):
         if "AccumulateGrad" in node.name():
             return OPTIMIZER
+        if "_Seen" in node.name():  # the conditioner's gradient joins the coupling's, as at any branch
+            return CONDITIONER
         number = node._sequence_nr()
         while number >= 0 and number not in self._of_node:
             number -= 1

@@ -1,9 +1,12 @@
 """The affine coupling layer: part of the input scales and shifts the rest."""
 
 import torch
+import torch.nn.functional as F
 
 from fastflow import checks, functional
+from fastflow.autograd import differentiable
 from fastflow.functional import ScaleMap
+from fastflow.nn.channel_affine import deferrable
 from fastflow.nn.coupling import Coupling
 
 __all__ = ["AffineCoupling"]
@@ -56,8 +59,19 @@ class AffineCoupling(Coupling):
     def extra_repr(self):
         return f"split={self.split!r}, flip={self.flip}, scale={self.scale}"
 
+    def _parts(self, x):
+        if (self.split == "channel" and x.shape[1] > 1 and torch.is_grad_enabled() and x.requires_grad
+                and deferrable(x)):
+            half = x.shape[1] // 2
+            whole, passive = _Seen.apply(x, *((half, x.shape[1] - half) if self.flip else (0, half)))
+            return passive, whole
+        return super()._parts(x)
+
     def _couple_channels(self, x, parts, params, inverse, logdet):
         passive, active = parts
+        if active.shape[1] == x.shape[1] > passive.shape[1]:  # whole
+            kept = -passive.shape[1] if self.flip else passive.shape[1]
+            return self._transform(active, params, inverse, logdet, kept)
         if not self.flip:
             return self._transform(active, params, inverse, logdet, passive)
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -82,3 +96,28 @@ class AffineCoupling(Coupling):
         else:
             first, second = params[:, 0::2], params[:, 1::2]
         return (first, second) if self.order == "scale_shift" else (second, first)
+
+
+class _Seen(torch.autograd.Function):
+    """(x, the channels of x that a conditioner sees), whose gradients meet in one launch.
+
+    The gradient of the whole comes fresh from the coupling's backward, to which alone it is handed: the conditioner's
+    is added to its channels where they are. torch.split would copy both parts once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x, start, length):
+        ctx.set_materialize_grads(False)
+        ctx.consts = start, length, x.shape[1] - start - length
+        return x.view_as(x), x.narrow(1, start, length)
+
+    @staticmethod
+    def backward(ctx, grad, grad_seen):
+        if grad_seen is None:
+            return grad, None, None
+        start, length, behind = ctx.consts
+        if grad is None or differentiable.wanted((grad, grad_seen)):
+            wide = F.pad(grad_seen, (0, 0) * (grad_seen.dim() - 2) + (start, behind))
+            return wide if grad is None else grad + wide, None, None
+        grad.narrow(1, start, length).add_(grad_seen)
+        return grad, None, None

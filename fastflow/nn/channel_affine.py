@@ -7,7 +7,7 @@ from fastflow import backends
 from fastflow.autograd import differentiable
 from fastflow.functional import full_precision
 
-__all__ = ["DEFERRED_ON", "Ledger", "channel_affine", "hand_out"]
+__all__ = ["DEFERRED_ON", "Ledger", "channel_affine", "deferrable", "hand_out"]
 
 # Where a launch saved is worth the two copies it costs; on a CPU a Glow step was 3% slower.
 DEFERRED_ON = {"cuda"}
@@ -20,7 +20,7 @@ def channel_affine(x, matrix, offset, ledger=None, index=0):
     offset need to the :func:`hand_out` that the matrix came from: four launches for all layers instead of two for each.
     """
     adjacent = x.dim() == 2 or x.stride(1) == 1
-    if ledger is not None and adjacent and torch.is_grad_enabled() and _deferrable(x, matrix, offset):
+    if ledger is not None and adjacent and torch.is_grad_enabled() and deferrable(x, matrix, offset):
         return _DeferredAffine.apply(x, matrix, offset, ledger, index)
     if x.dim() == 2:
         return nn.functional.linear(x, matrix, offset)
@@ -36,7 +36,7 @@ def hand_out(matrix, shift=None, offset=None):
     matrix (N, C, C), shift or offset (N, C) or neither. ``ledger`` is None where gradients can't be deferred (under
     torch.compile, which fuses and orders them itself, and torch.func) or need not be (:data:`DEFERRED_ON`)."""
     ledger = None
-    if matrix.requires_grad and torch.is_grad_enabled() and _deferrable(matrix, shift, offset):
+    if matrix.requires_grad and torch.is_grad_enabled() and deferrable(matrix, shift, offset):
         ledger = Ledger()
         matrix, offset = _Collect.apply(matrix, shift, offset, ledger)
     elif shift is not None:
@@ -49,7 +49,8 @@ def _offsets(matrix, shift):
     return torch.bmm(matrix, shift[:, :, None]).squeeze(-1)
 
 
-def _deferrable(*tensors):
+def deferrable(*tensors):
+    """Whether these operands are of a device where launches are worth saving, in a pass of torch's own autograd."""
     return (tensors[0].device.type in DEFERRED_ON and not torch.compiler.is_compiling()
             and backends.needs_reference(tensors) is None)
 
