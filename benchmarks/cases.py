@@ -194,6 +194,8 @@ def _mlp_flow(features, hidden, batch, couplings=16):
                 "eager": _step(lambda *_: _eager_flow(layers, x), leaves, grads)}
     name = f"mlp_flow {couplings} couplings of {features} features, hidden {hidden}, batch {batch} forward+backward"
     return Case(name, "mlp_flow", build, ("fastflow", "eager"))
+
+
 # splines
 
 def _spline(batch, features, bins):
