@@ -158,7 +158,8 @@ FLOW_CASES = (
               shift_first=True),
     flow_case("flow_additive", 2, (5,), 1, scale="additive", activation="silu"),
 )
-CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES + FLOW_CASES
+TRITON_CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES
+CASES = TRITON_CASES + FLOW_CASES
 
 
 def conv_case(name, x, hidden, out, **options):

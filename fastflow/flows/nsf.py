@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastflow import checks, functional
+from fastflow.flows.autoregressive import MaskedAutoregressive
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.permutation import Permute
@@ -44,27 +45,28 @@ class SplineTransformer:
 
 
 class NSF(Flow):
-    """Spline couplings with fully connected conditioners that take turns on the two halves of the features.
+    """Spline couplings with fully connected conditioners that take turns on the two halves of the features, or
+    autoregressive spline layers.
 
-    x (B, features) passes one ActNorm, which ``initialize`` sets from data, and then the couplings; the base is
+    x (B, features) passes one ActNorm, which ``initialize`` sets from data, and then the layers; the base is
     N(0, I). It starts as the identity. An element outside [-tail_bound, tail_bound] passes a coupling unchanged, so
     standardise the data or ``initialize``.
 
     Args:
         features: D >= 1. With a single feature every coupling transforms it, given the context alone.
-        n_layers: number of couplings.
+        n_layers: number of couplings or autoregressive layers.
         n_bins: bins of each spline.
         hidden: sizes of each conditioner's hidden layers.
         tail_bound: where the tails begin.
         context_features: size of the context (B, context_features) that conditions the density, or None.
-        autoregressive: not available yet.
-        permutation: "flip", couplings take turns on the two halves; "random", each stands behind a random permutation
-            of the features, drawn at construction from torch's generator.
+        autoregressive: layers are :class:`MaskedAutoregressive`: densities in one pass, samples feature by feature.
+        permutation: "flip", couplings take turns on the two halves, autoregressive layers in the two directions;
+            "random", each goes by a random permutation of the features, drawn at construction from torch's generator.
         kind: "rq" or "linear" splines.
         activation: constructor of the activation module.
 
     Raises:
-        ValueError: an argument does not fit, or ``autoregressive`` is true.
+        ValueError: an argument does not fit; the message names it.
 
     References:
         Durkan et al., "Neural spline flows", 2019, arXiv:1906.04032.
@@ -72,26 +74,43 @@ class NSF(Flow):
 
     def __init__(self, features, *, n_layers=8, n_bins=8, hidden=(64, 64), tail_bound=3.0, context_features=None,
                  autoregressive=False, permutation="flip", kind="rq", activation=nn.ReLU):
-        if autoregressive:
-            raise ValueError("autoregressive: expected False, autoregressive spline flows are not available yet")
         if features < 1:
             raise ValueError(f"features: expected a positive int, got {features}")
         if n_layers < 0:
             raise ValueError(f"n_layers: expected a non-negative int, got {n_layers}")
         checks.choice("permutation", permutation, ("flip", "random"))
-        per_feature = functional.spline_params(kind, n_bins)
-        layers = [ActNorm(features)]
-        for index in range(n_layers):
-            flip = permutation == "flip" and index % 2 == 1 and features > 1
-            first = features // 2
-            passive, active = (features - first, first) if flip else (first, features - first)
-            conditioner = MLP(passive, active * per_feature, hidden, context_features=context_features,
-                              activation=activation)
-            coupling = SplineCoupling(conditioner, flip=flip, n_bins=n_bins, tail_bound=tail_bound, kind=kind)
-            with torch.no_grad():
-                conditioner.layers[-1].bias.copy_(coupling.identity_params().repeat(active))
-            if permutation == "random" and index > 0:
-                layers.append(Permute(torch.randperm(features)))
-            layers.append(coupling)
-        super().__init__(Compose(*layers), StandardNormal((features,)))
+        options = {"n_bins": n_bins, "tail_bound": tail_bound, "kind": kind}
+        build = _autoregressive_layers if autoregressive else _coupling_layers
+        layers = build(features, n_layers, options, permutation, hidden, context_features, activation)
+        super().__init__(Compose(ActNorm(features), *layers), StandardNormal((features,)))
         self.features = features
+
+
+def _coupling_layers(features, n_layers, options, permutation, hidden, context_features, activation):
+    per_feature, layers = functional.spline_params(options["kind"], options["n_bins"]), []
+    for index in range(n_layers):
+        flip = permutation == "flip" and index % 2 == 1 and features > 1
+        first = features // 2
+        passive, active = (features - first, first) if flip else (first, features - first)
+        conditioner = MLP(passive, active * per_feature, hidden, context_features=context_features,
+                          activation=activation)
+        coupling = SplineCoupling(conditioner, flip=flip, **options)
+        with torch.no_grad():
+            conditioner.layers[-1].bias.copy_(coupling.identity_params().repeat(active))
+        if permutation == "random" and index > 0:
+            layers.append(Permute(torch.randperm(features)))
+        layers.append(coupling)
+    return layers
+
+
+def _autoregressive_layers(features, n_layers, options, permutation, hidden, context_features, activation):
+    identity, layers = SplineCoupling(nn.Identity(), **options).identity_params(), []
+    for index in range(n_layers):
+        order = torch.randperm(features) if permutation == "random" else torch.arange(features)
+        layer = MaskedAutoregressive(features, hidden, order=order.flip(0) if index % 2 else order,
+                                     context_features=context_features, transformer=SplineTransformer(**options),
+                                     activation=activation)
+        with torch.no_grad():
+            layer.network.layers[-1].bias.copy_(identity.repeat(features))
+        layers.append(layer)
+    return layers

@@ -112,8 +112,9 @@ def test_running_log_det_and_shapes_of_params():
 
 
 def test_what_it_refuses():
-    for call, name in ((lambda: flows.NSF(2, autoregressive=True), "autoregressive"),
-                       (lambda: flows.NSF(0), "features"), (lambda: flows.NSF(2, n_layers=-1), "n_layers"),
+    for call, name in ((lambda: flows.NSF(0), "features"),
+                       (lambda: flows.NSF(2, autoregressive=True, n_bins=0), "n_bins"),
+                       (lambda: flows.NSF(2, n_layers=-1), "n_layers"),
                        (lambda: flows.NSF(2, n_bins=0), "n_bins"),
                        (lambda: flows.NSF(2, tail_bound=-1.0), "tail_bound"),
                        (lambda: flows.NSF(2, n_bins=1000), "min_width"), (lambda: flows.NSF(2, kind="cubic"), "kind"),
@@ -136,6 +137,26 @@ def test_the_transformer_of_autoregressive_layers():
     torch.testing.assert_close(back, x)
     torch.testing.assert_close(opposite, -logdet)
     assert repr(transformer) == "SplineTransformer(4, kind='rq', tail_bound=2.0)"
+
+
+@pytest.mark.parametrize("permutation", ["flip", "random"])
+@pytest.mark.parametrize("features", [1, 2, 4])
+def test_autoregressive(features, permutation):
+    """Identity at first; then both directions, log-determinants against the Jacobian, the context, and gradients."""
+    torch.manual_seed(0)
+    flow = flows.NSF(features, n_layers=3, n_bins=5, hidden=(12,), context_features=2, autoregressive=True,
+                     permutation=permutation).double()
+    x = 1.5 * torch.randn(6, features, dtype=torch.float64)
+    context = torch.randn(6, 2, dtype=torch.float64)
+    z, logdet = flow.transform(x, context)
+    torch.testing.assert_close(z, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logdet, torch.zeros(6, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    scattered(flow)
+    assert flows.check_invertible(flow.transform, x, context, tolerance=1e-7).ok
+    assert not torch.allclose(flow.log_prob(x, context), flow.log_prob(x, -context))
+    samples, log_prob = flow.sample_and_log_prob(3, context)
+    torch.testing.assert_close(log_prob[1], flow.log_prob(samples[1], context))
+    assert torch.autograd.gradcheck(lambda t: flow.log_prob(t, context[:2]), x[:2].requires_grad_())
 
 
 def test_it_learns_a_mixture_on_a_ring():
