@@ -108,7 +108,8 @@ def _device(device):
         _section(f"Tabular RealNVP, the others compiled{where}", COMPILED, of("realnvp compiled"),
                  ratios("realnvp compiled")),
         _section(f"Operations{where}", OPERATIONS, operations,
-                 lambda record: [line for group in groups for line in (*table.markdown(record, (group,)), "")][:-1])]
+                 lambda record: [line for group in groups if any(row["group"] == group for row in record["rows"])
+                                 for line in (*table.markdown(record, (group,)), "")][:-1])]
     used = [record for record in (of("glow"), of("realnvp"), of("realnvp compiled"), operations) if record]
     return [line for part in parts for line in part] + _no_gain(device, used)
 

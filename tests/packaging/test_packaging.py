@@ -38,8 +38,9 @@ def test_wheel_holds_every_package_and_nothing_else(source, tmp_path):
     result = pip("wheel", str(source), "-w", str(tmp_path), FASTFLOW_BUILD="0")
     assert result.returncode == 0, result.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for name in ("fastflow/functional.py", "fastflow/kernels/affine_coupling.py", "fastflow/autograd/gaussian.py",
-                 "fastflow/flows/__init__.py", "fastflow/vae/__init__.py", "fastflow/recipes/glow-photos.toml"):
+    for name in ("fastflow/functional/__init__.py", "fastflow/kernels/affine_coupling.py",
+                 "fastflow/autograd/gaussian.py", "fastflow/flows/__init__.py", "fastflow/vae/__init__.py",
+                 "fastflow/recipes/glow-photos.toml"):
         assert name in names
     tops = {name.split("/")[0] for name in names}
     assert tops <= {"fastflow", "fastflow-0.1.0.dist-info"}
