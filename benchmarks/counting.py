@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastflow import launches
+from fastflow.nn import channel_affine
 
 ALLOCATIONS = {"aten::" + name for name in (
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_", "set_",
@@ -84,6 +85,17 @@ class Saved:
     @property
     def bytes(self):
         return sum(storage.nbytes() for storage in self._storages.values())
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Inside, layers save launches as they do where those are worth it, see nn.channel_affine.DEFERRED_ON."""
+    before = channel_affine.DEFERRED_ON
+    channel_affine.DEFERRED_ON = {"cpu", "cuda"}
+    try:
+        yield
+    finally:
+        channel_affine.DEFERRED_ON = before
 
 
 @contextlib.contextmanager

@@ -47,9 +47,10 @@ def launches(construct, n_steps=N_STEPS, hidden_channels=FEW, batch=2):
     x = torch.rand(batch, 3, 32, 32) - 0.5
     make = contest.fastflow_step if hasattr(model, "transform") else contest.training_step
     step = make(model, x)
-    step()
-    with counting.Dispatched() as whole:
+    with counting.as_on_a_gpu():
         step()
+        with counting.Dispatched() as whole:
+            step()
     nets, calls = conditioners(model), []
     hooks = [net.register_forward_pre_hook(lambda net, args: calls.append((net, args[0].detach()))) for net in nets]
     with torch.no_grad():

@@ -16,12 +16,13 @@ import sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import counting
 from benchmarks.neutral_glow import ActNorm as NeutralActNorm
 from benchmarks.neutral_glow import Conv1x1, NeutralGlow
 from benchmarks.neutral_glow import Coupling as NeutralCoupling
 from fastflow import flows, launches
 from fastflow.engine import TrainStep
-from fastflow.nn import AffineCoupling, channel_affine
+from fastflow.nn import AffineCoupling
 
 CONV, CONDITIONER = "conv/GEMM", "conditioner element-wise"
 COUPLING, SPLIT, ACTNORM, CONV1X1, OTHER = "coupling", "split/cat", "actnorm", "1x1 + slogdet", "squeeze, prior, other"
@@ -115,14 +116,10 @@ def _class_of_module(owner):
 def count(model, step):
     """The StepCounter of one call of ``step``, after one that warms it up."""
     counter = StepCounter(model)
-    before = channel_affine.DEFERRED_ON
-    channel_affine.DEFERRED_ON = {"cpu", "cuda"}  # as on a GPU
-    try:
+    with counting.as_on_a_gpu():
         step()
         with launches.count() as ours, counter:
             step()
-    finally:
-        channel_affine.DEFERRED_ON = before
     split_priors = sum(isinstance(m, flows.Split) and m.prior is not None for m in model.modules())
     for name, number in ours.by_operator.items():
         if name.startswith("affine_coupling"):
