@@ -41,3 +41,17 @@ def no_mixed_double(named):
         name, dtype = next((name, dtype) for name, dtype in present if dtype != torch.float64)
         raise TypeError(f"{name}: expected float64 like {doubles[0]} (float64 is not mixed with a lower dtype), "
                         f"got {dtype}")
+
+
+def with_running_logdet(named, logdet, x):
+    """``logdet`` is None or (B,) beside x (B, ...), and neither it nor the operands of ``named`` mix float64 with a
+    lower dtype; a float32 one goes with half-precision operands. Returns it, in float32 at least."""
+    if logdet is None:
+        no_mixed_double(named)
+        return None
+    tensor("logdet", logdet)
+    shape("logdet", logdet, (x.shape[0],))
+    same_device("logdet", logdet, "x", x)
+    mixed = (x.dtype == torch.float64) != (logdet.dtype == torch.float64)
+    no_mixed_double([*named, ("logdet", logdet)] if mixed else named)
+    return logdet.float() if logdet.dtype in (torch.float16, torch.bfloat16) else logdet

@@ -16,22 +16,6 @@ constexpr int tile_rows = 4, tile_vectors = 3;  // 12 of 16
 constexpr int tile_rows = 4, tile_vectors = 2;  // 8 of 16, room for the product that lacks a fused add
 #endif
 
-// Transposes a square of vectors: blocks of 1, 2, 4, ... change places across the diagonal.
-template <class T, int Block = 1>
-static inline void transpose(Vec<T> (&x)[Simd<T>::lanes]) {
-  constexpr int W = Simd<T>::lanes;
-  if constexpr (Block < W) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      if (i & Block) continue;
-      const Vec<T> a = x[i], b = x[i + Block];
-      x[i] = shuffle<T>(a, b, [](int l) { return l & Block ? W + l - Block : l; });
-      x[i + Block] = shuffle<T>(a, b, [](int l) { return l & Block ? W + l : l + Block; });
-    }
-    transpose<T, 2 * Block>(x);
-  }
-}
-
 static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

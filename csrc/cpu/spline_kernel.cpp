@@ -107,7 +107,7 @@ struct Parameters {
   void read(int64_t n, T* rows) {
     if (const T* elements = side_by_side(n)) {
       prefetch(elements, n);
-      return elements_to_rows(elements, cursor.operand->stride[cursor.operand->rank - 1], n, count, rows, tile);
+      return transpose_rows(elements, cursor.operand->stride[cursor.operand->rank - 1], n, count, rows, tile);
     }
     each(rows, [&](Cursor<T>& one, T* row) {
       const T* values = one.read(n, row);
@@ -122,8 +122,8 @@ struct Parameters {
     if (T* elements = side_by_side(n)) {
       const int64_t step = cursor.operand->stride[cursor.operand->rank - 1];
       if (spare == nullptr || step != count || reinterpret_cast<uintptr_t>(elements) % stream_alignment != 0)
-        return rows_to_elements(rows, tile, n, count, elements, step);
-      rows_to_elements(rows, tile, n, count, spare, count);
+        return transpose_rows(rows, tile, count, n, elements, step);
+      transpose_rows(rows, tile, count, n, spare, count);
       return stream(elements, spare, n * count);
     }
     each(rows, [&](Cursor<T>& one, const T* row) { one.write(n, row); });

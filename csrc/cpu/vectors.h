@@ -74,6 +74,22 @@ static inline V shuffle(V a, V b, const Index& index) {
 #endif
 }
 
+// Transposes a square of vectors: blocks of 1, 2, 4, ... change places across the diagonal.
+template <class T, int Block = 1>
+static inline void transpose(Vec<T> (&x)[Simd<T>::lanes]) {
+  constexpr int W = Simd<T>::lanes;
+  if constexpr (Block < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & Block) continue;
+      const Vec<T> a = x[i], b = x[i + Block];
+      x[i] = shuffle<T>(a, b, [](int l) { return l & Block ? W + l - Block : l; });
+      x[i + Block] = shuffle<T>(a, b, [](int l) { return l & Block ? W + l : l + Block; });
+    }
+    transpose<T, 2 * Block>(x);
+  }
+}
+
 // Sum of the lanes, halves first.
 template <class T, int Half = Simd<T>::lanes / 2>
 static inline T sum_lanes(Vec<T> x) {

@@ -70,15 +70,7 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
     kept, passive_tensor = _passive(x, passive)
     first, shift = _affine_params(x, kept, params, scale)
     named = [("x", x), ("params", first), ("params[1]", shift), ("passive", passive_tensor)]
-    if logdet is not None:
-        checks.tensor("logdet", logdet)
-        checks.shape("logdet", logdet, (x.shape[0],))
-        checks.same_device("logdet", logdet, "x", x)
-        if (x.dtype == torch.float64) != (logdet.dtype == torch.float64):
-            named.append(("logdet", logdet))
-    checks.no_mixed_double(named)
-    if logdet is not None and logdet.dtype in (torch.float16, torch.bfloat16):
-        logdet = logdet.float()
+    logdet = checks.with_running_logdet(named, logdet, x)
 
     operands = x, first, shift, logdet, passive_tensor
     backend = backends.choose("affine_coupling", *operands)

@@ -2,8 +2,6 @@
 
 import math
 
-import torch
-
 from fastflow import backends, checks, reference
 from fastflow.autograd import spline as _spline
 from fastflow.autograd.differentiable import distinct, needs_grad
@@ -69,15 +67,7 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
     checks.same_device("params", params, "x", x)
     check_spline_constants(n_bins, kind, tail_bound, min_width, min_height, min_derivative, gain, clamp)
     named = [("x", x), ("params", params)]
-    if logdet is not None:
-        checks.tensor("logdet", logdet)
-        checks.shape("logdet", logdet, (x.shape[0],))
-        checks.same_device("logdet", logdet, "x", x)
-        if (x.dtype == torch.float64) != (logdet.dtype == torch.float64):
-            named.append(("logdet", logdet))
-    checks.no_mixed_double(named)
-    if logdet is not None and logdet.dtype in (torch.float16, torch.bfloat16):
-        logdet = logdet.float()
+    logdet = checks.with_running_logdet(named, logdet, x)
 
     backend = backends.choose("spline", x, params, logdet)
     if backend == "reference":
