@@ -99,7 +99,7 @@ void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& logd
   if (logdet) p.running = {logdet->data_ptr(), logdet->stride(0), dtype_of(*logdet)};
   p.logdet = static_cast<T*>(total.data_ptr());
   const Stream stream(x);
-  p.staging = staging_of(spline, p.layout, P::kParams, params.stride(1), p.tiles.block, stream);
+  p.staging = staging_of(spline, p.layout, P::kParams, packed.operand.batch, params.stride(1), p.tiles.block, stream);
   optional<Tensor> partial;
   if (p.tiles.chunks > 1) {
     partial = empty({rows, p.tiles.chunks}, ScalarType::Double, x);

@@ -42,11 +42,11 @@ struct Staging {
   int pitch;
 };
 
-// layout: with the parameters' stride `dense` along its last axis.
+// n: which operand of the layout the params are, batch: its step from one sample to the next.
 template <class T, int N>
-Staging staging_of(const Spline<T>& s, const Layout<N>& layout, int operand, int64_t step, int block,
+Staging staging_of(const Spline<T>& s, const Layout<N>& layout, int n, int64_t batch, int64_t step, int block,
                    const Stream& stream) {
-  const int64_t dense = layout.rank > 0 ? layout.stride[operand][layout.rank - 1] : 0;
+  const int64_t dense = layout.rank > 0 ? layout.stride[n][layout.rank - 1] : batch;  // to a warp's next element
   const int64_t bytes = int64_t{s.params | 1} * block * static_cast<int64_t>(sizeof(T));
   return {step, step < dense && bytes <= std::min(kMostStaged, stream.shared_limit()) ? s.params | 1 : 0};
 }

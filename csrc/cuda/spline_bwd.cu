@@ -133,7 +133,7 @@ void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logde
   if (grad_logdet) p.grad_logdet = {grad_logdet->data_ptr(), grad_logdet->stride(0), dtype_of(*grad_logdet)};
   p.tiles = tile_rows(x.size(0), p.layout.elements, kSplineWeight);
   const Stream stream(x);
-  p.staging = staging_of(spline, p.layout, P::kParams, params.stride(1), p.tiles.block, stream);
+  p.staging = staging_of(spline, p.layout, P::kParams, packed.operand.batch, params.stride(1), p.tiles.block, stream);
   const auto spline_bwd_kernel = p.staging.pitch ? spline_backward<T, true> : spline_backward<T, false>;
   FASTFLOW_LAUNCH(spline_bwd_kernel, p.tiles.grid(), p.tiles.block, shared_bytes<T>(p.staging, p.tiles.block), stream,
                   p);
