@@ -148,7 +148,8 @@ class Counted:
 
     @property
     def by_stem(self):
-        """{"affine_coupling", "slogdet", "plu_weight", "gaussian", "mlp_flow", "spline": kernel launches}, of those called."""
+        """{"affine_coupling", "slogdet", "plu_weight", "gaussian", "mlp_flow", "spline": kernel launches}, of those
+        called."""
         stems = collections.Counter()
         for name, launches in self.by_operator.items():
             stems[_stem_of(name)] += launches

@@ -149,10 +149,7 @@ def spline_fwd_kernel(x_ptr, params_ptr, y_ptr, logdet_ptr, out_ptr, x_strides, 
         left, width, bottom, height, d0, d1 = _place(number, widths, heights, raw0, raw1, MAP)
         if MAP[0] == spline_map.LINEAR:
             slope = maths.div(height, width)
-            if MAP[1]:
-                result = left + maths.div(value - bottom, slope)
-            else:
-                result = bottom + (value - left) * slope
+            result = left + maths.div(value - bottom, slope) if MAP[1] else bottom + (value - left) * slope
         else:
             if MAP[1]:
                 theta = spline_map.theta_of_y(value, left, width, bottom, height, d0, d1)

@@ -28,11 +28,8 @@ def constants(kind, inverse, bins, bound, min_width, min_height, min_derivative,
 @triton.jit
 def exp_share(x):
     """exp(x) for x <= 0 or NaN; 0 where it would be subnormal."""
-    if x.dtype == tl.float64:
-        inner = tl.where(x < -709.0, -709.0, x)
-    else:
-        inner = tl.where(x < -88.0, -88.0, x)
-    n, r, q = maths.exp_parts(inner)
+    LOW: tl.constexpr = -709.0 if x.dtype == tl.float64 else -88.0  # 2^n is 0 there
+    n, r, q = maths.exp_parts(tl.where(x < LOW, LOW, x))
     return (1.0 + (r + q)) * maths.power_of_two(n, x.dtype)
 
 

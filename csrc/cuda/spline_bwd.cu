@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kBlock, 1) spline_backward(const __grid_consta
                          g.height, put);
           if (!s.linear) {
             auto slope = [&](T value) {
-              return s.soft ? spline::derivative_slope<true>(value, s.map) : spline::derivative_slope<false>(value, s.map);
+              return s.soft ? spline::derivative_slope<true>(value, s.map)
+                            : spline::derivative_slope<false>(value, s.map);
             };
             const T first = g.d0 * slope(found.raw0), second = g.d1 * slope(found.raw1);
             for (int k = 0; k < s.bins - 1; ++k)  // of the slope between bins k and k + 1
