@@ -19,11 +19,11 @@ FASTFLOW_LIBRARY {
   m.impl("gaussian_bwd", TORCH_BOX(&fastflow::gaussian_bwd));
   m.impl("mlp_flow_fwd", TORCH_BOX(&fastflow::mlp_flow_fwd));
   m.impl("mlp_flow_bwd", TORCH_BOX(&fastflow::mlp_flow_bwd));
+  m.impl("spline_fwd", TORCH_BOX(&fastflow::spline_fwd));
+  m.impl("spline_bwd", TORCH_BOX(&fastflow::spline_bwd));
   m.impl("philox4x32", TORCH_BOX(&fastflow::philox4x32));
 #if !defined(FASTFLOW_CUDA) && !defined(FASTFLOW_SIMT)
   m.impl("conv_net_fwd", TORCH_BOX(&fastflow::conv_net_fwd));
   m.impl("conv_net_bwd", TORCH_BOX(&fastflow::conv_net_bwd));
-  m.impl("spline_fwd", TORCH_BOX(&fastflow::spline_fwd));
-  m.impl("spline_bwd", TORCH_BOX(&fastflow::spline_bwd));
 #endif
 }

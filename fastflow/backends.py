@@ -43,6 +43,9 @@ PREFERENCE = {
     ("slogdet_inverse", "cuda"): ("cuda", "triton"),
     ("plu_weight", "cuda"): ("cuda", "triton"),
     ("mlp_flow", "cuda"): ("cuda",),
+    # cuda brings the parameters of an element, side by side in memory, through shared memory; triton reads them in
+    # place, and compiles anew for every number of bins. Unmeasured.
+    ("spline", "cuda"): ("cuda", "triton"),
 }
 # Largest matrix for which each backend is preferred to torch.linalg. cpu: faster at every size measured, up to this
 # one. triton: what fits in registers. cuda: what fits in shared memory; unmeasured.

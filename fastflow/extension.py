@@ -22,7 +22,7 @@ SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
 # reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
 # that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
-# conv_net's convolutions are cuDNN's, and splines run in eager PyTorch.
+# conv_net's convolutions are cuDNN's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -56,7 +56,7 @@ SCHEMAS = (
     f"{SPLINE_ARGS}) -> (Tensor, Tensor)",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "spline_fwd", "spline_bwd")
+CPU_ALONE = ("conv_net_fwd", "conv_net_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
@@ -126,9 +126,9 @@ def triton_modules():
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed")
-    from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet
+    from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet, spline
 
-    return affine_coupling, gaussian, plu_weight, slogdet
+    return affine_coupling, gaussian, plu_weight, slogdet, spline
 
 
 @functools.cache

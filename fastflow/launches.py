@@ -20,6 +20,7 @@ from fastflow import backends, extension
 __all__ = ["CUDA", "Counted", "count", "declared"]
 
 ROW_ELEMENTS = 16384  # csrc/cuda/tiles.cuh, kRowElements: a longer row is split over blocks
+SPLINE_WEIGHT = 4  # csrc/cuda/spline.cuh, kSplineWeight: of a row of splines that much earlier
 PRIOR_SAMPLES = 64  # csrc/cuda/gaussian_bwd.cu, kPriorSamples: of a prior shared by the batch, samples of a block
 FLOW_STEPS, FLOW_LINEARS, FLOW_MAPS = 32, 64, 4  # csrc/cuda/mlp_flow.cuh, kMostSteps and so on: of a launch
 FLOW_PARAMETERS = 192  # csrc/cuda/mlp_flow_bwd.cu, kMostParameters
@@ -104,12 +105,21 @@ def _mlp_flow_bwd(grad_z, grad_logdet, z, saved, context, params, steps, constan
     return sums + (_mlp_flow_pieces(steps, constants, inverse) if z.shape[0] > 0 else 0)
 
 
+def _spline_fwd(x, params, logdet, *scalars):
+    return 0 if x.shape[0] == 0 else 1 + (math.prod(x.shape[1:]) > ROW_ELEMENTS // SPLINE_WEIGHT)
+
+
+def _spline_bwd(grad_y, grad_logdet, x, params, need_x, need_params, *scalars):
+    return int(x.numel() > 0 and (need_x or need_params))
+
+
 # Launches of csrc/cuda, from the operator's arguments; an empty grid is not launched.
 CUDA = {"affine_coupling_fwd": _affine_coupling_fwd, "affine_coupling_bwd": _affine_coupling_bwd,
         "slogdet_fwd": _slogdet_fwd, "plu_weight_fwd": _plu_weight, "plu_weight_bwd": _plu_weight,
         "gaussian_fwd": _gaussian_fwd, "gaussian_bwd": _gaussian_bwd,
         "philox4x32": lambda counter, key: int(counter.shape[0] > 0),
-        "mlp_flow_fwd": _mlp_flow_fwd, "mlp_flow_bwd": _mlp_flow_bwd}
+        "mlp_flow_fwd": _mlp_flow_fwd, "mlp_flow_bwd": _mlp_flow_bwd,
+        "spline_fwd": _spline_fwd, "spline_bwd": _spline_bwd}
 
 
 def declared(backend):
@@ -138,7 +148,8 @@ class Counted:
 
     @property
     def by_stem(self):
-        """{"affine_coupling", "slogdet", "plu_weight", "gaussian", "mlp_flow": kernel launches}, of those called."""
+        """{"affine_coupling", "slogdet", "plu_weight", "gaussian", "mlp_flow", "spline": kernel launches}, of those
+        called."""
         stems = collections.Counter()
         for name, launches in self.by_operator.items():
             stems[_stem_of(name)] += launches

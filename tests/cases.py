@@ -158,17 +158,6 @@ FLOW_CASES = (
               shift_first=True),
     flow_case("flow_additive", 2, (5,), 1, scale="additive", activation="silu"),
 )
-TRITON_CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES
-CASES = TRITON_CASES + FLOW_CASES
-
-
-def conv_case(name, x, hidden, out, **options):
-    """A call of conv_net on x (B, I, H, W)."""
-    return Case(name, "conv_net", {"x": x, "w1": (hidden, x[1], 3, 3), "b1": (hidden,), "w2": (hidden, hidden, 1, 1),
-                                   "b2": (hidden,), "w3": (out, hidden, 3, 3), "b3": (out,)}, options)
-
-
-CONV_CASES = (conv_case("relu", (3, 5, 6, 7), 16, 4), conv_case("leaky", (3, 2, 4, 4), 48, 7, negative_slope=0.2))
 SPLINE_CASES = (
     Case("rq", "spline", {"x": (3, 4, 2, 5), "params": (3, 32, 2, 5), "logdet": (3,)}, {"tail_bound": 1.5}),
     Case("rq_inverse", "spline", {"x": (3, 7), "params": (3, 77)},
@@ -180,7 +169,18 @@ SPLINE_CASES = (
     Case("linear_spline_inverse", "spline", {"x": (3, 6), "params": (3, 24), "logdet": (3,)},
          {"kind": "linear", "inverse": True, "tail_bound": 1.0}),
 )
-CPU_CASES = CASES + CONV_CASES + SPLINE_CASES  # with the operations that have no kernel on a GPU
+TRITON_CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES + SPLINE_CASES
+CASES = TRITON_CASES + FLOW_CASES
+
+
+def conv_case(name, x, hidden, out, **options):
+    """A call of conv_net on x (B, I, H, W)."""
+    return Case(name, "conv_net", {"x": x, "w1": (hidden, x[1], 3, 3), "b1": (hidden,), "w2": (hidden, hidden, 1, 1),
+                                   "b2": (hidden,), "w3": (out, hidden, 3, 3), "b3": (out,)}, options)
+
+
+CONV_CASES = (conv_case("relu", (3, 5, 6, 7), 16, 4), conv_case("leaky", (3, 2, 4, 4), 48, 7, negative_slope=0.2))
+CPU_CASES = CASES + CONV_CASES  # with the operations that have no kernel on a GPU
 
 
 @contextlib.contextmanager

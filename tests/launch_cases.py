@@ -9,6 +9,7 @@ from cases import Case, flow_case
 from fastflow import functional
 
 EXP = functional.ScaleMap("exp").scalars
+RQ, LINEAR = (0, False, 3.0, 1e-3, 1e-3, 1e-3, 1.0, 0.0), (1, True, 1.0, 0.0, 1e-3, 0.0, 0.5, 5.0)  # splines
 
 SPLIT = 16400  # elements of a sample: both backends split it, of a coupling and of a Gaussian
 PLU = {"lower": (3, 20, 20), "upper": (3, 20, 20), "log_s": (3, 20), "sign_s": (3, 20), "perm": (3, 20)}
@@ -48,6 +49,11 @@ LAUNCH_CASES = (
     (flow_case("flow_pieces", 2, (3, 3), 22, scale="tanh"), None, None, 2, 3),
     (flow_case("flow_steps", 3, (), 98), None, None, 4, 6),
     (flow_case("flow_no_samples", 2, (3,), 1, batch=0), None, None, 0, 1),
+    (Case("whole", "spline", {"x": (1, 2, 2048), "params": (1, 4, 2048)}, {"kind": "linear"}), 1, 1, 1, 1),
+    (Case("split", "spline", {"x": (2, 2, 2050), "params": (2, 4, 2050), "logdet": (2,)},
+          {"kind": "linear", "inverse": True}), 2, 1, 2, 1),
+    (Case("no_rows", "spline", {"x": (0, 5), "params": (0, 10)}), 0, 0, 0, 0),
+    (Case("no_elements", "spline", {"x": (2, 0), "params": (2, 0), "logdet": (2,)}), 1, 0, 1, 0),
     (_gaussian("vae", {"params": (5, 40)}), 1, 1, 1, 1),
     (_gaussian("samples", {"params": (5, 40)}, n_samples=3, return_logq=True), 1, 1, 1, 1),
     (_gaussian("elements", {"params": (2, 6, 4)}, reduce="none", return_logq=True), 1, 1, 1, 1),
@@ -87,6 +93,11 @@ def operator_calls(device, batches, events, mixed_priors=False):
             for needs in itertools.product((False, True), repeat=2):
                 yield "affine_coupling_bwd", (whole, None, whole, packed, None, kept, *needs, False, 0, *EXP)
                 yield "affine_coupling_bwd", (x, None, x, rest, None, kept, *needs, False, 0, *EXP)
+        yield "spline_fwd", (x, packed, None, *RQ)
+        yield "spline_fwd", (x, packed, zeros(batch, dtype=dtype), *LINEAR)
+        for needs in itertools.product((False, True), repeat=2):
+            yield "spline_bwd", (x, None, x, packed, *needs, *RQ)
+            yield "spline_bwd", (None, zeros(batch, dtype=dtype), x, packed, *needs, *LINEAR)
     for batch, size in itertools.product(((0,), (3,), (2, 0), (2, 3), ()), (0, 1, 5, 32)):
         yield "slogdet_fwd", (zeros(*batch, size, size), size != 5)
     for count, size in itertools.product((0, 1, 3), (0, 1, 40)):

@@ -61,14 +61,6 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_forward(const __grid_const
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) finish_logdet(PartialSums sums, Operand running, T* logdet) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;
-  const double total = finish_sum(sums, row);
-  if (row < sums.results && threadIdx.x % 32 == 0)
-    logdet[row] = static_cast<T>(running.data ? load<T>(running, row * running.batch) + total : total);
-}
-
-template <class T>
 void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& shift, const optional<Tensor>& logdet,
              const optional<Tensor>& passive, int64_t kept, const Tensor& y, const Tensor& total, int64_t flags,
              const Map<T>& map) {

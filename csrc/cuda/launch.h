@@ -13,6 +13,8 @@
 //   philox4x32           1
 //   mlp_flow_fwd         1 for every 32 steps, 64 layers and 4 different scale maps
 //   mlp_flow_bwd         as many, and 1 for every 192 parameters if their gradients are wanted
+//   spline_fwd           1, or 2 where a sample is split over blocks (beyond 4096 elements)
+//   spline_bwd           1
 //
 // tests/simt compiles the same sources as plain C++ (FASTFLOW_SIMT), where simt.h stands in for the device.
 #pragma once

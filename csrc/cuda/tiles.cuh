@@ -91,4 +91,13 @@ __device__ __forceinline__ double finish_sum(const PartialSums& sums, int64_t re
 
 inline int64_t finish_grid(const PartialSums& sums) { return (sums.results + kBlock / 32 - 1) / (kBlock / 32); }
 
+// The log-determinants of rows that were split: their partial sums and what they ran up to before.
+template <class T>
+__global__ void __launch_bounds__(kBlock) finish_logdet(PartialSums sums, Operand running, T* logdet) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32;
+  const double total = finish_sum(sums, row);
+  if (row < sums.results && threadIdx.x % 32 == 0)
+    logdet[row] = static_cast<T>(running.data ? load<T>(running, row * running.batch) + total : total);
+}
+
 }  // namespace fastflow

@@ -4,9 +4,10 @@ The tensors are small and on the CPU; only their dtypes, strides and alignment m
 """
 
 import torch
-from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet
+from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet, spline
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
+SPLINES = ("rq", "linear")
 SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")
 DTYPES = {"f32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2, "f16": (torch.float16,) * 2,
           "f64": (torch.float64,) * 2, "f32_bf16": (torch.float32, torch.bfloat16),
@@ -54,6 +55,21 @@ def gaussian_calls(scale, dtypes, prior):
         f"gaussian_bwd-{name}": lambda: gaussian.gaussian_bwd(
             grad, total, total if prior else None, params, None, *shared, None, seed, 0, 0, None, index, 0, 0,
             True, False, prior, prior)}
+
+
+def spline_calls(kind, bins, dtypes, inverse=False, soft=False, shape=(4, 8, 16, 16)):
+    """Forward and backward, contiguous: the parameters of neighbouring positions side by side, or with a shape (B, C)
+    those of one element."""
+    x_dtype, params_dtype = DTYPES[dtypes]
+    per_element = 3 * bins - 1 if kind == "rq" else bins
+    x, params = torch.zeros(shape, dtype=x_dtype), torch.zeros(shape[0], per_element * shape[1], *shape[2:],
+                                                               dtype=params_dtype)
+    grad = torch.zeros(shape, dtype=torch.float32 if torch.float32 in DTYPES[dtypes] else x_dtype)
+    total = torch.zeros(shape[0], dtype=torch.float64 if x_dtype == torch.float64 else torch.float32)
+    constants = SPLINES.index(kind), inverse, 3.0, 1e-3, 1e-3, 1e-3, 0.5 if soft else 1.0, 6.9 if soft else 0.0
+    name = f"{kind}_{bins}{'_inverse' * inverse}{'_soft' * soft}{'_rows' * (len(shape) == 2)}-{dtypes}"
+    return {f"spline_fwd-{name}": lambda: spline.spline_fwd(x, params, total, *constants),
+            f"spline_bwd-{name}": lambda: spline.spline_bwd(grad, total, x, params, True, True, *constants)}
 
 
 def special_calls():
@@ -109,7 +125,7 @@ def wide_calls():
     calls = {}
     for dtypes in ("f32", "bf16", "f64"):
         calls |= affine_calls("sigmoid", dtypes) | gaussian_calls("logvar", dtypes, True)
-    return calls
+    return calls | spline_calls("rq", 8, "f32")
 
 
 def quick_calls():
@@ -120,6 +136,8 @@ def quick_calls():
     calls |= affine_calls("tanh", "f32_bf16", SHIFT_FIRST, bounded=True)
     calls |= affine_calls("softplus", "bf16_f32", SHIFT_FIRST | INVERSE, bounded=True)
     calls |= affine_calls("exp", "f16")
+    calls |= spline_calls("rq", 16, "f64", inverse=True, soft=True, shape=(64, 48))
+    calls |= spline_calls("linear", 8, "bf16_f32", shape=(600, 1))
     for scale in SCALES:
         calls |= gaussian_calls(scale, "f32", scale == "softplus")
     calls |= matrix_calls(3, torch.float32) | matrix_calls(24, torch.float32) | matrix_calls(32, torch.float64)
@@ -134,6 +152,9 @@ def all_calls():
             for flags in (0, SHIFT_FIRST, INVERSE, SHIFT_FIRST | INVERSE):
                 calls |= affine_calls(kind, dtypes, flags)
             calls |= affine_calls(kind, dtypes, 0, bounded=True)
+        calls |= spline_calls("rq", 8, dtypes) | spline_calls("rq", 16, dtypes, inverse=True, shape=(64, 48))
+        calls |= spline_calls("rq", 8, dtypes, inverse=True, soft=True) | spline_calls("rq", 16, dtypes, soft=True)
+        calls |= spline_calls("linear", 8, dtypes, inverse=True, shape=(64, 48))
         for scale in SCALES:
             for prior in (False, True):
                 calls |= gaussian_calls(scale, dtypes, prior)

@@ -67,6 +67,11 @@ def test_aligned_operands_move_in_16_bytes(stem, width, operands, results, tmp_p
     assert not re.search(r"\.approx|\.ftz", ptx)
 
 
+@pytest.mark.parametrize("stem", ["spline", "spline_bwd"])
+def test_splines_use_no_fast_approximation(stem, tmp_path):
+    assert not re.search(r"\.approx|\.ftz", ptx_of(ROOT / "csrc" / "cuda" / f"{stem}.cu", tmp_path / "kernels.ptx"))
+
+
 def test_links_against_the_stable_abi_alone(compiled, tmp_path):
     lib = Path(NVCC).resolve().parent.parent / "lib64"
     if not (lib / "libcudart_static.a").exists():

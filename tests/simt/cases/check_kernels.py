@@ -168,6 +168,37 @@ def test_slogdet_reads_any_strides(emulator):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 40), (70, 1), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"inverse": True, "clamp": 6.9}, {"kind": "linear", "inverse": True}], ids=str)
+def test_splines_read_in_place_give_the_same_bits(shape, options, emulator):
+    """As where parameters that lie side by side go through shared memory."""
+    per = functional.spline_params(options.get("kind", "rq"), 6)
+    case = Case("staged", "spline", {"x": shape, "params": (shape[0], per * shape[1], *shape[2:])}, options)
+    tensors = case.tensors(torch.float32)
+    tensors["x"] = 2.0 * tensors["x"]
+    if len(shape) == 4:
+        tensors = {n: t.contiguous(memory_format=torch.channels_last) for n, t in tensors.items()}
+    cotangents, found = cotangents_of(case, tensors), []
+    for limit in (227 * 1024, 1024):
+        emulator.simt_set_shared_limit(limit)
+        found.append(evaluate(case, tensors, cotangents=cotangents))
+    for staged, in_place in zip(*found, strict=True):
+        for name, t in staged.items():
+            assert_bitwise(in_place[name], t, name)
+    check_by_ratio(case, tensors, cotangents=cotangents)
+
+
+def test_splines_of_more_bins_than_fit_in_shared_memory(emulator):
+    case = Case("bins", "spline", {"x": (2, 3), "params": (2, 3 * 2099)},
+                {"min_width": 1e-4, "min_height": 1e-4, "inverse": True})
+    tensors = case.tensors(torch.float64)
+    cotangents = cotangents_of(case, tensors)
+    got, want = (evaluate(case, tensors, cotangents=cotangents, module=m) for m in (functional, reference))
+    for ours, eager in zip(got, want, strict=True):
+        for name, exact in eager.items():
+            torch.testing.assert_close(ours[name], exact, rtol=1e-9, atol=1e-9)
+
+
 def gaussian_operands(case, tensors):
     """The operator's operands and constants of a packed case with a seed."""
     o = case.options
