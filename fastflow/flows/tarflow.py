@@ -64,8 +64,9 @@ class TarFlowBlock(nn.Module):
     """z_i = (x_i - mu_i) * exp(-alpha_i), with alpha_i and mu_i made by a causal transformer of the tokens before i.
 
     Tokens are (B, T, D), T >= 2; the first passes unchanged. From x to z it is one pass. The inverse goes token by
-    token; without gradients it keeps keys and values in a preallocated cache, and on a CUDA device the step is recorded
-    as a CUDA graph and replayed. The Jacobian is block-triangular, log|det| = -sum(alpha). It starts as the identity.
+    token; without gradients it keeps keys and values in a preallocated cache (:meth:`TarFlow.sample` on a CUDA device
+    also replays the step as a CUDA graph). The Jacobian is block-triangular, log|det| = -sum(alpha). It starts as the
+    identity.
 
     Args:
         tokens, features: T and D.
@@ -105,7 +106,7 @@ class TarFlowBlock(nn.Module):
         """(x, logdet (B,)) of z (B, T, D), with gradients if they are enabled."""
         self.check("z", z, context)
         if not torch.is_grad_enabled():
-            return decode.decoder("sequential", 0.0, None)(self, z, context)
+            return decode.decoder("sequential", 0.0, False)(self, z, context)
         z = z.flip(1) if self.flip else z
         x, logdet = decode.step_by_step_with_gradients(self.network, z, context)
         return x.flip(1) if self.flip else x, logdet

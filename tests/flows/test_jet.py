@@ -130,6 +130,7 @@ def test_published_sizes(name, count):
 def test_a_reduced_configuration_trains(memory):
     model = flows.Jet.from_config("imagenet64-207m", image_shape=(3, 8, 8), patch_size=2, channels=16, couplings=6,
                                   depth=1, heads=2)
+    scattered(model, 0.05)
     x = torch.rand(16, 3, 8, 8) * 0.2
     step = TrainStep(model, torch.optim.Adam(model.parameters(), 3e-3, betas=(0.9, 0.95)), memory=memory)
     with torch.no_grad():

@@ -225,6 +225,19 @@ def test_reparametrised_samples():
     assert model.sample(0, method="jacobi").shape == (0, 1, 2, 4)
 
 
+def test_bfloat16_transformers_under_autocast():
+    model = tarflow((3, 8, 8), dtype=torch.float32, size=0.05)
+    x, labels = images(model)
+    expected = model(x, labels)
+    samples = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert ((model(x, labels) - expected).abs() / 192).max() < 0.02
+            samples.append(model.sample(2, labels, generator=torch.Generator().manual_seed(0), guidance=0.5))
+    assert samples[1].dtype == torch.float32
+    torch.testing.assert_close(*samples, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize(("name", "count"), [("imagenet64-2-768-8-8", 460_142_784),
                                              ("imagenet64-2-1024-8-8", 814_850_240 + 8_192_000),
                                              ("imagenet128-4-1024-8-8", 815_735_552 + 8_192_000),
@@ -235,16 +248,18 @@ def test_published_sizes(name, count):
     assert sum(p.numel() for p in model.parameters()) == count and all(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"conditioner_dtype": torch.bfloat16}, {"memory": "save_z"}])
+@pytest.mark.parametrize("options", [{}, {"conditioner_dtype": torch.bfloat16}, {"memory": "save_z"},
+                                     {"memory": "invert"}])
 def test_a_reduced_configuration_trains(options):
     model = flows.TarFlow.from_config("imagenet64-2-768-8-8", image_shape=(3, 8, 8), channels=16, blocks=2,
                                       layers_per_block=2, head_dim=8, num_classes=4)
+    scattered(model, 0.05)
     x, labels = torch.rand(16, 3, 8, 8) * 0.2, torch.arange(16) % 5 - 1
     step = TrainStep(model, torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95)), **options)
     with torch.no_grad():
         expected = -plain_log_prob(copy.deepcopy(model), x, labels).mean()
     losses = [step(x, labels).item() for _ in range(10)]
-    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert losses[0] == pytest.approx(expected.item(), rel=3e-2 if "conditioner_dtype" in options else 1e-5)
     assert losses[-1] < losses[0] - 20
     bits = model.bits_per_dim(torch.randint(0, 50, (4, 3, 8, 8)), context=labels[:4])
     assert bits.shape == (4,) and bits.isfinite().all()
