@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from fastflow.flows import Split
+from fastflow.flows import Split, TarFlowBlock
 from fastflow.nn import AffineCoupling
 from fastflow.vae import VAE
 
@@ -12,12 +12,14 @@ __all__ = ["Lowered", "conditioners"]
 
 
 def conditioners(model):
-    """The networks whose output only parametrises what is computed in full precision, once each, in order: of couplings
-    and splits; of a VAE encoder and decoder."""
+    """The networks whose output only parametrises what is computed in full precision, once each, in order: of
+    couplings, autoregressive blocks and splits; of a VAE encoder and decoder."""
     found = []
     for module in model.modules():
         if isinstance(module, AffineCoupling):
             found.append(module.conditioner)
+        elif isinstance(module, TarFlowBlock):
+            found.append(module.network)
         elif isinstance(module, Split):
             found.append(module.prior)
         elif isinstance(module, VAE):

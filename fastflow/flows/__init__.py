@@ -13,16 +13,19 @@ from fastflow.flows.bases import (
     Uniform,
 )
 from fastflow.flows.continuous import FFJORD, ContinuousTransform, VelocityMLP, flow_matching_loss
+from fastflow.flows.decode import GaussSeidelJacobi, Guidance
 from fastflow.flows.flow import Flow, FlowDistribution
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.jacobian import InvertibilityReport, Lambda, check_invertible
+from fastflow.flows.jet import Jet
 from fastflow.flows.linear import PLU, QR, Dense, Householder, LinearMap, LowRank, Orthogonal, Triangular
 from fastflow.flows.lipschitz import LipschitzMLP, LipSwish, SpectralLinear
 from fastflow.flows.made import MADE
 from fastflow.flows.multiscale import Split, Squeeze
 from fastflow.flows.nice import NICE, DiagonalScale
 from fastflow.flows.nsf import NSF, SplineTransformer
+from fastflow.flows.patchify import Patchify
 from fastflow.flows.permutation import Permute, Reverse
 from fastflow.flows.planar import Planar, Radial
 from fastflow.flows.quantile import CDF, Quantile
@@ -42,14 +45,16 @@ from fastflow.flows.scalar import (
     Tanh,
 )
 from fastflow.flows.sylvester import Sylvester
+from fastflow.flows.tarflow import TarFlow, TarFlowBlock
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
 __all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "NSF", "PLU", "QR", "Affine", "AffineTransformer", "Atan",
            "ClassConditionalNormal", "Compose", "ConditionalNormal", "ContinuousTransform", "Dense", "DiagonalNormal",
-           "DiagonalScale", "Exp", "Flow", "FlowDistribution", "FullNormal", "Glow", "GlowStep", "GlowTransform",
-           "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Lambda", "LeakyReLU", "LinearMap",
-           "LipSwish", "LipschitzMLP", "Log", "Logit", "LowRank", "MaskedAutoregressive", "Mixture", "Orthogonal",
-           "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "ResidualFlow", "Reverse", "ScalarTransform",
-           "Sigmoid", "Softplus", "SpectralLinear", "SplineTransformer", "Split", "Squeeze", "StandardNormal",
-           "StudentT", "Sylvester", "Tanh", "Transform", "Triangular", "TruncatedNormal", "Uniform", "VelocityMLP",
-           "bits_per_dim", "check_invertible", "dequantize", "flow_matching_loss", "initialize"]
+           "DiagonalScale", "Exp", "Flow", "FlowDistribution", "FullNormal", "GaussSeidelJacobi", "Glow", "GlowStep",
+           "GlowTransform", "Guidance", "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Jet",
+           "Lambda", "LeakyReLU", "LinearMap", "LipSwish", "LipschitzMLP", "Log", "Logit", "LowRank",
+           "MaskedAutoregressive", "Mixture", "Orthogonal", "Patchify", "Permute", "Planar", "Power", "Quantile",
+           "Radial", "RealNVP", "ResidualFlow", "Reverse", "ScalarTransform", "Sigmoid", "Softplus", "SpectralLinear",
+           "SplineTransformer", "Split", "Squeeze", "StandardNormal", "StudentT", "Sylvester", "Tanh", "TarFlow",
+           "TarFlowBlock", "Transform", "Triangular", "TruncatedNormal", "Uniform", "VelocityMLP", "bits_per_dim",
+           "check_invertible", "dequantize", "flow_matching_loss", "initialize"]
