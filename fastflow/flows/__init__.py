@@ -14,19 +14,22 @@ from fastflow.flows.bases import (
 )
 from fastflow.flows.continuous import FFJORD, ContinuousTransform, VelocityMLP, flow_matching_loss
 from fastflow.flows.flow import Flow, FlowDistribution
+from fastflow.flows.flowpp import FlowPP
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.jacobian import InvertibilityReport, Lambda, check_invertible
 from fastflow.flows.linear import PLU, QR, Dense, Householder, LinearMap, LowRank, Orthogonal, Triangular
 from fastflow.flows.lipschitz import LipschitzMLP, LipSwish, SpectralLinear
 from fastflow.flows.made import MADE
-from fastflow.flows.multiscale import Split, Squeeze
+from fastflow.flows.mixture import LogisticMixture, MixtureTransformer
+from fastflow.flows.multiscale import CheckerboardSqueeze, HaarSqueeze, Split, Squeeze
 from fastflow.flows.nice import NICE, DiagonalScale
 from fastflow.flows.nsf import NSF, SplineTransformer
 from fastflow.flows.permutation import Permute, Reverse
 from fastflow.flows.planar import Planar, Radial
 from fastflow.flows.quantile import CDF, Quantile
 from fastflow.flows.realnvp import RealNVP
+from fastflow.flows.realnvp_image import RealNVPImage
 from fastflow.flows.residual import InvertibleResidual, ResidualFlow
 from fastflow.flows.scalar import (
     Affine,
@@ -41,15 +44,18 @@ from fastflow.flows.scalar import (
     Softplus,
     Tanh,
 )
+from fastflow.flows.surjections import Augment, Slice, UniformDequantization, VariationalDequantization
 from fastflow.flows.sylvester import Sylvester
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
 __all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "NSF", "PLU", "QR", "Affine", "AffineTransformer", "Atan",
-           "ClassConditionalNormal", "Compose", "ConditionalNormal", "ContinuousTransform", "Dense", "DiagonalNormal",
-           "DiagonalScale", "Exp", "Flow", "FlowDistribution", "FullNormal", "Glow", "GlowStep", "GlowTransform",
-           "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Lambda", "LeakyReLU", "LinearMap",
-           "LipSwish", "LipschitzMLP", "Log", "Logit", "LowRank", "MaskedAutoregressive", "Mixture", "Orthogonal",
-           "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "ResidualFlow", "Reverse", "ScalarTransform",
-           "Sigmoid", "Softplus", "SpectralLinear", "SplineTransformer", "Split", "Squeeze", "StandardNormal",
-           "StudentT", "Sylvester", "Tanh", "Transform", "Triangular", "TruncatedNormal", "Uniform", "VelocityMLP",
-           "bits_per_dim", "check_invertible", "dequantize", "flow_matching_loss", "initialize"]
+           "Augment", "CheckerboardSqueeze", "ClassConditionalNormal", "Compose", "ConditionalNormal",
+           "ContinuousTransform", "Dense", "DiagonalNormal", "DiagonalScale", "Exp", "Flow", "FlowDistribution",
+           "FlowPP", "FullNormal", "Glow", "GlowStep", "GlowTransform", "HaarSqueeze", "Householder", "Inverse",
+           "InvertibilityReport", "InvertibleResidual", "Lambda", "LeakyReLU", "LinearMap", "LipSwish", "LipschitzMLP",
+           "Log", "LogisticMixture", "Logit", "LowRank", "MaskedAutoregressive", "Mixture", "MixtureTransformer",
+           "Orthogonal", "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "RealNVPImage", "ResidualFlow",
+           "Reverse", "ScalarTransform", "Sigmoid", "Slice", "Softplus", "SpectralLinear", "SplineTransformer", "Split",
+           "Squeeze", "StandardNormal", "StudentT", "Sylvester", "Tanh", "Transform", "Triangular", "TruncatedNormal",
+           "Uniform", "UniformDequantization", "VariationalDequantization", "VelocityMLP", "bits_per_dim",
+           "check_invertible", "dequantize", "flow_matching_loss", "initialize"]

@@ -103,9 +103,10 @@ class _AutoregressiveFlow(Flow):
         layers = []
         for index in range(n_layers):
             if order == "random":
-                sequence = torch.randperm(features)
+                sequence = torch.randperm(features, device="cpu")
             else:
-                sequence = torch.arange(features) if index % 2 == 0 else torch.arange(features).flip(0)
+                sequence = torch.arange(features, device="cpu")
+                sequence = sequence if index % 2 == 0 else sequence.flip(0)
             layer = MaskedAutoregressive(
                 features, hidden, order=sequence, context_features=context_features, activation=activation,
                 transformer=AffineTransformer(scale) if transformer is None else transformer())

@@ -98,7 +98,7 @@ def _coupling_layers(features, n_layers, options, permutation, hidden, context_f
         with torch.no_grad():
             conditioner.layers[-1].bias.copy_(coupling.identity_params().repeat(active))
         if permutation == "random" and index > 0:
-            layers.append(Permute(torch.randperm(features)))
+            layers.append(Permute(torch.randperm(features, device="cpu").tolist()))
         layers.append(coupling)
     return layers
 
@@ -106,7 +106,7 @@ def _coupling_layers(features, n_layers, options, permutation, hidden, context_f
 def _autoregressive_layers(features, n_layers, options, permutation, hidden, context_features, activation):
     identity, layers = SplineCoupling(nn.Identity(), **options).identity_params(), []
     for index in range(n_layers):
-        order = torch.randperm(features) if permutation == "random" else torch.arange(features)
+        order = (torch.randperm if permutation == "random" else torch.arange)(features, device="cpu")
         layer = MaskedAutoregressive(features, hidden, order=order.flip(0) if index % 2 else order,
                                      context_features=context_features, transformer=SplineTransformer(**options),
                                      activation=activation)
