@@ -1,7 +1,7 @@
 """Normalising flows: transforms, base distributions, exact log-likelihoods and ready models."""
 
 from fastflow.flows.autoregressive import IAF, MAF, AffineTransformer, MaskedAutoregressive
-from fastflow.flows.base import StandardNormal
+from fastflow.flows.base import StandardLogistic, StandardNormal
 from fastflow.flows.bases import (
     ClassConditionalNormal,
     ConditionalNormal,
@@ -56,6 +56,6 @@ __all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "NSF", "PLU", "QR", "A
            "Log", "LogisticMixture", "Logit", "LowRank", "MaskedAutoregressive", "Mixture", "MixtureTransformer",
            "Orthogonal", "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "RealNVPImage", "ResidualFlow",
            "Reverse", "ScalarTransform", "Sigmoid", "Slice", "Softplus", "SpectralLinear", "SplineTransformer", "Split",
-           "Squeeze", "StandardNormal", "StudentT", "Sylvester", "Tanh", "Transform", "Triangular", "TruncatedNormal",
-           "Uniform", "UniformDequantization", "VariationalDequantization", "VelocityMLP", "bits_per_dim",
-           "check_invertible", "dequantize", "flow_matching_loss", "initialize"]
+           "Squeeze", "StandardLogistic", "StandardNormal", "StudentT", "Sylvester", "Tanh", "Transform", "Triangular",
+           "TruncatedNormal", "Uniform", "UniformDequantization", "VariationalDequantization", "VelocityMLP",
+           "bits_per_dim", "check_invertible", "dequantize", "flow_matching_loss", "initialize"]

@@ -257,6 +257,7 @@ class Glow(Flow):
                                                    ("context_channels", context_channels)) if value is not None}
         coupling = {"scale": ScaleMap.glow() if scale is None else scale, "layout": layout, "order": order,
                     "shift_first": shift_first}
-        super().__init__(GlowTransform(image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior,
-                                       conditioner, coupling, squeeze, context), StandardNormal((math.prod(image_shape),)))
+        transform = GlowTransform(image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior,
+                                  conditioner, coupling, squeeze, context)
+        super().__init__(transform, StandardNormal((math.prod(image_shape),)))
         self.image_shape = image_shape

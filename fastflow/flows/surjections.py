@@ -2,8 +2,8 @@
 
 They are used like transforms, ``t(x, context) -> (z, contribution)`` and ``t.inverse(z, context) -> (x,
 -contribution)`` with the contribution (B,) in nats of the same pair (x, z), and stand in a Compose like them. Where
-``exact`` is true the log-likelihood is base plus contributions, as for bijections. Elsewhere z is drawn, and that sum is
-a lower bound of it in expectation.
+``exact`` is true the log-likelihood is that of the base plus contributions, as for bijections. Elsewhere z is drawn,
+and the sum is a lower bound of it in expectation.
 
 References:
     Nielsen et al., "SurVAE flows: surjections to bridge the gap between VAEs and flows", 2020, arXiv:2007.02731.
@@ -81,9 +81,10 @@ class UniformDequantization(nn.Module):
 
 
 class VariationalDequantization(UniformDequantization):
-    """z = (x + u)/n_bins - 0.5 with u in (0, 1) drawn from a density q(u | x); contribution -D log n_bins - log q(u|x).
+    """z = (x + u)/n_bins - 0.5 with u in (0, 1) drawn from q(u | x); contribution -D log n_bins - log q(u | x).
 
-    E_q of the likelihood it gives is at most log P(x), and equal where q(u|x) is proportional to p((x + u)/n_bins - 0.5).
+    The expectation of the log-likelihood that it gives is at most log P(x), and equal where q(u | x) is proportional to
+    p((x + u)/n_bins - 0.5).
 
     Args:
         noise: q, a :class:`Flow` over u (B, *event) whose samples lie in (0, 1), for instance one whose transform

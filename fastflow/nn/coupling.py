@@ -12,14 +12,14 @@ __all__ = ["Coupling"]
 class Coupling(nn.Module):
     """The split into a passive and an active part, both directions, and masks.
 
-    A kind of coupling adds ``params_per_channel`` and either ``_elementwise``, for params that lie side by side for each
-    channel, or ``_couple_channels``, ``_transform`` and ``_select``.
+    A kind of coupling adds ``params_per_channel`` and either ``_elementwise``, for params that lie side by side for
+    each channel, or ``_couple_channels``, ``_transform`` and ``_select``.
 
     Args:
         conditioner: module, called with the passive part, and with the context as second argument if one is given.
-        split: "channel", "checkerboard", the indices of the passive channels (a list, tuple or range) or a mask of zeros
-            and ones. Indices are kept as a buffer, so that a state dict brings its own: those of a random permutation's
-            first half make a permuted split.
+        split: "channel", "checkerboard", the indices of the passive channels (a list, tuple or range) or a mask of
+            zeros and ones. Indices are kept as a buffer, so that a state dict brings its own: those of a random
+            permutation's first half make a permuted split.
         flip: exchanges the two parts.
     """
 

@@ -13,8 +13,9 @@ __all__ = ["SplineCoupling"]
 class SplineCoupling(Coupling):
     """z keeps the passive part of x and sends each element of the rest through a monotonic spline of its own.
 
-    x (B, C, *S) is split as by nn.AffineCoupling: along the channels, by their indices, in a checkerboard, or by a mask of
-    zeros and ones (1 passive); ``flip`` exchanges the parts. Outside [-tail_bound, tail_bound] an element stays as it is.
+    x (B, C, *S) is split as by nn.AffineCoupling: along the channels, by their indices, in a checkerboard, or by a
+    mask of zeros and ones (1 passive); ``flip`` exchanges the parts. Outside [-tail_bound, tail_bound] an element stays
+    as it is.
 
     Args:
         conditioner: module, called with the passive part, and with the context as second argument if one is given;
