@@ -142,7 +142,9 @@ def _pull(v, x, cotangent, create_graph):
 
 def _torchdiffeq():
     try:
-        import torchdiffeq
+        # Its solvers hold tensors that are made on import: not on the meta device on which a model may be built.
+        with torch.device("cpu"):
+            import torchdiffeq
     except ImportError as error:
         raise ImportError("continuous flows need torchdiffeq: pip install 'fastflow[continuous]'") from error
     return torchdiffeq

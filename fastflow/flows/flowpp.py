@@ -124,7 +124,7 @@ class FlowPP(Flow):
             def net(in_channels, out_channels, size):
                 context = {"context_features": context_features}
                 if context_channels is not None:
-                    context = {"context_channels": context_channels * growth, "arrange": _Arranged(*moves)}
+                    context |= {"context_channels": context_channels * growth, "arrange": _Arranged(*moves)}
                 return GatedAttentionNet(in_channels, out_channels, size, hidden_channels, n_blocks, n_heads, dropout,
                                          **context)
 

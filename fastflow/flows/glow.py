@@ -205,7 +205,8 @@ def _context_of_level(context, level):
     if "context_channels" not in context:
         return context
     factor = 2**(level + 1)
-    return {"context_channels": context["context_channels"] * factor**2, "arrange": nn.PixelUnshuffle(factor)}
+    return {**context, "context_channels": context["context_channels"] * factor**2,
+            "arrange": nn.PixelUnshuffle(factor)}
 
 
 def _add_convolutions(logdet, factors, shape, x):

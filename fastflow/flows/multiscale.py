@@ -52,6 +52,10 @@ class Squeeze(nn.Module):
         channels, height, width = event_shape
         return 4 * channels, height // 2, width // 2
 
+    def data_shape(self, event_shape):
+        channels, height, width = event_shape
+        return channels // 4, 2 * height, 2 * width
+
     def inverse(self, z, context=None):
         checks.tensor("z", z)
         if z.dim() != 4 or z.shape[1] % 4:
@@ -106,6 +110,10 @@ class HaarSqueeze(nn.Module):
         channels, height, width = event_shape
         return 4 * channels, height // 2, width // 2
 
+    def data_shape(self, event_shape):
+        channels, height, width = event_shape
+        return channels // 4, 2 * height, 2 * width
+
 
 def _haar(blocks):
     """The symmetric orthogonal 4x4 matrix of signs over 2, applied to a list of four."""
@@ -150,6 +158,10 @@ class CheckerboardSqueeze(nn.Module):
     def noise_shape(self, event_shape):
         channels, height, width = event_shape
         return 2 * channels, height, width // 2
+
+    def data_shape(self, event_shape):
+        channels, height, width = event_shape
+        return channels // 2, height, 2 * width
 
     @staticmethod
     def _even(height, device):

@@ -66,7 +66,7 @@ class RealNVPImage(Flow):
         def net(in_channels, out_channels, level, factor):
             context = {"context_features": context_features}
             if context_channels is not None:
-                context = {"context_channels": context_channels * factor**2, "arrange": nn.PixelUnshuffle(factor)}
+                context |= {"context_channels": context_channels * factor**2, "arrange": nn.PixelUnshuffle(factor)}
             return ConvResNet(in_channels, out_channels, hidden_channels * 2**level, n_blocks, **context)
 
         def scales(shape, level):
