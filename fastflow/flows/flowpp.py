@@ -145,7 +145,9 @@ class FlowPP(Flow):
                 return GatedAttentionNet(in_channels, out_channels, size, hidden_channels, dequantization_blocks,
                                          n_heads, dropout, context_channels=hidden_channels)
 
-            steps = _couplings(fine, dequantization_couplings, n_components, scale, noise_net)
+            # The other way round: training draws u, which must not take a search for roots.
+            steps = [Inverse(step) for step in reversed(_couplings(fine, dequantization_couplings, n_components, scale,
+                                                                   noise_net))]
             encoder = nn.Sequential(_Arranged(CheckerboardSqueeze()),
                                     nn.Conv2d(2 * channels, hidden_channels, 3, padding=1),
                                     GatedConv(hidden_channels, dropout))

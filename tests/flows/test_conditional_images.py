@@ -125,6 +125,15 @@ def test_flowpp_on_integers_is_the_bound():
     torch.testing.assert_close(bound / (-192 * math.log(2)), model.bits_per_dim(x), rtol=0.2, atol=0)
 
 
+def test_training_searches_no_roots(monkeypatch):
+    """Couplings of the dequantising flow run in their closed-form direction when noise is drawn."""
+    model = MODELS["flowpp"]()
+    monkeypatch.setattr("fastflow.nn.logistic_mixture._Root._solve", lambda *_: pytest.fail("a root was searched"))
+    model(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).sum().backward()
+    with pytest.raises(pytest.fail.Exception):
+        model.sample(1)
+
+
 def test_the_dequantising_flow_is_exact():
     """q(u | x) of Flow++ against a float64 Jacobian, and its inverse."""
     model = scattered(flows.FlowPP((1, 2, 4), **SMALL_PP), 0.2).double()
