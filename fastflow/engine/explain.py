@@ -16,7 +16,7 @@ def choices(step):
     inner = unwrap(step.model)
     return "\n".join([
         f"objective: {step.objective.name} of {type(inner).__name__}, mean over the batch, in nats",
-        f"integer images: dequantised with {step.objective.n_bins} levels, floating x taken as it is",
+        f"integer images: dequantised with {step.objective.n_bins} levels{_own(step.model)}, floating x taken as it is",
         f"fused: {_fused(inner, step._device)}",
         f"optimizer: {_optimizer(step)}",
         f"precision: {_precision(step, inner)}",
@@ -30,6 +30,10 @@ def choices(step):
         f"non-finite loss: {_check(step)}",
         f"processes: {_processes(step)}",
     ])
+
+
+def _own(model):
+    return "" if getattr(unwrap(model), "dequantization", None) is None else " by the flow itself"
 
 
 def launched(step, x, context=None):

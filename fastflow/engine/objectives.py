@@ -35,8 +35,9 @@ class Objective:
         self.n_bins = n_bins
 
     def prepare(self, model, x):
-        """(float x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins, or for the bits of a
-        Bernoulli likelihood scaled to [0, 1]; floating x as it is."""
+        """(x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins, or for the bits of a
+        Bernoulli likelihood scaled to [0, 1]; floating x as it is, as are the integers of a flow that dequantises them
+        itself."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.is_floating_point():
@@ -44,6 +45,9 @@ class Objective:
         if x.dtype == torch.bool or x.is_complex():
             raise TypeError(f"x: expected a floating or integer dtype, got {x.dtype}")
         inner = unwrap(model)
+        if getattr(inner, "dequantization", None) is not None:
+            inner.check_bins(self.n_bins)
+            return x, 0.0
         parameter = next(inner.parameters(), None)
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
         if isinstance(getattr(inner, "likelihood", None), BernoulliLikelihood):
@@ -64,7 +68,9 @@ class NegativeLogLikelihood(Objective):
 
     def report(self, model, x):
         """{name: (B,) tensor} over a batch of integer images."""
-        x, _ = self.prepare(model, x)
+        x, constant = self.prepare(model, x)
+        if not x.is_floating_point():
+            return {"bits_per_dim": (constant - model(x)) / (x[0].numel() * math.log(2.0))}
         return {"bits_per_dim": bits_per_dim(model(x), x[0].numel(), self.n_bins)}
 
 

@@ -1,7 +1,7 @@
 """Normalising flows: transforms, base distributions, exact log-likelihoods and ready models."""
 
 from fastflow.flows.autoregressive import IAF, MAF, AffineTransformer, MaskedAutoregressive
-from fastflow.flows.base import StandardNormal
+from fastflow.flows.base import StandardLogistic, StandardNormal
 from fastflow.flows.bases import (
     ClassConditionalNormal,
     ConditionalNormal,
@@ -15,6 +15,7 @@ from fastflow.flows.bases import (
 from fastflow.flows.continuous import FFJORD, ContinuousTransform, VelocityMLP, flow_matching_loss
 from fastflow.flows.decode import GaussSeidelJacobi, Guidance
 from fastflow.flows.flow import Flow, FlowDistribution
+from fastflow.flows.flowpp import FlowPP
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.jacobian import InvertibilityReport, Lambda, check_invertible
@@ -22,7 +23,8 @@ from fastflow.flows.jet import Jet
 from fastflow.flows.linear import PLU, QR, Dense, Householder, LinearMap, LowRank, Orthogonal, Triangular
 from fastflow.flows.lipschitz import LipschitzMLP, LipSwish, SpectralLinear
 from fastflow.flows.made import MADE
-from fastflow.flows.multiscale import Split, Squeeze
+from fastflow.flows.mixture import LogisticMixture, MixtureTransformer
+from fastflow.flows.multiscale import CheckerboardSqueeze, HaarSqueeze, Split, Squeeze
 from fastflow.flows.nice import NICE, DiagonalScale
 from fastflow.flows.nsf import NSF, SplineTransformer
 from fastflow.flows.patchify import Patchify
@@ -30,6 +32,7 @@ from fastflow.flows.permutation import Permute, Reverse
 from fastflow.flows.planar import Planar, Radial
 from fastflow.flows.quantile import CDF, Quantile
 from fastflow.flows.realnvp import RealNVP
+from fastflow.flows.realnvp_image import RealNVPImage
 from fastflow.flows.residual import InvertibleResidual, ResidualFlow
 from fastflow.flows.scalar import (
     Affine,
@@ -44,17 +47,21 @@ from fastflow.flows.scalar import (
     Softplus,
     Tanh,
 )
+from fastflow.flows.surjections import Augment, Slice, UniformDequantization, VariationalDequantization
 from fastflow.flows.sylvester import Sylvester
 from fastflow.flows.tarflow import TarFlow, TarFlowBlock
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
 __all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "NSF", "PLU", "QR", "Affine", "AffineTransformer", "Atan",
-           "ClassConditionalNormal", "Compose", "ConditionalNormal", "ContinuousTransform", "Dense", "DiagonalNormal",
-           "DiagonalScale", "Exp", "Flow", "FlowDistribution", "FullNormal", "GaussSeidelJacobi", "Glow", "GlowStep",
-           "GlowTransform", "Guidance", "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Jet",
-           "Lambda", "LeakyReLU", "LinearMap", "LipSwish", "LipschitzMLP", "Log", "Logit", "LowRank",
-           "MaskedAutoregressive", "Mixture", "Orthogonal", "Patchify", "Permute", "Planar", "Power", "Quantile",
-           "Radial", "RealNVP", "ResidualFlow", "Reverse", "ScalarTransform", "Sigmoid", "Softplus", "SpectralLinear",
-           "SplineTransformer", "Split", "Squeeze", "StandardNormal", "StudentT", "Sylvester", "Tanh", "TarFlow",
-           "TarFlowBlock", "Transform", "Triangular", "TruncatedNormal", "Uniform", "VelocityMLP", "bits_per_dim",
-           "check_invertible", "dequantize", "flow_matching_loss", "initialize"]
+           "Augment", "CheckerboardSqueeze", "ClassConditionalNormal", "Compose", "ConditionalNormal",
+           "ContinuousTransform", "Dense", "DiagonalNormal", "DiagonalScale", "Exp", "Flow", "FlowDistribution",
+           "FlowPP", "FullNormal", "GaussSeidelJacobi", "Glow", "GlowStep", "GlowTransform", "Guidance", "HaarSqueeze",
+           "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Jet", "Lambda", "LeakyReLU",
+           "LinearMap", "LipSwish", "LipschitzMLP", "Log", "LogisticMixture", "Logit", "LowRank",
+           "MaskedAutoregressive", "Mixture", "MixtureTransformer", "Orthogonal", "Patchify", "Permute", "Planar",
+           "Power", "Quantile", "Radial", "RealNVP", "RealNVPImage", "ResidualFlow", "Reverse", "ScalarTransform",
+           "Sigmoid", "Slice", "Softplus", "SpectralLinear", "SplineTransformer", "Split", "Squeeze",
+           "StandardLogistic", "StandardNormal", "StudentT", "Sylvester", "Tanh", "TarFlow", "TarFlowBlock",
+           "Transform", "Triangular", "TruncatedNormal", "Uniform", "UniformDequantization",
+           "VariationalDequantization", "VelocityMLP", "bits_per_dim", "check_invertible", "dequantize",
+           "flow_matching_loss", "initialize"]

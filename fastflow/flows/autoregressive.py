@@ -7,11 +7,23 @@ from fastflow import checks, functional
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.made import MADE
+from fastflow.flows.tabular import masked_configs
 from fastflow.flows.transform import Compose, Inverse
 from fastflow.functional import ScaleMap
 from fastflow.nn import ActNorm
 
-__all__ = ["IAF", "MAF", "AffineTransformer", "MaskedAutoregressive"]
+__all__ = ["CONFIGS", "IAF", "MAF", "AffineTransformer", "MaskedAutoregressive"]
+
+_GAS = {name: {**config, "activation": nn.Tanh} for name, config in masked_configs().items() if "gas" in name}
+
+CONFIGS = {**masked_configs(), **_GAS}
+"""The models of the MAF paper by name, for :meth:`MAF.from_config`: those of :func:`tabular.masked_configs`. Where the
+paper normalises by batch statistics, ours has ActNorm."""
+
+IAF_CONFIGS = {f"mnist-depth{depth}-width{width}": {"features": 32, "n_layers": depth, "hidden": (width, width),
+                                                    "actnorm": False}
+               for depth, width in ((2, 320), (2, 1920), (4, 1920), (8, 1920))}
+"""The posteriors over 32 latents of Kingma et al. 2016, section 6.1, by name, for :meth:`IAF.from_config`."""
 
 
 class AffineTransformer:
@@ -20,7 +32,8 @@ class AffineTransformer:
     A transformer is any object with ``params_per_feature``, ``layout`` ("chunk" or "interleave", see :class:`MADE`),
     ``transformer(x, params) -> (z, logdet)`` and ``transformer.inverse(z, params) -> (x, logdet)`` for x (B, C), params
     (B, C*params_per_feature) and logdet (B,), where C is any number of features; an increasing map of each for
-    every params.
+    every params. One whose map of zeros is no good start has ``start_params()`` (params_per_feature,), with which the
+    layer begins.
 
     Args:
         scale: ScaleMap or its name; "additive" has one parameter per feature, the rest two.
@@ -47,7 +60,8 @@ class MaskedAutoregressive(nn.Module):
 
     The inverse goes feature by feature, since params_i need x up to i - 1; it evaluates every hidden unit once (see
     :class:`Sweep`), so that it costs the multiplications of one pass, in D times as many launches. The Jacobian is
-    triangular in the order, and log|det| the sum of the transformer's. It starts as the transformer's map of zeros.
+    triangular in the order, and log|det| the sum of the transformer's. It starts as the transformer's map of zeros, or
+    of its ``start_params``.
 
     Args:
         features: D >= 1.
@@ -69,6 +83,11 @@ class MaskedAutoregressive(nn.Module):
         self.transformer = transformer
         self.network = MADE(features, transformer.params_per_feature, hidden, order=order, layout=transformer.layout,
                             context_features=context_features, activation=activation)
+        if hasattr(transformer, "start_params"):
+            start = transformer.start_params()
+            along = start.repeat if transformer.layout == "interleave" else start.repeat_interleave
+            with torch.no_grad():
+                self.network.layers[-1].bias.copy_(along(features))
 
     def forward(self, x, context=None):
         """(z, logdet) of x (B, D), in one pass."""
@@ -103,9 +122,10 @@ class _AutoregressiveFlow(Flow):
         layers = []
         for index in range(n_layers):
             if order == "random":
-                sequence = torch.randperm(features)
+                sequence = torch.randperm(features, device="cpu")
             else:
-                sequence = torch.arange(features) if index % 2 == 0 else torch.arange(features).flip(0)
+                sequence = torch.arange(features, device="cpu")
+                sequence = sequence if index % 2 == 0 else sequence.flip(0)
             layer = MaskedAutoregressive(
                 features, hidden, order=sequence, context_features=context_features, activation=activation,
                 transformer=AffineTransformer(scale) if transformer is None else transformer())
@@ -136,6 +156,8 @@ class MAF(_AutoregressiveFlow):
         Papamakarios et al., "Masked autoregressive flow for density estimation", 2017, arXiv:1705.07057.
     """
 
+    configs = CONFIGS
+
     def __init__(self, features, *, n_layers=5, hidden=(64, 64), context_features=None, scale="tanh", transformer=None,
                  order="reverse", actnorm=True, activation=nn.ReLU):
         super().__init__(features, n_layers, hidden, context_features, scale, transformer, order, actnorm, activation,
@@ -152,6 +174,8 @@ class IAF(_AutoregressiveFlow):
     References:
         Kingma et al., "Improving variational inference with inverse autoregressive flow", 2016, arXiv:1606.04934.
     """
+
+    configs = IAF_CONFIGS
 
     def __init__(self, features, *, n_layers=5, hidden=(64, 64), context_features=None, scale="tanh", transformer=None,
                  order="reverse", actnorm=True, activation=nn.ReLU):

@@ -4,12 +4,13 @@ import contextlib
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Distribution, transform_to
 
 from fastflow import checks
 
-__all__ = ["StandardNormal", "as_base"]
+__all__ = ["StandardLogistic", "StandardNormal", "as_base"]
 
 
 class StandardNormal(nn.Module):
@@ -44,6 +45,39 @@ class StandardNormal(nn.Module):
         dtype = torch.promote_types(self.anchor.dtype, torch.float32)
         z = torch.randn((n, *self.event_shape), generator=generator, dtype=dtype, device=device).to(self.anchor.device)
         return z if temperature == 1.0 else temperature * z
+
+    def extra_repr(self):
+        return str(tuple(self.event_shape))
+
+
+class StandardLogistic(nn.Module):
+    """Independent logistics of location 0 and scale 1 over tensors of ``event_shape``; samples follow the module's
+    dtype and device, as those of StandardNormal do."""
+
+    def __init__(self, event_shape):
+        super().__init__()
+        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)
+
+    def forward(self, z):
+        return self.log_prob(z)
+
+    def log_prob(self, z, temperature=1.0):
+        """(B,) nats of z (B, *event_shape) under logistics of scale ``temperature``."""
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], *self.event_shape))
+        z = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
+        values = F.logsigmoid(z) + F.logsigmoid(-z)
+        constant = math.prod(self.event_shape) * math.log(temperature)
+        return (values.flatten(1).sum(1) if z.dim() > 1 else values) - constant
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        """(n, *event_shape) of scale ``temperature``."""
+        device = self.anchor.device if generator is None else generator.device
+        dtype = torch.promote_types(self.anchor.dtype, torch.float32)
+        u = torch.rand((n, *self.event_shape), generator=generator, dtype=dtype, device=device).to(self.anchor.device)
+        # Of the n values that torch.rand can take, k/n, 0 has no logit: half a step up they are symmetric as well.
+        return temperature * torch.logit(u + 2.0**(-25 if dtype == torch.float32 else -54))
 
     def extra_repr(self):
         return str(tuple(self.event_shape))

@@ -6,10 +6,11 @@ from torch import nn
 from fastflow import checks
 from fastflow.flows.base import StandardNormal, as_base
 from fastflow.flows.flow import Flow
+from fastflow.flows.tabular import FEATURES
 from fastflow.flows.transform import Compose
 from fastflow.nn import MLP
 
-__all__ = ["FFJORD", "ContinuousTransform", "VelocityMLP", "flow_matching_loss"]
+__all__ = ["CONFIGS", "FFJORD", "ContinuousTransform", "VelocityMLP", "flow_matching_loss"]
 
 
 class VelocityMLP(nn.Module):
@@ -141,7 +142,9 @@ def _pull(v, x, cotangent, create_graph):
 
 def _torchdiffeq():
     try:
-        import torchdiffeq
+        # Its solvers hold tensors that are made on import: not on the meta device on which a model may be built.
+        with torch.device("cpu"):
+            import torchdiffeq
     except ImportError as error:
         raise ImportError("continuous flows need torchdiffeq: pip install 'fastflow[continuous]'") from error
     return torchdiffeq
@@ -188,6 +191,14 @@ def flow_matching_loss(flow, x, context=None, *, sigma_min=0.0, noise=None, t=No
     return error.square().flatten(1).sum(1)
 
 
+CONFIGS = {name: {"features": FEATURES[name], "n_layers": n_layers, "hidden": (factor * FEATURES[name],) * depth,
+                  "activation": activation}
+           for name, activation, depth, factor, n_layers in (
+               ("power", nn.Tanh, 3, 10, 5), ("gas", nn.Tanh, 3, 20, 5), ("hepmass", nn.Softplus, 2, 10, 10),
+               ("miniboone", nn.Softplus, 2, 20, 1), ("bsds300", nn.Softplus, 3, 20, 2))}
+"""The tabular models of the paper's appendix B by name, for :meth:`FFJORD.from_config`."""
+
+
 class FFJORD(Flow):
     """Free-form continuous flow: a :class:`VelocityMLP` integrated from N(0, I) to the data.
 
@@ -206,6 +217,8 @@ class FFJORD(Flow):
         Grathwohl et al., "FFJORD: free-form continuous dynamics for scalable reversible generative models", 2019,
         arXiv:1810.01367.
     """
+
+    configs = CONFIGS
 
     def __init__(self, features, *, n_layers=1, hidden=(64, 64), context_features=None, activation=nn.Tanh, **options):
         if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 1:

@@ -24,17 +24,37 @@ class Flow(nn.Module):
         base: distribution of the noise: a StandardNormal, an object like it, or a torch.distributions object, whose
             batch dimensions count as event dimensions. Only modules follow ``.to()``. One whose attribute
             ``conditional`` is true gets the context as well.
+        dequantization: surjection from integers to what the transform takes, such as a
+            :class:`VariationalDequantization`; None for the uniform one of :meth:`bits_per_dim` and engine.TrainStep.
 
     Attributes:
-        transform, base: as given.
+        transform, base, dequantization: as given.
+        configs: {name: keyword arguments} of :meth:`from_config`.
     """
 
-    def __init__(self, transform, base):
+    configs = {}
+
+    def __init__(self, transform, base, dequantization=None):
         super().__init__()
         check_transform("transform", transform)
         as_base(base)
+        if dequantization is not None:
+            check_transform("dequantization", dequantization)
         self.transform = transform
         self.base = base
+        self.dequantization = dequantization
+
+    @classmethod
+    def from_config(cls, name, **overrides):
+        """The model of a paper's configuration, ``configs[name]``, with some of its arguments replaced.
+
+        Raises:
+            ValueError: an unknown name; the message lists those there are.
+        """
+        if name not in cls.configs:
+            known = ", ".join(map(repr, cls.configs)) or "none"
+            raise ValueError(f"name: expected a configuration of {cls.__name__} ({known}), got {name!r}")
+        return cls(**{**cls.configs[name], **overrides})
 
     def forward(self, x, context=None):
         return self.log_prob(x, context)
@@ -43,12 +63,15 @@ class Flow(nn.Module):
         """log p(x), or log p(x | context), in nats.
 
         Args:
-            x: (B, *event).
+            x: (B, *event). Integers of a flow with a ``dequantization`` give a bound of the log-probability of the
+                integers, a lower one in expectation over the noise that is drawn.
             context: (B, ...) that conditions each x, handed to the transform, or None.
 
         Returns:
             (B,); -inf outside the support.
         """
+        if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
+            return self._log_prob_of_integers(x, context)
         z, logdet = self.transform(x, context)
         return as_base(self.base).log_prob(z, **self._of_base(context)) + logdet
 
@@ -90,6 +113,8 @@ class Flow(nn.Module):
 
     def initialize(self, x, context=None):
         """Set the data-dependent parameters (ActNorm) from a batch x (B, *event), anew at every call."""
+        if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
+            x = initialize(self.dequantization, x, context)
         initialize(self.transform, x, context)
 
     def unpack(self, z):
@@ -100,7 +125,8 @@ class Flow(nn.Module):
         """Bits per dimension of integer-valued images, with every constant counted.
 
         The images are dequantised as x/n_bins - 0.5 + U/n_bins; with D elements per image the result is
-        -(log_prob - D log n_bins) / (D log 2), an upper bound in expectation over U.
+        -(log_prob - D log n_bins) / (D log 2), an upper bound in expectation over U. With a ``dequantization`` the flow
+        dequantises by that, and the bound is its own.
 
         Args:
             x: (B, C, H, W), values 0..n_bins-1, any dtype.
@@ -111,8 +137,22 @@ class Flow(nn.Module):
             (B,).
         """
         checks.tensor("x", x, floating=False)
+        if self.dequantization is not None:
+            self.check_bins(n_bins)
+            log_prob = self._log_prob_of_integers(x, context, generator)
+            return -log_prob / (math.prod(x.shape[1:]) * math.log(2.0))
         values = dequantize(x, n_bins, generator=generator, dtype=self._dtype())
         return bits_per_dim(self.log_prob(values, context), math.prod(x.shape[1:]), n_bins)
+
+    def check_bins(self, n_bins):
+        """ValueError unless ``n_bins`` is that of the ``dequantization``."""
+        if n_bins != self.dequantization.n_bins:
+            raise ValueError(f"n_bins: expected {self.dequantization.n_bins}, that of the flow's dequantization, got "
+                             f"{n_bins}")
+
+    def _log_prob_of_integers(self, x, context, generator=None):
+        values, contribution = self.dequantization(x, context, generator=generator, dtype=self._dtype())
+        return self.log_prob(values, context) + contribution
 
     def _dtype(self):
         tensors = (t for t in (*self.parameters(), *self.buffers()) if t.dtype == torch.float64)

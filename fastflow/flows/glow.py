@@ -9,13 +9,35 @@ from fastflow import checks
 from fastflow.flows import memory
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
+from fastflow.flows.images import check_image_model
 from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, SplitLink
-from fastflow.flows.multiscale import Split, Squeeze, ZeroConv
+from fastflow.flows.multiscale import HaarSqueeze, Split, Squeeze, ZeroConv
 from fastflow.functional import ScaleMap
 from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
 from fastflow.nn.factors import factorize, total_logabsdet
 
-__all__ = ["Glow", "GlowStep", "GlowTransform"]
+__all__ = ["CONFIGS", "Glow", "GlowStep", "GlowTransform"]
+
+SQUEEZES = {"space_to_depth": Squeeze, "haar": HaarSqueeze}
+
+# Kingma and Dhariwal 2018, table 4 and the authors' published recipes.
+_CIFAR10 = {"image_shape": (3, 32, 32), "n_levels": 3, "n_steps": 32, "hidden_channels": 512}
+_IMAGENET32 = {"image_shape": (3, 32, 32), "n_levels": 3, "n_steps": 48, "hidden_channels": 512}
+_IMAGENET64 = {"image_shape": (3, 64, 64), "n_levels": 4, "n_steps": 48, "hidden_channels": 512}
+_ADDITIVE, _PLU = {"scale": "additive"}, {"parametrization": "plu"}
+
+CONFIGS = {
+    "cifar10": _CIFAR10,  # affine couplings, 44 million parameters, 3.35 bits/dim in the paper
+    "cifar10-plu": {**_CIFAR10, **_PLU},
+    "cifar10-additive": {**_CIFAR10, **_ADDITIVE},
+    "imagenet32": _IMAGENET32,  # 4.09 bits/dim
+    "imagenet32-plu": {**_IMAGENET32, **_PLU},
+    "imagenet64": _IMAGENET64,  # 3.81 bits/dim
+    "imagenet64-plu": {**_IMAGENET64, **_PLU},
+    "celeba-hq256": {"image_shape": (3, 256, 256), "n_levels": 6, "n_steps": 32, "hidden_channels": 512,
+                     **_ADDITIVE},  # trained on 5-bit images, n_bins=32
+}
+"""The paper's models by name, for :meth:`Glow.from_config`: keyword arguments of Glow."""
 
 
 class GlowStep(nn.Module):
@@ -68,10 +90,12 @@ class GlowTransform(nn.Module):
     saves_memory = True
 
     def __init__(self, image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior, conditioner,
-                 coupling):
+                 coupling, squeeze, context):
         super().__init__()
         self.event_shape = tuple(image_shape)
-        self.squeeze = Squeeze(channels_last=True)
+        self.squeeze = SQUEEZES[squeeze](channels_last=True)
+        self.conditional = bool(context)
+        n_params = 1 if ScaleMap.of(coupling["scale"]).kind == "additive" else 2
         self.levels = nn.ModuleList()
         self.level_shapes = []  # of the data inside each level
         channels, height, width = self.event_shape
@@ -79,7 +103,8 @@ class GlowTransform(nn.Module):
             channels, height, width = 4 * channels, height // 2, width // 2
             self.level_shapes.append((channels, height, width))
             half = channels // 2
-            steps = [GlowStep(channels, conditioner(half, 2 * (channels - half), hidden_channels),
+            steps = [GlowStep(channels, conditioner(half, n_params * (channels - half), hidden_channels,
+                                                    **_context_of_level(context, level)),
                               parametrization=parametrization, **coupling) for _ in range(n_steps)]
             split = None
             if level < n_levels - 1:
@@ -99,7 +124,8 @@ class GlowTransform(nn.Module):
         for level, shape, level_factors in zip(self.levels, self.level_shapes, factors, strict=True):
             x, logdet = path(x, logdet, ShapeLink(self.squeeze))
             for step, factor in zip(level.steps, level_factors, strict=True):
-                x, logdet = path(x, logdet, ConvLink(step.conv, factor, with_logdet=False), CouplingLink(step.coupling))
+                x, logdet = path(x, logdet, ConvLink(step.conv, factor, with_logdet=False),
+                                 CouplingLink(step.coupling, context))
             logdet = _add_convolutions(logdet, level_factors, shape, x)
             if level.split is not None:
                 x, logdet, latent = path(x, logdet, SplitLink(level.split))
@@ -110,8 +136,7 @@ class GlowTransform(nn.Module):
     def inverse(self, z, context=None):
         """(x (B, C, H, W), logdet (B,)) of z (B, D)."""
         latents = self.unpack(z)
-        if context is not None:
-            raise ValueError("context: expected None, because Glow is unconditional")
+        self._check_context(context)
         factors = self._factorize(inverse=True)
         x, logdet = None, None
         for level, shape, latent, level_factors in zip(reversed(self.levels), reversed(self.level_shapes),
@@ -119,7 +144,7 @@ class GlowTransform(nn.Module):
             latent = latent.contiguous(memory_format=torch.channels_last)
             x, logdet = (latent, logdet) if level.split is None else level.split.merge(x, latent, logdet)
             for step, factor in zip(reversed(level.steps), reversed(level_factors), strict=True):
-                x, logdet = step.coupling.inverse(x, logdet=logdet)
+                x, logdet = step.coupling.inverse(x, context, logdet=logdet)
                 x = step.conv.apply_factors(x, factor)
             logdet = _add_convolutions(logdet, level_factors, shape, x)
             x = self.squeeze.inverse(x)[0]
@@ -133,7 +158,7 @@ class GlowTransform(nn.Module):
         for level in self.levels:
             x = self.squeeze(x)[0]
             for step in level.steps:
-                x = step.initialize(x)
+                x = step.initialize(x, context)
             if level.split is not None:
                 x, latent, _ = level.split.split(x)
                 latents.append(latent.flatten(1))
@@ -155,8 +180,14 @@ class GlowTransform(nn.Module):
     def _check(self, x, context):
         checks.tensor("x", x)
         checks.shape("x", x, (x.shape[0], *self.event_shape))
-        if context is not None:
-            raise ValueError("context: expected None, because Glow is unconditional")
+        self._check_context(context)
+
+    def _check_context(self, context):
+        if self.conditional != (context is not None):
+            raise ValueError("context: expected a tensor, because Glow was built with context_features or "
+                             "context_channels, got None" if self.conditional else
+                             "context: expected None, because Glow was built without context_features and "
+                             "context_channels")
 
     def _factorize(self, inverse, undo=False):
         """The factors of each step, level by level."""
@@ -167,6 +198,15 @@ class GlowTransform(nn.Module):
         else:  # inside a WeightBank
             flat = iter([bank.factors(conv, inverse) for conv in convs])
         return [[next(flat) for _ in level.steps] for level in self.levels]
+
+
+def _context_of_level(context, level):
+    """What the conditioners of a level are told of the context: a conditioning image follows the image's squeezes."""
+    if "context_channels" not in context:
+        return context
+    factor = 2**(level + 1)
+    return {**context, "context_channels": context["context_channels"] * factor**2,
+            "arrange": nn.PixelUnshuffle(factor)}
 
 
 def _add_convolutions(logdet, factors, shape, x):
@@ -193,7 +233,11 @@ class Glow(Flow):
         scale: ScaleMap of the couplings or its name; None is Glow's own, z = (x + t) * sigmoid(r + 2).
         layout, order, shift_first: as in nn.AffineCoupling.
         learn_prior: whether the latents of a split have a learned prior, zero-initialised.
-        conditioner: constructor called as conditioner(in_channels, out_channels, hidden_channels).
+        conditioner: constructor called as conditioner(in_channels, out_channels, hidden_channels), for a conditional
+            model also with the keyword arguments of nn.ContextShift, which tell what context it will be called with.
+        squeeze: "space_to_depth" (:class:`Squeeze`) or "haar" (:class:`HaarSqueeze`), how a level begins.
+        context_features: F of a context (B, F) that conditions the density, or None.
+        context_channels: channels of a conditioning image (B, C', H, W) that does, or None.
 
     Raises:
         ValueError: a size that does not fit; the message names the argument.
@@ -202,19 +246,19 @@ class Glow(Flow):
         Kingma and Dhariwal, "Glow: generative flow with invertible 1x1 convolutions", 2018, arXiv:1807.03039.
     """
 
+    configs = CONFIGS
+
     def __init__(self, image_shape, n_levels=3, n_steps=32, hidden_channels=512, *, parametrization="plain", scale=None,
-                 layout="chunk", order="shift_scale", shift_first=True, learn_prior=True, conditioner=ConvNet):
-        image_shape = tuple(image_shape)
-        if len(image_shape) != 3 or min(image_shape) < 1:
-            raise ValueError(f"image_shape: expected (C, H, W), got {image_shape}")
-        for name, value in (("n_levels", n_levels), ("n_steps", n_steps), ("hidden_channels", hidden_channels)):
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value}")
-        if image_shape[1] % 2**n_levels or image_shape[2] % 2**n_levels:
-            raise ValueError(f"image_shape: expected height and width divisible by 2**n_levels = {2**n_levels}, "
-                             f"got {image_shape}")
+                 layout="chunk", order="shift_scale", shift_first=True, learn_prior=True, conditioner=ConvNet,
+                 squeeze="space_to_depth", context_features=None, context_channels=None):
+        image_shape = check_image_model(image_shape, 2**n_levels if n_levels > 0 else 1, n_levels=n_levels,
+                                        n_steps=n_steps, hidden_channels=hidden_channels)
+        checks.choice("squeeze", squeeze, tuple(SQUEEZES))
+        context = {name: value for name, value in (("context_features", context_features),
+                                                   ("context_channels", context_channels)) if value is not None}
         coupling = {"scale": ScaleMap.glow() if scale is None else scale, "layout": layout, "order": order,
                     "shift_first": shift_first}
-        super().__init__(GlowTransform(image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior,
-                                       conditioner, coupling), StandardNormal((math.prod(image_shape),)))
+        transform = GlowTransform(image_shape, n_levels, n_steps, hidden_channels, parametrization, learn_prior,
+                                  conditioner, coupling, squeeze, context)
+        super().__init__(transform, StandardNormal((math.prod(image_shape),)))
         self.image_shape = image_shape

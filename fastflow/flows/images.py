@@ -6,7 +6,7 @@ import torch
 
 from fastflow import checks
 
-__all__ = ["bits_per_dim", "dequantize"]
+__all__ = ["bits_per_dim", "check_image_model", "dequantize"]
 
 
 def dequantize(x, n_bins=256, *, generator=None, dtype=torch.float32):
@@ -41,3 +41,17 @@ def bits_per_dim(log_prob, n_dims, n_bins=256):
         n_bins: as in dequantize.
     """
     return (n_dims * math.log(n_bins) - log_prob) / (n_dims * math.log(2.0))
+
+
+def check_image_model(image_shape, divisor, **sizes):
+    """``image_shape`` as a tuple (C, H, W) with H and W divisible by ``divisor``; ValueError naming the argument else,
+    or if one of ``sizes`` is no positive int."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive int, got {value!r}")
+    image_shape = tuple(image_shape)
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(f"image_shape: expected (C, H, W), got {image_shape}")
+    if image_shape[1] % divisor or image_shape[2] % divisor:
+        raise ValueError(f"image_shape: expected height and width divisible by {divisor}, got {image_shape}")
+    return image_shape

@@ -54,12 +54,15 @@ class MADE(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
         checks.choice("layout", layout, ("chunk", "interleave"))
-        order = torch.arange(features) if order is None else torch.as_tensor(order, dtype=torch.int64).cpu()
-        if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(features)):
+        # Masks are worked out on the CPU whatever the default device, which may be the meta device.
+        order = range(features) if order is None else order
+        order = order.cpu() if isinstance(order, torch.Tensor) else torch.tensor(order, device="cpu")
+        order = order.to(torch.int64)
+        if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(features, device="cpu")):
             raise ValueError(f"order: expected each of 0..{features - 1} once, got {order.tolist()}")
         self.features, self.params_per_feature = features, params_per_feature
         self.context_features, self.layout = context_features, layout
-        self.register_buffer("order", order)
+        self.register_buffer("order", order.to(torch.get_default_device()))
 
         lowest = 0 if context_features is not None or features == 1 else 1
         degrees = [_spread(size, lowest, max(features - 1, lowest)) for size in hidden]
@@ -69,7 +72,7 @@ class MADE(nn.Module):
         for degree in (*degrees, outputs):
             masks.append(degree[:, None] >= below[None, :])
             below = degree
-        self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks)
+        self.layers = nn.ModuleList(MaskedLinear(mask.to(torch.get_default_device())) for mask in masks)
         self.activations = nn.ModuleList(activation() for _ in hidden)
         self.context_layer = None
         if context_features is not None:
@@ -195,7 +198,7 @@ class _Buffer:
 
 def _spread(size, low, high):
     """``size`` degrees from low to high, ascending, each as often as any other; both ends occur if they can."""
-    count, index = high - low + 1, torch.arange(size)
+    count, index = high - low + 1, torch.arange(size, device="cpu")
     if size >= count:
         return low + index * count // size
     return low + torch.round(index * (count - 1) / max(size - 1, 1)).long()

@@ -4,12 +4,21 @@ import torch
 from torch import nn
 
 from fastflow import checks
-from fastflow.flows.base import StandardNormal
+from fastflow.flows.base import StandardLogistic, StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.transform import Compose
 from fastflow.nn import MLP, AffineCoupling
 
-__all__ = ["NICE", "DiagonalScale"]
+__all__ = ["CONFIGS", "NICE", "DiagonalScale"]
+
+CONFIGS = {
+    "mnist": {"features": 784, "n_layers": 4, "hidden": (1000,) * 5, "prior": "logistic"},
+    "tfd": {"features": 2304, "n_layers": 4, "hidden": (5000,) * 4},
+    "svhn": {"features": 3072, "n_layers": 4, "hidden": (2000,) * 4, "prior": "logistic"},
+    "cifar10": {"features": 3072, "n_layers": 4, "hidden": (2000,) * 4, "prior": "logistic"},
+}
+"""The paper's models by name, for :meth:`NICE.from_config` (Dinh et al. 2015, section 5.1). The paper splits odd from
+even features, which a permutation of the data makes halves."""
 
 
 class DiagonalScale(nn.Module):
@@ -36,8 +45,8 @@ class DiagonalScale(nn.Module):
 class NICE(Flow):
     """Additive couplings that take turns on the two halves of the features, and a diagonal scaling at the end.
 
-    The couplings keep volume; the density's scale comes from the diagonal alone. The base is N(0, I), and the flow
-    starts as the identity.
+    The couplings keep volume; the density's scale comes from the diagonal alone. The base is N(0, I) unless
+    ``prior`` says otherwise, and the flow starts as the identity.
 
     Args:
         features: D >= 1. With a single feature every coupling shifts it, given the context alone.
@@ -45,12 +54,17 @@ class NICE(Flow):
         hidden: sizes of each conditioner's hidden layers.
         context_features: size of the context (B, context_features) that conditions the density, or None.
         activation: constructor of the activation module.
+        prior: the base, "normal" or "logistic".
 
     References:
         Dinh et al., "NICE: non-linear independent components estimation", 2015, arXiv:1410.8516.
     """
 
-    def __init__(self, features, *, n_layers=4, hidden=(64, 64), context_features=None, activation=nn.ReLU):
+    configs = CONFIGS
+
+    def __init__(self, features, *, n_layers=4, hidden=(64, 64), context_features=None, activation=nn.ReLU,
+                 prior="normal"):
+        checks.choice("prior", prior, ("normal", "logistic"))
         if isinstance(features, bool) or not isinstance(features, int) or features < 1:
             raise ValueError(f"features: expected a positive int, got {features!r}")
         if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 0:
@@ -62,5 +76,6 @@ class NICE(Flow):
             passive, active = (features - first, first) if flip else (first, features - first)
             conditioner = MLP(passive, active, hidden, context_features=context_features, activation=activation)
             layers.append(AffineCoupling(conditioner, flip=flip, scale="additive"))
-        super().__init__(Compose(*layers, DiagonalScale(features)), StandardNormal((features,)))
+        base = StandardNormal if prior == "normal" else StandardLogistic
+        super().__init__(Compose(*layers, DiagonalScale(features)), base((features,)))
         self.features = features

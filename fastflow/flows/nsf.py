@@ -8,10 +8,28 @@ from fastflow.flows.autoregressive import MaskedAutoregressive
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.permutation import Permute
+from fastflow.flows.tabular import FEATURES
 from fastflow.flows.transform import Compose
 from fastflow.nn import MLP, ActNorm, SplineCoupling
 
-__all__ = ["NSF", "SplineTransformer"]
+__all__ = ["CONFIGS", "NSF", "SplineTransformer"]
+
+
+def _configs():
+    coupling = {"power": (10, 256, 8), "gas": (10, 256, 8), "hepmass": (20, 128, 8), "miniboone": (10, 32, 4),
+                "bsds300": (20, 128, 8)}
+    autoregressive = {"power": (10, 256, 8), "gas": (10, 256, 8), "hepmass": (10, 256, 8), "miniboone": (10, 64, 4),
+                      "bsds300": (10, 512, 8)}
+    return {name + suffix: {"features": FEATURES[name], "n_layers": n_layers, "hidden": (width,) * 4, "n_bins": n_bins,
+                            "permutation": "random", "autoregressive": suffix == "-ar"}
+            for suffix, sizes in (("", coupling), ("-ar", autoregressive))
+            for name, (n_layers, width, n_bins) in sizes.items()}
+
+
+CONFIGS = _configs()
+"""The tabular models of the paper by name, for :meth:`NSF.from_config`, "power" with couplings, "power-ar"
+autoregressive, and so on. Networks have four hidden layers where the paper's have two residual blocks of two, and
+between layers stand permutations without its LU factors."""
 
 
 class SplineTransformer:
@@ -72,6 +90,8 @@ class NSF(Flow):
         Durkan et al., "Neural spline flows", 2019, arXiv:1906.04032.
     """
 
+    configs = CONFIGS
+
     def __init__(self, features, *, n_layers=8, n_bins=8, hidden=(64, 64), tail_bound=3.0, context_features=None,
                  autoregressive=False, permutation="flip", kind="rq", activation=nn.ReLU):
         if features < 1:
@@ -98,7 +118,7 @@ def _coupling_layers(features, n_layers, options, permutation, hidden, context_f
         with torch.no_grad():
             conditioner.layers[-1].bias.copy_(coupling.identity_params().repeat(active))
         if permutation == "random" and index > 0:
-            layers.append(Permute(torch.randperm(features)))
+            layers.append(Permute(torch.randperm(features, device="cpu").tolist()))
         layers.append(coupling)
     return layers
 
@@ -106,7 +126,7 @@ def _coupling_layers(features, n_layers, options, permutation, hidden, context_f
 def _autoregressive_layers(features, n_layers, options, permutation, hidden, context_features, activation):
     identity, layers = SplineCoupling(nn.Identity(), **options).identity_params(), []
     for index in range(n_layers):
-        order = torch.randperm(features) if permutation == "random" else torch.arange(features)
+        order = (torch.randperm if permutation == "random" else torch.arange)(features, device="cpu")
         layer = MaskedAutoregressive(features, hidden, order=order.flip(0) if index % 2 else order,
                                      context_features=context_features, transformer=SplineTransformer(**options),
                                      activation=activation)

@@ -19,10 +19,13 @@ class Permute(nn.Module):
 
     def __init__(self, permutation):
         super().__init__()
-        permutation = torch.as_tensor(permutation, dtype=torch.int64)
-        if permutation.dim() != 1 or not torch.equal(permutation.sort().values, torch.arange(len(permutation))):
-            raise ValueError(f"permutation: expected each of 0..C-1 once, got {permutation.tolist()}")
-        self.register_buffer("permutation", permutation)
+        # Checked on the CPU whatever the default device, which may be the meta device.
+        held = permutation.cpu() if isinstance(permutation, torch.Tensor) else torch.tensor(permutation, device="cpu")
+        held = held.to(torch.int64)
+        if held.dim() != 1 or not torch.equal(held.sort().values, torch.arange(len(held), device="cpu")):
+            raise ValueError(f"permutation: expected each of 0..C-1 once, got {held.tolist()}")
+        device = permutation.device if isinstance(permutation, torch.Tensor) else torch.get_default_device()
+        self.register_buffer("permutation", held.to(device))
 
     def forward(self, x, context=None):
         return self._take(x, self.permutation)

@@ -4,10 +4,15 @@ from torch import nn
 
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
+from fastflow.flows.tabular import masked_configs
 from fastflow.flows.transform import Compose
 from fastflow.nn import MLP, ActNorm, AffineCoupling
 
-__all__ = ["RealNVP"]
+__all__ = ["CONFIGS", "RealNVP"]
+
+CONFIGS = masked_configs()
+"""The tabular models by name, for :meth:`RealNVP.from_config`: those of :func:`tabular.masked_configs`. One network
+gives scale and shift, where the original has one for each."""
 
 
 class RealNVP(Flow):
@@ -27,6 +32,8 @@ class RealNVP(Flow):
     References:
         Dinh et al., "Density estimation using Real NVP", 2017, arXiv:1605.08803.
     """
+
+    configs = CONFIGS
 
     def __init__(self, features, *, n_layers=8, hidden=(64, 64), context_features=None, scale="tanh",
                  activation=nn.ReLU):

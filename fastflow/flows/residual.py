@@ -13,7 +13,10 @@ from fastflow.flows.lipschitz import LipschitzMLP, LipSwish
 from fastflow.flows.transform import Compose
 from fastflow.nn import ActNorm
 
-__all__ = ["InvertibleResidual", "ResidualFlow"]
+__all__ = ["CONFIGS", "InvertibleResidual", "ResidualFlow"]
+
+CONFIGS = {"checkerboard-2d": {"features": 2, "n_layers": 100, "hidden": (128, 128, 128)}}
+"""The density model of the paper's section 5.1 by name, for :meth:`ResidualFlow.from_config`."""
 
 MAX_TERMS = 2000  # of the Neumann series of an implicit gradient: L = 0.98 to float64's rounding
 
@@ -231,6 +234,8 @@ class ResidualFlow(Flow):
     References:
         Chen et al., "Residual flows for invertible generative modeling", 2019, arXiv:1906.02735.
     """
+
+    configs = CONFIGS
 
     def __init__(self, features, *, n_layers=8, hidden=(64, 64), context_features=None, bound=0.97,
                  activation=LipSwish, actnorm=True, **options):

@@ -92,7 +92,7 @@ class Affine(ScalarTransform):
             else:
                 self.register_buffer(name, torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor)
                                                            else torch.float64))
-        if bool((self.scale == 0).any()):
+        if not self.scale.is_meta and bool((self.scale == 0).any()):
             raise ValueError("scale: expected values other than 0")
 
     def f(self, x):

@@ -17,7 +17,8 @@ class Transform(Protocol):
     The log-determinants are (B,), in nats, and opposite: t(x) = (z, l) and t.inverse(z) = (x, -l). A transform whose
     noise is made of several latents packed as one (B, D) tensor also has ``unpack(z)``; one with data-dependent
     parameters has ``initialize(x, context=None)``, which sets them from a batch and returns z; one whose noise has
-    another shape than its data has ``noise_shape(event_shape)``, shapes without the batch dimension; one that only runs
+    another shape than its data has ``noise_shape(event_shape)``, shapes without the batch dimension, and for use in an
+    :class:`Inverse` the other way ``data_shape(event_shape)``; one that only runs
     others in turn has ``parts()``, which lists them.
     """
 
@@ -123,6 +124,10 @@ class Inverse(nn.Module):
 
     def inverse(self, z, context=None):
         return self.transform(z, context)
+
+    def noise_shape(self, event_shape):
+        """The transform's ``data_shape`` of it, where shapes change, else the shape itself."""
+        return (self.transform.data_shape if hasattr(self.transform, "data_shape") else tuple)(event_shape)
 
     def parts(self):
         """The parts of the transform, each the other way, in the order in which they run then."""

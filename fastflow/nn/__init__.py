@@ -6,12 +6,16 @@ The layers that are transforms map data to noise, ``layer(x, context=None) -> (z
 
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AffineCoupling
+from fastflow.nn.context import ContextShift
 from fastflow.nn.conv_net import ConvNet
+from fastflow.nn.conv_resnet import ConvResNet
+from fastflow.nn.gated_attention import GatedAttentionNet
 from fastflow.nn.gaussian_sample import GaussianSample
 from fastflow.nn.invertible_conv import InvertibleConv1x1
+from fastflow.nn.mixture_coupling import MixtureCoupling
 from fastflow.nn.mlp import MLP
 from fastflow.nn.spline_coupling import SplineCoupling
 from fastflow.nn.weight_bank import WeightBank
 
-__all__ = ["MLP", "ActNorm", "AffineCoupling", "ConvNet", "GaussianSample", "InvertibleConv1x1", "SplineCoupling",
-           "WeightBank"]
+__all__ = ["MLP", "ActNorm", "AffineCoupling", "ContextShift", "ConvNet", "ConvResNet", "GatedAttentionNet",
+           "GaussianSample", "InvertibleConv1x1", "MixtureCoupling", "SplineCoupling", "WeightBank"]

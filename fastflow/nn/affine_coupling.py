@@ -15,11 +15,13 @@ __all__ = ["AffineCoupling"]
 class AffineCoupling(Coupling):
     """z keeps the passive part of x and transforms the rest, z = x*s + t, with s and t computed from the passive part.
 
-    Three ways to split x (B, C, *S):
+    Four ways to split x (B, C, *S):
 
     - "channel": along dim 1 into the first C // 2 channels and the rest (one more if C is odd). The first half is
       passive, with ``flip`` the second; channels keep their places. The conditioner sees the passive half and returns
       params of twice the channels of the other.
+    - a list of indices: those channels are passive, with ``flip`` the others; otherwise like "channel". The conditioner
+      sees them in that order, or the others in theirs.
     - "checkerboard": a position is passive where the sum of its spatial indices (for (B, D) data the feature's index)
       is even, with ``flip`` where it is odd.
     - a mask, a tensor of zeros and ones that broadcasts against x.shape[1:] from the right, so (C, 1, 1) selects

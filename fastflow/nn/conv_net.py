@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import backends, functional
+from fastflow.nn.context import ContextShift
 
 __all__ = ["ConvNet"]
 
@@ -16,9 +17,14 @@ class ConvNet(nn.Module):
     Args:
         in_channels, out_channels: channels of input and output.
         hidden_channels: channels between.
+        context: keyword arguments of a ContextShift, which adds what the context says to the first convolution's
+            answer; none for a network without a context.
+
+    Raises:
+        ValueError: on a call, a context of another shape than the network was built for.
     """
 
-    def __init__(self, in_channels, out_channels, hidden_channels):
+    def __init__(self, in_channels, out_channels, hidden_channels, **context):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden_channels, hidden_channels, 1)
@@ -28,14 +34,17 @@ class ConvNet(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.conv3.weight)
         nn.init.zeros_(self.conv3.bias)
+        self.context = ContextShift(hidden_channels, **context)
 
     def forward(self, x, context=None):
+        shift = self.context(x, context)
         layers = self.conv1, self.conv2, self.conv3
-        if all(map(_plain, layers)):
+        if shift is None and all(map(_plain, layers)):
             operands = (x, *(p for layer in layers for p in (layer.weight, layer.bias)))
             if backends.serves("conv_net", *operands):
                 return functional.conv_net(*operands)
-        h = F.relu(self.conv1(x), inplace=True)  # a convolution does not keep its own output
+        h = self.conv1(x)
+        h = F.relu(h if shift is None else h + shift, inplace=True)  # a convolution does not keep its own output
         return self.conv3(F.relu(self.conv2(h), inplace=True))
 
 

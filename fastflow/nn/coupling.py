@@ -12,11 +12,14 @@ __all__ = ["Coupling"]
 class Coupling(nn.Module):
     """The split into a passive and an active part, both directions, and masks.
 
-    A kind of coupling adds ``params_per_channel``, ``_couple_channels``, ``_transform`` and ``_select``.
+    A kind of coupling adds ``params_per_channel`` and either ``_elementwise``, for params that lie side by side for
+    each channel, or ``_couple_channels``, ``_transform`` and ``_select``.
 
     Args:
         conditioner: module, called with the passive part, and with the context as second argument if one is given.
-        split: "channel", "checkerboard" or a mask of zeros and ones.
+        split: "channel", "checkerboard", the indices of the passive channels (a list, tuple or range) or a mask of
+            zeros and ones. Indices are kept as a buffer, so that a state dict brings its own: those of a random
+            permutation's first half make a permuted split.
         flip: exchanges the two parts.
     """
 
@@ -25,8 +28,14 @@ class Coupling(nn.Module):
         self.conditioner = conditioner
         self.flip = bool(flip)
         self.mask_ones = 0
-        mask = None
-        if isinstance(split, torch.Tensor):
+        mask = index = None
+        if isinstance(split, (list, tuple, range)):
+            index, self.split = list(split), "index"
+            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in index) or len({*index}) < len(index):
+                raise ValueError(f"split: expected indices of channels, each once, got {split!r}")
+            self.index_end = max(index, default=-1) + 1
+            index = torch.tensor(index, dtype=torch.int64)
+        elif isinstance(split, torch.Tensor):
             mask, self.split = split.detach() != 0, "mask"
             if not torch.equal(mask.to(split.dtype), split.detach()):
                 raise ValueError("split: expected a mask of zeros and ones, got other values")
@@ -35,6 +44,7 @@ class Coupling(nn.Module):
             checks.choice("split", split, ("channel", "checkerboard"))
             self.split = split
         self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("index", index)
 
     def forward(self, x, context=None, *, logdet=None):
         """(z, logdet) of x (B, C, *S): data to noise. A running ``logdet`` (B,) is added to the result."""
@@ -67,15 +77,25 @@ class Coupling(nn.Module):
 
     def _couple_channels(self, x, parts, params, inverse, logdet):
         """(y, logdet) of x, whose passive and active channels are ``parts``."""
-        raise NotImplementedError
+        passive, active = parts
+        channels = active.shape[1] * self.params_per_channel
+        checks.shape("conditioner output", params, (x.shape[0], channels, *x.shape[2:]))
+        y, logdet = self._transform(active, params, inverse, logdet, None if self.flip else passive)
+        return torch.cat([y, passive.to(y.dtype)], 1) if self.flip else y, logdet
 
     def _transform(self, x, params, inverse, logdet, passive):
         """(y, logdet) of the active elements x, behind ``passive`` along dim 1 if there is one."""
+        y, logdet = self._elementwise(x, params, inverse, logdet)
+        return y if passive is None else torch.cat([passive.to(y.dtype), y], 1), logdet
+
+    def _elementwise(self, x, params, inverse, logdet):
+        """(y, logdet) of the active elements x."""
         raise NotImplementedError
 
     def _select(self, params, active):
         """The params (B, C * params_per_channel, *S) of the elements with these indices of the flattened C*S."""
-        raise NotImplementedError
+        per_element = params.unflatten(1, (-1, self.params_per_channel)).movedim(2, -1)
+        return per_element.flatten(1, -2).index_select(1, active).flatten(1)
 
     def _run(self, x, context, inverse, logdet):
         checks.tensor("x", x)
@@ -86,11 +106,24 @@ class Coupling(nn.Module):
 
     def _parts(self, x):
         """The channels (passive, active) of x; None where a mask tells them apart."""
+        if self.split == "index":
+            order, _ = self._order(x)
+            parts = x.index_select(1, order).split([len(self.index), x.shape[1] - len(self.index)], 1)
+            return parts[::-1] if self.flip else parts
         if self.split != "channel":
             return None
         half = x.shape[1] // 2
         first, second = torch.split(x, [half, x.shape[1] - half], 1)
         return (second, first) if self.flip else (first, second)
+
+    def _order(self, x):
+        """The channels with the indexed ones in front, and the way back."""
+        if x.shape[1] < self.index_end:
+            raise ValueError(f"x: expected at least {self.index_end} channels for the indices of split, got shape "
+                             f"{tuple(x.shape)}")
+        first = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device).index_fill_(0, self.index, True)
+        order = torch.cat([self.index, partition(first)[0][len(self.index):]])
+        return order, torch.argsort(order)
 
     def _condition(self, x, parts, context):
         """The params, of x or of z: the conditioner sees what both have in common."""
@@ -100,6 +133,10 @@ class Coupling(nn.Module):
     def _couple(self, x, parts, params, inverse, logdet):
         if parts is None:
             return self._couple_masked(x, params, inverse, logdet)
+        if self.split == "index":
+            y, logdet = self._transform(parts[1], params, inverse, logdet, None)
+            parts = (y, parts[0].to(y.dtype)) if self.flip else (parts[0].to(y.dtype), y)
+            return torch.cat(parts, 1).index_select(1, self._order(x)[1]), logdet
         return self._couple_channels(x, parts, params, inverse, logdet)
 
     def _couple_masked(self, x, params, inverse, logdet):

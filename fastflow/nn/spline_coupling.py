@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastflow import checks, functional
+from fastflow import functional
 from fastflow.nn.coupling import Coupling
 
 __all__ = ["SplineCoupling"]
@@ -13,8 +13,9 @@ __all__ = ["SplineCoupling"]
 class SplineCoupling(Coupling):
     """z keeps the passive part of x and sends each element of the rest through a monotonic spline of its own.
 
-    x (B, C, *S) is split as by nn.AffineCoupling: along the channels, in a checkerboard, or by a mask of zeros and ones
-    (1 passive); ``flip`` exchanges the parts. Outside [-tail_bound, tail_bound] an element stays as it is.
+    x (B, C, *S) is split as by nn.AffineCoupling: along the channels, by their indices, in a checkerboard, or by a
+    mask of zeros and ones (1 passive); ``flip`` exchanges the parts. Outside [-tail_bound, tail_bound] an element stays
+    as it is.
 
     Args:
         conditioner: module, called with the passive part, and with the context as second argument if one is given;
@@ -62,17 +63,5 @@ class SplineCoupling(Coupling):
             params[2 * self.n_bins:] = math.log(math.expm1(1.0 - least)) if clamp is None else log / (1 + log / clamp)
         return params
 
-    def _couple_channels(self, x, parts, params, inverse, logdet):
-        passive, active = parts
-        channels = active.shape[1] * self.params_per_channel
-        checks.shape("conditioner output", params, (x.shape[0], channels, *x.shape[2:]))
-        y, logdet = self._transform(active, params, inverse, logdet, None if self.flip else passive)
-        return torch.cat([y, passive.to(y.dtype)], 1) if self.flip else y, logdet
-
-    def _transform(self, x, params, inverse, logdet, passive):
-        y, logdet = functional.spline(x, params, inverse=inverse, logdet=logdet, **self.options)
-        return y if passive is None else torch.cat([passive.to(y.dtype), y], 1), logdet
-
-    def _select(self, params, active):
-        per_element = params.unflatten(1, (-1, self.params_per_channel)).movedim(2, -1)
-        return per_element.flatten(1, -2).index_select(1, active).flatten(1)
+    def _elementwise(self, x, params, inverse, logdet):
+        return functional.spline(x, params, inverse=inverse, logdet=logdet, **self.options)

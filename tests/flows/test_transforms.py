@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastflow import flows
-from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1, SplineCoupling
+from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1, MixtureCoupling, SplineCoupling
 
 MASK = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
 
@@ -50,7 +50,16 @@ CASES = {
     "spline-mask": (lambda: SplineCoupling(conv(3, 15), n_bins=2, split=MASK, flip=True), (3, 2, 2)),
     "spline-mask-vector": (
         lambda: SplineCoupling(MLP(4, 20, (5,)), n_bins=2, split=torch.tensor([1, 0, 0, 1]), clamp=6.9), (4,)),
+    "coupling-index": (lambda: AffineCoupling(MLP(2, 6, (5,)), scale="sigmoid", split=[3, 0]), (5,)),
+    "spline-index-flip": (lambda: SplineCoupling(conv(1, 16), n_bins=3, split=[0, 2], flip=True), (3, 2, 2)),
+    "mixture": (lambda: MixtureCoupling(MLP(2, 24, (5,)), n_components=2), (5,)),
+    "mixture-image-flip": (lambda: MixtureCoupling(conv(2, 8), n_components=2, flip=True), (3, 2, 2)),
+    "mixture-checkerboard": (lambda: MixtureCoupling(conv(2, 16), n_components=2, split="checkerboard"), (2, 3, 3)),
+    "mixture-mask": (lambda: MixtureCoupling(conv(3, 24), n_components=2, split=MASK, flip=True), (3, 2, 2)),
+    "logistic-mixture": (lambda: flows.LogisticMixture((2, 3), 2), (2, 3)),
     "squeeze": (flows.Squeeze, (2, 2, 4)),
+    "haar": (flows.HaarSqueeze, (2, 2, 4)),
+    "checkerboard-squeeze": (flows.CheckerboardSqueeze, (2, 3, 4)),
     "permute": (lambda: flows.Permute([2, 0, 1]), (3, 2)),
     "reverse": (flows.Reverse, (3, 2)),
     "log": (flows.Log, (3,)),
@@ -67,6 +76,11 @@ CASES = {
         lambda: flows.NSF(3, n_layers=3, n_bins=4, hidden=(6,), permutation="random", kind="linear").transform, (3,)),
     "glow-step": (lambda: flows.GlowStep(4, ConvNet(2, 4, 6)), (4, 2, 2)),
     "glow": (small_glow, (1, 4, 4)),
+    "glow-haar": (lambda: small_glow(squeeze="haar", scale="additive"), (1, 4, 4)),
+    "realnvp-image": (lambda: flows.RealNVPImage((1, 4, 4), 2, 1, 3, 1, alpha=None).transform, (1, 4, 4)),
+    "flowpp": (lambda: flows.FlowPP((1, 2, 4), n_checkerboard=1, n_channel=1, n_final=1, n_components=2,
+                                    hidden_channels=4, n_blocks=1, n_heads=2, dropout=0.0, alpha=None,
+                                    dequantization=None).transform, (1, 2, 4)),
     "glow-plu": (lambda: small_glow(parametrization="plu", learn_prior=False, scale="tanh"), (1, 4, 4)),
 }
 
