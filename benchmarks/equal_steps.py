@@ -1,12 +1,12 @@
 """Held-out bits/dim after equally many steps from equal weights: fastflow's Glow beside the same Glow elsewhere.
 
-    python -m benchmarks.equal_steps [--steps 400] [--results FOLDER]
+    python -m benchmarks.equal_steps [--steps 200] [--results FOLDER]
 
 The pairs of benchmarks.equal_time, in step: both see one batch with one noise, take one step of Adam at the same rate
-(a warm-up, then a cosine down to zero), and are evaluated on the same held-out photographs. normflows' Glow has fastflow's parameters, up to signs that Adam
-does not see, so that the two differ by rounding alone. nflows writes the same densities in other coordinates (its 1x1
-weight is a product of triangular ones, its shifts come after the scales, its convolutions have a bias of their own),
-which Adam does see: there the likelihood, not the path, is the same.
+(a warm-up, then a cosine down to zero), and are evaluated on the same held-out photographs. Adam sees coordinates, so each
+pair has the same: normflows' are fastflow's up to signs; for nflows, fastflow's Glow is written in nflows' (see
+benchmarks.coordinates), and the bias of nflows' 1x1 convolution, which its actnorm has already, rests. In float64, so
+that what is left is not the growth of rounding along two chaotic paths; --dtype float32 shows that.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import contest, equal_time, run
+from benchmarks import contest, coordinates, equal_time, peers, run
 from fastflow import data
 from fastflow.flows import dequantize
 
@@ -29,12 +29,12 @@ MARKS = 4  # evaluations, evenly spread
 class Pair:
     """fastflow's Glow and a peer's, equal weights, which ``step()`` trains on the same batch."""
 
-    def __init__(self, name, sizes, train, batch_size, learning_rate, n_steps, *, dtype=torch.float32, only=None):
+    def __init__(self, name, sizes, train, batch_size, learning_rate, n_steps, dtype=torch.float64):
         first = dequantize(train[:256], generator=torch.Generator().manual_seed(1))
         models = [model.to(dtype) for model in equal_time.equal_models(name, sizes, SETTINGS[name], first)]
-        for model in models if only is not None else ():
-            for key, parameter in model.named_parameters():
-                parameter.requires_grad_(only(key))
+        peers.module(name).load_glow(models[1], models[0])  # anew: the first time rounded to float32
+        if name == "nflows":
+            coordinates.as_nflows(*models)
         optimizers = [contest.fused_adam(model, learning_rate) for model in models]
         steps = [make(model, optimizer) for make, model, optimizer in
                  zip((equal_time.own_step, equal_time.peer_step), models, optimizers, strict=True)]
@@ -74,20 +74,22 @@ def compare(pair, held_out):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--n-steps", type=int, default=4, help="of the flow, in each of its three levels (4)")
+    parser.add_argument("--n-steps", type=int, default=2, help="of the flow, in each of its three levels (2)")
     parser.add_argument("--hidden-channels", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--held-out", type=int, default=512, help="test images evaluated (512)")
+    parser.add_argument("--held-out", type=int, default=256, help="test images evaluated (256)")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
     parser.add_argument("--results", type=Path, help="folder for the JSON; none is written without it")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     photos = data.load("photos")
     held_out = equal_time.held_out_images(photos.test, args.held_out)
     sizes = {"n_steps": args.n_steps, "hidden_channels": args.hidden_channels}
-    rows = [compare(Pair(name, sizes, photos.train, args.batch_size, args.learning_rate, args.steps), held_out)
+    rows = [compare(Pair(name, sizes, photos.train, args.batch_size, args.learning_rate, args.steps,
+                         getattr(torch, args.dtype)), held_out)
             for name in SETTINGS]
     if args.results:
         settings = {key: value for key, value in vars(args).items() if key != "results"}

@@ -1,8 +1,8 @@
 """Two-dimensional densities known exactly, to hold a model's density against: KL in nats, not pictures.
 
 Each has ``event_shape`` (2,), ``log_prob(x)`` (B,) in nats, normalised, in x's dtype, -inf outside the support, and
-``sample(n, generator=None, dtype=torch.float32)`` (n, 2), independent draws. All of them have zero mean or nearly so and
-a spread of one to two, the range that flows are built for. ``TARGETS`` names one of each.
+``sample(n, generator=None, dtype=torch.float32)`` (n, 2), independent draws. Mean and spread are about 0 and 1, the
+range that flows are built for. ``TARGETS`` names one of each.
 """
 
 import math
@@ -130,8 +130,8 @@ class Checkerboard(_Target):
 class Moons(_Target):
     """Two interleaved half circles of radius 1 blurred by N(0, sigma^2 I), centred and multiplied by ``scale``.
 
-    With c(t) = (cos t - 1/2, sin t - 1/4) the density at scale 1 is the mean over the two moons, c and -c, of the integral of
-    N(x; c(t), sigma^2 I) dt / pi over [0, pi]. Gauss-Legendre's rule with ``n_nodes`` nodes is exact to rounding for
+    With c(t) = (cos t - 1/2, sin t - 1/4) the density at scale 1 is the mean over the two moons, c and -c, of the
+    integral of N(x; c(t), sigma^2 I) dt / pi over [0, pi]. Gauss-Legendre's rule with ``n_nodes`` nodes is exact to rounding for
     sigma >= 0.05.
     """
 
