@@ -1,4 +1,4 @@
-"""fastflow's Glow with its parameters written as nflows writes them: to Adam, which sees coordinates, the same model."""
+"""fastflow's Glow with its parameters written as nflows writes them, for Adam sees coordinates."""
 
 import torch
 from torch import nn

@@ -2,8 +2,8 @@
 
     python -m benchmarks.equal_steps [--steps 200] [--results FOLDER]
 
-The pairs of benchmarks.equal_time, in step: both see one batch with one noise, take one step of Adam at the same rate
-(a warm-up, then a cosine down to zero), and are evaluated on the same held-out photographs. Adam sees coordinates, so each
+The pairs of benchmarks.equal_time, in step: both see one batch with one noise, take one step of Adam at one rate (a
+warm-up, then a cosine down to zero), and are evaluated on the same held-out photographs. Adam sees coordinates, so each
 pair has the same: normflows' are fastflow's up to signs; for nflows, fastflow's Glow is written in nflows' (see
 benchmarks.coordinates), and the bias of nflows' 1x1 convolution, which its actnorm has already, rests. In float64, so
 that what is left is not the growth of rounding along two chaotic paths; --dtype float32 shows that.

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastflow import diagnostics, flows
+from fastflow import flows
 from fastflow.engine.precision import Lowered
 from fastflow.functional import ScaleMap
 from fastflow.nn import MLP, AffineCoupling, SplineCoupling

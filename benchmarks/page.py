@@ -45,6 +45,17 @@ and see the same batches in the same order with the same noise, learning rate an
 engine.TrainStep. Arguments: {arguments}. `python -m benchmarks.equal_time`
 """
 
+EQUAL_STEPS = """\
+Bits/dim of held-out photographs, lower is better, after equally many steps from equal weights on the same batches with
+the same noise, in the same coordinates, in float64. Arguments: {arguments}. `python -m benchmarks.equal_steps`
+"""
+
+TOY2D = """\
+KL(target || flow) in nats to densities known exactly (`fastflow.data.toy2d`), the mean over {seeds} seeds, then the
+worst of them; "stated" is what a test holds the mean to. {steps} steps of {batch_size} draws; Monte-Carlo over
+{evaluated} draws that training never saw. `python -m benchmarks.toy2d`
+"""
+
 LAUNCHES = """\
 A training step of Glow 3x32x32, 3 levels x {n_steps} steps. A launch is a dispatched operator that is neither a view
 nor an allocation, fastflow's own counted as the kernels that they declare: a lower bound of what a GPU launches, exact
@@ -126,17 +137,25 @@ def _no_gain(device, used):
     return [f"## No gain{where}", "", f"Every ratio above that is below {NO_GAIN}:", "", *(found or ["- none"]), ""]
 
 
+def _arguments(record):
+    return ", ".join(f"{key} {value}" for key, value in record["arguments"].items()) if record else ""
+
+
 def render():
     """The page as a string."""
-    equal_time, launches = (next(iter(records(f"cpu-{name}-*.json")), None)
-                            for name in ("equal-time", "peer-launches"))
-    arguments = {} if equal_time is None else equal_time["arguments"]
+    equal_time, equal_steps, toy2d, launches = (
+        next(iter(records(f"cpu-{name}-*.json")), None)
+        for name in ("equal-time", "equal-steps", "toy2d", "peer-launches"))
     lines = [HEAD]
     gpu = newest("cuda", lambda row: True)
     if gpu is None:
         lines += ["Nothing on this page has been measured on a GPU. Launches are counts, not times.", ""]
-    lines += _section("Equal wall time", EQUAL_TIME.format(
-        arguments=", ".join(f"{key} {value}" for key, value in arguments.items())), equal_time, table.equal_time)
+    lines += _section("Equal wall time", EQUAL_TIME.format(arguments=_arguments(equal_time)), equal_time,
+                      table.equal_time)
+    lines += _section("Equal steps", EQUAL_STEPS.format(arguments=_arguments(equal_steps)), equal_steps,
+                      table.equal_steps)
+    words = TOY2D.format(**toy2d["arguments"]) if toy2d else ""
+    lines += _section("Densities known exactly", words, toy2d, table.toy2d)
     lines += _section("Launches and memory", LAUNCHES.format(n_steps=launches["n_steps"] if launches else ""), launches,
                       table.launches)
     for device in ("cpu",) if gpu is None else ("cpu", "cuda"):

@@ -39,7 +39,7 @@ def simulate(n, seed=0):
     return x
 
 
-def fit(steps=350, batch=256, seed=0):
+def fit(steps=250, batch=256, seed=0):
     torch.manual_seed(seed)
     data = simulate(2000, seed)
     flow = flows.NSF(2, n_layers=6, hidden=(32, 32), tail_bound=4.0)

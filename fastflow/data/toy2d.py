@@ -131,8 +131,8 @@ class Moons(_Target):
     """Two interleaved half circles of radius 1 blurred by N(0, sigma^2 I), centred and multiplied by ``scale``.
 
     With c(t) = (cos t - 1/2, sin t - 1/4) the density at scale 1 is the mean over the two moons, c and -c, of the
-    integral of N(x; c(t), sigma^2 I) dt / pi over [0, pi]. Gauss-Legendre's rule with ``n_nodes`` nodes is exact to rounding for
-    sigma >= 0.05.
+    integral of N(x; c(t), sigma^2 I) dt / pi over [0, pi]. Gauss-Legendre's rule with ``n_nodes`` nodes is exact to
+    rounding for sigma >= 0.05.
     """
 
     def __init__(self, sigma=0.1, scale=1.5, n_nodes=192):

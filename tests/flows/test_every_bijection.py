@@ -18,7 +18,8 @@ from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
 SEEDS, BATCH, CONTEXT = 20, 3, 2
 DOMAINS = {"real": lambda x: x, "positive": lambda x: x.abs() + 0.1, "unit": torch.sigmoid}
 # Exported, with forward and inverse, but no bijection by itself.
-NO_BIJECTION = {"Transform", "WeightBank", "ScalarTransform", "LinearMap", "Flow", "AffineTransformer", "SplineTransformer"}
+NO_BIJECTION = {"Transform", "ScalarTransform", "LinearMap", "Flow", "AffineTransformer", "SplineTransformer",
+                "WeightBank"}
 # Bijections to a solver's tolerance, whose sweeps stand elsewhere.
 TO_A_TOLERANCE = {"ContinuousTransform": "test_continuous.py", "FFJORD": "test_continuous.py"}
 
@@ -93,12 +94,14 @@ ROWS = {
     "Quantile": scalar(lambda: flows.Quantile(D.Normal(torch.tensor(0.5).double(), torch.tensor(1.3).double())),
                        domain="unit"),
     # linear
-    "Dense": plain(flows.Dense), "PLU": plain(flows.PLU), "QR": plain(flows.QR), "Householder": plain(flows.Householder),
+    "Dense": plain(flows.Dense), "PLU": plain(flows.PLU), "QR": plain(flows.QR),
+    "Householder": plain(flows.Householder),
     "Triangular": plain(flows.Triangular), "LowRank": plain(flows.LowRank), "Orthogonal": plain(flows.Orthogonal),
     "Orthogonal exp": plain(lambda n: flows.Orthogonal(n, method="exp")),
     "DiagonalScale": plain(flows.DiagonalScale), "ActNorm": plain(ActNorm),
     "Permute": plain(lambda n: flows.Permute(torch.randperm(n))), "Reverse": plain(lambda n: flows.Reverse()),
-    "InvertibleConv1x1": plain(InvertibleConv1x1), "InvertibleConv1x1 plu": plain(lambda n: InvertibleConv1x1(n, "plu")),
+    "InvertibleConv1x1": plain(InvertibleConv1x1),
+    "InvertibleConv1x1 plu": plain(lambda n: InvertibleConv1x1(n, "plu")),
     "InvertibleConv1x1 image": image(lambda s: InvertibleConv1x1(s[0], actnorm=ActNorm(s[0])), (1, 2, 2), (3, 2, 1),
                                      (4, 1, 3)),
     # couplings
@@ -109,7 +112,8 @@ ROWS = {
         (3, 1, 2)),
     "AffineCoupling mask": image(lambda s: AffineCoupling(conv(3, 6), split=MASK[:, :s[1]], scale="softplus"),
                                  (3, 1, 2), (3, 2, 2)),
-    "SplineCoupling": Row(lambda n, c: SplineCoupling(conditioner(n, c, 11), n_bins=4), contextual=True, tolerance=1e-7),
+    "SplineCoupling": Row(lambda n, c: SplineCoupling(conditioner(n, c, 11), n_bins=4), contextual=True,
+                          tolerance=1e-7),
     "SplineCoupling linear": Row(lambda n, c: SplineCoupling(conditioner(n, c, 4), n_bins=4, kind="linear"),
                                  contextual=True, tolerance=1e-7, density=False),
     "SplineCoupling checkerboard": image(lambda s: SplineCoupling(conv(s[0], 8 * s[0]), n_bins=3,
