@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import peers, table
+from benchmarks import peers, table, toy2d
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -143,7 +143,7 @@ def _arguments(record):
 
 def render():
     """The page as a string."""
-    equal_time, equal_steps, toy2d, launches = (
+    equal_time, equal_steps, record, launches = (
         next(iter(records(f"cpu-{name}-*.json")), None)
         for name in ("equal-time", "equal-steps", "toy2d", "peer-launches"))
     lines = [HEAD]
@@ -154,8 +154,8 @@ def render():
                       table.equal_time)
     lines += _section("Equal steps", EQUAL_STEPS.format(arguments=_arguments(equal_steps)), equal_steps,
                       table.equal_steps)
-    words = TOY2D.format(**toy2d["arguments"]) if toy2d else ""
-    lines += _section("Densities known exactly", words, toy2d, table.toy2d)
+    words = TOY2D.format(**record["arguments"]) if record else ""
+    lines += _section("Densities known exactly", words, record, lambda record: table.toy2d(record, toy2d.STATED))
     lines += _section("Launches and memory", LAUNCHES.format(n_steps=launches["n_steps"] if launches else ""), launches,
                       table.launches)
     for device in ("cpu",) if gpu is None else ("cpu", "cuda"):

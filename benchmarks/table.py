@@ -72,14 +72,15 @@ def equal_steps(results):
     return lines
 
 
-def toy2d(results):
-    """KL to every target: mean over the seeds, the worst seed, what is stated."""
+def toy2d(results, stated):
+    """KL to every target: mean over the seeds, the worst seed, what is stated of the mean."""
     models = list(dict.fromkeys(row["model"] for row in results["rows"]))
     lines = ["| target | " + " | ".join(f"{name} | stated" for name in models) + " |",
              "|---" * (1 + 2 * len(models)) + "|"]
     for target in dict.fromkeys(row["target"] for row in results["rows"]):
         rows = {row["model"]: row for row in results["rows"] if row["target"] == target}
-        cells = (f"{rows[name]['mean_kl_nats']:.4f} / {max(rows[name]['kl_nats']):.4f} | {rows[name]['stated_nats']}"
+        cells = (f"{rows[name]['mean_kl_nats']:.4f} / {max(rows[name]['kl_nats']):.4f} | "
+             f"{stated[target, name]:g}"
                  for name in models)
         lines.append(f"| {target} | " + " | ".join(cells) + " |")
     return lines
