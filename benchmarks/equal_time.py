@@ -60,13 +60,10 @@ class Contender:
             self.take_step(self.batches())
         self.seconds += elapsed
 
-    @torch.no_grad()
     def evaluate(self):
         """Append (seconds, steps, mean bits/dim of the held-out images) to the curve."""
-        bits = [bits_per_dim(self.model(x.contiguous(memory_format=self.batches.memory_format)), x[0].numel())
-                for x in self.held_out.split(64)]
-        self.curve.append({"seconds": round(self.seconds, 2), "steps": self.steps,
-                           "bits_per_dim": round(torch.cat(bits).double().mean().item(), 4)})
+        bits = held_out_bits(self.model, self.held_out, self.batches.memory_format)
+        self.curve.append({"seconds": round(self.seconds, 2), "steps": self.steps, "bits_per_dim": round(bits, 4)})
 
     def record(self):
         return {"name": self.name, "setting": self.setting, "parameters": peers.parameters(self.model),
@@ -86,7 +83,21 @@ def peer_step(model, optimizer):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
+        return loss.detach()
     return step
+
+
+def held_out_images(images, n):
+    """About n of the test images, spread over them all, dequantised with one noise for everybody."""
+    chosen = images[:: max(1, len(images) // n)][:n]
+    return dequantize(chosen, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def held_out_bits(model, images, memory_format=torch.contiguous_format):
+    """Mean bits/dim of dequantised images."""
+    bits = [bits_per_dim(model(x.contiguous(memory_format=memory_format)), x[0].numel()) for x in images.split(64)]
+    return torch.cat(bits).double().mean().item()
 
 
 def equal_models(name, sizes, setting, images, seed=0):
@@ -147,8 +158,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     photos = data.load("photos")
-    chosen = photos.test[:: max(1, len(photos.test) // args.held_out)][: args.held_out]
-    held_out = dequantize(chosen, generator=torch.Generator().manual_seed(2))
+    held_out = held_out_images(photos.test, args.held_out)
     sizes = {"n_steps": args.n_steps, "hidden_channels": args.hidden_channels}
     pairs = [pair(name, sizes, photos, held_out, args.batch_size, args.learning_rate) for name in PEERS]
     race([contender for both in pairs for contender in both], args.seconds, args.turn)

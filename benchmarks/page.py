@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import peers, table
+from benchmarks import peers, table, toy2d
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -43,6 +43,17 @@ EQUAL_TIME = """\
 Bits/dim of held-out photographs, lower is better. The two of a pair start from equal weights and the same likelihood
 and see the same batches in the same order with the same noise, learning rate and clipping; fastflow goes through
 engine.TrainStep. Arguments: {arguments}. `python -m benchmarks.equal_time`
+"""
+
+EQUAL_STEPS = """\
+Bits/dim of held-out photographs, lower is better, after equally many steps from equal weights on the same batches with
+the same noise, in the same coordinates, in float64. Arguments: {arguments}. `python -m benchmarks.equal_steps`
+"""
+
+TOY2D = """\
+KL(target || flow) in nats to densities known exactly (`fastflow.data.toy2d`), the mean over {seeds} seeds, then the
+worst of them; "stated" is what a test holds the mean to. {steps} steps of {batch_size} draws; Monte-Carlo over
+{evaluated} draws that training never saw. `python -m benchmarks.toy2d`
 """
 
 LAUNCHES = """\
@@ -126,17 +137,25 @@ def _no_gain(device, used):
     return [f"## No gain{where}", "", f"Every ratio above that is below {NO_GAIN}:", "", *(found or ["- none"]), ""]
 
 
+def _arguments(record):
+    return ", ".join(f"{key} {value}" for key, value in record["arguments"].items()) if record else ""
+
+
 def render():
     """The page as a string."""
-    equal_time, launches = (next(iter(records(f"cpu-{name}-*.json")), None)
-                            for name in ("equal-time", "peer-launches"))
-    arguments = {} if equal_time is None else equal_time["arguments"]
+    equal_time, equal_steps, record, launches = (
+        next(iter(records(f"cpu-{name}-*.json")), None)
+        for name in ("equal-time", "equal-steps", "toy2d", "peer-launches"))
     lines = [HEAD]
     gpu = newest("cuda", lambda row: True)
     if gpu is None:
         lines += ["Nothing on this page has been measured on a GPU. Launches are counts, not times.", ""]
-    lines += _section("Equal wall time", EQUAL_TIME.format(
-        arguments=", ".join(f"{key} {value}" for key, value in arguments.items())), equal_time, table.equal_time)
+    lines += _section("Equal wall time", EQUAL_TIME.format(arguments=_arguments(equal_time)), equal_time,
+                      table.equal_time)
+    lines += _section("Equal steps", EQUAL_STEPS.format(arguments=_arguments(equal_steps)), equal_steps,
+                      table.equal_steps)
+    words = TOY2D.format(**record["arguments"]) if record else ""
+    lines += _section("Densities known exactly", words, record, lambda record: table.toy2d(record, toy2d.STATED))
     lines += _section("Launches and memory", LAUNCHES.format(n_steps=launches["n_steps"] if launches else ""), launches,
                       table.launches)
     for device in ("cpu",) if gpu is None else ("cpu", "cuda"):

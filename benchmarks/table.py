@@ -61,6 +61,31 @@ def equal_time(results):
     return lines
 
 
+def equal_steps(results):
+    """Held-out bits/dim of the two of every pair as they go, and their difference at the end."""
+    steps = [point["steps"] for point in results["rows"][0]["curve"]]
+    lines = ["| pair | " + " | ".join(f"{n} steps" for n in steps) + " | difference |", "|---" * (2 + len(steps)) + "|"]
+    for row in results["rows"]:
+        for key, name in (("fastflow", f"fastflow, as {row['peer']}"), ("peer", row["peer"])):
+            cells = " | ".join(f"{point[key]:.4f}" for point in row["curve"])
+            lines.append(f"| {name} | {cells} | {row['curve'][-1]['difference']:+.5f} |")
+    return lines
+
+
+def toy2d(results, stated):
+    """KL to every target: mean over the seeds, the worst seed, what is stated of the mean."""
+    models = list(dict.fromkeys(row["model"] for row in results["rows"]))
+    lines = ["| target | " + " | ".join(f"{name} | stated" for name in models) + " |",
+             "|---" * (1 + 2 * len(models)) + "|"]
+    for target in dict.fromkeys(row["target"] for row in results["rows"]):
+        rows = {row["model"]: row for row in results["rows"] if row["target"] == target}
+        cells = (f"{rows[name]['mean_kl_nats']:.4f} / {max(rows[name]['kl_nats']):.4f} | "
+             f"{stated[target, name]:g}"
+                 for name in models)
+        lines.append(f"| {target} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def launches(results):
     """Launches of a step and megabytes kept for backward per image."""
     hidden = list(results["rows"][0]["saved_bytes_per_image"])
