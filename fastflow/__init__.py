@@ -7,7 +7,8 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("backends", "data", "engine", "flows", "functional", "launches", "nn", "reference", "vae")
+_SUBMODULES = ("backends", "data", "engine", "estimators", "flows", "functional", "launches", "nn", "reference",
+               "vae")
 _NAMES = {"ScaleMap": "reference", "affine_coupling": "functional", "gaussian_sample_kl": "functional",
           "mlp_flow": "functional", "plu_weight": "functional", "slogdet": "functional",
           "slogdet_inverse": "functional", "use_backend": "backends"}
