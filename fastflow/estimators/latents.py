@@ -102,7 +102,12 @@ class Bernoulli(Discrete):
 
     def kl(self, other):
         """(B,) nats, KL(self || other); other may have one row."""
-        return _sum(self.probs * (self.logits - other.logits) + F.softplus(other.logits) - F.softplus(self.logits))
+        p, d = self.probs, self.logits - other.logits
+        near = d.abs() < 1.0
+        small = torch.where(near, d, 0.0)
+        # Near the other the plain difference would be rounding: softplus(l') - softplus(l) = log1p(p expm1(-d)).
+        return _sum(torch.where(near, p * small + torch.log1p(p * torch.expm1(-small)),
+                                p * d + F.softplus(other.logits) - F.softplus(self.logits)))
 
     def from_index(self, index):
         return index.to(self.logits.dtype)
@@ -169,7 +174,11 @@ class Categorical(Discrete):
 
     def kl(self, other):
         """(B,) nats, KL(self || other); other may have one row."""
-        return _sum(self.probs * (self.log_probs - other.log_probs))
+        p, d = self.probs, self.log_probs - other.log_probs
+        near = d.abs() < 1.0
+        small = torch.where(near, d, 0.0)
+        # p' - p, zero in the sum, makes each class's term >= 0, and so small ones exact: p' = p exp(-d).
+        return _sum(torch.where(near, p * (small + torch.expm1(-small)), p * d + other.probs - p))
 
     def from_index(self, index):
         return F.one_hot(index, self.n_classes).to(self.logits.dtype)

@@ -1,7 +1,7 @@
 """Importance-weighted bounds of log p(x), and the gradient estimators that go with them.
 
-Functions of log_w take the (K, B) log-weights of an ELBO and give (B,) nats. Functions of a model take a VAE and x; what
-they return has the value of the bound named, and the gradient described.
+Functions of log_w take the (K, B) log-weights of an ELBO and give (B,) nats. Functions of a model take a VAE and x;
+what they return has the value of the bound named, and the gradient described.
 """
 
 import math
@@ -38,8 +38,8 @@ def ciwae(log_w, beta):
 
 
 def renyi(log_w, alpha):
-    """The variational Renyi bound log(mean of w^(1 - alpha)) / (1 - alpha): IWAE at alpha 0, the K-sample ELBO at 1, the
-    largest log-weight at -inf, falling as alpha rises. Below log p(x) in expectation for alpha from 0 on.
+    """The variational Renyi bound log(mean of w^(1 - alpha)) / (1 - alpha): IWAE at alpha 0, the K-sample ELBO at 1,
+    the largest log-weight at -inf, falling as alpha rises. Below log p(x) in expectation for alpha from 0 on.
 
     References:
         Li and Turner, "Renyi divergence variational inference", 2016, arXiv:1602.02311.
@@ -82,7 +82,8 @@ def stl(model, x, n_samples=1, *, eps=None, seed=None, generator=None):
 
 def dreg(model, x, n_samples=1, *, eps=None, seed=None, generator=None):
     """IWAE, (B,), with the doubly reparameterised gradient: the encoder's comes through z alone, each sample weighing
-    its squared normalised weight. The decoder, the likelihood and the prior keep IWAE's own gradient. Unbiased for both.
+    its squared normalised weight. Decoder, likelihood and prior keep IWAE's own gradient. Unbiased for all; near the
+    true posterior far less noisy than IWAE's encoder gradient, far from it more so.
 
     Arguments and errors as for :func:`stl`.
 

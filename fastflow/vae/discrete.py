@@ -71,6 +71,13 @@ class DiscreteVAE(nn.Module):
         """The likelihood's parameters (N, *event) of latents (N, D, *S) or one-hots (N, D, *S, C)."""
         return self.decoder(z if self.n_classes == 2 else z.movedim(-1, 2).flatten(1, 2))
 
+    def log_likelihood(self, x, z):
+        """log p(x | z) (N, B) of x (B, *event) at latents z (N, B, D, *S) or (N, B, D, *S, C). As f of an estimator, or
+        of estimators.measure, its mean under :meth:`posterior` is minus the distortion."""
+        output = self.decode(z.flatten(0, 1))
+        checks.shape("decoder output", output, (z.shape[0] * len(x), *x.shape[1:]))
+        return self.likelihood.log_prob(x, output.unflatten(0, z.shape[:2]))
+
     def elbo(self, x, n_samples=1, beta=1.0, *, generator=None):
         """The bound and its terms, in nats.
 
@@ -94,16 +101,13 @@ class DiscreteVAE(nn.Module):
         if not torch.is_grad_enabled():
             estimator = estimators.REINFORCE()
 
-        def log_likelihood(z):
-            output = self.decode(z.flatten(0, 1))
-            checks.shape("decoder output", output, (z.shape[0] * len(x), *x.shape[1:]))
-            return self.likelihood.log_prob(x, output.unflatten(0, z.shape[:2]))
-
-        def log_weight(z):
-            return log_likelihood(z) + beta * (p.log_prob(z) - q.log_prob(z))
-
         weighed = importance and torch.is_grad_enabled()
-        estimate = estimator(q, log_weight if weighed else log_likelihood, n_samples, generator=generator)
+
+        def objective(z):
+            log_px_z = self.log_likelihood(x, z)
+            return log_px_z + beta * (p.log_prob(z) - q.log_prob(z)) if weighed else log_px_z
+
+        estimate = estimator(q, objective, n_samples, generator=generator)
         kl = q.kl(p)
         with torch.no_grad():
             log_pz, log_qz = p.log_prob(estimate.samples), q.log_prob(estimate.samples)

@@ -1,4 +1,4 @@
-"""Pieces of an objective that hold the KL where it is wanted: free bits, capacity, balance between groups, a least rate.
+"""Pieces of an objective that hold the KL where it is wanted: free bits, capacity, balance of groups, a least rate.
 
 Each takes KL in nats and gives what stands in for it in the loss. Gates and coefficients are constants to the gradient.
 Averages over the batch are taken over all ranks of torch.distributed where it runs, so that every rank opens the same
@@ -97,8 +97,8 @@ def delta_gaussian(raw_mean, raw_scale, least):
 
 
 def ar1_least_rate(correlation, length):
-    """The least KL in nats, over all independent Gaussians q(z_1) ... q(z_length), to the stationary unit-variance AR(1)
-    prior of that correlation: what a delta-VAE on such a sequence can't go below. Per latent channel.
+    """The least KL in nats, over all independent Gaussians q(z_1) ... q(z_length), to the stationary AR(1) prior of
+    unit variance and that correlation: what a delta-VAE on such a sequence can't go below. Per latent channel.
 
     ((length - 2) log(1 + a^2) - log(1 - a^2)) / 2 for a length of at least 2, else 0; reference as for
     :func:`delta_gaussian`.

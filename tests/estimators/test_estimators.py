@@ -165,6 +165,21 @@ def test_latents_are_torchs_distributions(make):
     torch.testing.assert_close(q.log_prob(q.states()[:, None]).exp().sum(0), torch.ones(len(q.logits)).double())
 
 
+@pytest.mark.parametrize("family", [Bernoulli, Categorical])
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 0.9, 30.0])
+def test_kl_is_accurate_in_float32(family, distance):
+    """Near the prior too, where it is a difference of nearly equal numbers; and its gradient."""
+    logits = torch.tensor([[[0.3, -2.0, 1.1]]])
+    near = (logits + distance * torch.tensor([1.0, -0.5, 0.25])).requires_grad_()
+    exact = near.detach().double().requires_grad_()
+    value, truth = family(near).kl(family(logits)), family(exact).kl(family(logits.double()))
+    torch.testing.assert_close(value.double(), truth, rtol=5e-3 if distance < 1e-3 else 1e-4, atol=0)
+    gradients = torch.autograd.grad(value.sum(), near)[0].double(), torch.autograd.grad(truth.sum(), exact)[0]
+    torch.testing.assert_close(*gradients, rtol=2e-3, atol=2e-7)
+    same = family(near).kl(family(near))
+    assert same.abs().max() == 0
+
+
 @pytest.mark.parametrize("make", [bits, classes])
 def test_conditional_noise_hardens_to_its_sample_and_has_the_marginal(make):
     q = make()

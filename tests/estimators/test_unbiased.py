@@ -39,7 +39,8 @@ def test_enumeration_is_the_closed_form():
                                          ("rloo", 3), ("neural-baseline", 2), ("vimco", 2), ("vimco", 3)])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_score_functions_are_unbiased_to_rounding(problem, name, k):
-    """The estimator runs on every k-tuple of states; their weighted mean is its expectation, without sampling."""
+    """The estimator runs on every k-tuple of states; their weighted mean is its expectation, without sampling, and
+    their weighted variance the one that sampling shows."""
     q, f = one_row(problem)
     if problem == "classes" and k > 2:
         q = estimators.Categorical(q.logits[:, :1])
@@ -51,9 +52,11 @@ def test_score_functions_are_unbiased_to_rounding(problem, name, k):
     q_all, samples, probabilities = tuples(q, k)
     estimate = estimator.at(q_all, f, samples)
     gradients, = torch.autograd.grad(estimate.value.sum(), q_all.logits)
-    mean, _ = moments(gradients, probabilities)
+    mean, variance = moments(gradients, probabilities)
     objective = {"objective": estimator.objective, "n_samples": k}
     torch.testing.assert_close(mean, truth(q, f, **objective)[0], rtol=0, atol=1e-13)
+    measured = measure(estimator.eval(), q, f, k, 100_000)
+    torch.testing.assert_close(measured.variance[0], variance, rtol=0.1, atol=1e-4)
     torch.testing.assert_close((probabilities * estimate.value).sum(), exact(q, f, **objective)[0])
 
 
@@ -129,9 +132,11 @@ def test_unordered_set_sums_over_every_set(problem, k):
     assert abs(weights.sum() - 1) < 1e-12
     q_all = type(q)(q.logits.detach().repeat(len(sets), *[1] * (q.logits.dim() - 1)).requires_grad_())
     estimate = UnorderedSet().at(q_all, f, states[sets].transpose(0, 1))
-    mean, _ = moments(torch.autograd.grad(estimate.value.sum(), q_all.logits)[0], weights)
+    mean, variance = moments(torch.autograd.grad(estimate.value.sum(), q_all.logits)[0], weights)
     torch.testing.assert_close(mean, truth(q, f)[0], rtol=0, atol=1e-12)
     torch.testing.assert_close((weights * estimate.value).sum(), exact(q, f)[0])
+    measured = measure(UnorderedSet(), q, f, k, 3000)
+    torch.testing.assert_close(measured.variance[0], variance, rtol=0.2, atol=1e-3)
 
 
 def test_unordered_set_of_all_states_is_exact():

@@ -250,6 +250,33 @@ def test_wrong_bounds_are_rejected(bound):
     assert not rises_below_the_evidence(bound)
 
 
+def noise_over_log_variance(z, mean, logvar):
+    """log q from eps = (z - mean)/log-variance."""
+    return -0.5 * (((z - mean) / logvar) ** 2 + logvar + math.log(2 * math.pi)).sum(2)
+
+
+def variance_as_scale(z, mean, logvar):
+    return torch.distributions.Normal(mean, logvar.exp()).log_prob(z).sum(2)
+
+
+def right(z, mean, logvar):
+    return torch.distributions.Normal(mean, (0.5 * logvar).exp()).log_prob(z).sum(2)
+
+
+@pytest.mark.parametrize(("log_q", "holds"), [(right, True), (noise_over_log_variance, False),
+                                              (variance_as_scale, False)])
+def test_log_weights_average_to_the_elbo(log_q, holds):
+    """Whose value is known, below the evidence by KL(q || posterior)."""
+    model, n = ppca(), 100_000
+    with torch.no_grad():
+        mean, logvar = model.encoder(X).chunk(2, 1)
+        z = mean + (0.5 * logvar).exp() * torch.randn(n, 1, 2, dtype=torch.float64)
+        log_w = vae.bounds._log_joint(model, X, z) - log_q(z, mean, logvar)
+        fixed = vae.bounds._fixed_log_q(model.posterior, model.encoder(X), z)
+    assert ((log_w.mean() - (LOG_P - 0.003897104868258)).abs() < 4 * log_w.std() / math.sqrt(n)) == holds
+    torch.testing.assert_close(fixed, right(z, mean, logvar))
+
+
 class Opaque(nn.Module):
     def forward(self, params, prior, n_samples, **noise):
         return params.expand(n_samples, *params.shape), params.sum(1).expand(n_samples, -1), None

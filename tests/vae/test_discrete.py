@@ -121,6 +121,15 @@ def test_without_gradients_the_samples_are_independent(name):
             assert (bound.elbo.mean() - target).abs() < 4 * bound.elbo.std() / math.sqrt(4000)
 
 
+def test_measuring_a_models_own_estimators():
+    model = small("rloo", 3)
+    q = model.posterior(X)
+    named = [estimators.create(name, q.event_shape) for name in ("rloo", "reinforce", "straight-through")]
+    found = [estimators.measure(e, q, lambda z: model.log_likelihood(X, z), 2, 4000) for e in named]
+    assert found[0].is_unbiased() and found[1].is_unbiased() and not found[2].is_unbiased()
+    assert found[0].variance.sum() < found[1].variance.sum()
+
+
 def test_prior_samples_and_reconstruction():
     model = small("disarm")
     log_px, log_pz, _ = terms(model)
