@@ -7,21 +7,10 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("backends", "data", "diagnostics", "engine", "flows", "functional", "launches", "nn", "reference", "vae")
+_SUBMODULES = ("backends", "data", "diagnostics", "engine", "estimators", "flows", "functional", "launches", "nn",
+               "reference", "vae")
 _NAMES = {"ScaleMap": "reference", "affine_coupling": "functional", "gaussian_sample_kl": "functional",
           "mlp_flow": "functional", "plu_weight": "functional", "slogdet": "functional",
           "slogdet_inverse": "functional", "use_backend": "backends"}
 
-__all__ = [*_SUBMODULES, *_NAMES]
-
-
-def __getattr__(name):
-    if name in _SUBMODULES:
-        return importlib.import_module(f"fastflow.{name}")
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"fastflow.{_NAMES[name]}"), name)
-    raise AttributeError(f"module 'fastflow' has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+]

@@ -34,7 +34,7 @@ EVERYONE = {"backends", "checks"}
 LEAVES = {"kernels", "reference", "checks", "extension", "backends"}  # these do not import backends in turn
 THIRD_PARTY = {"reference": {"torch"}, "kernels": {"torch", "triton"}, "checks": {"torch"}, "backends": {"torch"},
                "extension": {"torch"}, "functional": {"torch"}, "autograd": {"torch"}, "nn": {"torch"},
-               "flows": {"torch", "numpy", "torchdiffeq"}, "vae": {"torch", "numpy"}}
+               "flows": {"torch", "numpy", "torchdiffeq"}, "vae": {"torch", "numpy"}, "estimators": {"torch"}}
 
 
 def sources():

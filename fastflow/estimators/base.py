@@ -1,0 +1,73 @@
+"""What every gradient estimator takes and returns."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastflow.estimators.latents import Discrete
+
+__all__ = ["Estimate", "Estimator"]
+
+
+class Estimate(NamedTuple):
+    """What an estimator returns for B examples.
+
+    Attributes:
+        value: (B,) estimate of the objective. Its gradient by q's logits and by the parameters of f is the gradient
+            estimate; no gradient reaches the estimator's own parameters.
+        samples: (N, B, *event) where f was evaluated for ``value``.
+        values: (N, B) f there.
+        auxiliary: 0-d, what the estimator's own parameters minimise, 0 if it has none; nothing else gets a gradient
+            from it. Add it to the loss whichever way ``value`` goes.
+    """
+
+    value: torch.Tensor
+    samples: torch.Tensor
+    values: torch.Tensor
+    auxiliary: torch.Tensor
+
+
+class Estimator(nn.Module):
+    """estimator(q, f, n_samples=1, *, generator=None) -> :class:`Estimate` of an objective over b drawn from q.
+
+    q is a :class:`~fastflow.estimators.Bernoulli` or :class:`~fastflow.estimators.Categorical`; f takes samples
+    (N, B, *event), any N, to (N, B), each from its own sample alone. f may have parameters, and may depend on q's
+    logits directly as well (as log p(x, b) - log q(b) does); the gradient counts both.
+
+    Attributes:
+        objective: "mean", E f(b); or "iwae", E log(mean of exp f(b_k) over the n_samples).
+    """
+
+    objective = "mean"
+    least_samples = 1
+
+    def forward(self, q, f, n_samples=1, *, generator=None):
+        if not isinstance(q, Discrete):
+            raise TypeError(f"q: expected a Bernoulli or Categorical, got {type(q).__name__}")
+        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < self.least_samples:
+            raise ValueError(f"n_samples: expected an integer of at least {self.least_samples}, got {n_samples!r}")
+        return self.estimate(q, f, n_samples, generator)
+
+    def estimate(self, q, f, n_samples, generator):
+        raise NotImplementedError
+
+
+def evaluate(f, samples):
+    """f at samples (N, B, *event): (N, B), checked."""
+    values = f(samples)
+    if not isinstance(values, torch.Tensor) or values.shape != samples.shape[:2]:
+        got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ValueError(f"f: expected values of shape (N, B) = {tuple(samples.shape[:2])}, got {got}")
+    return values
+
+
+def with_gradient(value, tensor, gradient):
+    """``value`` (B,) unchanged, with ``gradient`` added to what flows back into ``tensor`` (B, ...)."""
+    zero = (tensor - tensor.detach()) * gradient.detach()
+    return value + (zero.flatten(1).sum(1) if zero.dim() > 1 else zero)
+
+
+def nothing(like):
+    """The auxiliary loss of an estimator without parameters."""
+    return torch.zeros((), dtype=like.dtype, device=like.device)

@@ -1,0 +1,210 @@
+"""Discrete latents q(b), independent over an event's elements: Bernoulli and categorical.
+
+Samples are floating one-hots or bits, so that a network takes them, and relaxed ones, as they are.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fastflow import checks
+
+__all__ = ["Bernoulli", "Categorical"]
+
+MAX_STATES = 2**16
+
+
+class Discrete:
+    """What both families share.
+
+    Attributes:
+        logits: as given, in float32 or float64.
+        event_shape: of one sample.
+        sites: shape of the independent elements, the event's without the classes.
+    """
+
+    def __init__(self, logits):
+        checks.tensor("logits", logits)
+        if logits.dim() < self.LEAST_DIM:
+            raise ValueError(f"logits: expected shape {self.SHAPE}, got {tuple(logits.shape)}")
+        self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @property
+    def event_shape(self):
+        return self.logits.shape[1:]
+
+    def __repr__(self):
+        return f"{type(self).__name__}(logits of shape {tuple(self.logits.shape)})"
+
+    def detached(self):
+        """The same distribution of logits that are a leaf of their own, with gradient."""
+        return type(self)(self.logits.detach().requires_grad_())
+
+    def noise(self, n, generator=None):
+        """(n, B, *event) uniform on (0, 1), of which :meth:`perturb` makes n samples."""
+        u = torch.rand((n, *self.logits.shape), generator=generator, dtype=self.logits.dtype,
+                       device=self.logits.device)
+        return u.clamp_(min=torch.finfo(u.dtype).tiny)
+
+    @torch.no_grad()
+    def sample(self, n=1, *, generator=None):
+        """(n, B, *event) independent draws, without gradient."""
+        return self.harden(self.perturb(self.noise(n, generator)))
+
+    def states(self):
+        """(S, *event), every value that a sample can take.
+
+        Raises:
+            ValueError: there are more than 65536.
+        """
+        sites, n = math.prod(self.sites), self.n_classes
+        if n**sites > MAX_STATES:
+            raise ValueError(f"q: expected at most {MAX_STATES} states to enumerate, got {n}**{sites}")
+        index = torch.tensor(list(itertools.product(range(n), repeat=sites)), device=self.logits.device)
+        return self.from_index(index.reshape(-1, *self.sites))
+
+    def table(self):
+        """(B, sites, n_classes) log-probabilities of each element's classes."""
+        raise NotImplementedError
+
+
+class Bernoulli(Discrete):
+    """Independent bits; logits (B, *event) are log(p / (1 - p))."""
+
+    LEAST_DIM, SHAPE = 1, "(B, *event)"
+    n_classes = 2
+
+    @property
+    def sites(self):
+        return self.event_shape
+
+    @property
+    def probs(self):
+        return torch.sigmoid(self.logits)
+
+    def mode(self):
+        """(B, *event), the likeliest value."""
+        return (self.logits > 0).to(self.logits.dtype)
+
+    def log_prob(self, b):
+        """(K, B) nats of b (K, B, *event)."""
+        return _sum(b * self.logits - F.softplus(self.logits), 2)
+
+    def score(self, b):
+        """(K, B, *event), the gradient of :meth:`log_prob` by the logits."""
+        return b - self.probs
+
+    def entropy(self):
+        """(B,) nats."""
+        return _sum(F.softplus(self.logits) - self.probs * self.logits)
+
+    def kl(self, other):
+        """(B,) nats, KL(self || other); other may have one row."""
+        p, d = self.probs, self.logits - other.logits
+        near = d.abs() < 1.0
+        small = torch.where(near, d, 0.0)
+        # Near the other the plain difference would be rounding: softplus(l') - softplus(l) = log1p(p expm1(-d)).
+        return _sum(torch.where(near, p * small + torch.log1p(p * torch.expm1(-small)),
+                                p * d + F.softplus(other.logits) - F.softplus(self.logits)))
+
+    def from_index(self, index):
+        return index.to(self.logits.dtype)
+
+    def table(self):
+        logits = self.logits.flatten(1) if self.logits.dim() > 1 else self.logits[:, None]
+        return torch.stack([-F.softplus(logits), -F.softplus(-logits)], -1)
+
+    def perturb(self, u):
+        """Logits plus logistic noise, positive where the sample is 1."""
+        return self.logits + torch.log(u) - torch.log1p(-u)
+
+    def harden(self, z):
+        return (z > 0).to(z.dtype)
+
+    def relax(self, z, temperature):
+        """The binary concrete variable: in (0, 1), near :meth:`harden` for a small temperature."""
+        return torch.sigmoid(z / temperature)
+
+    def conditional(self, b, v):
+        """Perturbed logits given that they harden to b, of uniform v, with gradient by the logits."""
+        # Given b = 1, u = 1 - p + v*p, whence z = log1p(v*exp(logit)) - log1p(-v); b = 0 is its mirror image.
+        one = F.softplus(self.logits + torch.log(v)) - torch.log1p(-v)
+        zero = F.softplus(-self.logits + torch.log1p(-v)) - torch.log(v)
+        return torch.where(b > 0.5, one, -zero)
+
+
+class Categorical(Discrete):
+    """Independent one-hots; logits (B, *sites, C) need not be normalised. The event is (*sites, C)."""
+
+    LEAST_DIM, SHAPE = 2, "(B, *sites, C)"
+
+    @property
+    def n_classes(self):
+        return self.logits.shape[-1]
+
+    @property
+    def sites(self):
+        return self.event_shape[:-1]
+
+    @property
+    def log_probs(self):
+        return torch.log_softmax(self.logits, -1)
+
+    @property
+    def probs(self):
+        return torch.softmax(self.logits, -1)
+
+    def mode(self):
+        """(B, *sites, C), the likeliest value."""
+        return self.harden(self.logits)
+
+    def log_prob(self, b):
+        """(K, B) nats of b (K, B, *sites, C)."""
+        return _sum(b * self.log_probs, 2)
+
+    def score(self, b):
+        """(K, B, *sites, C), the gradient of :meth:`log_prob` by the logits."""
+        return b - self.probs
+
+    def entropy(self):
+        """(B,) nats."""
+        return -_sum(self.probs * self.log_probs)
+
+    def kl(self, other):
+        """(B,) nats, KL(self || other); other may have one row."""
+        p, d = self.probs, self.log_probs - other.log_probs
+        near = d.abs() < 1.0
+        small = torch.where(near, d, 0.0)
+        # p' - p, zero in the sum, makes each class's term >= 0, and so small ones exact: p' = p exp(-d).
+        return _sum(torch.where(near, p * (small + torch.expm1(-small)), p * d + other.probs - p))
+
+    def from_index(self, index):
+        return F.one_hot(index, self.n_classes).to(self.logits.dtype)
+
+    def table(self):
+        return self.log_probs.reshape(self.logits.shape[0], -1, self.n_classes)
+
+    def perturb(self, u):
+        """Log-probabilities plus Gumbel noise, largest at the sample."""
+        return self.log_probs - torch.log(-torch.log(u))
+
+    def harden(self, z):
+        return F.one_hot(z.argmax(-1), self.n_classes).to(z.dtype)
+
+    def relax(self, z, temperature):
+        """The concrete (Gumbel-softmax) variable: on the simplex, near :meth:`harden` for a small temperature."""
+        return torch.softmax(z / temperature, -1)
+
+    def conditional(self, b, v):
+        """Perturbed log-probabilities given that they harden to b, of uniform v, with gradient by the logits."""
+        # The largest is a Gumbel variable of its own; the others are truncated at it.
+        gumbel = -torch.log(-torch.log(v))
+        top = (b * gumbel).sum(-1, keepdim=True)
+        return torch.where(b > 0.5, top, -torch.logaddexp(-gumbel - self.log_probs, -top))
+
+
+def _sum(terms, lead=1):
+    """The sum over all dimensions of ``terms`` after the first ``lead``."""
+    return terms.flatten(lead).sum(lead) if terms.dim() > lead else terms

@@ -1,0 +1,127 @@
+"""Bias and variance of an estimator's gradient, against enumeration."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fastflow.estimators.enumeration import exact
+
+__all__ = ["Measurement", "measure"]
+
+CHUNK = 2**20  # elements of the samples of one call
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A gradient estimate's moments over n_repeats calls; each tensor has the shape of what was differentiated.
+
+    Attributes:
+        exact: the gradient by enumeration.
+        mean: of the estimates.
+        bias: mean - exact.
+        standard_error: of mean, hence of bias.
+        variance: of one estimate, element by element.
+        n_repeats: how many calls.
+        parameters: one Measurement for each of ``parameters``.
+    """
+
+    exact: torch.Tensor
+    mean: torch.Tensor
+    bias: torch.Tensor
+    standard_error: torch.Tensor
+    variance: torch.Tensor
+    n_repeats: int
+    parameters: tuple = ()
+
+    @property
+    def largest_deviation(self):
+        """The largest |bias| / standard_error of any element, parameters included; rounding alone counts as 0."""
+        rounding = 1e3 * torch.finfo(self.exact.dtype).eps * (1.0 + self.exact.abs())
+        deviation = ((self.bias.abs() - rounding).clamp(min=0) / self.standard_error.clamp(min=1e-300)).max().item()
+        return max([deviation, *(p.largest_deviation for p in self.parameters)])
+
+    def is_unbiased(self, standard_errors=4.0):
+        """Whether no element is further from the exact gradient than so many standard errors."""
+        return self.largest_deviation <= standard_errors
+
+
+def measure(estimator, q, f, n_samples=1, n_repeats=1000, *, parameters=(), generator=None):
+    """Calls the estimator n_repeats times and compares its gradient of sum over B of the objective with enumeration's.
+
+    All repeats run as one batch where f sees q's logits only through its samples; otherwise, and with ``parameters``,
+    one after another. The estimator itself, its averages and parameters, stays as it is.
+
+    Args:
+        estimator, q, f, n_samples: as an estimator takes them.
+        parameters: tensors that f depends on, whose gradients are to be measured too.
+        generator: torch.Generator, None for torch's own.
+
+    Raises:
+        ValueError: q or, for a K-sample objective, its tuples have more than 65536 states.
+    """
+    if isinstance(n_repeats, bool) or not isinstance(n_repeats, int) or n_repeats < 2:
+        raise ValueError(f"n_repeats: expected an integer of at least 2, got {n_repeats!r}")
+    parameters = tuple(parameters)
+    estimator = copy.deepcopy(estimator).requires_grad_(False)
+    if not q.logits.requires_grad:
+        q = q.detached()
+    wanted = (q.logits, *parameters)
+    with torch.enable_grad():
+        objective = exact(q, f, objective=estimator.objective, n_samples=n_samples)
+        truth = _gradients(objective.sum(), wanted)
+        moments = None if parameters else _batched(estimator, q, f, n_samples, n_repeats, generator)
+        if moments is None:
+            moments = [_Moments(t) for t in wanted]
+            for _ in range(n_repeats):
+                value = estimator(q, f, n_samples, generator=generator).value
+                for moment, gradient in zip(moments, _gradients(value.sum(), wanted), strict=True):
+                    moment.add(gradient[None])
+    found = [m.result(t) for m, t in zip(moments, truth, strict=True)]
+    first = found[0]
+    return Measurement(**{**vars(first), "parameters": tuple(found[1:])})
+
+
+def _batched(estimator, q, f, n_samples, n_repeats, generator):
+    """The logits' moments, or None if f reaches them past its samples."""
+    batch = q.logits.shape[0]
+    moments = _Moments(q.logits)
+    size = max(1, min(n_repeats, CHUNK // max(1, q.logits.numel() * n_samples)))
+    while moments.n < n_repeats:
+        n = min(size, n_repeats - moments.n)
+        repeated = type(q)(q.logits.detach().repeat(n, *[1] * (q.logits.dim() - 1)).requires_grad_())
+
+        def together(samples, n=n):
+            values = f(samples.unflatten(1, (n, batch)).flatten(0, 1))
+            return values.unflatten(0, (len(samples), n)).flatten(1, 2)
+
+        value = estimator(repeated, together, n_samples, generator=generator).value
+        gradient, direct = torch.autograd.grad(value.sum(), (repeated.logits, q.logits), allow_unused=True)
+        if direct is not None:
+            return None
+        moments.add(gradient.unflatten(0, (n, batch)))
+    return [moments]
+
+
+def _gradients(value, wanted):
+    found = torch.autograd.grad(value, wanted, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+
+
+class _Moments:
+    """Mean and centred square sum of rows as they come."""
+
+    def __init__(self, like):
+        self.n, self.mean, self.square = 0, torch.zeros_like(like.detach()), torch.zeros_like(like.detach())
+
+    def add(self, rows):
+        n, mean = len(rows), rows.mean(0)
+        shift = mean - self.mean
+        self.square += ((rows - mean) ** 2).sum(0) + shift**2 * (self.n * n / (self.n + n))
+        self.mean += shift * (n / (self.n + n))
+        self.n += n
+
+    def result(self, truth):
+        variance = self.square / (self.n - 1)
+        return Measurement(truth, self.mean, self.mean - truth, variance.sqrt() / math.sqrt(self.n), variance, self.n)

@@ -1,0 +1,169 @@
+"""Importance-weighted bounds of log p(x), and the gradient estimators that go with them.
+
+Functions of log_w take the (K, B) log-weights of an ELBO and give (B,) nats. Functions of a model take a VAE and x;
+what they return has the value of the bound named, and the gradient described.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from fastflow import checks, reference
+from fastflow.vae.elbo import iwae
+from fastflow.vae.posteriors import GaussianPosterior
+
+__all__ = ["ciwae", "dreg", "miwae", "piwae", "renyi", "stl"]
+
+
+def miwae(log_w, groups):
+    """The mean of the IWAE bounds of ``groups`` groups of K / groups successive samples; it lies between the K-sample
+    ELBO (groups = K) and IWAE (groups = 1).
+
+    References:
+        Rainforth et al., "Tighter variational bounds are not necessarily better", 2018, arXiv:1802.04537.
+    """
+    _check_log_w(log_w)
+    _check_groups(len(log_w), groups)
+    return iwae(log_w.unflatten(0, (groups, len(log_w) // groups)).transpose(0, 1)).mean(0)
+
+
+def ciwae(log_w, beta):
+    """beta times the K-sample ELBO plus 1 - beta times IWAE, of the same reference; beta in [0, 1]."""
+    _check_log_w(log_w)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
+    return beta * log_w.mean(0) + (1.0 - beta) * iwae(log_w)
+
+
+def renyi(log_w, alpha):
+    """The variational Renyi bound log(mean of w^(1 - alpha)) / (1 - alpha): IWAE at alpha 0, the K-sample ELBO at 1,
+    the largest log-weight at -inf, falling as alpha rises. Below log p(x) in expectation for alpha from 0 on.
+
+    References:
+        Li and Turner, "Renyi divergence variational inference", 2016, arXiv:1602.02311.
+    """
+    _check_log_w(log_w)
+    if not isinstance(alpha, (int, float)) or math.isnan(alpha):
+        raise ValueError(f"alpha: expected a number, got {alpha!r}")
+    if math.isinf(alpha):
+        return log_w.amax(0) if alpha < 0 else log_w.amin(0)
+    power = 1.0 - alpha
+    if power == 0.0:
+        return log_w.mean(0)
+    if abs(power) > 1e-2:
+        return iwae(power * log_w) / power
+    # Near the ELBO the logarithm of a number near 1 is divided by a small power.
+    shift = (log_w.amax(0) if power > 0 else log_w.amin(0)).detach()
+    shift = torch.where(shift.isfinite(), shift, 0.0)
+    return shift + torch.log1p(torch.expm1(power * (log_w - shift)).mean(0)) / power
+
+
+def stl(model, x, n_samples=1, *, eps=None, seed=None, generator=None):
+    """The K-sample ELBO with a Monte-Carlo KL, (B,), whose encoder gradient comes through z alone ("sticking the
+    landing"): the score of q, zero on average, is left out. Unbiased, and zero for every sample where q is the true
+    posterior; far from it its variance may be the higher one.
+
+    Args:
+        model: a VAE whose posterior is a GaussianPosterior or has log_prob(params, z) -> (K, B).
+        x: (B, *event).
+        n_samples, eps, seed, generator: as in VAE.elbo.
+
+    Raises:
+        TypeError: the posterior has no log_prob.
+
+    References:
+        Roeder et al., "Sticking the landing", 2017, arXiv:1703.09194.
+    """
+    _, log_w = _path(model, x, n_samples, eps, seed, generator)
+    return log_w.mean(0)
+
+
+def dreg(model, x, n_samples=1, *, eps=None, seed=None, generator=None):
+    """IWAE, (B,), with the doubly reparameterised gradient: the encoder's comes through z alone, each sample weighing
+    its squared normalised weight. Decoder, likelihood and prior keep IWAE's own gradient. Unbiased for all; near the
+    true posterior far less noisy than IWAE's encoder gradient, far from it more so.
+
+    Arguments and errors as for :func:`stl`.
+
+    References:
+        Tucker et al., "Doubly reparameterized gradient estimators for Monte Carlo objectives", 2019, arXiv:1810.04152.
+    """
+    z, log_w = _path(model, x, n_samples, eps, seed, generator)
+    if z.requires_grad:
+        weights = torch.softmax(log_w.detach(), 0).to(z.dtype).reshape(*log_w.shape, *[1] * (z.dim() - 2))
+        z.register_hook(lambda gradient: gradient * weights)  # by its weight once more, on the way to the encoder alone
+    return iwae(log_w)
+
+
+def piwae(model, x, n_samples, groups, *, eps=None, seed=None, generator=None):
+    """IWAE of all samples, (B,), whose gradient in the encoder and the posterior is that of :func:`miwae` with
+    ``groups``: partially importance-weighted. Arguments as for :func:`stl`; any reparameterised posterior will do.
+
+    References:
+        Rainforth et al., as for :func:`miwae`.
+    """
+    _check_groups(n_samples, groups)
+    z, log_q, _ = model.posterior(model.encoder(x), model.prior, n_samples, eps=eps, seed=seed, generator=generator)
+    fixed = z.detach().requires_grad_(z.requires_grad)
+    log_joint = _log_joint(model, x, fixed)
+    bound = iwae(log_joint - log_q.detach())
+    if not fixed.requires_grad:
+        return bound
+    slopes, = torch.autograd.grad(log_joint.sum(), fixed, retain_graph=True)
+    log_w = (log_joint - log_q).detach().requires_grad_()
+    weights, = torch.autograd.grad(miwae(log_w, groups).sum(), log_w)
+    # sum over z of d log p(x, z)/dz dz, less d log q: the encoder's way to the log-weights, to first order.
+    encoder = (weights * ((slopes * z).flatten(2).sum(2) - log_q)).sum(0)
+    return bound + encoder - encoder.detach()
+
+
+class _LogProb(nn.Module):
+    """log_prob of a posterior as a forward, for functional_call."""
+
+    def __init__(self, posterior):
+        super().__init__()
+        self.posterior = posterior
+
+    def forward(self, params, z):
+        return self.posterior.log_prob(params, z)
+
+
+def _path(model, x, n_samples, eps, seed, generator):
+    """(z, log_w): log-weights (K, B) that reach the encoder and the posterior's own parameters through z alone."""
+    params = model.encoder(x)
+    z, _, _ = model.posterior(params, model.prior, n_samples, eps=eps, seed=seed, generator=generator)
+    z = z.view_as(z)  # nobody else's tensor, to hang a hook on
+    return z, _log_joint(model, x, z) - _fixed_log_q(model.posterior, params, z)
+
+
+def _fixed_log_q(posterior, params, z):
+    """(K, B) log q(z | x), differentiable in z only."""
+    if hasattr(posterior, "log_prob"):
+        own = {f"posterior.{name}": p.detach() for name, p in posterior.named_parameters()}
+        return functional_call(_LogProb(posterior), own, (params.detach(), z))
+    if not isinstance(posterior, GaussianPosterior):
+        raise TypeError(f"posterior: expected log_prob(params, z), which {type(posterior).__name__} has not")
+    params = params.detach().to(torch.promote_types(params.dtype, torch.float32))
+    mean, raw = reference.split_params(params, posterior.layout, posterior.order == "mean_scale")
+    sigma, log_sigma = reference.sigma_and_log(raw, posterior.scale)
+    residual = (z - mean) / sigma
+    return -(0.5 * residual**2 + log_sigma + 0.5 * math.log(2.0 * math.pi)).flatten(2).sum(2)
+
+
+def _log_joint(model, x, z):
+    """(K, B) log p(x | z) + log p(z)."""
+    output = model.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    return model.likelihood.log_prob(x, output) + model._log_prior(z)
+
+
+def _check_groups(k, groups):
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or k % groups:
+        raise ValueError(f"groups: expected a divisor of K = {k}, got {groups!r}")
+
+
+def _check_log_w(log_w):
+    checks.tensor("log_w", log_w)
+    if log_w.dim() < 1 or log_w.shape[0] < 1:
+        raise ValueError(f"log_w: expected shape (K, B) with K >= 1, got {tuple(log_w.shape)}")

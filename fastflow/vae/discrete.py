@@ -1,0 +1,149 @@
+"""A variational autoencoder with discrete latents."""
+
+import math
+
+import torch
+from torch import nn
+
+from fastflow import checks, estimators
+from fastflow.vae.elbo import ELBO, iwae
+from fastflow.vae.model import LIKELIHOODS
+
+__all__ = ["DiscreteVAE"]
+
+
+class DiscreteVAE(nn.Module):
+    """A VAE whose latents are independent bits or classes, trained through a gradient estimator of
+    fastflow.estimators. Calling the module is :meth:`elbo`, as for VAE.
+
+    Args:
+        encoder: module from x (B, *event) to logits (B, D, *S) of bits, or (B, D*C, *S) of classes.
+        decoder: module from latents, bits (N, D, *S) or one-hots packed like the logits (N, D*C, *S), to the
+            likelihood's parameters (N, *event). Estimators that relax pass values in between.
+        latent_shape: (D, *S), or D.
+        n_classes: C; 2 makes bits of one logit each.
+        estimator: a name among fastflow.estimators.ESTIMATORS or an Estimator. "vimco" makes the bound IWAE.
+        likelihood: as for VAE.
+        prior: "uniform", or "learned": independent, of logits that are parameters.
+
+    Attributes:
+        prior_logits: (1, D, *S) for bits, (1, D, *S, C) for classes.
+    """
+
+    def __init__(self, encoder, decoder, latent_shape, n_classes=2, estimator="disarm", likelihood="bernoulli",
+                 prior="uniform"):
+        super().__init__()
+        latent_shape = [latent_shape] if isinstance(latent_shape, int) else latent_shape
+        if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
+            raise ValueError(f"n_classes: expected an integer of at least 2, got {n_classes!r}")
+        checks.choice("prior", prior, ("uniform", "learned"))
+        if isinstance(likelihood, str):
+            checks.choice("likelihood", likelihood, tuple(LIKELIHOODS))
+            likelihood = LIKELIHOODS[likelihood]()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.latent_shape = torch.Size(latent_shape)
+        self.n_classes = n_classes
+        self.likelihood = likelihood
+        event_shape = self.latent_shape if n_classes == 2 else (*self.latent_shape, n_classes)
+        self.estimator = estimators.create(estimator, event_shape)
+        self.prior_logits = nn.Parameter(torch.zeros(1, *event_shape), requires_grad=prior == "learned")
+
+    def forward(self, x, n_samples=1, beta=1.0, *, generator=None):
+        return self.elbo(x, n_samples, beta, generator=generator)
+
+    def posterior(self, x):
+        """q(z | x), an estimators.Bernoulli (B, D, *S) or Categorical (B, D, *S, C)."""
+        logits = self.encoder(x)
+        expected = [len(x), *self.latent_shape]
+        if self.n_classes == 2:
+            checks.shape("encoder output", logits, expected)
+            return estimators.Bernoulli(logits)
+        expected[1] *= self.n_classes
+        checks.shape("encoder output", logits, expected)
+        return estimators.Categorical(logits.unflatten(1, (self.latent_shape[0], self.n_classes)).movedim(2, -1))
+
+    def prior(self):
+        """p(z) with one row."""
+        return self._family(self.prior_logits)
+
+    def decode(self, z):
+        """The likelihood's parameters (N, *event) of latents (N, D, *S) or one-hots (N, D, *S, C)."""
+        return self.decoder(z if self.n_classes == 2 else z.movedim(-1, 2).flatten(1, 2))
+
+    def log_likelihood(self, x, z):
+        """log p(x | z) (N, B) of x (B, *event) at latents z (N, B, D, *S) or (N, B, D, *S, C). As f of an estimator, or
+        of estimators.measure, its mean under :meth:`posterior` is minus the distortion."""
+        output = self.decode(z.flatten(0, 1))
+        checks.shape("decoder output", output, (z.shape[0] * len(x), *x.shape[1:]))
+        return self.likelihood.log_prob(x, output.unflatten(0, z.shape[:2]))
+
+    def elbo(self, x, n_samples=1, beta=1.0, *, generator=None):
+        """The bound and its terms, in nats.
+
+        Gradients of encoder, decoder, prior, likelihood and the estimator's own networks come through ``elbo``, to be
+        maximised; they are the estimator's. KL is analytic. Without gradients (under no_grad) no estimator is needed
+        and the samples are n_samples independent ones, so that iwae(log_w) is the importance-weighted bound.
+
+        Args:
+            x: (B, *event).
+            n_samples: K, as the estimator takes them.
+            beta: weight of the rate in ``elbo``.
+            generator: torch.Generator, None for torch's own.
+
+        Returns:
+            ELBO; log_px_z, log_pz, log_qz and log_w, without gradient, are (N, B) at the samples where the estimator
+            evaluated the decoder (N = K, for pairs 2K; relaxed ones for "gumbel-softmax").
+        """
+        q, p = self.posterior(x), self.prior()
+        estimator = self.estimator
+        importance = estimator.objective == "iwae"
+        if not torch.is_grad_enabled():
+            estimator = estimators.REINFORCE()
+
+        weighed = importance and torch.is_grad_enabled()
+
+        def objective(z):
+            log_px_z = self.log_likelihood(x, z)
+            return log_px_z + beta * (p.log_prob(z) - q.log_prob(z)) if weighed else log_px_z
+
+        estimate = estimator(q, objective, n_samples, generator=generator)
+        kl = q.kl(p)
+        with torch.no_grad():
+            log_pz, log_qz = p.log_prob(estimate.samples), q.log_prob(estimate.samples)
+            log_px_z = estimate.values.detach()
+            if weighed:
+                log_px_z = log_px_z - beta * (log_pz - log_qz)
+        if weighed:
+            elbo, distortion = estimate.value, -log_px_z.mean(0)
+        elif importance:
+            elbo, distortion = iwae(log_px_z + beta * (log_pz - log_qz)), -log_px_z.mean(0)
+        else:
+            elbo, distortion = estimate.value - beta * kl, -estimate.value
+        elbo = elbo - (estimate.auxiliary - estimate.auxiliary.detach())  # to be minimised, where elbo is maximised
+        return ELBO(log_px_z=log_px_z, log_pz=log_pz, log_qz=log_qz, log_w=log_px_z + log_pz - log_qz, kl=kl,
+                    distortion=distortion, rate=kl, elbo=elbo)
+
+    @torch.no_grad()
+    def sample(self, n, *, generator=None, temperature=1.0, mean=False):
+        """n draws of x (n, *event): latents from the prior, then x from the likelihood.
+
+        Args:
+            temperature: the prior's logits are divided by it; 0 takes the likeliest latents.
+            mean: return the likelihood's mean instead of a draw.
+        """
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+        if temperature == 0.0:
+            z = self.prior().mode().expand(n, *self.prior_logits.shape[1:])
+        else:
+            z = self._family(self.prior_logits / temperature).sample(n, generator=generator)[:, 0]
+        output = self.decode(z)
+        return self.likelihood.mean(output) if mean else self.likelihood.sample(output, generator=generator)
+
+    def reconstruct(self, x):
+        """The likelihood's mean (B, *event) at the likeliest latents for each x."""
+        return self.likelihood.mean(self.decode(self.posterior(x).mode()))
+
+    def _family(self, logits):
+        return (estimators.Bernoulli if self.n_classes == 2 else estimators.Categorical)(logits)

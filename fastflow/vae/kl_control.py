@@ -1,0 +1,131 @@
+"""Pieces of an objective that hold the KL where it is wanted: free bits, capacity, balance of groups, a least rate.
+
+Each takes KL in nats and gives what stands in for it in the loss. Gates and coefficients are constants to the gradient.
+Averages over the batch are taken over all ranks of torch.distributed where it runs, so that every rank opens the same
+gates.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from fastflow import checks
+
+__all__ = ["ar1_least_rate", "capacity", "delta_gaussian", "free_bits", "kl_balance"]
+
+
+def free_bits(kl, least, per="dim", *, batch_mean=True):
+    """The rate (B,) with max(least, kl) in place of each unit's kl: below ``least`` nats a unit costs nothing more and
+    has no gradient.
+
+    Args:
+        kl: (B, D, *S), element by element.
+        least: nats that each unit has free.
+        per: the unit: "dim", each element; "channel", summed over S; "group", everything, one group of a hierarchy.
+        batch_mean: compare the batch's (all ranks') mean, which leaves the gates open or shut for all alike; the mean
+            of the result over that batch is then the sum of max(least, mean kl). False compares each example's own.
+
+    References:
+        Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016, arXiv:1606.04934.
+    """
+    checks.tensor("kl", kl)
+    checks.choice("per", per, ("dim", "channel", "group"))
+    if kl.dim() < 2:
+        raise ValueError(f"kl: expected shape (B, D, *S), got {tuple(kl.shape)}")
+    if not 0.0 <= least < math.inf:
+        raise ValueError(f"least: expected a finite number >= 0, got {least!r}")
+    units = kl.flatten(1)
+    if per == "channel":
+        units = units.unflatten(1, (kl.shape[1], -1)).sum(2)
+    elif per == "group":
+        units = units.sum(1, keepdim=True)
+    compared = _mean_over_ranks(units) if batch_mean else units.detach()
+    return torch.where(compared > least, units, least).sum(1)
+
+
+def capacity(kl, target, gamma):
+    """gamma |kl - target| (B,): the KL (B,) drawn to ``target`` nats, which a schedule may raise.
+
+    References:
+        Burgess et al., "Understanding disentangling in beta-VAE", 2018, arXiv:1804.03599.
+    """
+    checks.tensor("kl", kl)
+    return gamma * (kl - target).abs()
+
+
+def kl_balance(kl, sizes=None):
+    """(rate (B,), coefficients (L,)) of the KL (L, B) of L groups: each is weighed in proportion to its batch mean and
+    to its size, the coefficients' mean being 1. A group that says little is so spared while the total warms up.
+
+    Args:
+        sizes: L numbers, elements of each group; None treats all alike.
+
+    References:
+        Vahdat and Kautz, "NVAE: a deep hierarchical variational autoencoder", 2020, arXiv:2007.03898; Chen et al.,
+        "Variational lossy autoencoder", 2017, arXiv:1611.02731.
+    """
+    checks.tensor("kl", kl)
+    if kl.dim() != 2:
+        raise ValueError(f"kl: expected shape (L, B), got {tuple(kl.shape)}")
+    strength = _mean_over_ranks(kl.transpose(0, 1))[0].abs() + 0.01  # as NVAE does: no group is silenced altogether
+    if sizes is not None:
+        if len(sizes) != len(kl):
+            raise ValueError(f"sizes: expected {len(kl)} numbers, got {len(sizes)}")
+        strength = strength * torch.as_tensor(sizes, dtype=kl.dtype, device=kl.device)
+    coefficients = strength / strength.mean()
+    return (coefficients[:, None] * kl).sum(0), coefficients
+
+
+def delta_gaussian(raw_mean, raw_scale, least):
+    """(mean, log-variance), shaped like the raw ones, of Gaussians whose KL to N(0, 1) is at least ``least`` nats for
+    each element, whatever the encoder gives (a delta-VAE's posterior).
+
+    sigma lies where log sigma^2 - sigma^2 + 2 least + 1 >= 0, through a sigmoid; the mean's size is the square root of
+    that, to which relu(raw_mean) is added. Concatenate the two along dim 1 for GaussianPosterior("logvar").
+
+    References:
+        Razavi et al., "Preventing posterior collapse with delta-VAEs", 2019, arXiv:1901.03416.
+    """
+    if not 0.0 < least < math.inf:
+        raise ValueError(f"least: expected a finite number > 0, got {least!r}")
+    low, high = _root(least, -2.0 * least - 2.0, 0.0), _root(least, 2.0 * least + 2.0, 0.0)
+    logvar = low + (high - low) * torch.sigmoid(raw_scale)
+    square = 2.0 * least + 1.0 + logvar - logvar.exp()
+    # At the ends of the interval it is zero up to rounding; the root's slope there would be infinite.
+    return square.clamp(min=torch.finfo(logvar.dtype).eps).sqrt() + torch.relu(raw_mean), logvar
+
+
+def ar1_least_rate(correlation, length):
+    """The least KL in nats, over all independent Gaussians q(z_1) ... q(z_length), to the stationary AR(1) prior of
+    unit variance and that correlation: what a delta-VAE on such a sequence can't go below. Per latent channel.
+
+    ((length - 2) log(1 + a^2) - log(1 - a^2)) / 2 for a length of at least 2, else 0; reference as for
+    :func:`delta_gaussian`.
+    """
+    if not -1.0 < correlation < 1.0:
+        raise ValueError(f"correlation: expected a number between -1 and 1, got {correlation!r}")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"length: expected a positive integer, got {length!r}")
+    square = correlation**2
+    return 0.0 if length == 1 else 0.5 * ((length - 2) * math.log1p(square) - math.log1p(-square))
+
+
+def _root(least, outside, inside):
+    """The root of v - exp(v) + 2 least + 1 between log-variances, negative at the first, positive at the second."""
+    for _ in range(200):
+        middle = 0.5 * (outside + inside)
+        if middle - math.exp(middle) + 2.0 * least + 1.0 < 0.0:
+            outside = middle
+        else:
+            inside = middle
+    return inside
+
+
+def _mean_over_ranks(values):
+    """(1, *): the mean over dim 0, of all ranks' rows, without gradient."""
+    values = values.detach()
+    total = torch.cat([values.sum(0).flatten(), values.new_tensor([len(values)])])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return (total[:-1] / total[-1]).reshape(1, *values.shape[1:])
