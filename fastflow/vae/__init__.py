@@ -1,11 +1,84 @@
 """Variational autoencoders: posteriors, priors, likelihoods and the ELBO with every constant kept."""
 
-from fastflow.vae.elbo import ELBO, iwae
-from fastflow.vae.likelihoods import BernoulliLikelihood, GaussianLikelihood
+from fastflow.vae.elbo import ELBO, Inference, iwae
+from fastflow.vae.generation import lerp, slerp
+from fastflow.vae.hierarchy import HierarchicalVAE, HierarchyTerms, Level
+from fastflow.vae.labels import Conditioned, SemiSupervisedVAE, Task
+from fastflow.vae.likelihoods import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    ContinuousBernoulliLikelihood,
+    DiscretizedLogisticLikelihood,
+    GaussianLikelihood,
+    LaplaceLikelihood,
+    Likelihood,
+    LogisticMixtureLikelihood,
+    NegativeBinomialLikelihood,
+    PoissonLikelihood,
+)
 from fastflow.vae.model import VAE
-from fastflow.vae.networks import conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
-from fastflow.vae.posteriors import GaussianPosterior
-from fastflow.vae.priors import GaussianPrior
+from fastflow.vae.models import (
+    DIPVAE,
+    FSQVAE,
+    HVAE,
+    IWAE,
+    MLPVAE,
+    NVAE,
+    VDVAE,
+    VQVAE,
+    WAE,
+    AdversarialAutoencoder,
+    BetaTCVAE,
+    BetaVAE,
+    ConditionalVAE,
+    ConvVAE,
+    FactorVAE,
+    FlowPosteriorVAE,
+    FlowPriorVAE,
+    InfoVAE,
+    VampVAE,
+)
+from fastflow.vae.networks import conv_decoder, conv_encoder, mlp_decoder, mlp_discriminator, mlp_encoder
+from fastflow.vae.objectives import IWAEObjective, Objective, PenalizedELBO
+from fastflow.vae.penalties import (
+    DIP,
+    MMD,
+    DensityRatio,
+    FactorTC,
+    TotalCorrelation,
+    decompose_kl,
+    dip_penalty,
+    discriminator_loss,
+    mmd,
+)
+from fastflow.vae.posteriors import (
+    DeterministicPosterior,
+    FlowPosterior,
+    FullGaussianPosterior,
+    GaussianPosterior,
+    LowRankGaussianPosterior,
+    MixturePosterior,
+)
+from fastflow.vae.priors import (
+    AutoregressivePrior,
+    CodePrior,
+    ConditionalGaussianPrior,
+    GaussianPrior,
+    MixturePrior,
+    VampPrior,
+)
+from fastflow.vae.quantizers import FSQ, Quantized, VectorQuantizer
+from fastflow.vae.vqvae import QuantizedVAE
 
-__all__ = ["ELBO", "VAE", "BernoulliLikelihood", "GaussianLikelihood", "GaussianPosterior", "GaussianPrior",
-           "conv_decoder", "conv_encoder", "iwae", "mlp_decoder", "mlp_encoder"]
+__all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "MMD", "NVAE", "VAE", "VDVAE", "VQVAE",
+           "WAE", "AdversarialAutoencoder", "AutoregressivePrior", "BernoulliLikelihood", "BetaTCVAE", "BetaVAE",
+           "CategoricalLikelihood", "CodePrior", "ConditionalGaussianPrior", "ConditionalVAE", "Conditioned",
+           "ContinuousBernoulliLikelihood", "ConvVAE", "DensityRatio", "DeterministicPosterior",
+           "DiscretizedLogisticLikelihood", "FactorTC", "FactorVAE", "FlowPosterior", "FlowPosteriorVAE",
+           "FlowPriorVAE", "FullGaussianPosterior", "GaussianLikelihood", "GaussianPosterior", "GaussianPrior",
+           "HierarchicalVAE", "HierarchyTerms", "IWAEObjective", "Inference", "InfoVAE", "LaplaceLikelihood", "Level",
+           "Likelihood", "LogisticMixtureLikelihood", "LowRankGaussianPosterior", "MixturePosterior", "MixturePrior",
+           "NegativeBinomialLikelihood", "Objective", "PenalizedELBO", "PoissonLikelihood", "Quantized", "QuantizedVAE",
+           "SemiSupervisedVAE", "Task", "TotalCorrelation", "VampPrior", "VampVAE", "VectorQuantizer", "conv_decoder",
+           "conv_encoder", "decompose_kl", "dip_penalty", "discriminator_loss", "iwae", "lerp", "mlp_decoder",
+           "mlp_discriminator", "mlp_encoder", "mmd", "slerp"]

@@ -1,0 +1,125 @@
+"""Autoregressive priors, of real latents and of codes."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastflow import checks
+from fastflow.flows import MADE
+
+__all__ = ["AutoregressivePrior", "CodePrior"]
+
+
+class AutoregressivePrior(nn.Module):
+    """p(z) = prod_d p(z_d | z_<d), each a mixture of Gaussians whose parameters a MADE makes of the features before.
+
+    Over (D,). With one component it is a masked autoregressive flow; more make the conditionals multimodal. It starts
+    as a mixture of C unit Gaussians spread around 0 for every feature, for one component N(0, I).
+
+    Args:
+        features: D >= 1.
+        n_components: C, at least 1.
+        hidden, order, activation: of the MADE.
+
+    References:
+        Chen et al., "Variational lossy autoencoder", 2017, arXiv:1611.02731.
+        Uria et al., "RNADE", 2013, arXiv:1306.0186.
+    """
+
+    def __init__(self, features, n_components=5, hidden=(64, 64), *, order=None, activation=nn.ReLU):
+        super().__init__()
+        if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
+            raise ValueError(f"n_components: expected a positive int, got {n_components!r}")
+        self.n_components = n_components
+        self.event_shape = torch.Size([features])
+        self.network = MADE(features, 3 * n_components, hidden, order=order, layout="interleave",
+                            activation=activation)
+        with torch.no_grad():
+            means = self.network.layers[-1].bias.view(features, 3, n_components)[:, 1]
+            means.copy_(torch.linspace(-1.0, 1.0, n_components) if n_components > 1 else torch.zeros(1))
+
+    def log_prob(self, z):
+        """(N,) nats of z (N, D), in one pass."""
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], *self.event_shape))
+        z = z.to(self.network.layers[0].weight.dtype)
+        params = self.network(z).unflatten(1, (z.shape[1], 3 * self.n_components))
+        log_weights, means, log_sigmas = self._split(params)
+        standard = (z[:, :, None] - means) * torch.exp(-log_sigmas)
+        each = -0.5 * standard.square() - log_sigmas - 0.5 * math.log(2.0 * math.pi)
+        return torch.logsumexp(log_weights + each, 2).sum(1)
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        """(n, D), feature by feature; ``temperature`` scales the components' standard deviations."""
+        network, weight = self.network, self.network.layers[0].weight
+        device = weight.device if generator is None else generator.device
+        sweep, found = network.sweep(n), []
+        for _ in range(network.features):
+            log_weights, means, log_sigmas = self._split(sweep.params())
+            u = torch.rand((n, 1), generator=generator, dtype=weight.dtype, device=device).to(weight.device)
+            chosen = (u > torch.exp(log_weights).cumsum(1)).sum(1, keepdim=True).clamp_max(self.n_components - 1)
+            noise = torch.randn((n, 1), generator=generator, dtype=weight.dtype, device=device).to(weight.device)
+            z = means.gather(1, chosen) + temperature * torch.exp(log_sigmas.gather(1, chosen)) * noise
+            sweep.push(z)
+            found.append(z)
+        return torch.cat(found, 1).index_select(1, torch.argsort(network.order))
+
+    def _split(self, params):
+        """(log-weights, means, log-sigmas) along the last dimension; log sigma between -5 and 5, smoothly."""
+        logits, means, raws = params.chunk(3, -1)
+        return torch.log_softmax(logits, -1), means, 5.0 * torch.tanh(raws / 5.0)
+
+
+class CodePrior(nn.Module):
+    """p(c) = prod_t p(c_t | c_<t) of a sequence of T codes out of n_codes, by a GRU; it starts uniform.
+
+    The prior that a VQ-VAE's codes get, row by row for images.
+
+    Args:
+        n_codes: number of codes, at least 2.
+        hidden: size of the embedding and of the GRU's state.
+        n_layers: of the GRU.
+
+    References:
+        van den Oord et al., "Neural discrete representation learning", 2017, arXiv:1711.00937, section 3.2.
+    """
+
+    def __init__(self, n_codes, hidden=128, n_layers=1):
+        super().__init__()
+        if isinstance(n_codes, bool) or not isinstance(n_codes, int) or n_codes < 2:
+            raise ValueError(f"n_codes: expected an int of at least 2, got {n_codes!r}")
+        self.n_codes = n_codes
+        self.embedding = nn.Embedding(n_codes + 1, hidden)  # the last starts the sequence
+        self.recurrent = nn.GRU(hidden, hidden, n_layers, batch_first=True)
+        self.output = nn.Linear(hidden, n_codes)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def log_prob(self, codes):
+        """(N,) nats of codes (N, *shape) int64, taken in row-major order."""
+        if not isinstance(codes, torch.Tensor) or codes.dtype != torch.int64:
+            raise TypeError("codes: expected an int64 tensor")
+        codes = codes.flatten(1)
+        start = torch.full_like(codes[:, :1], self.n_codes)
+        hidden, _ = self.recurrent(self.embedding(torch.cat([start, codes[:, :-1]], 1)))
+        logits = self.output(hidden)
+        return -F.cross_entropy(logits.mT, codes, reduction="none").sum(1)
+
+    @torch.no_grad()
+    def sample(self, n, shape, *, generator=None, temperature=1.0):
+        """(n, *shape) int64; logits are divided by ``temperature``, 0 takes the likeliest code each time."""
+        code = torch.full((n, 1), self.n_codes, device=self.output.weight.device)
+        state, found = None, []
+        for _ in range(math.prod(shape)):
+            hidden, state = self.recurrent(self.embedding(code), state)
+            logits = self.output(hidden[:, 0])
+            if temperature == 0.0:
+                code = logits.argmax(1, keepdim=True)
+            else:
+                probs = torch.softmax(logits / temperature, 1)
+                device = probs.device if generator is None else generator.device
+                code = torch.multinomial(probs.to(device), 1, generator=generator).to(logits.device)
+            found.append(code)
+        return torch.cat(found, 1).view(n, *shape)
