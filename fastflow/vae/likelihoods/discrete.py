@@ -46,7 +46,8 @@ class ContinuousBernoulliLikelihood(Likelihood):
         near = half.abs() < NEAR_HALF
         safe = torch.where(near, 1.0, half)
         square = half.square()
-        series = half * (1.0 / 3.0 - square * (1.0 / 45.0 - square * (2.0 / 945.0 - square / 4725.0)))
+        series = half * (1.0 / 3.0 - square * (1.0 / 45.0 - square * (2.0 / 945.0 - square * (
+            1.0 / 4725.0 - square * 2.0 / 93555.0))))
         return 0.5 + 0.5 * torch.where(near, series, 1.0 / torch.tanh(safe) - 1.0 / safe)
 
     def draw(self, generator, logits):
@@ -64,7 +65,8 @@ def _log_sinhc(y):
     near = y < NEAR_HALF
     safe = torch.where(near, 1.0, y)
     square = y.square()
-    series = square * (1.0 / 6.0 - square * (1.0 / 180.0 - square * (1.0 / 2835.0 - square / 37800.0)))
+    series = square * (1.0 / 6.0 - square * (1.0 / 180.0 - square * (1.0 / 2835.0 - square * (
+        1.0 / 37800.0 - square / 467775.0))))
     return torch.where(near, series, safe + torch.log(-torch.expm1(-2.0 * safe)) - torch.log(2.0 * safe))
 
 
