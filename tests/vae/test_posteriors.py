@@ -145,8 +145,8 @@ def test_flow_without_context_over_maps():
     torch.testing.assert_close(posterior.log_prob(params, z), log_qz)
 
 
-@pytest.mark.parametrize("posterior", [*FAMILIES, *FLOWS.values()], ids=[*map(lambda p: type(p).__name__, FAMILIES),
-                                                                        *FLOWS])
+@pytest.mark.parametrize("posterior", [*FAMILIES, *FLOWS.values()], ids=[*(type(p).__name__ for p in FAMILIES),
+                                                                         *FLOWS])
 def test_noise_is_reproducible_and_nested(posterior):
     params = params_of(posterior)
     five = posterior(params, None, 5, seed=8)[0]

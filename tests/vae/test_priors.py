@@ -29,9 +29,9 @@ PRIORS = {
     "gaussian": lambda: perturb(vae.GaussianPrior((2,)).double()),
     "mixture": lambda: perturb(vae.MixturePrior(2, 3).double()),
     "vamp": lambda: vamp()[0],
-    "autoregressive": lambda: perturb(vae.AutoregressivePrior(2, 3, (8,), activation=nn.SiLU).double()),
+    "autoregressive": lambda: perturb(vae.AutoregressivePrior(2, 3, (8,), activation=nn.SiLU).double(), 0.15),
     "reordered": lambda: perturb(vae.AutoregressivePrior(2, 2, (8, 8), order=[1, 0], activation=nn.SiLU).double(),
-                                 seed=3),
+                                 0.15),
     "maf": lambda: perturb(flows.MAF(2, n_layers=2, hidden=(8,), actnorm=False, activation=nn.SiLU).double(), 0.1),
 }
 
