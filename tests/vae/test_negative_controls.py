@@ -1,4 +1,4 @@
-"""Mistakes that VAE libraries have shipped, each of which the closed forms must reject, while they accept the right code.
+"""Mistakes that VAE libraries have shipped: the closed forms reject each of them, and accept the right code.
 
 A check takes the piece of code in question and says whether it passes.
 """
@@ -91,8 +91,8 @@ def test_reconstruction_term(log_px_z, right):
 
 
 def decoder_gradient_is_the_evidences(weigh):
-    """At the true posterior the K-sample objective's gradient in the decoder is that of log p(x) (Fisher's identity), on
-    sigma points to rounding. weigh(log_w) -> weights (K, B) of the samples' gradients."""
+    """At the true posterior the K-sample objective's gradient in the decoder is that of log p(x) (Fisher's identity),
+    on sigma points to rounding. weigh(log_w) -> weights (K, B) of the samples' gradients."""
     problem = PROBLEM
     model = vae.VAE(problem.encoder(problem.full_constants()), problem.decoder(), vae.FullGaussianPosterior(),
                     likelihood=vae.GaussianLikelihood(math.sqrt(problem.s2)))

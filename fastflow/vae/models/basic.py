@@ -72,6 +72,8 @@ class ReadyVAE(VAE):
         likelihood = named("likelihood", likelihood, LIKELIHOODS)
         if not isinstance(likelihood, Likelihood):
             raise TypeError(f"likelihood: expected a Likelihood, got {type(likelihood).__name__}")
+        if not hasattr(posterior, "n_params"):
+            raise TypeError(f"posterior: expected one of posteriors/, with n_params, got {type(posterior).__name__}")
         encoder, decoder = networks(network, event_shape, latent_features, sizes, posterior.n_params(latent_features),
                                     likelihood)
         super().__init__(encoder, decoder, posterior, likelihood=likelihood, latent_shape=(latent_features,), **options)

@@ -98,10 +98,10 @@ class CodePrior(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def log_prob(self, codes):
-        """(N,) nats of codes (N, *shape) int64, taken in row-major order."""
+        """(N,) nats of codes (N, *shape) int64, taken in row-major order; (N,) is one code each."""
         if not isinstance(codes, torch.Tensor) or codes.dtype != torch.int64:
             raise TypeError("codes: expected an int64 tensor")
-        codes = codes.flatten(1)
+        codes = codes.flatten(1) if codes.dim() > 1 else codes[:, None]
         start = torch.full_like(codes[:, :1], self.n_codes)
         hidden, _ = self.recurrent(self.embedding(torch.cat([start, codes[:, :-1]], 1)))
         logits = self.output(hidden)
