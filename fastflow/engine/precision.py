@@ -6,22 +6,25 @@ import torch
 
 from fastflow.flows import Split
 from fastflow.nn import AffineCoupling
-from fastflow.vae import VAE
+from fastflow.vae import VAE, HierarchicalVAE, QuantizedVAE
 
 __all__ = ["Lowered", "conditioners"]
 
 
 def conditioners(model):
     """The networks whose output only parametrises what is computed in full precision, once each, in order: of couplings
-    and splits; of a VAE encoder and decoder."""
+    and splits; of a VAE encoder and decoder, of a hierarchical one also those of its levels."""
     found = []
     for module in model.modules():
         if isinstance(module, AffineCoupling):
             found.append(module.conditioner)
         elif isinstance(module, Split):
             found.append(module.prior)
-        elif isinstance(module, VAE):
+        elif isinstance(module, (VAE, QuantizedVAE)):
             found += [module.encoder, module.decoder]
+        elif isinstance(module, HierarchicalVAE):
+            parts = [part for level in module.levels for part in (level.prior, level.posterior, level.merge)]
+            found += [module.bottom_up, *parts, module.decoder]
     return list({id(m): m for m in found if isinstance(m, torch.nn.Module)}.values())
 
 
