@@ -87,7 +87,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, rows, codes):
-        counts = torch.bincount(codes, minlength=self.n_codes).to(rows.dtype)
+        counts = count_codes(codes, self.n_codes, rows.dtype)
         sums = torch.zeros_like(self.codebook).index_add_(0, codes, rows)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(counts)
@@ -106,6 +106,12 @@ class VectorQuantizer(nn.Module):
 
     def extra_repr(self):
         return f"n_codes={self.n_codes}, features={self.features}, decay={self.decay}"
+
+
+def count_codes(codes, n_codes, dtype):
+    """How often each code occurs, (n_codes,)."""
+    counts = torch.zeros(n_codes, dtype=dtype, device=codes.device)
+    return counts.index_add_(0, codes.flatten(), torch.ones(codes.numel(), dtype=dtype, device=codes.device))
 
 
 class FSQ(nn.Module):

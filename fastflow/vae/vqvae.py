@@ -10,6 +10,7 @@ from fastflow.vae.elbo import ELBO
 from fastflow.vae.generation import check_temperature
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.objectives import Objective
+from fastflow.vae.quantizers import count_codes
 
 __all__ = ["QuantizedVAE"]
 
@@ -47,8 +48,7 @@ class QuantizedVAE(nn.Module):
         """The training objective, an Objective: the bound (its rate times beta) less the quantiser's loss. There is one
         sample, whatever n_samples says."""
         bound, loss, codes = self._bound(x, n_samples, beta)
-        used = torch.bincount(codes.flatten(), minlength=self.quantizer.n_codes).to(bound.elbo.dtype)
-        shares = used / used.sum().clamp_min(1.0)
+        shares = count_codes(codes, self.quantizer.n_codes, bound.elbo.dtype) / max(codes.numel(), 1)
         perplexity = torch.exp(-torch.special.xlogy(shares, shares).sum())
         return Objective(bound.elbo - loss, bound, {"quantizer_loss": loss.detach().mean(), "perplexity": perplexity})
 

@@ -254,6 +254,23 @@ def test_linear_beta_vae_objective_at_reverse_water_filling():
     torch.testing.assert_close(result.distortion.mean(), distortion)
 
 
+def test_a_mean_squared_error_with_a_kl_weight_is_a_beta_vae():
+    """mean MSE + k KL, N elements, has the gradient of the bound with beta * sigma^2 = k N / 2, scaled by N / (2 s2)."""
+    k, size = 0.02, 3
+    gradients = []
+    for s2 in (0.1, 1.0):
+        model = model_with(vae.PenalizedELBO(beta=k * size / (2 * s2)), likelihood=vae.GaussianLikelihood(s2**0.5))
+        parameters, eps = list(model.parameters()), randn(1, 4, 2, seed=1)
+        z, _, kl = model.posterior(model.encoder(PROBLEM.x), None, 1, eps=eps)
+        loss = (model.decoder(z[0]) - PROBLEM.x).square().mean() + k * kl.mean()
+        by_hand = torch.autograd.grad(loss, parameters)
+        own = torch.autograd.grad(-model(PROBLEM.x, eps=eps).value.mean(), parameters)
+        for a, b in zip(by_hand, own, strict=True):
+            torch.testing.assert_close(a * size / (2 * s2), b)
+        gradients.append(by_hand)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: vae.IWAEObjective(0), "n_samples"),
     (ValueError, lambda: minibatch_weights(5, 4), "dataset_size"),

@@ -113,7 +113,7 @@ def test_vamp_shares_the_models_networks():
 
 
 def test_code_prior_sums_to_one():
-    prior = perturb(vae.CodePrior(3, hidden=6).double())
+    prior = perturb(vae.CodePrior(3, hidden=6, n_layers=2).double())
     sequences = torch.tensor(list(itertools.product(range(3), repeat=4)))
     p = prior.log_prob(sequences.view(-1, 2, 2)).exp()
     assert abs(p.sum() - 1) < 1e-12 and p.std() > 1e-3
@@ -121,6 +121,15 @@ def test_code_prior_sums_to_one():
     drawn = prior.sample(n, (2, 2), generator=torch.Generator().manual_seed(0)).flatten(1)
     frequency = torch.bincount(drawn @ torch.tensor([27, 9, 3, 1]), minlength=81) / n
     assert ((frequency - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt()).all()
+    # Beyond its receptive field of 4 a code is forgotten, and a long sample sees no more than that either.
+    long = torch.zeros(1, 7, dtype=torch.int64)
+    changed = torch.cat([torch.full_like(long[:, :1], 2), long[:, 1:]], 1)
+    given = [prior._logits(c)[0, :] for c in (long, changed)]
+    differs = (given[0] - given[1]).abs().amax(1) > 1e-12
+    assert differs.tolist() == [True] * 4 + [False] * 3
+    greedy = prior.sample(1, (9,), temperature=0.0)
+    before = torch.cat([torch.tensor([[3]]), greedy[:, :-1]], 1)
+    assert torch.equal(prior._logits(before).argmax(2), greedy)
     uniform = vae.CodePrior(5)
     torch.testing.assert_close(uniform.log_prob(torch.randint(0, 5, (2, 3, 3))), torch.full((2,), -9 * math.log(5)))
     assert torch.equal(prior.sample(2, (3,), temperature=0.0), prior.sample(2, (3,), temperature=0.0))

@@ -99,7 +99,7 @@ def small(prior=None, **options):
 def test_bound_of_a_quantized_vae():
     """log p(x | z(x)) + log p(codes), below the model's log p(x), which enumeration over the codes gives."""
     x = randn(5, 4, seed=0)
-    for prior in (None, perturb(vae.CodePrior(3, 4).double())):
+    for prior in (None, perturb(vae.CodePrior(3, 4, 1).double())):
         model = small(prior)
         bound, codes = model.elbo(x, 2), model.codes(x)
         every = torch.arange(3)[:, None]

@@ -73,26 +73,29 @@ class AutoregressivePrior(nn.Module):
 
 
 class CodePrior(nn.Module):
-    """p(c) = prod_t p(c_t | c_<t) of a sequence of T codes out of n_codes, by a GRU; it starts uniform.
+    """p(c) = prod_t p(c_t | c_<t) of a sequence of codes out of n_codes, by causal dilated convolutions.
 
-    The prior that a VQ-VAE's codes get, row by row for images.
+    It starts uniform. The prior that a VQ-VAE's codes get, row by row for images. Code t sees the ``receptive_field`` codes before it.
 
     Args:
         n_codes: number of codes, at least 2.
-        hidden: size of the embedding and of the GRU's state.
-        n_layers: of the GRU.
+        hidden: channels.
+        n_layers: residual layers; dilations 1, 2, 4, ... double the receptive field with each.
 
     References:
         van den Oord et al., "Neural discrete representation learning", 2017, arXiv:1711.00937, section 3.2.
+        van den Oord et al., "WaveNet", 2016, arXiv:1609.03499.
     """
 
-    def __init__(self, n_codes, hidden=128, n_layers=1):
+    def __init__(self, n_codes, hidden=64, n_layers=5):
         super().__init__()
-        if isinstance(n_codes, bool) or not isinstance(n_codes, int) or n_codes < 2:
-            raise ValueError(f"n_codes: expected an int of at least 2, got {n_codes!r}")
+        for name, value, least in (("n_codes", n_codes, 2), ("hidden", hidden, 1), ("n_layers", n_layers, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
         self.n_codes = n_codes
+        self.receptive_field = 2**n_layers
         self.embedding = nn.Embedding(n_codes + 1, hidden)  # the last starts the sequence
-        self.recurrent = nn.GRU(hidden, hidden, n_layers, batch_first=True)
+        self.layers = nn.ModuleList(nn.Conv1d(hidden, 2 * hidden, 2, dilation=2**index) for index in range(n_layers))
         self.output = nn.Linear(hidden, n_codes)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
@@ -103,23 +106,28 @@ class CodePrior(nn.Module):
             raise TypeError("codes: expected an int64 tensor")
         codes = codes.flatten(1) if codes.dim() > 1 else codes[:, None]
         start = torch.full_like(codes[:, :1], self.n_codes)
-        hidden, _ = self.recurrent(self.embedding(torch.cat([start, codes[:, :-1]], 1)))
-        logits = self.output(hidden)
+        logits = self._logits(torch.cat([start, codes[:, :-1]], 1))
         return -F.cross_entropy(logits.mT, codes, reduction="none").sum(1)
 
     @torch.no_grad()
     def sample(self, n, shape, *, generator=None, temperature=1.0):
         """(n, *shape) int64; logits are divided by ``temperature``, 0 takes the likeliest code each time."""
-        code = torch.full((n, 1), self.n_codes, device=self.output.weight.device)
-        state, found = None, []
+        codes = torch.full((n, 1), self.n_codes, device=self.output.weight.device)
         for _ in range(math.prod(shape)):
-            hidden, state = self.recurrent(self.embedding(code), state)
-            logits = self.output(hidden[:, 0])
+            logits = self._logits(codes[:, -self.receptive_field:])[:, -1]
             if temperature == 0.0:
-                code = logits.argmax(1, keepdim=True)
+                following = logits.argmax(1, keepdim=True)
             else:
                 probs = torch.softmax(logits / temperature, 1)
                 device = probs.device if generator is None else generator.device
-                code = torch.multinomial(probs.to(device), 1, generator=generator).to(logits.device)
-            found.append(code)
-        return torch.cat(found, 1).view(n, *shape)
+                following = torch.multinomial(probs.to(device), 1, generator=generator).to(logits.device)
+            codes = torch.cat([codes, following], 1)
+        return codes[:, 1:].view(n, *shape)
+
+    def _logits(self, before):
+        """(N, T, n_codes) for the codes that follow each of ``before`` (N, T), given it and those before it."""
+        h = self.embedding(before).mT
+        for layer in self.layers:
+            a, gate = layer(F.pad(h, (layer.dilation[0], 0))).chunk(2, 1)
+            h = h + torch.tanh(a) * torch.sigmoid(gate)
+        return self.output(h.mT)
