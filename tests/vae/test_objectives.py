@@ -255,7 +255,7 @@ def test_linear_beta_vae_objective_at_reverse_water_filling():
 
 
 def test_a_mean_squared_error_with_a_kl_weight_is_a_beta_vae():
-    """mean MSE + k KL, N elements, has the gradient of the bound with beta * sigma^2 = k N / 2, scaled by N / (2 s2)."""
+    """mean MSE + k KL, of N elements, is 2 s2 / N of minus the bound with beta * s2 = k N / 2, but for a constant."""
     k, size = 0.02, 3
     gradients = []
     for s2 in (0.1, 1.0):

@@ -75,7 +75,8 @@ class AutoregressivePrior(nn.Module):
 class CodePrior(nn.Module):
     """p(c) = prod_t p(c_t | c_<t) of a sequence of codes out of n_codes, by causal dilated convolutions.
 
-    It starts uniform. The prior that a VQ-VAE's codes get, row by row for images. Code t sees the ``receptive_field`` codes before it.
+    It starts uniform. The prior that a VQ-VAE's codes get, row by row for images. Code t sees the ``receptive_field``
+    codes before it.
 
     Args:
         n_codes: number of codes, at least 2.
