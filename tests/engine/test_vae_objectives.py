@@ -1,5 +1,6 @@
 """The training step minimises what each kind of VAE maximises, over data as its likelihood takes them."""
 
+import copy
 import math
 
 import pytest
@@ -74,3 +75,17 @@ def test_networks_of_hierarchies_and_quantisers_run_in_bfloat16(make):
     full = TrainStep(model, sgd(model))(x)
     low = TrainStep(model, sgd(model), conditioner_dtype=torch.bfloat16)(x)
     assert low.dtype == torch.float32 and abs(low - full) < 0.15 * abs(full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: vae.HVAE(SHAPE, (2, 2), 8), lambda: vae.VQVAE(SHAPE, 4, 2, (4,))],
+                         ids=["hvae", "vq"])
+def test_hierarchies_and_quantisers_compile(make):
+    torch.manual_seed(0)
+    model = make()
+    losses = []
+    for compile in (False, True):
+        step = TrainStep(copy.deepcopy(model), sgd(model), compile=compile)
+        torch.manual_seed(1)
+        losses.append(step(X / 7.0))
+    torch.testing.assert_close(*losses)

@@ -55,7 +55,11 @@ class Likelihood(nn.Module):
         expected = (x.shape[0], *self.output_shape(x.shape[1:]))
         if output.shape[-x.dim():] != expected:
             raise ValueError(f"output: expected shape (*, {', '.join(map(str, expected))}), got {tuple(output.shape)}")
-        return sum_event(self.log_density(x, *self._params(output, 1 - x.dim())), x.dim() - 1)
+        return self.total(x, *self._params(output, 1 - x.dim()))
+
+    def total(self, x, *params):
+        """The sum of log_density over the event, (*, B); families that can sum before they scale do so here."""
+        return sum_event(self.log_density(x, *params), x.dim() - 1)
 
     def mean(self, output):
         """E[x | z] (N, *event) of output (N, *output_shape)."""

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastflow.vae.likelihoods.base import Likelihood, uniform_like
+from fastflow.vae.likelihoods.base import Likelihood, sum_event, uniform_like
 
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "ContinuousBernoulliLikelihood",
            "NegativeBinomialLikelihood", "PoissonLikelihood"]
@@ -19,6 +19,10 @@ class BernoulliLikelihood(Likelihood):
 
     def log_density(self, x, logits):
         return -F.binary_cross_entropy_with_logits(logits, x.expand(logits.shape), reduction="none")
+
+    def total(self, x, logits):
+        each = F.binary_cross_entropy_with_logits(logits, x.expand(logits.shape), reduction="none")
+        return -sum_event(each, x.dim() - 1)
 
     def mean_of(self, logits):
         return torch.sigmoid(logits)

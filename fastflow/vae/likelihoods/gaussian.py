@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from fastflow.vae.likelihoods.base import Likelihood, normal_like, promoted, sum_event, uniform_like
+from fastflow.vae.likelihoods.base import Likelihood, normal_like, sum_event, uniform_like
 
 __all__ = ["GaussianLikelihood", "LaplaceLikelihood"]
 
@@ -72,20 +72,21 @@ class GaussianLikelihood(LocationScale):
         elif sigma != "decoder":  # a number, for a buffer would be rounded by .to()
             self.log_sigma = math.log(sigma)
 
-    def log_prob(self, x, output):
+    def total(self, x, location, raw=None):
+        if raw is not None:
+            return super().total(x, location, raw)
+        squares = (x - location).square()
         if self.mode == "optimal" and self.training:
-            return self._fitted(x, promoted(output))
-        return super().log_prob(x, output)
-
-    def _fitted(self, x, mean):
-        squares = (x.to(mean.dtype) - mean).square()
-        mean_square = squares.mean()
-        with torch.no_grad():
-            self.mean_square.lerp_(mean_square.to(self.mean_square.dtype), self.MOMENTUM)
-        size = math.prod(x.shape[1:])
-        log_sigma = 0.5 * torch.log(mean_square)
-        return (-0.5 * sum_event(squares, x.dim() - 1) / mean_square
-                - size * (log_sigma + 0.5 * math.log(2.0 * math.pi)))
+            mean_square = squares.mean()
+            with torch.no_grad():
+                self.mean_square.lerp_(mean_square.to(self.mean_square.dtype), self.MOMENTUM)
+            log_sigma = 0.5 * torch.log(mean_square)
+        else:
+            log_sigma = self._log_scale(None)
+        fixed = isinstance(log_sigma, float)
+        precision = math.exp(-2.0 * log_sigma) if fixed else torch.exp(-2.0 * log_sigma)
+        constant = math.prod(x.shape[1:]) * (log_sigma + 0.5 * math.log(2.0 * math.pi))
+        return -0.5 * precision * sum_event(squares, x.dim() - 1) - constant
 
     def _log_scale(self, raw):
         return 0.5 * torch.log(self.mean_square) if self.mode == "optimal" else super()._log_scale(raw)
