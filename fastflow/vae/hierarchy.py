@@ -139,7 +139,7 @@ class HierarchicalVAE(nn.Module):
             x: (B, *event).
             n_samples: K.
             eps: one tensor of noise (K, B, D, *S) for each level, or None.
-            seed: int or int64 tensor; the levels take the counters of its stream one after the other.
+            seed: int or 0-d int64 tensor; the levels take the counters of its stream one after the other.
             generator: torch.Generator that a seed is drawn from otherwise, None for torch's own.
         """
         batch = x.shape[0]

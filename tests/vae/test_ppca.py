@@ -118,6 +118,37 @@ def test_iwae_rises_with_k_and_stays_below_the_evidence(problem):
     assert evidence - bounds[-1].mean() < 0.1 * (evidence - bounds[0].mean())
 
 
+@pytest.mark.parametrize("posterior", ["gaussian", "full"])
+def test_training_reaches_the_maximum_likelihood(posterior):
+    """From random weights, by L-BFGS on sigma points: sigma^2 is the mean of the eigenvalues left out, W W' + sigma^2
+    has the others, and the bound is the evidence of the data (Tipping and Bishop, 1999)."""
+    n, size, d = 16, 4, 2
+    x = randn(n, size, seed=0) @ torch.diag(torch.tensor([2.0, 1.4, 0.7, 0.5], dtype=torch.float64))
+    x = x @ torch.linalg.qr(randn(size, size, seed=1)).Q + randn(size, seed=2)
+    torch.manual_seed(0)
+    encoder, decoder = torch.nn.Linear(size, 2 * d if posterior == "gaussian" else 5), torch.nn.Linear(d, size)
+    model = vae.VAE(encoder, decoder, posterior, likelihood="gaussian").double()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=400, max_eval=800, tolerance_grad=1e-9,
+                                  tolerance_change=1e-14, history_size=30, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -model.elbo(x, 2 * d, eps=sigma_points(d, n)).elbo.mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    covariance = torch.cov(x.T, correction=0)
+    values = torch.linalg.eigvalsh(covariance)
+    noise = values[:size - d].mean()
+    best = -0.5 * (size * math.log(2 * math.pi) + values[size - d:].log().sum() + (size - d) * noise.log() + size)
+    assert abs(-closure() - best) < 1e-8
+    torch.testing.assert_close(torch.exp(2 * model.likelihood.log_sigma), noise, rtol=1e-3, atol=0)
+    w = model.decoder.weight
+    found = torch.linalg.eigvalsh(w @ w.T + noise * torch.eye(size, dtype=torch.float64))
+    torch.testing.assert_close(found, torch.cat([noise.expand(size - d), values[size - d:]]), rtol=1e-3, atol=0)
+
+
 def test_sampling_the_mode_overstates_the_reconstruction():
     """By tr(W S W')/(2 s2) exactly: why the mean is not a sample."""
     problem = INSTANCES[1]
