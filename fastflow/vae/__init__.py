@@ -2,6 +2,7 @@
 
 from fastflow.vae.elbo import ELBO, Inference, iwae
 from fastflow.vae.generation import lerp, slerp
+from fastflow.vae.hamiltonian import HamiltonianVAE
 from fastflow.vae.hierarchy import HierarchicalVAE, HierarchyTerms, Level
 from fastflow.vae.labels import Conditioned, SemiSupervisedVAE, Task
 from fastflow.vae.likelihoods import (
@@ -76,9 +77,9 @@ __all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "
            "ContinuousBernoulliLikelihood", "ConvVAE", "DensityRatio", "DeterministicPosterior",
            "DiscretizedLogisticLikelihood", "FactorTC", "FactorVAE", "FlowPosterior", "FlowPosteriorVAE",
            "FlowPriorVAE", "FullGaussianPosterior", "GaussianLikelihood", "GaussianPosterior", "GaussianPrior",
-           "HierarchicalVAE", "HierarchyTerms", "IWAEObjective", "Inference", "InfoVAE", "LaplaceLikelihood", "Level",
-           "Likelihood", "LogisticMixtureLikelihood", "LowRankGaussianPosterior", "MixturePosterior", "MixturePrior",
-           "NegativeBinomialLikelihood", "Objective", "PenalizedELBO", "PoissonLikelihood", "Quantized", "QuantizedVAE",
-           "SemiSupervisedVAE", "Task", "TotalCorrelation", "VampPrior", "VampVAE", "VectorQuantizer", "conv_decoder",
-           "conv_encoder", "decompose_kl", "dip_penalty", "discriminator_loss", "iwae", "lerp", "mlp_decoder",
-           "mlp_discriminator", "mlp_encoder", "mmd", "slerp"]
+           "HamiltonianVAE", "HierarchicalVAE", "HierarchyTerms", "IWAEObjective", "Inference", "InfoVAE",
+           "LaplaceLikelihood", "Level", "Likelihood", "LogisticMixtureLikelihood", "LowRankGaussianPosterior",
+           "MixturePosterior", "MixturePrior", "NegativeBinomialLikelihood", "Objective", "PenalizedELBO",
+           "PoissonLikelihood", "Quantized", "QuantizedVAE", "SemiSupervisedVAE", "Task", "TotalCorrelation",
+           "VampPrior", "VampVAE", "VectorQuantizer", "conv_decoder", "conv_encoder", "decompose_kl", "dip_penalty",
+           "discriminator_loss", "iwae", "lerp", "mlp_decoder", "mlp_discriminator", "mlp_encoder", "mmd", "slerp"]
