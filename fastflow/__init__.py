@@ -13,4 +13,16 @@ _NAMES = {"ScaleMap": "reference", "affine_coupling": "functional", "gaussian_sa
           "mlp_flow": "functional", "plu_weight": "functional", "slogdet": "functional",
           "slogdet_inverse": "functional", "use_backend": "backends"}
 
-]
+__all__ = [*_SUBMODULES, *_NAMES]
+
+
+def __getattr__(name):
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastflow.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"fastflow.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'fastflow' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

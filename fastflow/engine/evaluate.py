@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from fastflow.engine.distributed import unwrap
-from fastflow.engine.pictures import levels
+from fastflow.engine.objectives import levels_of
 
 __all__ = ["describe", "evaluate", "is_vae", "reconstructions", "samples"]
 
@@ -64,11 +64,11 @@ def samples(model, n, n_bins, device, temperature=1.0, seed=0):
     options = {"mean": True} if is_vae(model) else {}
     with _aside(model, device, seed):
         x = model.sample(n, temperature=temperature, **options)
-        return levels(x, n_bins), n - int(torch.isfinite(x).flatten(1).all(1).sum())
+        return levels_of(model, x, n_bins), n - int(torch.isfinite(x).flatten(1).all(1).sum())
 
 
 def reconstructions(model, objective, images, device, seed=0):
     """What a VAE makes of images (N, C, H, W): integer levels, uint8."""
     with _aside(model, device, seed):
         x, _ = objective.prepare(model, images.to(device))
-        return levels(model.reconstruct(x), objective.n_bins)
+        return levels_of(model, model.reconstruct(x), objective.n_bins)

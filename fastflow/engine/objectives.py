@@ -1,14 +1,16 @@
 """What a step minimises, in nats per example, and what an evaluation reports."""
 
+import inspect
 import math
 
 import torch
 
 from fastflow.engine.distributed import unwrap
+from fastflow.engine.pictures import levels
 from fastflow.flows import bits_per_dim, dequantize
-from fastflow.vae import BernoulliLikelihood
+from fastflow.vae import BernoulliLikelihood, ContinuousBernoulliLikelihood
 
-__all__ = ["NegativeELBO", "NegativeLogLikelihood", "objective_for"]
+__all__ = ["NegativeELBO", "NegativeLogLikelihood", "levels_of", "objective_for"]
 
 
 def objective_for(model, *, n_bins=256, n_samples=1, beta=1.0):
@@ -35,9 +37,9 @@ class Objective:
         self.n_bins = n_bins
 
     def prepare(self, model, x):
-        """(x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins, or for the bits of a
-        Bernoulli likelihood scaled to [0, 1]; floating x as it is, as are the integers of a flow that dequantises them
-        itself."""
+        """(float x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins; for a likelihood of
+        integers as they are, for the bits of a Bernoulli one scaled to [0, 1], for a continuous Bernoulli one
+        dequantised to [0, 1]; floating x as it is, as are the integers of a flow that dequantises them itself."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.is_floating_point():
@@ -50,9 +52,23 @@ class Objective:
             return x, 0.0
         parameter = next(inner.parameters(), None)
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
-        if isinstance(getattr(inner, "likelihood", None), BernoulliLikelihood):
+        likelihood = getattr(inner, "likelihood", None)
+        if getattr(likelihood, "takes_integers", False):
+            return x.to(dtype), 0.0
+        if isinstance(likelihood, BernoulliLikelihood):
             return x.to(dtype) / (self.n_bins - 1), 0.0
-        return dequantize(x, self.n_bins, dtype=dtype), x[0].numel() * math.log(self.n_bins)
+        shift = 0.5 if isinstance(likelihood, ContinuousBernoulliLikelihood) else 0.0
+        return dequantize(x, self.n_bins, dtype=dtype) + shift, x[0].numel() * math.log(self.n_bins)
+
+
+def levels_of(model, x, n_bins):
+    """Integer levels, uint8, of what the model generates: the way back from :meth:`Objective.prepare`."""
+    likelihood = getattr(unwrap(model), "likelihood", None)
+    if getattr(likelihood, "takes_integers", False):
+        return levels((x.float() + 0.5) / n_bins - 0.5, n_bins)
+    if isinstance(likelihood, BernoulliLikelihood):
+        return levels((x.float() * (n_bins - 1) + 0.5) / n_bins - 0.5, n_bins)
+    return levels(x - 0.5 if isinstance(likelihood, ContinuousBernoulliLikelihood) else x, n_bins)
 
 
 class NegativeLogLikelihood(Objective):
@@ -75,7 +91,7 @@ class NegativeLogLikelihood(Objective):
 
 
 class NegativeELBO(Objective):
-    """distortion + beta*rate, the loss of a VAE."""
+    """distortion + beta*rate, the loss of a VAE; of one with an objective of its own, minus that objective's value."""
 
     name = "negative ELBO"
 
@@ -88,18 +104,28 @@ class NegativeELBO(Objective):
         self.n_samples, self.beta = n_samples, beta
 
     def __call__(self, model, x, context=None):
-        """(loss, parts): 0-d tensors; parts holds the mean rate and distortion."""
-        if context is not None:
-            raise ValueError("context: a VAE takes none")
+        """(loss, parts): 0-d tensors; parts holds the mean rate and distortion, and what the objective adds."""
         x, constant = self.prepare(model, x)
-        bound = model(x, n_samples=self.n_samples, beta=self.beta)
+        bound = model(x, n_samples=self.n_samples, beta=self.beta, **_context(model, context))
         rate, distortion = bound.rate.mean(), bound.distortion.mean() + constant
-        return constant - bound.elbo.mean(), {"rate": rate.detach(), "distortion": distortion.detach()}
+        value = bound.value if hasattr(bound, "value") else bound.elbo
+        parts = {"rate": rate.detach(), "distortion": distortion.detach()} | getattr(bound, "parts", {})
+        return constant - value.mean(), parts
 
     def report(self, model, x):
-        """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever beta training uses."""
+        """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained."""
         x, constant = self.prepare(model, x)
         bound = model(x, n_samples=self.n_samples, beta=1.0)
-        elbo = bound.elbo - constant
+        elbo = -bound.distortion - bound.rate - constant
         return {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,
                 "bits_per_dim": -elbo / (x[0].numel() * math.log(2))}
+
+
+def _context(model, context):
+    """The context as a keyword, for models that take one."""
+    if context is None:
+        return {}
+    known = inspect.signature(unwrap(model).forward).parameters
+    if "context" not in known:
+        raise ValueError(f"context: a {type(unwrap(model)).__name__} takes none")
+    return {"context": context}

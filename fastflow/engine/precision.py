@@ -6,14 +6,15 @@ import torch
 
 from fastflow.flows import Split, TarFlowBlock
 from fastflow.nn import AffineCoupling
-from fastflow.vae import VAE
+from fastflow.vae import VAE, HierarchicalVAE, QuantizedVAE
 
 __all__ = ["Lowered", "conditioners"]
 
 
 def conditioners(model):
     """The networks whose output only parametrises what is computed in full precision, once each, in order: of
-    couplings, autoregressive blocks and splits; of a VAE encoder and decoder."""
+    couplings, autoregressive blocks and splits; of a VAE encoder and decoder, of a hierarchical one also those of its
+    levels."""
     found = []
     for module in model.modules():
         if isinstance(module, AffineCoupling):
@@ -22,8 +23,11 @@ def conditioners(model):
             found.append(module.network)
         elif isinstance(module, Split):
             found.append(module.prior)
-        elif isinstance(module, VAE):
+        elif isinstance(module, (VAE, QuantizedVAE)):
             found += [module.encoder, module.decoder]
+        elif isinstance(module, HierarchicalVAE):
+            parts = [part for level in module.levels for part in (level.prior, level.posterior, level.merge)]
+            found += [module.bottom_up, *parts, module.decoder]
     return list({id(m): m for m in found if isinstance(m, torch.nn.Module)}.values())
 
 

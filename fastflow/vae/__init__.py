@@ -11,7 +11,17 @@ from fastflow.vae.posteriors import GaussianPosterior
 from fastflow.vae.priors import GaussianPrior
 from fastflow.vae.schedules import CosineSchedule, CyclicalSchedule, LinearSchedule, Schedule, SigmoidSchedule
 
-__all__ = ["ELBO", "VAE", "BernoulliLikelihood", "CosineSchedule", "CyclicalSchedule", "DiscreteVAE",
-           "GaussianLikelihood", "GaussianPosterior", "GaussianPrior", "LinearSchedule", "Schedule", "SigmoidSchedule",
-           "ar1_least_rate", "capacity", "ciwae", "conv_decoder", "conv_encoder", "delta_gaussian", "dreg", "free_bits",
-           "iwae", "kl_balance", "miwae", "mlp_decoder", "mlp_encoder", "piwae", "renyi", "stl"]
+__all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "MMD", "NVAE", "VAE", "VDVAE", "VQVAE",
+           "WAE", "AdversarialAutoencoder", "AutoregressivePrior", "BernoulliLikelihood", "BetaTCVAE", "BetaVAE",
+           "CategoricalLikelihood", "CodePrior", "ConditionalGaussianPrior", "ConditionalVAE", "Conditioned",
+           "ContinuousBernoulliLikelihood", "ConvVAE", "CosineSchedule", "CyclicalSchedule", "DensityRatio",
+           "DeterministicPosterior", "DiscreteVAE", "DiscretizedLogisticLikelihood", "FactorTC", "FactorVAE",
+           "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FullGaussianPosterior", "GaussianLikelihood",
+           "GaussianPosterior", "GaussianPrior", "HamiltonianVAE", "HierarchicalVAE", "HierarchyTerms", "IWAEObjective",
+           "Inference", "InfoVAE", "LaplaceLikelihood", "Level", "Likelihood", "LinearSchedule",
+           "LogisticMixtureLikelihood", "LowRankGaussianPosterior", "MixturePosterior", "MixturePrior",
+           "NegativeBinomialLikelihood", "Objective", "PenalizedELBO", "PoissonLikelihood", "Quantized", "QuantizedVAE",
+           "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task", "TotalCorrelation", "VampPrior", "VampVAE",
+           "VectorQuantizer", "ar1_least_rate", "capacity", "ciwae", "conv_decoder", "conv_encoder", "decompose_kl",
+           "delta_gaussian", "dip_penalty", "discriminator_loss", "dreg", "free_bits", "iwae", "kl_balance", "lerp",
+           "miwae", "mlp_decoder", "mlp_discriminator", "mlp_encoder", "mmd", "piwae", "renyi", "slerp", "stl"]

@@ -7,11 +7,27 @@ import torch
 
 from fastflow import checks
 
-__all__ = ["ELBO", "iwae"]
+__all__ = ["ELBO", "Inference", "iwae"]
+
+
+class Inference(NamedTuple):
+    """What the encoder says of B examples, and K samples for each.
+
+    Attributes:
+        params: the encoder's output (B, ...).
+        z: (K, B, D, *S).
+        log_qz: (K, B) log q(z | x) in nats.
+        kl: (B,) KL(q(z | x) || p(z)) in nats where it has a closed form, else None.
+    """
+
+    params: torch.Tensor
+    z: torch.Tensor
+    log_qz: torch.Tensor
+    kl: torch.Tensor | None
 
 
 class ELBO(NamedTuple):
-    """The terms of the bound for B examples and K samples each, in nats.
+    """The terms of the bound for B examples and K samples each, in nats. Nothing is averaged over the batch.
 
     Attributes:
         log_px_z: (K, B) log p(x | z).
@@ -32,6 +48,37 @@ class ELBO(NamedTuple):
     distortion: torch.Tensor
     rate: torch.Tensor
     elbo: torch.Tensor
+
+    @property
+    def kl_monte_carlo(self):
+        """(B,) the mean of log_qz - log_pz over the samples: what kl is where there is no closed form, and elsewhere an
+        unbiased estimate of it."""
+        return (self.log_qz - self.log_pz).mean(0)
+
+    @property
+    def value(self):
+        """(B,) what training maximises."""
+        return self.elbo
+
+    @property
+    def parts(self):
+        """{name: tensor} of further terms in ``value``: none."""
+        return {}
+
+    def in_bits(self):
+        """The same terms in bits."""
+        return ELBO(*(term / math.log(2.0) for term in self))
+
+    def bits_per_dim(self, size, n_bins=1):
+        """(distortion + rate) / size in bits, (B,), beta left out.
+
+        Args:
+            size: elements of one x, or its shape.
+            n_bins: for images dequantised as x / n_bins + const, the number of levels, which counts the change of
+                units; 1 for likelihoods of integers or bits.
+        """
+        size = size if isinstance(size, int) else math.prod(size)
+        return (self.distortion + self.rate + size * math.log(n_bins)) / (size * math.log(2.0))
 
 
 def iwae(log_w):

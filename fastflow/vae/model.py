@@ -8,124 +8,161 @@ from torch.distributions import Distribution
 
 from fastflow import checks
 from fastflow.flows.base import as_base
-from fastflow.vae.elbo import ELBO
-from fastflow.vae.likelihoods import BernoulliLikelihood, GaussianLikelihood
-from fastflow.vae.posteriors import GaussianPosterior
+from fastflow.vae.elbo import ELBO, Inference
+from fastflow.vae.generation import Generation
+from fastflow.vae.likelihoods import (
+    BernoulliLikelihood,
+    ContinuousBernoulliLikelihood,
+    GaussianLikelihood,
+    LaplaceLikelihood,
+    PoissonLikelihood,
+)
+from fastflow.vae.posteriors import FullGaussianPosterior, GaussianPosterior, LowRankGaussianPosterior
 
 __all__ = ["VAE"]
 
-POSTERIORS = {"gaussian": GaussianPosterior}
-LIKELIHOODS = {"bernoulli": BernoulliLikelihood, "gaussian": GaussianLikelihood}
+POSTERIORS = {"gaussian": GaussianPosterior, "low_rank": LowRankGaussianPosterior, "full": FullGaussianPosterior}
+LIKELIHOODS = {"bernoulli": BernoulliLikelihood, "continuous_bernoulli": ContinuousBernoulliLikelihood,
+               "gaussian": GaussianLikelihood, "laplace": LaplaceLikelihood, "poisson": PoissonLikelihood}
+KL = ("auto", "analytic", "monte_carlo")
 
 
-class VAE(nn.Module):
+class VAE(Generation, nn.Module):
     """p(x) = integral of p(x | z) p(z), trained through the evidence lower bound. Calling the module is :meth:`elbo`,
-    so that wrappers such as DDP, FSDP2 and torch.compile train it.
+    or the objective if one is given, so that wrappers such as DDP, FSDP2 and torch.compile train it.
 
     Args:
-        encoder: module from x (B, *event) to params (B, 2D, *S).
-        decoder: module from z (K*B, D, *S) to the likelihood's parameters (K*B, *event).
-        posterior: "gaussian" or a posterior object, see posteriors.py.
-        prior: None for N(0, I); a GaussianPrior; or, with a Monte-Carlo KL, any flow, base distribution or
-            torch.distributions object over (D, *S).
-        likelihood: "bernoulli" (the decoder gives logits), "gaussian" (it gives means; one learned sigma) or a
-            likelihood object, see likelihoods.py.
+        encoder: module from x (B, *event) to params (B, 2D, *S), or what another posterior needs.
+        decoder: module from z (K*B, D, *S) to the likelihood's parameters (K*B, *event), or of the shape that the
+            likelihood's output_shape says.
+        posterior: "gaussian", "low_rank" (of rank 1), "full" or a posterior object, see posteriors/.
+        prior: None for N(0, I); a GaussianPrior; or, with a Monte-Carlo KL, any prior of priors/, flow, base
+            distribution or torch.distributions object over (D, *S).
+        likelihood: "bernoulli" (the decoder gives logits), "gaussian" (it gives means; one learned sigma),
+            "continuous_bernoulli", "laplace", "poisson" or a likelihood object, see likelihoods/.
         latent_shape: (D, *S), needed by :meth:`sample` where it can be seen neither in the prior, nor in a decoder that
             begins with a linear layer, nor in an earlier call of elbo.
+        objective: what training maximises instead of the ELBO, see objectives.py, or None.
+        conditional_prior: whether the prior takes the context; None: if it says so (``prior.conditional``).
+
+    With a ``context`` (labels or other variables, one for each x) the model is a conditional one, p(x | context):
+    encoder and decoder are called with it as second argument, and so is a conditional prior.
 
     References:
         Kingma and Welling, "Auto-encoding variational Bayes", 2014, arXiv:1312.6114.
+        Sohn et al., "Learning structured output representation using deep conditional generative models", 2015.
     """
 
     def __init__(self, encoder, decoder, posterior="gaussian", prior=None, likelihood="bernoulli", *,
-                 latent_shape=None):
+                 latent_shape=None, objective=None, conditional_prior=None):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        self.posterior = _named("posterior", posterior, POSTERIORS)
+        self.posterior = named("posterior", posterior, POSTERIORS)
         self.prior = prior
-        self.likelihood = _named("likelihood", likelihood, LIKELIHOODS)
+        self.likelihood = named("likelihood", likelihood, LIKELIHOODS)
         if prior is not None and not (hasattr(prior, "log_prob") and hasattr(prior, "sample")):
             raise TypeError(f"prior: expected None or an object with log_prob and sample, got {type(prior).__name__}")
+        if objective is not None and not callable(objective):
+            raise TypeError(f"objective: expected None or a callable, got {type(objective).__name__}")
+        if hasattr(prior, "bind"):
+            prior.bind(self.encoder, self.posterior)
+        self.objective = objective
+        self.conditional_prior = bool(getattr(prior, "conditional", False)
+                                      if conditional_prior is None else conditional_prior)
         self.latent_shape = None if latent_shape is None else torch.Size(
             [latent_shape] if isinstance(latent_shape, int) else latent_shape)
 
-    def forward(self, x, n_samples=1, beta=1.0, **noise):
-        return self.elbo(x, n_samples, beta, **noise)
+    def forward(self, x, n_samples=1, beta=1.0, context=None, **noise):
+        """The ELBO; with an objective what that returns: an object with ``value`` (B,), which training maximises,
+        ``parts``, and the ELBO's rate and distortion."""
+        if self.objective is None:
+            return self.elbo(x, n_samples, beta, context=context, **noise)
+        return self.objective(self, x, n_samples, beta, context=context, **noise)
 
-    def elbo(self, x, n_samples=1, beta=1.0, *, eps=None, seed=None, generator=None):
+    def infer(self, x, n_samples=1, *, context=None, eps=None, seed=None, generator=None):
+        """The posterior of each x and n_samples draws from it, an Inference; arguments as for :meth:`elbo`."""
+        return self._infer(x, n_samples, self._prior(context), context, eps=eps, seed=seed, generator=generator)
+
+    def elbo(self, x, n_samples=1, beta=1.0, *, context=None, kl="auto", eps=None, seed=None, generator=None):
         """The bound and its terms, with gradients for encoder, decoder, prior and likelihood.
 
         Args:
             x: (B, *event).
             n_samples: K, samples of z for each x.
             beta: weight of the rate in ``elbo``; nothing else depends on it.
+            context: (B, ...) that p(x | context) is conditioned on, or None.
+            kl: "auto", in closed form where there is one; "analytic", an error where there is none; "monte_carlo".
             eps: noise to use, (K, B, D, *S), or None.
             seed, generator: where noise comes from otherwise, as in functional.gaussian_sample_kl.
 
         Returns:
-            ELBO, all terms in nats.
+            ELBO, all terms in nats, none averaged over the batch.
         """
-        params = self.encoder(x)
-        z, log_qz, kl = self.posterior(params, self.prior, n_samples, eps=eps, seed=seed, generator=generator)
+        checks.choice("kl", kl, KL)
+        prior = self._prior(context)
+        inference = self._infer(x, n_samples, prior, context, eps=eps, seed=seed, generator=generator)
+        return self._terms(x, inference, prior, context, beta, kl)
+
+    def elbo_of(self, x, inference, beta=1.0, *, context=None, kl="auto"):
+        """:meth:`elbo` at samples that :meth:`infer` has drawn."""
+        checks.choice("kl", kl, KL)
+        return self._terms(x, inference, self._prior(context), context, beta, kl)
+
+    def decode(self, z, context=None):
+        """The decoder's output for z (N, D, *S), given N contexts if the model is conditional."""
+        return self.decoder(z) if context is None else self.decoder(z, context)
+
+    def _infer(self, x, n_samples, prior, context, **noise):
+        params = self._encoded(x, context)
+        z, log_qz, kl = self.posterior(params, prior, n_samples, **noise)
         if self.latent_shape is None and not torch.compiler.is_compiling():
             self.latent_shape = z.shape[2:]
-        output = self.decoder(z.flatten(0, 1))
-        checks.shape("decoder output", output, (n_samples * x.shape[0], *x.shape[1:]))
-        log_px_z = self.likelihood.log_prob(x, output.unflatten(0, (n_samples, x.shape[0])))
-        log_pz = self._log_prior(z)
-        if kl is None:
+        return Inference(params, z, log_qz, kl)
+
+    def _terms(self, x, inference, prior, context, beta, kl_method):
+        z, log_qz, kl = inference.z, inference.log_qz, inference.kl
+        n_samples, batch = z.shape[:2]
+        repeated = None if context is None else context.expand(n_samples, *context.shape).flatten(0, 1)
+        output = self.decode(z.flatten(0, 1), repeated)
+        shape = getattr(self.likelihood, "output_shape", tuple)(x.shape[1:])
+        checks.shape("decoder output", output, (n_samples * batch, *shape))
+        log_px_z = self.likelihood.log_prob(x, output.unflatten(0, (n_samples, batch)))
+        log_pz = self._log_prior(z, context, prior)
+        if kl is None and kl_method == "analytic":
+            raise ValueError(f"kl: expected 'auto' or 'monte_carlo', because there is no closed form between a "
+                             f"{type(self.posterior).__name__} and this prior, got 'analytic'")
+        if kl is None or kl_method == "monte_carlo":
             kl = (log_qz - log_pz).mean(0)
         distortion = -log_px_z.mean(0)
         return ELBO(log_px_z=log_px_z, log_pz=log_pz, log_qz=log_qz, log_w=log_px_z + log_pz - log_qz, kl=kl,
                     distortion=distortion, rate=kl, elbo=-distortion - beta * kl)
 
-    @torch.no_grad()
-    def sample(self, n, *, generator=None, temperature=1.0, mean=False):
-        """n draws of x (n, *event): z from the prior, then x from the likelihood.
+    def _encoded(self, x, context):
+        return self.encoder(x) if context is None else self.encoder(x, context)
 
-        Args:
-            generator: torch.Generator, None for torch's own.
-            temperature: factor on the prior's standard deviation.
-            mean: return the likelihood's mean instead of a draw, as pictures usually do.
-        """
-        if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
-        if self.prior is not None:
-            prior = as_base(self.prior) if isinstance(self.prior, Distribution) else self.prior
-            z = prior.sample(n, generator=generator, temperature=temperature)
-        else:
-            like = next((p for p in self.decoder.parameters()), torch.zeros(()))
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            device = like.device if generator is None else generator.device
-            z = temperature * torch.randn((n, *self._latent_shape()), generator=generator, dtype=dtype, device=device)
-            z = z.to(like.device)
-        output = self.decoder(z)
-        return self.likelihood.mean(output) if mean else self.likelihood.sample(output, generator=generator)
+    def _prior(self, context):
+        """The prior for this context."""
+        return self.prior.given(context) if hasattr(self.prior, "given") else self.prior
 
-    def reconstruct(self, x):
-        """The likelihood's mean (B, *event) at the posterior's mean for each x."""
-        return self.likelihood.mean(self.decoder(self.posterior.mean(self.encoder(x))))
-
-    def _log_prior(self, z):
-        """(K, B) nats of z (K, B, D, *S)."""
+    def _log_prior(self, z, context=None, prior=None):
+        """(K, B) nats of z (K, B, D, *S); ``prior`` is the one for the context, if known already."""
         if self.prior is None:
             size = math.prod(z.shape[2:])
             z = z.to(torch.promote_types(z.dtype, torch.float32))
             return -0.5 * (z * z).flatten(2).sum(2) - 0.5 * size * math.log(2.0 * math.pi)
-        prior = as_base(self.prior) if isinstance(self.prior, Distribution) else self.prior
-        return prior.log_prob(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        if hasattr(self.prior, "given"):
+            return (self._prior(context) if prior is None else prior).log_prob(z)
+        prior, options = self.prior, {}
+        prior = as_base(prior) if isinstance(prior, Distribution) else prior
+        if self.conditional_prior:
+            if context is None:
+                raise ValueError("context: expected a tensor for a conditional prior, got None")
+            options["context"] = context.expand(z.shape[0], *context.shape).flatten(0, 1)
+        return prior.log_prob(z.flatten(0, 1), **options).unflatten(0, z.shape[:2])
 
-    def _latent_shape(self):
-        if self.latent_shape is not None:
-            return self.latent_shape
-        first = next((m for m in self.decoder.modules() if not list(m.children())), None)
-        if isinstance(first, nn.Linear):
-            return (first.in_features,)
-        raise ValueError("latent_shape: the shape of z is not known yet; pass VAE(latent_shape=...)")
 
-
-def _named(name, value, table):
+def named(name, value, table):
     if not isinstance(value, str):
         return value
     checks.choice(name, value, tuple(table))

@@ -2,14 +2,17 @@
 
 import math
 
+import torch
 from torch import nn
 
-__all__ = ["conv_decoder", "conv_encoder", "mlp_decoder", "mlp_encoder"]
+__all__ = ["LogCounts", "Rescale", "conv_decoder", "conv_encoder", "conv_feature_decoder", "conv_feature_encoder",
+           "mlp_decoder", "mlp_discriminator", "mlp_encoder"]
 
 
-def mlp_encoder(event_shape, latent_features, hidden=(256, 256), activation=nn.SiLU):
-    """Fully connected network from x (B, *event_shape) to params (B, 2 * latent_features)."""
-    return nn.Sequential(nn.Flatten(), *_mlp(math.prod(event_shape), hidden, 2 * latent_features, activation))
+def mlp_encoder(event_shape, latent_features, hidden=(256, 256), activation=nn.SiLU, *, n_params=None):
+    """Fully connected network from x (B, *event_shape) to params (B, n_params), by default 2 * latent_features."""
+    n_params = 2 * latent_features if n_params is None else n_params
+    return nn.Sequential(nn.Flatten(), *_mlp(math.prod(event_shape), hidden, n_params, activation))
 
 
 def mlp_decoder(latent_features, event_shape, hidden=(256, 256), activation=nn.SiLU):
@@ -18,18 +21,25 @@ def mlp_decoder(latent_features, event_shape, hidden=(256, 256), activation=nn.S
                          nn.Unflatten(1, tuple(event_shape)))
 
 
-def conv_encoder(image_shape, latent_features, channels=(32, 64), activation=nn.SiLU):
-    """Convolutions, each halving height and width, and a linear layer: x (B, C, H, W) to (B, 2 * latent_features).
+def mlp_discriminator(features, hidden=(256, 256), activation=nn.SiLU):
+    """Fully connected network from z (B, features) to logits (B, 1)."""
+    return nn.Sequential(*_mlp(features, hidden, 1, activation))
+
+
+def conv_encoder(image_shape, latent_features, channels=(32, 64), activation=nn.SiLU, *, n_params=None):
+    """Convolutions, each halving height and width, and a linear layer: x (B, C, H, W) to (B, n_params), by default
+    2 * latent_features.
 
     Raises:
         ValueError: height or width is not divisible by 2**len(channels).
     """
+    n_params = 2 * latent_features if n_params is None else n_params
     width, height_out, width_out = _scaled(image_shape, channels)
     layers = []
     for size in channels:
         layers += [nn.Conv2d(width, size, 4, stride=2, padding=1), activation()]
         width = size
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * height_out * width_out, 2 * latent_features))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * height_out * width_out, n_params))
 
 
 def conv_decoder(latent_features, image_shape, channels=(64, 32), activation=nn.SiLU):
@@ -40,6 +50,52 @@ def conv_decoder(latent_features, image_shape, channels=(64, 32), activation=nn.
     for size, following in zip(sizes, sizes[1:], strict=False):
         layers += [activation(), nn.ConvTranspose2d(size, following, 4, stride=2, padding=1)]
     return nn.Sequential(*layers)
+
+
+def conv_feature_encoder(image_shape, out_channels, channels=(32, 64), activation=nn.SiLU):
+    """Convolutions, each halving height and width, to a map of latents (B, out_channels, h, w).
+
+    Raises:
+        ValueError: height or width is not divisible by 2**len(channels).
+    """
+    width, _, _ = _scaled(image_shape, channels)
+    layers = []
+    for size in channels:
+        layers += [nn.Conv2d(width, size, 4, stride=2, padding=1), activation()]
+        width = size
+    return nn.Sequential(*layers, nn.Conv2d(width, out_channels, 1))
+
+
+def conv_feature_decoder(in_channels, image_shape, channels=(64, 32), activation=nn.SiLU):
+    """The mirror image of conv_feature_encoder: (B, in_channels, h, w) to (B, C, H, W)."""
+    _scaled(image_shape, channels)
+    layers = [nn.Conv2d(in_channels, channels[0], 3, padding=1)]
+    sizes = (*channels, image_shape[0])
+    for size, following in zip(sizes, sizes[1:], strict=False):
+        layers += [activation(), nn.ConvTranspose2d(size, following, 4, stride=2, padding=1)]
+    return nn.Sequential(*layers)
+
+
+class Rescale(nn.Module):
+    """Levels 0..n_bins-1 to -1..1: in front of encoders whose data are integers."""
+
+    def __init__(self, n_bins):
+        super().__init__()
+        self.n_bins = n_bins
+
+    def forward(self, x):
+        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+        return x * (2.0 / (self.n_bins - 1)) - 1.0
+
+    def extra_repr(self):
+        return f"n_bins={self.n_bins}"
+
+
+class LogCounts(nn.Module):
+    """log(1 + x): in front of encoders whose data are counts."""
+
+    def forward(self, x):
+        return torch.log1p(x if x.is_floating_point() else x.to(torch.get_default_dtype()))
 
 
 def _mlp(features, hidden, out_features, activation):

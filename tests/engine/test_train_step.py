@@ -65,7 +65,7 @@ def test_a_vae_minimises_the_negative_elbo():
     bound = Gauge().elbo(x, n_samples=3)
     assert torch.equal(step.parts["rate"], bound.rate.mean().detach()) and not step.parts["rate"].requires_grad
     assert torch.equal(step.parts["distortion"], bound.distortion.mean().detach())
-    with pytest.raises(ValueError, match="context: a VAE takes none"):
+    with pytest.raises(ValueError, match="context: a Gauge takes none"):
         step(x, context=x)
 
 

@@ -1,19 +1,143 @@
-"""Likelihoods are normalised and keep every constant."""
+"""Likelihoods are normalised, keep every constant, and agree with torch.distributions where it has them."""
 
 import itertools
 import math
 
+import mpmath
 import pytest
 import torch
+from torch import distributions
 
-from fastflow.vae import BernoulliLikelihood, GaussianLikelihood
+from fastflow.vae import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    ContinuousBernoulliLikelihood,
+    DiscretizedLogisticLikelihood,
+    GaussianLikelihood,
+    LaplaceLikelihood,
+    LogisticMixtureLikelihood,
+    NegativeBinomialLikelihood,
+    PoissonLikelihood,
+)
 
 
-def test_bernoulli_sums_to_one():
-    logits = 4 * torch.randn(1, 6, dtype=torch.float64)
-    x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6)), dtype=torch.float64)
-    total = BernoulliLikelihood().log_prob(x, logits.expand(64, 6)).exp().sum()
-    torch.testing.assert_close(total, torch.tensor(1.0, dtype=torch.float64))
+def normal(*shape, scale=1.0, seed=0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fitted(mean_square=0.7):
+    likelihood = GaussianLikelihood("optimal").double().eval()
+    likelihood.mean_square.fill_(mean_square)
+    return likelihood
+
+
+def learned(kind):
+    likelihood = kind().double()
+    with torch.no_grad():
+        likelihood.log_sigma.fill_(0.4)
+    return likelihood
+
+
+COUNTS = torch.arange(4000.0, dtype=torch.float64)[:, None]
+GRID = torch.linspace(-40, 40, 400_001, dtype=torch.float64)[:, None]
+UNIT = (torch.arange(200_000, dtype=torch.float64)[:, None] + 0.5) / 200_000
+
+
+@pytest.mark.parametrize(("likelihood", "grid", "step", "output"), [
+    (BernoulliLikelihood(), torch.tensor([[0.0], [1.0]]), 1.0, [-3.2]),
+    (CategoricalLikelihood(5), torch.arange(5)[:, None], 1.0, [0.3, -1.0, 2.0, 4.0, -9.0]),
+    (PoissonLikelihood(), COUNTS, 1.0, [2.3]),
+    (NegativeBinomialLikelihood(), COUNTS, 1.0, [2.1, 0.3]),
+    (NegativeBinomialLikelihood(), COUNTS, 1.0, [1.0, -1.2]),
+    (DiscretizedLogisticLikelihood(), torch.arange(256)[:, None], 1.0, [0.2, -3.0]),
+    (DiscretizedLogisticLikelihood(), torch.arange(256)[:, None], 1.0, [1.4, -9.0]),  # far narrower than a bin
+    (DiscretizedLogisticLikelihood(2), torch.arange(2)[:, None], 1.0, [-0.5, 3.0]),
+    (ContinuousBernoulliLikelihood(), UNIT, 1 / 200_000, [-6.0]),
+    (ContinuousBernoulliLikelihood(), UNIT, 1 / 200_000, [0.05]),
+    (GaussianLikelihood(0.3), GRID, 2e-4, [0.7]),
+    (GaussianLikelihood("decoder"), GRID, 2e-4, [0.7, -1.0]),
+    (learned(GaussianLikelihood), GRID, 2e-4, [0.7]),
+    (fitted(), GRID, 2e-4, [0.7]),
+    (LaplaceLikelihood(0.6), GRID, 2e-4, [0.7]),
+    (LaplaceLikelihood("decoder"), GRID, 2e-4, [0.7, -0.3]),
+    (learned(LaplaceLikelihood), GRID, 2e-4, [0.7]),
+])
+def test_sums_to_one(likelihood, grid, step, output):
+    output = torch.tensor([output], dtype=torch.float64).expand(len(grid), -1)
+    log_prob = likelihood.log_prob(grid, output)
+    assert log_prob.dtype == torch.float64 and log_prob.shape == (len(grid),)
+    assert abs(log_prob.exp().sum() * step - 1) < 2e-8  # the rectangle rule's own error at Laplace's kink is 1e-8
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_mixture_of_logistics_sums_to_one(channels):
+    """Over every value of a pixel with its channels together, and not over a wrong number of levels."""
+    likelihood = LogisticMixtureLikelihood(channels, n_components=3, n_bins=5)
+    x = torch.tensor(list(itertools.product(range(5), repeat=channels)))[:, :, None, None]
+    output = normal(1, *likelihood.output_shape((channels, 1, 1)), scale=1.5)
+    assert output.shape[1] == 3 * (1 + 2 * channels + channels * (channels - 1) // 2)
+    log_prob = likelihood.log_prob(x, output.expand(len(x), -1, -1, -1))
+    assert abs(log_prob.exp().sum() - 1) < 1e-12
+    assert likelihood.log_prob(x[:1] - 1, output).item() == -math.inf
+
+
+def test_mixture_of_one_logistic_is_the_logistic():
+    x, params = torch.randint(0, 256, (4, 1, 3, 3)), normal(2, 4, 2, 3, 3)
+    logits = normal(2, 4, 1, 3, 3, seed=1)
+    one = LogisticMixtureLikelihood(1, n_components=1).log_prob(x, torch.cat([logits, params], 2))
+    torch.testing.assert_close(one, DiscretizedLogisticLikelihood().log_prob(x, params), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("likelihood", "make", "x"), [
+    (BernoulliLikelihood(), lambda a: distributions.Bernoulli(logits=a), torch.randint(0, 2, (3, 4)).double()),
+    (ContinuousBernoulliLikelihood(), lambda a: distributions.ContinuousBernoulli(logits=a), torch.rand(3, 4).double()),
+    (GaussianLikelihood(0.3), lambda a: distributions.Normal(a, 0.3), normal(3, 4)),
+    (LaplaceLikelihood(0.3), lambda a: distributions.Laplace(a, 0.3), normal(3, 4)),
+    (PoissonLikelihood(), lambda a: distributions.Poisson(a.exp()), torch.randint(0, 9, (3, 4)).double()),
+    (NegativeBinomialLikelihood(), lambda a, b: distributions.NegativeBinomial(b.exp(), logits=a - b),
+     torch.randint(0, 30, (3, 4)).double()),
+    (GaussianLikelihood("decoder"), lambda a, b: distributions.Normal(a, torch.exp(5 * torch.tanh(b / 5))),
+     normal(3, 4)),
+    (CategoricalLikelihood(3), lambda *a: distributions.Categorical(logits=torch.stack(a, -1)),
+     torch.randint(0, 3, (3, 4))),
+])
+def test_agrees_with_torch(likelihood, make, x):
+    p = likelihood.params_per_element
+    output = normal(2, 3, 4 * p, seed=1).requires_grad_()
+    expected = make(*output.chunk(p, 2)).log_prob(x).sum(2)
+    got = likelihood.log_prob(x, output)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    cotangent = normal(2, 3, seed=2)
+    gradient, = torch.autograd.grad(got, output, cotangent, retain_graph=True)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, output, cotangent), rtol=1e-7, atol=1e-8)
+    if not isinstance(likelihood, CategoricalLikelihood):
+        torch.testing.assert_close(likelihood.mean(output[0]), make(*output[0].chunk(p, 1)).mean, rtol=1e-7, atol=1e-8)
+
+
+def test_labels_are_one_column():
+    likelihood, labels, logits = CategoricalLikelihood(3), torch.tensor([0, 2]), normal(5, 2, 3)
+    assert likelihood.output_shape(()) == (3,)
+    expected = torch.log_softmax(logits, 2)[:, [0, 1], labels]
+    torch.testing.assert_close(likelihood.log_prob(labels, logits), expected)
+    assert likelihood.log_prob(torch.tensor([0, 3]), logits[0]).tolist()[1] == -math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("logit", [0.0, 1e-8, -1e-5, 1e-3, 0.05, 0.199, -0.2, 0.201, 1.0, -7.0, 60.0, -500.0])
+def test_continuous_bernoulli_near_one_half_and_far_from_it(logit, dtype):
+    """Value, slope and mean against 50 digits."""
+    mpmath.mp.dps = 50
+    h, x = torch.tensor([[logit]], dtype=dtype, requires_grad=True), torch.tensor([[0.3]], dtype=dtype)
+    exact, at = mpmath.mpf(h.item()), mpmath.mpf(x.item())
+    log_norm = (mpmath.log(mpmath.expm1(exact) / exact) if exact else mpmath.mpf(0))
+    mean = 1 / (1 - mpmath.exp(-exact)) - 1 / exact if exact else mpmath.mpf(1) / 2
+    likelihood = ContinuousBernoulliLikelihood()
+    value = likelihood.log_prob(x, h)
+    value.sum().backward()
+    eps = torch.finfo(dtype).eps
+    assert abs(value.item() - float(exact * at - log_norm)) <= 30 * eps * (1 + 0.1 * abs(logit))
+    assert abs(h.grad.item() - float(at - mean)) <= 30 * eps
+    assert abs(likelihood.mean(h).item() - float(mean)) <= 30 * eps
 
 
 def test_bernoulli_is_stable():
@@ -24,35 +148,102 @@ def test_bernoulli_is_stable():
     torch.testing.assert_close(logits.grad, torch.tensor([[1.0], [0.0], [0.0]]))
 
 
-@pytest.mark.parametrize("sigma", [0.3, None])
-def test_gaussian_integrates_to_one(sigma):
-    likelihood = GaussianLikelihood(sigma).double()
-    if sigma is None:
-        with torch.no_grad():
-            likelihood.log_sigma.fill_(0.4)
-    axis = torch.linspace(-15, 15, 3001, dtype=torch.float64)[:, None]
-    mean = torch.full((1, 1), 0.7, dtype=torch.float64)
-    assert abs(likelihood.log_prob(axis, mean.expand(3001, 1)).exp().sum() * 0.01 - 1) < 1e-12
+def test_logistic_gradients_stay_finite():
+    output = torch.tensor([[3.0, -20.0], [-50.0, -3.0], [0.0, 30.0]], requires_grad=True)
+    log_prob = DiscretizedLogisticLikelihood().log_prob(torch.tensor([[0], [255], [128]]), output)
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all() and output.grad.isfinite().all()
 
 
-def test_gaussian_optimum_is_the_mean_square():
-    likelihood = GaussianLikelihood()
-    x, mean = torch.randn(50, 3), torch.randn(50, 3)
+def test_outside_the_support():
+    for likelihood, x, output in [(PoissonLikelihood(), [[-1.0], [0.5]], [[0.0]]),
+                                  (NegativeBinomialLikelihood(), [[-1.0], [0.5]], [[0.0, 0.0]]),
+                                  (ContinuousBernoulliLikelihood(), [[-0.1], [1.1]], [[0.0]]),
+                                  (DiscretizedLogisticLikelihood(), [[-1.0], [256.0]], [[0.0, 0.0]])]:
+        log_prob = likelihood.log_prob(torch.tensor(x), torch.tensor(output).expand(2, -1))
+        assert torch.equal(log_prob, torch.full((2,), -math.inf))
+
+
+@pytest.mark.parametrize("kind", [GaussianLikelihood, LaplaceLikelihood])
+def test_learned_scale_has_its_closed_optimum(kind):
+    """sigma^2 = mean square error, b = mean absolute error."""
+    likelihood, x, mean = kind().double(), normal(50, 3), normal(50, 3, seed=1)
+    best = 0.5 * math.log(((x - mean) ** 2).mean()) if kind is GaussianLikelihood else math.log((x - mean).abs().mean())
     with torch.no_grad():
-        likelihood.log_sigma.fill_(0.5 * math.log(((x - mean) ** 2).mean()))
+        likelihood.log_sigma.fill_(best)
     likelihood.log_prob(x, mean).sum().backward()
-    assert abs(likelihood.log_sigma.grad) < 1e-3
+    assert abs(likelihood.log_sigma.grad) < 1e-10
 
 
-@pytest.mark.parametrize("likelihood", [BernoulliLikelihood(), GaussianLikelihood(0.5), GaussianLikelihood()])
+def test_optimal_sigma():
+    """In training the likelihood is the largest of any sigma; its average serves in eval."""
+    likelihood, x, mean = GaussianLikelihood("optimal").double(), normal(20, 3), normal(20, 3, seed=1).requires_grad_()
+    square = ((x - mean) ** 2).mean()
+    log_prob = likelihood.log_prob(x, mean)
+    fixed = GaussianLikelihood(square.sqrt().item())
+    torch.testing.assert_close(log_prob, fixed.log_prob(x, mean))
+    assert all(log_prob.sum() > GaussianLikelihood(s * square.sqrt().item()).log_prob(x, mean).sum()
+               for s in (0.97, 1.03))
+    # At the optimum the gradient through sigma vanishes.
+    gradient, = torch.autograd.grad(log_prob.sum(), mean)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(fixed.log_prob(x, mean).sum(), mean))
+    torch.testing.assert_close(likelihood.mean_square, 0.9 + 0.1 * square.detach())
+    likelihood.eval()
+    torch.testing.assert_close(likelihood.log_prob(x, mean),
+                               GaussianLikelihood(likelihood.mean_square.sqrt().item()).log_prob(x, mean))
+
+
+LIKELIHOODS = [BernoulliLikelihood(), ContinuousBernoulliLikelihood(), GaussianLikelihood(0.5), GaussianLikelihood(),
+               GaussianLikelihood("decoder"), LaplaceLikelihood(0.5), PoissonLikelihood(),
+               NegativeBinomialLikelihood(), DiscretizedLogisticLikelihood(9), CategoricalLikelihood(2),
+               LogisticMixtureLikelihood(2, 3, 9)]
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda each: type(each).__name__)
 def test_samples_and_leading_dimensions(likelihood):
-    x, output = torch.randint(0, 2, (3, 2, 4)), torch.randn(5, 3, 2, 4)
+    x = torch.randint(0, 2, (3, 2, 4))
+    output = torch.randn(5, 3, *likelihood.output_shape((2, 4)), generator=torch.Generator().manual_seed(1))
     log_prob = likelihood.log_prob(x, output)
     assert log_prob.shape == (5, 3)
     torch.testing.assert_close(log_prob[1], likelihood.log_prob(x, output[1]))
     generator = torch.Generator()
-    one = likelihood.sample(output, generator=generator.manual_seed(0))
-    assert one.shape == output.shape and torch.equal(one, likelihood.sample(output, generator=generator.manual_seed(0)))
-    many = likelihood.sample(output[0, 0].expand(20000, 2, 4)).mean(0)
-    torch.testing.assert_close(many, likelihood.mean(output[0, 0]), atol=0.05, rtol=0)
+    one = likelihood.sample(output[0], generator=generator.manual_seed(0))
+    assert one.shape == x.shape
+    assert torch.equal(one, likelihood.sample(output[0], generator=generator.manual_seed(0)))
+    assert likelihood.log_prob(one, output[0]).isfinite().all()
     assert likelihood.log_prob(x, output.bfloat16()).dtype == torch.float32
+    many = likelihood.sample(output[0, :1].expand(20000, *output.shape[2:]), generator=generator).double()
+    mean = likelihood.mean(output[0, :1])[0]
+    if isinstance(likelihood, CategoricalLikelihood):
+        mean = likelihood.probs(output[0, :1])[0, ..., 1].double()
+    error = 4 * many.std(0) / math.sqrt(20000)
+    if isinstance(likelihood, (DiscretizedLogisticLikelihood, LogisticMixtureLikelihood)):
+        return  # their means are those before clipping; the histogram below is what proves their samples
+    assert ((many.mean(0) - mean).abs() <= error + 1e-6).all()
+
+
+@pytest.mark.parametrize("likelihood", [DiscretizedLogisticLikelihood(4), LogisticMixtureLikelihood(2, 2, 3)],
+                         ids=lambda each: type(each).__name__)
+def test_level_samples_have_their_probabilities(likelihood):
+    channels, n = getattr(likelihood, "channels", 1), 40_000
+    output = normal(1, *likelihood.output_shape((channels,)))
+    states = torch.tensor(list(itertools.product(range(likelihood.n_bins), repeat=channels)))
+    p = likelihood.log_prob(states, output.expand(len(states), -1)).exp()
+    x = likelihood.sample(output.expand(n, -1), generator=torch.Generator().manual_seed(3))
+    frequency = (x[:, None] == states).all(2).double().mean(0)
+    assert ((frequency - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all()
+
+
+@pytest.mark.parametrize(("error", "make", "message"), [
+    (ValueError, lambda: GaussianLikelihood("variance"), "sigma"),
+    (ValueError, lambda: LaplaceLikelihood(-1.0), "scale"),
+    (ValueError, lambda: CategoricalLikelihood(1), "n_classes"),
+    (ValueError, lambda: DiscretizedLogisticLikelihood(1), "n_bins"),
+    (ValueError, lambda: LogisticMixtureLikelihood(0), "channels"),
+    (ValueError, lambda: NegativeBinomialLikelihood().log_prob(torch.zeros(2, 3), torch.zeros(2, 3)), "output"),
+    (ValueError, lambda: LogisticMixtureLikelihood(3).output_shape((1, 4, 4)), "x"),
+    (ValueError, lambda: LogisticMixtureLikelihood(1, 2).log_prob(torch.zeros(2, 1), torch.zeros(2, 5)), "output"),
+])
+def test_errors_name_the_argument(error, make, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,159 @@
+"""What a trained VAE makes: samples, reconstructions, traversals, interpolations."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributions import Distribution
+
+from fastflow import checks
+from fastflow.flows import Flow
+from fastflow.flows.base import as_base
+
+__all__ = ["Generation", "lerp", "slerp"]
+
+
+def lerp(start, end, weights):
+    """Straight lines (T, B, *S) from ``start`` to ``end`` (B, *S) at weights (T,)."""
+    weights = weights.to(start.dtype).view(-1, *[1] * start.dim())
+    return start + weights * (end - start)
+
+
+def slerp(start, end, weights):
+    """Arcs (T, B, *S) from ``start`` to ``end`` (B, *S) at weights (T,), along which the length goes linearly and the
+    direction turns evenly: (sin((1-t) a) u + sin(t a) v) / sin a for unit vectors u, v at angle a. Vectors that point
+    the same way, or of length 0, are joined by a straight line.
+
+    References:
+        Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
+    """
+    flat = [t.flatten(1) for t in (start, end)]
+    lengths = [torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in flat]
+    tiny = torch.finfo(start.dtype).tiny
+    u, v = (t / length.clamp_min(tiny) for t, length in zip(flat, lengths, strict=True))
+    # atan2 of the chords keeps the digits that acos loses for small angles.
+    angle = 2.0 * torch.atan2(torch.linalg.vector_norm(u - v, dim=1, keepdim=True),
+                              torch.linalg.vector_norm(u + v, dim=1, keepdim=True))
+    weights = weights.to(start.dtype).view(-1, 1, 1)
+    sine = torch.sin(angle)
+    straight = (sine < 1e-6) | (lengths[0] == 0) | (lengths[1] == 0)
+    safe = torch.where(straight, 1.0, sine)
+    direction = (torch.sin((1.0 - weights) * angle) * u + torch.sin(weights * angle) * v) / safe
+    arc = (lengths[0] + weights * (lengths[1] - lengths[0])) * direction
+    line = flat[0] + weights * (flat[1] - flat[0])
+    return torch.where(straight, line, arc).unflatten(2, start.shape[1:])
+
+
+PATHS = {"lerp": lerp, "slerp": slerp}
+
+
+class Generation:
+    """The part of :class:`VAE` that generates. Contexts (labels or others) go where the model is a conditional one."""
+
+    @torch.no_grad()
+    def sample(self, n, context=None, *, generator=None, temperature=1.0, mean=False):
+        """Draws of x: z from the prior, then x from the likelihood.
+
+        Args:
+            n: number of draws, for each context if one is given.
+            context: (B, ...) or None.
+            generator: torch.Generator, None for torch's own.
+            temperature: factor on the prior's standard deviation.
+            mean: return the likelihood's mean instead of a draw, as pictures usually do.
+
+        Returns:
+            (n, *event), with a context (n, B, *event).
+        """
+        check_temperature(temperature)
+        lead = (n,)
+        if context is not None:
+            lead = (n, len(context))
+            context = context.expand(n, *context.shape).flatten(0, 1)
+        z = self.sample_latents(math.prod(lead), context, generator=generator, temperature=temperature)
+        output = self.decode(z, context)
+        x = self.likelihood.mean(output) if mean else self.likelihood.sample(output, generator=generator)
+        return x.unflatten(0, lead)
+
+    def sample_latents(self, n, context=None, *, generator=None, temperature=1.0):
+        """z (n, D, *S) from the prior, given n contexts if it is conditional."""
+        if self.prior is not None:
+            prior = as_base(self.prior) if isinstance(self.prior, Distribution) else self.prior
+            if not self.conditional_prior:
+                return prior.sample(n, generator=generator, temperature=temperature)
+            if isinstance(prior, Flow):  # which gives as many for each context as it is asked for
+                return prior.sample(1, context, generator=generator, temperature=temperature)[0]
+            return prior.sample(n, context=context, generator=generator, temperature=temperature)
+        like = next((p for p in self.decoder.parameters()), torch.zeros(()))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        device = like.device if generator is None else generator.device
+        z = temperature * torch.randn((n, *self._latent_shape()), generator=generator, dtype=dtype, device=device)
+        return z.to(like.device)
+
+    def encode(self, x, context=None):
+        """The posterior's mean (B, D, *S) for each x."""
+        return self.posterior.mean(self._encoded(x, context))
+
+    def reconstruct(self, x, context=None):
+        """The likelihood's mean (B, *event) at the posterior's mean for each x."""
+        return self.likelihood.mean(self.decode(self.encode(x, context), context))
+
+    @torch.no_grad()
+    def traverse(self, z, dims=None, values=None, context=None):
+        """The likelihood's mean as single latents move while the others stay.
+
+        Args:
+            z: (D, *S), the point to leave from.
+            dims: indices into the flattened latent; None for all.
+            values: (V,) that each takes in turn; None for 7 from -3 to 3.
+            context: (1, ...) for a conditional model.
+
+        Returns:
+            (len(dims), V, *event).
+        """
+        checks.tensor("z", z)
+        dims = range(z.numel()) if dims is None else dims
+        values = torch.linspace(-3.0, 3.0, 7) if values is None else torch.as_tensor(values)
+        for dim in dims:
+            if not 0 <= dim < z.numel():
+                raise ValueError(f"dims: expected indices from 0 to {z.numel() - 1}, got {dim}")
+        points = z.flatten().expand(len(dims), len(values), -1).clone()
+        for row, dim in enumerate(dims):
+            points[row, :, dim] = values.to(points)
+        points = points.flatten(0, 1).unflatten(1, z.shape)
+        if context is not None:
+            context = context.expand(len(points), *context.shape[1:])
+        return self.likelihood.mean(self.decode(points, context)).unflatten(0, (len(dims), len(values)))
+
+    @torch.no_grad()
+    def interpolate(self, start, end, steps=8, *, path="lerp", context=None):
+        """The likelihood's mean on the way between the posteriors' means of two batches.
+
+        Args:
+            start, end: (B, *event).
+            steps: points on each way, both ends included, at least 2.
+            path: "lerp", straight lines; "slerp", arcs, which stay at the radius where a Gaussian prior has its mass.
+
+        Returns:
+            (steps, B, *event).
+        """
+        checks.choice("path", path, tuple(PATHS))
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+            raise ValueError(f"steps: expected an int of at least 2, got {steps!r}")
+        start, end = self.encode(start, context), self.encode(end, context)
+        z = PATHS[path](start, end, torch.linspace(0.0, 1.0, steps, device=start.device, dtype=start.dtype))
+        if context is not None:
+            context = context.expand(steps, *context.shape).flatten(0, 1)
+        return self.likelihood.mean(self.decode(z.flatten(0, 1), context)).unflatten(0, z.shape[:2])
+
+    def _latent_shape(self):
+        if self.latent_shape is not None:
+            return self.latent_shape
+        first = next((m for m in self.decoder.modules() if not list(m.children())), None)
+        if isinstance(first, nn.Linear):
+            return (first.in_features,)
+        raise ValueError("latent_shape: the shape of z is not known yet; pass VAE(latent_shape=...)")
+
+
+def check_temperature(temperature):
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")

@@ -1,0 +1,222 @@
+"""Hierarchical VAEs: latents in levels, each with a prior that the levels above it make."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastflow import checks, functional, reference
+from fastflow.vae.elbo import ELBO
+from fastflow.vae.generation import check_temperature
+from fastflow.vae.likelihoods import Likelihood
+from fastflow.vae.posteriors.gaussian import log_normal, promoted
+
+__all__ = ["HierarchicalVAE", "HierarchyTerms", "Level"]
+
+MODES = ("residual", "absolute", "ladder")
+
+
+class Level(nn.Module):
+    """One group of latents: p(z | h) of the state h that comes from above, q(z | h, d) with features d of the data.
+
+    Both Gaussians go through the fused two-Gaussian sample and KL. All modules work on a batch; "cat" is along dim 1.
+
+    Args:
+        prior: module from h (B, H, *S) to mean and raw scale (B, 2D, *S), packed along dim 1.
+        posterior: module from cat(h, d), for "ladder" from d alone, to (B, 2D, *S).
+        merge: module from cat(h, z) to the next level's h; it may change the resolution.
+        mode: what the posterior's output is. "residual" (NVAE): what is added to the prior's mean and raw scale, so
+            that zeros make the KL zero. "absolute" (VDVAE): mean and raw scale. "ladder": mean and raw scale of a
+            Gaussian likelihood of z, multiplied with the prior, so that precisions add.
+        scale: what raw scales are, as in functional.gaussian_sample_kl; "soft_tanh" bounds log sigma by 5.
+
+    References:
+        Vahdat and Kautz, "NVAE", 2020, arXiv:2007.03898, section 3.2.
+        Child, "Very deep VAEs", 2021, arXiv:2011.10650.
+        Sonderby et al., "Ladder variational autoencoders", 2016, arXiv:1602.02282.
+    """
+
+    def __init__(self, prior, posterior, merge, *, mode="residual", scale="soft_tanh"):
+        super().__init__()
+        checks.choice("mode", mode, MODES)
+        checks.choice("scale", scale, functional.SCALES)
+        self.prior, self.posterior, self.merge = prior, posterior, merge
+        self.mode, self.scale = mode, scale
+
+    def infer(self, h, d, **noise):
+        """(z (B, D, *S), kl, log q, log p, each (B,) nats, next h) for h (B, H, *S) and features d (B, F, *S)."""
+        mean_p, raw_p, log_sigma_p = self._prior(h)
+        seen = d if self.mode == "ladder" else torch.cat([h, d], 1)
+        mean, raw = promoted(self.posterior(seen)).chunk(2, 1)
+        scale = self.scale
+        if self.mode == "residual":
+            mean, raw = mean_p + mean, raw_p + raw
+        elif self.mode == "ladder":
+            log_sigma = reference.sigma_and_log(raw, scale)[1]
+            raw = -0.5 * torch.logaddexp(-2.0 * log_sigma, -2.0 * log_sigma_p)
+            mean = mean * torch.exp(2.0 * (raw - log_sigma)) + mean_p * torch.exp(2.0 * (raw - log_sigma_p))
+            raw_p, scale = log_sigma_p, "logstd"
+        z, kl, log_q = functional.gaussian_sample_kl((mean, raw), scale=scale, prior=(mean_p, raw_p), return_logq=True,
+                                                     **noise)
+        log_p = log_normal(z, mean_p, log_sigma_p).flatten(1).sum(1)
+        return z, kl, log_q, log_p, self.merge(torch.cat([h, z.to(h.dtype)], 1))
+
+    def generate(self, h, noise, temperature=1.0):
+        """(z, next h) from the prior, its standard deviation times ``temperature``; ``noise`` makes standard normals
+        like a tensor."""
+        mean, _, log_sigma = self._prior(h)
+        z = mean if temperature == 0.0 else mean + temperature * torch.exp(log_sigma) * noise(mean)
+        return z, self.merge(torch.cat([h, z.to(h.dtype)], 1))
+
+    def _prior(self, h):
+        mean, raw = promoted(self.prior(h)).chunk(2, 1)
+        return mean, raw, reference.sigma_and_log(raw, self.scale)[1]
+
+    def extra_repr(self):
+        return f"mode={self.mode!r}, scale={self.scale!r}"
+
+
+class HierarchyTerms(NamedTuple):
+    """The terms of L levels, from the top down, for B examples and K samples, in nats.
+
+    Attributes:
+        latents: L tensors (K, B, D, *S).
+        log_px_z: (K, B).
+        log_pz, log_qz: (L, K, B), each given the levels above.
+        kl: (L, K, B), analytic given the samples of the levels above.
+    """
+
+    latents: list
+    log_px_z: torch.Tensor
+    log_pz: torch.Tensor
+    log_qz: torch.Tensor
+    kl: torch.Tensor
+
+
+class HierarchicalVAE(nn.Module):
+    """p(x) with latents in levels: h_0 is learned; level after level makes z and the next h; the last h is decoded.
+    Calling the module is :meth:`elbo`.
+
+    Args:
+        bottom_up: module from x (B, *event) to a list of features, one for each level from the top down.
+        levels: Levels from the top down.
+        decoder: module from the last h to the likelihood's parameters.
+        likelihood: a likelihood object, see likelihoods/.
+        top_shape: of h_0, (H, *S).
+    """
+
+    def __init__(self, bottom_up, levels, decoder, likelihood, top_shape):
+        super().__init__()
+        self.bottom_up = bottom_up
+        self.levels = nn.ModuleList(levels)
+        if not len(self.levels):
+            raise ValueError("levels: expected at least one")
+        self.decoder = decoder
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(f"likelihood: expected a Likelihood, got {type(likelihood).__name__}")
+        self.likelihood = likelihood
+        self.top = nn.Parameter(torch.zeros(1, *top_shape))
+
+    def forward(self, x, n_samples=1, beta=1.0, **noise):
+        return self.elbo(x, n_samples, beta, **noise)
+
+    def elbo(self, x, n_samples=1, beta=1.0, *, eps=None, seed=None, generator=None):
+        """ELBO, summed over the levels; its KL is analytic given the levels above, whose samples it is averaged over.
+
+        Arguments as for :meth:`terms`, beta as for VAE.elbo.
+        """
+        terms = self.terms(x, n_samples, eps=eps, seed=seed, generator=generator)
+        log_pz, log_qz, kl = terms.log_pz.sum(0), terms.log_qz.sum(0), terms.kl.sum(0).mean(0)
+        distortion = -terms.log_px_z.mean(0)
+        log_w = terms.log_px_z + log_pz - log_qz
+        return ELBO(log_px_z=terms.log_px_z, log_pz=log_pz, log_qz=log_qz, log_w=log_w, kl=kl, distortion=distortion,
+                    rate=kl, elbo=-distortion - beta * kl)
+
+    def terms(self, x, n_samples=1, *, eps=None, seed=None, generator=None):
+        """HierarchyTerms, for objectives that weigh the levels.
+
+        Args:
+            x: (B, *event).
+            n_samples: K.
+            eps: one tensor of noise (K, B, D, *S) for each level, or None.
+            seed: int or 0-d int64 tensor; the levels take the counters of its stream one after the other.
+            generator: torch.Generator that a seed is drawn from otherwise, None for torch's own.
+        """
+        batch = x.shape[0]
+        features = self._features(x)
+        if eps is not None and len(eps) != len(self.levels):
+            raise ValueError(f"eps: expected {len(self.levels)} tensors, got {len(eps)}")
+        if eps is None and seed is None:
+            seed = reference.draw_seed(x.device, generator)
+        h = self.top.expand(n_samples * batch, *self.top.shape[1:])
+        found, offset = [], 0
+        for index, (level, d) in enumerate(zip(self.levels, features, strict=True)):
+            d = d if n_samples == 1 else d.expand(n_samples, *d.shape).flatten(0, 1)
+            noise = {"seed": seed, "offset": offset} if eps is None else {"eps": eps[index].flatten(0, 1)}
+            z, kl, log_q, log_p, h = level.infer(h, d, **noise)
+            offset += -(-z.numel() // 4)  # four normals come of one counter
+            found.append((z, log_p, log_q, kl))
+        latents, log_p, log_q, kl = zip(*found, strict=True)
+        output = self.decoder(h)
+        checks.shape("decoder output", output, (n_samples * batch, *self.likelihood.output_shape(x.shape[1:])))
+        lead = (n_samples, batch)
+        log_px_z = self.likelihood.log_prob(x, output.unflatten(0, lead))
+        return HierarchyTerms([z.unflatten(0, lead) for z in latents], log_px_z,
+                              *(torch.stack(t).unflatten(1, lead) for t in (log_p, log_q, kl)))
+
+    @torch.no_grad()
+    def sample(self, n, *, generator=None, temperature=1.0, mean=False):
+        """(n, *event), level after level from the priors, then x from the likelihood.
+
+        Args:
+            temperature: factor on the priors' standard deviations: a number, or one for each level from the top down.
+            mean: return the likelihood's mean instead of a draw.
+        """
+        temperatures = self._temperatures(temperature)
+        h = self.top.expand(n, *self.top.shape[1:])
+        for level, t in zip(self.levels, temperatures, strict=True):
+            _, h = level.generate(h, _noise(generator), t)
+        output = self.decoder(h)
+        return self.likelihood.mean(output) if mean else self.likelihood.sample(output, generator=generator)
+
+    @torch.no_grad()
+    def reconstruct(self, x, n_levels=None, *, temperature=0.0, generator=None):
+        """The likelihood's mean (B, *event) with the uppermost ``n_levels`` at their posteriors' means, all by default,
+        and those below from their priors at ``temperature``: what each level adds."""
+        n_levels = len(self.levels) if n_levels is None else n_levels
+        if not 0 <= n_levels <= len(self.levels):
+            raise ValueError(f"n_levels: expected 0 to {len(self.levels)}, got {n_levels!r}")
+        temperatures = self._temperatures(temperature)
+        h = self.top.expand(len(x), *self.top.shape[1:])
+        for index, (level, d) in enumerate(zip(self.levels, self._features(x), strict=True)):
+            if index < n_levels:
+                *_, h = level.infer(h, d, eps=_zeros(level, h))
+            else:
+                _, h = level.generate(h, _noise(generator), temperatures[index])
+        return self.likelihood.mean(self.decoder(h))
+
+    def _features(self, x):
+        features = self.bottom_up(x)
+        if not isinstance(features, (list, tuple)) or len(features) != len(self.levels):
+            raise ValueError(f"bottom_up: expected a list of {len(self.levels)} features, one for each level")
+        return features
+
+    def _temperatures(self, temperature):
+        values = [temperature] * len(self.levels) if isinstance(temperature, (int, float)) else list(temperature)
+        if len(values) != len(self.levels):
+            raise ValueError(f"temperature: expected a number or {len(self.levels)} of them, got {temperature!r}")
+        for value in values:
+            check_temperature(value)
+        return values
+
+
+def _zeros(level, h):
+    """Noise that makes the posterior's mean of its sample."""
+    return torch.zeros_like(level._prior(h)[0])
+
+
+def _noise(generator):
+    def draw(like):
+        device = like.device if generator is None else generator.device
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    return draw

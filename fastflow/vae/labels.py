@@ -1,0 +1,178 @@
+"""Labels: conditioning, semi-supervision, and tasks beside reconstruction."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastflow import checks
+from fastflow.vae.elbo import ELBO
+from fastflow.vae.model import VAE
+from fastflow.vae.objectives import Objective
+
+__all__ = ["Conditioned", "SemiSupervisedVAE", "Task"]
+
+
+class Conditioned(nn.Module):
+    """A network that sees a context beside its input: network(cat of both along dim 1).
+
+    It makes encoders and decoders of a conditional VAE from those of a plain one: module(x, context).
+
+    Args:
+        network: module of (B, C + context_features, *S).
+        n_classes: the context is labels (B,) int64, seen as one-hots; None: it is (B, context_features).
+        flatten: flatten x to (B, C) first, for fully connected networks.
+    """
+
+    def __init__(self, network, n_classes=None, *, flatten=False):
+        super().__init__()
+        self.network = network
+        self.n_classes = n_classes
+        self.flatten = flatten
+
+    def forward(self, x, context=None):
+        if context is None:
+            raise ValueError("context: expected a tensor for a conditional network, got None")
+        context = one_hot(context, self.n_classes, x.dtype) if self.n_classes is not None else context.to(x.dtype)
+        if context.dim() != 2 or len(context) != len(x):
+            raise ValueError(f"context: expected shape ({len(x)}, context_features), got {tuple(context.shape)}")
+        x = x.flatten(1) if self.flatten else x
+        context = context.view(*context.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+        return self.network(torch.cat([x, context], 1))
+
+
+def one_hot(labels, n_classes, dtype):
+    """(B, n_classes) of labels (B,) int64."""
+    if labels.dtype != torch.int64 or labels.dim() != 1:
+        raise ValueError(f"context: expected labels (B,) int64, got {labels.dtype} {tuple(labels.shape)}")
+    return F.one_hot(labels, n_classes).to(dtype)
+
+
+class SemiSupervisedVAE(VAE):
+    """p(x, y) = p(y) integral of p(x | y, z) p(z), with q(y, z | x) = q(y | x) q(z | x, y): labels where they are
+    known, summed over where not (M2).
+
+    For a labelled example the bound on log p(x, y) is L(x, y) = ELBO(x | y) + log p(y); for an unlabelled one that on
+    log p(x) is U(x) = sum_y q(y | x) L(x, y) + H(q(y | x)), whose gap is KL(q(y | x) || p(y | x)) plus the mean gaps of
+    L. Both are in nats.
+
+    Args:
+        encoder, decoder: called with labels as second argument, see :class:`Conditioned`.
+        classifier: module from x to logits (B, n_classes) of q(y | x).
+        n_classes: number of classes.
+        alpha: weight of log q(y | x), the classification loss, for labelled examples.
+        label_logits: (n_classes,) of p(y), fixed; None for the same for all.
+        options: VAE's others.
+
+    References:
+        Kingma et al., "Semi-supervised learning with deep generative models", 2014, arXiv:1406.5298.
+    """
+
+    def __init__(self, encoder, decoder, classifier, n_classes, *, alpha=1.0, label_logits=None, **options):
+        super().__init__(encoder, decoder, **options)
+        if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
+            raise ValueError(f"n_classes: expected an int of at least 2, got {n_classes!r}")
+        logits = torch.zeros(n_classes) if label_logits is None else label_logits.detach().clone()
+        checks.shape("label_logits", logits, (n_classes,))
+        self.classifier = classifier
+        self.n_classes = n_classes
+        self.alpha = alpha
+        self.register_buffer("label_logits", logits)
+
+    def forward(self, x, n_samples=1, beta=1.0, context=None, **noise):
+        """The training objective: L(x, y) + alpha log q(y | x) where a label is known, U(x) where it is not.
+
+        Args:
+            context: labels (B,) int64, -1 for unknown; None: all unknown.
+
+        Returns:
+            Objective; its bound holds, example by example, the terms of L or of U.
+        """
+        unknown = torch.full((len(x),), -1, device=x.device) if context is None else context
+        if unknown.dtype != torch.int64 or unknown.shape != (len(x),):
+            raise ValueError(f"context: expected labels ({len(x)},) int64, got {unknown.dtype} {tuple(unknown.shape)}")
+        known = unknown >= 0
+        every = self._every_label(x, n_samples, beta, **noise)
+        log_q = torch.log_softmax(self.classifier(x), 1)
+        # Weights (B, n_classes) of the labels: the known one, or q(y | x).
+        given = F.one_hot(unknown.clamp_min(0), self.n_classes).to(log_q.dtype)
+        weights = torch.where(known[:, None], given, log_q.exp())
+        entropy = torch.where(known, 0.0, -(log_q.exp() * log_q).sum(1))
+        bound = self._weighed(every, weights, entropy, beta)
+        classification = torch.where(known, (given * log_q).sum(1), 0.0)
+        parts = {"log_q_label": classification.detach().sum() / known.sum().clamp_min(1)}
+        return Objective(bound.elbo + self.alpha * classification, bound, parts)
+
+    def labelled(self, x, labels, n_samples=1, beta=1.0, **noise):
+        """L(x, y), (B,) nats, of labels (B,) int64."""
+        bound = self.elbo(x, n_samples, beta, context=labels, **noise)
+        return bound.elbo + torch.log_softmax(self.label_logits, 0)[labels]
+
+    def unlabelled(self, x, n_samples=1, beta=1.0, **noise):
+        """U(x), (B,) nats: every label in turn, weighed by q(y | x)."""
+        every = self._every_label(x, n_samples, beta, **noise)
+        log_q = torch.log_softmax(self.classifier(x), 1)
+        return self._weighed(every, log_q.exp(), -(log_q.exp() * log_q).sum(1), beta).elbo
+
+    def classify(self, x):
+        """q(y | x) (B, n_classes)."""
+        return torch.softmax(self.classifier(x), 1)
+
+    def _every_label(self, x, n_samples, beta, **noise):
+        """The ELBO of x given every label, terms (..., B, n_classes)."""
+        n, batch = self.n_classes, len(x)
+        labels = torch.arange(n, device=x.device).repeat(batch)
+        bound = self.elbo(x.repeat_interleave(n, 0), n_samples, beta, context=labels, **noise)
+        return ELBO(*(term.unflatten(-1, (batch, n)) for term in bound))
+
+    def _weighed(self, every, weights, entropy, beta):
+        """The terms averaged over labels, log p(y) among log_pz and log q(y | x) among the rate."""
+        log_py = torch.log_softmax(self.label_logits, 0).to(weights.dtype)
+        label_kl = -(weights * log_py).sum(1) - entropy
+        log_px_z = (every.log_px_z * weights).sum(-1)
+        log_pz = ((every.log_pz + log_py) * weights).sum(-1)
+        log_qz = (every.log_qz * weights).sum(-1) - entropy
+        kl = (every.kl * weights).sum(-1) + label_kl
+        distortion = (every.distortion * weights).sum(-1)
+        elbo = -distortion - beta * (kl - label_kl) - label_kl
+        return ELBO(log_px_z, log_pz, log_qz, log_px_z + log_pz - log_qz, kl, distortion, kl, elbo)
+
+
+class Task(nn.Module):
+    """A penalty: -weight * log p(target | z) of a head on the latents, so that they hold what the task needs.
+
+    With weight 1 the objective is a bound on log p(x, target). Pass the target of each example as
+    model(x, targets=...): (B, *event), or {name: target} for several tasks.
+
+    Args:
+        head: module from z (N, D, *S) to the likelihood's parameters.
+        likelihood: of the target, as in likelihoods/: categorical for classes, Gaussian for regression.
+        weight: factor.
+        name: of this task among several.
+
+    References:
+        Maaloe et al., "Auxiliary deep generative models", 2016, arXiv:1602.05473; Locatello et al., "Disentangling
+        factors of variation using few labels", 2020, arXiv:1905.01258.
+    """
+
+    def __init__(self, head, likelihood, *, weight=1.0, name="task"):
+        super().__init__()
+        self.head = head
+        self.likelihood = likelihood
+        self.weight = weight
+        self.name = name
+
+    def forward(self, model, inference, bound, *, targets=None, **_):
+        target = targets.get(self.name) if isinstance(targets, dict) else targets
+        if target is None:
+            raise ValueError(f"targets: expected the target of {self.name!r}, got {targets!r}")
+        k, b = inference.z.shape[:2]
+        if len(target) != b:
+            raise ValueError(f"targets: expected {b} of {self.name!r}, got {len(target)}")
+        output = self.head(inference.z.flatten(0, 1)).unflatten(0, (k, b))
+        log_prob = self.likelihood.log_prob(target, output).mean(0)
+        return -self.weight * log_prob, {f"log_{self.name}": log_prob.mean()}
+
+    def predict(self, z):
+        """The likelihood's mean, for classes the likeliest one, at z (N, D, *S)."""
+        return self.likelihood.mean(self.head(z))
+

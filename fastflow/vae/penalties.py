@@ -1,0 +1,292 @@
+"""Terms beyond rate and distortion: total correlation, moments and aggregate of the posterior, discriminators.
+
+The functions are of tensors; the modules around them are penalties of an objective (objectives.py).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from fastflow import checks
+from fastflow.vae.posteriors.gaussian import log_normal
+
+__all__ = ["DIP", "MMD", "DensityRatio", "FactorTC", "KLTerms", "TotalCorrelation", "decompose_kl", "dip_penalty",
+           "discriminator_loss", "minibatch_weights", "mmd", "permute_dims"]
+
+
+class KLTerms(NamedTuple):
+    """E log q(z|x) - log p(z) in three, each (K, B) in nats; they add up to log q(z|x) - log p(z) exactly.
+
+    Attributes:
+        mutual_information: log q(z|x) - log q(z), of x and z.
+        total_correlation: log q(z) - sum_d log q(z_d), among the latents.
+        dimension_kl: sum_d log q(z_d) - log p(z).
+    """
+
+    mutual_information: torch.Tensor
+    total_correlation: torch.Tensor
+    dimension_kl: torch.Tensor
+
+
+def minibatch_weights(batch, dataset_size, method="stratified"):
+    """Weights (B, B), float64: q(z_i) is estimated by sum_j w_ij q(z_i | x_j), x_i the example that z_i came from.
+
+    "stratified": 1/N on the diagonal, (N - M)/(N M) for one other example of each row (the next) and 1/M for the rest,
+    with M = B - 1. The rows sum to 1 and the estimate of q(z_i) is unbiased over the choice of the other examples.
+    "weighted": 1/(N B) everywhere, which is biased low by far.
+
+    Args:
+        batch: B; at least 2 for "stratified", unless N is 1.
+        dataset_size: N >= B, the examples that the batch was drawn from.
+
+    References:
+        Chen et al., "Isolating sources of disentanglement in VAEs", 2018, arXiv:1802.04942, appendix C.
+    """
+    checks.choice("method", method, ("stratified", "weighted"))
+    if dataset_size < batch:
+        raise ValueError(f"dataset_size: expected at least the batch's size {batch}, got {dataset_size}")
+    n, others = dataset_size, batch - 1
+    if method == "weighted":
+        return torch.full((batch, batch), 1.0 / (n * batch), dtype=torch.float64)
+    if others < 1:
+        if n > 1:
+            raise ValueError("batch: expected at least 2 examples for stratified weights, got 1")
+        return torch.ones(1, 1, dtype=torch.float64)
+    weights = torch.full((batch, batch), 1.0 / others, dtype=torch.float64)
+    rows = torch.arange(batch)
+    weights[rows, (rows + 1) % batch] = (n - others) / (n * others)
+    weights[rows, rows] = 1.0 / n
+    return weights
+
+
+def decompose_kl(z, mean, log_sigma, log_pz, dataset_size, method="stratified"):
+    """KLTerms at samples of diagonal Gaussian posteriors, the aggregate posterior estimated from the batch.
+
+    Args:
+        z: (K, B, D).
+        mean, log_sigma: (B, D) of the posteriors.
+        log_pz: (K, B) log p(z).
+        dataset_size, method: see :func:`minibatch_weights`.
+    """
+    checks.tensor("z", z)
+    checks.shape("z", z, (z.shape[0], *mean.shape))
+    table = log_normal(z[:, :, None], mean, log_sigma)  # (K, i, j, D): z_i under the posterior of x_j
+    weights = minibatch_weights(z.shape[1], dataset_size, method).log().to(table)
+    log_q = torch.logsumexp(table.sum(3) + weights, 2)
+    log_q_dims = torch.logsumexp(table + weights[:, :, None], 2).sum(2)
+    log_qz_x = table.sum(3).diagonal(dim1=1, dim2=2)
+    return KLTerms(log_qz_x - log_q, log_q - log_q_dims, log_q_dims - log_pz)
+
+
+def _moments(model, inference, name):
+    """(mean, log sigma) (B, D) of diagonal Gaussian posteriors."""
+    if not hasattr(model.posterior, "moments"):
+        raise TypeError(f"posterior: expected a GaussianPosterior for {name}, got {type(model.posterior).__name__}")
+    return (t.flatten(1) for t in model.posterior.moments(inference.params))
+
+
+class TotalCorrelation(nn.Module):
+    """alpha * mutual information + beta * total correlation + gamma * dimension-wise KL: with the rate's own weight
+    at 0 the beta-TC-VAE.
+
+    Args:
+        dataset_size: N of the training set.
+        alpha, beta, gamma: weights.
+        method: "stratified" or "weighted", see :func:`minibatch_weights`.
+
+    References:
+        Chen et al., as for :func:`minibatch_weights`.
+    """
+
+    def __init__(self, dataset_size, *, alpha=1.0, beta=6.0, gamma=1.0, method="stratified"):
+        super().__init__()
+        minibatch_weights(1, max(dataset_size, 1), "weighted")
+        checks.choice("method", method, ("stratified", "weighted"))
+        self.dataset_size, self.method = dataset_size, method
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+
+    def forward(self, model, inference, bound, **_):
+        terms = decompose_kl(inference.z.flatten(2), *_moments(model, inference, "the total correlation"), bound.log_pz,
+                             self.dataset_size, self.method)
+        cost = (self.alpha * terms.mutual_information + self.beta * terms.total_correlation
+                + self.gamma * terms.dimension_kl)
+        return cost.mean(0), {name: term.mean() for name, term in terms._asdict().items()}
+
+
+def dip_penalty(mean, variance=None, *, diagonal=10.0, off_diagonal=5.0):
+    """off_diagonal * sum_{i != j} C_ij^2 + diagonal * sum_i (C_ii - 1)^2, 0-d, with C the batch's covariance of the
+    posteriors' means (DIP-I), plus their mean variances if given (DIP-II).
+
+    Args:
+        mean, variance: (B, D).
+
+    References:
+        Kumar et al., "Variational inference of disentangled latent concepts", 2018, arXiv:1711.00848.
+    """
+    centred = mean - mean.mean(0)
+    covariance = centred.mT @ centred / len(mean)
+    own = covariance.diagonal()
+    between = covariance.square().sum() - own.square().sum()
+    if variance is not None:
+        own = own + variance.mean(0)
+    return off_diagonal * between + diagonal * (own - 1.0).square().sum()
+
+
+class DIP(nn.Module):
+    """:func:`dip_penalty` of the batch.
+
+    Args:
+        kind: "i", of the means; "ii", with the variances.
+        diagonal, off_diagonal: weights.
+    """
+
+    def __init__(self, kind="ii", *, diagonal=10.0, off_diagonal=5.0):
+        super().__init__()
+        checks.choice("kind", kind, ("i", "ii"))
+        self.kind, self.diagonal, self.off_diagonal = kind, diagonal, off_diagonal
+
+    def forward(self, model, inference, bound, **_):
+        mean, log_sigma = _moments(model, inference, "DIP")
+        cost = dip_penalty(mean, torch.exp(2.0 * log_sigma) if self.kind == "ii" else None, diagonal=self.diagonal,
+                           off_diagonal=self.off_diagonal)
+        return cost, {"dip": cost}
+
+
+def mmd(x, y, kernel="rbf", scales=None, *, biased=False):
+    """The squared maximum mean discrepancy of two samples, 0-d: E k(x, x') + E k(y, y') - 2 E k(x, y).
+
+    Unbiased by default (pairs of one element with itself left out), and so at times negative; ``biased=True`` keeps
+    them.
+
+    Args:
+        x: (N, D). y: (M, D). Unbiased, N and M are at least 2.
+        kernel: "rbf", exp(-|x - y|^2 / (2 s^2)); "imq", C / (C + |x - y|^2) with C = 2 D s^2.
+        scales: the s whose kernels are averaged; None for (1,) times sqrt(D) with "rbf", and for the square roots of
+            0.1, 0.2, 0.5, 1, 2, 5, 10 with "imq".
+
+    References:
+        Gretton et al., "A kernel two-sample test", 2012, lemma 6.
+        Tolstikhin et al., "Wasserstein auto-encoders", 2018, arXiv:1711.01558.
+    """
+    checks.choice("kernel", kernel, ("rbf", "imq"))
+    for name, value in (("x", x), ("y", y)):
+        checks.tensor(name, value)
+        if value.dim() != 2 or value.shape[1] != x.shape[1] or len(value) < (1 if biased else 2):
+            raise ValueError(f"{name}: expected shape (N, D) with N >= {1 if biased else 2}, got {tuple(value.shape)}")
+    d = x.shape[1]
+    if scales is None:
+        scales = [math.sqrt(s) for s in ((d,) if kernel == "rbf" else (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0))]
+
+    def average(a, b, same):
+        squares = (a[:, None] - b).square().sum(2)
+        if kernel == "rbf":
+            values = sum(torch.exp(-squares / (2.0 * s * s)) for s in scales)
+        else:
+            values = sum(2.0 * d * s * s / (2.0 * d * s * s + squares) for s in scales)
+        if same and not biased:
+            return (values.sum() - values.diagonal().sum()) / (len(a) * (len(a) - 1) * len(scales))
+        return values.mean() / len(scales)
+
+    return average(x, x, True) + average(y, y, True) - 2.0 * average(x, y, False)
+
+
+class MMD(nn.Module):
+    """weight * MMD^2 between the samples of the batch's posteriors and as many of the prior, B * K at least 2.
+
+    Args:
+        weight: factor; of the size of the distortion's changes, since MMD^2 is below 2.
+        kernel, scales: see :func:`mmd`.
+    """
+
+    def __init__(self, weight=10.0, kernel="imq", scales=None):
+        super().__init__()
+        checks.choice("kernel", kernel, ("rbf", "imq"))
+        self.weight, self.kernel, self.scales = weight, kernel, scales
+
+    def forward(self, model, inference, bound, *, context=None, generator=None, **_):
+        z = inference.z.flatten(0, 1).flatten(1)
+        distance = mmd(z, _prior_samples(model, inference, context, generator), self.kernel, self.scales)
+        return self.weight * distance, {"mmd": distance}
+
+
+def _prior_samples(model, inference, context, generator):
+    """(K*B, D) from the prior."""
+    k, b = inference.z.shape[:2]
+    if context is not None:
+        context = context.expand(k, *context.shape).flatten(0, 1)
+    return model.sample_latents(k * b, context, generator=generator).to(inference.z).flatten(1)
+
+
+def discriminator_loss(logits_q, logits_p):
+    """Cross-entropy of telling q's samples (class 1) from p's, 0-d nats: -E_q log s(T) - E_p log s(-T).
+
+    At its minimum over all functions T = log q - log p, so that E_q T = KL(q || p); where q = p it is 2 log 2.
+
+    References:
+        Mescheder et al., "Adversarial variational Bayes", 2017, arXiv:1701.04722, proposition 1.
+    """
+    return F.softplus(-logits_q).mean() + F.softplus(logits_p).mean()
+
+
+def permute_dims(z, generator=None):
+    """z (N, D) with every column shuffled on its own: samples of the product of the marginals."""
+    device = z.device if generator is None else generator.device
+    order = torch.rand(z.shape, generator=generator, device=device).argsort(0).to(z.device)
+    return z.gather(0, order)
+
+
+class DensityRatio(nn.Module):
+    """weight * E_q T(z), T a discriminator of the aggregate posterior against the prior, which estimates their
+    log-density ratio: at its optimum the cost is weight * KL(q(z) || p(z)). With the rate's weight at 0 it makes an
+    adversarial autoencoder.
+
+    One optimiser trains both: the value that is maximised also holds the discriminator's negative loss, at samples
+    without gradient, and in the cost the discriminator's parameters are held fixed, so that each parameter's gradient
+    is that of its own game.
+
+    Args:
+        discriminator: module from z flattened, (N, D), to logits (N,) or (N, 1).
+        weight: factor.
+
+    References:
+        Makhzani et al., "Adversarial autoencoders", 2016, arXiv:1511.05644.
+    """
+
+    name = "density_ratio"
+
+    def __init__(self, discriminator, weight=1.0):
+        super().__init__()
+        self.discriminator = discriminator
+        self.weight = weight
+
+    def forward(self, model, inference, bound, *, context=None, generator=None, **_):
+        z = inference.z.flatten(0, 1).flatten(1)
+        fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        ratio = functional_call(self.discriminator, fixed, (z,)).view(inference.z.shape[:2])
+        own = z.detach()
+        other = self._others(model, inference, own, context, generator).detach()
+        loss = discriminator_loss(self.discriminator(own), self.discriminator(other))
+        return self.weight * ratio.mean(0) + loss, {self.name: ratio.mean(), "discriminator_loss": loss}
+
+    def _others(self, model, inference, z, context, generator):
+        return _prior_samples(model, inference, context, generator)
+
+
+class FactorTC(DensityRatio):
+    """weight * E_q T(z), T a discriminator of the aggregate posterior against the product of its marginals: at its
+    optimum the cost is weight * total correlation, as in FactorVAE.
+
+    Arguments and training as for :class:`DensityRatio`.
+
+    References:
+        Kim and Mnih, "Disentangling by factorising", 2018, arXiv:1802.05983.
+    """
+
+    name = "total_correlation"
+
+    def _others(self, model, inference, z, context, generator):
+        return permute_dims(z, generator)

@@ -1,0 +1,247 @@
+"""Gaussian posteriors: diagonal, low-rank, full covariance, and the deterministic limit."""
+
+import math
+
+import torch
+from torch import nn
+
+from fastflow import checks, functional, reference
+from fastflow.flows import StandardNormal
+from fastflow.nn import GaussianSample
+from fastflow.vae.priors.gaussian import GaussianPrior
+
+__all__ = ["DeterministicPosterior", "FullGaussianPosterior", "GaussianPosterior", "LowRankGaussianPosterior"]
+
+LOG_TWO_PI = math.log(2.0 * math.pi)
+
+
+def promoted(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def is_standard(prior):
+    """Whether the prior is N(0, I)."""
+    return prior is None or isinstance(prior, StandardNormal)
+
+
+def prior_moments(prior, like):
+    """(mean, log sigma) (1, D) of N(0, I) or of a GaussianPrior; None for others, with which there is no closed KL."""
+    if is_standard(prior):
+        return like.new_zeros(1, like.shape[1]), like.new_zeros(1, like.shape[1])
+    if isinstance(prior, GaussianPrior):
+        return prior.mean, prior.sigma_and_log()[1]
+    return None
+
+
+def standard_noise(like, n_samples, eps, seed, generator):
+    """(eps, log density (K, B)): standard normals (K, *like.shape) from the fused stream, or those given."""
+    zeros = torch.zeros_like(like)
+    noise, _, log_q = functional.gaussian_sample_kl((zeros, zeros), eps=eps, seed=seed, generator=generator,
+                                                    n_samples=n_samples, return_logq=True)
+    return noise, log_q
+
+
+def check_params(params, features):
+    """``params`` is (B, features)."""
+    checks.tensor("params", params)
+    if params.dim() != 2 or params.shape[1] != features:
+        raise ValueError(f"params: expected shape (B, {features}), got {tuple(params.shape)}")
+
+
+class GaussianPosterior(nn.Module):
+    """A diagonal Gaussian; params are (B, 2D, *S), mean and raw scale packed along dim 1.
+
+    Args:
+        scale: what the raw scale is: "logvar", "logstd", "std", "softplus" or "soft_tanh".
+        layout, order: how params are packed, as in functional.gaussian_sample_kl.
+    """
+
+    def __init__(self, scale="logvar", *, layout="chunk", order="mean_scale"):
+        super().__init__()
+        GaussianSample(scale, layout=layout, order=order)  # checks the options
+        self.scale = scale
+        self.layout = layout
+        self.order = order
+
+    def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
+        params = promoted(params)
+        gaussian = isinstance(prior, GaussianPrior)
+        if gaussian and prior.scale != self.scale:
+            raise ValueError(f"prior: expected scale {self.scale!r} like the posterior's, got {prior.scale!r}")
+        z, kl, log_qz = functional.gaussian_sample_kl(
+            params, scale=self.scale, layout=self.layout, order=self.order, eps=eps, seed=seed, generator=generator,
+            prior=(prior.mean, prior.raw) if gaussian else None, n_samples=n_samples, return_logq=True)
+        return z, log_qz, kl if gaussian or is_standard(prior) else None
+
+    def n_params(self, features):
+        """Channels of params for D = features."""
+        return 2 * features
+
+    def moments(self, params):
+        """(mean, log sigma), each (B, D, *S)."""
+        mean, raw = reference.split_params(promoted(params), self.layout, self.order == "mean_scale")
+        return mean, reference.sigma_and_log(raw, self.scale)[1]
+
+    def log_prob(self, params, z):
+        """log q(z | x) (K, B) in nats of any z (K, B, D, *S)."""
+        return log_normal(z, *self.moments(params)).flatten(2).sum(2)
+
+    def mean(self, params):
+        """The mean (B, D, *S), also the mode."""
+        return reference.split_params(params, self.layout, self.order == "mean_scale")[0]
+
+
+def log_normal(z, mean, log_sigma):
+    """log N(z; mean, sigma^2), element by element."""
+    return -0.5 * ((z - mean) * torch.exp(-log_sigma)).square() - log_sigma - 0.5 * LOG_TWO_PI
+
+
+class LowRankGaussianPosterior(nn.Module):
+    """N(mean, W W' + diag(sigma^2)) over (D,), z = mean + sigma eps_1 + W eps_2.
+
+    params are (B, D (2 + rank)): mean, log-variances, and W (D, rank) row by row. Densities and the KL go through the
+    rank x rank capacitance I + W' diag(sigma^-2) W (Woodbury; the determinant lemma).
+
+    Args:
+        rank: of W, at least 1.
+    """
+
+    def __init__(self, rank=1):
+        super().__init__()
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank: expected a positive int, got {rank!r}")
+        self.rank = rank
+
+    def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
+        """As the other posteriors; eps is (K, B, D + rank)."""
+        mean, log_variance, factor = self._split(params)
+        like = mean.new_empty(len(mean), mean.shape[1] + self.rank)
+        noise, _ = standard_noise(like, n_samples, eps, seed, generator)
+        own, shared = noise.split([mean.shape[1], self.rank], 2)
+        z = mean + torch.exp(0.5 * log_variance) * own + torch.einsum("bdr,kbr->kbd", factor, shared)
+        moments = prior_moments(prior, mean)
+        kl = None
+        if moments is not None:
+            mean_p, log_sigma_p = moments
+            scaled = (factor * torch.exp(-log_sigma_p)[:, :, None]).square().sum((1, 2))
+            difference = log_variance - 2.0 * log_sigma_p
+            squares = ((mean - mean_p) * torch.exp(-log_sigma_p)).square()
+            kl = 0.5 * ((squares + torch.expm1(difference) - difference).sum(1) + scaled
+                        - self._log_capacitance(log_variance, factor)[1])
+        return z, self.log_prob(params, z), kl
+
+    def n_params(self, features):
+        return features * (2 + self.rank)
+
+    def log_prob(self, params, z):
+        """log q(z | x) (K, B) in nats of z (K, B, D)."""
+        mean, log_variance, factor = self._split(params)
+        lower, log_det = self._log_capacitance(log_variance, factor)
+        residual = (z - mean) * torch.exp(-0.5 * log_variance)
+        inner = torch.einsum("bdr,kbd->kbr", factor * torch.exp(-0.5 * log_variance)[:, :, None], residual)
+        inner = torch.linalg.solve_triangular(lower, inner[..., None], upper=False)[..., 0]
+        square = residual.square().sum(2) - inner.square().sum(2)
+        return -0.5 * (square + log_variance.sum(1) + log_det + mean.shape[1] * LOG_TWO_PI)
+
+    def mean(self, params):
+        return self._split(params)[0]
+
+    def _split(self, params):
+        d = params.shape[1] // (2 + self.rank)
+        check_params(params, self.n_params(d))
+        mean, log_variance, factor = promoted(params).split([d, d, d * self.rank], 1)
+        return mean, log_variance, factor.unflatten(1, (d, self.rank))
+
+    def _log_capacitance(self, log_variance, factor):
+        """The Cholesky factor of the capacitance, (B, rank, rank), and its log-determinant (B,)."""
+        scaled = factor * torch.exp(-0.5 * log_variance)[:, :, None]
+        eye = torch.eye(self.rank, dtype=factor.dtype, device=factor.device)
+        lower = torch.linalg.cholesky(eye + scaled.mT @ scaled)
+        return lower, 2.0 * torch.log(lower.diagonal(dim1=1, dim2=2)).sum(1)
+
+
+class FullGaussianPosterior(nn.Module):
+    """N(mean, L L') over (D,), z = mean + L eps.
+
+    params are (B, D + D (D + 1)/2): mean, the logarithms of L's diagonal, and its strict lower triangle row by row.
+    """
+
+    def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
+        mean, log_diagonal, lower = self._split(params)
+        noise, log_noise = standard_noise(mean, n_samples, eps, seed, generator)
+        z = mean + torch.einsum("bde,kbe->kbd", lower, noise)
+        moments = prior_moments(prior, mean)
+        kl = None
+        if moments is not None:
+            mean_p, log_sigma_p = moments
+            scaled = lower * torch.exp(-log_sigma_p)[:, :, None]
+            strict = torch.tril(scaled, -1).square().sum((1, 2))
+            difference = 2.0 * (log_diagonal - log_sigma_p)
+            squares = ((mean - mean_p) * torch.exp(-log_sigma_p)).square()
+            kl = 0.5 * ((squares + torch.expm1(difference) - difference).sum(1) + strict)
+        return z, log_noise - log_diagonal.sum(1), kl
+
+    def n_params(self, features):
+        return features + features * (features + 1) // 2
+
+    def log_prob(self, params, z):
+        """log q(z | x) (K, B) in nats of z (K, B, D)."""
+        mean, log_diagonal, lower = self._split(params)
+        standard = torch.linalg.solve_triangular(lower, (z - mean)[..., None], upper=False)
+        return -0.5 * (standard.square().sum((2, 3)) + mean.shape[1] * LOG_TWO_PI) - log_diagonal.sum(1)
+
+    def mean(self, params):
+        return self._split(params)[0]
+
+    def _split(self, params):
+        checks.tensor("params", params)
+        d = (math.isqrt(9 + 8 * params.shape[-1]) - 3) // 2  # D + D (D + 1)/2 = n
+        check_params(params, self.n_params(d))
+        mean, log_diagonal, below = promoted(params).split([d, d, d * (d - 1) // 2], 1)
+        rows, columns = torch.tril_indices(d, d, -1, device=params.device)
+        batch = torch.arange(len(mean), device=params.device)[:, None]
+        lower = torch.diag_embed(torch.exp(log_diagonal)).index_put((batch, rows, columns), below)
+        return mean, log_diagonal, lower
+
+
+class DeterministicPosterior(nn.Module):
+    """The limit of N(mean, sigma^2 I) for small sigma: z is the mean itself; params are the mean, (B, D, *S).
+
+    Every sample is the mean, bit for bit, and no random number is used. The density and the KL are those of the
+    Gaussian with the given sigma, at its mean: the KL to N(0, I) has the gradient of |mean|^2 / 2 and grows, as sigma
+    falls, as -D log sigma, the price of ever more digits. log_w is no importance weight here, and its mean over samples
+    no bound.
+
+    Args:
+        sigma: standard deviation whose density is reported, positive.
+
+    References:
+        Ghosh et al., "From variational to deterministic autoencoders", 2020, arXiv:1903.12436.
+    """
+
+    def __init__(self, sigma=1e-3):
+        super().__init__()
+        if not 0.0 < sigma < math.inf:
+            raise ValueError(f"sigma: expected a finite positive number, got {sigma!r}")
+        self.sigma = sigma
+
+    def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
+        mean = promoted(params)
+        z = mean.expand(n_samples, *mean.shape)
+        size = math.prod(mean.shape[1:])
+        log_qz = mean.new_full(z.shape[:2], -size * (math.log(self.sigma) + 0.5 * LOG_TWO_PI))
+        if not is_standard(prior):
+            return z, log_qz, None
+        spread = 0.5 * size * (math.expm1(2.0 * math.log(self.sigma)) - 2.0 * math.log(self.sigma))
+        return z, log_qz, 0.5 * mean.flatten(1).square().sum(1) + spread
+
+    def n_params(self, features):
+        return features
+
+    def log_prob(self, params, z):
+        """log N(z; mean, sigma^2 I) (K, B) in nats."""
+        mean = promoted(params)
+        return log_normal(z, mean, torch.full_like(mean, math.log(self.sigma))).flatten(2).sum(2)
+
+    def mean(self, params):
+        return params

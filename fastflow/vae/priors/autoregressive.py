@@ -1,0 +1,134 @@
+"""Autoregressive priors, of real latents and of codes."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastflow import checks
+from fastflow.flows import MADE
+
+__all__ = ["AutoregressivePrior", "CodePrior"]
+
+
+class AutoregressivePrior(nn.Module):
+    """p(z) = prod_d p(z_d | z_<d), each a mixture of Gaussians whose parameters a MADE makes of the features before.
+
+    Over (D,). With one component it is a masked autoregressive flow; more make the conditionals multimodal. It starts
+    as a mixture of C unit Gaussians spread around 0 for every feature, for one component N(0, I).
+
+    Args:
+        features: D >= 1.
+        n_components: C, at least 1.
+        hidden, order, activation: of the MADE.
+
+    References:
+        Chen et al., "Variational lossy autoencoder", 2017, arXiv:1611.02731.
+        Uria et al., "RNADE", 2013, arXiv:1306.0186.
+    """
+
+    def __init__(self, features, n_components=5, hidden=(64, 64), *, order=None, activation=nn.ReLU):
+        super().__init__()
+        if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
+            raise ValueError(f"n_components: expected a positive int, got {n_components!r}")
+        self.n_components = n_components
+        self.event_shape = torch.Size([features])
+        self.network = MADE(features, 3 * n_components, hidden, order=order, layout="interleave",
+                            activation=activation)
+        with torch.no_grad():
+            means = self.network.layers[-1].bias.view(features, 3, n_components)[:, 1]
+            means.copy_(torch.linspace(-1.0, 1.0, n_components) if n_components > 1 else torch.zeros(1))
+
+    def log_prob(self, z):
+        """(N,) nats of z (N, D), in one pass."""
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], *self.event_shape))
+        z = z.to(self.network.layers[0].weight.dtype)
+        params = self.network(z).unflatten(1, (z.shape[1], 3 * self.n_components))
+        log_weights, means, log_sigmas = self._split(params)
+        standard = (z[:, :, None] - means) * torch.exp(-log_sigmas)
+        each = -0.5 * standard.square() - log_sigmas - 0.5 * math.log(2.0 * math.pi)
+        return torch.logsumexp(log_weights + each, 2).sum(1)
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        """(n, D), feature by feature; ``temperature`` scales the components' standard deviations."""
+        network, weight = self.network, self.network.layers[0].weight
+        device = weight.device if generator is None else generator.device
+        sweep, found = network.sweep(n), []
+        for _ in range(network.features):
+            log_weights, means, log_sigmas = self._split(sweep.params())
+            u = torch.rand((n, 1), generator=generator, dtype=weight.dtype, device=device).to(weight.device)
+            chosen = (u > torch.exp(log_weights).cumsum(1)).sum(1, keepdim=True).clamp_max(self.n_components - 1)
+            noise = torch.randn((n, 1), generator=generator, dtype=weight.dtype, device=device).to(weight.device)
+            z = means.gather(1, chosen) + temperature * torch.exp(log_sigmas.gather(1, chosen)) * noise
+            sweep.push(z)
+            found.append(z)
+        return torch.cat(found, 1).index_select(1, torch.argsort(network.order))
+
+    def _split(self, params):
+        """(log-weights, means, log-sigmas) along the last dimension; log sigma between -5 and 5, smoothly."""
+        logits, means, raws = params.chunk(3, -1)
+        return torch.log_softmax(logits, -1), means, 5.0 * torch.tanh(raws / 5.0)
+
+
+class CodePrior(nn.Module):
+    """p(c) = prod_t p(c_t | c_<t) of a sequence of codes out of n_codes, by causal dilated convolutions.
+
+    It starts uniform. The prior that a VQ-VAE's codes get, row by row for images. Code t sees the ``receptive_field``
+    codes before it.
+
+    Args:
+        n_codes: number of codes, at least 2.
+        hidden: channels.
+        n_layers: residual layers; dilations 1, 2, 4, ... double the receptive field with each.
+
+    References:
+        van den Oord et al., "Neural discrete representation learning", 2017, arXiv:1711.00937, section 3.2.
+        van den Oord et al., "WaveNet", 2016, arXiv:1609.03499.
+    """
+
+    def __init__(self, n_codes, hidden=64, n_layers=5):
+        super().__init__()
+        for name, value, least in (("n_codes", n_codes, 2), ("hidden", hidden, 1), ("n_layers", n_layers, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+        self.n_codes = n_codes
+        self.receptive_field = 2**n_layers
+        self.embedding = nn.Embedding(n_codes + 1, hidden)  # the last starts the sequence
+        self.layers = nn.ModuleList(nn.Conv1d(hidden, 2 * hidden, 2, dilation=2**index) for index in range(n_layers))
+        self.output = nn.Linear(hidden, n_codes)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def log_prob(self, codes):
+        """(N,) nats of codes (N, *shape) int64, taken in row-major order; (N,) is one code each."""
+        if not isinstance(codes, torch.Tensor) or codes.dtype != torch.int64:
+            raise TypeError("codes: expected an int64 tensor")
+        codes = codes.flatten(1) if codes.dim() > 1 else codes[:, None]
+        start = torch.full_like(codes[:, :1], self.n_codes)
+        logits = self._logits(torch.cat([start, codes[:, :-1]], 1))
+        return -F.cross_entropy(logits.mT, codes, reduction="none").sum(1)
+
+    @torch.no_grad()
+    def sample(self, n, shape, *, generator=None, temperature=1.0):
+        """(n, *shape) int64; logits are divided by ``temperature``, 0 takes the likeliest code each time."""
+        codes = torch.full((n, 1), self.n_codes, device=self.output.weight.device)
+        for _ in range(math.prod(shape)):
+            logits = self._logits(codes[:, -self.receptive_field:])[:, -1]
+            if temperature == 0.0:
+                following = logits.argmax(1, keepdim=True)
+            else:
+                probs = torch.softmax(logits / temperature, 1)
+                device = probs.device if generator is None else generator.device
+                following = torch.multinomial(probs.to(device), 1, generator=generator).to(logits.device)
+            codes = torch.cat([codes, following], 1)
+        return codes[:, 1:].view(n, *shape)
+
+    def _logits(self, before):
+        """(N, T, n_codes) for the codes that follow each of ``before`` (N, T), given it and those before it."""
+        h = self.embedding(before).mT
+        for layer in self.layers:
+            a, gate = layer(F.pad(h, (layer.dilation[0], 0))).chunk(2, 1)
+            h = h + torch.tanh(a) * torch.sigmoid(gate)
+        return self.output(h.mT)

@@ -1,0 +1,69 @@
+"""The mixture of the encoder's posteriors at learned inputs."""
+
+import math
+
+import torch
+from torch import nn
+
+from fastflow import checks
+from fastflow.vae.priors.gaussian import choose
+
+__all__ = ["VampPrior"]
+
+
+class VampPrior(nn.Module):
+    """p(z) = (1/C) sum_c q(z | u_c), the posteriors at C learned pseudo-inputs u_c, parameter ``inputs`` (C, *event).
+
+    It belongs to the VAE that it is given to, whose encoder and posterior it uses.
+
+    Args:
+        inputs: (C, *event), where the pseudo-inputs start: examples of the data, or noise like them. With ``bounds``
+            they must lie inside.
+        bounds: (low, high) that pseudo-inputs are kept between, as for pixels, or None.
+        trainable: whether the pseudo-inputs are learned; examples that stay make a mixture of data posteriors.
+
+    References:
+        Tomczak and Welling, "VAE with a VampPrior", 2018, arXiv:1705.07120.
+    """
+
+    def __init__(self, inputs, *, bounds=None, trainable=True):
+        super().__init__()
+        checks.tensor("inputs", inputs)
+        if inputs.dim() < 2 or len(inputs) < 1:
+            raise ValueError(f"inputs: expected shape (C, *event) with C >= 1, got {tuple(inputs.shape)}")
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds: expected (low, high) with low < high, got {bounds!r}")
+        self.bounds = bounds
+        self.inputs = nn.Parameter(inputs.detach().clone(), requires_grad=trainable)
+        self._inference = None  # not modules of this one: the model has them already
+
+    def bind(self, encoder, posterior):
+        """Take the encoder and posterior of the model; called by VAE."""
+        if not hasattr(posterior, "log_prob"):
+            raise TypeError("posterior: expected log_prob(params, z) for a VampPrior, which "
+                            f"{type(posterior).__name__} has not")
+        self._inference = (encoder, posterior)
+
+    def log_prob(self, z):
+        """(N,) nats of z (N, D, *S)."""
+        params, posterior = self._params()
+        each = posterior.log_prob(params, z[:, None].expand(-1, len(params), *z.shape[1:]))
+        return torch.logsumexp(each, 1) - math.log(len(params))
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        """(n, D, *S); a temperature other than 1 has no meaning for every posterior and is refused."""
+        if temperature != 1.0:
+            raise ValueError(f"temperature: expected 1 for a VampPrior, got {temperature}")
+        params, posterior = self._params()
+        chosen = choose(params.new_full((len(params),), 1.0 / len(params)), n, generator)
+        return posterior(params[chosen], generator=generator)[0][0]
+
+    def pseudo_inputs(self):
+        """(C, *event), within the bounds."""
+        return self.inputs if self.bounds is None else self.inputs.clamp(*self.bounds)
+
+    def _params(self):
+        if self._inference is None:
+            raise RuntimeError("VampPrior: give it to a VAE first, as prior=")
+        encoder, posterior = self._inference
+        return encoder(self.pseudo_inputs()), posterior

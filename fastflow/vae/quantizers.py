@@ -1,0 +1,167 @@
+"""Quantisers of latents: a learned codebook, and finite scalar quantisation."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import distributed, nn
+
+from fastflow import checks
+
+__all__ = ["FSQ", "Quantized", "VectorQuantizer"]
+
+
+class Quantized(NamedTuple):
+    """Attributes:
+    z: (B, D, *S), the codes' vectors, with the gradient of the quantiser's input (straight-through).
+    codes: (B, *S) int64.
+    loss: (B,), to be minimised: codebook and commitment terms, summed over latents.
+    """
+
+    z: torch.Tensor
+    codes: torch.Tensor
+    loss: torch.Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest of n_codes learned vectors for each latent vector.
+
+    loss = |sg[e] - z|^2 commitment + |e - sg[z]|^2, sg without gradient; with ``decay`` the codebook is instead the
+    moving average of the vectors assigned to each code, updated by every call in training mode (over all ranks where
+    torch.distributed runs), and the second term is left out.
+
+    Args:
+        n_codes: size of the codebook, at least 2.
+        features: D.
+        commitment: weight of the first term.
+        decay: of the moving averages, in (0, 1), or None for a codebook trained by gradients.
+        restart_below: codes whose average count in a batch is below it move to vectors of the batch; 0: never. Only
+            with ``decay``.
+
+    References:
+        van den Oord et al., "Neural discrete representation learning", 2017, arXiv:1711.00937, and its appendix A.1.
+    """
+
+    def __init__(self, n_codes, features, *, commitment=0.25, decay=None, restart_below=0.0):
+        super().__init__()
+        for name, value, least in (("n_codes", n_codes, 2), ("features", features, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+        if decay is not None and not 0.0 < decay < 1.0:
+            raise ValueError(f"decay: expected a number in (0, 1) or None, got {decay!r}")
+        if restart_below and decay is None:
+            raise ValueError("restart_below: expected 0 without decay")
+        self.n_codes, self.features = n_codes, features
+        self.commitment, self.decay, self.restart_below = commitment, decay, restart_below
+        start = torch.randn(n_codes, features) / math.sqrt(features)
+        if decay is None:
+            self.codebook = nn.Parameter(start)
+        else:
+            self.register_buffer("codebook", start)
+            self.register_buffer("counts", torch.ones(n_codes))
+            self.register_buffer("sums", start.clone())
+
+    def forward(self, z):
+        """Quantized of z (B, D, *S)."""
+        checks.tensor("z", z)
+        if z.dim() < 2 or z.shape[1] != self.features:
+            raise ValueError(f"z: expected shape (B, {self.features}, *S), got {tuple(z.shape)}")
+        z = z.to(self.codebook.dtype)
+        vectors = z.movedim(1, -1)
+        rows = vectors.reshape(-1, self.features)
+        with torch.no_grad():
+            codes = torch.cdist(rows, self.codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+        found = self.lookup(codes.view(vectors.shape[:-1]))
+        if self.training and self.decay is not None:
+            self._update(rows.detach(), codes)
+        codes = codes.view(vectors.shape[:-1])
+        loss = self.commitment * (z - found.detach()).square()
+        if self.decay is None:
+            loss = loss + (found - z.detach()).square()
+        return Quantized(z + (found - z).detach(), codes, loss.flatten(1).sum(1))
+
+    def lookup(self, codes):
+        """The vectors (B, D, *S) of codes (B, *S)."""
+        return F.embedding(codes, self.codebook).movedim(-1, 1)
+
+    @torch.no_grad()
+    def _update(self, rows, codes):
+        counts = count_codes(codes, self.n_codes, rows.dtype)
+        sums = torch.zeros_like(self.codebook).index_add_(0, codes, rows)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(counts)
+            distributed.all_reduce(sums)
+        self.counts.lerp_(counts, 1.0 - self.decay)
+        self.sums.lerp_(sums, 1.0 - self.decay)
+        if self.restart_below:
+            dead = self.counts < self.restart_below
+            others = rows[torch.randint(len(rows), (self.n_codes,), device=rows.device)]
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.broadcast(others, 0)
+            self.sums.copy_(torch.where(dead[:, None], others, self.sums))
+            self.counts.copy_(torch.where(dead, 1.0, self.counts))
+        used = self.counts > 1e-6  # of codes long unused the average has no digits left: they stay where they are
+        self.codebook.copy_(torch.where(used[:, None], self.sums / self.counts[:, None].clamp_min(1e-6), self.codebook))
+
+    def extra_repr(self):
+        return f"n_codes={self.n_codes}, features={self.features}, decay={self.decay}"
+
+
+def count_codes(codes, n_codes, dtype):
+    """How often each code occurs, (n_codes,)."""
+    counts = torch.zeros(n_codes, dtype=dtype, device=codes.device)
+    return counts.index_add_(0, codes.flatten(), torch.ones(codes.numel(), dtype=dtype, device=codes.device))
+
+
+class FSQ(nn.Module):
+    """Every latent dimension is bounded and rounded to one of a few levels; the codes are their combinations.
+
+    z_d -> round(bound_d(z_d)) / floor(L_d / 2) with bound(z) = tanh(z + s) (L - 1)(1 + 1e-3)/2 - o, where for even L
+    o = 1/2 and s makes bound(0) = 0, for odd L both are 0. There is nothing to learn and no loss.
+
+    Args:
+        levels: L_d >= 2 for each dimension.
+
+    References:
+        Mentzer et al., "Finite scalar quantization: VQ-VAE made simple", 2023, arXiv:2309.15505.
+    """
+
+    def __init__(self, levels=(8, 5, 5, 5)):
+        super().__init__()
+        levels = tuple(levels)
+        if not levels or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in levels):
+            raise ValueError(f"levels: expected ints of at least 2, got {levels!r}")
+        self.levels = levels
+        self.features, self.n_codes = len(levels), math.prod(levels)
+
+    def forward(self, z):
+        """Quantized of z (B, D, *S)."""
+        checks.tensor("z", z)
+        if z.dim() < 2 or z.shape[1] != self.features:
+            raise ValueError(f"z: expected shape (B, {self.features}, *S), got {tuple(z.shape)}")
+        sizes = self._constants(z, self.levels)
+        half = 0.5 * (sizes - 1.0) * (1.0 + 1e-3)
+        offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
+        bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
+        whole = bounded + (torch.round(bounded) - bounded).detach()
+        digits = torch.round(bounded).detach() + torch.floor(0.5 * sizes)
+        codes = (digits * self._constants(z, self._bases())).sum(1).round().to(torch.int64)
+        return Quantized(whole / torch.floor(0.5 * sizes), codes, z.new_zeros(len(z)))
+
+    def lookup(self, codes):
+        """The vectors (B, D, *S) of codes (B, *S)."""
+        digits = [(codes // base) % size - size // 2 for base, size in zip(self._bases(), self.levels, strict=True)]
+        like = torch.get_default_dtype()
+        return torch.stack([digit.to(like) / (size // 2) for digit, size in zip(digits, self.levels, strict=True)], 1)
+
+    def _bases(self):
+        return [math.prod(self.levels[:index]) for index in range(len(self.levels))]
+
+    @staticmethod
+    def _constants(z, values):
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        return torch.tensor(values, dtype=dtype, device=z.device).view(-1, *[1] * (z.dim() - 2))
+
+    def extra_repr(self):
+        return f"levels={self.levels}"

@@ -1,0 +1,96 @@
+"""Autoencoders with quantised latents."""
+
+import math
+
+import torch
+from torch import nn
+
+from fastflow import checks
+from fastflow.vae.elbo import ELBO
+from fastflow.vae.generation import check_temperature
+from fastflow.vae.likelihoods import Likelihood
+from fastflow.vae.objectives import Objective
+from fastflow.vae.quantizers import count_codes
+
+__all__ = ["QuantizedVAE"]
+
+
+class QuantizedVAE(nn.Module):
+    """x -> z -> codes -> x, the codes of a quantiser (VQ-VAE, FSQ).
+
+    The posterior is certain of its codes, so log q = 0 and the rate is -log p(codes): with the uniform prior
+    T log n_codes for T codes, with a learned prior less. log p(x | z) - rate is a bound on log p(x), in nats, whose
+    only sample is the encoder's choice.
+
+    Args:
+        encoder: module from x (B, *event) to (B, D, *S).
+        quantizer: a VectorQuantizer, an FSQ or an object like them.
+        decoder: module from (B, D, *S) to the likelihood's parameters.
+        likelihood: a likelihood object, see likelihoods/.
+        prior: a CodePrior, trained along with the rest, which its gradient does not reach, or None, uniform.
+        code_shape: S, needed by :meth:`sample` before the first call.
+    """
+
+    def __init__(self, encoder, quantizer, decoder, likelihood, prior=None, *, code_shape=None):
+        super().__init__()
+        self.encoder = encoder
+        self.quantizer = quantizer
+        self.decoder = decoder
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(f"likelihood: expected a Likelihood, got {type(likelihood).__name__}")
+        self.likelihood = likelihood
+        if prior is not None and prior.n_codes != quantizer.n_codes:
+            raise ValueError(f"prior: expected {quantizer.n_codes} codes like the quantizer's, got {prior.n_codes}")
+        self.prior = prior
+        self.code_shape = None if code_shape is None else torch.Size(code_shape)
+
+    def forward(self, x, n_samples=1, beta=1.0):
+        """The training objective, an Objective: the bound (its rate times beta) less the quantiser's loss. There is one
+        sample, whatever n_samples says."""
+        bound, loss, codes = self._bound(x, n_samples, beta)
+        shares = count_codes(codes, self.quantizer.n_codes, bound.elbo.dtype) / max(codes.numel(), 1)
+        perplexity = torch.exp(-torch.special.xlogy(shares, shares).sum())
+        return Objective(bound.elbo - loss, bound, {"quantizer_loss": loss.detach().mean(), "perplexity": perplexity})
+
+    def elbo(self, x, n_samples=1, beta=1.0):
+        """ELBO in nats; with n_samples = K the one sample is repeated."""
+        return self._bound(x, n_samples, beta)[0]
+
+    def codes(self, x):
+        """(B, *S) int64."""
+        return self.quantizer(self.encoder(x)).codes
+
+    def reconstruct(self, x):
+        """The likelihood's mean (B, *event) at the codes of each x."""
+        return self.likelihood.mean(self.decoder(self.quantizer(self.encoder(x)).z))
+
+    @torch.no_grad()
+    def sample(self, n, *, generator=None, temperature=1.0, mean=False):
+        """(n, *event): codes from the prior at ``temperature``, then x from the likelihood, or its mean."""
+        check_temperature(temperature)
+        if self.code_shape is None:
+            raise ValueError("code_shape: the shape of the codes is not known yet; pass QuantizedVAE(code_shape=...)")
+        if self.prior is not None:
+            codes = self.prior.sample(n, self.code_shape, generator=generator, temperature=temperature)
+        else:
+            parameter = next(self.parameters())
+            device = parameter.device if generator is None else generator.device
+            codes = torch.randint(self.quantizer.n_codes, (n, *self.code_shape), generator=generator, device=device)
+            codes = codes.to(parameter.device)
+        output = self.decoder(self.quantizer.lookup(codes).to(next(self.decoder.parameters()).dtype))
+        return self.likelihood.mean(output) if mean else self.likelihood.sample(output, generator=generator)
+
+    def _bound(self, x, n_samples, beta):
+        z, codes, loss = self.quantizer(self.encoder(x))
+        if self.code_shape is None:
+            self.code_shape = codes.shape[1:]
+        output = self.decoder(z)
+        checks.shape("decoder output", output, (len(x), *self.likelihood.output_shape(x.shape[1:])))
+        log_px_z = self.likelihood.log_prob(x, output)
+        if self.prior is None:
+            log_pz = torch.full_like(log_px_z, -math.prod(codes.shape[1:]) * math.log(self.quantizer.n_codes))
+        else:
+            log_pz = self.prior.log_prob(codes).to(log_px_z.dtype)
+        repeated = [t.expand(n_samples, *t.shape) for t in (log_px_z, log_pz, torch.zeros_like(log_pz))]
+        return ELBO(*repeated, log_w=repeated[0] + repeated[1], kl=-log_pz, distortion=-log_px_z, rate=-log_pz,
+                    elbo=log_px_z + beta * log_pz), loss, codes

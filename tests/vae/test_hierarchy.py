@@ -1,0 +1,210 @@
+"""Hierarchies: a linear Gaussian one in closed form, and what the levels promise."""
+
+import math
+
+import pytest
+import torch
+from gaussian_models import linear, randn
+from torch import nn
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
+
+from fastflow import vae
+
+# z2 ~ N(0, 1), z1 | z2 ~ N(A z2 + c, diag(S1)), x | z1 ~ N(W z1 + b, s2 I), the columns of W orthogonal, so that both
+# conditionals of the posterior are diagonal.
+W = torch.linalg.qr(randn(4, 2, seed=0)).Q * torch.tensor([1.5, 0.7], dtype=torch.float64)
+B, A, C = randn(4, seed=1), randn(2, 1, seed=2), randn(2, seed=3)
+S1, S2 = torch.tensor([0.6, 1.7], dtype=torch.float64), 0.5
+X = B + 1.5 * randn(5, 4, seed=4)
+
+COVARIANCE = W @ (A @ A.T + torch.diag(S1)) @ W.T + S2 * torch.eye(4, dtype=torch.float64)
+EVIDENCE = MultivariateNormal(B + W @ C, COVARIANCE).log_prob(X)
+
+
+class Pick(nn.Module):
+    """Some columns."""
+
+    def __init__(self, *columns):
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, x):
+        return x[:, list(self.columns)]
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return [x, x]
+
+
+def true_posterior():
+    """(weights, bias) of the mean and log-variance of q(z2 | x), and of q(z1 | z2, x)."""
+    # z2 given x: x = W (A z2 + c) + b + noise of covariance W S1 W' + s2.
+    noise = W @ torch.diag(S1) @ W.T + S2 * torch.eye(4, dtype=torch.float64)
+    wa = W @ A
+    precision2 = 1.0 + (wa.T @ torch.linalg.solve(noise, wa))
+    gain2 = torch.linalg.solve(noise, wa).T / precision2
+    top = torch.cat([gain2, torch.zeros(1, 4, dtype=torch.float64)]), torch.cat(
+        [-gain2 @ (B + W @ C), -precision2.log()[0]])
+    # z1 given z2 and x.
+    precision1 = 1.0 / S1 + (W.T @ W).diagonal() / S2
+    on_z2, on_x = (A / S1[:, None]) / precision1[:, None], (W.T / S2) / precision1[:, None]
+    offset = (C / S1 - W.T @ B / S2) / precision1
+    low = torch.cat([torch.cat([on_z2, on_x], 1), torch.zeros(2, 5, dtype=torch.float64)]), torch.cat(
+        [offset, -precision1.log()])
+    return top, low
+
+
+def hierarchy(mode, shift=0.0):
+    """The model with the true posterior, whose log-variances are moved by ``shift``."""
+    (top_weight, top_bias), (low_weight, low_bias) = true_posterior()
+    zeros = torch.zeros
+    prior_top = linear(zeros(2, 1), zeros(2))
+    prior_low = linear(torch.cat([A, zeros(2, 1, dtype=torch.float64)]), torch.cat([C, S1.log()]))
+    top_bias, low_bias = top_bias.clone(), low_bias.clone()
+    top_bias[1:] += shift
+    low_bias[2:] += shift
+    if mode == "residual":  # what is added to the prior's
+        low_weight, low_bias = low_weight.clone(), low_bias.clone()
+        low_weight[:, :1] -= prior_low.weight.detach()
+        low_bias -= prior_low.bias.detach()
+    pad = zeros(2, 1, dtype=torch.float64)
+    posterior_top = linear(torch.cat([pad, top_weight], 1), top_bias)  # sees the state, then x
+    posterior_low = linear(low_weight, low_bias)
+    if mode == "ladder":
+        # The likelihood of each z: x's own evidence alone. For z1 it is N(W^+ (x - b), s2 / (W'W)).
+        gram = (W.T @ W).diagonal()
+        posterior_low = linear(torch.cat([W.T / gram[:, None], zeros(2, 4, dtype=torch.float64)]),
+                               torch.cat([-(W.T @ B) / gram, (S2 / gram).log()]))
+        variance = 1.0 / (top_bias[1].exp().reciprocal() - 1.0)
+        factor = variance / top_bias[1].exp()
+        posterior_top = linear(torch.cat([top_weight[:1] * factor, top_weight[1:]]),
+                               torch.stack([top_bias[0] * factor, variance.log()]))
+    levels = [vae.Level(prior_top, posterior_top, Pick(1), mode=mode, scale="logvar"),
+              vae.Level(prior_low, posterior_low, Pick(1, 2), mode=mode, scale="logvar")]
+    return vae.HierarchicalVAE(Twice(), levels, linear(W, B), vae.GaussianLikelihood(math.sqrt(S2)), (1,)).double()
+
+
+@pytest.mark.parametrize("mode", ["residual", "absolute", "ladder"])
+def test_at_the_true_posterior_the_bound_is_the_evidence(mode):
+    """Every log-weight is log p(x), whatever the noise."""
+    bound = hierarchy(mode).elbo(X, 7, seed=1)
+    torch.testing.assert_close(bound.log_w, EVIDENCE.expand(7, -1), rtol=0, atol=1e-11)
+    torch.testing.assert_close(vae.iwae(bound.log_w), EVIDENCE, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["residual", "absolute"])
+def test_gap_is_the_kl_of_the_whole_posterior(mode):
+    """With every log-variance off by s the KL is (e^s - 1 - s)/2 for each of the three latents: the conditional means
+    are right. Quadratures exact for quadratics take the expectations."""
+    shift = 0.7
+    model, exact = hierarchy(mode, shift), hierarchy(mode)
+    # Gauss-Hermite points of z2 times sigma points of z1.
+    root = math.sqrt(3.0)
+    outer = [(-root, 1 / 6), (0.0, 2 / 3), (root, 1 / 6)]
+    inner = torch.cat([torch.eye(2), -torch.eye(2)]).double() * math.sqrt(2)
+    value = 0.0
+    for point, weight in outer:
+        eps = [torch.full((4, 5, 1), point, dtype=torch.float64), inner[:, None].expand(4, 5, 2)]
+        terms = model.terms(X, 4, eps=eps)
+        value = value + weight * (terms.log_px_z - terms.kl.sum(0)).mean(0)
+    expected = 3 * 0.5 * (math.expm1(shift) - shift)
+    torch.testing.assert_close(EVIDENCE - value, torch.full((5,), expected, dtype=torch.float64), rtol=0, atol=1e-11)
+    assert (model.elbo(X, 4000, seed=0).elbo < exact.elbo(X, 4000, seed=0).elbo).all()
+
+
+def test_terms_add_up_and_nest():
+    model, eps = hierarchy("residual"), [randn(3, 5, 1, seed=1), randn(3, 5, 2, seed=2)]
+    terms, bound = model.terms(X, 3, eps=eps), model.elbo(X, 3, 0.5, eps=eps)
+    assert [z.shape for z in terms.latents] == [(3, 5, 1), (3, 5, 2)]
+    assert terms.log_pz.shape == terms.log_qz.shape == terms.kl.shape == (2, 3, 5)
+    torch.testing.assert_close(bound.log_pz, terms.log_pz.sum(0))
+    torch.testing.assert_close(bound.kl, terms.kl.sum(0).mean(0))
+    torch.testing.assert_close(bound.elbo, -bound.distortion - 0.5 * bound.kl)
+    z2, z1 = terms.latents
+    torch.testing.assert_close(terms.log_pz[0], Normal(0.0, 1.0).log_prob(z2[..., 0]))
+    given = Normal(z2 @ A.T + C, S1.sqrt())
+    torch.testing.assert_close(terms.log_pz[1], given.log_prob(z1).sum(2))
+    # Each level's KL is that of its Gaussians.
+    mean, log_variance = model.levels[0].posterior(torch.cat([model.top.expand(5, 1), X], 1)).unbind(1)
+    expected = kl_divergence(Normal(mean, torch.exp(0.5 * log_variance)), Normal(0.0, 1.0))
+    torch.testing.assert_close(terms.kl[0], expected.expand(3, 5))
+    mean, log_variance = model.levels[1].posterior(torch.cat([z2, X.expand(3, 5, 4)], 2)).chunk(2, 2)
+    mean = mean + z2 @ A.T + C  # residual
+    sigma = torch.exp(0.5 * (log_variance + S1.log()))
+    torch.testing.assert_close(terms.kl[1], kl_divergence(Normal(mean, sigma), given).sum(2))
+
+
+def test_levels_have_independent_noise():
+    """Of one seed the levels take different numbers, reproducibly."""
+    model = hierarchy("residual")
+    z2, z1 = model.terms(X, 4000, seed=3).latents
+    again = model.terms(X, 4000, seed=3).latents
+    assert torch.equal(z1, again[1])
+    (_, _), (low_weight, low_bias) = true_posterior()
+    noise1 = z1 - (torch.cat([z2, X.expand(4000, 5, 4)], 2) @ low_weight[:2].T + low_bias[:2])
+    noise2 = z2 - z2.mean(0)
+    correlation = (noise1[:, :, 0] * noise2[:, :, 0]).mean() / (noise1[:, :, 0].std() * noise2.std())
+    assert correlation.abs() < 4 / math.sqrt(20_000)
+
+
+def test_ancestral_samples_have_the_covariance():
+    n = 60_000
+    model = hierarchy("absolute")
+    x = model.sample(n, generator=torch.Generator().manual_seed(0))
+    products = (x - B - W @ C)[:, :, None] * (x - B - W @ C)[:, None]
+    assert ((products.mean(0) - COVARIANCE).abs() < 4.5 * products.std(0) / math.sqrt(n)).all()
+    # Temperatures level by level: with the top at 0 its part of the covariance is gone.
+    z = model.sample(n, generator=torch.Generator().manual_seed(0), temperature=[0.0, 1.0], mean=True)
+    expected = W @ torch.diag(S1) @ W.T
+    products = (z - B - W @ C)[:, :, None] * (z - B - W @ C)[:, None]
+    assert ((products.mean(0) - expected).abs() < 4.5 * products.std(0) / math.sqrt(n)).all()
+    torch.testing.assert_close(model.sample(2, temperature=0.0, mean=True), (B + W @ C).expand(2, 4))
+
+
+def test_reconstruction_level_by_level():
+    model = hierarchy("absolute")
+    (top, top_bias), (low, low_bias) = true_posterior()
+    z2 = X @ top[:1].T + top_bias[:1]
+    z1 = torch.cat([z2, X], 1) @ low[:2].T + low_bias[:2]
+    torch.testing.assert_close(model.reconstruct(X), z1 @ W.T + B)
+    torch.testing.assert_close(model.reconstruct(X, 1), (z2 @ A.T + C) @ W.T + B)
+    torch.testing.assert_close(model.reconstruct(X, 0), (B + W @ C).expand(5, 4))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: vae.HVAE((1, 8, 8), (3, 5, 4), 16),
+    lambda: vae.HVAE((6,), (2, 3), 16, mode="residual", likelihood="gaussian"),
+    lambda: vae.NVAE((1, 8, 8), (2, 1), channels=8, latent_channels=3),
+    lambda: vae.VDVAE((3, 8, 8), (1, 2), channels=8, latent_channels=2,
+                      likelihood=vae.LogisticMixtureLikelihood(3, 2, 16)),
+], ids=["ladder", "residual", "nvae", "vdvae"])
+def test_ready_hierarchies(make):
+    torch.manual_seed(0)
+    model = make()
+    shape = (6,) if isinstance(model.likelihood, vae.GaussianLikelihood) else (
+        (3, 8, 8) if isinstance(model.likelihood, vae.LogisticMixtureLikelihood) else (1, 8, 8))
+    x = torch.randint(0, 16 if shape[0] == 3 else 2, (4, *shape)).float()
+    bound = model(x, n_samples=2, seed=0)
+    assert bound.log_w.shape == (2, 4) and (bound.kl >= 0).all() and bound.elbo.isfinite().all()
+    if not isinstance(model, vae.VDVAE) and model.levels[0].mode == "residual":
+        torch.testing.assert_close(bound.kl, torch.zeros(4))  # residual posteriors start at the prior
+    bound.elbo.sum().backward()
+    assert model.sample(3).shape == model.reconstruct(x[:3], 1).shape == (3, *shape)
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not missing, missing
+
+
+@pytest.mark.parametrize(("error", "make", "message"), [
+    (ValueError, lambda: vae.Level(None, None, None, mode="relative"), "mode"),
+    (ValueError, lambda: vae.HierarchicalVAE(Twice(), [], nn.Identity(), vae.BernoulliLikelihood(), (1,)), "levels"),
+    (TypeError, lambda: vae.HierarchicalVAE(Twice(), hierarchy("absolute").levels, nn.Identity(), "bernoulli", (1,)),
+     "likelihood"),
+    (ValueError, lambda: hierarchy("absolute").sample(2, temperature=[1.0]), "temperature"),
+    (ValueError, lambda: hierarchy("absolute").elbo(X, eps=[X]), "eps"),
+    (ValueError, lambda: hierarchy("absolute").reconstruct(X, 3), "n_levels"),
+    (ValueError, lambda: vae.NVAE((1, 6, 8), (1, 1)), "image_shape"),
+])
+def test_errors_name_the_argument(error, make, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,180 @@
+"""Labels: conditional models, M2 against enumeration over the labels, tasks on the latents."""
+
+import math
+
+import pytest
+import torch
+from gaussian_models import linear, randn
+from torch import nn
+from torch.distributions import Categorical, MultivariateNormal, Normal, kl_divergence
+
+from fastflow import vae
+
+N_CLASSES, SIZE = 3, 4
+# x | y, z ~ N(w_y z + b_y, s2 I) with one latent: the posterior of z given x and y is a Gaussian.
+W, B, S2 = 1.3 * randn(N_CLASSES, SIZE, seed=0), randn(N_CLASSES, SIZE, seed=1), 0.6
+LABEL_LOGITS = randn(N_CLASSES, seed=2)
+X = randn(6, SIZE, seed=3)
+
+
+def class_evidence(x):
+    """log p(x | y), (B, n_classes)."""
+    eye = S2 * torch.eye(SIZE, dtype=torch.float64)
+    return torch.stack([MultivariateNormal(b, torch.outer(w, w) + eye).log_prob(x)
+                        for w, b in zip(W, B, strict=True)], 1)
+
+
+class Encoder(nn.Module):
+    """The true posterior of z given x and y."""
+
+    def forward(self, x, y):
+        precision = 1.0 + W[y].square().sum(1, keepdim=True) / S2
+        mean = ((x - B[y]) * W[y]).sum(1, keepdim=True) / S2 / precision
+        return torch.cat([mean, -precision.log()], 1)
+
+
+class Decoder(nn.Module):
+    def forward(self, z, y):
+        return z * W[y] + B[y]
+
+
+class Classifier(nn.Module):
+    """q(y | x): the true p(y | x), tempered."""
+
+    def __init__(self, power=1.0):
+        super().__init__()
+        self.power = power
+
+    def forward(self, x):
+        return self.power * (class_evidence(x) + torch.log_softmax(LABEL_LOGITS, 0))
+
+
+def m2(power=1.0, **options):
+    return vae.SemiSupervisedVAE(Encoder(), Decoder(), Classifier(power), N_CLASSES, label_logits=LABEL_LOGITS,
+                                 likelihood=vae.GaussianLikelihood(math.sqrt(S2)), latent_shape=1, **options)
+
+
+def sigma(batch):
+    return torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None].expand(2, batch, 1)
+
+
+def test_m2_at_the_true_posteriors_is_the_evidence():
+    """U(x) = log sum_y p(y) p(x | y) and L(x, y) = log p(x, y), by enumeration over the labels."""
+    joint = class_evidence(X) + torch.log_softmax(LABEL_LOGITS, 0)
+    model, labels = m2(), torch.tensor([0, 1, 2, 2, 1, 0])
+    torch.testing.assert_close(model.unlabelled(X, 2, eps=sigma(18)), torch.logsumexp(joint, 1), rtol=0, atol=1e-11)
+    torch.testing.assert_close(model.labelled(X, labels, 2, eps=sigma(6)), joint[torch.arange(6), labels], rtol=0,
+                               atol=1e-11)
+    torch.testing.assert_close(model.classify(X), torch.softmax(joint, 1))
+
+
+def test_m2_gap_is_the_classifiers_kl():
+    joint = class_evidence(X) + torch.log_softmax(LABEL_LOGITS, 0)
+    for power in (0.3, 2.0):
+        model = m2(power)
+        gap = torch.logsumexp(joint, 1) - model.unlabelled(X, 2, eps=sigma(18))
+        expected = kl_divergence(Categorical(logits=power * joint), Categorical(logits=joint))
+        torch.testing.assert_close(gap, expected, rtol=0, atol=1e-11)
+        assert (gap > 1e-4).any()
+
+
+def test_m2_objective_takes_known_and_unknown_labels():
+    """Example by example: L + alpha log q(y|x) where the label is known, U where it is -1; terms that add up."""
+    model, labels = m2(0.5, alpha=0.7), torch.tensor([0, -1, 2, -1, 1, -1])
+    result = model(X, 2, context=labels, eps=sigma(18))
+    known = labels >= 0
+    log_q = torch.log_softmax(model.classifier(X), 1)
+    unlabelled = model.unlabelled(X, 2, eps=sigma(18))
+    labelled = model.labelled(X, labels.clamp_min(0), 2, eps=sigma(6))
+    classified = log_q[torch.arange(6), labels.clamp_min(0)]
+    torch.testing.assert_close(result.value, torch.where(known, labelled + 0.7 * classified, unlabelled))
+    torch.testing.assert_close(-result.distortion - result.rate, torch.where(known, labelled, unlabelled))
+    torch.testing.assert_close(result.bound.log_w.mean(0), result.bound.elbo)
+    torch.testing.assert_close(result.parts["log_q_label"], classified[known].mean())
+    none = model(X, 2, eps=sigma(18))
+    torch.testing.assert_close(none.value, unlabelled)
+
+
+def test_m2_generates_by_label():
+    x = m2().sample(30_000, torch.tensor([0, 2]), generator=torch.Generator().manual_seed(0))
+    assert x.shape == (30_000, 2, SIZE)
+    for column, y in enumerate((0, 2)):
+        covariance = torch.outer(W[y], W[y]) + S2 * torch.eye(SIZE, dtype=torch.float64)
+        products = (x[:, column] - B[y])[:, :, None] * (x[:, column] - B[y])[:, None]
+        assert ((products.mean(0) - covariance).abs() < 4.5 * products.std(0) / math.sqrt(30_000)).all()
+
+
+def test_conditional_vae():
+    """The bound of p(x | label) is the class's evidence at its true posterior; ready networks train and generate."""
+    model = vae.VAE(Encoder(), Decoder(), likelihood=vae.GaussianLikelihood(math.sqrt(S2)))
+    labels = torch.tensor([2, 1, 0, 0, 1, 2])
+    bound = model(X, n_samples=3, context=labels)
+    torch.testing.assert_close(bound.log_w, class_evidence(X)[torch.arange(6), labels].expand(3, 6), rtol=0, atol=1e-11)
+    mean = model.reconstruct(X, labels)
+    torch.testing.assert_close(mean, Decoder()(Encoder()(X, labels)[:, :1], labels))
+
+    ready = vae.ConditionalVAE((1, 4, 4), 3, 5, (16,), likelihood="bernoulli")
+    x, y = torch.rand(6, 1, 4, 4).round(), torch.arange(6) % 5
+    ready(x, context=y).elbo.sum().backward()
+    assert all(p.grad is not None for p in ready.parameters())
+    assert ready.sample(2, torch.arange(5)).shape == (2, 5, 1, 4, 4)
+    assert ready.interpolate(x, x.flip(0), 4, context=y).shape == (4, 6, 1, 4, 4)
+    assert ready.traverse(torch.zeros(3), context=y[:1]).shape == (3, 7, 1, 4, 4)
+
+
+def test_conditioned_networks_see_the_context():
+    maps = vae.Conditioned(nn.Conv2d(1 + 3, 2, 1), 3)
+    x = torch.randn(2, 1, 4, 4)
+    expected = maps.network(torch.cat([x, torch.tensor([[0.0, 1, 0], [1, 0, 0]])[:, :, None, None].expand(2, 3, 4, 4)],
+                                      1))
+    torch.testing.assert_close(maps(x, torch.tensor([1, 0])), expected)
+    plain = vae.Conditioned(nn.Linear(16 + 2, 3), flatten=True)
+    assert plain(x, torch.randn(2, 2)).shape == (2, 3)
+
+
+def test_tasks_bound_the_joint():
+    """With a linear Gaussian decoder and head, x and the target are one pPCA: the objective at the true posterior of
+    both is log p(x, t), to rounding."""
+    s2t, w, v = 0.3, randn(SIZE, 2, seed=5), randn(1, 2, seed=6)
+    stacked, noise = torch.cat([w, v]), torch.diag(torch.tensor([S2] * SIZE + [s2t], dtype=torch.float64))
+    both = torch.cat([X, randn(6, 1, seed=7)], 1)
+    evidence = MultivariateNormal(torch.zeros(5, dtype=torch.float64), stacked @ stacked.T + noise).log_prob(both)
+    precision = torch.eye(2, dtype=torch.float64) + stacked.T @ torch.linalg.solve(noise, stacked)
+    gain = torch.linalg.solve(precision, torch.linalg.solve(noise, stacked).T)
+    lower = torch.linalg.cholesky(torch.linalg.inv(precision))
+
+    class Known(nn.Module):
+        """The true posterior's parameters, which need the target as well."""
+
+        def forward(self, x):
+            constants = torch.cat([lower.diagonal().log(), lower[1, :1]]).expand(len(x), 3)
+            return torch.cat([both @ gain.T, constants], 1)
+
+    task = vae.Task(linear(v, torch.zeros(1)), vae.GaussianLikelihood(math.sqrt(s2t)), name="t")
+    model = vae.VAE(Known(), linear(w, torch.zeros(SIZE)), "full", likelihood=vae.GaussianLikelihood(math.sqrt(S2)),
+                    objective=vae.PenalizedELBO(task))
+    eps = math.sqrt(2) * torch.cat([torch.eye(2), -torch.eye(2)]).double()[:, None].expand(4, 6, 2)
+    result = model(X, 4, targets={"t": both[:, 4:]}, eps=eps)
+    torch.testing.assert_close(result.value, evidence, rtol=0, atol=1e-11)
+    torch.testing.assert_close(task.predict(both @ gain.T), both @ gain.T @ v.T)
+    with pytest.raises(ValueError, match="targets"):
+        model(X, 4)
+    heads = vae.PenalizedELBO(vae.Task(nn.Linear(2, 3).double(), vae.CategoricalLikelihood(3), weight=2.0), task)
+    labels = torch.arange(6) % 3
+    found = heads(model, X, 2, targets={"task": labels, "t": both[:, 4:]}, seed=0)
+    z = model.infer(X, 2, seed=0).z
+    log_y = torch.log_softmax(heads.penalties[0].head(z), 2)[:, torch.arange(6), labels].mean(0)
+    log_t = Normal(z @ v.T, math.sqrt(s2t)).log_prob(both[:, 4:]).sum(2).mean(0)
+    torch.testing.assert_close(found.value, found.bound.elbo + 2.0 * log_y + log_t)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: vae.SemiSupervisedVAE(Encoder(), Decoder(), Classifier(), 1), "n_classes"),
+    (lambda: m2()(X, context=torch.zeros(6)), "context"),
+    (lambda: vae.Conditioned(nn.Linear(5, 2), 3)(torch.zeros(2, 2)), "context"),
+    (lambda: vae.Conditioned(nn.Linear(5, 2), 3)(torch.zeros(2, 2), torch.zeros(2)), "context"),
+    (lambda: vae.Conditioned(nn.Linear(5, 2))(torch.zeros(2, 2), torch.zeros(3, 3)), "context"),
+])
+def test_errors_name_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

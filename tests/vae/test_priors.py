@@ -1,0 +1,207 @@
+"""Priors: normalised, sampled as they say, and at home in a VAE."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from gaussian_models import PPCA, perturb, randn
+from torch import nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+
+from fastflow import flows, vae
+
+AXIS = torch.linspace(-9, 9, 361, dtype=torch.float64)
+PLANE = torch.cartesian_prod(AXIS, AXIS)
+
+
+def vamp(n_components=4):
+    """A VampPrior in a VAE of linear networks, over two latents."""
+    problem = PPCA(3, 2)
+    prior = vae.VampPrior(randn(n_components, 3, seed=1)).double()
+    model = vae.VAE(problem.encoder(torch.tensor([-0.5, 0.3], dtype=torch.float64)), problem.decoder(), prior=prior,
+                    likelihood="gaussian").double()
+    return prior, model, problem
+
+
+PRIORS = {
+    "gaussian": lambda: perturb(vae.GaussianPrior((2,)).double()),
+    "mixture": lambda: perturb(vae.MixturePrior(2, 3).double()),
+    "vamp": lambda: vamp()[0],
+    "autoregressive": lambda: perturb(vae.AutoregressivePrior(2, 3, (8,), activation=nn.SiLU).double(), 0.15),
+    "reordered": lambda: perturb(vae.AutoregressivePrior(2, 2, (8, 8), order=[1, 0], activation=nn.SiLU).double(),
+                                 0.15),
+    "maf": lambda: perturb(flows.MAF(2, n_layers=2, hidden=(8,), actnorm=False, activation=nn.SiLU).double(), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_integrates_to_one_and_samples_have_its_moments(name):
+    """The moments by the same quadrature, the samples within 4 standard errors of them."""
+    prior = PRIORS[name]()
+    with torch.no_grad():
+        mass = prior.log_prob(PLANE).exp() * (AXIS[1] - AXIS[0]) ** 2
+    assert abs(mass.sum() - 1) < 1e-6
+    n = 20_000
+    generator = torch.Generator().manual_seed(0)
+    z = prior.sample(n, generator=generator).detach()
+    for moment in (lambda z: z, lambda z: z.square(), lambda z: z.prod(1, keepdim=True)):
+        values = moment(z)
+        assert ((values.mean(0) - (mass[:, None] * moment(PLANE)).sum(0)).abs()
+                < 4.5 * values.std(0) / math.sqrt(n)).all()
+    assert torch.equal(prior.sample(3, generator=generator.manual_seed(5)),
+                       prior.sample(3, generator=generator.manual_seed(5)))
+
+
+def test_mixture_agrees_with_torch():
+    prior = perturb(vae.MixturePrior((2, 3), 4).double())
+    components = Independent(Normal(prior.mean, prior.log_sigma.exp()), 2)
+    expected = MixtureSameFamily(Categorical(logits=prior.logits), components)
+    z = randn(5, 2, 3, seed=1)
+    torch.testing.assert_close(prior.log_prob(z), expected.log_prob(z))
+    assert prior.sample(0).shape == (0, 2, 3)
+    cold = prior.sample(50, temperature=0.0)
+    assert (cold[:, None] == prior.mean).flatten(2).all(2).any(1).all()
+
+
+def test_autoregressive_starts_at_the_standard_normal_and_depends_on_what_came_before():
+    z = randn(6, 3, seed=0)
+    start = vae.AutoregressivePrior(3, 1).double()
+    torch.testing.assert_close(start.log_prob(z), Normal(0.0, 1.0).log_prob(z).sum(1))
+    prior = perturb(vae.AutoregressivePrior(3, 2, (8,), order=[2, 0, 1]).double())
+    z.requires_grad_()
+    params = prior.network(z).unflatten(1, (3, 6)).sum(2)
+    seen = torch.stack([torch.autograd.grad(params[:, i].sum(), z, retain_graph=True)[0].abs().sum(0) > 0
+                        for i in range(3)])
+    assert seen.tolist() == [[False, False, True], [True, False, True], [False, False, False]]
+
+
+def test_vamp_is_the_mixture_of_posteriors():
+    prior, model, problem = vamp(4)
+    params = model.encoder(prior.inputs)
+    mean, log_variance = params.chunk(2, 1)
+    components = MultivariateNormal(mean, torch.diag_embed(log_variance.exp()))
+    expected = MixtureSameFamily(Categorical(torch.ones(4, dtype=torch.float64)), components)
+    z = randn(6, 2, seed=3)
+    torch.testing.assert_close(prior.log_prob(z), expected.log_prob(z))
+    # With the data themselves as pseudo-inputs the prior is the aggregate posterior: KL is the mutual information.
+    prior = vae.VampPrior(problem.x, trainable=False)
+    model = vae.VAE(model.encoder, model.decoder, prior=prior, likelihood="gaussian").double()
+    bound = model(problem.x, n_samples=20_000, seed=0)
+    mutual = bound.kl.mean()
+    assert 0 < mutual < math.log(len(problem.x))
+    assert not any(p.requires_grad for p in prior.parameters())
+
+
+def test_vamp_shares_the_models_networks():
+    """One copy in the state dict, gradients to encoder and pseudo-inputs, and a deep copy stands on its own."""
+    prior, model, problem = vamp()
+    assert [name for name in model.state_dict() if name.startswith("prior")] == ["prior.inputs"]
+    model(problem.x).elbo.sum().backward()
+    assert prior.inputs.grad.abs().sum() > 0 and model.encoder.weight.grad.abs().sum() > 0
+    copied, z = copy.deepcopy(model), randn(3, 2, seed=0)
+    before = model.prior.log_prob(z)
+    with torch.no_grad():
+        copied.encoder.bias.add_(1.0)
+    torch.testing.assert_close(model.prior.log_prob(z), before)
+    assert not torch.allclose(copied.prior.log_prob(z), before)
+    bounded = vae.VampPrior(torch.full((2, 3), 0.5), bounds=(0, 1))
+    with torch.no_grad():
+        bounded.inputs.add_(9.0)
+    assert torch.equal(bounded.pseudo_inputs(), torch.ones(2, 3))
+
+
+def test_code_prior_sums_to_one():
+    prior = perturb(vae.CodePrior(3, hidden=6, n_layers=2).double())
+    sequences = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    p = prior.log_prob(sequences.view(-1, 2, 2)).exp()
+    assert abs(p.sum() - 1) < 1e-12 and p.std() > 1e-3
+    n = 20_000
+    drawn = prior.sample(n, (2, 2), generator=torch.Generator().manual_seed(0)).flatten(1)
+    frequency = torch.bincount(drawn @ torch.tensor([27, 9, 3, 1]), minlength=81) / n
+    assert ((frequency - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt()).all()
+    # Beyond its receptive field of 4 a code is forgotten, and a long sample sees no more than that either.
+    long = torch.zeros(1, 7, dtype=torch.int64)
+    changed = torch.cat([torch.full_like(long[:, :1], 2), long[:, 1:]], 1)
+    given = [prior._logits(c)[0, :] for c in (long, changed)]
+    differs = (given[0] - given[1]).abs().amax(1) > 1e-12
+    assert differs.tolist() == [True] * 4 + [False] * 3
+    greedy = prior.sample(1, (9,), temperature=0.0)
+    before = torch.cat([torch.tensor([[3]]), greedy[:, :-1]], 1)
+    assert torch.equal(prior._logits(before).argmax(2), greedy)
+    uniform = vae.CodePrior(5)
+    torch.testing.assert_close(uniform.log_prob(torch.randint(0, 5, (2, 3, 3))), torch.full((2,), -9 * math.log(5)))
+    assert torch.equal(prior.sample(2, (3,), temperature=0.0), prior.sample(2, (3,), temperature=0.0))
+
+
+@pytest.mark.parametrize("name", ["mixture", "autoregressive", "maf"])
+def test_monte_carlo_kl_in_a_vae(name):
+    """The mean of log q - log p at the samples; gradients reach the prior."""
+    prior, problem = PRIORS[name](), PPCA(3, 2)
+    model = vae.VAE(problem.encoder(torch.zeros(2, dtype=torch.float64)), problem.decoder(), prior=prior,
+                    likelihood=vae.GaussianLikelihood(0.7))
+    bound = model(problem.x, n_samples=3, seed=1)
+    z = model.infer(problem.x, 3, seed=1).z
+    torch.testing.assert_close(bound.log_pz, prior.log_prob(z.flatten(0, 1)).view(3, -1))
+    torch.testing.assert_close(bound.kl, (bound.log_qz - bound.log_pz).mean(0))
+    bound.elbo.sum().backward()
+    assert all(p.grad is not None for p in prior.parameters()) and model.sample(4).shape == (4, 3)
+
+
+def test_conditional_prior_has_an_analytic_kl():
+    """One Gaussian for each label, the same as each label's own GaussianPrior."""
+    table = nn.Embedding(3, 4).double()
+    prior, problem = vae.ConditionalGaussianPrior(2, table), PPCA(3, 2)
+    encoder, decoder = problem.encoder(torch.zeros(2, dtype=torch.float64)), problem.decoder()
+
+    class Ignore(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x, context):
+            return self.network(x)
+
+    model = vae.VAE(Ignore(encoder), Ignore(decoder), prior=prior, likelihood=vae.GaussianLikelihood(0.7))
+    labels = torch.tensor([2, 0, 1, 2])
+    bound = model.elbo(problem.x, 3, context=labels, kl="analytic", seed=0)
+    for row, label in enumerate(labels):
+        own = vae.GaussianPrior(2).double()
+        with torch.no_grad():
+            own.mean.copy_(table.weight[label, :2])
+            own.raw.copy_(table.weight[label, 2:])
+        plain = vae.VAE(encoder, decoder, prior=own, likelihood=vae.GaussianLikelihood(0.7))
+        noise = model.infer(problem.x, 3, context=labels, seed=0).z
+        torch.testing.assert_close(bound.kl[row], plain(problem.x).kl[row])
+        torch.testing.assert_close(bound.log_pz[:, row], own.log_prob(noise[:, row]))
+    assert model.sample(5, labels).shape == (5, 4, 3)
+    with pytest.raises(ValueError, match="context"):
+        model.sample(5)
+
+
+def test_conditional_flow_prior():
+    flow, problem = perturb(flows.RealNVP(2, n_layers=2, context_features=1).double(), 0.1), PPCA(3, 2)
+    make = lambda n: vae.Conditioned(nn.Linear(n + 1, 4 if n == 3 else 3).double())  # noqa: E731
+    model = vae.VAE(make(3), make(2), prior=flow, conditional_prior=True, likelihood="gaussian")
+    context = randn(4, 1, seed=0)
+    bound = model.elbo(problem.x, 2, context=context, seed=0)
+    z = model.infer(problem.x, 2, context=context, seed=0).z
+    torch.testing.assert_close(bound.log_pz[1], flow.log_prob(z[1], context))
+    assert model.sample(3, context).shape == (3, 4, 3)
+
+
+@pytest.mark.parametrize(("error", "make", "message"), [
+    (ValueError, lambda: vae.MixturePrior(2, 0), "n_components"),
+    (ValueError, lambda: vae.VampPrior(torch.zeros(3)), "inputs"),
+    (ValueError, lambda: vae.VampPrior(torch.zeros(3, 2), bounds=(1, 0)), "bounds"),
+    (RuntimeError, lambda: vae.VampPrior(torch.zeros(3, 2)).log_prob(torch.zeros(1, 2)), "VAE"),
+    (ValueError, lambda: vamp()[0].sample(2, temperature=0.5), "temperature"),
+    (ValueError, lambda: vae.AutoregressivePrior(2, 0), "n_components"),
+    (ValueError, lambda: vae.AutoregressivePrior(2).log_prob(torch.zeros(3, 1)), "z"),
+    (ValueError, lambda: vae.CodePrior(1), "n_codes"),
+    (TypeError, lambda: vae.CodePrior(3).log_prob(torch.zeros(2, 3)), "codes"),
+])
+def test_errors_name_the_argument(error, make, message):
+    with pytest.raises(error, match=message):
+        make()
