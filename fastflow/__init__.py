@@ -7,10 +7,10 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("backends", "data", "engine", "flows", "functional", "launches", "nn", "reference", "vae")
-_NAMES = {"ScaleMap": "reference", "affine_coupling": "functional", "gaussian_sample_kl": "functional",
-          "mlp_flow": "functional", "plu_weight": "functional", "slogdet": "functional",
-          "slogdet_inverse": "functional", "use_backend": "backends"}
+_SUBMODULES = ("adapters", "backends", "data", "engine", "flows", "functional", "launches", "nn", "reference", "vae")
+_NAMES = {"ScaleMap": "reference", "accelerate": "adapters", "affine_coupling": "functional",
+          "gaussian_sample_kl": "functional", "mlp_flow": "functional", "plu_weight": "functional", "restore": "adapters",
+          "slogdet": "functional", "slogdet_inverse": "functional", "use_backend": "backends"}
 
 __all__ = [*_SUBMODULES, *_NAMES]
 
