@@ -6,13 +6,17 @@ import functools
 import torch
 import torch.nn.functional as F
 from FrEIA.modules import all_in_one_block, coupling_layers
+from torch import nn
 
 from fastflow import functional
-from fastflow.adapters.layers import fusable, remembered, reorder
+from fastflow.adapters.layers import fusable, remembered, reorder, worthwhile
+from fastflow.adapters.networks import fits_one_kernel, weights_of
 from fastflow.adapters.swap import PREFIX, swap
+from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
 
-CLAMPS = {"atan": lambda u: 0.636 * torch.atan(u), "tanh": torch.tanh, "sigmoid": lambda u: 2.0 * torch.sigmoid(u) - 1.0}
+CLAMPS = {"atan": lambda u: 0.636 * torch.atan(u), "tanh": torch.tanh,
+          "sigmoid": lambda u: 2.0 * torch.sigmoid(u) - 1.0}
 ADDITIVE = ScaleMap("additive")
 
 
@@ -49,11 +53,39 @@ def _clamp_of(module, fix):
     return "its clamp_activation is not one of FrEIA's own"
 
 
+def _networks(module, x, c, subnets):
+    """What weights_of tells of each of the subnets, None where one of them does not go into the kernel with x and c."""
+    context = c[0] if module.conditional else None
+    if len(c) > 1 or any(type(net) is not nn.Sequential for net in subnets) or not fits_one_kernel(x, context):
+        return None
+    found = [weights_of(net) for net in subnets]
+    if None in found or not fusable(x, *(t for weights, biases, _ in found for t in (*weights, *biases))):
+        return None
+    return None if context is not None and not fusable(x, context) else found
+
+
+def _two_steps(module, x, c, first, second, scale):
+    """Steps of one kernel: the first part by ``first`` of the second one, then the second by ``second`` of the first.
+    None where the networks don't go into it."""
+    if x.dim() != 2 or module.split_len1 != x.shape[1] // 2:
+        return None
+    found = _networks(module, x, c, (first, second))
+    return None if found is None else [
+        functional.MLPCoupling(weights, biases, flip=index == 0, activation=activation, scale=scale)
+        for index, (weights, biases, activation) in enumerate(found)]
+
+
 class _TwoSided:
     """y1 from x1 given x2, then y2 from x2 given y1; ``rev`` undoes them in the other order."""
 
     def forward(self, x, c=(), rev=False, jac=True):
         if not fusable(x[0]):
+            return super().forward(x, c, rev, jac)
+        steps = self._fastflow_steps(x[0], c)
+        if steps is not None:
+            y, logdet = run_steps(x[0], steps, c[0] if self.conditional else None, bool(rev))
+            return (y,), logdet
+        if not worthwhile(x[0]):
             return super().forward(x, c, rev, jac)
         x1, x2 = torch.split(x[0], [self.split_len1, self.split_len2], dim=1)
         if rev:
@@ -63,6 +95,10 @@ class _TwoSided:
         y1, logdet = self._fastflow_first(x1, self._fastflow_seen(x2, c), False, None)
         y, logdet = self._fastflow_second(x2, self._fastflow_seen(y1, c), False, logdet, y1)
         return (y,), logdet
+
+    def _fastflow_steps(self, x, c):
+        """The two couplings as steps of one kernel, or None."""
+        return None
 
     def _fastflow_seen(self, x, c):
         return torch.cat([x, *c], 1) if self.conditional else x
@@ -75,6 +111,9 @@ def _couple(x, params, scale, inverse, logdet, passive):
 @swap(coupling_layers.GLOWCouplingBlock, methods=("forward",), fit=_clamp_of, opposite=_reverse)
 class GLOWCouplingBlock(_TwoSided, coupling_layers.GLOWCouplingBlock):
     """Two affine couplings, each with one network."""
+
+    def _fastflow_steps(self, x, c):
+        return _two_steps(self, x, c, self.subnet2, self.subnet1, _scale(self._fastflow_clamp, self.clamp))
 
     def _fastflow_first(self, x1, seen, rev, logdet):
         return _couple(x1, self.subnet2(seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
@@ -124,6 +163,9 @@ class NICECouplingBlock(_TwoSided, coupling_layers.NICECouplingBlock):
         out, _ = super().forward(x, c, rev, jac)
         return out, 0.0
 
+    def _fastflow_steps(self, x, c):
+        return _two_steps(self, x, c, self.F, self.G, ADDITIVE)
+
     def _fastflow_first(self, x1, seen, rev, logdet):
         return (x1 - self.F(seen) if rev else x1 + self.F(seen)), None
 
@@ -136,7 +178,7 @@ class AffineCouplingOneSided(coupling_layers.AffineCouplingOneSided):
     """One affine coupling."""
 
     def forward(self, x, c=(), rev=False, jac=True):
-        if not fusable(x[0]):
+        if not (fusable(x[0]) and worthwhile(x[0])):
             return super().forward(x, c, rev, jac)
         x1, x2 = torch.split(x[0], [self.split_len1, self.split_len2], dim=1)
         params = self.subnet(torch.cat([x1, *c], 1) if self.conditional else x1)
@@ -173,11 +215,21 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
         (x,) = x
         if not fusable(x, self.global_scale):
             return super().forward((x,), c, rev, jac)
+        steps = self._fastflow_steps(x, c)
+        if steps is None and not worthwhile(x):
+            return super().forward((x,), c, rev, jac)
         if self.householder:
             self.w_perm = self._construct_householder_permutation()
             if rev or self.reverse_pre_permute:
                 self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
         order = _order_of(self)
+        if steps is not None:
+            if rev or self.reverse_pre_permute:
+                x = self._fastflow_permute(x, order, True)
+            y, logdet = run_steps(x, steps, c[0] if self.conditional else None, bool(rev))
+            if not rev or self.reverse_pre_permute:
+                y = self._fastflow_permute(y, order, False)
+            return (y,), logdet
         scale = total = None
         if not self.GIN:
             scale = self.global_scale_activation(self.global_scale)
@@ -199,6 +251,16 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
         if total is not None:
             logdet = logdet - total if rev else logdet + total
         return (y,), logdet
+
+    def _fastflow_steps(self, x, c):
+        """Coupling and global affine map as steps of one kernel, or None."""
+        found = None if self.GIN or x.dim() != 2 or x.shape[1] % 2 else _networks(self, x, c, (self.subnet,))
+        if found is None:
+            return None
+        scale, offset = self.global_scale_activation(self.global_scale).view(-1), self.global_offset.view(-1)
+        weights, biases, activation = found[0]
+        return (functional.MLPCoupling(weights, biases, activation=activation, scale=_all_in_one(self.clamp)),
+                functional.ChannelAffine(offset / scale, torch.log(scale)))
 
     def _fastflow_permute(self, x, order, inverse):
         if order is None:

@@ -3,9 +3,12 @@
 import torch
 
 from fastflow import backends, functional
+from fastflow.adapters import verify
 from fastflow.adapters.swap import PREFIX
 
-__all__ = ["couple", "fusable", "order_of", "plain", "remembered", "reorder"]
+__all__ = ["couple", "fusable", "order_of", "plain", "remembered", "reorder", "worthwhile"]
+
+SMALL = 4096  # elements below which, on a CPU, a host's own few operations cost what a kernel and its call do
 
 
 def fusable(x, *others):
@@ -13,6 +16,11 @@ def fusable(x, *others):
     are its own affair."""
     dtype = x.dtype
     return (dtype is torch.float32 or dtype is torch.float64) and all(t.dtype is dtype for t in others)
+
+
+def worthwhile(x):
+    """Whether x is large enough for a kernel to gain on the host's own operations."""
+    return x.numel() >= SMALL or x.device.type != "cpu" or verify.running()
 
 
 def plain(module, kind):

@@ -9,7 +9,7 @@ from nflows.transforms import autoregressive, conv, coupling, lu, nonlinearities
 
 from fastflow import functional
 from fastflow.adapters import splines
-from fastflow.adapters.layers import couple, fusable, order_of, remembered, reorder
+from fastflow.adapters.layers import couple, fusable, order_of, remembered, reorder, worthwhile
 from fastflow.adapters.swap import swap
 from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
@@ -18,6 +18,10 @@ EXAMPLES = {Flow: lambda flow, inputs, context=None: flow.log_prob(inputs, conte
 AFFINE = {"scale": ScaleMap.nflows(), "order": "shift_scale"}
 ADDITIVE = {"scale": ScaleMap("additive")}
 AUTOREGRESSIVE = {"scale": ScaleMap("softplus", eps=1e-3), "layout": "interleave"}
+
+
+def _fits(inputs):
+    return fusable(inputs) and worthwhile(inputs)
 
 
 def _fit_coupling(module, fix):
@@ -39,12 +43,12 @@ class AffineCouplingTransform(coupling.AffineCouplingTransform):
     """y = x * (sigmoid(r + 2) + 1e-3) + t of the features that its mask selects."""
 
     def forward(self, inputs, context=None):
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not _fits(inputs):
             return super().forward(inputs, context)
         return _couple(self, inputs, context, False, AFFINE)
 
     def inverse(self, inputs, context=None):
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not _fits(inputs):
             return super().inverse(inputs, context)
         return _couple(self, inputs, context, True, AFFINE)
 
@@ -54,12 +58,12 @@ class AdditiveCouplingTransform(coupling.AdditiveCouplingTransform):
     """y = x + t of the features that its mask selects."""
 
     def forward(self, inputs, context=None):
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not _fits(inputs):
             return super().forward(inputs, context)
         return _couple(self, inputs, context, False, ADDITIVE)
 
     def inverse(self, inputs, context=None):
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not _fits(inputs):
             return super().inverse(inputs, context)
         return _couple(self, inputs, context, True, ADDITIVE)
 
@@ -86,12 +90,12 @@ class MaskedAffineAutoregressiveTransform(autoregressive.MaskedAffineAutoregress
     """y = x * (softplus(r) + 1e-3) + t per feature, given the features before it."""
 
     def _elementwise_forward(self, inputs, autoregressive_params):
-        if not fusable(inputs, autoregressive_params):
+        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
             return super()._elementwise_forward(inputs, autoregressive_params)
         return functional.affine_coupling(inputs, autoregressive_params, **AUTOREGRESSIVE)
 
     def _elementwise_inverse(self, inputs, autoregressive_params):
-        if not fusable(inputs, autoregressive_params):
+        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
             return super()._elementwise_inverse(inputs, autoregressive_params)
         return functional.affine_coupling(inputs, autoregressive_params, inverse=True, **AUTOREGRESSIVE)
 

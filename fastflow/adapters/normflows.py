@@ -10,8 +10,10 @@ from torch import nn
 
 from fastflow import backends, functional
 from fastflow.adapters import splines
-from fastflow.adapters.layers import couple, fusable, plain, remembered
+from fastflow.adapters.layers import couple, fusable, plain, remembered, worthwhile
+from fastflow.adapters.networks import fits_one_kernel, weights_of
 from fastflow.adapters.swap import swap
+from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
 
@@ -70,8 +72,15 @@ def _fit_block(module, fix):
 def _couple(block, inner, z, inverse):
     channels = z.shape[1]
     kept = (channels + 1) // 2
-    if inner is not None and block.flows[0].mode == "channel_inv":
+    if block.flows[0].mode == "channel_inv":
         kept -= channels
+    net = inner.param_map
+    if channels % 2 == 0 and plain(net, nets.MLP) and fits_one_kernel(z):
+        found = weights_of(net.net)
+        if found is not None and fusable(z, *found[0], *found[1]):
+            weights, biases, activation = found
+            step = functional.MLPCoupling(weights, biases, flip=kept < 0, activation=activation, **_dialect(inner))
+            return run_steps(z, (step,), None, inverse)
     return couple(z, kept, inner.param_map, inverse, **_dialect(inner))
 
 
@@ -281,11 +290,11 @@ class MaskedAffineAutoregressive(autoregressive.MaskedAffineAutoregressive):
     """z * (sigmoid(r + 2) + 1e-3) + t per feature, given the features before it."""
 
     def _elementwise_forward(self, inputs, autoregressive_params):
-        if not fusable(inputs, autoregressive_params):
+        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
             return super()._elementwise_forward(inputs, autoregressive_params)
         return functional.affine_coupling(inputs, autoregressive_params, **AUTOREGRESSIVE)
 
     def _elementwise_inverse(self, inputs, autoregressive_params):
-        if not fusable(inputs, autoregressive_params):
+        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
             return super()._elementwise_inverse(inputs, autoregressive_params)
         return functional.affine_coupling(inputs, autoregressive_params, inverse=True, **AUTOREGRESSIVE)

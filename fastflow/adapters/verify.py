@@ -1,19 +1,28 @@
 """A swapped layer held against its original: same call, on copies, outputs and gradients compared."""
 
 import contextlib
+import threading
 import warnings
 
 import torch
 
 from fastflow import backends
 
-__all__ = ["NO_TEST", "difference", "tensors", "warn"]
+__all__ = ["NO_TEST", "difference", "running", "tensors", "warn"]
 
 NO_TEST = object()  # a call that proves nothing: it raises, or its tensors hold no values
 # Largest error, relative to 1 + the largest value of the tensor, that needs no arbitration in float64.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
          "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+_state = threading.local()
+
+
+def running():
+    """Whether a layer is being verified now, so that it takes its fused form however small the call is."""
+    return getattr(_state, "running", False)
 
 
 def tensors(value):
@@ -178,4 +187,8 @@ def _isolated(device):
         for kind in {"cpu", device.type}:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+        _state.running = True
+        try:
+            yield
+        finally:
+            _state.running = False

@@ -9,14 +9,16 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from zuko import lazy, transforms
 from zuko.flows import autoregressive, coupling, gaussianization
+from zuko.nn import MLP, Linear
 from zuko.utils import broadcast, unpack
 
 from fastflow import functional
-from fastflow.adapters.layers import fusable
+from fastflow.adapters.layers import fusable, remembered, reorder
+from fastflow.adapters.networks import fits_one_kernel, weights_of
 from fastflow.adapters.swap import PREFIX, swap
+from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
 
 EXAMPLES = {lazy.Flow: lambda flow, x, c=None: flow(c).log_prob(x)}
@@ -137,12 +139,90 @@ class MaskedAutoregressiveTransform(autoregressive.MaskedAutoregressiveTransform
         return Fused(_phi(self, c, x), self)
 
 
+def _arrangement(mask):
+    """(whether the passive features come last, how many come first, order, its inverse) for a mask of those that pass:
+    the smaller part comes first, as the kernel for whole couplings has it. The order is None where none is needed."""
+    passive, active = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+    flip = len(passive) > len(active)
+    order = torch.cat([active, passive] if flip else [passive, active])
+    back = torch.argsort(order)
+    moves = not torch.equal(order, back) or not torch.equal(order, torch.arange(len(order), device=order.device))
+    return flip, len(active) if flip else len(passive), *((order, back) if moves else (None, None))
+
+
+class FusedCoupling(transforms.CouplingTransform):
+    """The coupling of a layer under a context: where its network is small, network and coupling in one kernel."""
+
+    def __init__(self, layer, c, inverted=False):
+        transforms.Transform.__init__(self)
+        self.layer, self.c, self.inverted = layer, c, inverted
+        self.meta = functools.partial(layer.meta, c)
+
+    @property
+    def idx_a(self):
+        return self.layer.mask.nonzero().squeeze(-1)
+
+    @property
+    def idx_b(self):
+        return (~self.layer.mask).nonzero().squeeze(-1)
+
+    @property
+    def inv(self):
+        return FusedCoupling(self.layer, self.c, not self.inverted)
+
+    def _call(self, x):
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y):
+        return self.inv.call_and_ladj(y)[0]
+
+    def log_abs_det_jacobian(self, x, y):
+        return self.call_and_ladj(x)[1]
+
+    def call_and_ladj(self, x):
+        layer, c = self.layer, self.c
+        if c is not None and c.shape[:-1] != x.shape[:-1]:
+            x, c = broadcast(x, c, ignore=1)
+        flip, first, order, back = remembered(layer, "arrangement", _arrangement, layer.mask)
+        batch = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])
+        c = c if c is None else c.reshape(-1, c.shape[-1])
+        x = x if order is None else reorder(x, order, back)
+        step = self._step(x, c, flip, first)
+        if step is not None:
+            y, ladj = run_steps(x, (step,), c, self.inverted)
+        else:
+            parts = x.split([first, x.shape[1] - first], 1)
+            passive, active = parts[::-1] if flip else parts
+            phi = layer.hyper(passive if c is None else torch.cat([passive, c], 1))
+            y, ladj = Fused(phi, layer, self.inverted).call_and_ladj(active)
+            y = torch.cat([y, passive] if flip else [passive, y], 1)
+        y = y if order is None else reorder(y, back, order)
+        return (y, ladj) if len(batch) == 1 else (y.view(*batch, -1), ladj.view(batch))
+
+    def _step(self, x, c, flip, first):
+        """The coupling with its network as the step of one kernel, or None."""
+        layer = self.layer
+        kind, slope, _ = layer._fastflow_kind
+        if kind == "rqs" or first != x.shape[1] // 2 or type(layer.hyper) is not MLP or not fits_one_kernel(x, c):
+            return None
+        found = weights_of(layer.hyper, Linear)
+        if found is None or not fusable(x, *found[0], *found[1]) or c is not None and not fusable(x, c):
+            return None
+        weights, biases, activation = found
+        return functional.MLPCoupling(weights, biases, flip=flip, activation=activation, scale=_scale(kind, slope),
+                                      layout="interleave", order="shift_scale")
+
+
 @_lazy(coupling.GeneralCouplingTransform)
 class GeneralCouplingTransform(coupling.GeneralCouplingTransform):
     """A univariate transform of the features where its mask is False, given those where it is True."""
 
     def meta(self, c, x):
         return Fused(_phi(self, c, x), self)
+
+    def forward(self, c=None):
+        return FusedCoupling(self, c)
 
 
 @_lazy(gaussianization.ElementWiseTransform)
