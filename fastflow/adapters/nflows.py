@@ -1,7 +1,5 @@
 """nflows: couplings, autoregressive transforms, linear maps, ActNorm. Data to noise; log-determinants (B,)."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from nflows.flows import Flow
@@ -100,8 +98,17 @@ class MaskedAffineAutoregressiveTransform(autoregressive.MaskedAffineAutoregress
         return functional.affine_coupling(inputs, autoregressive_params, inverse=True, **AUTOREGRESSIVE)
 
 
-@functools.lru_cache(64)
-def _triangles(features, device):
+def _triangles(module):
+    """_places on the module's device, remembered."""
+    device = module.bias.device
+    return remembered(module, f"places_{device}", lambda: _places(module.features, device))
+
+
+def _fit_linear(module, fix):
+    _triangles(module)
+
+
+def _places(features, device):
     """Where the entries below and above the diagonal, one after the other, lie in a flat matrix; 0 ... features - 1."""
     lower = torch.tril_indices(features, features, -1, device=device)
     upper = torch.triu_indices(features, features, 1, device=device)
@@ -112,7 +119,7 @@ def _triangles(features, device):
 def _factors(module):
     """(the entries of L and U off the diagonal in one matrix, U's diagonal)."""
     size, diagonal = module.features, module.upper_diag
-    where, _ = _triangles(size, diagonal.device)
+    where, _ = _triangles(module)
     entries = torch.cat([module.lower_entries, module.upper_entries])
     return entries.new_zeros(size * size).index_copy(0, where, entries).view(size, size), diagonal
 
@@ -121,7 +128,7 @@ def _weight(module):
     """(L U, log|det|)."""
     matrix, diagonal = _factors(module)
     log_diagonal = torch.log(diagonal)
-    _, identity = _triangles(module.features, diagonal.device)
+    _, identity = _triangles(module)
     weight = functional.plu_weight(matrix[None], matrix[None], log_diagonal[None], torch.ones_like(diagonal)[None],
                                    identity)
     return weight[0], log_diagonal.sum()
@@ -139,7 +146,7 @@ def _cached(module):
     return module.using_cache and not module.training
 
 
-@swap(lu.LULinear)
+@swap(lu.LULinear, fit=_fit_linear)
 class LULinear(lu.LULinear):
     """y = L U x + b, the two factors as one matrix."""
 
@@ -160,7 +167,7 @@ def _inverse_permutation(permutation):
     return torch.argsort(permutation)
 
 
-@swap(conv.OneByOneConvolution)
+@swap(conv.OneByOneConvolution, fit=_fit_linear)
 class OneByOneConvolution(conv.OneByOneConvolution):
     """y = L U P x + b at every position, the three factors as one matrix."""
 
