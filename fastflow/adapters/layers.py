@@ -34,14 +34,15 @@ def plain(module, kind):
 def remembered(module, name, compute, *tensors):
     """compute(*tensors), computed again only when one of the module's tensors was exchanged or written to.
 
-    Under torch.compile what is known is trusted: layers compute it once when they are swapped.
+    Under torch.compile what is known is trusted: layers compute it when they are swapped.
     """
     known = module.__dict__.get(PREFIX + name)
-    if known is not None and torch.compiler.is_compiling():
-        return known[1]
+    if torch.compiler.is_compiling():
+        return compute(*tensors) if known is None else known[1]
     stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
     if known is None or known[0] != stamp:
-        known = stamp, compute(*tensors)
+        # The aliases keep the memory, so that no other tensor can come to lie there.
+        known = stamp, compute(*tensors), tuple(t.detach() for t in tensors)
         module.__dict__[PREFIX + name] = known
     return known[1]
 

@@ -18,8 +18,10 @@ ADDITIVE = {"scale": ScaleMap("additive")}
 AUTOREGRESSIVE = {"scale": ScaleMap("softplus", eps=1e-3), "layout": "interleave"}
 
 
-def _fits(inputs):
-    return fusable(inputs) and worthwhile(inputs)
+def _fits(module, inputs):
+    """Whether a call of a coupling goes to the kernel; the host refuses what it can't take."""
+    return (worthwhile(inputs) and inputs.dim() in (2, 4) and inputs.shape[1] == module.features
+            and fusable(inputs))
 
 
 def _fit_coupling(module, fix):
@@ -41,12 +43,12 @@ class AffineCouplingTransform(coupling.AffineCouplingTransform):
     """y = x * (sigmoid(r + 2) + 1e-3) + t of the features that its mask selects."""
 
     def forward(self, inputs, context=None):
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not _fits(inputs):
+        if not _fits(self, inputs):
             return super().forward(inputs, context)
         return _couple(self, inputs, context, False, AFFINE)
 
     def inverse(self, inputs, context=None):
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not _fits(inputs):
+        if not _fits(self, inputs):
             return super().inverse(inputs, context)
         return _couple(self, inputs, context, True, AFFINE)
 
@@ -56,12 +58,12 @@ class AdditiveCouplingTransform(coupling.AdditiveCouplingTransform):
     """y = x + t of the features that its mask selects."""
 
     def forward(self, inputs, context=None):
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not _fits(inputs):
+        if not _fits(self, inputs):
             return super().forward(inputs, context)
         return _couple(self, inputs, context, False, ADDITIVE)
 
     def inverse(self, inputs, context=None):
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not _fits(inputs):
+        if not _fits(self, inputs):
             return super().inverse(inputs, context)
         return _couple(self, inputs, context, True, ADDITIVE)
 
@@ -106,6 +108,11 @@ def _triangles(module):
 
 def _fit_linear(module, fix):
     _triangles(module)
+
+
+def _fit_conv(module, fix):
+    _triangles(module)
+    _back(module)
 
 
 def _places(features, device):
@@ -163,11 +170,12 @@ class LULinear(lu.LULinear):
         return outputs, (-logabsdet).repeat(inputs.shape[0])
 
 
-def _inverse_permutation(permutation):
-    return torch.argsort(permutation)
+def _back(module):
+    """The inverse of a convolution's permutation."""
+    return remembered(module, "back", torch.argsort, module.permutation._permutation)
 
 
-@swap(conv.OneByOneConvolution, fit=_fit_linear)
+@swap(conv.OneByOneConvolution, fit=_fit_conv)
 class OneByOneConvolution(conv.OneByOneConvolution):
     """y = L U P x + b at every position, the three factors as one matrix."""
 
@@ -175,9 +183,8 @@ class OneByOneConvolution(conv.OneByOneConvolution):
         if _cached(self) or inputs.dim() != 4 or not fusable(inputs, self.bias):
             return super().forward(inputs, context)
         weight, logabsdet = _weight(self)
-        permutation = self.permutation._permutation
-        back = remembered(self, "back", _inverse_permutation, permutation)
-        outputs = channel_affine(inputs, reorder(weight, back, permutation), self.bias)
+        weight = reorder(weight, _back(self), self.permutation._permutation)
+        outputs = channel_affine(inputs, weight, self.bias)
         return outputs, (inputs.shape[2] * inputs.shape[3] * logabsdet).repeat(inputs.shape[0])
 
     def inverse(self, inputs, context=None):
@@ -186,19 +193,26 @@ class OneByOneConvolution(conv.OneByOneConvolution):
         size, (_, _, height, width) = self.features, inputs.shape
         identity = torch.eye(size, dtype=inputs.dtype, device=inputs.device)
         matrix, logabsdet = _solve(self, identity + self.bias)
-        permutation = self.permutation._permutation
-        back = remembered(self, "back", _inverse_permutation, permutation)
-        matrix = matrix.mT.index_select(0, back)
+        matrix = matrix.mT.index_select(0, _back(self))
         outputs = channel_affine(inputs, matrix, -(matrix @ self.bias))
         return outputs, (-height * width * logabsdet).repeat(inputs.shape[0])
 
 
-@swap(normalization.ActNorm)
+def _ready(norm):
+    """Whether an ActNorm had its first batch."""
+    return remembered(norm, "ready", bool, norm.initialized)
+
+
+def _fit_norm(module, fix):
+    _ready(module)
+
+
+@swap(normalization.ActNorm, fit=_fit_norm)
 class ActNorm(normalization.ActNorm):
     """y = x * exp(log_scale) + shift per channel."""
 
     def forward(self, inputs, context=None):
-        if self.training and not self.initialized or inputs.dim() not in (2, 4):
+        if self.training and not _ready(self) or inputs.dim() not in (2, 4):
             return super().forward(inputs, context)
         scale, shift = self._broadcastable_scale_shift(inputs)
         return torch.addcmul(shift, inputs, scale), self._fastflow_logabsdet(inputs)

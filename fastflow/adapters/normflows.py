@@ -134,13 +134,21 @@ def _permutation(matrix):
     return matrix.argmax(1)[None]
 
 
+def _perm(conv):
+    return remembered(conv, "perm", _permutation, conv.P)
+
+
+def _fit_conv(module, fix):
+    if module.use_lu:
+        _perm(module)
+
+
 def _weight(conv):
     """(W, log|det W|): data to noise."""
     if not conv.use_lu:
         return conv.W, functional.slogdet(conv.W)[1]
-    perm = remembered(conv, "perm", _permutation, conv.P)
-    return functional.plu_weight(conv.L[None], conv.U[None], conv.log_S[None], conv.sign_S[None], perm)[0], \
-        conv.log_S.sum()
+    weight = functional.plu_weight(conv.L[None], conv.U[None], conv.log_S[None], conv.sign_S[None], _perm(conv))[0]
+    return weight, conv.log_S.sum()
 
 
 def _inverse_weight(conv):
@@ -156,7 +164,7 @@ def _anchor(conv):
     return conv.log_S if conv.use_lu else conv.W
 
 
-@swap(mixing.Invertible1x1Conv)
+@swap(mixing.Invertible1x1Conv, fit=_fit_conv)
 class Invertible1x1Conv(mixing.Invertible1x1Conv):
     """W^-1 z at every position, W free or P L U."""
 
@@ -173,17 +181,26 @@ class Invertible1x1Conv(mixing.Invertible1x1Conv):
         return channel_affine(z, weight, None), log_det * (z.shape[2] * z.shape[3])
 
 
-@swap(normalization.ActNorm)
+def _ready(norm):
+    """Whether an ActNorm had its first batch."""
+    return remembered(norm, "ready", bool, norm.data_dep_init_done)
+
+
+def _fit_norm(module, fix):
+    _ready(module)
+
+
+@swap(normalization.ActNorm, fit=_fit_norm)
 class ActNorm(normalization.ActNorm):
     """z * exp(s) + t per channel."""
 
     def forward(self, z):
-        if not self.data_dep_init_done > 0.0:
+        if not _ready(self):
             return super().forward(z)
         return torch.addcmul(self.t, z, torch.exp(self.s)), self._fastflow_positions(z) * self.s.sum()
 
     def inverse(self, z):
-        if not self.data_dep_init_done > 0.0:
+        if not _ready(self):
             return super().inverse(z)
         return (z - self.t) * torch.exp(-self.s), -self._fastflow_positions(z) * self.s.sum()
 
@@ -238,7 +255,7 @@ class GlowBlock(glow.GlowBlock):
                 (block, AffineCouplingBlock), (conv, Invertible1x1Conv), (norm, ActNorm))):
             return None
         inner = _inner(block)
-        if inner is None or not fusable(z, _anchor(conv), norm.s) or not norm.data_dep_init_done > 0.0:
+        if inner is None or not fusable(z, _anchor(conv), norm.s) or not _ready(norm):
             return None
         return block, inner, conv, norm
 
