@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 _SUBMODULES = ("adapters", "backends", "data", "engine", "flows", "functional", "launches", "nn", "reference", "vae")
 _NAMES = {"ScaleMap": "reference", "accelerate": "adapters", "affine_coupling": "functional",
-          "gaussian_sample_kl": "functional", "mlp_flow": "functional", "plu_weight": "functional", "restore": "adapters",
-          "slogdet": "functional", "slogdet_inverse": "functional", "use_backend": "backends"}
+          "gaussian_sample_kl": "functional", "mlp_flow": "functional", "plu_weight": "functional",
+          "restore": "adapters", "slogdet": "functional", "slogdet_inverse": "functional", "use_backend": "backends"}
 
 __all__ = [*_SUBMODULES, *_NAMES]
 
