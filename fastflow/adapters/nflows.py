@@ -6,7 +6,7 @@ from nflows.flows import Flow
 from nflows.transforms import autoregressive, conv, coupling, lu, nonlinearities, normalization
 
 from fastflow import functional
-from fastflow.adapters import splines
+from fastflow.adapters import splines, verify
 from fastflow.adapters.layers import couple, fusable, order_of, remembered, reorder, worthwhile
 from fastflow.adapters.swap import swap
 from fastflow.functional import ScaleMap
@@ -16,6 +16,7 @@ EXAMPLES = {Flow: lambda flow, inputs, context=None: flow.log_prob(inputs, conte
 AFFINE = {"scale": ScaleMap.nflows(), "order": "shift_scale"}
 ADDITIVE = {"scale": ScaleMap("additive")}
 AUTOREGRESSIVE = {"scale": ScaleMap("softplus", eps=1e-3), "layout": "interleave"}
+LARGE = 1 << 20  # multiplications of a product with one factor of a linear map
 
 
 def _fits(module, inputs):
@@ -149,8 +150,12 @@ def _solve(module, rows):
     return torch.linalg.solve_triangular(upper, half, upper=True).mT, torch.log(diagonal).sum()
 
 
-def _cached(module):
-    return module.using_cache and not module.training
+def _fits_linear(module, inputs, dims):
+    """Whether a call of a linear map takes one matrix: on a CPU that gains where two products cost more than making
+    it."""
+    large = inputs.numel() * module.features >= LARGE or inputs.device.type != "cpu" or verify.running()
+    return (large and inputs.dim() == dims and not (module.using_cache and not module.training)
+            and fusable(inputs, module.bias))
 
 
 @swap(lu.LULinear, fit=_fit_linear)
@@ -158,13 +163,13 @@ class LULinear(lu.LULinear):
     """y = L U x + b, the two factors as one matrix."""
 
     def forward(self, inputs, context=None):
-        if _cached(self) or inputs.dim() != 2 or not fusable(inputs, self.bias):
+        if not _fits_linear(self, inputs, 2):
             return super().forward(inputs, context)
         weight, logabsdet = _weight(self)
         return F.linear(inputs, weight, self.bias), logabsdet.repeat(inputs.shape[0])
 
     def inverse(self, inputs, context=None):
-        if _cached(self) or inputs.dim() != 2 or not fusable(inputs, self.bias):
+        if not _fits_linear(self, inputs, 2):
             return super().inverse(inputs, context)
         outputs, logabsdet = _solve(self, inputs)
         return outputs, (-logabsdet).repeat(inputs.shape[0])
@@ -180,7 +185,7 @@ class OneByOneConvolution(conv.OneByOneConvolution):
     """y = L U P x + b at every position, the three factors as one matrix."""
 
     def forward(self, inputs, context=None):
-        if _cached(self) or inputs.dim() != 4 or not fusable(inputs, self.bias):
+        if not _fits_linear(self, inputs, 4):
             return super().forward(inputs, context)
         weight, logabsdet = _weight(self)
         weight = reorder(weight, _back(self), self.permutation._permutation)
@@ -188,7 +193,7 @@ class OneByOneConvolution(conv.OneByOneConvolution):
         return outputs, (inputs.shape[2] * inputs.shape[3] * logabsdet).repeat(inputs.shape[0])
 
     def inverse(self, inputs, context=None):
-        if _cached(self) or inputs.dim() != 4 or not fusable(inputs, self.bias):
+        if not _fits_linear(self, inputs, 4):
             return super().inverse(inputs, context)
         size, (_, _, height, width) = self.features, inputs.shape
         identity = torch.eye(size, dtype=inputs.dtype, device=inputs.device)

@@ -45,7 +45,7 @@ class AffineCoupling(coupling.AffineCoupling):
 
     def _fastflow_couple(self, z, inverse):
         z1, z2 = z
-        if not fusable(z2, z1):
+        if not (worthwhile(z2) and fusable(z2, z1)):
             return (super().inverse if inverse else super().forward)(z)
         z2, log_det = functional.affine_coupling(z2, self.param_map(z1), inverse=inverse, **_dialect(self))
         return [z1, z2], log_det
@@ -69,7 +69,11 @@ def _fit_block(module, fix):
     return None
 
 
-def _couple(block, inner, z, inverse):
+def _couple(block, z, inverse):
+    """(z, log_det) of a coupling block, or None where that is better left to the host."""
+    inner = _inner(block)
+    if inner is None or not fusable(z):
+        return None
     channels = z.shape[1]
     kept = (channels + 1) // 2
     if block.flows[0].mode == "channel_inv":
@@ -81,6 +85,8 @@ def _couple(block, inner, z, inverse):
             weights, biases, activation = found
             step = functional.MLPCoupling(weights, biases, flip=kept < 0, activation=activation, **_dialect(inner))
             return run_steps(z, (step,), None, inverse)
+    if not worthwhile(z):
+        return None
     return couple(z, kept, inner.param_map, inverse, **_dialect(inner))
 
 
@@ -89,12 +95,12 @@ class AffineCouplingBlock(coupling.AffineCouplingBlock):
     """Split by channels, affine coupling and merge in one pass."""
 
     def forward(self, z):
-        inner = _inner(self)
-        return super().forward(z) if inner is None or not fusable(z) else _couple(self, inner, z, False)
+        found = _couple(self, z, False)
+        return super().forward(z) if found is None else found
 
     def inverse(self, z):
-        inner = _inner(self)
-        return super().inverse(z) if inner is None or not fusable(z) else _couple(self, inner, z, True)
+        found = _couple(self, z, True)
+        return super().inverse(z) if found is None else found
 
 
 def _active(b):
@@ -225,8 +231,8 @@ class GlowBlock(glow.GlowBlock):
         parts = self._fastflow_parts(z)
         if parts is None:
             return super().forward(z)
-        block, inner, conv, norm = parts
-        z, log_det = _couple(block, inner, z, False)
+        block, conv, norm = parts
+        z, log_det = _couple(block, z, False)
         weight, of_conv = _inverse_weight(conv)
         s, t = norm.s.view(-1), norm.t.view(-1)
         z = channel_affine(z, torch.exp(s)[:, None] * weight, t)
@@ -236,28 +242,27 @@ class GlowBlock(glow.GlowBlock):
         parts = self._fastflow_parts(z)
         if parts is None:
             return super().inverse(z)
-        block, inner, conv, norm = parts
+        block, conv, norm = parts
         weight, of_conv = _weight(conv)
         s, t = norm.s.view(-1), norm.t.view(-1)
         weight = weight * torch.exp(-s)
         z = channel_affine(z, weight, -(weight @ t))
         total = (of_conv - s.sum()) * (z.shape[2] * z.shape[3])
-        z, log_det = _couple(block, inner, z, True)
+        z, log_det = _couple(block, z, True)
         return z, log_det + total
 
     def _fastflow_parts(self, z):
-        """(coupling block, coupling, convolution, ActNorm), or None where they are to be called one by one."""
+        """(coupling block, convolution, ActNorm), or None where they are to be called one by one."""
         parts = list(self._modules["flows"]._modules.values())
-        if len(parts) != 3 or z.dim() != 4:
+        if len(parts) != 3 or z.dim() != 4 or not worthwhile(z):
             return None
         block, conv, norm = parts
         if not all(plain(part, kind) or plain(part, kind.Checked) for part, kind in (
                 (block, AffineCouplingBlock), (conv, Invertible1x1Conv), (norm, ActNorm))):
             return None
-        inner = _inner(block)
-        if inner is None or not fusable(z, _anchor(conv), norm.s) or not _ready(norm):
+        if _inner(block) is None or not fusable(z, _anchor(conv), norm.s) or not _ready(norm):
             return None
-        return block, inner, conv, norm
+        return block, conv, norm
 
 
 def _fit_net(module, fix):
