@@ -1,0 +1,143 @@
+"""accelerate and restore: a model's layers exchanged for fused ones in place, and back."""
+
+import contextlib
+import importlib
+import sys
+
+import torch
+from torch import nn
+
+from fastflow.adapters import swap as swaps
+from fastflow.adapters.report import Report
+
+__all__ = ["HOSTS", "accelerate", "restore"]
+
+# The libraries whose layers are known, by the name that they are imported under, and the file here that adapts each. It
+# is imported when its library was. Importing it fills swaps.SWAPS; it may define EXAMPLES, {class: function(model,
+# *example)} that runs a model whose forward does not.
+HOSTS = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko"}
+
+
+def accelerate(model, *, verify=True, example=None, fix=False):
+    """Exchange the layers of ``model`` that are known for fused ones, in place.
+
+    A swapped layer stays the same object: its ``__class__`` becomes a subclass of its own under fastflow.adapters.
+    Parameters, buffers, hooks, state-dict keys, train or eval mode, device and dtype are untouched; the model can be
+    wrapped (DDP, torch.compile), copied, pickled, trained and saved before and after. Only layers of exactly a known
+    class are swapped, and of them those whose options have a fused form.
+
+    Args:
+        model: a torch.nn.Module with layers of nflows, normflows, FrEIA or zuko at any depth.
+        verify: hold every swapped layer against its original at its first call: outputs, inverse and gradients, on
+            copies, leaving random generators and buffers as they were. A layer that differs becomes its original again
+            and a RuntimeWarning says so. Calls under torch.compile and torch.func don't count as the first.
+        example: input, or a tuple of inputs, to verify with at once: the model runs on it (a density's log_prob; else
+            its forward) and is put back in the state it was in. Layers that the run does not reach keep waiting.
+        fix: where the host is known to be wrong, compute what is right; else the host's value wherever it is finite.
+
+    Returns:
+        Report: ``swapped`` and ``skipped`` (name: why). It is kept up to date as layers are verified.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    adapters = _adapters()
+    report = Report()
+    for name, module in model.named_modules():
+        known = swaps.swap_of(module)
+        if known is not None:
+            report.swapped[name] = _title(known.host)
+            if verify:
+                swaps.put(module, known, None, report, name)
+            continue
+        known = swaps.SWAPS.get(type(module))
+        if known is None:
+            reason = _unknown(type(module), adapters)
+            if reason is not None and not _inside(name, report.swapped):
+                report.skipped[name] = reason
+            continue
+        constants = known.fit(module, fix)
+        if isinstance(constants, str):
+            report.skipped[name] = f"{_title(known.host)}: {constants}"
+            continue
+        swaps.put(module, known, constants, report if verify else None, name)
+        report.swapped[name] = _title(known.host)
+    if example is not None:
+        _run(model, example if isinstance(example, tuple) else (example,), adapters)
+    return report
+
+
+def restore(model):
+    """Undo :func:`accelerate`: every swapped layer of ``model`` becomes what it was. Returns their names.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    names = []
+    for name, module in model.named_modules():
+        if swaps.swap_of(module) is not None:
+            swaps.undo(module)
+            names.append(name)
+    return names
+
+
+def _adapters():
+    """{host: adapter} of the libraries that the program has imported."""
+    return {host: importlib.import_module(f"fastflow.adapters.{file}") for host, file in HOSTS.items()
+            if host in sys.modules}
+
+
+def _title(kind):
+    return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
+
+
+def _unknown(kind, adapters):
+    """Why a layer of no known class stays as it is; None where it is no layer of a host."""
+    for base in kind.__mro__:
+        if base in swaps.SWAPS:
+            return f"{kind.__name__} is a subclass of {_title(base)}"
+    return f"{_title(kind)} has no fused form" if kind.__module__.partition(".")[0] in adapters else None
+
+
+def _inside(name, swapped):
+    """Whether a layer is part of a swapped one, whose fused form answers for it."""
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in swapped for n in range(1, len(parts)))
+
+
+def _run(model, example, adapters):
+    """Run the model on the example and leave it as it was."""
+    run = next((adapter.EXAMPLES[kind] for kind in type(model).__mro__ for adapter in adapters.values()
+                if kind in getattr(adapter, "EXAMPLES", {})), None)
+    with _unchanged(model), torch.no_grad():
+        model(*example) if run is None else run(model, *example)
+
+
+@contextlib.contextmanager
+def _unchanged(model):
+    """Values of parameters and buffers, the attributes of all modules and the random generators are put back."""
+    modules = list(model.modules())
+    attributes = [dict(m.__dict__) for m in modules]
+    tensors = [{key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers")} for m in modules]
+    values = [(t, t.data, t.detach().clone()) for m in modules for t in (*m._parameters.values(), *m._buffers.values())
+              if t is not None]
+    devices = {t.device for t, _, _ in values if t.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            for m, kept, own in zip(modules, attributes, tensors, strict=True):
+                m.__dict__.clear()
+                left = swaps.swap_of(m) is None  # put back by verification
+                m.__dict__.update((key, v) for key, v in kept.items() if not (left and key.startswith(swaps.PREFIX)))
+                for key, entries in own.items():
+                    m.__dict__[key].clear()
+                    m.__dict__[key].update(entries)
+            with torch.no_grad():
+                for t, data, value in values:
+                    t.data = data
+                    t.copy_(value)

@@ -1,0 +1,276 @@
+"""FrEIA: AllInOneBlock and the coupling blocks, by themselves and inside SequenceINN and GraphINN. Data to noise, with
+``rev`` noise to data. ``jac`` changes nothing in what a block returns."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from FrEIA.modules import all_in_one_block, coupling_layers
+from torch import nn
+
+from fastflow import functional
+from fastflow.adapters.layers import fusable, remembered, reorder, worthwhile
+from fastflow.adapters.networks import fits_one_kernel, weights_of
+from fastflow.adapters.swap import PREFIX, swap
+from fastflow.autograd.mlp_flow import run_steps
+from fastflow.functional import ScaleMap
+
+CLAMPS = {"atan": lambda u: 0.636 * torch.atan(u), "tanh": torch.tanh,
+          "sigmoid": lambda u: 2.0 * torch.sigmoid(u) - 1.0}
+ADDITIVE = ScaleMap("additive")
+
+
+def _reverse(method, args, kwargs, result):
+    """The call that undoes forward(x, c, rev, jac)."""
+    names = ("x", "c", "rev", "jac")
+    call = dict(zip(names, args, strict=False)) | kwargs
+    return method, (), call | {"x": result[0], "rev": not call.get("rev", False)}
+
+
+@functools.lru_cache(256)
+def _scale(kind, clamp):
+    return ScaleMap.freia(clamp, kind)
+
+
+@functools.lru_cache(256)
+def _all_in_one(clamp):
+    """log s = clamp * tanh(0.1 r), shift 0.1 t: FrEIA 0.2 does not divide by the clamp inside."""
+    return ScaleMap("tanh", gain=0.1, clamp=1.0, out_gain=clamp, shift_gain=0.1)
+
+
+def _clamp_of(module, fix):
+    """Which of FrEIA's own soft clamps a block has."""
+    if not isinstance(module.clamp, (int, float)):
+        return "its clamp is not a number"
+    function = module.f_clamp
+    if function is not torch.tanh and getattr(function, "__module__", None) != coupling_layers.__name__:
+        return "its clamp_activation is not one of FrEIA's own"
+    probe = torch.linspace(-4.0, 4.0, 33, dtype=torch.float64)
+    value = function(probe)
+    for kind, known in CLAMPS.items():
+        if torch.allclose(value, known(probe), rtol=0.0, atol=1e-12):
+            return {PREFIX + "clamp": kind}
+    return "its clamp_activation is not one of FrEIA's own"
+
+
+def _networks(module, x, c, subnets):
+    """What weights_of tells of each of the subnets, None where one of them does not go into the kernel with x and c."""
+    context = c[0] if module.conditional else None
+    if len(c) > 1 or any(type(net) is not nn.Sequential for net in subnets) or not fits_one_kernel(x, context):
+        return None
+    found = [weights_of(net) for net in subnets]
+    if None in found or not fusable(x, *(t for weights, biases, _ in found for t in (*weights, *biases))):
+        return None
+    return None if context is not None and not fusable(x, context) else found
+
+
+def _two_steps(module, x, c, first, second, scale):
+    """Steps of one kernel: the first part by ``first`` of the second one, then the second by ``second`` of the first.
+    None where the networks don't go into it."""
+    if x.dim() != 2 or module.split_len1 != x.shape[1] // 2:
+        return None
+    found = _networks(module, x, c, (first, second))
+    return None if found is None else [
+        functional.MLPCoupling(weights, biases, flip=index == 0, activation=activation, scale=scale)
+        for index, (weights, biases, activation) in enumerate(found)]
+
+
+class _TwoSided:
+    """y1 from x1 given x2, then y2 from x2 given y1; ``rev`` undoes them in the other order."""
+
+    def forward(self, x, c=(), rev=False, jac=True):
+        if not fusable(x[0]):
+            return super().forward(x, c, rev, jac)
+        steps = self._fastflow_steps(x[0], c)
+        if steps is not None:
+            y, logdet = run_steps(x[0], steps, c[0] if self.conditional else None, bool(rev))
+            return (y,), logdet
+        if not worthwhile(x[0]):
+            return super().forward(x, c, rev, jac)
+        x1, x2 = torch.split(x[0], [self.split_len1, self.split_len2], dim=1)
+        if rev:
+            y2, logdet = self._fastflow_second(x2, self._fastflow_seen(x1, c), True, None, None)
+            y1, logdet = self._fastflow_first(x1, self._fastflow_seen(y2, c), True, logdet)
+            return (torch.cat((y1, y2), 1),), logdet
+        y1, logdet = self._fastflow_first(x1, self._fastflow_seen(x2, c), False, None)
+        y, logdet = self._fastflow_second(x2, self._fastflow_seen(y1, c), False, logdet, y1)
+        return (y,), logdet
+
+    def _fastflow_steps(self, x, c):
+        """The two couplings as steps of one kernel, or None."""
+        return None
+
+    def _fastflow_seen(self, x, c):
+        return torch.cat([x, *c], 1) if self.conditional else x
+
+
+def _couple(x, params, scale, inverse, logdet, passive):
+    return functional.affine_coupling(x, params, scale=scale, inverse=inverse, logdet=logdet, passive=passive)
+
+
+@swap(coupling_layers.GLOWCouplingBlock, methods=("forward",), fit=_clamp_of, opposite=_reverse)
+class GLOWCouplingBlock(_TwoSided, coupling_layers.GLOWCouplingBlock):
+    """Two affine couplings, each with one network."""
+
+    def _fastflow_steps(self, x, c):
+        return _two_steps(self, x, c, self.subnet2, self.subnet1, _scale(self._fastflow_clamp, self.clamp))
+
+    def _fastflow_first(self, x1, seen, rev, logdet):
+        return _couple(x1, self.subnet2(seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
+
+    def _fastflow_second(self, x2, seen, rev, logdet, passive):
+        return _couple(x2, self.subnet1(seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
+
+
+@swap(coupling_layers.RNVPCouplingBlock, methods=("forward",), fit=_clamp_of, opposite=_reverse)
+class RNVPCouplingBlock(_TwoSided, coupling_layers.RNVPCouplingBlock):
+    """Two affine couplings, each with two networks."""
+
+    def _fastflow_first(self, x1, seen, rev, logdet):
+        params = self.subnet_s2(seen), self.subnet_t2(seen)
+        return _couple(x1, params, _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
+
+    def _fastflow_second(self, x2, seen, rev, logdet, passive):
+        params = self.subnet_s1(seen), self.subnet_t1(seen)
+        return _couple(x2, params, _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
+
+
+@swap(coupling_layers.GINCouplingBlock, methods=("forward",), fit=_clamp_of, opposite=_reverse)
+class GINCouplingBlock(_TwoSided, coupling_layers.GINCouplingBlock):
+    """Two affine couplings of volume 1: the mean over the channels is taken from the log-scales."""
+
+    def forward(self, x, c=(), rev=False, jac=True):
+        out, _ = super().forward(x, c, rev, jac)
+        return out, 0.0
+
+    def _fastflow_first(self, x1, seen, rev, logdet):
+        return _couple(x1, self._fastflow_params(self.subnet2(seen)), "exp", rev, None, None)
+
+    def _fastflow_second(self, x2, seen, rev, logdet, passive):
+        return _couple(x2, self._fastflow_params(self.subnet1(seen)), "exp", rev, None, passive)
+
+    def _fastflow_params(self, params):
+        raw, shift = params.chunk(2, 1)
+        log_scale = self.clamp * self.f_clamp(raw)
+        return log_scale - log_scale.mean(1, keepdim=True), shift
+
+
+@swap(coupling_layers.NICECouplingBlock, methods=("forward",), opposite=_reverse)
+class NICECouplingBlock(_TwoSided, coupling_layers.NICECouplingBlock):
+    """Two additive couplings."""
+
+    def forward(self, x, c=(), rev=False, jac=True):
+        out, _ = super().forward(x, c, rev, jac)
+        return out, 0.0
+
+    def _fastflow_steps(self, x, c):
+        return _two_steps(self, x, c, self.F, self.G, ADDITIVE)
+
+    def _fastflow_first(self, x1, seen, rev, logdet):
+        return (x1 - self.F(seen) if rev else x1 + self.F(seen)), None
+
+    def _fastflow_second(self, x2, seen, rev, logdet, passive):
+        return _couple(x2, self.G(seen), ADDITIVE, rev, None, passive)
+
+
+@swap(coupling_layers.AffineCouplingOneSided, methods=("forward",), fit=_clamp_of, opposite=_reverse)
+class AffineCouplingOneSided(coupling_layers.AffineCouplingOneSided):
+    """One affine coupling."""
+
+    def forward(self, x, c=(), rev=False, jac=True):
+        if not (fusable(x[0]) and worthwhile(x[0])):
+            return super().forward(x, c, rev, jac)
+        x1, x2 = torch.split(x[0], [self.split_len1, self.split_len2], dim=1)
+        params = self.subnet(torch.cat([x1, *c], 1) if self.conditional else x1)
+        y, logdet = _couple(x2, params, _scale(self._fastflow_clamp, self.clamp), rev, None, x1)
+        return (y,), logdet
+
+
+def _order(matrix):
+    """(order, its inverse) with W x = x[order] if W is a permutation matrix, else None."""
+    flat = matrix.flatten(1)
+    order = flat.argmax(1)
+    if not torch.equal(flat, F.one_hot(order, len(flat)).to(flat.dtype)) or len(order.unique()) != len(order):
+        return None
+    return order, torch.argsort(order)
+
+
+def _fit_all_in_one(module, fix):
+    if not isinstance(module.clamp, (int, float)):
+        return "its clamp is not a number"
+    if not module.householder:
+        _order_of(module)
+    return None
+
+
+def _order_of(module):
+    return None if module.householder else remembered(module, "order", _order, module.w_perm)
+
+
+@swap(all_in_one_block.AllInOneBlock, methods=("forward",), fit=_fit_all_in_one, opposite=_reverse)
+class AllInOneBlock(all_in_one_block.AllInOneBlock):
+    """Coupling, global affine map and permutation; a hard permutation moves channels instead of multiplying."""
+
+    def forward(self, x, c=(), rev=False, jac=True):
+        (x,) = x
+        if not fusable(x, self.global_scale):
+            return super().forward((x,), c, rev, jac)
+        steps = self._fastflow_steps(x, c)
+        if steps is None and not worthwhile(x):
+            return super().forward((x,), c, rev, jac)
+        if self.householder:
+            self.w_perm = self._construct_householder_permutation()
+            if rev or self.reverse_pre_permute:
+                self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
+        order = _order_of(self)
+        if steps is not None:
+            if rev or self.reverse_pre_permute:
+                x = self._fastflow_permute(x, order, True)
+            y, logdet = run_steps(x, steps, c[0] if self.conditional else None, bool(rev))
+            if not rev or self.reverse_pre_permute:
+                y = self._fastflow_permute(y, order, False)
+            return (y,), logdet
+        scale = total = None
+        if not self.GIN:
+            scale = self.global_scale_activation(self.global_scale)
+            total = torch.log(scale).sum() * x[0, :1].numel()
+        if rev:
+            x = self._fastflow_permute(x, order, True) - self.global_offset
+            x = x if scale is None else x / scale
+        elif self.reverse_pre_permute:
+            x = self._fastflow_permute(x, order, True)
+        x1, x2 = torch.split(x, self.splits, dim=1)
+        params = self.subnet(torch.cat([x1, *c], 1) if self.conditional else x1)
+        y, logdet = self._fastflow_couple(x1, x2, params, rev)
+        if rev:
+            if self.reverse_pre_permute:
+                y = self._fastflow_permute(y, order, False)
+        else:
+            y = y + self.global_offset if scale is None else torch.addcmul(self.global_offset, y, scale)
+            y = self._fastflow_permute(y, order, False)
+        if total is not None:
+            logdet = logdet - total if rev else logdet + total
+        return (y,), logdet
+
+    def _fastflow_steps(self, x, c):
+        """Coupling and global affine map as steps of one kernel, or None."""
+        found = None if self.GIN or x.dim() != 2 or x.shape[1] % 2 else _networks(self, x, c, (self.subnet,))
+        if found is None:
+            return None
+        scale, offset = self.global_scale_activation(self.global_scale).view(-1), self.global_offset.view(-1)
+        weights, biases, activation = found[0]
+        return (functional.MLPCoupling(weights, biases, activation=activation, scale=_all_in_one(self.clamp)),
+                functional.ChannelAffine(offset / scale, torch.log(scale)))
+
+    def _fastflow_permute(self, x, order, inverse):
+        if order is None:
+            return self.permute_function(x, self.w_perm_inv if inverse else self.w_perm)
+        return reorder(x, *order[::-1]) if inverse else reorder(x, *order)
+
+    def _fastflow_couple(self, x1, x2, params, rev):
+        scale = _all_in_one(self.clamp)
+        if self.GIN:
+            raw, shift = params.chunk(2, 1)
+            log_scale = self.clamp * torch.tanh(0.1 * raw)
+            params, scale = (log_scale - log_scale.mean(self.sum_dims, keepdim=True), 0.1 * shift), "exp"
+        return _couple(x2, params, scale, rev, None, x1)

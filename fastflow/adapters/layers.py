@@ -1,0 +1,101 @@
+"""What the adapters of several libraries share."""
+
+import torch
+
+from fastflow import backends, functional
+from fastflow.adapters import verify
+from fastflow.adapters.swap import PREFIX
+
+__all__ = ["couple", "fusable", "order_of", "plain", "remembered", "reorder", "worthwhile"]
+
+SMALL = 4096  # elements below which, on a CPU, a host's own few operations cost what a kernel and its call do
+
+
+def fusable(x, *others):
+    """Whether x and the others are float32, or all are float64: in lower precision and under autocast a host's dtypes
+    are its own affair."""
+    dtype = x.dtype
+    return (dtype is torch.float32 or dtype is torch.float64) and all(t.dtype is dtype for t in others)
+
+
+def worthwhile(x):
+    """Whether x is large enough for a kernel to gain on the host's own operations."""
+    return x.numel() >= SMALL or x.device.type != "cpu" or verify.running()
+
+
+def plain(module, kind):
+    """Whether a call of ``module`` is that of its class ``kind`` and nothing more."""
+    own = module.__dict__
+    return type(module) is kind and not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        or "forward" in own)
+
+
+def remembered(module, name, compute, *tensors):
+    """compute(*tensors), computed again only when one of the module's tensors was exchanged or written to.
+
+    Under torch.compile what is known is trusted: layers compute it when they are swapped.
+    """
+    known = module.__dict__.get(PREFIX + name)
+    if torch.compiler.is_compiling():
+        return compute(*tensors) if known is None else known[1]
+    stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    if known is None or known[0] != stamp:
+        # The aliases keep the memory, so that no other tensor can come to lie there.
+        known = stamp, compute(*tensors), tuple(t.detach() for t in tensors)
+        module.__dict__[PREFIX + name] = known
+    return known[1]
+
+
+def order_of(passive, active):
+    """(number of passive channels, order, its inverse): channels of which indices ``passive`` come first in ``order``.
+
+    Where the passive ones are the first ones, or the last ones (then the number is negative), order and inverse are
+    None: nothing needs moving.
+    """
+    first, second = passive.tolist(), active.tolist()
+    if first + second == list(range(len(first) + len(second))):
+        return len(first), None, None
+    if first and second + first == list(range(len(first) + len(second))):
+        return -len(first), None, None
+    order = torch.cat([passive, active])
+    return len(first), order, torch.argsort(order)
+
+
+class _Reorder(torch.autograd.Function):
+    """index_select along dim 1 by a permutation; backward selects by its inverse instead of adding."""
+
+    @staticmethod
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(order, back)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, back = ctx.saved_tensors
+        return reorder(grad, back, order), None, None
+
+
+def reorder(x, order, back):
+    """The channels of x in ``order``, a permutation of them whose inverse is ``back``."""
+    if torch.is_grad_enabled() and x.requires_grad and backends.needs_reference((x,)) is None:
+        return _Reorder.apply(x, order, back)
+    return x.index_select(1, order)
+
+
+def couple(x, kept, condition, inverse, **dialect):
+    """(y, logdet) of an affine coupling of which the first ``kept`` channels of x, or the last ``-kept`` ones, pass.
+
+    ``condition`` is called with those that pass; ``dialect`` is that of functional.affine_coupling. Split and joined so
+    that one node of autograd adds up the two gradients of what passes.
+    """
+    channels = x.shape[1]
+    if kept >= 0:
+        passive, active = x.split([kept, channels - kept], 1)
+        return functional.affine_coupling(active, condition(passive), passive=passive, inverse=inverse, **dialect)
+    active, passive = x.split([channels + kept, -kept], 1)
+    params = condition(passive)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return functional.affine_coupling(x, params, passive=kept, inverse=inverse, **dialect)
+    y, logdet = functional.affine_coupling(active, params, inverse=inverse, **dialect)
+    return torch.cat([y, passive], 1), logdet

@@ -1,0 +1,89 @@
+"""Rational-quadratic splines as nflows and normflows, which took them from the same paper's code, both lay them out."""
+
+import torch
+
+from fastflow import functional
+from fastflow.adapters.layers import fusable, order_of, remembered, reorder
+
+__all__ = ["SplineAutoregressive", "SplineCDF", "SplineCoupling", "fit", "fit_coupling"]
+
+
+def fit(module, fix):
+    """Why the kernel has no such spline, or None."""
+    if not isinstance(module.tails, str) or module.tails != "linear":
+        return f"the kernel has linear tails, not {module.tails!r}"
+    return "its tail_bound is a tensor" if isinstance(module.tail_bound, torch.Tensor) else None
+
+
+def fit_coupling(module, fix):
+    """As :func:`fit`, of a coupling; finds out the order of its channels."""
+    return fit(module, fix) or order(module) and None
+
+
+def order(module):
+    """The order of a coupling's channels, see order_of."""
+    return remembered(module, "order", order_of, module.identity_features, module.transform_features)
+
+
+def transform(module, x, params, inverse, gain=1.0, logdet=None):
+    """functional.spline with the module's options."""
+    return functional.spline(x, params, tail_bound=module.tail_bound, min_width=module.min_bin_width,
+                             min_height=module.min_bin_height, min_derivative=module.min_derivative, gain=gain,
+                             inverse=inverse, logdet=logdet)
+
+
+def _gain(net, *names):
+    """Raw widths and heights are divided by the root of the network's width, where it tells it under such a name."""
+    for name in names:
+        if hasattr(net, name):
+            return getattr(net, name) ** -0.5
+    return 1.0
+
+
+class SplineCoupling:
+    """A coupling whose active channels go through a spline, and the passive ones through one of their own or none."""
+
+    def forward(self, inputs, context=None):
+        return self._fastflow_couple(inputs, context, False)
+
+    def inverse(self, inputs, context=None):
+        return self._fastflow_couple(inputs, context, True)
+
+    def _fastflow_couple(self, inputs, context, inverse):
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
+            return (super().inverse if inverse else super().forward)(inputs, context)
+        kept, indices, back = order(self)
+        x = inputs if indices is None else reorder(inputs, indices, back)
+        sizes = [kept, self.features - kept] if kept >= 0 else [self.features + kept, -kept]
+        passive, active = x.split(sizes, 1) if kept >= 0 else x.split(sizes, 1)[::-1]
+        logdet, own = None, self.unconditional_transform
+        if own is not None and inverse:
+            passive, logdet = own.inverse(passive, context)
+        params = self.transform_net(passive, context)
+        if own is not None and not inverse:
+            passive, logdet = own(passive, context)
+        gain = _gain(self.transform_net, "hidden_features", "hidden_channels")
+        y, logdet = transform(self, active, params.to(active.dtype), inverse, gain, logdet)
+        y = torch.cat([passive, y] if kept >= 0 else [y, passive], 1)
+        return (y if indices is None else reorder(y, back, indices)), logdet
+
+
+class SplineCDF:
+    """A spline per element with parameters that all samples share."""
+
+    def _spline(self, inputs, inverse=False):
+        raw = torch.cat([self.unnormalized_widths, self.unnormalized_heights, self.unnormalized_derivatives], -1)
+        if not fusable(inputs, raw) or inputs.shape[1:] != raw.shape[:-1]:
+            return super()._spline(inputs, inverse)
+        params = raw.movedim(-1, 1).flatten(0, 1)
+        return transform(self, inputs, params.expand(inputs.shape[0], *params.shape), inverse)
+
+
+class SplineAutoregressive:
+    """A spline per feature with parameters from a masked network."""
+
+    def _elementwise(self, inputs, autoregressive_params, inverse=False):
+        if not fusable(inputs, autoregressive_params):
+            return super()._elementwise(inputs, autoregressive_params, inverse)
+        gain = _gain(self.autoregressive_net, "hidden_features")
+        return transform(self, inputs, autoregressive_params, inverse, gain)

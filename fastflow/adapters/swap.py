@@ -1,0 +1,119 @@
+"""How a fused class takes the place of a class of a host library."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastflow.adapters import verify
+
+__all__ = ["PREFIX", "SWAPS", "Swap", "put", "swap", "swap_of", "undo"]
+
+PREFIX = "_fastflow_"  # of everything that a swapped layer holds beside what its host class put there
+SWAPS = {}  # {host class: Swap}, filled by the adapters as they are imported
+_RECORDS = weakref.WeakKeyDictionary()  # {swapped layer: (report, name)} while it waits for verification
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """One host class and what stands in for it.
+
+    Attributes:
+        host: the host's class.
+        fused: the subclass that computes the same with fused operations.
+        checked: the subclass of ``fused`` that a layer has until its first call, which verifies it.
+        fit: fit(module, fix) gives the reason (a str) why this layer can't be swapped, else constants to keep on it, a
+            dict whose keys begin with PREFIX, or None.
+        opposite: opposite(method, args, kwargs, result) is the call (method, args, kwargs) that undoes a call, None
+            where there is none.
+        observe: observe(module, result, args) gives the tensors by which the result of a call is judged.
+    """
+
+    host: type
+    fused: type
+    checked: type
+    fit: Callable
+    opposite: Callable
+    observe: Callable
+
+
+def swap(host, *, methods=("forward", "inverse"), fit=None, opposite=None, observe=None):
+    """Class decorator: the class is a subclass of ``host`` that computes what it does with fused operations.
+
+    Args:
+        host: the exact class to stand in for.
+        methods: those whose first call is verified.
+        fit, opposite, observe: see :class:`Swap`. By default every layer fits, "forward" and "inverse" undo each other
+            given the first output in place of the first argument, and a result is judged by all its tensors.
+    """
+    def register(fused):
+        body = {name: _verifying(fused, name) for name in methods}
+        body |= {"__module__": fused.__module__, "__qualname__": f"{fused.__qualname__}.Checked",
+                 "__doc__": f"{fused.__name__} until its first call, which verifies it."}
+        fused.Checked = type(fused.__name__, (fused,), body)  # where pickle finds it
+        SWAPS[host] = fused._fastflow_swap = Swap(host, fused, fused.Checked, fit or (lambda module, fix: None),
+                                                  opposite or _exchange, observe or _everything)
+        return fused
+    return register
+
+
+def swap_of(module):
+    """The Swap that ``module`` is under, or None."""
+    return getattr(type(module), "_fastflow_swap", None)
+
+
+def put(module, known, constants, report=None, name=None):
+    """Make ``module``, of class known.host, the fused one; with a report, one that its first call verifies."""
+    module.__dict__.update(constants or {})
+    module.__class__ = known.fused if report is None else known.checked
+    if report is not None:
+        _RECORDS[module] = (report, name)
+
+
+def undo(module):
+    """Make a swapped module what it was."""
+    module.__class__ = swap_of(module).host
+    _RECORDS.pop(module, None)
+    for key in [key for key in module.__dict__ if key.startswith(PREFIX)]:
+        del module.__dict__[key]
+
+
+def _verifying(fused, name):
+    inherited = getattr(fused, name)
+
+    def method(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or not _settle(self, name, args, kwargs):
+            return inherited(self, *args, **kwargs)
+        return getattr(self, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+def _settle(module, method, args, kwargs):
+    """Verify the layer by this call and make it the fused one or its original; False where the call is no test."""
+    known = swap_of(module)
+    reason = verify.difference(module, known, method, args, kwargs)
+    if reason is verify.NO_TEST:
+        return False
+    report, name = _RECORDS.pop(module, (None, None))
+    if reason is None:
+        module.__class__ = known.fused
+        if report is not None:
+            report.verified.add(name)
+        return True
+    undo(module)
+    if report is not None:
+        report.put_back(name, reason)
+    verify.warn(known.host, reason)
+    return True
+
+
+def _exchange(method, args, kwargs, result):
+    other = {"forward": "inverse", "inverse": "forward"}.get(method)
+    return None if other is None or not args else (other, (result[0], *args[1:]), kwargs)
+
+
+def _everything(module, result, args):
+    return verify.tensors(result)

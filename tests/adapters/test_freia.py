@@ -1,0 +1,137 @@
+"""FrEIA under accelerate: every block, clamp and option, both directions, with conditions, in both frameworks."""
+
+import pytest
+import torch
+from adapter_checks import accelerated, close, same, same_training, scattered
+from torch import nn
+
+import fastflow
+
+pytest.importorskip("FrEIA")
+from FrEIA import framework, modules  # noqa: E402
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def dense(i, o):
+    return nn.Sequential(nn.Linear(i, 8), nn.ReLU(), nn.Linear(8, o))
+
+
+def odd(i, o):
+    """A network that goes into no kernel."""
+    return nn.Sequential(nn.Linear(i, 8), nn.ELU(), nn.Linear(8, o))
+
+
+def convolutions(i, o):
+    return nn.Sequential(nn.Conv2d(i, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, o, 1))
+
+
+def both(*conditions):
+    """forward and rev; FrEIA takes a list of conditions."""
+    return [lambda t, x, *c, rev=rev: t((x,), c=list(c), rev=rev) for rev in (False, True)]
+
+
+AFFINE = [modules.GLOWCouplingBlock, modules.RNVPCouplingBlock, modules.GINCouplingBlock,
+          modules.AffineCouplingOneSided]
+
+
+@DTYPES
+@pytest.mark.parametrize("clamp", ["ATAN", "TANH", "SIGMOID"])
+@pytest.mark.parametrize("kind", AFFINE)
+def test_coupling_blocks(kind, clamp, dtype):
+    for subnet, split in ((dense, 0.5), (odd, 2)):
+        block = kind([(5,)], subnet_constructor=subnet, clamp=1.7, clamp_activation=clamp, split_len=split)
+        same(scattered(block).to(dtype), both(), [torch.randn(6, 5, dtype=dtype)], 1)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", [*AFFINE, modules.NICECouplingBlock])
+def test_conditions_and_images(kind, dtype):
+    for subnet in (dense, odd):
+        block = scattered(kind([(5,)], dims_c=[(3,)], subnet_constructor=subnet)).to(dtype)
+        same(block, both(), [torch.randn(6, 5, dtype=dtype), torch.randn(6, 3, dtype=dtype)], 1)
+    block = scattered(kind([(4, 3, 3)], dims_c=[(1, 3, 3)], subnet_constructor=convolutions)).to(dtype)
+    same(block, both(), [torch.randn(2, 4, 3, 3, dtype=dtype), torch.randn(2, 1, 3, 3, dtype=dtype)], 1)
+
+
+OPTIONS = [{}, {"gin_block": True}, {"permute_soft": True, "affine_clamping": 1.3}, {"reverse_permutation": True},
+           {"learned_householder_permutation": 2, "reverse_permutation": True}, {"global_affine_type": "SIGMOID"},
+           {"global_affine_type": "EXP"}]
+
+
+@DTYPES
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_all_in_one(options, dtype):
+    for dims, shape, subnet in ((6, (), dense), (5, (), dense), (6, (), odd), (4, (2, 3), convolutions)):
+        block = modules.AllInOneBlock([(dims, *shape)], dims_c=[(2, *shape)], subnet_constructor=subnet, **options)
+        x, c = torch.randn(5, dims, *shape, dtype=dtype), torch.randn(5, 2, *shape, dtype=dtype)
+        same(scattered(block).to(dtype), both(), [x, c], 1)
+
+
+def test_the_formula_is_that_of_the_release():
+    """FrEIA 0.2 computes clamp * tanh(0.1 r), not clamp * tanh(0.1 r / clamp)."""
+    block = modules.AllInOneBlock([(2,)], subnet_constructor=lambda i, o: nn.Linear(i, o), affine_clamping=3.0,
+                                  gin_block=False, global_affine_type="EXP")
+    with torch.no_grad():
+        block.subnet.weight.zero_()
+        block.subnet.bias.copy_(torch.tensor([4.0, 0.0]))
+    fused, _ = accelerated(block.double())
+    _, logdet = fused((torch.zeros(1, 2, dtype=torch.float64),))
+    close(logdet, 3.0 * torch.tanh(torch.tensor([0.4], dtype=torch.float64)), 1e-12)
+
+
+def test_frameworks_keep_their_references():
+    """GraphINN's nodes and SequenceINN's list hold the same objects, so that both run the swapped layers."""
+    sequence = framework.SequenceINN(6)
+    for _ in range(3):
+        sequence.append(modules.AllInOneBlock, subnet_constructor=dense, permute_soft=True)
+    nodes = [framework.InputNode(6, name="in")]
+    condition = framework.ConditionNode(2)
+    for kind in (modules.GLOWCouplingBlock, modules.RNVPCouplingBlock):
+        nodes.append(framework.Node(nodes[-1], kind, {"subnet_constructor": dense}, conditions=condition))
+    nodes += [condition, framework.OutputNode(nodes[-1])]
+    graph = framework.GraphINN(nodes)
+    x, c = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    for net, inputs, count in ((sequence, [x], 3), (graph, [x, c], 2)):
+        calls = [lambda t, x, *c, rev=rev: t(x, c=list(c), rev=rev) for rev in (False, True)]
+        report = same(scattered(net).double(), calls, inputs, count)
+        assert len(report.verified) == count
+    fastflow.accelerate(graph)
+    assert all(type(node.module).__module__ == "fastflow.adapters.freia" for node in graph.node_list
+               if node.module is not None)
+
+
+def test_published_example():
+    """The README's network trains as it does without the one line."""
+    inn = framework.SequenceINN(2)
+    for _ in range(4):
+        inn.append(modules.AllInOneBlock, subnet_constructor=dense, permute_soft=True)
+    x = torch.randn(50, 2, dtype=torch.float64)
+
+    def loss(model):
+        z, log_jac_det = model(x)
+        return (0.5 * torch.sum(z**2, 1) - log_jac_det).mean() / 2
+
+    fused, _ = accelerated(inn.double())
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-2) for m in (inn, fused)]
+    for _ in range(3):
+        for m, optimizer in zip((inn, fused), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss(m).backward()
+            optimizer.step()
+    for got, want in zip(fused.parameters(), inn.parameters(), strict=True):
+        close(got, want, 1e-10)
+    z = torch.randn(10, 2, dtype=torch.float64)
+    close(fused(z, rev=True)[0], inn(z, rev=True)[0], 1e-9)
+
+
+def test_clamps_of_others_are_left_alone():
+    block = modules.GLOWCouplingBlock([(4,)], subnet_constructor=dense, clamp_activation=lambda u: u / (1 + u.abs()))
+    _, report = accelerated(block)
+    assert "not one of FrEIA's own" in report.skipped[""] and not report.swapped
+
+
+def test_glow_blocks_train_the_same():
+    net = nn.ModuleList([modules.GLOWCouplingBlock([(4,)], subnet_constructor=dense, clamp_activation="TANH")])
+    x = torch.randn(20, 4, dtype=torch.float64)
+    same_training(scattered(net), lambda m: m[0]((x,))[0][0].square().mean() - m[0]((x,))[1].mean())

@@ -1,0 +1,169 @@
+"""nflows under accelerate: every layer, both directions, masks of all kinds, with context, on vectors and images."""
+
+import importlib
+
+import pytest
+import torch
+from adapter_checks import accelerated, close, same, same_training, scattered
+from torch import nn
+
+import fastflow
+
+pytest.importorskip("nflows")
+from nflows import distributions, flows, transforms  # noqa: E402
+from nflows.nn import nets  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+D = 5
+MASKS = {"alternating": [0, 1, 0, 1, 0], "front": [0, 0, 1, 1, 1], "back": [1, 1, 1, 0, 0], "mixed": [0, 1, 1, 0, 1]}
+BOTH = (lambda t, x, *c: t(x, *c), lambda t, x, *c: t.inverse(x, *c))
+
+
+def network(context=None):
+    return lambda i, o: nets.ResidualNet(i, o, hidden_features=8, context_features=context, num_blocks=1)
+
+
+def image_network(i, o):
+    return nets.ConvResidualNet(i, o, hidden_channels=4, num_blocks=1)
+
+
+@pytest.fixture(autouse=True)
+def every_linear_map_takes_one_matrix(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastflow.adapters.nflows"), "LARGE", 0)
+
+
+def inputs(dtype, context=None):
+    return [torch.randn(9, D, dtype=dtype), *([] if context is None else [torch.randn(9, context, dtype=dtype)])]
+
+
+SPLINE = {"num_bins": 4, "tails": "linear", "tail_bound": 1.5}
+LAYERS = {
+    "affine": (lambda mask, c: transforms.AffineCouplingTransform(mask, network(c)), 1),
+    "additive": (lambda mask, c: transforms.AdditiveCouplingTransform(mask, network(c)), 1),
+    "spline": (lambda mask, c: transforms.PiecewiseRationalQuadraticCouplingTransform(mask, network(c), **SPLINE), 1),
+    "spline, both parts": (lambda mask, c: transforms.PiecewiseRationalQuadraticCouplingTransform(
+        mask, network(c), apply_unconditional_transform=True, min_bin_width=0.02, **SPLINE), 2),
+}
+WHOLE = {
+    "autoregressive affine": lambda c: transforms.MaskedAffineAutoregressiveTransform(D, 8, context_features=c),
+    "autoregressive spline": lambda c: transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+        D, 8, context_features=c, **SPLINE),
+    "LU": lambda c: transforms.LULinear(D, identity_init=False),
+    "ActNorm": lambda c: transforms.ActNorm(D),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_couplings(kind, mask, dtype):
+    make, count = LAYERS[kind]
+    context = 3 if mask == "mixed" else None
+    same(scattered(make(MASKS[mask], context)).to(dtype), BOTH, inputs(dtype, context), count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", WHOLE)
+def test_layers(kind, dtype):
+    layer = scattered(WHOLE[kind](3)).to(dtype).eval()
+    same(layer, BOTH, inputs(dtype, 3), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_images(dtype):
+    mask = [1, 0, 1, 0]
+    for layer in (transforms.OneByOneConvolution(4, identity_init=False), transforms.ActNorm(4),
+                  transforms.AffineCouplingTransform(mask, image_network),
+                  transforms.PiecewiseRationalQuadraticCouplingTransform(mask, image_network, **SPLINE)):
+        same(scattered(layer).to(dtype).eval(), BOTH, [torch.randn(2, 4, 3, 5, dtype=dtype)], 1)
+
+
+def test_the_cached_path_of_a_linear_map_is_the_hosts():
+    layer = transforms.LULinear(D, using_cache=True, identity_init=False).eval()
+    fused, _ = accelerated(layer)
+    x = torch.randn(4, D)
+    for got, want in zip(fused(x), layer(x), strict=True):
+        assert torch.equal(got, want)
+    assert fused.cache.weight is not None
+
+
+def test_actnorm_initialises_from_its_first_batch():
+    layer, x = transforms.ActNorm(D), 3 * torch.randn(50, D) + 1
+    fused, report = accelerated(layer)
+    for got, want in zip(fused(x), layer(x), strict=True):
+        close(got, want, 1e-6)
+    assert fused.initialized and report.verified == {""}
+    assert torch.equal(fused.shift, layer.shift) and torch.equal(fused.log_scale, layer.log_scale)
+
+
+def test_what_has_no_fused_form_is_left_alone():
+    class Mine(transforms.AffineCouplingTransform):
+        pass
+
+    layers = transforms.CompositeTransform([
+        Mine(MASKS["front"], network()),
+        transforms.PiecewiseRationalQuadraticCouplingTransform(MASKS["front"], network(), num_bins=4),
+        transforms.AffineCouplingTransform(MASKS["front"], network(), unconditional_transform=lambda features:
+                                           transforms.PointwiseAffineTransform(0.5, 2.0))])
+    _, report = accelerated(layers)
+    assert not report.swapped
+    assert "subclass of nflows AffineCouplingTransform" in report.skipped["_transforms.0"]
+    assert "linear tails, not None" in report.skipped["_transforms.1"]
+    assert "passive features too" in report.skipped["_transforms.2"]
+
+
+def test_a_mask_that_is_loaded_counts():
+    """The channels' order is remembered, but not across a state dict that brings another one."""
+    masks = [0, 1, 0, 1], [1, 0, 1, 0]
+    one, other = (scattered(transforms.AffineCouplingTransform(mask, network())) for mask in masks)
+    fused, _ = accelerated(one)
+    x = torch.randn(6, 4)
+    fused(x)
+    fused.load_state_dict(other.state_dict())
+    for got, want in zip(fused(x), other(x), strict=True):
+        close(got, want, 1e-5)
+
+
+def test_published_example():
+    """The README's flow, with one line more, trains as it does without."""
+    def example():
+        base = distributions.StandardNormal(shape=[2])
+        layers = []
+        for _ in range(3):
+            layers.append(transforms.ReversePermutation(features=2))
+            layers.append(transforms.MaskedAffineAutoregressiveTransform(features=2, hidden_features=4))
+        return flows.Flow(transforms.CompositeTransform(layers), base)
+
+    x = torch.randn(64, 2)
+    flow = example()
+    fused, report = accelerated(flow, example=x)
+    assert len(report.verified) == len(report.swapped) == 3
+    same_training(flow, lambda m: -m.log_prob(inputs=x.double()).mean())
+    torch.manual_seed(1)
+    want = flow.float().sample(3)
+    fused.load_state_dict(flow.state_dict())
+    torch.manual_seed(1)
+    close(fused.sample(3), want, 1e-4)
+
+
+def test_training_gives_the_same_parameters():
+    layers = [transforms.ActNorm(4)]
+    for mask in ([0, 1, 0, 1], [1, 1, 0, 0]):
+        layers += [transforms.AffineCouplingTransform(mask, network()), transforms.LULinear(4),
+                   transforms.PiecewiseRationalQuadraticCouplingTransform(mask, network(), **SPLINE)]
+    flow = flows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([4]))
+    x = torch.randn(30, 4, dtype=torch.float64)
+    same_training(flow, lambda m: -m.log_prob(x).mean())
+
+
+def test_simple_realnvp_compiles():
+    """Under torch.compile the swapped layers trace without a break."""
+    flow = transforms.CompositeTransform([transforms.AffineCouplingTransform(MASKS["mixed"], network()),
+                                          transforms.LULinear(D)])
+    fused, _ = accelerated(flow, verify=False)
+    x = torch.randn(8, D)
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    for got, want in zip(compiled(x), flow(x), strict=True):
+        close(got, want, 1e-5)
+    assert isinstance(fused, nn.Module) and fastflow.restore(compiled) == ["_orig_mod._transforms.0",
+                                                                           "_orig_mod._transforms.1"]

@@ -1,0 +1,155 @@
+"""normflows under accelerate: couplings, Glow, linear layers and splines, both directions, scale maps and splits."""
+
+import pytest
+import torch
+from adapter_checks import accelerated, close, same, same_training, scattered
+from torch import nn
+
+nf = pytest.importorskip("normflows")
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
+BOTH = (lambda t, z: t(z), lambda t, z: t.inverse(z))
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def multiscale(use_lu=True, hidden=16, levels=2, steps=2, size=4, channels=1):
+    """normflows' own example of a Glow."""
+    q0, merges, layers = [], [], []
+    for i in range(levels):
+        layers.append([nf.flows.GlowBlock(channels * 2**(levels + 1 - i), hidden, use_lu=use_lu)
+                       for _ in range(steps)] + [nf.flows.Squeeze()])
+        if i > 0:
+            merges.append(nf.flows.Merge())
+            shape = (channels * 2**(levels - i), size // 2**(levels - i), size // 2**(levels - i))
+        else:
+            shape = (channels * 2**(levels + 1), size // 2**levels, size // 2**levels)
+        q0.append(nf.distributions.DiagGaussian(shape))
+    return nf.MultiscaleFlow(q0, layers, merges, class_cond=False)
+
+
+@DTYPES
+@pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv", None])
+@pytest.mark.parametrize("split", ["channel", "channel_inv"])
+def test_coupling_blocks(split, scale_map, dtype):
+    """With a network that goes into the kernel (no LeakyReLU), and with one that does not."""
+    for leaky in (0.0, 0.1):
+        scale = scale_map is not None
+        net = nf.nets.MLP([2, 8, 4 if scale else 2], leaky=leaky)
+        block = scattered(nf.flows.AffineCouplingBlock(net, scale, scale_map or "exp", split)).to(dtype)
+        same(block, BOTH, [torch.randn(7, 4, dtype=dtype)], 2)
+
+
+@DTYPES
+def test_coupling_of_a_list(dtype):
+    layer = scattered(nf.flows.AffineCoupling(nf.nets.MLP([2, 8, 6]))).to(dtype)
+    calls = (lambda t, a, b: t([a, b]), lambda t, a, b: t.inverse([a, b]))
+    same(layer, calls, [torch.randn(7, 2, dtype=dtype), torch.randn(7, 3, dtype=dtype)], 1)
+
+
+@DTYPES
+@pytest.mark.parametrize("nets", ["both", "no scale", "no shift"])
+def test_masked_affine(nets, dtype):
+    t, s = (None if nets == no else nf.nets.MLP([4, 8, 4]) for no in ("no shift", "no scale"))
+    layer = scattered(nf.flows.MaskedAffineFlow(torch.tensor([0.0, 1.0, 1.0, 0.0]), t, s)).to(dtype)
+    same(layer, BOTH, [torch.randn(7, 4, dtype=dtype)], 1)
+
+
+@DTYPES
+@pytest.mark.parametrize("options", [{}, {"use_lu": False, "scale_map": "exp", "split_mode": "channel_inv"},
+                                     {"split_mode": "checkerboard", "leaky": 0.1}, {"scale": False}], ids=str)
+def test_glow_block(options, dtype):
+    block = scattered(nf.flows.GlowBlock(6, 16, **options), 0.05).to(dtype)
+    z = torch.randn(3, 6, 4, 4, dtype=dtype)
+    with torch.no_grad():
+        block(z)  # ActNorm's initialisation
+    same(block, BOTH, [z], 6)
+
+
+@DTYPES
+def test_one_by_one_and_actnorm(dtype):
+    z = torch.randn(3, 4, 2, 5, dtype=dtype)
+    for use_lu in (True, False):
+        same(scattered(nf.flows.Invertible1x1Conv(4, use_lu), 0.05).to(dtype), BOTH, [z], 1)
+    norm = nf.flows.ActNorm((4, 1, 1)).to(dtype)
+    norm(z)
+    same(scattered(norm), BOTH, [z], 1)
+
+
+@DTYPES
+@pytest.mark.parametrize("make", [
+    lambda: nf.flows.CoupledRationalQuadraticSpline(4, 1, 8, num_context_channels=3),
+    lambda: nf.flows.AutoregressiveRationalQuadraticSpline(4, 1, 8, num_context_channels=3, permute_mask=True),
+    lambda: nf.flows.MaskedAffineAutoregressive(4, 8, context_features=3)], ids=["coupled", "autoregressive", "affine"])
+def test_with_context(make, dtype):
+    layer = scattered(make()).to(dtype)
+    calls = (lambda t, z, c: t(z, c), lambda t, z, c: t.inverse(z, c))
+    coupled = type(layer) is nf.flows.CoupledRationalQuadraticSpline
+    same(layer, calls, [2 * torch.randn(8, 4, dtype=dtype), torch.randn(8, 3, dtype=dtype)], 2 if coupled else 1)
+
+
+def test_a_hook_inside_a_block_is_run():
+    block = nf.flows.GlowBlock(4, 16)
+    z, seen = torch.randn(2, 4, 4, 4), []
+    block(z)
+    fused, _ = accelerated(block)
+    fused.flows[1].register_forward_hook(lambda *args: seen.append(1))
+    fused(z)
+    before = len(seen)
+    for got, want in zip(fused(z), block(z), strict=True):
+        close(got, want, 1e-5)
+    assert len(seen) == before + 1
+
+
+def test_an_initialised_glow_block_compiles_whole():
+    """The host's own look at its ActNorm breaks the graph."""
+    block, z = nf.flows.GlowBlock(4, 16), torch.randn(2, 4, 4, 4)
+    block(z)
+    fused, _ = accelerated(block)
+    for got, want in zip(torch.compile(fused, fullgraph=True, backend="eager")(z), block(z), strict=True):
+        close(got, want, 1e-5)
+
+
+def test_actnorm_initialises_from_its_first_batch_either_way():
+    z = 2 * torch.randn(9, 4, 3, 3) + 1
+    for call in BOTH:
+        norm = nf.flows.ActNorm((4, 1, 1))
+        fused, _ = accelerated(norm)
+        for _ in range(2):
+            for got, want in zip(call(fused, z), call(norm, z), strict=True):
+                close(got, want, 1e-5)
+        assert fused.data_dep_init_done == 1 and torch.equal(fused.s, norm.s)
+
+
+def test_glow_trains_the_same():
+    model = multiscale()
+    x = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    model.double().log_prob(x, None)
+    same_training(scattered(model, 0.05), lambda m: -m.log_prob(x, None).mean())
+    assert accelerated(model, example=(x, None))[1].verified
+
+
+def test_published_example():
+    """The README's RealNVP, with one line more."""
+    layers = []
+    for _ in range(4):
+        layers.append(nf.flows.AffineCouplingBlock(nf.nets.MLP([1, 16, 16, 2], init_zeros=True)))
+        layers.append(nf.flows.Permute(2, mode="swap"))
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(2), layers)
+    x = torch.randn(40, 2, dtype=torch.float64)
+    same_training(model, lambda m: -m.log_prob(x).mean())
+    fused, report = accelerated(model)
+    for m in (fused, model):
+        torch.manual_seed(1)
+        m.drawn = m.sample(5)
+    close(fused.drawn[0], model.drawn[0], 1e-10)
+    assert len(report.swapped) == 8 and len(report.verified) == 4
+
+
+def test_what_is_left_alone():
+    tails = nf.flows.CircularCoupledRationalQuadraticSpline(4, 1, 8, [1])
+    soft = nf.flows.MaskedAffineFlow(torch.tensor([0.5, 1.0]), nf.nets.MLP([2, 4, 2]))
+    net = nf.nets.ConvNet2d([2, 8, 4], (3, 3))
+    _, report = accelerated(nn.ModuleList([tails, soft, net]))
+    assert not report.swapped
+    assert "linear tails" in report.skipped["0.prqct"] and "other values than 0 and 1" in report.skipped["1"]
+    assert "three convolutions" in report.skipped["2"]
