@@ -11,7 +11,7 @@ from fastflow.flows import memory
 from fastflow.flows.transform import check_transform, initialize, noise_shape
 from fastflow.functional import ScaleMap
 
-__all__ = ["CheckerboardSqueeze", "HaarSqueeze", "Split", "Squeeze", "ZeroConv"]
+__all__ = ["CheckerboardSqueeze", "Flatten", "HaarSqueeze", "Split", "Squeeze", "ZeroConv"]
 
 
 def _space_to_depth(x):
@@ -167,6 +167,36 @@ class CheckerboardSqueeze(nn.Module):
     def _even(height, device):
         """(height, 1): rows whose first pixel belongs to the first colour."""
         return (torch.arange(height, device=device) % 2 == 0)[:, None]
+
+
+class Flatten(nn.Module):
+    """x (B, *event_shape) to z (B, D), the elements in order.
+
+    Args:
+        event_shape: the shape of one x.
+    """
+
+    moves_elements = True
+
+    def __init__(self, event_shape):
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+
+    def forward(self, x, context=None):
+        checks.tensor("x", x)
+        checks.shape("x", x, (x.shape[0], *self.event_shape))
+        return x.reshape(x.shape[0], math.prod(self.event_shape)), x.new_zeros(x.shape[0])
+
+    def inverse(self, z, context=None):
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], math.prod(self.event_shape)))
+        return z.reshape(z.shape[0], *self.event_shape), z.new_zeros(z.shape[0])
+
+    def noise_shape(self, event_shape):
+        return (math.prod(self.event_shape),)
+
+    def data_shape(self, event_shape):
+        return self.event_shape
 
 
 class ZeroConv(nn.Conv2d):

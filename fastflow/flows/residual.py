@@ -37,9 +37,9 @@ class InvertibleResidual(nn.Module):
     the implicit function.
 
     Args:
-        net: module g, called as net(x) or net(x, context), such as :class:`LipschitzMLP`; one with a method
-            ``bind(context)`` gives a function of x that is used throughout a call. Its attribute ``bound``, if there is
-            one, is taken for L.
+        net: module g, called as net(x) or net(x, context), such as :class:`LipschitzMLP` or
+            :class:`LipschitzConvNet`; one with a method ``bind(context)`` gives a function of x that is used throughout
+            a call. Its attributes ``bound`` and ``event_shape``, if there are any, are taken for L and the shape of x.
         exact_features: up to how many elements eval mode takes the determinant.
         n_exact_terms: terms that are always evaluated in training.
         stop: probability of stopping after each further term. The variance is finite where L^2 < 1 - stop, and may be
@@ -104,9 +104,8 @@ class InvertibleResidual(nn.Module):
             raise ValueError(f"{name}: expected shape (B, *event), got {tuple(x.shape)}")
         parameter = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
         checks.no_mixed_double([("weight", parameter), (name, x)])
-        features = getattr(self.net, "features", None)
-        if features is not None:
-            checks.shape(name, x, (x.shape[0], features))
+        if hasattr(self.net, "event_shape"):
+            checks.shape(name, x, (x.shape[0], *self.net.event_shape))
 
     def _function(self, context):
         if hasattr(self.net, "bind"):
