@@ -13,15 +13,17 @@ from torch import nn
 
 import fastflow.nn
 from fastflow import flows
-from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1, SplineCoupling
+from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1, MixtureCoupling, SplineCoupling
 
 SEEDS, BATCH, CONTEXT = 20, 3, 2
 DOMAINS = {"real": lambda x: x, "positive": lambda x: x.abs() + 0.1, "unit": torch.sigmoid}
-# Exported, with forward and inverse, but no bijection by itself.
+# Exported, with forward and inverse, but no bijection by itself, or from integers or to other dimensions.
 NO_BIJECTION = {"Transform", "ScalarTransform", "LinearMap", "Flow", "AffineTransformer", "SplineTransformer",
-                "WeightBank"}
+                "MixtureTransformer", "WeightBank", "UniformDequantization", "VariationalDequantization", "Slice",
+                "Augment"}
 # Bijections to a solver's tolerance, whose sweeps stand elsewhere.
-TO_A_TOLERANCE = {"ContinuousTransform": "test_continuous.py", "FFJORD": "test_continuous.py"}
+TO_A_TOLERANCE = {"ContinuousTransform": "test_continuous.py", "FFJORD": "test_continuous.py",
+                  "FFJORDImage": "test_residual_image.py"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ def cubic(n):
     return flows.Lambda(lambda x: (x + x**3 / 3) @ mix.mT)
 
 
+def flowpp(shape):
+    return flows.FlowPP(shape, n_checkerboard=1, n_channel=1, n_final=1, n_components=2, hidden_channels=2, n_blocks=1,
+                        n_heads=1, dropout=0.0, alpha=None, dequantization=None).transform
+
+
 MASK = (torch.arange(12).reshape(3, 2, 2) % 3 == 0).double()
 SMALL = {"n_layers": 2, "hidden": (5,), "activation": nn.Tanh}
 ROWS = {
@@ -118,23 +125,38 @@ ROWS = {
                                  contextual=True, tolerance=1e-7, density=False),
     "SplineCoupling checkerboard": image(lambda s: SplineCoupling(conv(s[0], 8 * s[0]), n_bins=3,
                                                                   split="checkerboard"), (1, 2, 2), (2, 3, 3)),
+    "MixtureCoupling": Row(lambda n, c: MixtureCoupling(conditioner(n, c, 8), n_components=2), contextual=True,
+                           tolerance=1e-7),
     # autoregressive, planar, residual
     "MaskedAutoregressive": Row(lambda n, c: flows.MaskedAutoregressive(
         n, (5,), order=torch.randperm(n), context_features=c, activation=nn.Tanh), contextual=True),
     "MaskedAutoregressive spline": Row(lambda n, c: flows.MaskedAutoregressive(
         n, (5,), context_features=c, activation=nn.Tanh, transformer=flows.SplineTransformer(4)), contextual=True,
         tolerance=1e-7),
+    "MaskedAutoregressive mixture": Row(lambda n, c: flows.MaskedAutoregressive(
+        n, (5,), context_features=c, activation=nn.Tanh, transformer=flows.MixtureTransformer(2)), contextual=True,
+        tolerance=1e-7),
+    "TarFlowBlock": image(lambda s: flows.TarFlowBlock(*s, 4, 1, flip=s[0] == 3, head_dim=2, expansion=1), (2, 1),
+                          (2, 2), (3, 2)),
     "Planar": Row(lambda n, c: flows.Planar(n, context_features=c, hidden=(4,)), contextual=True),
     "Radial": Row(lambda n, c: flows.Radial(n, context_features=c, hidden=(4,)), contextual=True),
     "Sylvester": Row(lambda n, c: flows.Sylvester(n, context_features=c, hidden=(4,)), contextual=True),
     "InvertibleResidual": Row(lambda n, c: flows.InvertibleResidual(
         flows.LipschitzMLP(n, (5,), bound=0.6, context_features=c)).eval(), contextual=True),
+    "InvertibleResidual image": image(lambda s: flows.InvertibleResidual(
+        flows.LipschitzConvNet(s, (3, 3), bound=0.6)).eval(), (1, 1, 2), (1, 2, 2), (2, 2, 1)),
+    "LogisticMixture": plain(lambda n: flows.LogisticMixture(n, 3), tolerance=1e-7),
     # what is made of others
     "Compose": Row(lambda n, c: flows.Compose(ActNorm(n), AffineCoupling(conditioner(n, c, 2), scale="tanh"),
                                               flows.Reverse()), contextual=True),
     "Inverse": Row(lambda n, c: flows.Inverse(AffineCoupling(conditioner(n, c, 2), scale="tanh")), contextual=True),
     "Lambda": plain(cubic, tolerance=1e-7),
     "Squeeze": image(lambda s: flows.Squeeze(), (1, 2, 2), (2, 2, 4), (1, 4, 4)),
+    "HaarSqueeze": image(lambda s: flows.HaarSqueeze(), (1, 2, 2), (2, 2, 4), (1, 4, 4)),
+    "CheckerboardSqueeze": image(lambda s: flows.CheckerboardSqueeze(), (1, 1, 2), (2, 3, 2), (1, 2, 4)),
+    "Flatten": image(flows.Flatten, (1, 1, 2), (2, 2, 1), (3, 2, 2)),
+    "Patchify": image(lambda s: flows.Patchify(s, 2, channels_last=s[0] == 2, scale=1.5), (1, 2, 2), (2, 2, 4),
+                      (1, 4, 4)),
     "Split": image(lambda s: flows.Split(s, ActNorm(s[0] // 2), prior=conv(s[0] // 2, 2 * (s[0] - s[0] // 2))),
                    (2, 2, 2), (3, 2, 2), (4, 1, 1)),
     "GlowStep": image(lambda s: flows.GlowStep(s[0], ConvNet(s[0] // 2, 2 * (s[0] - s[0] // 2), 4)), (2, 2, 2),
@@ -151,6 +173,16 @@ ROWS = {
                                                         context_features=c).transform.eval(), contextual=True),
     "Glow": image(lambda s: flows.Glow(s, n_levels=1, n_steps=2, hidden_channels=4, parametrization="plu").transform,
                   (1, 2, 2), (1, 2, 4), (2, 2, 2)),
+    "ResidualFlowImage": image(lambda s: flows.ResidualFlowImage(
+        s, n_levels=1 + (s[1] == 2), n_blocks=1, hidden_channels=3, n_fc_blocks=1, fc_hidden=(3,), bound=0.5,
+        alpha=None, factor_out=True).transform.eval(), (1, 1, 2), (2, 1, 1), (1, 2, 2)),
+    "RealNVPImage": image(lambda s: flows.RealNVPImage(s, 1 + (s[1] == 2), 1, 2, 1, alpha=None).transform, (1, 1, 2),
+                          (2, 1, 2), (1, 2, 2)),
+    "FlowPP": image(flowpp, (1, 2, 4), (1, 4, 4), (2, 2, 4)),
+    "TarFlow": image(lambda s: flows.TarFlow(s, 1, 4, 2, 1, head_dim=2, expansion=1).transform, (1, 1, 2), (2, 1, 2),
+                     (2, 1, 3)),
+    "Jet": image(lambda s: flows.Jet(s, patch_size=1, channels=4, couplings=2, depth=1, heads=2,
+                                     kinds=("channel", "spatial")).transform, (2, 1, 2), (2, 2, 2), (4, 1, 2)),
 }
 every_row = pytest.mark.parametrize("name", ROWS)
 every_contextual = pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.contextual])
