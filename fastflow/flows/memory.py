@@ -110,13 +110,13 @@ def path():
     return _InvertPath(mode)
 
 
-def kept(function, x):
-    """``function(x)``; in a memory mode x is kept and the function runs once more in backward."""
+def kept(function, x, *tensors):
+    """``function(x, *tensors)``; in a memory mode they are kept and the function runs once more in backward."""
     mode = active()
     if mode is None:
-        return function(x)
+        return function(x, *tensors)
     run = _Recomputing(mode)
-    out = run(function, function, x, (x,))
+    out = run(function, function, x, (x, *tensors))
     run.end()
     return out
 

@@ -140,7 +140,8 @@ def test_samples_temperature_and_bits(name):
     x = torch.randint(0, 256, (3, *shape))
     bits = flow.bits_per_dim(x, generator=torch.Generator().manual_seed(1))
     values = flows.dequantize(x, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(bits, (math.log(256) - flow(values) / math.prod(shape)) / math.log(2), rtol=1e-4, atol=1e-4)
+    expected = (math.log(256) - flow(values) / math.prod(shape)) / math.log(2)
+    torch.testing.assert_close(bits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_series_in_eval_mode_is_within_its_bound():
