@@ -74,6 +74,11 @@ class ContinuousTransform(nn.Module):
         self.field, self.trace, self.method, self.options = field, trace, method, options
         self.rtol, self.atol, self.adjoint = rtol, atol, bool(adjoint)
 
+    @property
+    def estimates(self):
+        """Whether the log-determinant of training depends on random numbers."""
+        return self.trace != "exact"
+
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats."""
         return self._integrate("x", x, context, 1.0, 0.0)

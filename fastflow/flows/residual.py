@@ -58,6 +58,8 @@ class InvertibleResidual(nn.Module):
         Chen et al., "Residual flows for invertible generative modeling", 2019, arXiv:1906.02735.
     """
 
+    estimates = True  # the log-determinant in training, by random numbers
+
     def __init__(self, net, *, exact_features=16, n_exact_terms=4, stop=0.5, n_probes=1, n_eval_terms=40,
                  tolerance=None, max_iterations=2000):
         super().__init__()

@@ -155,7 +155,7 @@ def test_priors_that_positions_share():
     torch.testing.assert_close(classes.log_prob(z, context=labels), want)
     draws = base.sample(4000)
     assert draws.shape == (4000, 2, 3, 3)
-    assert ((draws.mean((0, 2, 3)) - base.loc.flatten()).abs() < 4 * base.log_scale.exp().flatten() / 6000**0.5).all()
+    assert ((draws.mean((0, 2, 3)) - base.loc.flatten()).abs() < 4 * base.log_scale.exp().flatten() / 36_000**0.5).all()
     assert classes.sample(5, context=labels).shape == (5, 2, 3, 3)
 
 

@@ -8,6 +8,7 @@ from flow_checks import check_bijection, check_gradients, scattered
 from torch import nn
 
 from fastflow import flows
+from fastflow.flows import memory
 from fastflow.flows.lipschitz_conv import conv_spectral_bound
 
 
@@ -156,6 +157,22 @@ def test_the_series_in_eval_mode_is_within_its_bound():
                 assert module.truncation_bound(4) < 1e-8
         exact = flow(x)
     assert abs(estimates.mean() - exact) < 4 * estimates.std() / math.sqrt(2000) + 1e-8
+
+
+@pytest.mark.parametrize("name", ["residual", "ffjord"])
+def test_memory_modes(name):
+    """Kept inputs give the gradients of the plain pass from the same random numbers; recovered ones can't."""
+    flow = scattered(MODELS[name](), 0.1)
+    x = flows.dequantize(torch.randint(0, 256, (2, *flow.image_shape)))
+    gradients = []
+    for mode in (None, memory.Mode("save_z", flow)):
+        torch.manual_seed(1)
+        with memory.saving(mode):
+            log_prob = flow(x)
+        gradients.append(torch.autograd.grad(log_prob.sum(), [*flow.parameters()], allow_unused=True))
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ValueError, match="memory: 'invert' can't run .* estimate"):
+        memory.Mode("invert", flow)
 
 
 @pytest.mark.parametrize(("call", "match"), [
