@@ -47,16 +47,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def compiled_afresh():
-    """What a test has compiled does not count towards the limit of recompilations in the next one."""
-    yield
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and dynamo.utils.counters["frames"]:
-        dynamo.reset()
-        dynamo.utils.counters.clear()
-
-
 @pytest.fixture
 def threads():
     """A setter of torch's thread count that is undone after the test."""
