@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from fastflow.flows import Split, TarFlowBlock
-from fastflow.nn import AffineCoupling
+from fastflow.nn.coupling import Coupling
 from fastflow.vae import VAE, HierarchicalVAE, QuantizedVAE
 
 __all__ = ["Lowered", "conditioners"]
@@ -17,7 +17,7 @@ def conditioners(model):
     levels."""
     found = []
     for module in model.modules():
-        if isinstance(module, AffineCoupling):
+        if isinstance(module, Coupling):
             found.append(module.conditioner)
         elif isinstance(module, TarFlowBlock):
             found.append(module.network)

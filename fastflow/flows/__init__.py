@@ -14,6 +14,7 @@ from fastflow.flows.bases import (
 )
 from fastflow.flows.continuous import FFJORD, ContinuousTransform, VelocityMLP, flow_matching_loss
 from fastflow.flows.decode import GaussSeidelJacobi, Guidance
+from fastflow.flows.ffjord_image import FFJORDImage, VelocityConvNet
 from fastflow.flows.flow import Flow, FlowDistribution
 from fastflow.flows.flowpp import FlowPP
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
@@ -22,9 +23,10 @@ from fastflow.flows.jacobian import InvertibilityReport, Lambda, check_invertibl
 from fastflow.flows.jet import Jet
 from fastflow.flows.linear import PLU, QR, Dense, Householder, LinearMap, LowRank, Orthogonal, Triangular
 from fastflow.flows.lipschitz import LipschitzMLP, LipSwish, SpectralLinear
+from fastflow.flows.lipschitz_conv import LipschitzConvNet, SpectralConv2d
 from fastflow.flows.made import MADE
 from fastflow.flows.mixture import LogisticMixture, MixtureTransformer
-from fastflow.flows.multiscale import CheckerboardSqueeze, HaarSqueeze, Split, Squeeze
+from fastflow.flows.multiscale import CheckerboardSqueeze, Flatten, HaarSqueeze, Split, Squeeze
 from fastflow.flows.nice import NICE, DiagonalScale
 from fastflow.flows.nsf import NSF, SplineTransformer
 from fastflow.flows.patchify import Patchify
@@ -34,6 +36,7 @@ from fastflow.flows.quantile import CDF, Quantile
 from fastflow.flows.realnvp import RealNVP
 from fastflow.flows.realnvp_image import RealNVPImage
 from fastflow.flows.residual import InvertibleResidual, ResidualFlow
+from fastflow.flows.residual_image import ResidualFlowImage
 from fastflow.flows.scalar import (
     Affine,
     Atan,
@@ -54,14 +57,14 @@ from fastflow.flows.transform import Compose, Inverse, Transform, initialize
 
 __all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "NSF", "PLU", "QR", "Affine", "AffineTransformer", "Atan",
            "Augment", "CheckerboardSqueeze", "ClassConditionalNormal", "Compose", "ConditionalNormal",
-           "ContinuousTransform", "Dense", "DiagonalNormal", "DiagonalScale", "Exp", "Flow", "FlowDistribution",
-           "FlowPP", "FullNormal", "GaussSeidelJacobi", "Glow", "GlowStep", "GlowTransform", "Guidance", "HaarSqueeze",
-           "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Jet", "Lambda", "LeakyReLU",
-           "LinearMap", "LipSwish", "LipschitzMLP", "Log", "LogisticMixture", "Logit", "LowRank",
-           "MaskedAutoregressive", "Mixture", "MixtureTransformer", "Orthogonal", "Patchify", "Permute", "Planar",
-           "Power", "Quantile", "Radial", "RealNVP", "RealNVPImage", "ResidualFlow", "Reverse", "ScalarTransform",
-           "Sigmoid", "Slice", "Softplus", "SpectralLinear", "SplineTransformer", "Split", "Squeeze",
-           "StandardLogistic", "StandardNormal", "StudentT", "Sylvester", "Tanh", "TarFlow", "TarFlowBlock",
-           "Transform", "Triangular", "TruncatedNormal", "Uniform", "UniformDequantization",
-           "VariationalDequantization", "VelocityMLP", "bits_per_dim", "check_invertible", "dequantize",
-           "flow_matching_loss", "initialize"]
+           "ContinuousTransform", "Dense", "DiagonalNormal", "DiagonalScale", "Exp", "FFJORDImage", "Flatten", "Flow",
+           "FlowDistribution", "FlowPP", "FullNormal", "GaussSeidelJacobi", "Glow", "GlowStep", "GlowTransform",
+           "Guidance", "HaarSqueeze", "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Jet",
+           "Lambda", "LeakyReLU", "LinearMap", "LipSwish", "LipschitzConvNet", "LipschitzMLP", "Log", "LogisticMixture",
+           "Logit", "LowRank", "MaskedAutoregressive", "Mixture", "MixtureTransformer", "Orthogonal", "Patchify",
+           "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "RealNVPImage", "ResidualFlow",
+           "ResidualFlowImage", "Reverse", "ScalarTransform", "Sigmoid", "Slice", "Softplus", "SpectralConv2d",
+           "SpectralLinear", "SplineTransformer", "Split", "Squeeze", "StandardLogistic", "StandardNormal", "StudentT",
+           "Sylvester", "Tanh", "TarFlow", "TarFlowBlock", "Transform", "Triangular", "TruncatedNormal", "Uniform",
+           "UniformDequantization", "VariationalDequantization", "VelocityConvNet", "VelocityMLP", "bits_per_dim",
+           "check_invertible", "dequantize", "flow_matching_loss", "initialize"]

@@ -54,18 +54,30 @@ def _total(values):
     return values.flatten(1).sum(1) if values.dim() > 1 else values
 
 
+def _shared(event_shape, per_channel):
+    """The shape of the parameters."""
+    return (event_shape[0], *(1 for _ in event_shape[1:])) if per_channel else tuple(event_shape)
+
+
 def _normal_log_prob(z, loc, log_scale, temperature):
     standard = (z - loc) * torch.exp(-log_scale) / temperature
     return _total(-0.5 * standard.square() - log_scale - HALF_LOG_TWO_PI - math.log(temperature))
 
 
 class DiagonalNormal(Base):
-    """N(loc, diag(exp(2 log_scale))), both learned, N(0, I) at first."""
+    """N(loc, diag(exp(2 log_scale))), both learned, N(0, I) at first.
 
-    def __init__(self, event_shape):
+    Args:
+        event_shape: of one z.
+        per_channel: whether all positions of a channel, along dim 1 of z (B, C, *S), share them: the prior that Glow
+            learns for its last latents.
+    """
+
+    def __init__(self, event_shape, *, per_channel=False):
         super().__init__(event_shape)
-        self.loc = nn.Parameter(torch.zeros(self.event_shape))
-        self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
+        shape = _shared(self.event_shape, per_channel)
+        self.loc = nn.Parameter(torch.zeros(shape))
+        self.log_scale = nn.Parameter(torch.zeros(shape))
 
     def log_prob(self, z, temperature=1.0):
         return _normal_log_prob(self._checked(z), self.loc, self.log_scale, temperature)
@@ -137,16 +149,18 @@ class ClassConditionalNormal(Base):
     Args:
         event_shape: of one z.
         n_classes: number of classes.
+        per_channel: as of :class:`DiagonalNormal`; the prior of a class-conditional Glow.
     """
 
     conditional = True
 
-    def __init__(self, event_shape, n_classes):
+    def __init__(self, event_shape, n_classes, *, per_channel=False):
         super().__init__(event_shape)
         if n_classes < 1:
             raise ValueError(f"n_classes: expected a positive int, got {n_classes!r}")
-        self.loc = nn.Parameter(torch.zeros(n_classes, *self.event_shape))
-        self.log_scale = nn.Parameter(torch.zeros(n_classes, *self.event_shape))
+        shape = _shared(self.event_shape, per_channel)
+        self.loc = nn.Parameter(torch.zeros(n_classes, *shape))
+        self.log_scale = nn.Parameter(torch.zeros(n_classes, *shape))
 
     def _moments(self, context):
         if not isinstance(context, torch.Tensor) or context.dtype != torch.int64 or context.dim() != 1:

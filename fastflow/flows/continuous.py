@@ -27,7 +27,7 @@ class VelocityMLP(nn.Module):
         super().__init__()
         if isinstance(features, bool) or not isinstance(features, int) or features < 1:
             raise ValueError(f"features: expected a positive int, got {features!r}")
-        self.features = features
+        self.event_shape = (features,)
         self.network = MLP(features + 1, features, hidden, context_features=context_features, activation=activation)
 
     def forward(self, t, x, context=None):
@@ -47,7 +47,7 @@ class ContinuousTransform(nn.Module):
 
     Args:
         field: module, called as field(t, x) or field(t, x, context) with t 0-d, (B,) in training by flow matching;
-            returns the velocity, like x.
+            returns the velocity, like x. Its attribute ``event_shape``, if there is one, is held against x.
         trace: "exact" (D backward passes per evaluation), "hutchinson" (one), or "auto": Hutchinson's in training,
             exact in eval mode.
         method, rtol, atol, options: of torchdiffeq.odeint. Adaptive steps are chosen for the batch as a whole.
@@ -74,6 +74,11 @@ class ContinuousTransform(nn.Module):
         self.field, self.trace, self.method, self.options = field, trace, method, options
         self.rtol, self.atol, self.adjoint = rtol, atol, bool(adjoint)
 
+    @property
+    def estimates(self):
+        """Whether the log-determinant of training depends on random numbers."""
+        return self.trace != "exact"
+
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats."""
         return self._integrate("x", x, context, 1.0, 0.0)
@@ -94,10 +99,10 @@ class ContinuousTransform(nn.Module):
 
     def _integrate(self, name, x, context, start, end):
         checks.tensor(name, x)
-        features = getattr(self.field, "features", None)
-        if x.dim() < 2 or (features is not None and tuple(x.shape[1:]) != (features,)):
-            expected = "(B, *event)" if features is None else f"(B, {features})"
-            raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
+        if x.dim() < 2:
+            raise ValueError(f"{name}: expected shape (B, *event), got {tuple(x.shape)}")
+        if hasattr(self.field, "event_shape"):
+            checks.shape(name, x, (x.shape[0], *self.field.event_shape))
         parameters = tuple(self.field.parameters()) if isinstance(self.field, nn.Module) else ()
         checks.no_mixed_double([(name, x), *(("weight", p) for p in parameters[:1])])
         if x.numel() == 0:

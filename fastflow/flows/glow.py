@@ -10,8 +10,8 @@ from fastflow.flows import memory
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.images import check_image_model
-from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, SplitLink
-from fastflow.flows.multiscale import HaarSqueeze, Split, Squeeze, ZeroConv
+from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, SplitLink, TransformLink
+from fastflow.flows.multiscale import ContextPrior, HaarSqueeze, Split, Squeeze, ZeroConv
 from fastflow.functional import ScaleMap
 from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
 from fastflow.nn.factors import factorize, total_logabsdet
@@ -108,10 +108,15 @@ class GlowTransform(nn.Module):
                               parametrization=parametrization, **coupling) for _ in range(n_steps)]
             split = None
             if level < n_levels - 1:
-                prior = ZeroConv(half, 2 * (channels - half)) if learn_prior else None
-                split = Split((channels, height, width), prior=prior)
+                prior = None
+                if learn_prior:
+                    prior = ZeroConv(half, 2 * (channels - half), **_context_of_level(context, level))
+                split = Split((channels, height, width), prior=prior, conditional=self.conditional)
                 channels = half
             self.levels.append(GlowLevel(steps, split))
+        self.prior = None  # of the last level's latents
+        if learn_prior and context:
+            self.prior = ContextPrior(channels, **_context_of_level(context, n_levels - 1))
         self.latent_shapes = [shape if level.split is None else level.split.latent_shape
                               for level, shape in zip(self.levels, self.level_shapes, strict=True)]
 
@@ -128,8 +133,10 @@ class GlowTransform(nn.Module):
                                  CouplingLink(step.coupling, context))
             logdet = _add_convolutions(logdet, level_factors, shape, x)
             if level.split is not None:
-                x, logdet, latent = path(x, logdet, SplitLink(level.split))
+                x, logdet, latent = path(x, logdet, SplitLink(level.split, context))
                 latents.append(latent.flatten(1))
+        if self.prior is not None:
+            x, logdet = path(x, logdet, TransformLink(self.prior, context))
         latents.append(x.flatten(1))
         return path.end(torch.cat(latents, 1), logdet, self._unpack_channels_last)
 
@@ -142,7 +149,10 @@ class GlowTransform(nn.Module):
         for level, shape, latent, level_factors in zip(reversed(self.levels), reversed(self.level_shapes),
                                                        reversed(latents), reversed(factors), strict=True):
             latent = latent.contiguous(memory_format=torch.channels_last)
-            x, logdet = (latent, logdet) if level.split is None else level.split.merge(x, latent, logdet)
+            if level.split is not None:
+                x, logdet = level.split.merge(x, latent, logdet, context)
+            else:
+                x, logdet = (latent, None) if self.prior is None else self.prior.inverse(latent, context)
             for step, factor in zip(reversed(level.steps), reversed(level_factors), strict=True):
                 x, logdet = step.coupling.inverse(x, context, logdet=logdet)
                 x = step.conv.apply_factors(x, factor)
@@ -160,8 +170,10 @@ class GlowTransform(nn.Module):
             for step in level.steps:
                 x = step.initialize(x, context)
             if level.split is not None:
-                x, latent, _ = level.split.split(x)
+                x, latent, _ = level.split.split(x, None, context)
                 latents.append(latent.flatten(1))
+        if self.prior is not None:
+            x = self.prior(x, context)[0]
         return torch.cat([*latents, x.flatten(1)], 1)
 
     def noise_shape(self, event_shape):
@@ -221,7 +233,8 @@ class Glow(Flow):
 
     Each of ``n_levels`` levels squeezes 2x2 blocks into channels, runs ``n_steps`` steps (ActNorm folded into an
     invertible 1x1 convolution, affine coupling) and, but for the last, sends half of its channels out as latents under
-    a Gaussian prior learned from the other half. Conditioners are convolutions 3x3, 1x1, 3x3 with ReLU and plain
+    a Gaussian prior learned from the other half. A context conditions the couplings, these priors and, by one more,
+    the latents of the last level. Conditioners are convolutions 3x3, 1x1, 3x3 with ReLU and plain
     biases, the last zero-initialised. Call :meth:`initialize` on a batch of dequantised images before training, and
     :meth:`bits_per_dim` on integer images.
 
@@ -232,7 +245,8 @@ class Glow(Flow):
         parametrization: of the 1x1 weights, "plain" or "plu".
         scale: ScaleMap of the couplings or its name; None is Glow's own, z = (x + t) * sigmoid(r + 2).
         layout, order, shift_first: as in nn.AffineCoupling.
-        learn_prior: whether the latents of a split have a learned prior, zero-initialised.
+        learn_prior: whether the latents of a split, with a context the last ones too, have a learned prior,
+            zero-initialised.
         conditioner: constructor called as conditioner(in_channels, out_channels, hidden_channels), for a conditional
             model also with the keyword arguments of nn.ContextShift, which tell what context it will be called with.
         squeeze: "space_to_depth" (:class:`Squeeze`) or "haar" (:class:`HaarSqueeze`), how a level begins.

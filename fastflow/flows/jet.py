@@ -128,6 +128,8 @@ class Jet(Flow):
         Kolesnikov et al., "Jet: a modern transformer-based normalizing flow", 2024, arXiv:2412.15129.
     """
 
+    configs = CONFIGS
+
     def __init__(self, image_shape, *, patch_size=4, channels=512, couplings=32, depth=2, heads=8, kinds=KINDS,
                  spatial=SPATIAL, data_scale=2.0):
         patches = Patchify(image_shape, patch_size, channels_last=True, scale=data_scale)
@@ -157,13 +159,6 @@ class Jet(Flow):
                        _Gather(order, channel, back=True)]
         super().__init__(Compose(patches, *layers), StandardNormal(patches.token_shape))
         self.image_shape = tuple(image_shape)
-
-    @classmethod
-    def from_config(cls, name, **overrides):
-        """The configuration ``name`` of the paper, with any argument overridden: imagenet64-207m (32 couplings of depth
-        2) or imagenet64-1b (64 of depth 5, 1.02 billion parameters)."""
-        checks.choice("name", name, CONFIGS)
-        return cls(**{**CONFIGS[name], **overrides})
 
     @staticmethod
     def _order(kind, patches):

@@ -130,20 +130,22 @@ class ConvLink(_Link):
 
 
 class SplitLink(_Link):
-    """The splitting half of a flows.Split; the latents leave."""
+    """The splitting half of a flows.Split; the latents leave. ``context`` is for the prior that takes one."""
 
     heavy = sided = True
 
-    def __init__(self, split):
-        self.split = split
+    def __init__(self, split, context=None):
+        self.split, self.context = split, context
         self.saves_nothing = split.prior is None
+        if split.conditional and isinstance(context, torch.Tensor):
+            self.tensors = (context,)
 
-    def forward(self, x, logdet):
-        x1, z2, logdet = self.split.split(x, logdet)
+    def forward(self, x, logdet, *context):
+        x1, z2, logdet = self.split.split(x, logdet, *context)
         return x1, logdet, z2
 
     def undo(self, z, side):
-        return self.split.merge(z, side)[0]
+        return self.split.merge(z, side, None, self.context)[0]
 
-    def rerun(self, z, side, needs, dtype):
-        return self.split.recompute(z, side, needs=needs, dtype=dtype)
+    def rerun(self, z, side, needs, dtype, *context):
+        return self.split.recompute(z, side, *context, needs=needs, dtype=dtype)

@@ -23,7 +23,8 @@ class LipSwish(nn.Module):
 
 
 def spectral_bound(weight):
-    """An upper bound of the largest singular value of a matrix, 0-d, differentiable, above it by less than 1 %.
+    """An upper bound of the largest singular value of a matrix, or of any of several (..., M, N), real or complex: 0-d,
+    differentiable, above it by less than 1 %.
 
     Power iteration on the whole Gram matrix G = W'W: with k = 8 squarings it gives (tr G^(2^(k+1)))^(1/2^(k+2)), the
     Schatten norm of order 1024, at most rank^(1/1024) times the 2-norm. Iterating a vector instead would come from
@@ -33,14 +34,15 @@ def spectral_bound(weight):
         Delattre et al., "Efficient bound of Lipschitz constant for convolutional layers by Gram iteration", 2023,
         arXiv:2305.16173.
     """
-    gram = weight.mT @ weight if weight.shape[0] >= weight.shape[1] else weight @ weight.mT
+    gram = weight.mH @ weight if weight.shape[-2] >= weight.shape[-1] else weight @ weight.mH
     log, share, tiny = 0.0, 1.0, torch.finfo(weight.dtype).tiny
     for _ in range(8):
-        size = torch.linalg.vector_norm(gram).clamp_min(tiny)
+        size = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp_min(tiny)
         log = log + share * torch.log(size)
         gram, share = gram / size, 0.5 * share
         gram = gram @ gram
-    return torch.exp(0.5 * (log + share * torch.log(torch.linalg.vector_norm(gram).clamp_min(tiny))))
+    last = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp_min(tiny)
+    return torch.exp(0.5 * (log + share * torch.log(last))).amax()
 
 
 class SpectralLinear(nn.Linear):
@@ -88,7 +90,7 @@ class LipschitzMLP(nn.Module):
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
         if not bound > 0:
             raise ValueError(f"bound: expected a positive number, got {bound!r}")
-        self.features, self.bound, self.context_features = features, bound, context_features
+        self.event_shape, self.bound, self.context_features = (features,), bound, context_features
         sizes = (features, *hidden, features)
         each = bound ** (1.0 / (len(sizes) - 1))
         self.layers = nn.ModuleList(SpectralLinear(a, b, each) for a, b in zip(sizes[:-1], sizes[1:], strict=True))

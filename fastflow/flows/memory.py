@@ -45,7 +45,7 @@ class Mode:
 
     Raises:
         ValueError: an unknown name, a keep_every that is no positive int or comes with another mode, or for "invert" a
-            model that holds dropout or batch normalisation; the message names the module.
+            model that holds dropout, batch normalisation or an estimated log-determinant; the message names the module.
     """
 
     def __init__(self, name, model, keep_every=None):
@@ -70,6 +70,9 @@ def _refuse_uninvertible(model):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"memory: 'invert' can't run {name} ({kind}): batch statistics of recovered values are "
                              f"not those of the pass; use 'save_z'")
+        if getattr(module, "estimates", False):
+            raise ValueError(f"memory: 'invert' can't run {name} ({kind}): its estimate of the log-determinant would "
+                             f"be drawn anew in backward; use 'save_z'")
         p = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
         if isinstance(p, float) and p > 0 or isinstance(module, nn.RReLU):
             raise ValueError(f"memory: 'invert' can't run {name} ({kind}): its random numbers would be drawn anew in "
@@ -110,13 +113,13 @@ def path():
     return _InvertPath(mode)
 
 
-def kept(function, x):
-    """``function(x)``; in a memory mode x is kept and the function runs once more in backward."""
+def kept(function, x, *tensors):
+    """``function(x, *tensors)``; in a memory mode they are kept and the function runs once more in backward."""
     mode = active()
     if mode is None:
-        return function(x)
+        return function(x, *tensors)
     run = _Recomputing(mode)
-    out = run(function, function, x, (x,))
+    out = run(function, function, x, (x, *tensors))
     run.end()
     return out
 

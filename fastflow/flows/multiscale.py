@@ -10,8 +10,9 @@ from fastflow import checks, functional
 from fastflow.flows import memory
 from fastflow.flows.transform import check_transform, initialize, noise_shape
 from fastflow.functional import ScaleMap
+from fastflow.nn import ContextShift
 
-__all__ = ["CheckerboardSqueeze", "HaarSqueeze", "Split", "Squeeze", "ZeroConv"]
+__all__ = ["CheckerboardSqueeze", "ContextPrior", "Flatten", "HaarSqueeze", "Split", "Squeeze", "ZeroConv"]
 
 
 def _space_to_depth(x):
@@ -169,13 +170,83 @@ class CheckerboardSqueeze(nn.Module):
         return (torch.arange(height, device=device) % 2 == 0)[:, None]
 
 
-class ZeroConv(nn.Conv2d):
-    """A 3x3 convolution that starts at zero."""
+class Flatten(nn.Module):
+    """x (B, *event_shape) to z (B, D), the elements in order.
 
-    def __init__(self, in_channels, out_channels):
+    Args:
+        event_shape: the shape of one x.
+    """
+
+    moves_elements = True
+
+    def __init__(self, event_shape):
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+
+    def forward(self, x, context=None):
+        checks.tensor("x", x)
+        checks.shape("x", x, (x.shape[0], *self.event_shape))
+        return x.reshape(x.shape[0], math.prod(self.event_shape)), x.new_zeros(x.shape[0])
+
+    def inverse(self, z, context=None):
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], math.prod(self.event_shape)))
+        return z.reshape(z.shape[0], *self.event_shape), z.new_zeros(z.shape[0])
+
+    def noise_shape(self, event_shape):
+        return (math.prod(self.event_shape),)
+
+    def data_shape(self, event_shape):
+        return self.event_shape
+
+
+class ZeroConv(nn.Conv2d):
+    """A 3x3 convolution that starts at zero; ``context`` are the keyword arguments of an nn.ContextShift, which adds
+    what the context says, nothing at first. None for a convolution of x alone."""
+
+    def __init__(self, in_channels, out_channels, **context):
         super().__init__(in_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
+        self.shift = _zero_shift(out_channels, context)
+
+    def forward(self, x, context=None):
+        h = super().forward(x)
+        return h if self.shift is None else h + self.shift(x, context)
+
+
+def _zero_shift(channels, context):
+    if not context:
+        return None
+    shift = ContextShift(channels, **context)
+    nn.init.zeros_(shift.layer.weight)
+    return shift
+
+
+class ContextPrior(nn.Module):
+    """z = (x - mu(context)) / sigma(context) of images x (B, C, H, W), the identity at first: with N(0, I) behind it a
+    Gaussian prior of x that the context makes; log sigma as of :class:`Split`.
+
+    Args:
+        channels: C.
+        context: keyword arguments of an nn.ContextShift, which gives mu and r packed along dim 1.
+    """
+
+    def __init__(self, channels, **context):
+        super().__init__()
+        self.shift = _zero_shift(2 * channels, context)
+
+    def forward(self, x, context=None):
+        """(z, logdet (B,))."""
+        return functional.affine_coupling(x, self._params(x, context), scale=Split.SCALE, order="shift_scale",
+                                          inverse=True)
+
+    def inverse(self, z, context=None):
+        """(x, logdet (B,))."""
+        return functional.affine_coupling(z, self._params(z, context), scale=Split.SCALE, order="shift_scale")
+
+    def _params(self, x, context):
+        return self.shift(x, context).expand(-1, -1, *x.shape[2:]).contiguous()
 
 
 class Split(nn.Module):
@@ -189,6 +260,7 @@ class Split(nn.Module):
         event_shape: (C, *S), the shape of one x.
         rest: transform of x1; None leaves x1 as it is.
         prior: network from (B, C // 2, *S) to (B, 2 (C - C // 2), *S), or None.
+        conditional: whether the prior is called with the context as second argument.
 
     Raises:
         ValueError: fewer than two channels; on a call, an x of another shape.
@@ -197,7 +269,7 @@ class Split(nn.Module):
     SCALE = ScaleMap("tanh", clamp=5.0)
     saves_memory = True
 
-    def __init__(self, event_shape, rest=None, *, prior=None):
+    def __init__(self, event_shape, rest=None, *, prior=None, conditional=False):
         super().__init__()
         self.event_shape = tuple(event_shape)
         channels = self.event_shape[0]
@@ -210,32 +282,32 @@ class Split(nn.Module):
         kept = (self.sizes[0], *self.event_shape[1:])
         self.rest_shape = kept if rest is None else noise_shape(rest, kept)
         self.rest = rest
-        self.prior = prior
+        self.prior, self.conditional = prior, bool(conditional)
 
-    def split(self, x, logdet=None):
+    def split(self, x, logdet=None, context=None):
         """(x1, z2, logdet) of x (B, C, *S), z2 (B, C - C // 2, *S); a running ``logdet`` (B,) is added."""
         checks.tensor("x", x)
         checks.shape("x", x, (x.shape[0], *self.event_shape))
         x1, x2 = torch.split(x, self.sizes, 1)
         if self.prior is None:
             return x1, x2, x.new_zeros(x.shape[0]) if logdet is None else logdet
-        z2, logdet = functional.affine_coupling(x2, self.prior(x1), scale=self.SCALE, order="shift_scale", inverse=True,
-                                                logdet=logdet)
+        z2, logdet = functional.affine_coupling(x2, self._params(x1, context), scale=self.SCALE, order="shift_scale",
+                                                inverse=True, logdet=logdet)
         return x1, z2, logdet
 
-    def merge(self, x1, z2, logdet=None):
+    def merge(self, x1, z2, logdet=None, context=None):
         """(x, logdet), the inverse of split."""
         if self.prior is None:
             return torch.cat([x1, z2], 1), x1.new_zeros(x1.shape[0]) if logdet is None else logdet
-        return functional.affine_coupling(z2, self.prior(x1), scale=self.SCALE, order="shift_scale", logdet=logdet,
-                                          passive=x1)
+        return functional.affine_coupling(z2, self._params(x1, context), scale=self.SCALE, order="shift_scale",
+                                          logdet=logdet, passive=x1)
 
-    def recompute(self, x1, z2, *, needs=True, dtype=None):
+    def recompute(self, x1, z2, context=None, *, needs=True, dtype=None):
         """The x that split made x1 and z2 of, and on the way split's graph, with one run of the prior; ``needs`` and
         ``dtype`` as in nn.AffineCoupling.recompute."""
         dtype = z2.dtype if dtype is None else dtype
         with torch.enable_grad():
-            params = self.prior(x1.detach().requires_grad_(needs))
+            params = self._params(x1.detach().requires_grad_(needs), context)
             with torch.no_grad():
                 x = functional.affine_coupling(z2, params, scale=self.SCALE, order="shift_scale", passive=x1)[0]
             x = x.to(dtype)
@@ -244,7 +316,8 @@ class Split(nn.Module):
         return x
 
     def forward(self, x, context=None):
-        z1, z2, logdet = memory.kept(self.split, x)
+        z1, z2, logdet = memory.kept(lambda x, *own: self.split(x, None, *own), x,
+                                     *([context] if self.conditional and context is not None else []))
         if self.rest is not None:
             z1, more = self.rest(z1, context)
             logdet = logdet + more
@@ -255,13 +328,13 @@ class Split(nn.Module):
         total = None
         if self.rest is not None:
             z1, total = self.rest.inverse(z1, context)
-        return self.merge(z1, z2, total)
+        return self.merge(z1, z2, total, context)
 
     def noise_shape(self, event_shape):
         return (math.prod(self.event_shape),)
 
     def initialize(self, x, context=None):
-        z1, z2, _ = self.split(x)
+        z1, z2, _ = self.split(x, None, context)
         if self.rest is not None:
             z1 = initialize(self.rest, z1, context)
         return torch.cat([z2.flatten(1), z1.flatten(1)], 1)
@@ -270,6 +343,9 @@ class Split(nn.Module):
         """The latents that z (B, D) packs, in the order in which they leave: z2 (B, C - C // 2, *S), those of rest."""
         z2, z1 = self._unpack(z)
         return [z2, *self.rest.unpack(z1)] if hasattr(self.rest, "unpack") else [z2, z1]
+
+    def _params(self, x1, context):
+        return self.prior(x1, context) if self.conditional else self.prior(x1)
 
     def _unpack(self, z):
         checks.tensor("z", z)

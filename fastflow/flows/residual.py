@@ -37,9 +37,9 @@ class InvertibleResidual(nn.Module):
     the implicit function.
 
     Args:
-        net: module g, called as net(x) or net(x, context), such as :class:`LipschitzMLP`; one with a method
-            ``bind(context)`` gives a function of x that is used throughout a call. Its attribute ``bound``, if there is
-            one, is taken for L.
+        net: module g, called as net(x) or net(x, context), such as :class:`LipschitzMLP` or
+            :class:`LipschitzConvNet`; one with a method ``bind(context)`` gives a function of x that is used throughout
+            a call. Its attributes ``bound`` and ``event_shape``, if there are any, are taken for L and the shape of x.
         exact_features: up to how many elements eval mode takes the determinant.
         n_exact_terms: terms that are always evaluated in training.
         stop: probability of stopping after each further term. The variance is finite where L^2 < 1 - stop, and may be
@@ -57,6 +57,8 @@ class InvertibleResidual(nn.Module):
         Behrmann et al., "Invertible residual networks", 2019, arXiv:1811.00995.
         Chen et al., "Residual flows for invertible generative modeling", 2019, arXiv:1906.02735.
     """
+
+    estimates = True  # the log-determinant in training, by random numbers
 
     def __init__(self, net, *, exact_features=16, n_exact_terms=4, stop=0.5, n_probes=1, n_eval_terms=40,
                  tolerance=None, max_iterations=2000):
@@ -104,9 +106,8 @@ class InvertibleResidual(nn.Module):
             raise ValueError(f"{name}: expected shape (B, *event), got {tuple(x.shape)}")
         parameter = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
         checks.no_mixed_double([("weight", parameter), (name, x)])
-        features = getattr(self.net, "features", None)
-        if features is not None:
-            checks.shape(name, x, (x.shape[0], features))
+        if hasattr(self.net, "event_shape"):
+            checks.shape(name, x, (x.shape[0], *self.net.event_shape))
 
     def _function(self, context):
         if hasattr(self.net, "bind"):

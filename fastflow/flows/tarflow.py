@@ -165,6 +165,8 @@ class TarFlow(Flow):
         Zhai et al., "Normalizing flows are capable generative models", 2025, arXiv:2412.06329.
     """
 
+    configs = CONFIGS
+
     def __init__(self, image_shape, patch_size, channels, blocks=8, layers_per_block=8, *, num_classes=0, head_dim=64,
                  expansion=4, data_scale=2.0):
         patches = Patchify(image_shape, patch_size, scale=data_scale)
@@ -177,14 +179,6 @@ class TarFlow(Flow):
                                expansion=expansion, num_classes=num_classes) for index in range(blocks)]
         super().__init__(Compose(patches, *layers), StandardNormal(patches.token_shape))
         self.image_shape, self.num_classes = tuple(image_shape), num_classes
-
-    @classmethod
-    def from_config(cls, name, **overrides):
-        """The configuration ``name`` of the paper, patch-channels-blocks-layers, with any argument overridden:
-        imagenet64-2-768-8-8 (460 million parameters), imagenet64-2-1024-8-8, imagenet128-4-1024-8-8 or
-        afhq256-8-768-8-8."""
-        checks.choice("name", name, CONFIGS)
-        return cls(**{**CONFIGS[name], **overrides})
 
     @torch.no_grad()
     def sample(self, n, context=None, *, generator=None, temperature=1.0, guidance=0.0, method="sequential",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastflow import flows
+from fastflow import flows, nn
 from fastflow.engine import TrainStep
 from fastflow.engine.precision import Lowered, conditioners
 from fastflow.vae import VAE, mlp_decoder, mlp_encoder
@@ -35,6 +35,24 @@ def test_z_and_logdet_stay_in_float32_and_close():
     again = model.transform(x)
     assert torch.equal(again[0], z) and torch.equal(again[1], logdet) and seen[-1][1] == torch.float32
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(("make", "count"), [
+    (lambda: flows.NSF(4, n_layers=2, hidden=(8,)), 2), (lambda: nn.MixtureCoupling(nn.MLP(2, 52, (8,))), 1)])
+def test_couplings_of_every_kind_have_conditioners(make, count):
+    model = make()
+    assert len(conditioners(model)) == count
+    seen = []
+    for module in conditioners(model):
+        module.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    x = torch.randn(8, 4)
+    expected = model(x)
+    with Lowered(model, torch.bfloat16)():
+        low = model(x)
+    assert seen == [torch.float32] * count + [torch.bfloat16] * count
+    for a, b in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (low, expected)), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
 def test_only_conditioners_compute_in_bfloat16():

@@ -142,6 +142,23 @@ def test_class_conditional_base():
             base.log_prob(x, context=wrong)
 
 
+def test_priors_that_positions_share():
+    """Those of Glow: one mean and one deviation for each channel, and for each class."""
+    base, classes = flows.DiagonalNormal((2, 3, 3), per_channel=True), flows.ClassConditionalNormal(
+        (2, 3, 3), 4, per_channel=True)
+    assert base.loc.shape == (2, 1, 1) and classes.loc.shape == (4, 2, 1, 1)
+    base, classes = scattered(base), scattered(classes)
+    z, labels = torch.randn(5, 2, 3, 3, dtype=torch.float64), torch.tensor([3, 0, 1, 1, 2])
+    want = D.Normal(base.loc, 0.7 * base.log_scale.exp()).log_prob(z).flatten(1).sum(1)
+    torch.testing.assert_close(base.log_prob(z, 0.7), want)
+    want = D.Normal(classes.loc[labels], classes.log_scale[labels].exp()).log_prob(z).flatten(1).sum(1)
+    torch.testing.assert_close(classes.log_prob(z, context=labels), want)
+    draws = base.sample(4000)
+    assert draws.shape == (4000, 2, 3, 3)
+    assert ((draws.mean((0, 2, 3)) - base.loc.flatten()).abs() < 4 * base.log_scale.exp().flatten() / 36_000**0.5).all()
+    assert classes.sample(5, context=labels).shape == (5, 2, 3, 3)
+
+
 def test_mixtures_choose_components_by_weight():
     parts = [flows.Uniform(k, k + 1.0, (1,)) for k in range(3)]
     base = flows.Mixture(parts)

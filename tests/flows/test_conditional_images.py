@@ -51,6 +51,31 @@ def test_context_is_respected(name, kind):
         MODELS[name]().double()(x, context)
 
 
+@pytest.mark.parametrize("kind", CONTEXTS)
+def test_priors_of_glow_see_the_context(kind):
+    """Alone, with couplings that ignore it: the latents of every level, by (x - mu) / sigma; nothing at the start."""
+    options, shape = CONTEXTS[kind]
+    model = MODELS["glow"](**options).double()
+    x, context = torch.rand(3, 3, 8, 8, dtype=torch.float64) - 0.5, torch.randn(3, *shape, dtype=torch.float64)
+    transform = model.transform
+    z, before_logdet = transform(x, context)
+    plain = model.unpack(z)
+    torch.testing.assert_close(model(x, context), model(x, context + 1))
+    priors = [transform.levels[0].split.prior, transform.prior]
+    for prior in priors:
+        scattered(prior.shift, 0.3)
+    z, logdet = transform(x, context)
+    expected = 0.0
+    for prior, latent, before in zip(priors, model.unpack(z), plain, strict=True):
+        params = prior.shift(latent, context).expand(-1, -1, *latent.shape[2:])
+        mu, log_sigma = params.chunk(2, 1)[0], 5 * torch.tanh(params.chunk(2, 1)[1] / 5)
+        torch.testing.assert_close(latent, (before - mu) * torch.exp(-log_sigma))
+        expected = expected - log_sigma.flatten(1).sum(1)
+    torch.testing.assert_close(logdet, before_logdet + expected)
+    torch.testing.assert_close(transform.inverse(z, context)[0], x)
+    assert MODELS["glow"](learn_prior=False, **options).transform.prior is None
+
+
 @pytest.mark.parametrize("mode", ["save_z", "invert"])
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_modes_give_the_plain_gradients(name, mode):

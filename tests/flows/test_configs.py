@@ -10,10 +10,11 @@ from fastflow import flows
 from fastflow.engine import TrainStep
 
 MODELS = (flows.Glow, flows.RealNVPImage, flows.FlowPP, flows.RealNVP, flows.MAF, flows.IAF, flows.NSF, flows.NICE,
-          flows.ResidualFlow, flows.FFJORD)
+          flows.ResidualFlow, flows.ResidualFlowImage, flows.FFJORD, flows.FFJORDImage)
 # Of each family the kinds that differ in more than sizes; the others are trained in the long run.
 KINDS = {flows.Glow: ("cifar10", "cifar10-plu", "cifar10-additive"), flows.FlowPP: ("cifar10", "cifar10-uniform"),
-         flows.MAF: ("power-5", "gas-5"), flows.NSF: ("power", "power-ar"), flows.NICE: ("mnist", "tfd")}
+         flows.MAF: ("power-5", "gas-5"), flows.NSF: ("power", "power-ar"), flows.NICE: ("mnist", "tfd"),
+         flows.ResidualFlowImage: ("cifar10", "imagenet64"), flows.FFJORDImage: ("cifar10",)}
 EVERY = [pytest.param(model, name, id=f"{model.__name__}-{name}", marks=() if name in KINDS.get(
     model, [*model.configs][:1]) else pytest.mark.slow) for model in MODELS for name in model.configs]
 
@@ -59,6 +60,10 @@ def test_numbers_by_name():
     assert parameters(flows.NICE, "mnist") == 4 * (393 * 1000 + 4 * 1001 * 1000 + 1001 * 392) + 784
     # Of a layer the MADE 6 -> 100 -> 100 -> 12, masked, and an ActNorm.
     assert parameters(flows.MAF, "power-5") == 5 * (7 * 100 + 101 * 100 + 101 * 12 + 12)
+    # What the papers state: 25, 47 and 53 million, and 0.8 and 1.36 million.
+    sizes = [parameters(flows.ResidualFlowImage, name) for name in ("cifar10", "imagenet32", "imagenet64")]
+    assert sizes == [25_149_639, 47_074_599, 53_269_767]
+    assert [parameters(flows.FFJORDImage, name) for name in ("mnist", "cifar10")] == [800_636, 1_358_868]
     # Of a field 43 features and the time -> 860 -> 860 -> 43.
     assert parameters(flows.FFJORD, "miniboone") == 45 * 860 + 861 * 860 + 861 * 43
 
@@ -77,6 +82,9 @@ REDUCED = {  # what makes a configuration small enough to train here
     flows.RealNVP: {"n_layers": 2, "hidden": (8, 8)}, flows.MAF: {"n_layers": 2, "hidden": (8, 8)},
     flows.IAF: {"features": 4, "n_layers": 2, "hidden": (8, 8)}, flows.NSF: {"n_layers": 2, "hidden": (8,)},
     flows.NICE: {"features": 16, "n_layers": 2, "hidden": (8,)}, flows.ResidualFlow: {"n_layers": 2, "hidden": (8, 8)},
+    flows.ResidualFlowImage: {**IMAGE, "n_blocks": 1, "fc_hidden": (8,)},
+    flows.FFJORDImage: {"n_blocks": 1, "n_levels": 2, "hidden_channels": (8,), "rtol": 1e-2, "atol": 1e-2,
+                        "trace": "hutchinson"},
     flows.FFJORD: {"n_layers": 1, "hidden": (8,), "rtol": 1e-3, "atol": 1e-3},
 }
 
@@ -87,8 +95,8 @@ def test_a_reduced_copy_trains(model, name):
     images = "image_shape" in model.configs[name]
     if images:
         # Of its levels the smallest image that has them all.
-        side = 2**model.configs[name].get("n_levels", 3)
-        overrides["image_shape"] = (3, side, side)
+        side = 2**{**model.configs[name], **overrides}.get("n_levels", 3)
+        overrides["image_shape"] = (model.configs[name]["image_shape"][0], side, side)
         x = torch.randint(0, 256, (4, *overrides["image_shape"]), dtype=torch.uint8) // 4 + 90
         flow = model.from_config(name, **overrides)
         flow.initialize(x if flow.dequantization is not None else flows.dequantize(x))

@@ -340,6 +340,7 @@ def test_a_table_flow_keeps_z_of_each_coupling():
 @pytest.mark.parametrize("make", [lambda: glow(torch.float32, n_steps=1), lambda: multiscale(torch.float32)])
 def test_save_z_compiles_to_one_graph(make):
     model, (x,), _ = make()
+    torch._dynamo.reset()  # other compiled models of this process count towards its limit
     expected = run(model, [x], [], None)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss, grads = run(model, [x], [], mode_of(model, "save_z"), compiled)
