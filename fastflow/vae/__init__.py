@@ -2,14 +2,78 @@
 
 from fastflow.vae.bounds import ciwae, dreg, miwae, piwae, renyi, stl
 from fastflow.vae.discrete import DiscreteVAE
-from fastflow.vae.elbo import ELBO, iwae
+from fastflow.vae.elbo import ELBO, Inference, iwae
+from fastflow.vae.generation import lerp, slerp
+from fastflow.vae.hamiltonian import HamiltonianVAE
+from fastflow.vae.hierarchy import HierarchicalVAE, HierarchyTerms, Level
 from fastflow.vae.kl_control import ar1_least_rate, capacity, delta_gaussian, free_bits, kl_balance
-from fastflow.vae.likelihoods import BernoulliLikelihood, GaussianLikelihood
+from fastflow.vae.labels import Conditioned, SemiSupervisedVAE, Task
+from fastflow.vae.likelihoods import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    ContinuousBernoulliLikelihood,
+    DiscretizedLogisticLikelihood,
+    GaussianLikelihood,
+    LaplaceLikelihood,
+    Likelihood,
+    LogisticMixtureLikelihood,
+    NegativeBinomialLikelihood,
+    PoissonLikelihood,
+)
 from fastflow.vae.model import VAE
-from fastflow.vae.networks import conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
-from fastflow.vae.posteriors import GaussianPosterior
-from fastflow.vae.priors import GaussianPrior
+from fastflow.vae.models import (
+    DIPVAE,
+    FSQVAE,
+    HVAE,
+    IWAE,
+    MLPVAE,
+    NVAE,
+    VDVAE,
+    VQVAE,
+    WAE,
+    AdversarialAutoencoder,
+    BetaTCVAE,
+    BetaVAE,
+    ConditionalVAE,
+    ConvVAE,
+    FactorVAE,
+    FlowPosteriorVAE,
+    FlowPriorVAE,
+    InfoVAE,
+    VampVAE,
+)
+from fastflow.vae.networks import conv_decoder, conv_encoder, mlp_decoder, mlp_discriminator, mlp_encoder
+from fastflow.vae.objectives import IWAEObjective, Objective, PenalizedELBO
+from fastflow.vae.penalties import (
+    DIP,
+    MMD,
+    DensityRatio,
+    FactorTC,
+    TotalCorrelation,
+    decompose_kl,
+    dip_penalty,
+    discriminator_loss,
+    mmd,
+)
+from fastflow.vae.posteriors import (
+    DeterministicPosterior,
+    FlowPosterior,
+    FullGaussianPosterior,
+    GaussianPosterior,
+    LowRankGaussianPosterior,
+    MixturePosterior,
+)
+from fastflow.vae.priors import (
+    AutoregressivePrior,
+    CodePrior,
+    ConditionalGaussianPrior,
+    GaussianPrior,
+    MixturePrior,
+    VampPrior,
+)
+from fastflow.vae.quantizers import FSQ, Quantized, VectorQuantizer
 from fastflow.vae.schedules import CosineSchedule, CyclicalSchedule, LinearSchedule, Schedule, SigmoidSchedule
+from fastflow.vae.vqvae import QuantizedVAE
 
 __all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "MMD", "NVAE", "VAE", "VDVAE", "VQVAE",
            "WAE", "AdversarialAutoencoder", "AutoregressivePrior", "BernoulliLikelihood", "BetaTCVAE", "BetaVAE",
