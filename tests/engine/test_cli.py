@@ -22,7 +22,7 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ([], "train, sample, evaluate, bench or doctor"),
+    ([], "train, sample, evaluate, export, bench or doctor"),
     (["paint"], "paint"),
     (["train"], "glow-photos"),
     (["train", "glow-cats"], "glow-cats"),
