@@ -12,8 +12,8 @@ Beside each stands NAME.json: format, versions, shapes, operators, and the SHA-2
 
 A graph calls fused operators, ``fastflow_cpu::spline_fwd`` for instance, which must be registered before it is loaded:
 :func:`load_exported` does that, and elsewhere ``fastflow.extension.load("cpu")``. ``backend="reference"`` makes one
-that needs torch alone.
-code. .safetensors files run nothing.
+that needs torch alone. Load .pt2 files from sources that you trust, as you would run a program: one made with aoti is
+native code. .safetensors files run nothing.
 """
 
 import contextlib

@@ -25,23 +25,28 @@ for path in sys.argv[1:]:
     batches = torch.load(path + ".batches", weights_only=True)
     torch.save([log_prob(x) for x in batches], path + ".found")
 """
-# What a user without fastflow's engine writes: the operators must be there before the graph that calls them.
-BARE = """
+# In one process: torch alone, then a graph before its operators are there and after, then the rest.
+STEPWISE = """
 import sys, torch
-def run(path):
+def run(path, load):
+    log_prob = load(path)
     batches = torch.load(path + ".batches", weights_only=True)
-    program = torch.export.load(path).module()
-    torch.save([program(x).detach() for x in batches], path + ".found")
-plain, fused = sys.argv[1:]
-run(plain)
+    torch.save([log_prob(x).detach() for x in batches], path + ".found")
+def bare(path):
+    return torch.export.load(path).module()
+plain, fused, *others = sys.argv[1:]
+run(plain, bare)
 assert not any(name.startswith("fastflow") for name in sys.modules)
 try:
-    run(fused)
+    run(fused, bare)
 except Exception as error:
     print("refused", error)
 from fastflow import extension
 extension.load("cpu")
-run(fused)
+run(fused, bare)
+from fastflow.engine.export import load_exported
+for path in others:
+    run(path, load_exported)
 """
 
 
@@ -75,24 +80,19 @@ def check(path, want):
 
 
 def test_graphs_reload_elsewhere(tmp_path):
-    wants = dict(exported(perturbed(name), tmp_path / name, "torch_export") for name in MODELS)
-    for path, name in zip(wants, MODELS, strict=True):
-        about = json.loads(path.with_suffix(".json").read_text())
-        assert f"fastflow_cpu.{MODELS[name][1]}" in about["operators"] and about["backends"] == ["cpu"]
-    done = read(READ, *wants)
-    assert done.returncode == 0, done.stderr
-    for path, want in wants.items():
-        check(path, want)
-
-
-def test_a_graph_needs_its_operators_unless_it_is_torchs_own(tmp_path):
-    fused, fused_want = exported(perturbed("realnvp"), tmp_path / "fused", "torch_export")
-    plain, plain_want = exported(perturbed("realnvp"), tmp_path / "plain", "torch_export", backend="reference")
+    """One of torch's operators alone, without fastflow; fused ones, once fastflow's operators are registered."""
+    plain, want = exported(perturbed("realnvp"), tmp_path / "plain", "torch_export", backend="reference")
     assert json.loads(plain.with_suffix(".json").read_text())["operators"] == []
-    done = read(BARE, plain, fused)
+    wants = {plain: want}
+    for name, (_, operator) in MODELS.items():
+        path, values = exported(perturbed(name), tmp_path / name, "torch_export")
+        about = json.loads(path.with_suffix(".json").read_text())
+        assert f"fastflow_cpu.{operator}" in about["operators"] and about["backends"] == ["cpu"]
+        wants[path] = values
+    done = read(STEPWISE, *wants)
     assert done.returncode == 0 and done.stdout.startswith("refused"), done.stderr
-    check(plain, plain_want)
-    check(fused, fused_want)
+    for path, values in wants.items():
+        check(path, values)
 
 
 @pytest.mark.slow  # each compiles for a minute
