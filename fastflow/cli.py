@@ -68,6 +68,12 @@ def main(argv=None):
         fail("interrupted", 130)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+    except ValueError as error:
+        from fastflow.data import DataFileError
+
+        if not isinstance(error, DataFileError):
+            raise
+        fail(error)
     except RuntimeError as error:
         from fastflow.engine import RunError
 

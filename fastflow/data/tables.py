@@ -12,7 +12,7 @@ from fastflow.data.files import DataFileError, naming, optional, split
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SUFFIXES", "TableData", "from_arrow", "read"]
+__all__ = ["SUFFIXES", "TableData", "from_arrow", "is_there", "read"]
 
 SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
 TEST_NAMES = ("test", "val", "valid", "validation")
