@@ -1,4 +1,4 @@
-"""The command line: ``fastflow train | sample | evaluate | bench | doctor``.
+"""The command line: ``fastflow train | sample | evaluate | export | bench | doctor``.
 
 Everything heavy is imported by the command that needs it. What is refused is named on one line of stderr, status 1.
 """
@@ -53,7 +53,7 @@ def main(argv=None):
         fail(f"unrecognized arguments: {' '.join(rest)} (see fastflow --help)")
     arguments.rest = rest
     if arguments.command is None:
-        fail("expected a command: train, sample, evaluate, bench or doctor (see fastflow --help)")
+        fail("expected a command: train, sample, evaluate, export, bench or doctor (see fastflow --help)")
     if arguments.needs_extras:
         check_extras()
         # Read once, when torch loads OpenMP: threads that wait without spinning leave the cores of a busy machine to
@@ -68,6 +68,12 @@ def main(argv=None):
         fail("interrupted", 130)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+    except ValueError as error:
+        from fastflow.data import DataFileError
+
+        if not isinstance(error, DataFileError):
+            raise
+        fail(error)
     except RuntimeError as error:
         from fastflow.engine import RunError
 
@@ -116,6 +122,15 @@ def parser():
     evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws")
     evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     evaluate.set_defaults(command=run_evaluate)
+
+    export = commands.add_parser("export", help="write a trained model to a file for use elsewhere",
+                                 description="Write a trained model's weights, or its compiled log-density, and print "
+                                 "the path.")
+    export.add_argument("directory", metavar="DIR", help="a run's directory")
+    export.add_argument("--format", choices=["safetensors", "torch_export", "aoti"], default="safetensors")
+    export.add_argument("--out", metavar="PATH", help="the file (default: DIR/export/step-NNNNNN-FORMAT)")
+    export.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
+    export.set_defaults(command=run_export)
 
     bench = commands.add_parser("bench", help="measure the operations (bench --help)", add_help=False)
     bench.set_defaults(command=run_bench, needs_extras=False)
@@ -229,6 +244,18 @@ def run_evaluate(arguments):
     write_text(path, json.dumps(record, indent=1) + "\n")
     print(f"held-out {describe(figures)}, {len(images.test)} images, step {trained.step}")
     print(path)
+
+
+def run_export(arguments):
+    from fastflow.engine.export import export
+    from fastflow.engine.run import load_trained
+
+    trained = load_trained(arguments.directory, "cpu", arguments.step)
+    out = arguments.out or Path(arguments.directory) / "export" / f"step-{trained.step:06d}-{arguments.format}"
+    try:
+        print(export(trained.model, out, arguments.format, settings=trained.settings.model_dump(mode="json")))
+    except ValueError as error:
+        fail(error)
 
 
 def run_bench(arguments):

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from fastflow import cli
+from fastflow.data import DataFileError
 
 
 def run(*arguments, cwd=None):
@@ -22,7 +23,7 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ([], "train, sample, evaluate, bench or doctor"),
+    ([], "train, sample, evaluate, export, bench or doctor"),
     (["paint"], "paint"),
     (["train"], "glow-photos"),
     (["train", "glow-cats"], "glow-cats"),
@@ -99,3 +100,13 @@ def test_bench_runs_the_benchmarks_of_the_directory_it_is_called_in(tmp_path):
     for arguments in (["ops", "--threads", "1"], ["--help"], []):
         here = run("bench", *arguments, cwd=tmp_path)
         assert here.returncode == 3 and here.stdout == f"{arguments}\n", here.stderr
+
+
+def test_a_damaged_data_file_is_one_line(monkeypatch, capsys):
+    def damaged(arguments):
+        raise DataFileError("train.npy", "is truncated")
+
+    monkeypatch.setattr(cli, "run_doctor", damaged)
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["doctor"])
+    assert leaving.value.code == 1 and capsys.readouterr().err == "fastflow: train.npy: is truncated\n"

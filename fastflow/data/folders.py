@@ -1,0 +1,101 @@
+"""Folders of pictures, read with pillow."""
+
+import io
+
+import numpy as np
+
+from fastflow.data.files import DataFileError, naming, optional, split
+
+__all__ = ["SUFFIXES", "TEST_NAMES", "decode", "read"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+TEST_NAMES = ("test", "val", "valid", "validation")
+GREY = ("1", "L", "LA", "I", "I;16", "F")
+ERRORS = (OSError, SyntaxError, ValueError, EOFError)
+
+
+def read(path, size=None, test_fraction=0.1):
+    """(train, test, train labels, test labels): uint8 (N, C, H, W), C = 1 if all pictures are grey, else 3.
+
+    Pictures are taken in the order of their names. Where each lies in a folder of its class, labels are the ranks of
+    the classes' names, else None.
+
+    Args:
+        path: a folder with train and test (or val, valid, validation), or one whose pictures a fixed split divides.
+        size: scale pictures so that the shorter side has this length and cut out the centre; None takes pictures of one
+            size as they are.
+        test_fraction: share of the test part where the folder has none.
+
+    Raises:
+        DataFileError: there are no pictures, one can't be decoded, or sizes differ.
+    """
+    with naming(path, OSError):
+        held_out = next((path / name for name in TEST_NAMES if (path / name).is_dir()), None)
+        roots = (path / "train", held_out) if (path / "train").is_dir() and held_out else (path,)
+    parts = [_pictures(root) for root in roots]
+    files = [file for part in parts for file in part]
+    labels = _labels(roots, parts)
+    images = decode(files, size)
+    if len(parts) == 2:
+        rows = np.arange(len(parts[0])), np.arange(len(parts[0]), len(files))
+    else:
+        rows = split(len(files), test_fraction, path)
+    return *(images[r] for r in rows), *(None if labels is None else labels[r] for r in rows)
+
+
+def _pictures(root):
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not files:
+        raise DataFileError(root, f"holds no pictures ({', '.join(SUFFIXES)})")
+    return files
+
+
+def _labels(roots, parts):
+    names = [f.relative_to(root).parts for root, part in zip(roots, parts, strict=True) for f in part]
+    if any(len(name) != 2 for name in names):
+        return None
+    rank = {name: i for i, name in enumerate(sorted({name[0] for name in names}))}
+    return np.array([rank[name[0]] for name in names], np.int64)
+
+
+def decode(sources, size=None, named=None):
+    """The pictures as one uint8 array (N, C, H, W).
+
+    Args:
+        sources: paths, or the bytes of encoded pictures.
+        size: see :func:`read`.
+        named: names of the sources in errors, if not they themselves.
+    """
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"size: expected a positive int or None, got {size!r}")
+    names = sources if named is None else named
+    grey, shapes = True, []
+    for name, source in zip(names, sources, strict=True):  # headers alone, so that what is allocated is known
+        with naming(name, *ERRORS), _open(source) as image:
+            grey = grey and image.mode in GREY
+            shapes.append((image.height, image.width))
+    if size is None:
+        for name, shape in zip(names, shapes, strict=True):
+            if shape != shapes[0]:
+                raise DataFileError(name, f"is {shape[0]}x{shape[1]} pixels, but {names[0]} is {shapes[0][0]}x"
+                                          f"{shapes[0][1]}; give size to scale them alike")
+    height, width = shapes[0] if size is None else (size, size)
+    out = np.empty((len(names), 1 if grey else 3, height, width), np.uint8)
+    for i, (name, source) in enumerate(zip(names, sources, strict=True)):
+        with naming(name, *ERRORS), _open(source) as image:
+            if grey and image.mode not in ("1", "L", "LA"):
+                raise DataFileError(name, f"has pixels of mode {image.mode}, expected 8 bits")
+            plain = image.convert("L" if grey else "RGB")
+            pixels = np.asarray(plain if size is None else _fitted(plain, size))
+            out[i] = pixels[None] if grey else pixels.transpose(2, 0, 1)
+    return out
+
+
+def _open(source):
+    image = optional("PIL.Image", "data", "reading pictures")
+    return image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _fitted(image, size):
+    image_ops = optional("PIL.ImageOps", "data", "reading pictures")
+    return image_ops.fit(image, (size, size), method=optional("PIL.Image", "data", "").Resampling.BICUBIC)

@@ -1,0 +1,219 @@
+"""Trained models as files that leave fastflow: weights with a description, or a compiled log-density.
+
+============ ============= ===================================================================================
+format       suffix        what it holds, and what reading it takes
+============ ============= ===================================================================================
+safetensors  .safetensors  the weights; fastflow and the model's settings, or a model of the same class
+torch_export .pt2          log_prob as a graph of torch.export; torch and the operators that it names
+aoti         .pt2          log_prob compiled by AOTInductor to a native library; the same, on the same platform
+============ ============= ===================================================================================
+
+Beside each stands NAME.json: format, versions, shapes, operators, and the SHA-256 of the file.
+
+A graph calls fused operators, ``fastflow_cpu::spline_fwd`` for instance, which must be registered before it is loaded:
+:func:`load_exported` does that, and elsewhere ``fastflow.extension.load("cpu")``. ``backend="reference"`` makes one
+that needs torch alone. Load .pt2 files from sources that you trust, as you would run a program: one made with aoti is
+native code. .safetensors files run nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from fastflow import backends, extension
+from fastflow.engine.errors import RunError
+from fastflow.engine.files import write_text
+
+__all__ = ["FORMATS", "export", "load_exported"]
+
+FORMATS = {"safetensors": ".safetensors", "torch_export": ".pt2", "aoti": ".pt2"}
+VERSION = 1
+MAX_DESCRIPTION_BYTES = 1 << 24
+
+
+def export(model, path, format="safetensors", *, example=None, backend=None, settings=None):
+    """Writes the model to ``path``, whole or not at all, and its description beside it.
+
+    Args:
+        model: a module; for "torch_export" and "aoti" a Flow, without context. It is exported in eval mode.
+        path: with the suffix of the format, or another or none, which that one replaces.
+        format: a key of ``FORMATS``.
+        example: (B, *event), B >= 2, data of the shape, dtype and device that log_prob is to take, with any number of
+            examples; None draws two from the model. "safetensors" needs none.
+        backend: whose operators the graph is to call, "reference" for torch's own alone; None for the usual choice.
+        settings: {section: {key: value}} of the run, kept in the description, with which :func:`load_exported` builds
+            the model.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: an unknown format, or a model without log_prob for a compiled one.
+        RunError: the file can't be written, or the model can't be exported; the message says why.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    path = Path(path).with_suffix(FORMATS[format])
+    about = {"fastflow_export": VERSION, "format": format, "torch": torch.__version__,
+             "model": type(model).__name__, "settings": settings}
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if format == "safetensors":
+            about["tensors"] = _write_weights(model, temporary)
+        else:
+            about |= _write_program(model, temporary, format, example, backend)
+        about["sha256"] = _sha256(temporary)
+        temporary.replace(path)
+        write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        raise RunError(f"{path}: could not be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):  # it is gone, or was never there
+            temporary.unlink()
+    return path
+
+
+def load_exported(path, model=None):
+    """What :func:`export` wrote: a model with its weights, or the function log_prob(x) (B,), without gradients.
+
+    Args:
+        path: the exported file.
+        model: for .safetensors, whose weights are to be set; None builds it from the settings in the description.
+
+    Raises:
+        RunError: the file is damaged, of a newer format or of another model, or an operator it needs is not there.
+    """
+    path = Path(path)
+    about = _description(path)
+    if _sha256(path) != about.get("sha256"):
+        raise RunError(f"{path}: corrupt, its SHA-256 is not that of {path.with_suffix('.json').name}")
+    if about["format"] == "safetensors":
+        return _read_weights(path, about, model)
+    for name in about.get("backends", ()):
+        try:
+            extension.load(name)
+        except (RuntimeError, KeyError) as error:
+            raise RunError(f"{path}: needs the operators of fastflow's backend {name!r} ({error})") from error
+    if about["format"] == "torch_export":
+        program = torch.export.load(path).module()
+    else:
+        program = torch._inductor.aoti_load_package(str(path))
+
+    @torch.no_grad()  # a graph holds the operators of the forward direction, which have no gradients of their own
+    def log_prob(x):
+        return program(x)
+
+    return log_prob
+
+
+def _write_weights(model, path):
+    """{name: {"shape", "dtype", "memory_format"}} of the tensors written; contiguous ones, whatever they were."""
+    from safetensors.torch import save_file
+
+    tensors, about = {}, {}
+    for name, tensor in model.state_dict().items():
+        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        about[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."),
+                       "memory_format": "channels_last" if _channels_last(tensor) else "contiguous"}
+    save_file(tensors, path)
+    return about
+
+
+def _channels_last(tensor):
+    return (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+            and not tensor.is_contiguous())
+
+
+def _read_weights(path, about, model):
+    from safetensors.torch import load_file
+
+    if model is None:
+        if not isinstance(about.get("settings"), dict):
+            raise RunError(f"{path}: has no settings to build the model from; give one")
+        from fastflow.engine.models import build_model
+        from fastflow.engine.settings import from_dict
+
+        model = build_model(from_dict(about["settings"]))
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise RunError(f"{path}: is of another model ({' '.join(str(error).split())[:200]})") from error
+    kept = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, entry in about.get("tensors", {}).items():
+        if entry.get("memory_format") == "channels_last" and name in kept:
+            kept[name].data = kept[name].data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def _write_program(model, path, format, example, backend):
+    """Traces log_prob with any batch size and writes it; what the description says about it."""
+    if not hasattr(model, "log_prob"):
+        raise ValueError(f"model: {format} holds log_prob, which {type(model).__name__} does not have; use safetensors")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), contextlib.nullcontext() if backend is None else backends.use_backend(backend):
+            if example is None:
+                example = model.sample(2, generator=None)
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            if format == "torch_export":
+                torch.export.save(program, path)
+            else:
+                _without_infinities(program.graph)
+                torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.UserError, RuntimeError) as error:
+        raise RunError(f"{type(model).__name__} can't be exported to {format}: "
+                       f"{' '.join(str(error).split())[:300]}") from error
+    finally:
+        model.train(training)
+    operators = sorted({str(node.target).removesuffix(".default") for node in program.graph.nodes
+                        if node.op == "call_function" and str(node.target).startswith("fastflow_")})
+    return {"operators": operators, "event_shape": list(example.shape[1:]),
+            "dtype": str(example.dtype).removeprefix("torch."), "device": example.device.type,
+            "backends": sorted({name.partition(".")[0].removeprefix("fastflow_") for name in operators})}
+
+
+def _without_infinities(graph):
+    """Operators' infinite arguments become the largest double, which is infinite in float32: AOTInductor's loader can't
+    read infinities."""
+    def finite(value):
+        return math.copysign(sys.float_info.max, value) if isinstance(value, float) and math.isinf(value) else value
+
+    for node in graph.nodes:
+        if str(node.target).startswith("fastflow_"):
+            node.args = torch.fx.node.map_aggregate(node.args, finite)
+
+
+def _description(path):
+    beside = path.with_suffix(".json")
+    try:
+        if beside.stat().st_size > MAX_DESCRIPTION_BYTES:
+            raise RunError(f"{beside}: larger than {MAX_DESCRIPTION_BYTES} bytes")
+        about = json.loads(beside.read_text("utf-8"))
+    except OSError as error:
+        raise RunError(f"{beside}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{beside}: is not JSON ({error})") from error
+    if not isinstance(about, dict) or about.get("format") not in FORMATS:
+        raise RunError(f"{beside}: does not describe an exported model")
+    if about.get("fastflow_export") != VERSION:
+        raise RunError(f"{beside}: format {about.get('fastflow_export')!r}, this version of fastflow reads {VERSION}")
+    return about
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
