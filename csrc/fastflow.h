@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
 
 std::tuple<Tensor, Tensor, Tensor> mlp_flow_fwd(const Tensor& x, const optional<Tensor>& context,
                                                 std::vector<Tensor> params, std::vector<int64_t> steps,
-                                                std::vector<double> constants, bool inverse, bool save);
+                                                std::vector<double> constants, bool inverse, int64_t save);
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_flow_bwd(
     const optional<Tensor>& grad_z, const optional<Tensor>& grad_logdet, const Tensor& z, const Tensor& saved,

@@ -12,6 +12,7 @@ namespace fastflow {
 struct ProgramLinear {
   const Tensor *weight, *bias;  // (out, in) and (out,)
   int64_t in, out;
+  bool kept;  // whether forward may keep its activations
 };
 
 // Six integers to a step: 0 for a per-channel affine map, 1 for a coupling; the number of linears; whether the second
@@ -32,10 +33,14 @@ struct ProgramStep {
 struct Program {
   enum Flags : int64_t { interleaved = 1, shift_in_front = 2, shift_first = 4 };
   static constexpr size_t integers = 6, numbers = 8;
+  enum Saved : int64_t { nothing = 0, overwritten = 1, activations = 2 };  // the operator's argument `save`
+  // Inputs from which on computing an activation again takes longer than reading it.
+  static constexpr int64_t costly_inputs = 32, whole_lines = 16;
 
   std::vector<ProgramStep> steps;
   int64_t batch, features, context_features;
   int64_t saved_rows = 0;  // features that the steps overwrite
+  int64_t kept_rows = 0;   // activations that forward may keep
 
   Program(const Tensor& x, const optional<Tensor>& context, const std::vector<Tensor>& params,
           const std::vector<int64_t>& code, const std::vector<double>& constants)
@@ -87,8 +92,12 @@ struct Program {
       const Tensor &weight = params[step.parameter + 2 * l], &bias = params[step.parameter + 2 * l + 1];
       STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == width && bias.numel() == weight.size(0),
                       "params: a weight or bias does not fit the layer below it");
-      step.linears.push_back({&weight, &bias, width, weight.size(0)});
-      width = weight.size(0);
+      const int64_t out = weight.size(0);
+      constexpr int64_t silu = 1;  // whose slope is not to be had from its value
+      const bool kept = l + 1 < count && step.activation != silu && width >= costly_inputs && out % whole_lines == 0;
+      step.linears.push_back({&weight, &bias, width, out, kept});
+      kept_rows += kept ? out : 0;
+      width = out;
     }
     constexpr int64_t additive = 6;  // scale_map.h, Kind
     STD_TORCH_CHECK(width == (step.kind == additive ? 1 : 2) * step.active,

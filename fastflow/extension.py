@@ -45,8 +45,9 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "conv_net_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor h1, Tensor h2, float slope, "
     "bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # steps and constants: see csrc/mlp_flow_program.h. saved: (features that the steps overwrite, B).
-    "mlp_flow_fwd(Tensor x, Tensor? context, Tensor[] params, int[] steps, float[] constants, bool inverse, bool save)"
+    # steps and constants: see csrc/mlp_flow_program.h. save: 0 nothing, 1 what the steps overwrite, 2 on a CPU the
+    # activations too that are costly to compute again. saved: (features and activations, B).
+    "mlp_flow_fwd(Tensor x, Tensor? context, Tensor[] params, int[] steps, float[] constants, bool inverse, int save)"
     " -> (Tensor, Tensor, Tensor)",
     "mlp_flow_bwd(Tensor? grad_z, Tensor? grad_logdet, Tensor z, Tensor saved, Tensor? context, Tensor[] params, "
     "int[] steps, float[] constants, bool inverse, bool need_x, bool need_context, bool need_params)"
@@ -249,12 +250,24 @@ def _fake_conv_net_bwd(grad, x, w1, w2, w3, h1, h2, slope, need_x, need_weights)
 def _fake_mlp_flow_fwd(x, context, params, steps, constants, inverse, save):
     batch, features = x.shape
     rows = sum(_overwritten(features, *steps[at:at + 3]) for at in range(0, len(steps), 6))
+    if save == 2 and x.device.type == "cpu":
+        rows += _kept(params, steps)
     return x.new_empty(x.shape), x.new_empty((batch,)), x.new_empty((rows, batch) if save else (0,))
 
 
 def _overwritten(features, coupling, linears, flip):
     """How many features a step overwrites: all, or the second part, or with flip the first."""
     return features if not coupling else features // 2 if flip else features - features // 2
+
+
+def _kept(params, steps):
+    """How many activations forward keeps: csrc/mlp_flow_program.h, add_linears."""
+    rows = at = 0
+    for coupling, linears, _, activation, _, _ in zip(*[iter(steps)] * 6, strict=True):
+        hidden = params[at:at + 2 * linears - 2:2] if coupling and activation != 1 else ()
+        rows += sum(w.shape[0] for w in hidden if w.shape[1] >= 32 and w.shape[0] % 16 == 0)
+        at += 2 * (linears if coupling else 1)
+    return rows
 
 
 def _fake_mlp_flow_bwd(grad_z, grad_logdet, z, saved, context, params, steps, constants, inverse, need_x, need_context,

@@ -137,6 +137,6 @@ def flow_calls(device, batches):
             code += [1, 2, 0, 0, 0, 0]
             constants += [1.0 + index % maps, *EXP[2:]]
         x, saved, described = zeros(batch, 3), zeros(3 + 2 * count, batch), (params, code, constants, inverse)
-        yield "mlp_flow_fwd", (x, None, *described, count == 1)
+        yield "mlp_flow_fwd", (x, None, *described, count % 3)
         for need_params in (False, True):
             yield "mlp_flow_bwd", (x, None, x, saved, None, *described, True, False, need_params)

@@ -54,6 +54,14 @@ struct Work {
     job.groups = std::min(job.units(), most_groups);
   }
 
+  // The activations that are kept come first, so that they are aligned, then what the steps overwrite.
+  void keep_in(void* saved, int64_t kept_rows) {
+    const int64_t kept = kept_rows * job.batch * static_cast<int64_t>(job.is_double ? sizeof(double) : sizeof(float));
+    job.kept = kept_rows > 0 ? saved : nullptr;
+    job.kept_rows = kept_rows;
+    job.saved = static_cast<char*>(saved) + kept;
+  }
+
   // f(scratch, begin, end) over `count` pieces of work on torch's threads.
   template <class F>
   void run(int64_t count, bool backward, const F& f) const {
@@ -66,6 +74,8 @@ struct Work {
   }
 
  private:
+  int64_t kept = 0;  // rows of activations
+
   int64_t place(int64_t elements) {
     const int64_t at = job.partials;
     job.partials += rounded(elements);
@@ -74,7 +84,7 @@ struct Work {
 
   FlowLinear linear_of(const Tensor& weight, const Tensor& bias, int64_t in, int64_t out) {
     const bool vector = weight.dim() == 1;
-    FlowLinear linear{vector ? vector_of(weight) : matrix_of(weight), vector_of(bias), in, out};
+    FlowLinear linear{vector ? vector_of(weight) : matrix_of(weight), vector_of(bias), in, out, -1};
     linear.grad_ld = rounded(in);
     linear.grad_weight = place(vector ? out : out * linear.grad_ld);
     linear.grad_bias = place(out);
@@ -101,6 +111,10 @@ struct Work {
       int64_t outputs = 0, weights = 0;
       for (const ProgramLinear& l : from.linears) {
         linears.push_back(linear_of(*l.weight, *l.bias, l.in, l.out));
+        if (l.kept) {
+          linears.back().kept = kept;
+          kept += l.out;
+        }
         outputs += rounded(l.out);
         weights += l.in * l.out;
         job.widest = std::max(job.widest, l.out);
@@ -117,15 +131,17 @@ struct Work {
 
 std::tuple<Tensor, Tensor, Tensor> mlp_flow_fwd(const Tensor& x, const optional<Tensor>& context,
                                                 std::vector<Tensor> params, std::vector<int64_t> steps,
-                                                std::vector<double> constants, bool inverse, bool save) {
+                                                std::vector<double> constants, bool inverse, int64_t save) {
   const Program program(x, context, params, steps, constants);
   Work work(program, x, context, inverse);
   Tensor z = empty({program.batch, program.features}, x.scalar_type(), x);
   Tensor logdet = empty({program.batch}, x.scalar_type(), x);
-  Tensor saved = save ? empty({program.saved_rows, program.batch}, x.scalar_type(), x) : nothing(x);
+  const int64_t kept_rows = save == Program::activations ? program.kept_rows : 0;
+  Tensor saved = save != Program::nothing ? empty({kept_rows + program.saved_rows, program.batch}, x.scalar_type(), x)
+                                          : nothing(x);
   work.job.z = z.mutable_data_ptr();
   work.job.logdet = logdet.mutable_data_ptr();
-  work.job.saved = save ? saved.mutable_data_ptr() : nullptr;
+  if (save != Program::nothing) work.keep_in(saved.mutable_data_ptr(), kept_rows);
   work.run(work.job.units(), false, [&](void* scratch, int64_t begin, int64_t end) {
     FASTFLOW_ISA_CALL(mlp_flow_forward, work.job, scratch, begin, end);
   });
@@ -142,7 +158,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_flow_bwd(
   const ScalarType dtype = z.scalar_type();
   Tensor grad_x = need_x ? empty(sizes_of(z), dtype, z) : nothing(z);
   Tensor grad_context = need_context && context ? empty(sizes_of(*context), dtype, z) : nothing(z);
-  job.saved = saved.data_ptr();
+  work.keep_in(saved.data_ptr(), saved.size(0) - program.saved_rows);
   job.z = need_x ? grad_x.mutable_data_ptr() : nullptr;
   job.grad_context = need_context && context ? grad_context.mutable_data_ptr() : nullptr;
   if (grad_z) job.grad_z = matrix_of(*grad_z);

@@ -99,6 +99,18 @@ struct Flow {
     }
   }
 
+  // Where the activations of a linear are kept of tile t, or null.
+  T* kept_of(const FlowLinear& linear, int64_t t) const {
+    if (job.kept == nullptr || linear.kept < 0) return nullptr;
+    return static_cast<T*>(job.kept) + (first + t * tile) * job.kept_rows + linear.kept * rows_of(t);
+  }
+
+  // Between whole buffers of `features` rows and the shorter rows that a tile of n samples is kept in.
+  static void copy_rows(int64_t features, int64_t n, const T* from, int64_t from_length, T* to, int64_t to_length) {
+    for (int64_t f = 0; f < features; ++f)
+      for (int64_t i = 0; i < n; ++i) to[f * to_length + i] = from[f * from_length + i];
+  }
+
   // What the network of a step sees of tile t.
   const T* input_of(const FlowStep& step, int64_t t) const {
     const T* passive = state + (t * job.features + step.passive_begin) * tile;
@@ -151,8 +163,11 @@ struct Flow {
     const T* x = input_of(step, t);
     T* y = nullptr;
     for (int64_t l = 0; l < step.count; ++l) {
-      y = hidden + (l % 2) * tile * padded(job.widest);
+      T* const kept = kept_of(step.linears[l], t);
+      const bool in_place = kept != nullptr && rows_of(t) == tile;
+      y = in_place ? kept : hidden + (l % 2) * tile * padded(job.widest);
       linear_forward<T>(step.linears[l], l == step.count - 1, step.activation, n, x, y, nullptr);
+      if (kept != nullptr && !in_place) copy_rows(step.linears[l].out, rows_of(t), y, tile, kept, rows_of(t));
       x = y;
     }
     const Params params = params_of(step, coupling.additive, y);
@@ -227,6 +242,16 @@ struct Flow {
     for (int64_t l = 0, at = 0; l <= last; at += tile * padded(step.linears[l].out), ++l) {
       values[l] = hidden + at;
       slope_rows[l] = slopes + at;
+      T* const kept = kept_of(step.linears[l], t);
+      if (kept != nullptr && rows_of(t) == tile) {
+        values[l] = kept;
+        continue;
+      }
+      if (kept != nullptr) {
+        copy_rows(step.linears[l].out, rows_of(t), kept, rows_of(t), values[l], tile);
+        clear_tail(t, step.linears[l].out, values[l]);
+        continue;
+      }
       linear_forward<T>(step.linears[l], l == last, step.activation, n, l == 0 ? x : values[l - 1], values[l],
                         slope_rows[l]);
       clear_tail(t, step.linears[l].out, values[l]);

@@ -17,6 +17,7 @@ struct FlowParameter {
 struct FlowLinear {
   FlowParameter weight, bias;
   int64_t in, out;
+  int64_t kept;  // the row of FlowJob::kept where its activations begin, or -1
   int64_t grad_weight, grad_bias, grad_ld;
 };
 
@@ -49,6 +50,8 @@ struct FlowJob {
   int64_t weights;  // the most elements that a step's weights have together
   FlowParameter x, context;  // (batch, features), (batch, context_features)
   void *z, *logdet, *saved;  // contiguous; saved (rows, batch) may be null
+  void* kept;                // activations, or null: of each tile kept_rows rows, as long as it has samples
+  int64_t kept_rows;
 
   // Backward. x is the result of forward then, z the gradient of x, or null.
   FlowParameter grad_z, grad_logdet;  // data may be null

@@ -129,15 +129,17 @@ void forward(const Program& program, const Tensor& x, const optional<Tensor>& co
 
 std::tuple<Tensor, Tensor, Tensor> mlp_flow_fwd(const Tensor& x, const optional<Tensor>& context,
                                                 std::vector<Tensor> params, std::vector<int64_t> steps,
-                                                std::vector<double> constants, bool inverse, bool save) {
+                                                std::vector<double> constants, bool inverse, int64_t save) {
   const std::vector<Tensor> dense = contiguous_params(params);
   const Program program(x, context, dense, steps, constants);
   const Tensor z = empty({program.batch, program.features}, x.scalar_type(), x);
   const Tensor logdet = empty({program.batch}, x.scalar_type(), x);
-  const Tensor saved = save ? empty({program.saved_rows, program.batch}, x.scalar_type(), x) : nothing(x);
+  // Activations are not kept: computing them again in the tile is faster than memory.
+  const bool saves = save != Program::nothing;
+  const Tensor saved = saves ? empty({program.saved_rows, program.batch}, x.scalar_type(), x) : nothing(x);
   const Stream stream(x);
   auto run = [&]<class T>(T) {
-    forward<T>(program, x, context, dense, inverse, z, logdet, save ? &saved : nullptr, stream);
+    forward<T>(program, x, context, dense, inverse, z, logdet, saves ? &saved : nullptr, stream);
   };
   if (x.scalar_type() == ScalarType::Double) run(double());
   else run(float());

@@ -114,22 +114,26 @@ def steps_of(params, code, constants):
     return steps
 
 
+SAVE_NOTHING, SAVE_OVERWRITTEN, SAVE_ACTIVATIONS = range(3)  # what the kernel saves
+
+
 def forward(backend, x, context, params, code, constants, inverse):
     """The kernel's (z, logdet), without a graph."""
-    return extension.kernel(backend, "mlp_flow_fwd")(x, context, params, code, constants, inverse, False)[:2]
+    return extension.kernel(backend, "mlp_flow_fwd")(x, context, params, code, constants, inverse, SAVE_NOTHING)[:2]
 
 
 class MLPFlowFunction(torch.autograd.Function):
     """(z, logdet) of x, context and the parameters of the steps, which ``code`` and ``constants`` describe.
 
-    Saves what every step overwrites; backward computes the networks' activations again.
+    Saves what every step overwrites and, where asked to, the activations that a CPU reads faster than it computes them;
+    backward computes the others again.
     """
 
     @staticmethod
-    def forward(ctx, x, context, backend, code, constants, inverse, *params):
+    def forward(ctx, x, context, backend, code, constants, inverse, save, *params):
         ctx.set_materialize_grads(False)
         z, logdet, saved = extension.kernel(backend, "mlp_flow_fwd")(x, context, list(params), code, constants, inverse,
-                                                                     True)
+                                                                     save)
         ctx.save_for_backward(x, context, z, saved, *params)
         ctx.consts = backend, code, constants, inverse
         return z, logdet
@@ -140,7 +144,7 @@ class MLPFlowFunction(torch.autograd.Function):
         backend, code, constants, inverse = ctx.consts
         need_x, need_context = ctx.needs_input_grad[:2]
         need_context = need_context and context is not None
-        need_params = ctx.needs_input_grad[6:]
+        need_params = ctx.needs_input_grad[7:]
         needs = (need_x, need_context, *need_params)
         if (grad_z is None and grad_logdet is None) or not any(needs):
             grads = [None] * len(needs)
@@ -154,16 +158,19 @@ class MLPFlowFunction(torch.autograd.Function):
                 any(need_params))
             found = (grad_x, grad_context, *(of_params if any(need_params) else [None] * len(params)))
             grads = [g if need else None for g, need in zip(found, needs, strict=True)]
-        return (*grads[:2], None, None, None, None, *grads[2:])
+        return (*grads[:2], None, None, None, None, None, *grads[2:])
 
 
-def run_steps(x, steps, context, inverse):
-    """functional.mlp_flow without its checks, for layers whose operands fit by construction."""
+def run_steps(x, steps, context, inverse, save=SAVE_ACTIVATIONS):
+    """functional.mlp_flow without its checks, for layers whose operands fit by construction.
+
+    With ``save=SAVE_OVERWRITTEN`` backward has no more than what the steps overwrite.
+    """
     params, code, constants = program(steps)
     backend = backends.choose("mlp_flow", x, context, *params)
     if backend == "reference":
         return reference.mlp_flow(x, steps, context=context, inverse=inverse)
     if differentiable.needs_grad(x, context, *params):
         operands = differentiable.distinct(x, context, *params)
-        return MLPFlowFunction.apply(*operands[:2], backend, code, constants, inverse, *operands[2:])
+        return MLPFlowFunction.apply(*operands[:2], backend, code, constants, inverse, save, *operands[2:])
     return forward(backend, x, context, params, code, constants, inverse)

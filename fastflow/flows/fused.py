@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastflow import backends, functional
-from fastflow.autograd.mlp_flow import run_steps
+from fastflow.autograd.mlp_flow import SAVE_ACTIVATIONS, SAVE_OVERWRITTEN, run_steps
 from fastflow.nn import MLP, ActNorm, AffineCoupling
 
 __all__ = ["MAX_FEATURES", "MAX_HIDDEN", "explain", "runs"]
@@ -22,25 +22,28 @@ ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
 class Run:
     """Several transforms in a row, as one that one kernel computes."""
 
-    saves_memory = True  # its backward has z of each layer and computes the hidden activations again
+    saves_memory = True  # asked to, its backward has z of each layer and computes the hidden activations again
 
-    def __init__(self, steps):
-        self.steps = steps
+    def __init__(self, steps, save):
+        self.steps, self.save = steps, save
 
     def __call__(self, x, context=None):
-        return run_steps(x, self.steps, context, False)
+        return run_steps(x, self.steps, context, False, self.save)
 
     def inverse(self, z, context=None):
-        return run_steps(z, self.steps, context, True)
+        return run_steps(z, self.steps, context, True, self.save)
 
 
-def runs(transforms, x, context=None):
-    """The transforms in their order, with a :class:`Run` in place of those that it takes."""
+def runs(transforms, x, context=None, save_memory=False):
+    """The transforms in their order, with a :class:`Run` in place of those that it takes.
+
+    With ``save_memory`` the runs keep z of each layer for backward and no activation.
+    """
     if len(transforms) < 1 or _refusal(x, context) is not None:
         return transforms
     pieces = []
     for steps, members in _grouped(transforms, [_step(t, x, context) for t in transforms]):
-        pieces += members if steps is None else [Run(steps)]
+        pieces += members if steps is None else [Run(steps, SAVE_OVERWRITTEN if save_memory else SAVE_ACTIVATIONS)]
     return pieces
 
 

@@ -70,7 +70,7 @@ class Compose(nn.Module):
         mode = memory.active()
         if mode is not None:
             parts = self.parts()
-            return sequence.run(fused.runs(parts, x, context) if mode.name == "save_z" else parts, x, context)
+            return sequence.run(fused.runs(parts, x, context, True) if mode.name == "save_z" else parts, x, context)
         total = None
         for transform in fused.runs(self.transforms, x, context):
             x, logdet = transform(x, context)

@@ -13,6 +13,7 @@ from cases import cotangents_of, evaluate, flow_case, upcast
 from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_bitwise, assert_same_nonfinite
 
 from fastflow import functional, reference
+from fastflow.autograd import mlp_flow
 from fastflow.functional import ScaleMap
 
 # Features, hidden layers, context: thin and wide inputs and outputs, sizes that fill no vector, no hidden layer at all.
@@ -161,3 +162,26 @@ def test_on_older_processors(isa):
     run = subprocess.run([sys.executable, "-c", SCRIPT, *folders], capture_output=True, text=True, timeout=300,
                          env={**os.environ, "FASTFLOW_ISA": isa})
     assert run.stdout == "right\n", run.stdout + run.stderr
+
+
+def test_kept_activations_give_the_same_bits():
+    """Backward from kept activations and from ones computed again: whole tiles, the last one's few samples."""
+    for batch, activation, inverse in itertools.product((1, 64, 200), reference.ACTIVATIONS, (False, True)):
+        layers, (weights, biases) = ((5, 48), (48, 32), (32, 17), (17, 10)), ([], [])
+        for inputs, outputs in layers:
+            weights.append((torch.randn(outputs, inputs) / inputs**0.5).requires_grad_())
+            biases.append(torch.randn(outputs, requires_grad=True))
+        steps = [functional.MLPCoupling(tuple(weights), tuple(biases), flip=flip, activation=activation, scale="tanh")
+                 for flip in (False, True, False)]
+        x, grads = torch.randn(batch, 10, requires_grad=True), []
+        bytes_saved = []
+        for save in (mlp_flow.SAVE_OVERWRITTEN, mlp_flow.SAVE_ACTIVATIONS):
+            sizes = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1],
+                                                          lambda t: t):
+                z, logdet = mlp_flow.run_steps(x, steps, None, inverse, save)
+            bytes_saved.append(sum(sizes))
+            grads.append(torch.autograd.grad((z.square().sum(), logdet.sum()), (x, *weights, *biases)))
+        for again, kept in zip(*grads, strict=True):
+            assert_bitwise(kept, again)
+        assert bytes_saved[1] - bytes_saved[0] == (0 if activation == "silu" else 3 * 32 * batch)

@@ -139,7 +139,7 @@ def flow_samples():
 
 def flow_forward_samples():
     for batch, features, dtype, *rest in flow_samples():
-        for inverse, save in ((False, True), (True, False)):
+        for inverse, save in ((False, 2), (True, 0), (True, 1)):
             yield r(batch, features, dtype=dtype, layout=layouts.permuted), *rest, inverse, save
 
 
