@@ -34,8 +34,8 @@ class _Decoder(BaseDecoder):
 
 
 def epoch(vae, data, batch_size, learning_rate):
-    """A callable that runs an epoch of pythae's BaseTrainer over ``data`` (N, *event): its VAE with copies of a fastflow
-    VAE's networks, bits, and a fused Adam."""
+    """A callable that runs an epoch of pythae's BaseTrainer over ``data`` (N, *event): its VAE of bits with copies of a
+    fastflow VAE's networks, and a fused Adam."""
     logging.getLogger("pythae").setLevel(logging.ERROR)
     config = VAEConfig(input_dim=tuple(data.shape[1:]), latent_dim=vae.latent_shape[0], reconstruction_loss="bce")
     model = VAE(config, _Encoder(copy.deepcopy(vae.encoder)), _Decoder(copy.deepcopy(vae.decoder)))
