@@ -1,6 +1,6 @@
 """Training steps of VAEs against plain PyTorch with the same networks, layout and fused Adam, and against pythae.
 
-    python -m benchmarks.vae_speed [--filter MLP] [--rounds 15] [--one-thread] [--results FOLDER]
+    python -m benchmarks.vae_speed [--filter MLP] [--rounds 15] [--one-thread] [--compiled] [--results FOLDER]
 
 An MLP VAE and a convolutional one on 28x28 bits, hierarchies of 20 levels, and IWAE with 50 samples, whose memory is
 measured too: the largest sum of bytes of the tensors of a step. pythae's column is an epoch of its own trainer against
@@ -17,7 +17,7 @@ from benchmarks import contest, run
 from benchmarks.cases import Case
 from benchmarks.memory import Peak
 from benchmarks.neutral_vae import NeutralHierarchicalVAE, NeutralVAE
-from fastflow import vae
+from fastflow import engine, vae
 
 IMAGE, LATENTS, LEVELS, SAMPLES = (1, 28, 28), 20, 20, 50
 EPOCH_BATCHES = 8
@@ -71,8 +71,6 @@ def _epoch_case(name, construct, batch):
 
 
 def _epoch(model, data, batch):
-    from fastflow import engine
-
     step = engine.TrainStep(model, contest.fused_adam(model), check_finite=False)
 
     def call():
@@ -110,6 +108,18 @@ CASES = (
 )
 
 
+def _compiled_hierarchy(hidden=64, latents=16, batch=64):
+    """Everybody under torch.compile, and plain PyTorch without it; minutes of compilation."""
+    def build(device):
+        fused, x = hierarchical_vae(hidden, latents).to(device), bits(batch).to(device)
+        compiled = NeutralHierarchicalVAE(fused)
+        compiled.forward = torch.compile(compiled.forward, dynamic=False)
+        return {"fastflow": contest.fastflow_step(fused, x, compile=True),
+                "eager": contest.training_step(NeutralHierarchicalVAE(fused), x),
+                "compile": contest.training_step(compiled, x)}
+    return Case(f"hierarchical VAE of {LEVELS} levels, {hidden} hidden, batch {batch}, compiled", "vae", build)
+
+
 def memory_row(device="cpu"):
     """Peak MB of a training step's tensors, parameters and gradients apart, with 50 samples."""
     fused = mlp_vae(SAMPLES).to(device)
@@ -145,13 +155,15 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--one-thread", action="store_true", help="leave out all threads in wall time")
+    parser.add_argument("--compiled", action="store_true", help="also the hierarchy under torch.compile, minutes more")
     parser.add_argument("--results", type=Path, help="folder for the JSON; none is written without it")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("vae_speed: --device cuda: no GPU is visible to torch", file=sys.stderr)
         return 1
     rows = []
-    for case in (case for case in CASES if args.filter in case.name):
+    cases = (*CASES, _compiled_hierarchy()) if args.compiled else CASES
+    for case in (case for case in cases if args.filter in case.name):
         for row in run.measure(case, args.device, args.rounds, args.one_thread):
             run.show(row)
             rows.append(row)

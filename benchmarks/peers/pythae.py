@@ -1,6 +1,8 @@
 """VAEs in pythae, trained by its own trainer."""
 
+import contextlib
 import copy
+import io
 import logging
 import tempfile
 
@@ -47,6 +49,7 @@ def epoch(vae, data, batch_size, learning_rate):
     trainer.prepare_training()
 
     def call():
-        trainer.train_step(epoch=1)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar is made, and shown nowhere
+            trainer.train_step(epoch=1)
     call.folder = folder  # lives as long as the trainer
     return call
