@@ -137,6 +137,28 @@ def _gaussian(shape):
     return Case(f"gaussian_sample_kl {tuple(shape)} with its noise, forward+backward", "gaussian_sample_kl", build)
 
 
+# the Bernoulli log-likelihood
+
+def _eager_bernoulli(x, logits):
+    each = F.binary_cross_entropy_with_logits(logits, x.expand(logits.shape), reduction="none")
+    return -each.sum(-1)
+
+
+def _bernoulli(batch, features, samples=None):
+    """Of bits, given their logits: for one sample of z, or for K."""
+    def build(device):
+        torch.manual_seed(0)
+        x = torch.bernoulli(torch.rand(batch, features, device=device))
+        lead = () if samples is None else (samples,)
+        logits = _leaf(*lead, batch, features, device=device, scale=3.0)
+        grad = torch.randn(*lead, batch, device=device)
+        return {name: _step(lambda t, f=function: f(x, t), (logits,), grad) for name, function in (
+            ("fastflow", functional.bernoulli_log_prob), ("eager", _eager_bernoulli),
+            ("compile", torch.compile(_eager_bernoulli, dynamic=False)))}
+    times = "" if samples is None else f", {samples} samples of z"
+    return Case(f"bernoulli_log_prob ({batch}, {features}){times}, forward+backward", "bernoulli_log_prob", build)
+
+
 # Glow's conditioner
 
 def _conv_net(batch, channels, size, hidden):
@@ -233,6 +255,7 @@ OP_CASES = (
     *(_slogdet(size) for size in (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)),
     *(_mlp_flow(*sizes) for sizes in ((2, 64, 256), (2, 64, 4096), (10, 64, 4096), (64, 128, 1024))),
     *(_gaussian(shape) for shape in ((4096, 256), (1024, 1024), (16, 4, 64, 64), (128, 64))),
+    _bernoulli(128, 784), _bernoulli(128, 784, 50),
     *(_conv_net(32, channels, size, hidden) for hidden in (64, 128) for channels, size in ((6, 16), (12, 8), (24, 4))),
     *(_spline(batch, features, 8) for batch, features in ((4096, 64), (256, 8))),
 )

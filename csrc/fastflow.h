@@ -177,6 +177,10 @@ std::tuple<Tensor, Tensor> spline_bwd(const optional<Tensor>& grad_y, const opti
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
                                       double min_derivative, double gain, double clamp);
 
+Tensor bernoulli_log_prob_fwd(const Tensor& x, const Tensor& logits);
+
+Tensor bernoulli_log_prob_bwd(const Tensor& grad, const Tensor& x, const Tensor& logits);
+
 Tensor philox4x32(const Tensor& counter, const Tensor& key);
 
 }  // namespace fastflow

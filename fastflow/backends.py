@@ -25,7 +25,7 @@ from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp_flow",
-       "spline")
+       "spline", "bernoulli_log_prob")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -37,6 +37,7 @@ PREFERENCE = {
     ("conv_net", "cpu"): ("cpu",),
     ("mlp_flow", "cpu"): ("cpu",),
     ("spline", "cpu"): ("cpu",),
+    ("bernoulli_log_prob", "cpu"): ("cpu",),  # no GPU kernel yet: on CUDA tensors the reference runs
     ("affine_coupling", "cuda"): ("triton", "cuda"),
     ("gaussian_sample_kl", "cuda"): ("triton", "cuda"),
     ("slogdet", "cuda"): ("cuda", "triton"),

@@ -34,7 +34,7 @@ class Case:
     @property
     def outputs(self):
         return {"affine_coupling": ("y", "logdet"), "mlp_flow": ("z", "logdet"), "conv_net": ("y",),
-                "spline": ("y", "logdet"),
+                "spline": ("y", "logdet"), "bernoulli_log_prob": ("log_prob",),
                 "slogdet": ("sign", "logabsdet"), "plu_weight": ("weight",),
                 "slogdet_inverse": ("sign", "logabsdet", "inverse"),
                 "gaussian_sample_kl": ("z", "kl", "logq") if self.options.get("return_logq") else ("z", "kl"),
@@ -53,6 +53,8 @@ class Case:
         """The dim of the operand that is the batch; None: it has none."""
         if self.op == "mlp_flow" and name not in ("x", "context"):
             return None
+        if self.op == "bernoulli_log_prob":
+            return len(self.shapes[name]) - len(self.shapes["x"])
         return 1 if name == "eps" and "n_samples" in self.options else 0
 
     def _operand(self, name, shape, generator):
@@ -82,7 +84,7 @@ class Case:
             if "prior_mean" in t:
                 options["prior"] = t.pop("prior_mean"), t.pop("prior_raw")
             return module.gaussian_sample_kl(params, **t, **options)
-        if self.op in ("plu_weight", "conv_net"):
+        if self.op in ("plu_weight", "conv_net", "bernoulli_log_prob"):
             return (getattr(module, self.op)(**t, **options),)
         if self.op == "mlp_flow":
             return self._call_mlp_flow(t, module)
@@ -180,7 +182,11 @@ def conv_case(name, x, hidden, out, **options):
 
 
 CONV_CASES = (conv_case("relu", (3, 5, 6, 7), 16, 4), conv_case("leaky", (3, 2, 4, 4), 48, 7, negative_slope=0.2))
-CPU_CASES = CASES + CONV_CASES  # with the operations that have no kernel on a GPU
+BERNOULLI_CASES = (
+    Case("bernoulli_image", "bernoulli_log_prob", {"x": (3, 4, 2, 5), "logits": (3, 4, 2, 5)}),
+    Case("bernoulli_samples", "bernoulli_log_prob", {"x": (3, 7), "logits": (2, 3, 7)}),
+)
+CPU_CASES = CASES + CONV_CASES + BERNOULLI_CASES  # with the operations that have no kernel on a GPU
 
 
 @contextlib.contextmanager

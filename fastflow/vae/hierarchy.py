@@ -44,22 +44,23 @@ class Level(nn.Module):
         self.mode, self.scale = mode, scale
 
     def infer(self, h, d, **noise):
-        """(z (B, D, *S), kl, log q, log p, each (B,) nats, next h) for h (B, H, *S) and features d (B, F, *S)."""
-        mean_p, raw_p, log_sigma_p = self._prior(h)
-        seen = d if self.mode == "ladder" else torch.cat([h, d], 1)
-        mean, raw = promoted(self.posterior(seen)).chunk(2, 1)
+        """(z (B, D, *S), kl and log q, each (B,) nats, the PriorParams of z, next h) for h (B, H, *S) and features d
+        (B, F, *S)."""
+        prior = promoted(self.prior(h))
+        mean_p, raw_p = prior.chunk(2, 1)
+        params = promoted(self.posterior(d if self.mode == "ladder" else torch.cat([h, d], 1)))
         scale = self.scale
         if self.mode == "residual":
-            mean, raw = mean_p + mean, raw_p + raw
+            params = prior + params
         elif self.mode == "ladder":
-            log_sigma = reference.sigma_and_log(raw, scale)[1]
+            mean, raw = params.chunk(2, 1)
+            log_sigma, log_sigma_p = (reference.sigma_and_log(r, scale)[1] for r in (raw, raw_p))
             raw = -0.5 * torch.logaddexp(-2.0 * log_sigma, -2.0 * log_sigma_p)
             mean = mean * torch.exp(2.0 * (raw - log_sigma)) + mean_p * torch.exp(2.0 * (raw - log_sigma_p))
-            raw_p, scale = log_sigma_p, "logstd"
-        z, kl, log_q = functional.gaussian_sample_kl((mean, raw), scale=scale, prior=(mean_p, raw_p), return_logq=True,
+            params, raw_p, scale = (mean, raw), log_sigma_p, "logstd"
+        z, kl, log_q = functional.gaussian_sample_kl(params, scale=scale, prior=(mean_p, raw_p), return_logq=True,
                                                      **noise)
-        log_p = log_normal(z, mean_p, log_sigma_p).flatten(1).sum(1)
-        return z, kl, log_q, log_p, self.merge(torch.cat([h, z.to(h.dtype)], 1))
+        return z, kl, log_q, PriorParams(mean_p, raw_p, scale), self.merge(torch.cat([h, z.to(h.dtype)], 1))
 
     def generate(self, h, noise, temperature=1.0):
         """(z, next h) from the prior, its standard deviation times ``temperature``; ``noise`` makes standard normals
@@ -74,6 +75,14 @@ class Level(nn.Module):
 
     def extra_repr(self):
         return f"mode={self.mode!r}, scale={self.scale!r}"
+
+
+class PriorParams(NamedTuple):
+    """Mean and raw scale (B, D, *S) of p(z | h), and what the raw scale is."""
+
+    mean: torch.Tensor
+    raw: torch.Tensor
+    scale: str
 
 
 class HierarchyTerms(NamedTuple):
@@ -153,16 +162,16 @@ class HierarchicalVAE(nn.Module):
         for index, (level, d) in enumerate(zip(self.levels, features, strict=True)):
             d = d if n_samples == 1 else d.expand(n_samples, *d.shape).flatten(0, 1)
             noise = {"seed": seed, "offset": offset} if eps is None else {"eps": eps[index].flatten(0, 1)}
-            z, kl, log_q, log_p, h = level.infer(h, d, **noise)
+            z, kl, log_q, prior, h = level.infer(h, d, **noise)
             offset += -(-z.numel() // 4)  # four normals come of one counter
-            found.append((z, log_p, log_q, kl))
-        latents, log_p, log_q, kl = zip(*found, strict=True)
+            found.append((z, prior, log_q, kl))
+        latents, priors, log_q, kl = zip(*found, strict=True)
         output = self.decoder(h)
         checks.shape("decoder output", output, (n_samples * batch, *self.likelihood.output_shape(x.shape[1:])))
         lead = (n_samples, batch)
         log_px_z = self.likelihood.log_prob(x, output.unflatten(0, lead))
         return HierarchyTerms([z.unflatten(0, lead) for z in latents], log_px_z,
-                              *(torch.stack(t).unflatten(1, lead) for t in (log_p, log_q, kl)))
+                              *(torch.stack(t).unflatten(1, lead) for t in (_log_priors(latents, priors), log_q, kl)))
 
     @torch.no_grad()
     def sample(self, n, *, generator=None, temperature=1.0, mean=False):
@@ -208,6 +217,20 @@ class HierarchicalVAE(nn.Module):
         for value in values:
             check_temperature(value)
         return values
+
+
+def _log_priors(latents, priors):
+    """log p(z | h), (B,) nats for each level. Levels of one shape go together: small tensors cost their launches."""
+    alike, found = {}, [None] * len(latents)
+    for index, (z, prior) in enumerate(zip(latents, priors, strict=True)):
+        alike.setdefault((z.shape, prior.scale), []).append(index)
+    for (_, scale), indices in alike.items():
+        z = torch.stack([latents[i] for i in indices])
+        mean, raw = (torch.stack([getattr(priors[i], name) for i in indices]) for name in ("mean", "raw"))
+        log_p = log_normal(z, mean, reference.sigma_and_log(raw, scale)[1]).flatten(2).sum(2)
+        for index, row in zip(indices, log_p.unbind(0), strict=True):
+            found[index] = row
+    return found
 
 
 def _zeros(level, h):

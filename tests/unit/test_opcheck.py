@@ -174,12 +174,26 @@ def spline_backward_samples():
         yield None, r(x.shape[0]), x, params, False, True, *constants
 
 
+def bernoulli_samples():
+    for shape, repeats in (((3, 5), 2), ((2, 3, 4, 5), 1), ((2, 3, 4, 5), 3), ((0, 4), 1), ((2, 0), 2), ((4,), 3)):
+        for layout in (layouts.contiguous, layouts.channels_last, layouts.padded):
+            yield r(*shape, layout=layout), r(repeats * shape[0], *shape[1:], layout=layout)
+    yield r(3, 5, dtype=torch.bfloat16), r(6, 5)
+    yield r(3, 5, dtype=torch.float64), r(3, 5, dtype=torch.float64)
+
+
+def bernoulli_backward_samples():
+    for x, logits in bernoulli_samples():
+        yield r(logits.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32), x, logits
+
+
 SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backward_samples,
            "slogdet_fwd": slogdet_samples, "plu_weight_fwd": plu_samples, "plu_weight_bwd": plu_backward_samples,
            "gaussian_fwd": gaussian_samples, "gaussian_bwd": gaussian_backward_samples, "philox4x32": philox_samples,
            "conv_net_fwd": conv_net_samples, "conv_net_bwd": conv_net_backward_samples,
            "mlp_flow_fwd": flow_forward_samples, "mlp_flow_bwd": flow_backward_samples,
-           "spline_fwd": spline_samples, "spline_bwd": spline_backward_samples}
+           "spline_fwd": spline_samples, "spline_bwd": spline_backward_samples,
+           "bernoulli_log_prob_fwd": bernoulli_samples, "bernoulli_log_prob_bwd": bernoulli_backward_samples}
 
 
 def move(sample, device):

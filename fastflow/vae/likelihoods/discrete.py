@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastflow.vae.likelihoods.base import Likelihood, sum_event, uniform_like
+from fastflow import functional
+from fastflow.vae.likelihoods.base import Likelihood, uniform_like
 
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "ContinuousBernoulliLikelihood",
            "NegativeBinomialLikelihood", "PoissonLikelihood"]
@@ -21,8 +22,7 @@ class BernoulliLikelihood(Likelihood):
         return -F.binary_cross_entropy_with_logits(logits, x.expand(logits.shape), reduction="none")
 
     def total(self, x, logits):
-        each = F.binary_cross_entropy_with_logits(logits, x.expand(logits.shape), reduction="none")
-        return -sum_event(each, x.dim() - 1)
+        return functional.bernoulli_log_prob(x, logits)
 
     def mean_of(self, logits):
         return torch.sigmoid(logits)
