@@ -163,7 +163,7 @@ class BitsBack:
         likelihood = self.model.likelihood
         values = x.detach().cpu().numpy().reshape(-1) if symbols else None
         if isinstance(likelihood, BernoulliLikelihood):
-            n_levels, model, table = 2, self._models.Bernoulli(), np.clip(_flat(torch.sigmoid(output.double())), 0, 1)
+            n_levels, model, table = 2, self._models.Bernoulli(perfect=False), _flat(torch.sigmoid(output.double()))
         else:
             probs = _table(likelihood, output)
             n_levels = probs.shape[-1]

@@ -107,13 +107,10 @@ def information(mean, log_sigma, prior=None, *, n_samples=1, log_prior=None, gen
 
         def log_prior(z):
             return log_normal(z, mean_p, log_sigma_p).sum(1)
-    own, marginal, target = [], [], []
-    for _ in range(n_samples):
-        z = mean + torch.exp(log_sigma) * _normal_like(mean, generator)
-        own.append(log_normal(z, mean, log_sigma).sum(1))
-        marginal.append(aggregate_log_prob(z, mean, log_sigma))
-        target.append(log_prior(z))
-    own, marginal, target = (torch.stack(t) for t in (own, marginal, target))
+    z = mean + torch.exp(log_sigma) * _normal_like(mean.expand(n_samples, *mean.shape), generator)
+    own = log_normal(z, mean, log_sigma).sum(2)
+    flat = z.flatten(0, 1)
+    marginal, target = (t.unflatten(0, own.shape) for t in (aggregate_log_prob(flat, mean, log_sigma), log_prior(flat)))
     return _terms(own - marginal, marginal - target)
 
 

@@ -66,8 +66,8 @@ class Diagnosis:
         if self.information is not None:
             terms = self.information
             lines.append(f"rate = mutual information {terms.mutual_information.item():.4g} + aggregate KL "
-                         f"{terms.aggregate_kl.item():.4g} (+- {terms.aggregate_kl_error.item():.2g}) nats; the first is "
-                         f"at most log N = {math.log(self.n_examples):.4g}")
+                         f"{terms.aggregate_kl.item():.4g} (+- {terms.aggregate_kl_error.item():.2g}) nats; the "
+                         f"first is at most log N = {math.log(self.n_examples):.4g}")
         if self.prediction is not None:
             lines.append(self.prediction.summary())
         return "\n".join(lines)
