@@ -47,7 +47,7 @@ def same_moments(x):
     return torch.cat([mean + steps, mean - steps])
 
 
-def train(x, beta, iterations=1500):
+def train(x, beta, iterations=800):
     torch.manual_seed(0)
     x = same_moments(x)
     model = vae.VAE(Encoder(64, LATENTS), nn.Linear(LATENTS, 64).double(), likelihood=vae.GaussianLikelihood(SIGMA))
