@@ -33,8 +33,8 @@ def levels():
 def test_message_is_as_long_as_the_elbo_and_comes_back(levels, kind):
     x = (levels > 8).float() if kind == "bernoulli" else levels.float()
     likelihood = vae.BernoulliLikelihood() if kind == "bernoulli" else vae.DiscretizedLogisticLikelihood(17)
-    model = fit(likelihood, x, 300)
-    x = x[-1000:] if kind == "bernoulli" else x[-300:]
+    model = fit(likelihood, x, 150)
+    x = x[-600:] if kind == "bernoulli" else x[-300:]
     codec = diagnostics.BitsBack(model, batch_size=32)
     message = codec.encode(x, seed=3)
     back, words = diagnostics.BitsBack(model, batch_size=32).decode(message, x[:1])
