@@ -1,0 +1,67 @@
+"""Whether a classifier can tell the aggregate posterior from the prior."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from fastflow import checks
+from fastflow.vae.networks import mlp_discriminator
+from fastflow.vae.penalties import discriminator_loss
+
+__all__ = ["DensityRatioCheck", "density_ratio_check"]
+
+
+class DensityRatioCheck(NamedTuple):
+    """On samples that the classifier was not trained on.
+
+    Attributes:
+        kl: mean of its logit over q's samples, an estimate of KL(q || p) in nats, which a weak classifier underrates.
+        accuracy: share of samples told right: 1/2 where q = p.
+        z_score: (accuracy - 1/2) in its standard errors under q = p; above 3, q and p differ.
+        loss: cross-entropy, nats for a pair; 2 log 2 for a classifier that knows nothing.
+    """
+
+    kl: float
+    accuracy: float
+    z_score: float
+    loss: float
+
+
+def density_ratio_check(q, p, *, discriminator=None, steps=300, batch_size=256, learning_rate=1e-2, seed=0):
+    """DensityRatioCheck of samples q (N, D), of the aggregate posterior, against p (M, D), of the prior.
+
+    The first half of each trains the classifier (shuffle samples that come in an order), the second judges it.
+
+    Args:
+        discriminator: module from (B, D) to logits (B,) or (B, 1), trained in place; None for a small network.
+        steps, batch_size, learning_rate: of its training with Adam.
+        seed: of the network and the batches; torch's own generator stays as it is.
+
+    References:
+        Rosca, Lakshminarayanan and Mohamed, "Distribution matching in variational inference", 2018, arXiv:1802.06847.
+    """
+    for name, value in (("q", q), ("p", p)):
+        checks.tensor(name, value)
+        if value.dim() != 2 or len(value) < 4 or value.shape[1] != q.shape[-1]:
+            raise ValueError(f"{name}: expected shape (N, D) with N >= 4, got {tuple(value.shape)}")
+    q, p = q.detach(), p.detach().to(q)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        if discriminator is None:
+            discriminator = mlp_discriminator(q.shape[1], (64, 64)).to(q)
+        halves = [t.split([len(t) // 2, len(t) - len(t) // 2]) for t in (q, p)]
+        optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+        for _ in range(steps):
+            batches = [half[0][torch.randint(len(half[0]), (batch_size,)).to(q.device)] for half in halves]
+            optimizer.zero_grad(set_to_none=True)
+            discriminator_loss(*(discriminator(batch) for batch in batches)).backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        on_q, on_p = (discriminator(half[1]).flatten() for half in halves)
+        right = 0.5 * ((on_q > 0).double().mean() + (on_p <= 0).double().mean()).item()
+        error = 0.25 * math.sqrt(1.0 / len(on_q) + 1.0 / len(on_p))
+        return DensityRatioCheck(on_q.mean().item(), right, (right - 0.5) / error,
+                                 discriminator_loss(on_q, on_p).item())

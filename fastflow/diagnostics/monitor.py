@@ -1,0 +1,99 @@
+"""Warns of posterior collapse while a VAE trains."""
+
+import math
+import warnings
+
+import torch
+
+from fastflow.diagnostics.latents import dimension_kl
+
+__all__ = ["CollapseMonitor", "CollapseWarning"]
+
+
+class CollapseWarning(UserWarning):
+    """Latents that carry almost nothing."""
+
+
+class CollapseMonitor:
+    """Watches the mean KL of every latent and warns when too few of them are used.
+
+    ``attach(model)`` hooks it onto the model's posterior, so that any training loop runs it; or hand it (B, D) KLs
+    with :meth:`update`. The KLs are averaged where they are and looked at every ``every`` batches only. It is silent
+    inside torch.compile and CUDA-graph capture, which run no Python.
+
+    Args:
+        least_active: warn when fewer latents than this have a mean KL above ``threshold``; an int of at least 1, or a
+            share between 0 and 1.
+        threshold: nats.
+        every: batches between looks.
+        patience: looks in a row with too few before the warning.
+        warmup: batches before the first look begins.
+        callback: called with the message in place of a CollapseWarning.
+
+    Attributes:
+        kl: (D,) mean KL at the last look, None before.
+        active: how many of them were above the threshold, None before.
+        collapsed: whether it has warned since the latents last recovered.
+    """
+
+    def __init__(self, least_active=1, *, threshold=0.01, every=100, patience=3, warmup=0, callback=None):
+        if isinstance(least_active, bool) or not least_active > 0 or (least_active > 1 and least_active % 1):
+            raise ValueError(f"least_active: expected an int of at least 1 or a share, got {least_active!r}")
+        if not threshold >= 0:
+            raise ValueError(f"threshold: expected a number >= 0, got {threshold!r}")
+        for name, value, least in (("every", every, 1), ("patience", patience, 1), ("warmup", warmup, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+        self.least_active, self.threshold, self.every = least_active, threshold, every
+        self.patience, self.warmup, self.callback = patience, warmup, callback
+        self.kl, self.active, self.collapsed = None, None, False
+        self._batches = self._low = 0
+        self._sum = None
+
+    def attach(self, model):
+        """Watches ``model.posterior``, a GaussianPosterior, in training mode; returns a handle with remove()."""
+        posterior = getattr(model, "posterior", None)
+        if not hasattr(posterior, "moments"):
+            raise TypeError(f"model: expected a VAE with a GaussianPosterior, got one with {type(posterior).__name__}")
+
+        def hook(module, args, output):
+            if not module.training or torch.compiler.is_compiling() or _capturing(args[0]):
+                return
+            with torch.no_grad():
+                mean, log_sigma = (t.flatten(1) for t in module.moments(args[0]))
+                prior = args[1] if len(args) > 1 and hasattr(args[1], "sigma_and_log") else None
+                self.update(dimension_kl(mean, log_sigma, prior))
+
+        return posterior.register_forward_hook(hook)
+
+    def update(self, kl):
+        """Counts one batch of KLs (B, D) in nats; every ``every`` batches it looks and may warn."""
+        self._batches += 1
+        if self._batches <= self.warmup:
+            return
+        mean = kl.detach().mean(0)
+        self._sum = mean if self._sum is None else self._sum + mean
+        if (self._batches - self.warmup) % self.every:
+            return
+        self.kl, self._sum = self._sum / self.every, None
+        self.active = int((self.kl > self.threshold).sum())
+        total = len(self.kl)
+        least = self.least_active if self.least_active >= 1 else math.ceil(self.least_active * total)
+        self._low = self._low + 1 if self.active < least else 0
+        if self._low == 0:
+            self.collapsed = False
+        elif self._low >= self.patience and not self.collapsed:
+            self.collapsed = True
+            self._warn(f"posterior collapse: {self.active} of {total} latents have a KL above {self.threshold:g} nats "
+                       f"after {self._batches} batches (largest {self.kl.max().item():.2g}); lower beta, anneal it, or "
+                       f"use free bits")
+
+    def _warn(self, message):
+        if self.callback is not None:
+            self.callback(message)
+        else:
+            warnings.warn(message, CollapseWarning, stacklevel=2)
+
+
+def _capturing(tensor):
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

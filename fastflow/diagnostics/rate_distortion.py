@@ -1,0 +1,117 @@
+"""Rate against distortion, and traversals of the latents ranked by what they carry."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from fastflow import checks
+from fastflow.diagnostics.latents import active_units, dimension_kl, posterior_moments
+from fastflow.vae.posteriors.gaussian import prior_moments
+
+__all__ = ["RateDistortion", "Traversal", "rate_distortion", "rate_distortion_sweep", "traversal_grid"]
+
+
+class RateDistortion(NamedTuple):
+    """One model's mean rate and distortion over a data set, floats in nats for one example.
+
+    Attributes:
+        rate: E KL(q(z|x) || p(z)), in closed form where there is one.
+        distortion: -E log p(x|z).
+        elbo: -rate - distortion.
+        elbo_error: its standard error over the examples.
+        active: number of active units, None where the posterior is no diagonal Gaussian.
+        beta: that it was trained with, None if unknown.
+    """
+
+    rate: float
+    distortion: float
+    elbo: float
+    elbo_error: float
+    active: int | None = None
+    beta: float | None = None
+
+
+class Traversal(NamedTuple):
+    """Latents that each move alone, those with the largest KL first.
+
+    Attributes:
+        dims: (R,) their indices in the flattened latent.
+        kl: (R,) their mean KL in nats.
+        values: (V,) that each takes.
+        images: (R, V, *event) the likelihood's means.
+    """
+
+    dims: torch.Tensor
+    kl: torch.Tensor
+    values: torch.Tensor
+    images: torch.Tensor
+
+
+@torch.no_grad()
+def rate_distortion(model, x, context=None, *, n_samples=1, batch_size=1024, beta=None, generator=None):
+    """RateDistortion of a model with ``elbo`` over x (N, *event), in the mode (train or eval) that it is in.
+
+    Args:
+        context: (N, ...) for a conditional model.
+        n_samples: draws of z for each example.
+        beta: kept in the result; the ELBO is unweighted.
+    """
+    checks.tensor("x", x, floating=False)
+    if len(x) < 1:
+        raise ValueError("x: expected at least one example, got none")
+    rates, distortions = [], []
+    for i in range(0, len(x), batch_size):
+        options = {} if context is None else {"context": context[i:i + batch_size]}
+        if generator is not None:
+            options["generator"] = generator
+        bound = model.elbo(x[i:i + batch_size], n_samples, **options)
+        rates.append(bound.rate.double())
+        distortions.append(bound.distortion.double())
+    rate, distortion = torch.cat(rates), torch.cat(distortions)
+    elbo = -rate - distortion
+    error = elbo.std().item() / math.sqrt(len(elbo)) if len(elbo) > 1 else math.nan
+    active = None
+    if hasattr(getattr(model, "posterior", None), "moments") and len(x) > 1:
+        active = int(active_units(posterior_moments(model, x, context, batch_size=batch_size)[0]).sum())
+    return RateDistortion(rate.mean().item(), distortion.mean().item(), elbo.mean().item(), error, active, beta)
+
+
+def rate_distortion_sweep(fit, betas, x, **options):
+    """[RateDistortion] of models trained with several KL weights, in the order of ``betas``.
+
+    Args:
+        fit: function from beta to a trained model.
+        betas: positive numbers.
+        x: (N, *event) that is measured, held-out as a rule.
+        options: of :func:`rate_distortion`.
+
+    References:
+        Alemi et al., "Fixing a broken ELBO", 2018, arXiv:1711.00464.
+    """
+    betas = list(betas)
+    for beta in betas:
+        if not 0.0 < beta < math.inf:
+            raise ValueError(f"betas: expected finite positive numbers, got {beta!r}")
+    return [rate_distortion(fit(beta), x, beta=beta, **options) for beta in betas]
+
+
+@torch.no_grad()
+def traversal_grid(model, x, n_dims=10, values=None, *, index=0):
+    """Traversal of the ``n_dims`` latents with the largest mean KL over x (N, *event), from example ``index``'s mean.
+
+    Args:
+        model: a VAE with a GaussianPosterior; where the prior has no closed KL, the KL to N(0, I) ranks them.
+        values: (V,) that each latent takes; None for 7 from -3 to 3.
+    """
+    mean, log_sigma = posterior_moments(model, x)
+    prior = model.prior if prior_moments(model.prior, mean) is not None else None
+    kl = dimension_kl(mean, log_sigma, prior).mean(0)
+    if isinstance(n_dims, bool) or not isinstance(n_dims, int) or n_dims < 1:
+        raise ValueError(f"n_dims: expected a positive int, got {n_dims!r}")
+    if not 0 <= index < len(x):
+        raise ValueError(f"index: expected one from 0 to {len(x) - 1}, got {index!r}")
+    dims = kl.argsort(descending=True, stable=True)[:n_dims]
+    values = torch.linspace(-3.0, 3.0, 7) if values is None else torch.as_tensor(values)
+    start = model.encode(x[index:index + 1])[0]
+    return Traversal(dims, kl[dims], values, model.traverse(start, dims.tolist(), values))

@@ -1,0 +1,120 @@
+"""The collapse monitor, the density-ratio check, traversals and the report."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from fastflow import diagnostics, vae
+from tests.gaussian_models import linear, randn
+
+
+def selective(gains):
+    """A VAE whose latent d has the mean gains[d] * x_d and unit variance."""
+    gains = torch.tensor(gains, dtype=torch.float64)
+    d = len(gains)
+    weight = torch.cat([torch.diag(gains), torch.zeros(d, d, dtype=torch.float64)])
+    return vae.VAE(linear(weight, torch.zeros(2 * d).double()), linear(torch.eye(d).double(), torch.zeros(d).double()),
+                   likelihood=vae.GaussianLikelihood(0.5))
+
+
+def test_monitor_warns_of_collapse_once_and_recovers():
+    model, x = selective([0.0, 0.0, 0.0]), randn(64, 3, seed=0)
+    monitor = diagnostics.CollapseMonitor(every=2, patience=2)
+    handle = monitor.attach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model.elbo(x)
+    with pytest.warns(diagnostics.CollapseWarning, match="0 of 3 latents"):
+        model.elbo(x)
+    assert monitor.collapsed and monitor.active == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            model.elbo(x)
+        with torch.no_grad():
+            model.encoder.weight[0, 0] = 1.0
+        for _ in range(2):
+            model.elbo(x)
+        assert not monitor.collapsed and monitor.active == 1
+        assert monitor.kl[0].item() == pytest.approx(0.5 * x[:, 0].square().mean().item(), rel=1e-12)
+        before = monitor.kl
+        model.eval()
+        model.elbo(x)
+        handle.remove()
+        model.train()
+        for _ in range(2):
+            model.elbo(x)
+        assert monitor.kl is before
+
+
+def test_monitor_counts_a_share_after_warmup():
+    messages = []
+    monitor = diagnostics.CollapseMonitor(0.75, every=1, patience=1, warmup=2, callback=messages.append)
+    kl = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    for _ in range(2):
+        monitor.update(kl)
+    assert not messages
+    monitor.update(kl)
+    assert len(messages) == 1 and "2 of 4" in messages[0]
+    for bad in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="^least_active"):
+            diagnostics.CollapseMonitor(bad)
+
+
+def test_density_ratio_tells_a_shifted_posterior_from_the_prior():
+    """N(1, 1) against N(0, 1): KL 1/2, and the best classifier is right Phi(1/2) of the time."""
+    q, p = randn(4000, 1, seed=0) + 1.0, randn(4000, 1, seed=1)
+    state = torch.get_rng_state()
+    found = diagnostics.density_ratio_check(q, p, steps=120)
+    assert torch.equal(state, torch.get_rng_state())
+    assert found.kl == pytest.approx(0.5, abs=0.12)
+    assert found.accuracy == pytest.approx(0.5 * (1.0 + math.erf(0.5 / math.sqrt(2.0))), abs=0.03)
+    assert found.z_score > 6.0 and found.loss < 2.0 * math.log(2.0)
+    same = diagnostics.density_ratio_check(randn(4000, 1, seed=2), p, steps=120)
+    assert abs(same.z_score) < 4.0 and abs(same.kl) < 0.1
+
+
+def test_traversal_ranks_latents_by_kl():
+    model, x = selective([0.2, 0.0, 2.0]), randn(200, 3, seed=0)
+    grid = diagnostics.traversal_grid(model, x, 2, [-1.0, 0.0, 1.0], index=3)
+    assert grid.dims.tolist() == [2, 0] and grid.images.shape == (2, 3, 3)
+    torch.testing.assert_close(grid.images[0, :, 2], torch.tensor([-1.0, 0.0, 1.0]).double())
+    torch.testing.assert_close(grid.images[0, :, 0], (0.2 * x[3, 0]).expand(3))
+
+
+def test_report_of_a_gaussian_vae():
+    model, x = selective([2.0, 0.0, 1.0]), randn(300, 3, seed=0)
+    found = diagnostics.diagnose(model, x, n_dims=2, generator=torch.Generator().manual_seed(0))
+    assert model.training
+    assert found.active.tolist() == [True, False, True]
+    assert found.point.active == 2 and found.point.beta == 1.0
+    assert found.kl.sum().item() == pytest.approx(found.point.rate, rel=1e-12)
+    assert found.point.elbo == pytest.approx(-found.point.rate - found.point.distortion, rel=1e-12)
+    # The aggregate of latent 2 is about N(0, 2): KL (1 - log 2) / 2.
+    assert found.marginal_kl[2].item() == pytest.approx(0.5 * (1.0 - math.log(2.0)), abs=0.06)
+    assert found.prediction.threshold == pytest.approx(0.25)
+    text = found.summary()
+    assert "active units 2 of 3" in text and "mutual information" in text and "a linear model keeps 3 of 3" in text
+    assert found.bits_per_dim == pytest.approx(-found.point.elbo / (3 * math.log(2.0)))
+
+
+@pytest.mark.parametrize("options", [{"posterior": "full"}, {"prior": vae.MixturePrior((2,), 3)}])
+def test_report_of_other_models(options):
+    torch.manual_seed(0)
+    model = vae.MLPVAE((6,), 2, (8,), **options)
+    x = torch.randint(0, 2, (40, 6)).float()
+    found = diagnostics.diagnose(model, x)
+    assert math.isfinite(found.point.elbo) and found.summary()
+    assert (found.kl is None) == ("posterior" in options)
+    if found.information is not None:
+        # The rate estimated with these z's: a normalised aggregate and the mixture prior.
+        assert found.information.kl.item() == pytest.approx(found.point.rate, abs=0.5)
+    conditional = vae.ConditionalVAE((6,), 2, 3)
+    labels = torch.arange(40) % 3
+    found = diagnostics.diagnose(conditional, x, labels)
+    assert found.kl is not None and found.traversal is None
+    with pytest.raises(ValueError, match="^x: expected at least 2"):
+        diagnostics.diagnose(model, x[:1])
