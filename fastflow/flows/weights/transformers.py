@@ -59,7 +59,7 @@ def load_tarflow(state_dict, *, image_shape=None, head_dim=64):
     if "var" in state.left:
         variance = state.take("var", (tokens, features))
         if not torch.equal(variance, torch.ones_like(variance)):
-            model.base = DiagonalNormal((tokens, features))
+            model.base = DiagonalNormal((tokens, features)).double()
             copy(model.base.log_scale, 0.5 * torch.log(variance))
     state.finish()
     return model.to(state.dtype)
