@@ -40,7 +40,7 @@ def _fit(module, fix):
             and len(shapes[0]) == 1 and shapes == (shapes[0], shapes[0], (shapes[0][0] - 1,)) and shapes[2] > (0,)):
         kind = "rqs"
     else:
-        name = getattr(function, "__name__", str(function))
+        name = getattr(function, "__name__", type(function).__name__)
         return f"{name} with parameters of shapes {shapes} has no kernel"
     return {PREFIX + "kind": (kind, slope, bound)} if numbers else "its options are not numbers"
 

@@ -54,6 +54,7 @@ from fastflow.flows.surjections import Augment, Slice, UniformDequantization, Va
 from fastflow.flows.sylvester import Sylvester
 from fastflow.flows.tarflow import TarFlow, TarFlowBlock
 from fastflow.flows.transform import Compose, Inverse, Transform, initialize
+from fastflow.flows.weights import load_glow, load_jet, load_tarflow
 
 __all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "NSF", "PLU", "QR", "Affine", "AffineTransformer", "Atan",
            "Augment", "CheckerboardSqueeze", "ClassConditionalNormal", "Compose", "ConditionalNormal",
@@ -67,4 +68,4 @@ __all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "NSF", "PLU", "QR", "A
            "SpectralLinear", "SplineTransformer", "Split", "Squeeze", "StandardLogistic", "StandardNormal", "StudentT",
            "Sylvester", "Tanh", "TarFlow", "TarFlowBlock", "Transform", "Triangular", "TruncatedNormal", "Uniform",
            "UniformDequantization", "VariationalDequantization", "VelocityConvNet", "VelocityMLP", "bits_per_dim",
-           "check_invertible", "dequantize", "flow_matching_loss", "initialize"]
+           "check_invertible", "dequantize", "flow_matching_loss", "initialize", "load_glow", "load_jet", "load_tarflow"]

@@ -261,6 +261,7 @@ class Split(nn.Module):
         rest: transform of x1; None leaves x1 as it is.
         prior: network from (B, C // 2, *S) to (B, 2 (C - C // 2), *S), or None.
         conditional: whether the prior is called with the context as second argument.
+        scale: ScaleMap that makes sigma of r, or its name; "exp" is a log sigma without bounds.
 
     Raises:
         ValueError: fewer than two channels; on a call, an x of another shape.
@@ -269,7 +270,7 @@ class Split(nn.Module):
     SCALE = ScaleMap("tanh", clamp=5.0)
     saves_memory = True
 
-    def __init__(self, event_shape, rest=None, *, prior=None, conditional=False):
+    def __init__(self, event_shape, rest=None, *, prior=None, conditional=False, scale=None):
         super().__init__()
         self.event_shape = tuple(event_shape)
         channels = self.event_shape[0]
@@ -283,6 +284,7 @@ class Split(nn.Module):
         self.rest_shape = kept if rest is None else noise_shape(rest, kept)
         self.rest = rest
         self.prior, self.conditional = prior, bool(conditional)
+        self.scale = self.SCALE if scale is None else ScaleMap.of(scale)
 
     def split(self, x, logdet=None, context=None):
         """(x1, z2, logdet) of x (B, C, *S), z2 (B, C - C // 2, *S); a running ``logdet`` (B,) is added."""
@@ -291,7 +293,7 @@ class Split(nn.Module):
         x1, x2 = torch.split(x, self.sizes, 1)
         if self.prior is None:
             return x1, x2, x.new_zeros(x.shape[0]) if logdet is None else logdet
-        z2, logdet = functional.affine_coupling(x2, self._params(x1, context), scale=self.SCALE, order="shift_scale",
+        z2, logdet = functional.affine_coupling(x2, self._params(x1, context), scale=self.scale, order="shift_scale",
                                                 inverse=True, logdet=logdet)
         return x1, z2, logdet
 
@@ -299,7 +301,7 @@ class Split(nn.Module):
         """(x, logdet), the inverse of split."""
         if self.prior is None:
             return torch.cat([x1, z2], 1), x1.new_zeros(x1.shape[0]) if logdet is None else logdet
-        return functional.affine_coupling(z2, self._params(x1, context), scale=self.SCALE, order="shift_scale",
+        return functional.affine_coupling(z2, self._params(x1, context), scale=self.scale, order="shift_scale",
                                           logdet=logdet, passive=x1)
 
     def recompute(self, x1, z2, context=None, *, needs=True, dtype=None):
@@ -309,9 +311,9 @@ class Split(nn.Module):
         with torch.enable_grad():
             params = self._params(x1.detach().requires_grad_(needs), context)
             with torch.no_grad():
-                x = functional.affine_coupling(z2, params, scale=self.SCALE, order="shift_scale", passive=x1)[0]
+                x = functional.affine_coupling(z2, params, scale=self.scale, order="shift_scale", passive=x1)[0]
             x = x.to(dtype)
-            functional.affine_coupling(x[:, self.sizes[0]:].detach().requires_grad_(needs), params, scale=self.SCALE,
+            functional.affine_coupling(x[:, self.sizes[0]:].detach().requires_grad_(needs), params, scale=self.scale,
                                        order="shift_scale", inverse=True)
         return x
 
