@@ -28,7 +28,7 @@ def accelerate(model, *, verify=True, example=None, fix=False):
     class are swapped, and of them those whose options have a fused form.
 
     Args:
-        model: a torch.nn.Module with layers of nflows, normflows, FrEIA or zuko at any depth.
+        model: a torch.nn.Module with layers of nflows, normflows, FrEIA, zuko, Pyro or pythae at any depth.
         verify: hold every swapped layer against its original at its first call: outputs, inverse and gradients, on
             copies, leaving random generators and buffers as they were. A layer that differs becomes its original again
             and a RuntimeWarning says so. Calls under torch.compile and torch.func don't count as the first.
