@@ -99,6 +99,16 @@ def zuko(kind, features, hidden, n_layers, **options):
     return getattr(library.flows, kind)(features, transforms=n_layers, hidden_features=(hidden, hidden), **options)
 
 
+def pythae_vae(latent):
+    from pythae import models
+
+    return models.VAE(models.VAEConfig(input_dim=(1, 28, 28), latent_dim=latent))
+
+
+def _bound(model, x):
+    return -model({"data": x.sigmoid()}).loss
+
+
 def _log_prob(model, x):
     return model.log_prob(x)
 
@@ -177,6 +187,7 @@ CASES = (
     _case("zuko NSF, 5 layers, 8-D, hidden 64, batch 512", lambda: zuko("NSF", 8, 64, 5), _lazy_log_prob, (512, 8)),
     _case("zuko NSF coupling, 5 layers, 8-D, hidden 64, batch 512", lambda: zuko("NSF", 8, 64, 5, passes=2),
           _lazy_log_prob, (512, 8)),
+    _case("pythae VAE, 784-512-16, batch 100", lambda: pythae_vae(16), _bound, (100, 1, 28, 28)),
     *(_case(f"small: FrEIA {block} x 4, 64 x 8", lambda block=block: freia(block, 8, 16, 4), _invertible_log_prob,
             (64, 8), "small") for block in ("AllInOneBlock", "GLOWCouplingBlock", "RNVPCouplingBlock",
                                             "GINCouplingBlock", "NICECouplingBlock")),

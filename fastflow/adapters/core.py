@@ -15,7 +15,8 @@ __all__ = ["HOSTS", "accelerate", "restore"]
 # The libraries whose layers are known, by the name that they are imported under, and the file here that adapts each. It
 # is imported when its library was. Importing it fills swaps.SWAPS; it may define EXAMPLES, {class: function(model,
 # *example)} that runs a model whose forward does not.
-HOSTS = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko"}
+HOSTS = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko", "pyro": "pyro",
+         "pythae": "pythae"}
 
 
 def accelerate(model, *, verify=True, example=None, fix=False):
@@ -27,7 +28,7 @@ def accelerate(model, *, verify=True, example=None, fix=False):
     class are swapped, and of them those whose options have a fused form.
 
     Args:
-        model: a torch.nn.Module with layers of nflows, normflows, FrEIA or zuko at any depth.
+        model: a torch.nn.Module with layers of nflows, normflows, FrEIA, zuko, Pyro or pythae at any depth.
         verify: hold every swapped layer against its original at its first call: outputs, inverse and gradients, on
             copies, leaving random generators and buffers as they were. A layer that differs becomes its original again
             and a RuntimeWarning says so. Calls under torch.compile and torch.func don't count as the first.
