@@ -392,7 +392,8 @@ def _grouped(tensors):
 
 def _row(generators, rank):
     """One process's {name: state} of all processes' {name: (processes, ...)}."""
-    return {name: states[rank] for name, states in generators.items()}
+    # torch.set_rng_state reads from the beginning of the storage: a row must be a tensor of its own.
+    return {name: states[rank].clone() for name, states in generators.items()}
 
 
 class _Stop(Exception):

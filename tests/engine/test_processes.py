@@ -48,27 +48,27 @@ def one(tmp_path_factory):
     return newest(out)
 
 
+@pytest.mark.slow
 def test_two_replicas_equal_one_process_and_outlive_a_killed_one(tmp_path, one):
-    """Process 1 is killed with -9 in its third step; torchrun ends the other and starts both again, which go on from the
-    second: the parameters at the end are those of one undisturbed process."""
+    """Process 1 is killed with -9 in its third step; torchrun ends the other and starts both again, which go on
+    from the second: the parameters at the end are those of one undisturbed process."""
     result = launch(tmp_path / "run", 2, "train.steps=6", "train.checkpoint_every=2", restarts=1, VICTIM="1")
     assert "is done, at step 6" in result.stdout and "exitcode: -9" in result.stdout.replace(" :", ":")
     found = newest(tmp_path / "run")
     assert_close(one, found)
     assert found.state["processes"] == 2 and found.tensors["training"]["random.cpu"].shape[0] == 2
-    initial = 1e-3
-    assert max(t.abs().max() for t in found.tensors["model"].values()) > initial
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, strategy, parts", [(2, "fsdp", 2), (4, "ddp", 2), (4, "fsdp", 1)])
+@pytest.mark.parametrize("count, strategy, parts", [(2, "ddp", 1), (2, "fsdp", 2), (4, "ddp", 2), (4, "fsdp", 1)])
 def test_more_processes_and_shards_equal_one(tmp_path, one, count, strategy, parts):
     launch(tmp_path / "run", count, "train.steps=6", f"train.strategy={strategy}", f"train.accumulate={parts}")
     assert_close(one, newest(tmp_path / "run"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first, then", [((4, "ddp"), (2, "ddp")), ((4, "fsdp"), (2, "fsdp")), ((2, "fsdp"), (1, "ddp"))])
+@pytest.mark.parametrize("first, then", [((4, "ddp"), (2, "ddp")), ((4, "fsdp"), (2, "fsdp")),
+                                         ((2, "fsdp"), (1, "ddp"))])
 def test_the_number_of_processes_may_change(tmp_path, one, first, then):
     out = tmp_path / "run"
     launch(out, first[0], "train.steps=3", f"train.strategy={first[1]}")

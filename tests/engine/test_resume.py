@@ -15,8 +15,8 @@ from fastflow.engine.trainer import Trainer
 
 STEPS = 9
 TINY = ["model.n_levels=1", "model.n_steps=1", "model.hidden_channels=2", f"train.steps={STEPS}", "sample.count=1",
-        "train.batch_size=300", "train.warmup_steps=4", "train.log_every=1", "train.eval_every=0", "train.max_seconds=0",
-        "train.device=cpu", "train.threads=1", "train.ema_decay=0.9", "train.keep_checkpoints=0",
+        "train.batch_size=300", "train.warmup_steps=4", "train.log_every=1", "train.eval_every=0",
+        "train.max_seconds=0", "train.device=cpu", "train.threads=1", "train.ema_decay=0.9", "train.keep_checkpoints=0",
         "train.checkpoint_every=1", "train.accumulate=2"]
 
 
@@ -148,7 +148,7 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_bounded(make):
     again.run()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), RuntimeError(
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")])
 def test_out_of_memory_says_what_to_turn_on(make, error):
     made = make("run")
