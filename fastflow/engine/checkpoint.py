@@ -3,7 +3,8 @@
     DIR/step-000100/model.safetensors, ...   state.json   manifest.json
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so a name that a reader accepts is
-complete. Reading checks every byte against the manifest before it is parsed.
+complete. Reading checks every byte against the manifest before it is parsed. Tensors that are dense in another order
+than the row-major one, such as channels-last weights, are stored row-major and come back in their own order.
 """
 
 import hashlib
@@ -16,16 +17,20 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fastflow.engine.errors import CheckpointError
 
-__all__ = ["Checkpoint", "clean", "find", "load", "newest", "save", "step_of"]
+__all__ = ["Checkpoint", "clean", "find", "load", "newest", "path_of", "save", "step_of"]
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{1,12})")
-FILE_NAME = re.compile(r"[a-z_]{1,40}\.(safetensors|json)")
+FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}\.(safetensors|json)")
+TEMPORARY = re.compile(r"\.(step-\d{1,12})\.(tmp|old)-[0-9a-z]+")
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MAX_JSON_BYTES = 1 << 24
+ORDERS = "memory_order"  # in state.json: {file stem: {tensor: its dimensions from the largest stride to the smallest}}
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,20 @@ def step_of(path):
     return int(match.group(1)) if match else None
 
 
+def path_of(directory, step):
+    """Where the checkpoint of that step goes in ``directory``."""
+    return Path(directory) / f"step-{step:06d}"
+
+
 def clean(directory):
-    """Removes what interrupted writers left behind."""
-    for path in Path(directory).glob(".step-*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Removes what interrupted writers left behind, and puts back a checkpoint that one was about to replace."""
+    directory = Path(directory)
+    for path in directory.iterdir() if directory.is_dir() else ():
+        match = TEMPORARY.fullmatch(path.name)
+        if match and match[2] == "old" and not (directory / match[1]).exists():
+            path.rename(directory / match[1])
+        elif match:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def save(directory, step, tensors, state, keep=0):
@@ -65,21 +80,29 @@ def save(directory, step, tensors, state, keep=0):
     Args:
         directory: where ``step-NNNNNN`` goes.
         step: how many training steps it holds.
-        tensors: {file stem: {name: tensor}}; tensors are copied to contiguous CPU memory.
-        state: what JSON can hold.
+        tensors: {file stem: {name: tensor}}; copied to the CPU; a stem is a letter, then a-z, 0-9, _.
+        state: what JSON can hold, without the keys "format", "step" and "memory_order".
         keep: afterwards delete all but this many of the newest checkpoints; 0 keeps all.
 
     Raises:
+        ValueError: a stem or a key of ``state`` that can't be.
         CheckpointError: the disk refused; what was there before is intact.
     """
     from safetensors.torch import save as to_bytes
 
     directory = Path(directory)
-    final = directory / f"step-{step:06d}"
-    temporary = directory / f".{final.name}.tmp-{uuid.uuid4().hex}"
+    final = path_of(directory, step)
+    temporary, replaced = (directory / f".{final.name}.{kind}-{uuid.uuid4().hex}" for kind in ("tmp", "old"))
+    if taken := {"format", "step", ORDERS} & state.keys():
+        raise ValueError(f"state: the keys {', '.join(sorted(taken))} are the checkpoint's own")
+    for stem in tensors:
+        if not FILE_NAME.fullmatch(f"{stem}.safetensors"):
+            raise ValueError(f"tensors: {stem!r} can't name a file of a checkpoint")
     try:
         temporary.mkdir(parents=True)
-        contents = {STATE: json.dumps({"format": FORMAT, "step": step, **state}, indent=1).encode()}
+        orders = {stem: {name: order for name, t in named.items() if (order := _memory_order(t)) is not None}
+                  for stem, named in tensors.items()}
+        contents = {STATE: json.dumps({"format": FORMAT, "step": step, ORDERS: orders, **state}, indent=1).encode()}
         for stem, named in tensors.items():
             copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named.items()}
             contents[f"{stem}.safetensors"] = to_bytes(copies)
@@ -89,7 +112,6 @@ def save(directory, step, tensors, state, keep=0):
         for name, data in contents.items():
             _write(temporary / name, data)
         _sync(temporary)
-        replaced = directory / f".{final.name}.tmp-{uuid.uuid4().hex}"
         if final.exists():
             final.rename(replaced)
         try:
@@ -105,7 +127,7 @@ def save(directory, step, tensors, state, keep=0):
         raise CheckpointError(f"{final}: could not be written ({error.strerror or error}); "
                               f"earlier checkpoints are intact") from error
     for _, path in find(directory)[:-keep] if keep else ():
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
     return final
 
 
@@ -127,23 +149,28 @@ def load(path):
     _expect(path / MANIFEST, manifest, step)
     if not isinstance(files, dict) or STATE not in files:
         raise CheckpointError(f"{path / MANIFEST}: lists no {STATE}")
+    for name, entry in files.items():
+        if not FILE_NAME.fullmatch(name) or name == MANIFEST or not isinstance(entry, dict) \
+                or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+            raise CheckpointError(f"{path / MANIFEST}: has an entry that can't be: {name!r}")
+    try:
+        foreign = sorted(set(os.listdir(path)) - files.keys() - {MANIFEST})
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    if foreign:
+        raise CheckpointError(f"{path / foreign[0]}: is not in the manifest")
     tensors, state = {}, None
     for name, entry in files.items():
-        if not FILE_NAME.fullmatch(name) or not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
-            raise CheckpointError(f"{path / MANIFEST}: has an entry that can't be: {name!r}")
-        data = _read(path / name, entry["bytes"])
-        if len(data) != entry["bytes"]:
-            raise CheckpointError(f"{path / name}: truncated, {len(data)} bytes of {entry['bytes']}")
-        if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-            raise CheckpointError(f"{path / name}: corrupt, its SHA-256 is not the manifest's")
+        data = _verified(path / name, entry["bytes"], entry["sha256"])
         if name == STATE:
             state = _parse(path / name, data)
         elif name.endswith(".safetensors"):
             try:
                 tensors[name.removesuffix(".safetensors")] = from_bytes(data)
-            except (SafetensorError, ValueError, KeyError) as error:
+            except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
                 raise CheckpointError(f"{path / name}: not a safetensors file ({error})") from error
     _expect(path / STATE, state, step)
+    _reorder(path / STATE, tensors, state.pop(ORDERS, {}))
     return Checkpoint(path, step, tensors, state)
 
 
@@ -165,6 +192,36 @@ def newest(directory, warn):
     return None
 
 
+def _memory_order(tensor):
+    """The dimensions from the largest stride to the smallest if that makes a dense tensor, and not the row-major one;
+    otherwise None."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous() or 0 in tensor.stride():
+        return None
+    order = sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), d))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def _reorder(path, tensors, orders):
+    """Gives tensors, in place of the dicts' entries, the memory order that they were saved from."""
+    try:
+        for stem, named in orders.items():
+            for name, order in named.items():
+                tensor = tensors[stem][name]
+                tensors[stem][name] = torch.empty_permuted(tensor.shape, order, dtype=tensor.dtype).copy_(tensor)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: has a {ORDERS} that can't be ({error})") from error
+
+
+def _remove(path):
+    """Deletes a checkpoint that is never seen half deleted."""
+    gone = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        path.rename(gone)
+    except OSError:
+        return  # one too many is no harm
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _write(path, data):
     with open(path, "xb") as file:
         file.write(data)
@@ -180,24 +237,39 @@ def _sync(directory):
         os.close(descriptor)
 
 
+def _verified(path, n_bytes, sha256):
+    """The bytes of a file that has just these."""
+    data = _read(path, n_bytes)
+    if len(data) != n_bytes:
+        raise CheckpointError(f"{path}: truncated, {len(data)} bytes of {n_bytes}")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"{path}: corrupt, its SHA-256 is not the manifest's")
+    return data
+
+
 def _read(path, limit):
-    """At most ``limit`` + 1 bytes of a regular file, symbolic links refused."""
+    """The bytes of a regular file of at most ``limit``; symbolic links are refused."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: not a regular file")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
         if status.st_size > limit:
             raise CheckpointError(f"{path}: {status.st_size} bytes, expected at most {limit}")
-        return file.read()
+        try:
+            return file.read()
+        except (OSError, MemoryError) as error:
+            raise CheckpointError(f"{path}: can't be read ({getattr(error, 'strerror', None) or 'out of memory'})") \
+                from error
 
 
 def _parse(path, data):
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -205,8 +277,16 @@ def _parse(path, data):
     return value
 
 
+def _unique(pairs):
+    """A JSON object; a key that comes twice would mean one thing to us and another to the next reader."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key comes twice")
+    return value
+
+
 def _expect(path, value, step):
-    if value.get("format") != FORMAT:
+    if type(value.get("format")) is not int or value["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {value.get('format')!r}, this version reads {FORMAT}")
-    if value.get("step") != step:
+    if type(value.get("step")) is not int or value["step"] != step:
         raise CheckpointError(f"{path}: of step {value.get('step')!r} in a directory named for step {step}")

@@ -1,11 +1,14 @@
-"""What wraps a model: torch.compile, DistributedDataParallel, FSDP2."""
+"""What wraps a model: torch.compile, DistributedDataParallel, FSDP2; and the processes that train it together."""
 
 import contextlib
+import datetime
+import os
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["agree", "is_sharded", "local", "replicas", "synchronized", "unwrap", "whole"]
+__all__ = ["Processes", "agree", "is_sharded", "local", "placed_like", "replicas", "synchronized", "unwrap", "whole",
+           "wrapped"]
 
 
 def layers_of(model):
@@ -53,6 +56,56 @@ def whole(tensor):
 def local(tensor):
     """This process's part of a sharded tensor, the same memory; another tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def placed_like(tensor, full):
+    """The whole tensor ``full``, the same in every process, spread as ``tensor`` is; as it is if that is whole too."""
+    if not hasattr(tensor, "placements"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements)
+
+
+def wrapped(model, strategy, device):
+    """The model for training in all processes: "ddp" keeps it whole in each, "fsdp" spreads parameters, gradients and
+    the optimizer's state over them, all parameters in one group."""
+    if strategy == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        return fully_shard(model, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)))
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+class Processes:
+    """The processes that torchrun started; one alone elsewhere.
+
+    Attributes:
+        rank, count: which of how many this one is.
+    """
+
+    def __init__(self, device, timeout_seconds):
+        """Joins the group if there is one and this process has not; a process that waits longer than the timeout for
+        another one fails."""
+        distributed = torch.distributed
+        if not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                           timeout=datetime.timedelta(seconds=timeout_seconds))
+        joined = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.count = (distributed.get_rank(), distributed.get_world_size()) if joined else (0, 1)
+
+    def gather(self, tensor):
+        """What every process has in this place, in order of rank; CPU tensors of one shape and dtype."""
+        if self.count == 1:
+            return [tensor]
+        every = [torch.empty_like(tensor) for _ in range(self.count)]
+        torch.distributed.all_gather(every, tensor.contiguous())
+        return every
+
+    def most(self, number):
+        """The largest of the numbers that the processes have."""
+        return number if self.count == 1 else max(t.item() for t in self.gather(torch.tensor(float(number))))
 
 
 def agree(model, flag):

@@ -4,29 +4,37 @@ import contextlib
 
 import torch
 
-from fastflow.engine.distributed import local
+from fastflow.engine.distributed import local, placed_like
 
 __all__ = ["EMA"]
 
 
 class EMA:
-    """average <- decay*average + (1 - decay)*parameter after every update, in a few launches for all parameters.
+    """average <- d*average + (1 - d)*parameter after every update, in a few launches for all parameters.
+
+    d is ``decay``, or with a ``warmup`` w after n updates min(decay, (1 + n)/(w + n)): it forgets faster at first.
 
     Args:
         model: the module whose trained parameters are averaged; sharded ones stay sharded.
         decay: a number in [0, 1).
+        warmup: 0 for none, or a number of 1 or more.
 
     Attributes:
         parameters: {name in the model: average}.
+        n_updates: 0-d tensor on the parameters' device.
     """
 
-    def __init__(self, model, decay):
+    def __init__(self, model, decay, warmup=0):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"ema_decay: expected a number in [0, 1) or None, got {decay!r}")
-        self.decay = decay
+        if warmup and not warmup >= 1:
+            raise ValueError(f"ema_warmup: expected 0 or a number of 1 or more, got {warmup!r}")
+        self.decay, self.warmup = decay, warmup
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._sources = [p for _, p in named]
         self.parameters = {name: p.detach().clone() for name, p in named}
+        device = self._sources[0].device if self._sources else None
+        self.n_updates = torch.zeros((), dtype=torch.float64, device=device)
 
     def _tensors(self):
         """(averages, parameters): the tensors of this process."""
@@ -36,11 +44,15 @@ class EMA:
     def update(self, skip=None):
         """Takes the current parameters in; not where the 0-d device tensor ``skip`` is 1."""
         averages, sources = self._tensors()
-        if skip is None:
+        self.n_updates += 1 if skip is None else 1 - skip
+        if skip is None and not self.warmup:
             torch._foreach_lerp_(averages, sources, 1.0 - self.decay)
             return
+        weight = 1.0 - self.decay
+        if self.warmup:
+            weight = 1.0 - ((1.0 + self.n_updates) / (self.warmup + self.n_updates)).clamp(max=self.decay)
         steps = torch._foreach_sub(sources, averages)
-        torch._foreach_mul_(steps, (1.0 - self.decay) * (1.0 - skip))
+        torch._foreach_mul_(steps, weight if skip is None else weight * (1.0 - skip))
         torch._foreach_add_(averages, steps)
 
     @contextlib.contextmanager
@@ -60,14 +72,15 @@ class EMA:
     def reset(self):
         """Starts again from the parameters as they are, after an initialisation or a loaded checkpoint."""
         torch._foreach_copy_(*self._tensors())
+        self.n_updates.zero_()
 
     def state_dict(self):
         """{name in the model: average}; the averages themselves, not copies."""
         return dict(self.parameters)
 
     @torch.no_grad()
-    def load_state_dict(self, state):
-        """Copies what :meth:`state_dict` gave into the averages.
+    def load_state_dict(self, state, n_updates=0):
+        """Copies what :meth:`state_dict` gave, after that many updates, into the averages, shards too.
 
         Raises:
             ValueError: a name is missing or unknown, or a shape differs.
@@ -78,4 +91,5 @@ class EMA:
             if average.shape != state[name].shape:
                 raise ValueError(f"state: {name}: expected shape {tuple(average.shape)}, "
                                  f"got {tuple(state[name].shape)}")
-            average.copy_(state[name])
+            average.copy_(placed_like(average, state[name]))
+        self.n_updates.fill_(n_updates)

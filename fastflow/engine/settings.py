@@ -20,7 +20,8 @@ __all__ = ["Settings", "differences", "from_dict", "load_settings", "recipes"]
 MAX_RECIPE_BYTES = 1 << 20
 # What may change between a run and its continuation: how long it goes on and what it reports, never what it computes.
 MAY_CHANGE = ("description", "sample", "train.steps", "train.max_seconds", "train.device", "train.log_every",
-              "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints")
+              "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.strategy",
+              "train.process_timeout", "train.skip_non_finite")
 
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -58,6 +59,10 @@ class TrainSettings(Section):
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: Count = Field(0, description="steps over which the learning rate rises linearly")
     clip_grad_norm: float = Field(0.0, ge=0, description="scale larger gradients down to this norm; 0 for never")
+    accumulate: Positive = Field(1, description="parts that a batch is cut into to save memory")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="whole models or shards; auto is ddp")
+    process_timeout: float = Field(60.0, gt=0, description="seconds that a process waits for another before it fails")
+    skip_non_finite: Count = Field(0, description="steps that are not finite that may be left out")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights, to evaluate and sample; 0 for none")
     seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where torch sees a GPU")

@@ -1,16 +1,26 @@
 """An optimizer's and the generators' state as named tensors and plain JSON, and back, bit for bit."""
 
+import random
+
+import numpy
 import torch
 
-__all__ = ["optimizer_state", "random_state", "restore_optimizer", "restore_random"]
+from fastflow.engine.distributed import placed_like, whole
+
+__all__ = ["host_random_state", "optimizer_state", "random_state", "restore_host_random", "restore_optimizer",
+           "restore_random"]
 
 
 def optimizer_state(optimizer):
-    """(tensors, plain): {"index.key": tensor} and {"index.key": number} of every parameter's state."""
+    """(tensors, plain): {"index.key": tensor} and {"index.key": number} of every parameter's state; all processes
+    together gather what is sharded."""
     tensors, plain = {}, {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
-            (tensors if isinstance(value, torch.Tensor) else plain)[f"{index}.{key}"] = value
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = whole(value)
+            else:
+                plain[f"{index}.{key}"] = value
     return tensors, plain
 
 
@@ -31,7 +41,8 @@ def restore_optimizer(optimizer, tensors, plain):
             if value.shape != parameter.shape:
                 raise ValueError(f"optimizer state {name!r}: shape {tuple(value.shape)}, the parameter has "
                                  f"{tuple(parameter.shape)}")
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # keeps the parameter's memory format
+            # An empty tensor like it has the parameter's memory format.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(placed_like(parameter, value))
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -49,3 +60,23 @@ def restore_random(state, device):
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def host_random_state():
+    """{name: tensor}: the generators of Python and NumPy that data pipelines draw from."""
+    version, words, gauss = random.getstate()
+    _, key, position, has_gauss, cached = numpy.random.get_state()
+    gauss = torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64)
+    return {"python": torch.tensor([version, *words]), "python_gauss": gauss,
+            "numpy": torch.tensor([*key.tolist(), position, has_gauss]),
+            "numpy_gauss": torch.tensor([cached], dtype=torch.float64)}
+
+
+def restore_host_random(state):
+    """Puts them back to where they were."""
+    version, *words = state["python"].tolist()
+    has_gauss, gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss if has_gauss else None))
+    *key, position, has_gauss = state["numpy"].tolist()
+    numpy.random.set_state(("MT19937", numpy.array(key, dtype=numpy.uint32), position, has_gauss,
+                            state["numpy_gauss"].item()))

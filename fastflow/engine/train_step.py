@@ -56,6 +56,7 @@ class TrainStep:
             parameters, z, log-determinants and factorisations stay in float32. None leaves all as it is.
         accumulate: N calls make one update, that of the N batches as one, whatever their sizes.
         ema_decay: average the parameters with this decay after every update, see ``ema``; None does not.
+        ema_warmup: let the average forget faster early on, see :class:`~fastflow.engine.ema.EMA`; 0 does not.
         channels_last: keep the weights of convolutions channels-last, as the flows for images keep their data. None: in
             flows, if the optimizer has no state yet.
         n_bins: levels of integer images.
@@ -78,7 +79,7 @@ class TrainStep:
 
     def __init__(self, model, optimizer, *, memory="auto", keep_every=None, drift_bound=DRIFT_BOUND, compile=False,
                  capture=False, clip_grad_norm=None, check_finite=True, conditioner_dtype=None, accumulate=1,
-                 ema_decay=None, channels_last=None, n_bins=256, n_samples=1, beta=1.0):
+                 ema_decay=None, ema_warmup=0, channels_last=None, n_bins=256, n_samples=1, beta=1.0):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if clip_grad_norm is not None and not clip_grad_norm > 0:
@@ -111,7 +112,7 @@ class TrainStep:
         self._lowered = contextlib.nullcontext if conditioner_dtype is None else Lowered(unwrap(model),
                                                                                         conditioner_dtype)
         self._loss = self._compiled() if compile else self.objective
-        self.ema = None if ema_decay is None else EMA(unwrap(model), ema_decay)
+        self.ema = None if ema_decay is None else EMA(unwrap(model), ema_decay, ema_warmup)
         self._update = Update(model, optimizer, self._parameters, clip_grad_norm, bool(self.check_finite), self.ema)
         self.parts = {}
         self._calls, self._examples, self._updates = 0, 0, 0  # calls and examples since the last update; updates

@@ -1,0 +1,178 @@
+"""A run that was cut goes on bit for bit, wherever it was saved and wherever it was killed; and the faults of a run."""
+
+import io
+import json
+import random
+import shutil
+
+import numpy
+import pytest
+import torch
+from rich.console import Console
+
+from fastflow.engine import CheckpointError, NonFiniteError, RunError, checkpoint, load_settings, state
+from fastflow.engine.trainer import Trainer
+
+STEPS = 9
+TINY = ["model.n_levels=1", "model.n_steps=1", "model.hidden_channels=2", f"train.steps={STEPS}", "sample.count=1",
+        "train.batch_size=300", "train.warmup_steps=4", "train.log_every=1", "train.eval_every=0",
+        "train.max_seconds=0", "train.device=cpu", "train.threads=1", "train.ema_decay=0.9", "train.keep_checkpoints=0",
+        "train.checkpoint_every=1", "train.accumulate=2"]
+
+
+class Killed(BaseException):
+    """As abrupt as a kill can be inside one process: nothing of the trainer catches it."""
+
+
+@pytest.fixture
+def make(tmp_path, threads, monkeypatch):
+    """make(name, *overrides): a trainer of a tiny Glow that neither evaluates nor draws; an epoch has 5 steps."""
+    threads(torch.get_num_threads())
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, log: {})
+    monkeypatch.setattr(Trainer, "draw", lambda self: {})
+
+    def build(name, *overrides):
+        made = Trainer(load_settings("glow-digits", [*TINY, *overrides]), tmp_path / name,
+                       Console(file=io.StringIO()), "test")
+        batch = made.batch
+
+        def augmented(step):  # a pipeline that draws from the generators of Python and NumPy
+            x = batch(step)
+            return x.roll((random.randrange(3), int(numpy.random.normal() > 0)), (2, 3)) + (random.gauss(0, 1) > 2)
+
+        made.batch = augmented
+        return made
+    return build
+
+
+def contents(path):
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_30_pairs_of_save_and_kill_resume_bit_for_bit(make, tmp_path):
+    """Saved after each of the steps 0 to 3, killed in the midst of each later update: the tensors of the checkpoint at
+    the end are the same file for file, byte for byte, and so are the losses in between."""
+    random.seed(1)
+    numpy.random.seed(1)
+    whole = make("whole")
+    whole.start()
+    whole.save()
+    whole.run()
+    expected = contents(whole.out / "checkpoints" / f"step-{STEPS:06d}")
+    losses = [json.loads(line)["loss"] for line in (whole.out / "metrics.jsonl").read_text().splitlines()
+              if "loss" in line]
+    assert len(losses) == STEPS
+    pairs = 0
+    for saved in range(4):
+        for killed in range(saved, STEPS):  # the first epoch ends at step 5
+            out = tmp_path / f"{saved}-{killed}"
+            (out / "checkpoints").mkdir(parents=True)
+            shutil.copytree(whole.out / "checkpoints" / f"step-{saved:06d}", out / "checkpoints" / f"step-{saved:06d}")
+            shutil.copy(whole.out / "metrics.jsonl", out)
+            random.seed(pairs)
+            cut = make(out.name, "train.checkpoint_every=0")
+            cut.resume(checkpoint.newest(out / "checkpoints", pytest.fail))
+            kill_at(cut, killed)
+            with pytest.raises(Killed):
+                cut.run()
+            assert cut.step == killed
+            again = make(out.name, "train.checkpoint_every=0")
+            again.resume(checkpoint.newest(out / "checkpoints", pytest.fail))
+            assert again.step == saved
+            again.run()
+            found = contents(out / "checkpoints" / f"step-{STEPS:06d}")
+            assert found["model.safetensors"] == expected["model.safetensors"], (saved, killed)
+            assert found["ema.safetensors"] == expected["ema.safetensors"]
+            assert found["training.safetensors"] == expected["training.safetensors"]
+            assert losses == [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()
+                              if "loss" in line]
+            pairs += 1
+    assert pairs == 30
+
+
+def kill_at(trainer, step):
+    """Ends the run in the second part of the update after that step."""
+    train_step, calls = trainer.train_step, 0
+
+    class Deadly:
+        def __call__(self, x):
+            nonlocal calls
+            calls += 1
+            if trainer.step == step and calls % 2 == 0:
+                raise Killed
+            return train_step(x)
+
+        def __getattr__(self, name):
+            return getattr(train_step, name)
+
+    trainer.train_step = Deadly()
+
+
+def test_the_generators_of_python_and_numpy_come_back():
+    random.gauss(0, 1), numpy.random.normal()  # both now hold the second of a pair
+    saved = state.host_random_state()
+    expected = [random.gauss(0, 1), random.random(), numpy.random.normal(), numpy.random.rand()]
+    random.seed(5), numpy.random.seed(5)
+    state.restore_host_random(saved)
+    assert [random.gauss(0, 1), random.random(), numpy.random.normal(), numpy.random.rand()] == expected
+    assert all(t.dtype in (torch.int64, torch.float64) for t in saved.values())
+
+
+def poison(trainer, *steps):
+    """Makes the loss of these steps NaN."""
+    prepare = trainer.train_step.objective.prepare
+
+    def prepared(model, x):
+        x, constant = prepare(model, x)
+        return (x * float("nan") if trainer.step + 1 in steps else x), constant
+
+    trainer.train_step.objective.prepare = prepared
+
+
+def test_steps_that_are_not_finite_are_left_out_counted_and_bounded(make):
+    made = make("run", "train.skip_non_finite=2")
+    made.start()
+    poison(made, 2, 5, 8)
+    with pytest.raises(NonFiniteError, match=r"^step 8 \(epoch 2, batch 3, process 0\)"):
+        made.run()
+    assert made.skipped == 2
+    saved = {step: checkpoint.load(path) for step, path in checkpoint.find(made.out / "checkpoints")}
+    for before, after in ((1, 2), (4, 5)):
+        for stem in ("model", "ema"):
+            assert all(torch.equal(t, saved[after].tensors[stem][n]) for n, t in saved[before].tensors[stem].items())
+    assert saved[7].state["skipped"] == 2 and made.train_step.ema.n_updates == 5
+    assert made.console.file.getvalue().count("left out") == 2
+    again = make("run", "train.skip_non_finite=3")
+    again.resume(saved[7])
+    assert again.skipped == 2 and again.train_step.ema.n_updates == 5
+    again.run()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")])
+def test_out_of_memory_says_what_to_turn_on(make, error):
+    made = make("run")
+    made.start()
+
+    def fail(step):
+        raise error
+
+    made.batch = fail
+    with pytest.raises(RunError, match="out of memory with batches of 300 in 2 parts: raise train.accumulate"):
+        made.run()
+
+
+def test_a_disk_that_is_full_stops_the_run_with_the_last_checkpoint_intact(make, monkeypatch):
+    made = make("run")
+    made.start()
+    save = checkpoint.save
+
+    def full(directory, step, *rest):
+        if step == 3:
+            raise CheckpointError(f"{directory}: could not be written (No space left on device)")
+        return save(directory, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        made.run()
+    assert checkpoint.newest(made.out / "checkpoints", pytest.fail).step == 2
