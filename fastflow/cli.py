@@ -1,4 +1,4 @@
-"""The command line: ``fastflow train | sample | evaluate | bench | doctor``.
+"""The command line: ``fastflow train | sample | evaluate | report | bench | doctor``.
 
 Everything heavy is imported by the command that needs it. What is refused is named on one line of stderr, status 1.
 """
@@ -53,7 +53,7 @@ def main(argv=None):
         fail(f"unrecognized arguments: {' '.join(rest)} (see fastflow --help)")
     arguments.rest = rest
     if arguments.command is None:
-        fail("expected a command: train, sample, evaluate, bench or doctor (see fastflow --help)")
+        fail("expected a command: train, sample, evaluate, report, bench or doctor (see fastflow --help)")
     if arguments.needs_extras:
         check_extras()
         # Read once, when torch loads OpenMP: threads that wait without spinning leave the cores of a busy machine to
@@ -116,6 +116,11 @@ def parser():
     evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws")
     evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     evaluate.set_defaults(command=run_evaluate)
+
+    report = commands.add_parser("report", help="one HTML page about a run", description="Write DIR/report.html, one "
+                                 "self-contained page, and print its path.")
+    report.add_argument("directory", metavar="DIR", help="a run's directory")
+    report.set_defaults(command=run_report)
 
     bench = commands.add_parser("bench", help="measure the operations (bench --help)", add_help=False)
     bench.set_defaults(command=run_bench, needs_extras=False)
@@ -229,6 +234,13 @@ def run_evaluate(arguments):
     write_text(path, json.dumps(record, indent=1) + "\n")
     print(f"held-out {describe(figures)}, {len(images.test)} images, step {trained.step}")
     print(path)
+
+
+def run_report(arguments):
+    from fastflow.engine.report import write_report
+    from fastflow.engine.trainer import choose_device
+
+    print(write_report(arguments.directory, choose_device("auto")))
 
 
 def run_bench(arguments):
