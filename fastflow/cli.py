@@ -99,6 +99,7 @@ def parser():
                        help="change one setting of the recipe; may be repeated")
     train.add_argument("--resume", choices=["auto"], help="continue from the newest checkpoint in DIR, if there is one")
     train.add_argument("--list", action="store_true", help="list the recipes and leave")
+    train.add_argument("--dry-run", action="store_true", help="say what a step would take, and leave")
     train.set_defaults(command=run_train)
 
     sample = commands.add_parser("sample", help="draw images from a trained model",
@@ -164,6 +165,12 @@ def run_train(arguments):
         fail(f"train: expected a recipe, one of {', '.join(settings_module.recipes())} or a .toml file")
     settings = settings_module.load_settings(arguments.recipe, arguments.overrides)
     title = Path(arguments.recipe).stem
+    if arguments.dry_run:
+        from fastflow.engine.plan import plan
+
+        for name, value in plan(settings).items():
+            print(f"{name:18}{value:>15,}")
+        return
 
     from rich.console import Console
 

@@ -83,7 +83,7 @@ def kl_per_latent(model, x):
         q, p = model.posterior(x), model.prior()
         if model.n_classes != 2:
             return None
-        posterior, prior = (torch.distributions.Bernoulli(logits=t.logits) for t in (q, p))
+        posterior, prior = (torch.distributions.Bernoulli(logits=t.logits.expand_as(q.logits)) for t in (q, p))
         return torch.distributions.kl_divergence(posterior, prior).flatten(1).mean(0)
     from fastflow.vae import GaussianPosterior
 

@@ -18,11 +18,11 @@ def test_every_recipe_trains_evaluates_and_draws(recipe):
     images = data.load(settings.data.name)
     torch.manual_seed(0)
     model, device = build_model(settings), torch.device("cpu")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.train.learning_rate / settings.train.warmup_steps)
     step = TrainStep(model, optimizer, n_bins=images.n_bins, n_samples=getattr(settings.model, "n_samples", 1))
     before = [p.detach().clone() for p in model.parameters()]
     if hasattr(model, "initialize"):
-        model.initialize(step.objective.prepare(model, images.train[:8])[0])
+        model.initialize(step.objective.prepare(model, images.train[::len(images.train) // 64])[0])
     assert torch.isfinite(step(images.train[:8]))
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     figures = evaluate(model, step.objective, images.test[:4], device)

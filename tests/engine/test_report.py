@@ -45,3 +45,12 @@ def test_a_curve_leaves_out_what_is_not_finite():
     drawn = curve("loss", [(1, 2.0), (2, float("nan")), (3, 1.0), (4, float("inf"))])
     assert "nan" not in drawn and "inf" not in drawn and "step 3" in drawn
     assert not curve("loss", [(1, 2.0)])
+
+
+def test_a_dry_run_says_what_a_step_takes_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["train", "vae-digits", "--dry-run"])
+    found = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    expected = sum(p.numel() for p in build_model(load_settings("vae-digits")).parameters())
+    assert int(found["parameters"].replace(",", "")) == expected and int(found["activation_bytes"].replace(",", "")) > 0
+    assert not list(tmp_path.iterdir())
