@@ -1,4 +1,4 @@
-"""The command line: ``fastflow train | sample | evaluate | export | bench | doctor``.
+"""The command line: ``fastflow train | sample | evaluate | report | export | bench | doctor``.
 
 Everything heavy is imported by the command that needs it. What is refused is named on one line of stderr, status 1.
 """
@@ -53,7 +53,7 @@ def main(argv=None):
         fail(f"unrecognized arguments: {' '.join(rest)} (see fastflow --help)")
     arguments.rest = rest
     if arguments.command is None:
-        fail("expected a command: train, sample, evaluate, export, bench or doctor (see fastflow --help)")
+        fail("expected a command: train, sample, evaluate, report, export, bench or doctor (see fastflow --help)")
     if arguments.needs_extras:
         check_extras()
         # Read once, when torch loads OpenMP: threads that wait without spinning leave the cores of a busy machine to
@@ -105,6 +105,7 @@ def parser():
                        help="change one setting of the recipe; may be repeated")
     train.add_argument("--resume", choices=["auto"], help="continue from the newest checkpoint in DIR, if there is one")
     train.add_argument("--list", action="store_true", help="list the recipes and leave")
+    train.add_argument("--dry-run", action="store_true", help="say what a step would take, and leave")
     train.set_defaults(command=run_train)
 
     sample = commands.add_parser("sample", help="draw images from a trained model",
@@ -131,6 +132,11 @@ def parser():
     export.add_argument("--out", metavar="PATH", help="the file (default: DIR/export/step-NNNNNN-FORMAT)")
     export.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     export.set_defaults(command=run_export)
+
+    report = commands.add_parser("report", help="one HTML page about a run", description="Write DIR/report.html, one "
+                                 "self-contained page, and print its path.")
+    report.add_argument("directory", metavar="DIR", help="a run's directory")
+    report.set_defaults(command=run_report)
 
     bench = commands.add_parser("bench", help="measure the operations (bench --help)", add_help=False)
     bench.set_defaults(command=run_bench, needs_extras=False)
@@ -174,6 +180,12 @@ def run_train(arguments):
         fail(f"train: expected a recipe, one of {', '.join(settings_module.recipes())} or a .toml file")
     settings = settings_module.load_settings(arguments.recipe, arguments.overrides)
     title = Path(arguments.recipe).stem
+    if arguments.dry_run:
+        from fastflow.engine.plan import plan
+
+        for name, value in plan(settings).items():
+            print(f"{name:18}{value:>15,}")
+        return
 
     from rich.console import Console
 
@@ -256,6 +268,13 @@ def run_export(arguments):
         print(export(trained.model, out, arguments.format, settings=trained.settings.model_dump(mode="json")))
     except ValueError as error:
         fail(error)
+
+
+def run_report(arguments):
+    from fastflow.engine.report import write_report
+    from fastflow.engine.trainer import choose_device
+
+    print(write_report(arguments.directory, choose_device("auto")))
 
 
 def run_bench(arguments):

@@ -50,4 +50,38 @@ def _vae(options, image_shape):
                likelihood="gaussian", latent_shape=options.latent_features)
 
 
-BUILDERS = {"glow": _glow, "vae": _vae}
+def _iwae(options, image_shape):
+    from fastflow.vae import IWAE
+
+    return IWAE(image_shape, options.latent_features, n_samples=options.n_importance, network=options.network,
+                likelihood="gaussian")
+
+
+def _vqvae(options, image_shape):
+    from fastflow.vae import VQVAE
+
+    factor = 2 ** len(options.channels)
+    if image_shape[1] % factor or image_shape[2] % factor:
+        raise SettingsError(f"model.channels: {len(options.channels)} halvings don't divide {image_shape[1]}x"
+                            f"{image_shape[2]} images")
+    return VQVAE(image_shape, options.n_codes, options.features, options.channels)
+
+
+def _discrete_vae(options, image_shape):
+    from fastflow.vae import DiscreteVAE, mlp_decoder, mlp_encoder
+
+    hidden = (options.hidden_features, options.hidden_features)
+    return DiscreteVAE(mlp_encoder(image_shape, options.latent_bits, hidden, n_params=options.latent_bits),
+                       mlp_decoder(options.latent_bits, image_shape, hidden), options.latent_bits,
+                       estimator=options.estimator, likelihood="gaussian")
+
+
+def _vdvae(options, image_shape):
+    from fastflow.vae import VDVAE
+
+    return VDVAE(image_shape, options.groups, channels=options.channels, latent_channels=options.latent_channels,
+                 likelihood="gaussian")
+
+
+BUILDERS = {"glow": _glow, "vae": _vae, "iwae": _iwae, "vqvae": _vqvae, "discrete_vae": _discrete_vae,
+            "vdvae": _vdvae}

@@ -52,11 +52,45 @@ class VAESettings(Section):
     n_samples: Positive = Field(1, description="draws of z per image")
 
 
+class IWAESettings(Section):
+    kind: Literal["iwae"]
+    network: Literal["mlp", "conv"] = Field("mlp", description="networks of encoder and decoder")
+    latent_features: Positive = Field(16, description="dimensions of z")
+    n_importance: int = Field(10, ge=1, le=5000, description="importance samples per image, K of the bound trained")
+
+
+class VQVAESettings(Section):
+    kind: Literal["vqvae"]
+    n_codes: int = Field(64, ge=2, le=2**20, description="vectors of the codebook")
+    features: Positive = Field(8, description="dimensions of each code's vector")
+    channels: tuple[Positive, ...] = Field((32,), strict=False, min_length=1,
+                                           description="of the convolutions; each halves height and width")
+
+
+class DiscreteVAESettings(Section):
+    kind: Literal["discrete_vae"]
+    latent_bits: Positive = Field(32, description="independent bits of z")
+    hidden_features: Positive = Field(256, description="width of encoder and decoder")
+    estimator: Literal["disarm", "rloo", "vimco", "reinforce"] = Field(
+        "disarm", description="gradient estimator of the bits")
+    n_samples: Positive = Field(4, description="samples of z per image, as the estimator takes them")
+    beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
+
+
+class VDVAESettings(Section):
+    kind: Literal["vdvae"]
+    groups: tuple[Positive, ...] = Field((2, 2), strict=False, min_length=1,
+                                         description="latent groups at each resolution, coarsest first")
+    channels: Positive = Field(32, description="of the states")
+    latent_channels: Positive = Field(8, description="of each group")
+    beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
+
+
 class TrainSettings(Section):
     steps: Count = Field(description="training steps in all; may grow on resume")
     max_seconds: float = Field(0.0, ge=0, description="stop, save and evaluate after this long; 0 for no limit")
-    batch_size: Positive = 32
-    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: Positive = Field(32, description="images per step")
+    learning_rate: float = Field(1e-3, gt=0, description="of Adam")
     warmup_steps: Count = Field(0, description="steps over which the learning rate rises linearly")
     clip_grad_norm: float = Field(0.0, ge=0, description="scale larger gradients down to this norm; 0 for never")
     accumulate: Positive = Field(1, description="parts that a batch is cut into to save memory")
@@ -64,7 +98,7 @@ class TrainSettings(Section):
     process_timeout: float = Field(60.0, gt=0, description="seconds that a process waits for another before it fails")
     skip_non_finite: Count = Field(0, description="steps that are not finite that may be left out")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights, to evaluate and sample; 0 for none")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and noise")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where torch sees a GPU")
     threads: Count = Field(0, description="CPU threads; 0 leaves torch's choice, 1 is fastest for very small models")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
@@ -83,7 +117,8 @@ class Settings(Section):
 
     description: str = ""
     data: DataSettings
-    model: Annotated[GlowSettings | VAESettings, Field(discriminator="kind")]
+    model: Annotated[GlowSettings | VAESettings | IWAESettings | VQVAESettings | DiscreteVAESettings | VDVAESettings,
+                     Field(discriminator="kind")]
     train: TrainSettings
     sample: SampleSettings = SampleSettings()
 
