@@ -199,16 +199,20 @@ def run_train(arguments):
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     trainer = Trainer(settings, out, console, title)
-    images = trainer.data
-    print(f"{title}: {len(images.train)} training and {len(images.test)} held-out images of "
-          f"{'x'.join(map(str, images.image_shape))}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}",
-          flush=True)
+    images, leads = trainer.data, trainer.processes.rank == 0
+    if leads:
+        shape = "x".join(map(str, images.image_shape))
+        print(f"{title}: {len(images.train)} training and {len(images.test)} held-out images of {shape}, "
+              f"{trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
     if loaded is None:
         trainer.start()
     else:
         trainer.resume(loaded)
-        print(f"continuing after step {loaded.step}", flush=True)
+        if leads:
+            print(f"continuing after step {loaded.step}", flush=True)
     results = trainer.run()
+    if not leads:
+        return
     print(f"held-out {describe(results)}, {results['test_images']} images, step {results['step']}")
     warn_of_broken(results["broken_samples"])
     for name in ("samples", "reconstructions", "checkpoint"):
