@@ -23,7 +23,7 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ([], "train, sample, evaluate, export, bench or doctor"),
+    ([], "train, sample, evaluate, report, export, bench or doctor"),
     (["paint"], "paint"),
     (["train"], "glow-photos"),
     (["train", "glow-cats"], "glow-cats"),
