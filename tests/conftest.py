@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter):
     skipped = terminalreporter.stats.get("skipped", [])
-    gpu = sum(1 for report in skipped if "gpu" in report.keywords)
+    gpu = sum(1 for report in skipped if "gpu" in getattr(report, "keywords", ()))
     terminalreporter.write_line(f"GPU tests skipped: {gpu}" + (f" ({GPU_SKIP})" if gpu else ""))
 
 
