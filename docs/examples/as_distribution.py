@@ -1,7 +1,7 @@
 """A flow as a torch.distributions object: inside a TransformedDistribution, and as the guide of a Pyro model.
 
-Pyro (pip install pyro-ppl) samples from its own distributions; its mixin makes one of a flow. Stochastic variational
-inference then trains the flow as the guide of a conjugate model, whose posterior is known.
+Pyro (pip install pyro-ppl) takes it as one of its own. Stochastic variational inference trains the flow as the guide of
+a conjugate model, whose posterior is known.
 """
 
 import math
@@ -26,11 +26,7 @@ def with_pyro(steps=250, seed=0):
     the trained guide to it, in nats."""
     import pyro
     import pyro.distributions as dist
-    from pyro.distributions.torch_distribution import TorchDistributionMixin
     from pyro.infer import SVI, Trace_ELBO
-
-    class Site(flows.FlowDistribution, TorchDistributionMixin):
-        pass
 
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -44,7 +40,7 @@ def with_pyro(steps=250, seed=0):
 
     def guide():
         pyro.module("flow", flow)
-        pyro.sample("theta", Site(flow))
+        pyro.sample("theta", flow.as_distribution())
 
     svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.04, "lrd": 0.98}), Trace_ELBO(num_particles=2))
     for _ in range(steps):

@@ -7,7 +7,7 @@ from nflows.transforms import autoregressive, conv, coupling, lu, nonlinearities
 
 from fastflow import functional
 from fastflow.adapters import splines, verify
-from fastflow.adapters.layers import couple, fusable, order_of, remembered, reorder, worthwhile
+from fastflow.adapters.layers import AffineAutoregressive, couple, fusable, order_of, remembered, reorder, worthwhile
 from fastflow.adapters.swap import swap
 from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
@@ -15,7 +15,6 @@ from fastflow.nn.channel_affine import channel_affine
 EXAMPLES = {Flow: lambda flow, inputs, context=None: flow.log_prob(inputs, context)}
 AFFINE = {"scale": ScaleMap.nflows(), "order": "shift_scale"}
 ADDITIVE = {"scale": ScaleMap("additive")}
-AUTOREGRESSIVE = {"scale": ScaleMap("softplus", eps=1e-3), "layout": "interleave"}
 LARGE = 1 << 20  # multiplications of a product with one factor of a linear map
 
 
@@ -87,18 +86,10 @@ class MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
 
 
 @swap(autoregressive.MaskedAffineAutoregressiveTransform)
-class MaskedAffineAutoregressiveTransform(autoregressive.MaskedAffineAutoregressiveTransform):
+class MaskedAffineAutoregressiveTransform(AffineAutoregressive, autoregressive.MaskedAffineAutoregressiveTransform):
     """y = x * (softplus(r) + 1e-3) + t per feature, given the features before it."""
 
-    def _elementwise_forward(self, inputs, autoregressive_params):
-        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
-            return super()._elementwise_forward(inputs, autoregressive_params)
-        return functional.affine_coupling(inputs, autoregressive_params, **AUTOREGRESSIVE)
-
-    def _elementwise_inverse(self, inputs, autoregressive_params):
-        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
-            return super()._elementwise_inverse(inputs, autoregressive_params)
-        return functional.affine_coupling(inputs, autoregressive_params, inverse=True, **AUTOREGRESSIVE)
+    DIALECT = {"scale": ScaleMap("softplus", eps=1e-3), "layout": "interleave"}
 
 
 def _triangles(module):

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastflow import backends, functional
 from fastflow.adapters import splines
-from fastflow.adapters.layers import couple, fusable, plain, remembered, worthwhile
+from fastflow.adapters.layers import AffineAutoregressive, couple, fusable, plain, remembered, worthwhile
 from fastflow.adapters.networks import fits_one_kernel, weights_of
 from fastflow.adapters.swap import swap
 from fastflow.autograd.mlp_flow import run_steps
@@ -22,7 +22,6 @@ EXAMPLES = {kind: lambda flow, *example: flow.log_prob(*example)
 DIALECTS = {kind: {"scale": ScaleMap.normflows(kind), "layout": "interleave", "order": "shift_scale"}
             for kind in ("exp", "sigmoid", "sigmoid_inv")}
 ADDITIVE = {"scale": ScaleMap("additive")}
-AUTOREGRESSIVE = {"scale": ScaleMap.nflows(), "layout": "interleave"}
 
 
 def _dialect(module):
@@ -308,15 +307,7 @@ class MaskedPiecewiseRationalQuadraticAutoregressive(
 
 
 @swap(autoregressive.MaskedAffineAutoregressive)
-class MaskedAffineAutoregressive(autoregressive.MaskedAffineAutoregressive):
+class MaskedAffineAutoregressive(AffineAutoregressive, autoregressive.MaskedAffineAutoregressive):
     """z * (sigmoid(r + 2) + 1e-3) + t per feature, given the features before it."""
 
-    def _elementwise_forward(self, inputs, autoregressive_params):
-        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
-            return super()._elementwise_forward(inputs, autoregressive_params)
-        return functional.affine_coupling(inputs, autoregressive_params, **AUTOREGRESSIVE)
-
-    def _elementwise_inverse(self, inputs, autoregressive_params):
-        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
-            return super()._elementwise_inverse(inputs, autoregressive_params)
-        return functional.affine_coupling(inputs, autoregressive_params, inverse=True, **AUTOREGRESSIVE)
+    DIALECT = {"scale": ScaleMap.nflows(), "layout": "interleave"}

@@ -50,7 +50,20 @@ def _scale(kind, slope):
     return ScaleMap("additive") if kind == "additive" else ScaleMap.zuko(slope)
 
 
-class Fused(transforms.DependentTransform):
+class OneCall:
+    """What follows from call_and_ladj and inv."""
+
+    def _call(self, x):
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y):
+        return self.inv.call_and_ladj(y)[0]
+
+    def log_abs_det_jacobian(self, x, y):
+        return self.call_and_ladj(x)[1]
+
+
+class Fused(OneCall, transforms.DependentTransform):
     """A univariate transform of every feature, with parameters (*, D P) from a network, in one kernel."""
 
     def __init__(self, phi, layer, inverted=False):
@@ -67,15 +80,6 @@ class Fused(transforms.DependentTransform):
     @property
     def inv(self):
         return Fused(self.phi, self.layer, not self.inverted)
-
-    def _call(self, x):
-        return self.call_and_ladj(x)[0]
-
-    def _inverse(self, y):
-        return self.inv.call_and_ladj(y)[0]
-
-    def log_abs_det_jacobian(self, x, y):
-        return self.call_and_ladj(x)[1]
 
     def call_and_ladj(self, x):
         phi, (kind, slope, bound) = self.phi, self.layer._fastflow_kind
@@ -150,7 +154,7 @@ def _arrangement(mask):
     return flip, len(active) if flip else len(passive), *((order, back) if moves else (None, None))
 
 
-class FusedCoupling(transforms.CouplingTransform):
+class FusedCoupling(OneCall, transforms.CouplingTransform):
     """The coupling of a layer under a context: where its network is small, network and coupling in one kernel."""
 
     def __init__(self, layer, c, inverted=False):
@@ -169,15 +173,6 @@ class FusedCoupling(transforms.CouplingTransform):
     @property
     def inv(self):
         return FusedCoupling(self.layer, self.c, not self.inverted)
-
-    def _call(self, x):
-        return self.call_and_ladj(x)[0]
-
-    def _inverse(self, y):
-        return self.inv.call_and_ladj(y)[0]
-
-    def log_abs_det_jacobian(self, x, y):
-        return self.call_and_ladj(x)[1]
 
     def call_and_ladj(self, x):
         layer, c = self.layer, self.c

@@ -50,17 +50,9 @@ class StandardNormal(nn.Module):
         return str(tuple(self.event_shape))
 
 
-class StandardLogistic(nn.Module):
+class StandardLogistic(StandardNormal):
     """Independent logistics of location 0 and scale 1 over tensors of ``event_shape``; samples follow the module's
     dtype and device, as those of StandardNormal do."""
-
-    def __init__(self, event_shape):
-        super().__init__()
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
-        self.register_buffer("anchor", torch.zeros(()), persistent=False)
-
-    def forward(self, z):
-        return self.log_prob(z)
 
     def log_prob(self, z, temperature=1.0):
         """(B,) nats of z (B, *event_shape) under logistics of scale ``temperature``."""

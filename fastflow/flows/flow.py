@@ -1,6 +1,8 @@
 """Flow: a transform and a base distribution, which together are a density."""
 
+import functools
 import math
+import sys
 
 import torch
 from torch import nn
@@ -108,8 +110,10 @@ class Flow(nn.Module):
         return x.unflatten(0, lead), log_prob.unflatten(0, lead)
 
     def as_distribution(self, context=None):
-        """The flow as a torch.distributions object; with a context its batch shape is (B,)."""
-        return FlowDistribution(self, context)
+        """The flow as a torch.distributions object; with a context its batch shape is (B,). Where Pyro is imported it
+        is one of Pyro's distributions as well, for ``pyro.sample``."""
+        pyro = sys.modules.get("pyro.distributions.torch_distribution")
+        return (FlowDistribution if pyro is None else _with(pyro.TorchDistributionMixin))(self, context)
 
     def initialize(self, x, context=None):
         """Set the data-dependent parameters (ActNorm) from a batch x (B, *event), anew at every call."""
@@ -210,3 +214,8 @@ class FlowDistribution(Distribution):
         shape = torch.Size(sample_shape)
         x = self.flow.rsample(math.prod(shape), self.context)
         return x.reshape(*shape, *self.batch_shape, *self.event_shape)
+
+
+@functools.cache
+def _with(mixin):
+    return type(FlowDistribution.__name__, (FlowDistribution, mixin), {})
