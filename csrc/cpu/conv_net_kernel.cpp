@@ -1,22 +1,12 @@
 // conv_net, sample by sample: the maps of one sample stay in the second-level cache between its convolutions.
 #include "conv_net_kernel.h"
 
+#include <cmath>
+
 #include "conv_tiles.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
-
-// Splits working memory into arrays that begin on cache lines.
-template <class T>
-struct Arena {
-  T* next;
-  T* take(int64_t count) {
-    T* const result = next;
-    constexpr int64_t line = 64 / sizeof(T);
-    next += (count + line - 1) / line * line;
-    return result;
-  }
-};
 
 // One sample of `image` with channels innermost and a column of zeros on either side.
 template <class T>
@@ -144,8 +134,8 @@ class Backward {
   }
 
   void group(int64_t group) {
-    const int64_t end = (group + 1) * shape_.batch / job_.groups();
-    for (int64_t b = group * shape_.batch / job_.groups(); b < end; b += job_.chunk()) {
+    const int64_t end = job_.first(group + 1);
+    for (int64_t b = job_.first(group); b < end; b += job_.chunk()) {
       const int64_t count = end - b < job_.chunk() ? end - b : job_.chunk();
       for (int64_t i = 0; i < count; ++i) maps(b, i);
       if (job_.need_weights) weights(b, count, static_cast<T*>(job_.partials) + group * job_.partial_values());
@@ -168,10 +158,21 @@ class Backward {
     }
     gate.gate = static_cast<const T*>(job_.h1) + (b + i) * map_;
     expand1x1(shape_, shape_.pixels(), grad2, static_cast<const T*>(job_.w2), gate, grad1);
-    if (!job_.need_x) return;
+    if (!job_.need_x || (job_.mend && finite(b + i))) return;
     for (int64_t y = 0; y < shape_.height; ++y)
       reduce3x3(shape_, shape_.in, grad1, y, static_cast<const T*>(job_.w1), static_cast<const T*>(nullptr), zeros_,
                 job_.grad_x, b + i);
+  }
+
+  // Whether sample b's gradient of x, as it stands, is.
+  bool finite(int64_t b) const {
+    const Image& image = job_.grad_x;
+    const T* const x = static_cast<const T*>(image.data) + b * image.sample;
+    for (int64_t c = 0; c < shape_.in; ++c)
+      for (int64_t p = 0; p < shape_.pixels(); ++p)
+        if (!std::isfinite(x[c * image.channel + p / shape_.width * image.row + p % shape_.width * image.column]))
+          return false;
+    return true;
   }
 
   void weights(int64_t b, int64_t count, T* to) {

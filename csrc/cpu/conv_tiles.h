@@ -20,6 +20,18 @@ constexpr int expand_rows = 6, expand_vectors = 2, reduce_pixels = 4, reduce_out
 constexpr int expand_rows = 4, expand_vectors = 2, reduce_pixels = 4, reduce_outputs = 2;  // 8: no fused add here
 #endif
 
+// Splits working memory into arrays that begin on cache lines.
+template <class T>
+struct Arena {
+  T* next;
+  T* take(int64_t count) {
+    T* const result = next;
+    constexpr int64_t line = 64 / sizeof(T);
+    next += (count + line - 1) / line * line;
+    return result;
+  }
+};
+
 // Scalars of one pixel that a sum runs over: `count` runs of `length` adjacent ones, `step` apart.
 struct Runs {
   int64_t count, length, step;
@@ -232,9 +244,17 @@ template <class T>
 inline void add_pixels(int64_t count, const T* v, int64_t hidden, T* to) {
   constexpr int W = Simd<T>::lanes;
   for (int64_t j = 0; j < hidden; j += W) {
-    Vec<T> sum[4] = {};
-    for (int64_t p = 0; p < count; ++p) sum[p % 4] += load(v + p * hidden + j);
-    store(to + j, load(to + j) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+    const T* at = v + j;
+    Vec<T> sum0{}, sum1{}, sum2{}, sum3{};
+    int64_t p = 0;
+    for (; p + 4 <= count; p += 4, at += 4 * hidden) {
+      sum0 += load(at);
+      sum1 += load(at + hidden);
+      sum2 += load(at + 2 * hidden);
+      sum3 += load(at + 3 * hidden);
+    }
+    for (; p < count; ++p, at += hidden) sum0 += load(at);
+    store(to + j, load(to + j) + ((sum0 + sum1) + (sum2 + sum3)));
   }
 }
 
