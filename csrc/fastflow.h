@@ -177,6 +177,13 @@ std::tuple<Tensor, Tensor> spline_bwd(const optional<Tensor>& grad_y, const opti
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
                                       double min_derivative, double gain, double clamp);
 
+Tensor activated_conv_fwd(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, int64_t stride,
+                          int64_t padding, bool transposed, int64_t activation, bool channels_last);
+
+std::tuple<Tensor, Tensor, Tensor> activated_conv_bwd(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                      int64_t stride, int64_t padding, bool transposed,
+                                                      int64_t activation, bool need_x, bool need_weights);
+
 Tensor bernoulli_log_prob_fwd(const Tensor& x, const Tensor& logits);
 
 Tensor bernoulli_log_prob_bwd(const Tensor& grad, const Tensor& x, const Tensor& logits);

@@ -25,7 +25,7 @@ from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp_flow",
-       "spline", "bernoulli_log_prob")
+       "spline", "bernoulli_log_prob", "activated_conv")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -37,6 +37,7 @@ PREFERENCE = {
     ("conv_net", "cpu"): ("cpu",),
     ("mlp_flow", "cpu"): ("cpu",),
     ("spline", "cpu"): ("cpu",),
+    ("activated_conv", "cpu"): ("cpu",),
     ("bernoulli_log_prob", "cpu"): ("cpu",),  # no GPU kernel yet: on CUDA tensors the reference runs
     ("affine_coupling", "cuda"): ("triton", "cuda"),
     ("gaussian_sample_kl", "cuda"): ("triton", "cuda"),
@@ -52,6 +53,7 @@ PREFERENCE = {
 # one. triton: what fits in registers. cuda: what fits in shared memory; unmeasured.
 SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
 CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide it
+ACTIVATED_CONV_WEIGHTS = 2**17
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -164,8 +166,8 @@ def refusal(backend, op, tensors):
     reason = _status_of(backend)
     if not reason.startswith("available"):
         return reason
-    if op == "conv_net":
-        return _conv_net_refusal(backend, tensors)
+    if op in ("conv_net", "activated_conv"):
+        return _conv_refusal(op, backend, tensors[0], tensors[1:])
     if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
         return f"{op} has no Triton kernel"
     if f"{op}_fwd" in extension.CPU_ALONE and backend != "cpu":
@@ -175,8 +177,7 @@ def refusal(backend, op, tensors):
     return None
 
 
-def _conv_net_refusal(backend, tensors):
-    x, *weights = tensors
+def _conv_refusal(op, backend, x, weights):
     if backend != "cpu":
         return f"the {backend} backend leaves convolutions to PyTorch"
     if x.dtype not in (torch.float32, torch.float64):
@@ -184,7 +185,9 @@ def _conv_net_refusal(backend, tensors):
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses the dtype of convolutions"
     if weights and (weights[0].shape[0] % CONV_NET_CHANNELS or weights[0].shape[0] == 0):
-        return f"the cpu kernel takes hidden channels in multiples of {CONV_NET_CHANNELS}, not {weights[0].shape[0]}"
+        return f"the cpu kernel takes channels in multiples of {CONV_NET_CHANNELS}, not {weights[0].shape[0]}"
+    if op == "activated_conv" and weights and weights[0].numel() > ACTIVATED_CONV_WEIGHTS:
+        return f"a weight of {weights[0].numel()} elements does not stay in the cache (limit {ACTIVATED_CONV_WEIGHTS})"
     return None
 
 

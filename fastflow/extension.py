@@ -22,7 +22,7 @@ SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
 # reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
 # that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
-# conv_net's convolutions are cuDNN's, and bernoulli_log_prob is the reference's.
+# the convolutions of conv_net and activated_conv are cuDNN's, and bernoulli_log_prob is the reference's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -55,12 +55,18 @@ SCHEMAS = (
     f"spline_fwd(Tensor x, Tensor params, Tensor? logdet, {SPLINE_ARGS}) -> (Tensor, Tensor)",
     f"spline_bwd(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, bool need_x, bool need_params, "
     f"{SPLINE_ARGS}) -> (Tensor, Tensor)",
+    # activation: 0 none, 1 relu, 2 silu. channels_last: of the result.
+    "activated_conv_fwd(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, bool transposed, "
+    "int activation, bool channels_last) -> Tensor",
+    "activated_conv_bwd(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool transposed, "
+    "int activation, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor)",
     # x (B, *event), logits (N, *event) with N a multiple of B; results (N,) and like logits.
     "bernoulli_log_prob_fwd(Tensor x, Tensor logits) -> Tensor",
     "bernoulli_log_prob_bwd(Tensor grad, Tensor x, Tensor logits) -> Tensor",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd")
+CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "bernoulli_log_prob_fwd",
+             "bernoulli_log_prob_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
@@ -288,6 +294,21 @@ def _fake_spline_fwd(x, params, logdet, kind, inverse, *constants):
 def _fake_spline_bwd(grad_y, grad_logdet, x, params, need_x, need_params, kind, inverse, *constants):
     return tuple(_empty_in_format_of(t, t.shape, t.dtype) if need else _nothing(x)
                  for t, need in ((x, need_x), (params, need_params)))
+
+
+def _fake_activated_conv_fwd(x, weight, bias, stride, padding, transposed, activation, channels_last):
+    sizes = [(size - 1) * stride - 2 * padding + taps if transposed else (size + 2 * padding - taps) // stride + 1
+             for size, taps in zip(x.shape[2:], weight.shape[2:], strict=True)]
+    shape = (x.shape[0], weight.shape[1 if transposed else 0], *sizes)
+    if channels_last:
+        return x.new_empty((shape[0], *sizes, shape[1])).permute(0, 3, 1, 2)
+    return x.new_empty(shape)
+
+
+def _fake_activated_conv_bwd(grad, x, weight, stride, padding, transposed, activation, need_x, need_weights):
+    return (_empty_in_format_of(x, x.shape, x.dtype) if need_x else _nothing(x),
+            _empty_in_format_of(weight, weight.shape, weight.dtype) if need_weights else _nothing(x),
+            x.new_empty((grad.shape[1],)) if need_weights else _nothing(x))
 
 
 def _fake_bernoulli_log_prob_fwd(x, logits):

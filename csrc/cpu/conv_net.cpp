@@ -12,11 +12,6 @@ namespace fastflow {
 
 namespace {
 
-Image image_of(const Tensor& t) {
-  const Dims strides = strides_of(t);
-  return {t.data_ptr(), strides[0], strides[1], strides[2], strides[3]};
-}
-
 ConvShape shape_of(const Tensor& x, const Tensor& w1, const Tensor& w3, double slope) {
   return {x.size(0), x.size(1), w1.size(0), w3.size(0), x.size(2), x.size(3),
           x.scalar_type() == ScalarType::Double, slope};

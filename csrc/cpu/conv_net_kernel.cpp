@@ -39,13 +39,15 @@ void expand3x3(const ConvShape& shape, int64_t channels, const T* padded, int64_
                const Finish<T>& finish, T* out) {
   const Window window(y, shape.height);
   const int64_t row = (shape.width + 2) * channels;
-  expand({window.rows(), 3 * channels, row}, shape.width, padded + (y - 1 + window.first) * row, channels,
-         w + window.first * 3 * channels * shape.hidden, shape.hidden, finish, out);
+  expand({window.rows(), 3 * channels, row}, shape.width,
+         Even<const T>{padded + (y - 1 + window.first) * row, channels},
+         w + window.first * 3 * channels * shape.hidden, shape.hidden, finish, Even<T>{out, shape.hidden});
 }
 
 template <class T>
 void expand1x1(const ConvShape& shape, int64_t pixels, const T* in, const T* w, const Finish<T>& finish, T* out) {
-  expand({1, shape.hidden, 0}, pixels, in, shape.hidden, w, shape.hidden, finish, out);
+  expand({1, shape.hidden, 0}, pixels, Even<const T>{in, shape.hidden}, w, shape.hidden, finish,
+         Even<T>{out, shape.hidden});
 }
 
 // 3x3 convolution of hidden channels to the few of `image`, row y of sample b. bias may be null.
@@ -54,11 +56,12 @@ void reduce3x3(const ConvShape& shape, int64_t channels, const T* in, int64_t y,
                const T* zeros, const Image& image, int64_t b) {
   const Window window(y, shape.height);
   const int64_t row = shape.width * shape.hidden;
-  const TapRows<T> taps{in + (y - 1 + window.first) * row, window.rows(), row, 3, shape.width, shape.hidden, zeros};
+  const TapRows<T> taps{in + (y - 1 + window.first) * row, window.rows(), row, 3, 1, shape.width, shape.hidden, zeros};
   T* const out = static_cast<T*>(image.data) + b * image.sample + y * image.row;
-  reduce(taps, w + window.first * 3 * shape.hidden, 9 * shape.hidden, channels, [&](int64_t x, int64_t c, T value) {
-    out[x * image.column + c * image.channel] = bias ? value + bias[c] : value;
-  });
+  reduce(taps, shape.width, w + window.first * 3 * shape.hidden, 9 * shape.hidden, channels,
+         [&](int64_t x, int64_t c, T value) {
+           out[x * image.column + c * image.channel] = bias ? value + bias[c] : value;
+         });
 }
 
 template <class T>

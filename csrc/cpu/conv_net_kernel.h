@@ -1,17 +1,10 @@
 // What the host code of conv_net hands to its kernels.
 #pragma once
 
-#include <cstdint>
-
+#include "conv_image.h"
 #include "each_isa.h"
 
 namespace fastflow {
-
-// A tensor (B, C, H, W), strides in elements.
-struct Image {
-  void* data = nullptr;
-  int64_t sample, channel, row, column;
-};
 
 struct ConvShape {
   int64_t batch, in, hidden, out, height, width;

@@ -8,7 +8,8 @@ import torch
 from fastflow.engine.distributed import unwrap
 from fastflow.engine.pictures import levels
 from fastflow.flows import bits_per_dim, dequantize
-from fastflow.vae import BernoulliLikelihood, ContinuousBernoulliLikelihood
+from fastflow.vae import VAE, BernoulliLikelihood, ContinuousBernoulliLikelihood
+from fastflow.vae.elbo import LossTerms
 
 __all__ = ["NegativeELBO", "NegativeLogLikelihood", "levels_of", "objective_for"]
 
@@ -106,8 +107,15 @@ class NegativeELBO(Objective):
     def __call__(self, model, x, context=None):
         """(loss, parts): 0-d tensors; parts holds the mean rate and distortion, and what the objective adds."""
         x, constant = self.prepare(model, x)
-        bound = model(x, n_samples=self.n_samples, beta=self.beta, **_context(model, context))
-        rate, distortion = bound.rate.mean(), bound.distortion.mean() + constant
+        options = _context(model, context)
+        if type(unwrap(model)).forward is VAE.forward:
+            options["loss_only"] = True
+        bound = model(x, n_samples=self.n_samples, beta=self.beta, **options)
+        rate, distortion = bound.rate.mean(), bound.distortion.mean()
+        distortion = distortion + constant if constant else distortion
+        if isinstance(bound, LossTerms):
+            loss = distortion + (rate if bound.beta == 1.0 else bound.beta * rate)
+            return loss, {"rate": rate.detach(), "distortion": distortion.detach()}
         value = bound.value if hasattr(bound, "value") else bound.elbo
         parts = {"rate": rate.detach(), "distortion": distortion.detach()} | getattr(bound, "parts", {})
         return constant - value.mean(), parts

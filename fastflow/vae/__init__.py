@@ -2,7 +2,7 @@
 
 from fastflow.vae.bounds import ciwae, dreg, miwae, piwae, renyi, stl
 from fastflow.vae.discrete import DiscreteVAE
-from fastflow.vae.elbo import ELBO, Inference, iwae
+from fastflow.vae.elbo import ELBO, Inference, LossTerms, iwae
 from fastflow.vae.generation import lerp, slerp
 from fastflow.vae.hamiltonian import HamiltonianVAE
 from fastflow.vae.hierarchy import HierarchicalVAE, HierarchyTerms, Level
