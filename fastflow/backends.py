@@ -24,8 +24,8 @@ from torch.autograd import forward_ad
 from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp_flow",
-       "spline", "bernoulli_log_prob")
+OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp",
+       "mlp_flow", "spline", "bernoulli_log_prob")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -35,6 +35,7 @@ PREFERENCE = {
     ("slogdet_inverse", "cpu"): ("cpu",),
     ("plu_weight", "cpu"): ("cpu",),
     ("conv_net", "cpu"): ("cpu",),
+    ("mlp", "cpu"): ("cpu",),
     ("mlp_flow", "cpu"): ("cpu",),
     ("spline", "cpu"): ("cpu",),
     ("bernoulli_log_prob", "cpu"): ("cpu",),  # no GPU kernel yet: on CUDA tensors the reference runs
@@ -164,8 +165,8 @@ def refusal(backend, op, tensors):
     reason = _status_of(backend)
     if not reason.startswith("available"):
         return reason
-    if op == "conv_net":
-        return _conv_net_refusal(backend, tensors)
+    if op in ("conv_net", "mlp"):
+        return (_network_refusal if op == "mlp" else _conv_net_refusal)(backend, tensors)
     if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
         return f"{op} has no Triton kernel"
     if f"{op}_fwd" in extension.CPU_ALONE and backend != "cpu":
@@ -175,14 +176,19 @@ def refusal(backend, op, tensors):
     return None
 
 
+def _network_refusal(backend, tensors):
+    if backend != "cpu":
+        return f"the {backend} backend leaves a network's products to PyTorch"
+    if tensors[0].dtype not in (torch.float32, torch.float64):
+        return f"the cpu kernel takes float32 and float64, not {tensors[0].dtype}"
+    return "autocast chooses the dtype of a network's products" if torch.is_autocast_enabled("cpu") else None
+
+
 def _conv_net_refusal(backend, tensors):
     x, *weights = tensors
-    if backend != "cpu":
-        return f"the {backend} backend leaves convolutions to PyTorch"
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"the cpu kernel takes float32 and float64, not {x.dtype}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast chooses the dtype of convolutions"
+    reason = _network_refusal(backend, tensors)
+    if reason is not None:
+        return reason
     if weights and (weights[0].shape[0] % CONV_NET_CHANNELS or weights[0].shape[0] == 0):
         return f"the cpu kernel takes hidden channels in multiples of {CONV_NET_CHANNELS}, not {weights[0].shape[0]}"
     return None

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, remembered, reorder, worthwhile
-from fastflow.adapters.networks import fits_one_kernel, weights_of
+from fastflow.adapters.networks import evaluate, fits_one_kernel, weights_of
 from fastflow.adapters.swap import PREFIX, swap
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
@@ -116,10 +116,10 @@ class GLOWCouplingBlock(_TwoSided, coupling_layers.GLOWCouplingBlock):
         return _two_steps(self, x, c, self.subnet2, self.subnet1, _scale(self._fastflow_clamp, self.clamp))
 
     def _fastflow_first(self, x1, seen, rev, logdet):
-        return _couple(x1, self.subnet2(seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
+        return _couple(x1, evaluate(self.subnet2, seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
 
     def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        return _couple(x2, self.subnet1(seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
+        return _couple(x2, evaluate(self.subnet1, seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
 
 
 @swap(coupling_layers.RNVPCouplingBlock, methods=("forward",), fit=_clamp_of, opposite=_reverse)
@@ -127,11 +127,11 @@ class RNVPCouplingBlock(_TwoSided, coupling_layers.RNVPCouplingBlock):
     """Two affine couplings, each with two networks."""
 
     def _fastflow_first(self, x1, seen, rev, logdet):
-        params = self.subnet_s2(seen), self.subnet_t2(seen)
+        params = evaluate(self.subnet_s2, seen), evaluate(self.subnet_t2, seen)
         return _couple(x1, params, _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
 
     def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        params = self.subnet_s1(seen), self.subnet_t1(seen)
+        params = evaluate(self.subnet_s1, seen), evaluate(self.subnet_t1, seen)
         return _couple(x2, params, _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
 
 
@@ -144,10 +144,10 @@ class GINCouplingBlock(_TwoSided, coupling_layers.GINCouplingBlock):
         return out, 0.0
 
     def _fastflow_first(self, x1, seen, rev, logdet):
-        return _couple(x1, self._fastflow_params(self.subnet2(seen)), "exp", rev, None, None)
+        return _couple(x1, self._fastflow_params(evaluate(self.subnet2, seen)), "exp", rev, None, None)
 
     def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        return _couple(x2, self._fastflow_params(self.subnet1(seen)), "exp", rev, None, passive)
+        return _couple(x2, self._fastflow_params(evaluate(self.subnet1, seen)), "exp", rev, None, passive)
 
     def _fastflow_params(self, params):
         raw, shift = params.chunk(2, 1)
@@ -167,10 +167,10 @@ class NICECouplingBlock(_TwoSided, coupling_layers.NICECouplingBlock):
         return _two_steps(self, x, c, self.F, self.G, ADDITIVE)
 
     def _fastflow_first(self, x1, seen, rev, logdet):
-        return (x1 - self.F(seen) if rev else x1 + self.F(seen)), None
+        return (x1 - evaluate(self.F, seen) if rev else x1 + evaluate(self.F, seen)), None
 
     def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        return _couple(x2, self.G(seen), ADDITIVE, rev, None, passive)
+        return _couple(x2, evaluate(self.G, seen), ADDITIVE, rev, None, passive)
 
 
 @swap(coupling_layers.AffineCouplingOneSided, methods=("forward",), fit=_clamp_of, opposite=_reverse)
@@ -181,7 +181,7 @@ class AffineCouplingOneSided(coupling_layers.AffineCouplingOneSided):
         if not (fusable(x[0]) and worthwhile(x[0])):
             return super().forward(x, c, rev, jac)
         x1, x2 = torch.split(x[0], [self.split_len1, self.split_len2], dim=1)
-        params = self.subnet(torch.cat([x1, *c], 1) if self.conditional else x1)
+        params = evaluate(self.subnet, torch.cat([x1, *c], 1) if self.conditional else x1)
         y, logdet = _couple(x2, params, _scale(self._fastflow_clamp, self.clamp), rev, None, x1)
         return (y,), logdet
 
@@ -240,7 +240,7 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
         elif self.reverse_pre_permute:
             x = self._fastflow_permute(x, order, True)
         x1, x2 = torch.split(x, self.splits, dim=1)
-        params = self.subnet(torch.cat([x1, *c], 1) if self.conditional else x1)
+        params = evaluate(self.subnet, torch.cat([x1, *c], 1) if self.conditional else x1)
         y, logdet = self._fastflow_couple(x1, x2, params, rev)
         if rev:
             if self.reverse_pre_permute:

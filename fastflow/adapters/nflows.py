@@ -3,25 +3,33 @@
 import torch
 import torch.nn.functional as F
 from nflows.flows import Flow
-from nflows.transforms import autoregressive, conv, coupling, lu, nonlinearities, normalization
+from nflows.nn.nets import resnet
+from nflows.transforms import autoregressive, conv, coupling, lu, made, nonlinearities, normalization
 
 from fastflow import functional
 from fastflow.adapters import splines, verify
-from fastflow.adapters.layers import AffineAutoregressive, couple, fusable, order_of, remembered, reorder, worthwhile
+from fastflow.adapters.layers import couple, fusable, order_of, remembered, reorder, worthwhile
+from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, covered, residual_weights
 from fastflow.adapters.swap import swap
+from fastflow.autograd import mlp
 from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
 
 EXAMPLES = {Flow: lambda flow, inputs, context=None: flow.log_prob(inputs, context)}
-AFFINE = {"scale": ScaleMap.nflows(), "order": "shift_scale"}
-ADDITIVE = {"scale": ScaleMap("additive")}
 LARGE = 1 << 20  # multiplications of a product with one factor of a linear map
 
 
-def _fits(module, inputs):
-    """Whether a call of a coupling goes to the kernel; the host refuses what it can't take."""
-    return (worthwhile(inputs) and inputs.dim() in (2, 4) and inputs.shape[1] == module.features
-            and fusable(inputs))
+def _residual_net(network, context):
+    return None if context is not None else residual_weights(network, resnet.ResidualBlock, torch.nn.Linear)
+
+
+def _made(network, context):
+    if context is not None or not network.use_residual_blocks:
+        return None
+    return residual_weights(network, made.MaskedResidualBlock, made.MaskedLinear)
+
+
+NETWORKS |= {resnet.ResidualNet: _residual_net, made.MADE: _made}
 
 
 def _fit_coupling(module, fix):
@@ -31,41 +39,44 @@ def _fit_coupling(module, fix):
     return None
 
 
-def _couple(self, inputs, context, inverse, dialect):
-    kept, order, back = remembered(self, "order", order_of, self.identity_features, self.transform_features)
-    x = inputs if order is None else reorder(inputs, order, back)
-    y, logdet = couple(x, kept, lambda passive: self.transform_net(passive, context), inverse, **dialect)
-    return (y if order is None else reorder(y, back, order)), logdet
+class _Coupling:
+    """A coupling in the DIALECT of functional.affine_coupling."""
+
+    def forward(self, inputs, context=None):
+        found = self._fastflow_couple(inputs, context, False)
+        return super().forward(inputs, context) if found is None else found
+
+    def inverse(self, inputs, context=None):
+        found = self._fastflow_couple(inputs, context, True)
+        return super().inverse(inputs, context) if found is None else found
+
+    def _fastflow_couple(self, inputs, context, inverse):
+        """(outputs, logabsdet), or None where that is better left to the host, which refuses what it can't take."""
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
+            return None
+        network = self.transform_net
+        kernel = covered(network, inputs, context)
+        if kernel is None and not worthwhile(inputs):
+            return None
+        kept, order, back = remembered(self, "order", order_of, self.identity_features, self.transform_features)
+        x = inputs if order is None else reorder(inputs, order, back)
+        y, logdet = couple(x, kept, (lambda passive: network(passive, context)) if kernel is None else
+                           (lambda passive: mlp.run(passive, *kernel)), inverse, **self.DIALECT)
+        return (y if order is None else reorder(y, back, order)), logdet
 
 
 @swap(coupling.AffineCouplingTransform, fit=_fit_coupling)
-class AffineCouplingTransform(coupling.AffineCouplingTransform):
+class AffineCouplingTransform(_Coupling, coupling.AffineCouplingTransform):
     """y = x * (sigmoid(r + 2) + 1e-3) + t of the features that its mask selects."""
 
-    def forward(self, inputs, context=None):
-        if not _fits(self, inputs):
-            return super().forward(inputs, context)
-        return _couple(self, inputs, context, False, AFFINE)
-
-    def inverse(self, inputs, context=None):
-        if not _fits(self, inputs):
-            return super().inverse(inputs, context)
-        return _couple(self, inputs, context, True, AFFINE)
+    DIALECT = {"scale": ScaleMap.nflows(), "order": "shift_scale"}
 
 
 @swap(coupling.AdditiveCouplingTransform, fit=_fit_coupling)
-class AdditiveCouplingTransform(coupling.AdditiveCouplingTransform):
+class AdditiveCouplingTransform(_Coupling, coupling.AdditiveCouplingTransform):
     """y = x + t of the features that its mask selects."""
 
-    def forward(self, inputs, context=None):
-        if not _fits(self, inputs):
-            return super().forward(inputs, context)
-        return _couple(self, inputs, context, False, ADDITIVE)
-
-    def inverse(self, inputs, context=None):
-        if not _fits(self, inputs):
-            return super().inverse(inputs, context)
-        return _couple(self, inputs, context, True, ADDITIVE)
+    DIALECT = {"scale": ScaleMap("additive")}
 
 
 @swap(coupling.PiecewiseRationalQuadraticCouplingTransform, fit=splines.fit_coupling)

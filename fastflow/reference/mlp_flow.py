@@ -10,7 +10,7 @@ from fastflow import reference
 __all__ = ["ACTIVATIONS", "ChannelAffine", "MLPCoupling", "mlp_flow"]
 
 ACTIVATIONS = ("relu", "silu", "tanh")
-_FUNCTIONS = {"relu": torch.relu, "silu": F.silu, "tanh": torch.tanh}
+FUNCTIONS = {"relu": torch.relu, "silu": F.silu, "tanh": torch.tanh}
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class MLPCoupling:
         passive, active = (second, first) if self.flip else (first, second)
         h = passive if context is None else torch.cat([passive, context], 1)
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = F.linear(_FUNCTIONS[self.activation](h) if index else h, weight, bias)
+            h = F.linear(FUNCTIONS[self.activation](h) if index else h, weight, bias)
         y, logdet = reference.affine_coupling(active, h, scale=self.scale, layout=self.layout, order=self.order,
                                               shift_first=self.shift_first, inverse=inverse)
         return torch.cat([y, passive] if self.flip else [passive, y], 1), logdet
