@@ -9,7 +9,8 @@ from fastflow.adapters.layers import fusable, plain, worthwhile
 from fastflow.autograd import mlp
 from fastflow.flows.fused import ACTIVATIONS, MAX_FEATURES, MAX_HIDDEN
 
-__all__ = ["NETWORKS", "AffineAutoregressive", "Autoregressive", "covered", "evaluate", "fits_one_kernel", "masked_weight", "residual_weights", "weights_of"]
+__all__ = ["NETWORKS", "AffineAutoregressive", "Autoregressive", "covered", "evaluate", "fits_one_kernel",
+           "masked_weight", "residual_weights", "weights_of"]
 
 # {class of a host's network: function(network, context) that gives (weights, biases, activation, residual) as
 # functional.mlp takes them, or None}. The adapters add theirs.

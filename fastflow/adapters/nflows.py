@@ -1,13 +1,12 @@
 """nflows: couplings, autoregressive transforms, linear maps, ActNorm. Data to noise; log-determinants (B,)."""
 
 import torch
-import torch.nn.functional as F
 from nflows.flows import Flow
 from nflows.nn.nets import resnet
 from nflows.transforms import autoregressive, conv, coupling, lu, made, nonlinearities, normalization
 
-from fastflow import functional
-from fastflow.adapters import splines, verify
+from fastflow.adapters import lu as lu_maps
+from fastflow.adapters import splines
 from fastflow.adapters.layers import couple, fusable, order_of, remembered, reorder, worthwhile
 from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, covered, residual_weights
 from fastflow.adapters.swap import swap
@@ -16,7 +15,6 @@ from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
 
 EXAMPLES = {Flow: lambda flow, inputs, context=None: flow.log_prob(inputs, context)}
-LARGE = 1 << 20  # multiplications of a product with one factor of a linear map
 
 
 def _residual_net(network, context):
@@ -103,78 +101,9 @@ class MaskedAffineAutoregressiveTransform(AffineAutoregressive, autoregressive.M
     DIALECT = {"scale": ScaleMap("softplus", eps=1e-3), "layout": "interleave"}
 
 
-def _triangles(module):
-    """_places on the module's device, remembered."""
-    device = module.bias.device
-    return remembered(module, f"places_{device}", lambda: _places(module.features, device))
-
-
-def _fit_linear(module, fix):
-    _triangles(module)
-
-
-def _fit_conv(module, fix):
-    _triangles(module)
-    _back(module)
-
-
-def _places(features, device):
-    """Where the entries below and above the diagonal, one after the other, lie in a flat matrix; 0 ... features - 1."""
-    lower = torch.tril_indices(features, features, -1, device=device)
-    upper = torch.triu_indices(features, features, 1, device=device)
-    both = torch.cat([lower, upper], 1)
-    return both[0] * features + both[1], torch.arange(features, device=device)[None]
-
-
-def _factors(module):
-    """(the entries of L and U off the diagonal in one matrix, U's diagonal)."""
-    size, diagonal = module.features, module.upper_diag
-    where, _ = _triangles(module)
-    entries = torch.cat([module.lower_entries, module.upper_entries])
-    return entries.new_zeros(size * size).index_copy(0, where, entries).view(size, size), diagonal
-
-
-def _weight(module):
-    """(L U, log|det|)."""
-    matrix, diagonal = _factors(module)
-    log_diagonal = torch.log(diagonal)
-    _, identity = _triangles(module)
-    weight = functional.plu_weight(matrix[None], matrix[None], log_diagonal[None], torch.ones_like(diagonal)[None],
-                                   identity)
-    return weight[0], log_diagonal.sum()
-
-
-def _solve(module, rows):
-    """(x with L U x = rows - bias along the last dim, log|det L U|)."""
-    matrix, diagonal = _factors(module)
-    upper = torch.triu(matrix, 1) + torch.diag(diagonal)
-    half = torch.linalg.solve_triangular(matrix, (rows - module.bias).mT, upper=False, unitriangular=True)
-    return torch.linalg.solve_triangular(upper, half, upper=True).mT, torch.log(diagonal).sum()
-
-
-def _fits_linear(module, inputs, dims):
-    """Whether a call of a linear map takes one matrix: on a CPU that gains where two products cost more than making
-    it."""
-    large = inputs.numel() * module.features >= LARGE or inputs.device.type != "cpu" or verify.running()
-    return (large and inputs.dim() == dims and not (module.using_cache and not module.training)
-            and fusable(inputs, module.bias))
-
-
-@swap(lu.LULinear, fit=_fit_linear)
-class LULinear(lu.LULinear):
+@swap(lu.LULinear, fit=lu_maps.fit)
+class LULinear(lu_maps.LULinear, lu.LULinear):
     """y = L U x + b, the two factors as one matrix."""
-
-    def forward(self, inputs, context=None):
-        if not _fits_linear(self, inputs, 2):
-            return super().forward(inputs, context)
-        weight, logabsdet = _weight(self)
-        return F.linear(inputs, weight, self.bias), logabsdet.repeat(inputs.shape[0])
-
-    def inverse(self, inputs, context=None):
-        if not _fits_linear(self, inputs, 2):
-            return super().inverse(inputs, context)
-        outputs, logabsdet = _solve(self, inputs)
-        return outputs, (-logabsdet).repeat(inputs.shape[0])
 
 
 def _back(module):
@@ -182,27 +111,35 @@ def _back(module):
     return remembered(module, "back", torch.argsort, module.permutation._permutation)
 
 
+def _fit_conv(module, fix):
+    lu_maps.remember(module)
+    _back(module)
+
+
 @swap(conv.OneByOneConvolution, fit=_fit_conv)
 class OneByOneConvolution(conv.OneByOneConvolution):
     """y = L U P x + b at every position, the three factors as one matrix."""
 
     def forward(self, inputs, context=None):
-        if not _fits_linear(self, inputs, 4):
+        if not self._fastflow_fits(inputs):
             return super().forward(inputs, context)
-        weight, logabsdet = _weight(self)
+        weight, logabsdet = lu_maps.weight(self)
         weight = reorder(weight, _back(self), self.permutation._permutation)
         outputs = channel_affine(inputs, weight, self.bias)
         return outputs, (inputs.shape[2] * inputs.shape[3] * logabsdet).repeat(inputs.shape[0])
 
     def inverse(self, inputs, context=None):
-        if not _fits_linear(self, inputs, 4):
+        if not self._fastflow_fits(inputs):
             return super().inverse(inputs, context)
         size, (_, _, height, width) = self.features, inputs.shape
         identity = torch.eye(size, dtype=inputs.dtype, device=inputs.device)
-        matrix, logabsdet = _solve(self, identity + self.bias)
+        matrix, logabsdet = lu_maps.solve(self, identity + self.bias)
         matrix = matrix.mT.index_select(0, _back(self))
         outputs = channel_affine(inputs, matrix, -(matrix @ self.bias))
         return outputs, (-height * width * logabsdet).repeat(inputs.shape[0])
+
+    def _fastflow_fits(self, inputs):
+        return inputs.dim() == 4 and not (self.using_cache and not self.training) and fusable(inputs, self.bias)
 
 
 def _ready(norm):

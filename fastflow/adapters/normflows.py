@@ -10,7 +10,7 @@ from normflows.nets import made, resnet
 from torch import nn
 
 from fastflow import backends, functional
-from fastflow.adapters import splines
+from fastflow.adapters import lu, splines
 from fastflow.adapters.layers import couple, fusable, plain, remembered, worthwhile
 from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, fits_one_kernel, residual_weights, weights_of
 from fastflow.adapters.swap import swap
@@ -200,6 +200,11 @@ class Invertible1x1Conv(mixing.Invertible1x1Conv):
             return super().inverse(z)
         weight, log_det = _weight(self)
         return channel_affine(z, weight, None), log_det * (z.shape[2] * z.shape[3])
+
+
+@swap(mixing._LULinear, fit=lu.fit)
+class LULinear(lu.LULinear, mixing._LULinear):
+    """y = L U x + b, the two factors as one matrix: part of LULinearPermute."""
 
 
 def _ready(norm):
