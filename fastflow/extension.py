@@ -276,7 +276,9 @@ def _fake_mlp_flow_fwd(x, context, params, steps, constants, inverse, save):
 
 
 def _overwritten(features, coupling, linears, flip):
-    """How many features a step overwrites: all, or the second part, or with flip the first."""
+    """How many features a step overwrites: all, or the second part, or with flip the first; a permutation none."""
+    if coupling == 2:
+        return 0
     return features if not coupling else features // 2 if flip else features - features // 2
 
 
@@ -284,9 +286,9 @@ def _kept(params, steps):
     """How many activations forward keeps: csrc/mlp_flow_program.h, add_linears."""
     rows = at = 0
     for coupling, linears, _, activation, _, _ in zip(*[iter(steps)] * 6, strict=True):
-        hidden = params[at:at + 2 * linears - 2:2] if coupling and activation != 1 else ()
+        hidden = params[at:at + 2 * linears - 2:2] if coupling == 1 and activation != 1 else ()
         rows += sum(w.shape[0] for w in hidden if w.shape[1] >= 32 and w.shape[0] % 16 == 0)
-        at += 2 * (linears if coupling else 1)
+        at += 1 if coupling == 2 else 2 * (linears if coupling else 1)
     return rows
 
 
@@ -294,7 +296,7 @@ def _fake_mlp_flow_bwd(grad_z, grad_logdet, z, saved, context, params, steps, co
                        need_params):
     grad_context = need_context and context is not None
     return (z.new_empty(z.shape) if need_x else _nothing(z), z.new_empty(context.shape if grad_context else (0,)),
-            [p.new_empty(p.shape) for p in params] if need_params else [])
+            [p.new_empty(p.shape) if p.is_floating_point() else _nothing(z) for p in params] if need_params else [])
 
 
 def _fake_spline_fwd(x, params, logdet, kind, inverse, *constants):

@@ -18,10 +18,17 @@ from fastflow.functional.bernoulli_log_prob import bernoulli_log_prob
 from fastflow.functional.mlp import mlp
 from fastflow.functional.mlp_flow import mlp_flow
 from fastflow.functional.spline import check_spline_constants, spline, spline_params  # noqa: F401 (for the layers above)
-from fastflow.reference import SCALES, ChannelAffine, MLPCoupling, ScaleMap, full_precision  # noqa: F401 (for layers)
+from fastflow.reference import (  # noqa: F401 (for the layers above)
+    SCALES,
+    ChannelAffine,
+    MLPCoupling,
+    Permutation,
+    ScaleMap,
+    full_precision,
+)
 
-__all__ = ["ChannelAffine", "MLPCoupling", "ScaleMap", "affine_coupling", "bernoulli_log_prob", "conv_net",
-           "gaussian_sample_kl", "mlp", "mlp_flow", "plu_weight", "slogdet", "slogdet_inverse", "spline",
+__all__ = ["ChannelAffine", "MLPCoupling", "Permutation", "ScaleMap", "affine_coupling", "bernoulli_log_prob",
+           "conv_net", "gaussian_sample_kl", "mlp", "mlp_flow", "plu_weight", "slogdet", "slogdet_inverse", "spline",
            "spline_params"]
 
 LAYOUTS = ("chunk", "interleave")

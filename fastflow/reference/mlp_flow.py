@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fastflow import reference
 
-__all__ = ["ACTIVATIONS", "ChannelAffine", "MLPCoupling", "mlp_flow"]
+__all__ = ["ACTIVATIONS", "ChannelAffine", "MLPCoupling", "Permutation", "mlp_flow"]
 
 ACTIVATIONS = ("relu", "silu", "tanh")
 FUNCTIONS = {"relu": torch.relu, "silu": F.silu, "tanh": torch.tanh}
@@ -30,6 +30,23 @@ class ChannelAffine:
         if inverse:
             return x * torch.exp(-self.log_scale) - self.bias, (-self.log_scale.sum()).expand(x.shape[0])
         return (x + self.bias) * torch.exp(self.log_scale), self.log_scale.sum().expand(x.shape[0])
+
+
+@dataclass(eq=False)
+class Permutation:
+    """z[:, f] = x[:, order[f]]: the features in another order. ``order`` is (D,), int64, each of 0 ... D - 1 once."""
+
+    order: torch.Tensor
+
+    @property
+    def parameters(self):
+        """(order,)."""
+        return (self.order,)
+
+    def __call__(self, x, context, inverse):
+        """(z, log|det| = 0) of x (B, D); ``context`` is ignored."""
+        order = torch.argsort(self.order) if inverse else self.order
+        return x.index_select(1, order), x.new_zeros(x.shape[0])
 
 
 @dataclass(eq=False)
