@@ -168,6 +168,13 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_flow_bwd(
     const optional<Tensor>& context, std::vector<Tensor> params, std::vector<int64_t> steps,
     std::vector<double> constants, bool inverse, bool need_x, bool need_context, bool need_params);
 
+std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& x, std::vector<Tensor> params, int64_t activation, bool residual,
+                                   bool keep);
+
+std::tuple<Tensor, std::vector<Tensor>> mlp_bwd(const Tensor& grad, const Tensor& x, const Tensor& kept,
+                                                std::vector<Tensor> params, int64_t activation, bool residual,
+                                                bool need_x, bool need_params);
+
 std::tuple<Tensor, Tensor> spline_fwd(const Tensor& x, const Tensor& params, const optional<Tensor>& logdet,
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
                                       double min_derivative, double gain, double clamp);

@@ -24,8 +24,8 @@ from torch.autograd import forward_ad
 from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp_flow",
-       "spline", "bernoulli_log_prob", "activated_conv")
+OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp",
+       "mlp_flow", "spline", "bernoulli_log_prob", "activated_conv")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -35,6 +35,7 @@ PREFERENCE = {
     ("slogdet_inverse", "cpu"): ("cpu",),
     ("plu_weight", "cpu"): ("cpu",),
     ("conv_net", "cpu"): ("cpu",),
+    ("mlp", "cpu"): ("cpu",),
     ("mlp_flow", "cpu"): ("cpu",),
     ("spline", "cpu"): ("cpu",),
     ("activated_conv", "cpu"): ("cpu",),
@@ -166,6 +167,8 @@ def refusal(backend, op, tensors):
     reason = _status_of(backend)
     if not reason.startswith("available"):
         return reason
+    if op == "mlp":
+        return _network_refusal(backend, tensors[0])
     if op in ("conv_net", "activated_conv"):
         return _conv_refusal(op, backend, tensors[0], tensors[1:])
     if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
@@ -177,13 +180,18 @@ def refusal(backend, op, tensors):
     return None
 
 
-def _conv_refusal(op, backend, x, weights):
+def _network_refusal(backend, x):
     if backend != "cpu":
-        return f"the {backend} backend leaves convolutions to PyTorch"
+        return f"the {backend} backend leaves a network's products to PyTorch"
     if x.dtype not in (torch.float32, torch.float64):
         return f"the cpu kernel takes float32 and float64, not {x.dtype}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast chooses the dtype of convolutions"
+    return "autocast chooses the dtype of a network's products" if torch.is_autocast_enabled("cpu") else None
+
+
+def _conv_refusal(op, backend, x, weights):
+    reason = _network_refusal(backend, x)
+    if reason is not None:
+        return reason
     if weights and (weights[0].shape[0] % CONV_NET_CHANNELS or weights[0].shape[0] == 0):
         return f"the cpu kernel takes channels in multiples of {CONV_NET_CHANNELS}, not {weights[0].shape[0]}"
     if op == "activated_conv" and weights and weights[0].numel() > ACTIVATED_CONV_WEIGHTS:

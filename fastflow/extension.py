@@ -22,7 +22,8 @@ SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
 # reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
 # that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
-# the convolutions of conv_net and activated_conv are cuDNN's, and bernoulli_log_prob is the reference's.
+# the convolutions of conv_net and activated_conv are cuDNN's, mlp's products cuBLAS's, and bernoulli_log_prob is the
+# reference's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -45,6 +46,10 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "conv_net_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor h1, Tensor h2, float slope, "
     "bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # params: weight and bias of every layer in turn. kept: the hidden activations, csrc/cpu/mlp_kernel.h.
+    "mlp_fwd(Tensor x, Tensor[] params, int activation, bool residual, bool keep) -> (Tensor, Tensor)",
+    "mlp_bwd(Tensor grad, Tensor x, Tensor kept, Tensor[] params, int activation, bool residual, bool need_x, "
+    "bool need_params) -> (Tensor, Tensor[])",
     # steps and constants: see csrc/mlp_flow_program.h. save: 0 nothing, 1 what the steps overwrite, 2 on a CPU the
     # activations too that are costly to compute again. saved: (features and activations, B).
     "mlp_flow_fwd(Tensor x, Tensor? context, Tensor[] params, int[] steps, float[] constants, bool inverse, int save)"
@@ -66,7 +71,7 @@ SCHEMAS = (
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "bernoulli_log_prob_fwd",
-             "bernoulli_log_prob_bwd")
+             "bernoulli_log_prob_bwd", "mlp_fwd", "mlp_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
@@ -256,6 +261,18 @@ def _fake_conv_net_bwd(grad, x, w1, w2, w3, h1, h2, slope, need_x, need_weights)
     return like(x, need_x), *(f(w) for w in (w1, w2, w3) for f in (lambda w: like(w, need_weights), bias))
 
 
+def _fake_mlp_fwd(x, params, activation, residual, keep):
+    hidden = params[2::2]  # each weight's columns are kept in rows of whole lines, under silu with their slopes
+    sizes = [(w.shape[1] + 15) // 16 * 16 * (2 if activation == 1 and not (residual and w is hidden[-1]) else 1)
+             for w in hidden]
+    return x.new_empty((x.shape[0], params[-2].shape[0])), x.new_empty((x.shape[0], sum(sizes)) if keep else (0,))
+
+
+def _fake_mlp_bwd(grad, x, kept, params, activation, residual, need_x, need_params):
+    return (x.new_empty(x.shape) if need_x else _nothing(x),
+            [p.new_empty(p.shape) for p in params] if need_params else [])
+
+
 def _fake_mlp_flow_fwd(x, context, params, steps, constants, inverse, save):
     batch, features = x.shape
     rows = sum(_overwritten(features, *steps[at:at + 3]) for at in range(0, len(steps), 6))
@@ -265,7 +282,9 @@ def _fake_mlp_flow_fwd(x, context, params, steps, constants, inverse, save):
 
 
 def _overwritten(features, coupling, linears, flip):
-    """How many features a step overwrites: all, or the second part, or with flip the first."""
+    """How many features a step overwrites: all, or the second part, or with flip the first; a permutation none."""
+    if coupling == 2:
+        return 0
     return features if not coupling else features // 2 if flip else features - features // 2
 
 
@@ -273,9 +292,9 @@ def _kept(params, steps):
     """How many activations forward keeps: csrc/mlp_flow_program.h, add_linears."""
     rows = at = 0
     for coupling, linears, _, activation, _, _ in zip(*[iter(steps)] * 6, strict=True):
-        hidden = params[at:at + 2 * linears - 2:2] if coupling and activation != 1 else ()
+        hidden = params[at:at + 2 * linears - 2:2] if coupling == 1 and activation != 1 else ()
         rows += sum(w.shape[0] for w in hidden if w.shape[1] >= 32 and w.shape[0] % 16 == 0)
-        at += 2 * (linears if coupling else 1)
+        at += 1 if coupling == 2 else 2 * (linears if coupling else 1)
     return rows
 
 
@@ -283,7 +302,7 @@ def _fake_mlp_flow_bwd(grad_z, grad_logdet, z, saved, context, params, steps, co
                        need_params):
     grad_context = need_context and context is not None
     return (z.new_empty(z.shape) if need_x else _nothing(z), z.new_empty(context.shape if grad_context else (0,)),
-            [p.new_empty(p.shape) for p in params] if need_params else [])
+            [p.new_empty(p.shape) if p.is_floating_point() else _nothing(z) for p in params] if need_params else [])
 
 
 def _fake_spline_fwd(x, params, logdet, kind, inverse, *constants):
