@@ -170,12 +170,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_flow_bwd(
 
 std::tuple<Tensor, Tensor> spline_fwd(const Tensor& x, const Tensor& params, const optional<Tensor>& logdet,
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
-                                      double min_derivative, double gain, double clamp);
+                                      double min_derivative, double gain, double clamp, double end_derivative);
 
 std::tuple<Tensor, Tensor> spline_bwd(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet,
                                       const Tensor& x, const Tensor& params, bool need_x, bool need_params,
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
-                                      double min_derivative, double gain, double clamp);
+                                      double min_derivative, double gain, double clamp, double end_derivative);
 
 Tensor bernoulli_log_prob_fwd(const Tensor& x, const Tensor& logits);
 
