@@ -16,7 +16,7 @@ import torch
 SCALE_MAP_ARGS = ("int kind, float gain, float offset, float out_gain, float clamp, float eps, float hard_min, "
                   "float hard_max, float shift_gain")
 SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_height, float min_derivative, "
-               "float gain, float clamp")
+               "float gain, float clamp, float end_derivative")
 # kind and scale are indices into reference.KINDS and reference.SCALES. flags of affine_coupling: 1 interleaved layout,
 # 2 shift first in the params, 4 shift_first, 8 inverse; of gaussian: 1 interleaved layout, 2 scale first in the params.
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
