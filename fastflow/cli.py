@@ -174,8 +174,7 @@ def run_train(arguments):
     from fastflow.engine import settings as settings_module
 
     if arguments.list:
-        for name, description in settings_module.recipes().items():
-            print(f"{name:14} {description}")
+        list_recipes()
         return
     if arguments.recipe is None:
         fail(f"train: expected a recipe, one of {', '.join(settings_module.recipes())} or a .toml file")
@@ -220,6 +219,31 @@ def run_train(arguments):
     for name in ("samples", "reconstructions", "checkpoint"):
         if name in results:
             print(f"{name:16}{results[name]}")
+
+
+def list_recipes():
+    """A table of the recipes: what each trains on what, what it needs, how large it is, how long it takes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastflow.engine.plan import parameter_count
+    from fastflow.engine.settings import load_settings, recipes
+
+    table = Table(box=None, pad_edge=False)
+    for heading, right in (("recipe", False), ("model", False), ("data", False), ("needs", False),
+                           ("parameters", True), ("minutes", True), ("what", False)):
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "what")
+    for name, description in recipes().items():
+        settings = load_settings(name)
+        chosen = settings.data
+        shape = "x".join(map(str, chosen.known_shape()))
+        table.add_row(name, settings.model.kind, f"{chosen.name or chosen.format or 'any'} {shape}",
+                      "ships" if chosen.name else f"your data: {chosen.path}",
+                      f"{parameter_count(settings):,}" if shape else "",
+                      f"{settings.minutes:g}" if settings.minutes else "", description)
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    console.print(table, highlight=False)
+    print("\nminutes: about, on two CPU cores, where that is known")
 
 
 def run_sample(arguments):
