@@ -187,14 +187,24 @@ def run_train(arguments):
             print(f"{name:18}{value:>15,}")
         return
 
-    from rich.console import Console
-
-    from fastflow.engine.evaluate import describe
-    from fastflow.engine.run import checkpoint_to_resume, default_directory
-    from fastflow.engine.trainer import Trainer
+    from fastflow.engine.run import default_directory
 
     resume = arguments.resume == "auto"
     out = Path(arguments.out) if arguments.out else default_directory(title, resume)
+    if settings.sweep is None:
+        train(settings, out, title, resume)
+    else:
+        sweep(settings, out, title, resume)
+
+
+def train(settings, out, title, resume):
+    """Trains one model in the directory ``out``, from its newest checkpoint if there is one and ``resume``."""
+    from rich.console import Console
+
+    from fastflow.engine.evaluate import describe
+    from fastflow.engine.run import checkpoint_to_resume
+    from fastflow.engine.trainer import Trainer
+
     loaded = checkpoint_to_resume(out, resume, warn)
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -219,6 +229,24 @@ def run_train(arguments):
     for name in ("samples", "reconstructions", "checkpoint"):
         if name in results:
             print(f"{name:16}{results[name]}")
+
+
+def sweep(settings, out, title, resume):
+    """Trains a model for each beta in a directory of its own inside ``out``, and shows how they compare."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastflow.engine.sweep import COLUMNS, run_sweep
+    from fastflow.engine.trainer import choose_device
+
+    rows, path, picture = run_sweep(settings, out, lambda one, directory: train(
+        one, directory, f"{title} {directory.name}", resume), choose_device(settings.train.device))
+    table = Table(*(column.replace("_", " ") for column in COLUMNS), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(f"{row[column]:.4f}" if isinstance(row[column], float) and column != "beta" else
+                        f"{row[column]}" for column in COLUMNS))
+    Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
+    print(f"{'table':16}{path}\n{'picture':16}{picture}")
 
 
 def list_recipes():

@@ -3,7 +3,7 @@
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -63,7 +63,7 @@ class Settings(Section):
     description: str = ""
     minutes: float = Field(0.0, ge=0, description="about how long it takes on two CPU cores; 0 where that is not known")
     data: DataSettings
-    model: Annotated[Union[MODELS], Field(discriminator="kind")]
+    model: Annotated[MODELS, Field(discriminator="kind")]
     train: TrainSettings
     sample: SampleSettings = SampleSettings()
     sweep: SweepSettings | None = None
