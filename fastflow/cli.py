@@ -211,6 +211,7 @@ def run_train(arguments):
         if leads:
             print(f"continuing after step {loaded.step}", flush=True)
     results = trainer.run()
+    trainer.close()
     if not leads:
         return
     print(f"held-out {describe(results)}, {results['test_images']} images, step {results['step']}")

@@ -216,6 +216,10 @@ class Trainer:
             write_text(self.out / "results.json", json.dumps(results, indent=1) + "\n")
         return results
 
+    def close(self):
+        """Leaves the group of processes, after the last use, in every process of it."""
+        self.processes.leave()
+
     def _train(self, progress, log):
         """The loop; returns the results."""
         train = self.settings.train

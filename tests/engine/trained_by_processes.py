@@ -46,8 +46,8 @@ def main(out, *overrides):
         made.batch = interrupted
     made.run()
     print(f"process {made.processes.rank} is done, at step {made.step}, {time.time()}", flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    made.close()
+    assert not torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":
