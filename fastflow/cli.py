@@ -108,10 +108,11 @@ def parser():
     train.add_argument("--dry-run", action="store_true", help="say what a step would take, and leave")
     train.set_defaults(command=run_train)
 
-    sample = commands.add_parser("sample", help="draw images from a trained model",
-                                 description="Draw a grid of samples into DIR/samples and print its path.")
+    sample = commands.add_parser("sample", help="draw from a trained model",
+                                 description="Draw images as one grid, or rows of a table as .csv, into DIR/samples "
+                                 "and print the path.")
     sample.add_argument("directory", metavar="DIR", help="a run's directory")
-    sample.add_argument("-n", "--count", type=_positive, help="how many images (default: the recipe's)")
+    sample.add_argument("-n", "--count", type=_positive, help="how many (default: the recipe's)")
     sample.add_argument("--temperature", type=float, help="of the base distribution (default: the recipe's)")
     sample.add_argument("--seed", type=_natural, default=0)
     sample.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
@@ -199,11 +200,12 @@ def run_train(arguments):
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     trainer = Trainer(settings, out, console, title)
-    images, leads = trainer.data, trainer.processes.rank == 0
+    examples, leads = trainer.data, trainer.processes.rank == 0
     if leads:
-        shape = "x".join(map(str, images.image_shape))
-        print(f"{title}: {len(images.train)} training and {len(images.test)} held-out images of {shape}, "
-              f"{trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
+        shape = "x".join(map(str, examples.event_shape))
+        validation = "" if examples.validation is None else f", {len(examples.validation)} validation"
+        print(f"{title}: {len(examples.train)} training{validation} and {len(examples.test)} held-out {trainer.unit} of "
+              f"{shape}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
     if loaded is None:
         trainer.start()
     else:
@@ -214,7 +216,7 @@ def run_train(arguments):
     trainer.close()
     if not leads:
         return
-    print(f"held-out {describe(results)}, {results['test_images']} images, step {results['step']}")
+    print(f"held-out {describe(results)}, {len(examples.test)} {trainer.unit}, step {results['step']}")
     warn_of_broken(results["broken_samples"])
     for name in ("samples", "reconstructions", "checkpoint"):
         if name in results:
@@ -222,8 +224,9 @@ def run_train(arguments):
 
 
 def run_sample(arguments):
-    from fastflow.data import DATASETS
-    from fastflow.engine.evaluate import samples
+    from fastflow.engine.datasets import is_table, levels_of_values
+    from fastflow.engine.evaluate import sample_rows, samples
+    from fastflow.engine.files import write_rows
     from fastflow.engine.pictures import save_grid
     from fastflow.engine.run import load_trained
     from fastflow.engine.trainer import choose_device, set_threads
@@ -231,19 +234,25 @@ def run_sample(arguments):
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
     set_threads(trained.settings)
-    options, (_, n_bins) = trained.settings.sample, DATASETS[trained.settings.data.name]
+    options = trained.settings.sample
     count = options.count if arguments.count is None else arguments.count
     temperature = options.temperature if arguments.temperature is None else arguments.temperature
     if not 0 < temperature < float("inf"):
         fail(f"--temperature: expected a positive number, got {temperature}")
-    images, n_broken = samples(trained.model, count, n_bins, device, temperature, arguments.seed)
-    path = Path(arguments.directory) / "samples" / f"step-{trained.step:06d}-seed-{arguments.seed}.png"
+    path = Path(arguments.directory) / "samples" / f"step-{trained.step:06d}-seed-{arguments.seed}"
+    if is_table(trained.settings):
+        rows, n_broken = sample_rows(trained.model, count, device, temperature, arguments.seed)
+        path = write_rows(path.with_suffix(".csv"), rows, trained.settings.data.columns)
+    else:
+        n_bins = levels_of_values(trained.settings)
+        images, n_broken = samples(trained.model, count, n_bins, device, temperature, arguments.seed)
+        path = save_grid(path.with_suffix(".png"), images, n_bins)
     warn_of_broken(n_broken)
-    print(save_grid(path, images, n_bins))
+    print(path)
 
 
 def run_evaluate(arguments):
-    from fastflow import data
+    from fastflow.engine.datasets import levels_of_values, load_data
     from fastflow.engine.evaluate import describe, evaluate
     from fastflow.engine.files import write_text
     from fastflow.engine.objectives import objective_for
@@ -253,13 +262,14 @@ def run_evaluate(arguments):
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
     set_threads(trained.settings)
-    images = data.load(trained.settings.data.name)
-    objective = objective_for(trained.model, n_bins=images.n_bins)
-    figures = evaluate(trained.model, objective, images.test, device, arguments.seed)
+    test = load_data(trained.settings).test
+    unit = "rows" if test.is_floating_point() else "images"
+    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings))
+    figures = evaluate(trained.model, objective, test, device, arguments.seed)
     path = Path(arguments.directory) / "evaluation.json"
-    record = {"step": trained.step, "seed": arguments.seed, "test_images": len(images.test), **figures}
+    record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}
     write_text(path, json.dumps(record, indent=1) + "\n")
-    print(f"held-out {describe(figures)}, {len(images.test)} images, step {trained.step}")
+    print(f"held-out {describe(figures)}, {len(test)} {unit}, step {trained.step}")
     print(path)
 
 

@@ -7,7 +7,7 @@ import torch
 from fastflow.engine.distributed import unwrap
 from fastflow.engine.objectives import levels_of
 
-__all__ = ["describe", "evaluate", "is_vae", "reconstructions", "samples"]
+__all__ = ["describe", "evaluate", "is_vae", "reconstructions", "sample_rows", "samples"]
 
 BATCH = 256
 
@@ -34,13 +34,14 @@ def evaluate(model, objective, images, device, seed=0, poll=lambda: None):
     Args:
         model: a Flow or a VAE.
         objective: as from :func:`fastflow.engine.objectives.objective_for`.
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8, or the rows (N, D) of a table.
         device: where to compute.
         seed: of the dequantisation and of a VAE's draws.
         poll: called between batches; may raise to stop.
 
     Returns:
-        {name: float}: bits_per_dim, for a VAE also elbo, rate and distortion in nats per image.
+        {name: float}: bits_per_dim, for a VAE also elbo, rate and distortion in nats per image; of rows log_prob, in
+        nats per row.
     """
     sums = {}
     with _aside(model, device, seed):
@@ -53,9 +54,10 @@ def evaluate(model, objective, images, device, seed=0, poll=lambda: None):
 
 def describe(figures):
     """Held-out figures as text."""
-    units = {"bits_per_dim": "bits/dim", "elbo": "ELBO", "rate": "rate", "distortion": "distortion"}
+    units = {"bits_per_dim": "bits/dim", "elbo": "ELBO", "rate": "rate", "distortion": "distortion",
+             "log_prob": "log-likelihood"}
     text = "  ".join(f"{unit} {figures[name]:.4f}" for name, unit in units.items() if name in figures)
-    return text + (" (nats per image)" if "elbo" in figures else "")
+    return text + (" (nats per image)" if "elbo" in figures else " nats per row" if "log_prob" in figures else "")
 
 
 def samples(model, n, n_bins, device, temperature=1.0, seed=0):
@@ -65,6 +67,14 @@ def samples(model, n, n_bins, device, temperature=1.0, seed=0):
     with _aside(model, device, seed):
         x = model.sample(n, temperature=temperature, **options)
         return levels_of(model, x, n_bins), n - int(torch.isfinite(x).flatten(1).all(1).sum())
+
+
+def sample_rows(model, n, device, temperature=1.0, seed=0):
+    """(rows, n_broken): n rows (n, D) of a table drawn from the model, in the table's units; and how many of them hold
+    a value that is not finite."""
+    with _aside(model, device, seed):
+        x = model.sample(n, temperature=temperature)
+        return x.cpu(), n - int(torch.isfinite(x).all(1).sum())
 
 
 def reconstructions(model, objective, images, device, seed=0):

@@ -83,7 +83,10 @@ class NegativeLogLikelihood(Objective):
         return constant - log_prob.mean(), {}
 
     def report(self, model, x):
-        """{name: (B,) tensor} over a batch of integer images."""
+        """{name: (B,) tensor} over a batch of integer images: bits_per_dim; over one of real numbers: log_prob, in nats
+        and in the units of x."""
+        if x.is_floating_point():
+            return {"log_prob": model(x)}
         x, constant = self.prepare(model, x)
         if not x.is_floating_point():
             return {"bits_per_dim": (constant - model(x)) / (x[0].numel() * math.log(2.0))}

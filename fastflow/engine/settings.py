@@ -3,12 +3,12 @@
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from fastflow.data import DATASETS
 from fastflow.engine.errors import SettingsError
+from fastflow.engine.sections import MODELS, Count, DataSettings, Positive, Section, combination
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,71 +19,11 @@ __all__ = ["Settings", "differences", "from_dict", "load_settings", "recipes"]
 
 MAX_RECIPE_BYTES = 1 << 20
 # What may change between a run and its continuation: how long it goes on and what it reports, never what it computes.
-MAY_CHANGE = ("description", "sample", "train.steps", "train.max_seconds", "train.device", "train.log_every",
+MAY_CHANGE = ("description", "minutes", "sample", "data.path", "data.verify", "data.source", "train.steps", "train.max_seconds", "train.device", "train.log_every",
               "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.strategy",
               "train.process_timeout", "train.skip_non_finite")
 
-Positive = Annotated[int, Field(ge=1, le=2**31)]
-Count = Annotated[int, Field(ge=0, le=2**31)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class DataSettings(Section):
-    name: Literal[tuple(DATASETS)] = Field(description="which images")
-
-
-class GlowSettings(Section):
-    kind: Literal["glow"]
-    n_levels: Positive = Field(3, description="scales; each halves height and width")
-    n_steps: Positive = Field(8, description="flow steps per level: actnorm, 1x1 convolution, affine coupling")
-    hidden_channels: Positive = Field(64, description="width of each coupling's network")
-    scale: Literal["exp", "sigmoid", "tanh", "atan", "softplus", "rational"] = Field(
-        "tanh", description="map from the network's output to the scale; the clamped ones keep sampling stable")
-
-
-class VAESettings(Section):
-    kind: Literal["vae"]
-    latent_features: Positive = Field(16, description="dimensions of z")
-    hidden_features: Positive = Field(256, description="width of encoder and decoder")
-    beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
-    n_samples: Positive = Field(1, description="draws of z per image")
-
-
-class IWAESettings(Section):
-    kind: Literal["iwae"]
-    network: Literal["mlp", "conv"] = Field("mlp", description="networks of encoder and decoder")
-    latent_features: Positive = Field(16, description="dimensions of z")
-    n_importance: int = Field(10, ge=1, le=5000, description="importance samples per image, K of the bound trained")
-
-
-class VQVAESettings(Section):
-    kind: Literal["vqvae"]
-    n_codes: int = Field(64, ge=2, le=2**20, description="vectors of the codebook")
-    features: Positive = Field(8, description="dimensions of each code's vector")
-    channels: tuple[Positive, ...] = Field((32,), strict=False, min_length=1,
-                                           description="of the convolutions; each halves height and width")
-
-
-class DiscreteVAESettings(Section):
-    kind: Literal["discrete_vae"]
-    latent_bits: Positive = Field(32, description="independent bits of z")
-    hidden_features: Positive = Field(256, description="width of encoder and decoder")
-    estimator: Literal["disarm", "rloo", "vimco", "reinforce"] = Field(
-        "disarm", description="gradient estimator of the bits")
-    n_samples: Positive = Field(4, description="samples of z per image, as the estimator takes them")
-    beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
-
-
-class VDVAESettings(Section):
-    kind: Literal["vdvae"]
-    groups: tuple[Positive, ...] = Field((2, 2), strict=False, min_length=1,
-                                         description="latent groups at each resolution, coarsest first")
-    channels: Positive = Field(32, description="of the states")
-    latent_channels: Positive = Field(8, description="of each group")
-    beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
+TABLE_KINDS = ("realnvp", "maf", "nsf")
 
 
 class TrainSettings(Section):
@@ -112,15 +52,31 @@ class SampleSettings(Section):
     temperature: float = Field(1.0, gt=0, description="standard deviation of the base distribution when sampling")
 
 
+class SweepSettings(Section):
+    beta: tuple[Annotated[float, Field(gt=0)], ...] = Field(strict=False, min_length=2, description="a model is trained "
+                                                            "with each, in place of model.beta")
+
+
 class Settings(Section):
     """Everything that defines a run."""
 
     description: str = ""
+    minutes: float = Field(0.0, ge=0, description="about how long it takes on two CPU cores; 0 where that is not known")
     data: DataSettings
-    model: Annotated[GlowSettings | VAESettings | IWAESettings | VQVAESettings | DiscreteVAESettings | VDVAESettings,
-                     Field(discriminator="kind")]
+    model: Annotated[Union[MODELS], Field(discriminator="kind")]
     train: TrainSettings
     sample: SampleSettings = SampleSettings()
+    sweep: SweepSettings | None = None
+
+    @model_validator(mode="after")
+    def _go_together(self):
+        shape, kind = self.data.known_shape(), self.model.kind
+        if shape and (len(shape) == 1) != (kind in TABLE_KINDS):
+            raise combination(f"model.kind: {kind} is for {'tables' if kind in TABLE_KINDS else 'images'}, and the data "
+                              f"have shape {list(shape)}")
+        if self.sweep is not None and not hasattr(self.model, "beta"):
+            raise combination(f"sweep.beta: a model of kind {kind} has no beta")
+        return self
 
 
 def recipes():
@@ -192,6 +148,8 @@ def _apply(raw, override):
     section = raw.setdefault(keys[0], {})
     if not isinstance(section, dict):
         raise SettingsError(f"--set: {keys[0]} is not a section")
+    if keys == ["data", "path"]:
+        section.pop("name", None)  # a recipe's own data give way to the user's
     section[keys[1]] = value
 
 
@@ -205,6 +163,8 @@ def _sentence(error):
         return f"{field}: unknown setting"
     if error["type"] == "missing":
         return f"{field}: missing"
+    if error["type"] == "combination":
+        return error["msg"]
     text = repr(error["input"])
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{field}: {message}, got {text if len(text) <= 60 else text[:57] + '...'}"

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import torch
 
-from fastflow import data
+from fastflow.data import TableData
 from fastflow.engine import checkpoint
 from fastflow.engine import settings as settings_module
 from fastflow.engine import state as state_module
+from fastflow.engine.datasets import completed, levels_of_values, load_data
 from fastflow.engine.distributed import Processes, is_sharded, whole, wrapped
 from fastflow.engine.errors import CheckpointError, NonFiniteError, RunError, SettingsError
-from fastflow.engine.evaluate import describe, evaluate, is_vae, reconstructions, samples
-from fastflow.engine.files import write_text
+from fastflow.engine.evaluate import describe, evaluate, is_vae, reconstructions, sample_rows, samples
+from fastflow.engine.files import write_rows, write_text
 from fastflow.engine.layout import convolutions_to_channels_last
-from fastflow.engine.models import build_model, load_weights
+from fastflow.engine.models import build_model, load_weights, standardize
 from fastflow.engine.objectives import objective_for
 from fastflow.engine.pictures import save_grid
 from fastflow.engine.progress import TrainProgress
@@ -84,17 +85,19 @@ class Trainer:
     """
 
     def __init__(self, settings, out, console, title="train"):
-        self.settings, self.out, self.console, self.title = settings, Path(out), console, title
+        self.out, self.console, self.title = Path(out), console, title
         train = settings.train
         self.device = choose_device(train.device)
         set_threads(settings)
         self.processes = Processes(self.device, train.process_timeout)
         if self.processes.rank:
             self.console.quiet = True
-        self.data = data.load(settings.data.name)
+        self.data = load_data(settings)
+        self.settings = settings = completed(settings, self.data)
+        self.n_bins, self.unit = levels_of_values(settings), "rows" if isinstance(self.data, TableData) else "images"
         if train.batch_size > len(self.data.train):
             raise SettingsError(f"train.batch_size: {train.batch_size} is more than the "
-                                f"{len(self.data.train)} training images")
+                                f"{len(self.data.train)} training {self.unit}")
         if train.batch_size % (self.processes.count * train.accumulate):
             raise SettingsError(f"train.batch_size: {train.batch_size} is not a multiple of {self.processes.count} "
                                 f"processes times train.accumulate={train.accumulate}")
@@ -116,8 +119,10 @@ class Trainer:
         """A fresh run: initialises data-dependent layers from training images."""
         self._agree_on_start(-1)
         first = self.data.train[torch.randperm(len(self.data.train))[:INITIAL_BATCH]].to(self.device)
+        if isinstance(self.data, TableData):
+            standardize(self.model, self.data)
         if hasattr(self.model, "initialize"):
-            objective = objective_for(self.model, n_bins=self.data.n_bins)
+            objective = objective_for(self.model, n_bins=self.n_bins)
             self.model.initialize(objective.prepare(self.model, first)[0])
         self._prepare()
         if self.processes.rank:  # the noise of each process is its own
@@ -141,7 +146,7 @@ class Trainer:
             model = wrapped(model, "ddp", self.device)
         self.train_step = TrainStep(
             model, self.optimizer, clip_grad_norm=train.clip_grad_norm or None, accumulate=train.accumulate,
-            ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=self.data.n_bins,
+            ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=self.n_bins,
             n_samples=getattr(options, "n_samples", 1), beta=getattr(options, "beta", 1.0))
 
     def resume(self, loaded):
@@ -157,7 +162,7 @@ class Trainer:
         if self.settings.train.steps < loaded.step:
             raise SettingsError(f"train.steps: {self.settings.train.steps} is less than the {loaded.step} steps done")
         if loaded.state.get("data") != self.data.fingerprint():
-            raise CheckpointError(f"{loaded.path}: was trained on other images than the installed libraries hold")
+            raise CheckpointError(f"{loaded.path}: was trained on other {self.unit} than {self.data.name} holds")
         self._agree_on_start(loaded.step)
         load_weights(self.model, loaded, "model")
         self._prepare()
@@ -233,11 +238,13 @@ class Trainer:
                 self.save()
             self._check_stop()
             if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
-                progress.say(f"step {self.step}: held-out " + describe(self.evaluate(log)))
+                part = "test" if self.data.validation is None else "validation"
+                progress.say(f"step {self.step}: {'held-out' if part == 'test' else part} "
+                             + describe(self.evaluate(log, part)))
         if self.step < train.steps:
             progress.say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
         self.save()
-        return {"step": self.step, **self.evaluate(log), "test_images": len(self.data.test),
+        return {"step": self.step, **self.evaluate(log), f"test_{self.unit}": len(self.data.test),
                 "checkpoint": str(self._saved), **self.draw()}
 
     def _advance(self, progress, deadline):
@@ -271,13 +278,15 @@ class Trainer:
         over, *means = torch.stack(self.processes.gather(values)).mean(0).tolist()
         means = dict(zip(sums, means, strict=True))
         figures = {"bits/dim": means["loss"] / (batch[0].numel() * math.log(2))}
-        if "rate" in means:
+        if isinstance(self.data, TableData):
+            figures = {"log_prob": -means["loss"]}
+        elif "rate" in means:
             figures = {"elbo": -means["rate"] - means["distortion"], "rate": means["rate"],
                        "distortion": means["distortion"]}
         speed = len(batch) / (time.perf_counter() - begin)
-        progress.update(self.step, figures, speed)
+        progress.update(self.step, figures, speed, self.unit)
         return {"loss": means["loss"], **{k.replace("/", "_per_"): v for k, v in figures.items()},
-                "grad_norm": self.train_step.parts["grad_norm"].item(), "images_per_second": speed}, over
+                "grad_norm": self.train_step.parts["grad_norm"].item(), f"{self.unit}_per_second": speed}, over
 
     def batch(self, step):
         """The images (batch_size, C, H, W) of that step: every epoch in an order of its own, its remainder left out."""
@@ -298,12 +307,13 @@ class Trainer:
         """Inside, the model has the averaged weights, where there is an average."""
         return contextlib.nullcontext() if self.train_step.ema is None else self.train_step.ema.swapped_in()
 
-    def evaluate(self, log):
-        """Held-out figures of the averaged weights, or of the weights where there is no average; a line in the log."""
+    def evaluate(self, log, part="test"):
+        """Figures of the averaged weights, or of the weights where there is no average, on that part of the data,
+        "test" or "validation"; a line in the log."""
         with self._averaged():
-            figures = evaluate(self.model, self.train_step.objective, self.data.test, self.device,
+            figures = evaluate(self.model, self.train_step.objective, getattr(self.data, part), self.device,
                                poll=self._check_stop)
-        log.write(json.dumps({"step": self.step, **{f"test_{name}": value for name, value in figures.items()}}) + "\n")
+        log.write(json.dumps({"step": self.step, **{f"{part}_{name}": v for name, v in figures.items()}}) + "\n")
         return figures
 
     def draw(self):
@@ -318,7 +328,11 @@ class Trainer:
             return self._draw(model) if self.processes.rank == 0 else {}
 
     def _draw(self, model):
-        n_bins, options = self.data.n_bins, self.settings.sample
+        n_bins, options = self.n_bins, self.settings.sample
+        if isinstance(self.data, TableData):
+            rows, n_broken = sample_rows(model, options.count, self.device, options.temperature)
+            path = write_rows(self.out / "samples" / f"step-{self.step:06d}.csv", rows, self.data.columns)
+            return {"samples": str(path), "broken_samples": n_broken}
         name = f"step-{self.step:06d}.png"
         drawn, n_broken = samples(model, options.count, n_bins, self.device, options.temperature)
         pictures = {"samples": str(save_grid(self.out / "samples" / name, drawn, n_bins)), "broken_samples": n_broken}
