@@ -114,6 +114,12 @@ class Processes:
         torch.distributed.all_gather(every, tensor.contiguous())
         return every
 
+    def mean(self, numbers):
+        """The means over the processes of a list of numbers, a list."""
+        if self.count == 1:
+            return numbers
+        return torch.stack(self.gather(torch.tensor(numbers, dtype=torch.float64))).mean(0).tolist()
+
     def most(self, number):
         """The largest of the numbers that the processes have."""
         return number if self.count == 1 else max(t.item() for t in self.gather(torch.tensor(float(number))))

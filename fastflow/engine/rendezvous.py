@@ -1,8 +1,8 @@
-"""A store that belongs to one attempt: torchrun hands the store of a failed attempt on to the next one, addresses of dead
-processes included, and a process that reads one of those before its peer has written anew can't connect.
+"""A store that belongs to one attempt. torchrun hands the store of a failed attempt on to the next one, addresses of
+dead processes included, and a process that reads one of those before its peer has written anew can't connect.
 
-The processes of an attempt agree on a prefix that no earlier one had. Each writes a name of its own. Process 0 proposes a
-token together with all names that it sees, again whenever a name changes; the others acknowledge a proposal that holds
+The processes of an attempt agree on a prefix that no earlier one had. Each writes a name of its own. Process 0 proposes
+a token together with all names that it sees, again whenever a name changes; the others answer a proposal that holds
 their own name, and once all have, process 0 confirms it. Names, proposals and answers of the dead match nothing.
 """
 
