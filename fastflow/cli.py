@@ -222,6 +222,7 @@ def train(settings, out, title, resume):
         if leads:
             print(f"continuing after step {loaded.step}", flush=True)
     results = trainer.run()
+    trainer.close()
     if not leads:
         return
     print(f"held-out {describe(results)}, {len(examples.test)} {trainer.unit}, step {results['step']}")

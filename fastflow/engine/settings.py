@@ -19,9 +19,11 @@ __all__ = ["Settings", "differences", "from_dict", "load_settings", "recipes"]
 
 MAX_RECIPE_BYTES = 1 << 20
 # What may change between a run and its continuation: how long it goes on and what it reports, never what it computes.
-MAY_CHANGE = ("description", "minutes", "sample", "data.path", "data.verify", "data.source", "train.steps", "train.max_seconds", "train.device", "train.log_every",
-              "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.strategy",
-              "train.process_timeout", "train.skip_non_finite")
+MAY_CHANGE = ("description", "minutes", "sample", "data.path", "data.verify", "data.source", "train.steps",
+              "train.max_seconds", "train.device", "train.log_every", "train.tensorboard", "train.eval_every",
+              "train.bound_samples", "train.patience", "train.sample_every", "train.checkpoint_every",
+              "train.keep_checkpoints", "train.strategy", "train.memory", "train.process_timeout",
+              "train.skip_non_finite")
 
 TABLE_KINDS = ("realnvp", "maf", "nsf")
 
@@ -32,6 +34,13 @@ class TrainSettings(Section):
     batch_size: Positive = Field(32, description="images per step")
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
     warmup_steps: Count = Field(0, description="steps over which the learning rate rises linearly")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of the learning rate afterwards")
+    end_learning_rate: float = Field(0.0, ge=0, description="where cosine and linear schedules end")
+    decay_steps: Count = Field(0, description="the step at which they end; 0 for train.steps")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of conditioners, encoders and decoders; "
+                                                      "all else is float32")
+    memory: Literal["auto", "none", "save_z", "invert"] = Field("auto", description="how a flow keeps less for "
+                                                                "backward, see TrainStep")
     clip_grad_norm: float = Field(0.0, ge=0, description="scale larger gradients down to this norm; 0 for never")
     accumulate: Positive = Field(1, description="parts that a batch is cut into to save memory")
     strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="whole models or shards; auto is ddp")
@@ -42,9 +51,25 @@ class TrainSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where torch sees a GPU")
     threads: Count = Field(0, description="CPU threads; 0 leaves torch's choice, 1 is fastest for very small models")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(False, description="write TensorBoard's event file too")
     eval_every: Count = Field(0, description="steps between evaluations on held-out images; 0 for the end only")
+    patience: Count = Field(0, description="evaluations in a row without a better one that end the run; 0 for never")
+    bound_samples: Count = Field(0, description="K of the held-out bound log(1/K sum of K weights), at the end; 0 for "
+                                "none")
+    sample_every: Count = Field(0, description="steps between sample grids; 0 for the end only")
     checkpoint_every: Count = Field(0, description="steps between checkpoints; 0 for the end only")
     keep_checkpoints: Count = Field(3, description="how many to keep; 0 for all")
+
+    @model_validator(mode="after")
+    def _go_together(self):
+        if self.patience and not self.eval_every:
+            raise combination("train.patience: counts evaluations, and train.eval_every=0 makes none on the way")
+        if self.schedule == "constant" and (self.end_learning_rate or self.decay_steps):
+            raise combination("train.end_learning_rate, train.decay_steps: train.schedule=constant has no end")
+        if self.schedule != "constant" and self.end_learning_rate > self.learning_rate:
+            raise combination(f"train.end_learning_rate: {self.end_learning_rate:g} is more than "
+                              f"train.learning_rate={self.learning_rate:g}")
+        return self
 
 
 class SampleSettings(Section):
