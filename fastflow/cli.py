@@ -213,8 +213,8 @@ def train(settings, out, title, resume):
     if leads:
         shape = "x".join(map(str, examples.event_shape))
         validation = "" if examples.validation is None else f", {len(examples.validation)} validation"
-        print(f"{title}: {len(examples.train)} training{validation} and {len(examples.test)} held-out {trainer.unit} of "
-              f"{shape}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
+        print(f"{title}: {len(examples.train)} training{validation} and {len(examples.test)} held-out {trainer.unit} "
+              f"of {shape}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
     if loaded is None:
         trainer.start()
     else:
@@ -247,7 +247,7 @@ def sweep(settings, out, title, resume):
         table.add_row(*(f"{row[column]:.4f}" if isinstance(row[column], float) and column != "beta" else
                         f"{row[column]}" for column in COLUMNS))
     Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
-    print(f"{'table':16}{path}\n{'picture':16}{picture}")
+    print(f"{'table':16}{path}" + ("" if picture is None else f"\n{'picture':16}{picture}"))
 
 
 def list_recipes():

@@ -1,6 +1,7 @@
 """A sweep over the weight of the rate: a model for each, and the curve of rate against distortion that they make."""
 
 import csv
+import importlib.util
 import io
 import math
 import os
@@ -19,13 +20,11 @@ from fastflow.engine.settings import from_dict
 __all__ = ["COLUMNS", "run_sweep"]
 
 COLUMNS = ("beta", "rate", "distortion", "elbo", "elbo_error", "bits_per_dim", "active")
-WIDTH, HEIGHT, MARGIN = 720, 480, 72
-INK, FAINT, ACCENT = (32, 32, 32), (205, 205, 205), (200, 70, 50)
 
 
 def run_sweep(settings, out, train, device):
     """Trains a model with each of ``settings.sweep.beta``, measures all on the same held-out images, and writes
-    OUT/rate-distortion.csv and OUT/rate-distortion.png.
+    OUT/rate-distortion.csv and, with matplotlib, OUT/rate-distortion.png.
 
     Args:
         settings: with a section [sweep].
@@ -35,7 +34,8 @@ def run_sweep(settings, out, train, device):
 
     Returns:
         (rows, table, picture): for each beta {column: value}, the rate, the distortion and the ELBO with its standard
-        error in nats per image, bits/dim, both those of integer images, and the number of active units; and the paths.
+        error in nats per image, bits/dim, both those of integer images, and the number of active units; and the paths (the
+        picture's is None without matplotlib).
 
     Raises:
         SettingsError: it is started in several processes.
@@ -73,38 +73,29 @@ def run_sweep(settings, out, train, device):
 
 
 def _picture(path, rows):
-    """Distortion over rate, a point for each beta, with the line of models of the best ELBO found."""
-    from PIL import Image, ImageDraw
+    """Distortion over rate, a point for each beta, with the line of all models of the best ELBO found; the path, or
+    None where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
 
-    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw = ImageDraw.Draw(image)
-    points = [(row["rate"], row["distortion"]) for row in rows]
-    lows, highs = (tuple(pick(values) for values in zip(*points, strict=True)) for pick in (min, max))
-    spans = [max(high - low, 1e-6) * 1.15 for low, high in zip(lows, highs, strict=True)]
-    lows = [max(0.0, lows[0] - 0.065 * spans[0]), lows[1] - 0.065 * spans[1]]  # a rate has no less
-
-    def place(rate, distortion):
-        return (MARGIN + (rate - lows[0]) / spans[0] * (WIDTH - 24 - MARGIN),
-                HEIGHT - MARGIN - (distortion - lows[1]) / spans[1] * (HEIGHT - MARGIN - 48))
-
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    points = sorted((row["rate"], row["distortion"], row["beta"]) for row in rows)
+    axes.plot([rate for rate, _, _ in points], [distortion for _, distortion, _ in points], marker="o")
+    for rate, distortion, beta in points:
+        axes.annotate(f"{beta:g}", (rate, distortion), xytext=(5, 5), textcoords="offset points")
     best = max(rows, key=lambda row: row["elbo"])
-    draw.line([place(rate, -best["elbo"] - rate) for rate in (lows[0], lows[0] + spans[0])], fill=FAINT, width=2)
-    draw.rectangle([0, 0, WIDTH, 44], fill="white")
-    draw.rectangle([0, HEIGHT - MARGIN + 1, WIDTH, HEIGHT], fill="white")
-    draw.line([(MARGIN, 44), (MARGIN, HEIGHT - MARGIN), (WIDTH - 20, HEIGHT - MARGIN)], fill=INK)
-    draw.line([place(*point) for point in sorted(points)], fill=INK, width=1)
-    for row, point in zip(rows, points, strict=True):
-        x, y = place(*point)
-        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=ACCENT)
-        draw.text((x + 7, y - 14), f"beta {row['beta']:g}", fill=INK)
-    draw.text((MARGIN, 14), f"rate-distortion, nats per image; grey: the best ELBO, {best['elbo']:.4g}, of beta "
-              f"{best['beta']:g}", fill=INK)
-    draw.text((8, 48), "distortion", fill=INK)
-    draw.text((WIDTH - 60, HEIGHT - MARGIN + 26), "rate", fill=INK)
-    for value in (lows[1], lows[1] + spans[1]):
-        draw.text((8, place(lows[0], value)[1] - (18 if value == lows[1] else -16)), f"{value:.5g}", fill=INK)
-    for share in (0.0, 0.94):
-        draw.text((MARGIN + share * (WIDTH - 24 - MARGIN), HEIGHT - MARGIN + 8),
-                  f"{lows[0] + share * spans[0]:.3g}", fill=INK)
-    image.save(path, format="PNG")
+    axes.axline((0.0, -best["elbo"]), slope=-1.0, color="0.7", label=f"ELBO {best['elbo']:.4g}, the best")
+    axes.set(xlabel="rate, nats per image", ylabel="distortion, nats per image", title="held-out images, by beta",
+             ylim=_around([row["distortion"] for row in rows]), xlim=_around([row["rate"] for row in rows]))
+    axes.legend()
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
     return path
+
+
+def _around(values):
+    margin = 0.08 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin
