@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from fastflow.data import DATASETS, FORMATS, OPTIONS, TABLES
 
-__all__ = ["MODELS", "Count", "DataSettings", "Positive", "Section", "combination"]
+__all__ = ["Count", "DataSettings", "Model", "Positive", "Section", "combination"]
 
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -171,5 +171,5 @@ class VDVAESettings(Section):
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
 
 
-MODELS = (GlowSettings, JetSettings, TarFlowSettings, RealNVPSettings, MAFSettings, NSFSettings, VAESettings,
-          IWAESettings, VQVAESettings, DiscreteVAESettings, VDVAESettings)
+Model = (GlowSettings | JetSettings | TarFlowSettings | RealNVPSettings | MAFSettings | NSFSettings | VAESettings
+         | IWAESettings | VQVAESettings | DiscreteVAESettings | VDVAESettings)

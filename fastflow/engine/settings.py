@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from fastflow.engine.errors import SettingsError
-from fastflow.engine.sections import MODELS, Count, DataSettings, Positive, Section, combination
+from fastflow.engine.sections import Count, DataSettings, Model, Positive, Section, combination
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -90,7 +90,7 @@ class Settings(Section):
     description: str = ""
     minutes: float = Field(0.0, ge=0, description="about how long it takes on two CPU cores; 0 where that is not known")
     data: DataSettings
-    model: Annotated[MODELS, Field(discriminator="kind")]
+    model: Annotated[Model, Field(discriminator="kind")]
     train: TrainSettings
     sample: SampleSettings = SampleSettings()
     sweep: SweepSettings | None = None

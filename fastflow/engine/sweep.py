@@ -34,8 +34,8 @@ def run_sweep(settings, out, train, device):
 
     Returns:
         (rows, table, picture): for each beta {column: value}, the rate, the distortion and the ELBO with its standard
-        error in nats per image, bits/dim, both those of integer images, and the number of active units; and the paths (the
-        picture's is None without matplotlib).
+        error in nats per image, bits/dim, both those of integer images, and the number of active units; and both
+        paths (the picture's is None without matplotlib).
 
     Raises:
         SettingsError: it is started in several processes.
