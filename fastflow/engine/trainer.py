@@ -28,6 +28,7 @@ from fastflow.engine.progress import TrainProgress
 from fastflow.engine.rate import LearningRate
 from fastflow.engine.signals import Interrupted, StopSignals
 from fastflow.engine.snapshot import check_continuation, restore, snapshot, weights
+from fastflow.engine.state import seed_host_random
 from fastflow.engine.train_step import TrainStep
 from fastflow.engine.watch import Watch, score
 
@@ -120,7 +121,9 @@ class Trainer:
             objective = objective_for(self.model, n_bins=self.n_bins)
             self.model.initialize(objective.prepare(self.model, first)[0])
         self._prepare()
-        if self.processes.rank:  # the noise of each process is its own
+        # The noise of each process is its own.
+        seed_host_random(self.settings.train.seed + self.processes.rank)
+        if self.processes.rank:
             torch.manual_seed(torch.initial_seed() + self.processes.rank)
 
     def _agree_on_start(self, step):
@@ -206,14 +209,7 @@ class Trainer:
         over = self._exchange(deadline, ())[0]
         self._evaluate_if_due(progress, log)
         while self.step < train.steps and not over and not self.watch.over:
-            over = self._advance(progress, log, deadline)
-            if self._signal:
-                raise _Stop(self._signal)
-            self._evaluate_if_due(progress, log)
-            if train.checkpoint_every and self.step % train.checkpoint_every == 0:
-                self.save()
-            if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
-                self.draw(log)
+            over = self._round(progress, log, deadline)
         if self.watch.over:
             progress.say(f"step {self.step}: {self.watch.since} evaluations in a row were not better than that of step "
                          f"{self.watch.best_step} (train.patience)")
@@ -221,6 +217,19 @@ class Trainer:
             progress.say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
         self.save()
         return self._results(progress, log)
+
+    def _round(self, progress, log, deadline):
+        """A training step and what is due after it; returns whether the time is over."""
+        train = self.settings.train
+        over = self._advance(progress, log, deadline)
+        if self._signal:
+            raise _Stop(self._signal)
+        self._evaluate_if_due(progress, log)
+        if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+            self.save()
+        if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
+            self.draw(log)
+        return over
 
     def _evaluate_if_due(self, progress, log):
         """The evaluation of this step, if there is one on the way and it was not seen before the run was cut."""
@@ -269,7 +278,7 @@ class Trainer:
             group["lr"] = rate
         sums = {}
         try:
-            for x in mine.chunk(train.accumulate):
+            for x in mine.chunk(train.accumulate) if train.accumulate > 1 else (mine,):
                 loss = self.train_step(x.to(self.device))
                 for name, value in {"loss": loss, **self.train_step.parts}.items():
                     if name != "grad_norm":
@@ -322,7 +331,7 @@ class Trainer:
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed((self.settings.train.seed * 1_000_003 + epoch) % 2**63)
             self._order = epoch, torch.randperm(n, generator=generator)
-        return self.data.train[self._order[1][index * size:(index + 1) * size]]
+        return self.data.train.index_select(0, self._order[1][index * size:(index + 1) * size])
 
     def _check_stop(self):
         """Stops if a signal came to one of the processes; called after every step and between the batches of an
