@@ -296,7 +296,7 @@ class Trainer:
         over, means = self._exchange(deadline, [value.item() / train.accumulate for value in sums.values()])
         figures = self._figures(dict(zip(sums, means, strict=True)), batch[0].numel())
         speed = len(batch) / (time.perf_counter() - begin)
-        progress.update(self.step, figures, speed, self.unit)
+        progress.update(self.step, {k: v for k, v in figures.items() if k != "elbo"}, speed, self.unit)
         if self.step % train.log_every == 0 or self.step == train.steps:
             log.write(self.step, {"loss": means[0], **{k.replace("/", "_per_"): v for k, v in figures.items()},
                                   "grad_norm": self.train_step.parts["grad_norm"].item(), "learning_rate": rate,
@@ -304,14 +304,16 @@ class Trainer:
         return over
 
     def _figures(self, means, n_dims):
-        """What is shown of a training step."""
+        """What is reported of a training step."""
         bits = means["loss"] / (n_dims * math.log(2))
         self.watch.started(bits)
         if isinstance(self.data, TableData):
             return {"log_prob": -means["loss"]}
         if "rate" not in means:
             return {"bits/dim": bits}
-        return {"elbo": -means["rate"] - means["distortion"], "rate": means["rate"], "distortion": means["distortion"]}
+        elbo = -means["rate"] - means["distortion"]
+        return {"bits/dim": -elbo / (n_dims * math.log(2)), "elbo": elbo, "rate": means["rate"],
+                "distortion": means["distortion"]}
 
     def _exchange(self, deadline, values):
         """(over, means): whether the time is over, and the means of the numbers over all processes, which call this
