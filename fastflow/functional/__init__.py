@@ -21,7 +21,8 @@ from fastflow.functional.spline import check_spline_constants, spline, spline_pa
 from fastflow.reference import SCALES, ChannelAffine, MLPCoupling, ScaleMap, full_precision  # noqa: F401 (for layers)
 
 __all__ = ["ChannelAffine", "MLPCoupling", "ScaleMap", "activated_conv", "affine_coupling", "bernoulli_log_prob",
-           "conv_net", "gaussian_sample_kl", "mlp_flow", "plu_weight", "slogdet", "slogdet_inverse", "spline", "spline_params"]
+           "conv_net", "gaussian_sample_kl", "mlp_flow", "plu_weight", "slogdet", "slogdet_inverse", "spline",
+           "spline_params"]
 
 LAYOUTS = ("chunk", "interleave")
 REDUCTIONS = ("sample", "channel", "none")

@@ -19,4 +19,5 @@ from fastflow.nn.spline_coupling import SplineCoupling
 from fastflow.nn.weight_bank import WeightBank
 
 __all__ = ["MLP", "ActNorm", "AffineCoupling", "ContextShift", "ConvNet", "ConvResNet", "ConvSequential",
-           "GatedAttentionNet", "GaussianSample", "InvertibleConv1x1", "MixtureCoupling", "SplineCoupling", "WeightBank"]
+           "GatedAttentionNet", "GaussianSample", "InvertibleConv1x1", "MixtureCoupling", "SplineCoupling",
+           "WeightBank"]

@@ -83,7 +83,7 @@ __all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "
            "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FullGaussianPosterior", "GaussianLikelihood",
            "GaussianPosterior", "GaussianPrior", "HamiltonianVAE", "HierarchicalVAE", "HierarchyTerms", "IWAEObjective",
            "Inference", "InfoVAE", "LaplaceLikelihood", "Level", "Likelihood", "LinearSchedule",
-           "LogisticMixtureLikelihood", "LowRankGaussianPosterior", "MixturePosterior", "MixturePrior",
+           "LogisticMixtureLikelihood", "LossTerms", "LowRankGaussianPosterior", "MixturePosterior", "MixturePrior",
            "NegativeBinomialLikelihood", "Objective", "PenalizedELBO", "PoissonLikelihood", "Quantized", "QuantizedVAE",
            "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task", "TotalCorrelation", "VampPrior", "VampVAE",
            "VectorQuantizer", "ar1_least_rate", "capacity", "ciwae", "conv_decoder", "conv_encoder", "decompose_kl",

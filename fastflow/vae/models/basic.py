@@ -1,7 +1,6 @@
 """Ready VAEs with one layer of latents."""
 
 import torch
-from torch import nn
 
 from fastflow import checks
 from fastflow.flows import MAF, RealNVP
