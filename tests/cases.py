@@ -11,7 +11,7 @@ from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 from fastflow import functional, reference
 from fastflow.functional import ScaleMap
 
-FULL_PRECISION = ("plu_weight", "conv_net", "mlp_flow")  # ops whose kernels take no half precision
+FULL_PRECISION = ("plu_weight", "conv_net", "activated_conv", "mlp_flow")  # ops whose kernels take no half precision
 NOT_DIFFERENTIABLE = ("eps", "seed", "sign_s", "perm")
 
 
@@ -34,6 +34,7 @@ class Case:
     @property
     def outputs(self):
         return {"affine_coupling": ("y", "logdet"), "mlp_flow": ("z", "logdet"), "conv_net": ("y",),
+                "activated_conv": ("y",),
                 "spline": ("y", "logdet"), "bernoulli_log_prob": ("log_prob",),
                 "slogdet": ("sign", "logabsdet"), "plu_weight": ("weight",),
                 "slogdet_inverse": ("sign", "logabsdet", "inverse"),
@@ -63,7 +64,7 @@ class Case:
         value = torch.randn(shape, generator=generator, dtype=torch.float64)
         if name == "sign_s":
             return value.sign()
-        if name == "weight":
+        if name == "weight" and self.op != "activated_conv":
             return value + 2.0 * torch.eye(shape[-1], dtype=torch.float64)
         if self.op == "mlp_flow" and len(shape) == 2 and name not in ("x", "context"):
             return value / max(shape[1], 1) ** 0.5
@@ -84,7 +85,7 @@ class Case:
             if "prior_mean" in t:
                 options["prior"] = t.pop("prior_mean"), t.pop("prior_raw")
             return module.gaussian_sample_kl(params, **t, **options)
-        if self.op in ("plu_weight", "conv_net", "bernoulli_log_prob"):
+        if self.op in ("plu_weight", "conv_net", "activated_conv", "bernoulli_log_prob"):
             return (getattr(module, self.op)(**t, **options),)
         if self.op == "mlp_flow":
             return self._call_mlp_flow(t, module)
@@ -184,11 +185,25 @@ def conv_case(name, x, hidden, out, **options):
 
 
 CONV_CASES = (conv_case("relu", (3, 5, 6, 7), 16, 4), conv_case("leaky", (3, 2, 4, 4), 48, 7, negative_slope=0.2))
+
+
+def activated_conv_case(name, x, out, kernel, **options):
+    """A call of activated_conv on x (B, I, H, W) for ``out`` channels."""
+    channels = (x[1], out) if options.get("transposed") else (out, x[1])
+    return Case(name, "activated_conv", {"x": x, "weight": (*channels, *kernel), "bias": (out,)}, options)
+
+
+ACTIVATED_CASES = (
+    activated_conv_case("down", (3, 2, 6, 8), 16, (4, 4), stride=2, padding=1, activation="silu"),
+    activated_conv_case("up_wide", (3, 16, 3, 4), 32, (4, 4), stride=2, padding=1, transposed=True, activation="silu"),
+    activated_conv_case("up_narrow", (3, 16, 3, 4), 2, (4, 3), stride=2, padding=1, transposed=True,
+                        activation="relu"),
+)
 BERNOULLI_CASES = (
     Case("bernoulli_image", "bernoulli_log_prob", {"x": (3, 4, 2, 5), "logits": (3, 4, 2, 5)}),
     Case("bernoulli_samples", "bernoulli_log_prob", {"x": (3, 7), "logits": (2, 3, 7)}),
 )
-CPU_CASES = CASES + CONV_CASES + BERNOULLI_CASES  # with the operations that have no kernel on a GPU
+CPU_CASES = CASES + CONV_CASES + ACTIVATED_CASES + BERNOULLI_CASES  # with the operations that have no kernel on a GPU
 
 
 @contextlib.contextmanager

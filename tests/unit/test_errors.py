@@ -109,6 +109,29 @@ def conv(**changes):
     return functional.conv_net(**{**operands, **changes})
 
 
+def activated(**changes):
+    operands = {"x": r(2, 3, 6, 6), "weight": r(16, 3, 4, 4), "bias": r(16), "stride": 2, "padding": 1}
+    return functional.activated_conv(**{**operands, **changes})
+
+
+ACTIVATED = {
+    "x a matrix": (ValueError, "x", lambda: activated(x=r(3, 4))),
+    "x of integers": (TypeError, "x", lambda: activated(x=r(2, 3, 6, 6, dtype=LONG))),
+    "weight for other channels": (ValueError, "weight", lambda: activated(weight=r(16, 4, 4, 4))),
+    "weight for the other direction": (ValueError, "weight", lambda: activated(transposed=True)),
+    "weight without taps": (ValueError, "weight", lambda: activated(weight=r(16, 3, 0, 4))),
+    "weight float64": (TypeError, "weight", lambda: activated(weight=r(16, 3, 4, 4, dtype=DOUBLE))),
+    "weight elsewhere": (ValueError, "weight", lambda: activated(weight=r(16, 3, 4, 4, **META))),
+    "bias of another size": (ValueError, "bias", lambda: activated(bias=r(3))),
+    "bias bfloat16": (TypeError, "bias", lambda: activated(bias=r(16, dtype=HALF))),
+    "stride zero": (ValueError, "stride", lambda: activated(stride=0)),
+    "stride a pair": (ValueError, "stride", lambda: activated(stride=(2, 2))),
+    "padding negative": (ValueError, "padding", lambda: activated(padding=-1)),
+    "padding that leaves nothing": (ValueError, "padding", lambda: activated(x=r(2, 3, 1, 1))),
+    "activation unknown": (ValueError, "activation", lambda: activated(activation="gelu")),
+}
+
+
 CONV = {
     "x a matrix": (ValueError, "x", lambda: conv(x=r(3, 4))),
     "x of integers": (TypeError, "x", lambda: conv(x=r(2, 3, 4, 4, dtype=LONG))),
@@ -254,9 +277,9 @@ SPLINE = {
 }
 
 
-@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *FLOW, *GAUSSIAN, *SPLINE])
+@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *ACTIVATED, *FLOW, *GAUSSIAN, *SPLINE])
 def test_refused_and_named(name):
-    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **FLOW, **GAUSSIAN, **SPLINE}[name]
+    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **ACTIVATED, **FLOW, **GAUSSIAN, **SPLINE}[name]
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
