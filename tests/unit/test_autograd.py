@@ -13,6 +13,7 @@ from cases import (
     conv_case,
     cotangents_of,
     evaluate,
+    mlp_case,
     noise_of_the_backend,
     subsets,
 )
@@ -142,6 +143,8 @@ TINY = (
     Case("plu_weight", "plu_weight", {"lower": (2, 3, 3), "upper": (2, 3, 3), "log_s": (2, 3), "sign_s": (2, 3),
                                       "perm": (2, 3)}),
     conv_case("conv_net", (1, 1, 2, 2), 16, 1, negative_slope=0.3),
+    mlp_case("mlp_silu", (2, 3, 2), batch=2, activation="silu"),
+    mlp_case("mlp_residual_tanh", (2, 2, 2, 2, 1), batch=2, activation="tanh", residual=True),
     Case("rq", "spline", {"x": (2, 2), "params": (2, 10), "logdet": (2,)}),
     Case("rq_soft_inverse", "spline", {"x": (2, 2), "params": (2, 10)}, {"inverse": True, "clamp": 5.0}),
     Case("linear_spline_inverse", "spline", {"x": (2, 1, 2), "params": (2, 3, 2)}, {"kind": "linear", "inverse": True}),
