@@ -142,6 +142,28 @@ def activated_conv_backward_samples():
             yield (r(*shape, dtype=x.dtype, layout=layout), x, weight, stride, padding, transposed, activation, *needs)
 
 
+def mlp_samples():
+    for batch, sizes, residual, activation, dtype in ((3, (4, 5, 2), False, 0, torch.float32),
+                                                      (100, (3, 17, 17, 17, 9), True, 1, torch.float32),
+                                                      (2, (3, 6, 4), False, 1, torch.float64),
+                                                      (0, (2, 4, 1), True, 2, torch.float64),
+                                                      (2, (3, 1), False, 0, torch.float32)):
+        params = [t for i, o in zip(sizes, sizes[1:], strict=False)
+                  for t in (r(o, i, dtype=dtype, layout=layouts.transposed), r(o, dtype=dtype))]
+        for keep in (False, True):
+            yield r(batch, sizes[0], dtype=dtype, layout=layouts.padded), params, activation, residual, keep
+
+
+def mlp_backward_samples():
+    for x, params, activation, residual, keep in mlp_samples():
+        hidden, dtype = params[2::2], x.dtype
+        kept = sum((w.shape[1] + 15) // 16 * 16 * (1 + (activation == 1 and not (residual and w is hidden[-1])))
+                   for w in hidden)
+        for needs in ((keep, True), (True, keep)):
+            yield (r(x.shape[0], params[-1].shape[0], dtype=dtype, layout=layouts.permuted), x,
+                   r(x.shape[0], kept, dtype=dtype), params, activation, residual, *needs)
+
+
 def flow_samples():
     for batch, features, context, dtype in ((3, 4, None, torch.float32), (70, 5, 2, torch.float64), (0, 2, None,
                                                                                                  torch.float32)):
@@ -211,6 +233,7 @@ SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backwa
            "gaussian_fwd": gaussian_samples, "gaussian_bwd": gaussian_backward_samples, "philox4x32": philox_samples,
            "conv_net_fwd": conv_net_samples, "conv_net_bwd": conv_net_backward_samples,
            "activated_conv_fwd": activated_conv_samples, "activated_conv_bwd": activated_conv_backward_samples,
+           "mlp_fwd": mlp_samples, "mlp_bwd": mlp_backward_samples,
            "mlp_flow_fwd": flow_forward_samples, "mlp_flow_bwd": flow_backward_samples,
            "spline_fwd": spline_samples, "spline_bwd": spline_backward_samples,
            "bernoulli_log_prob_fwd": bernoulli_samples, "bernoulli_log_prob_bwd": bernoulli_backward_samples}
