@@ -16,7 +16,7 @@ __all__ = ["HOSTS", "accelerate", "restore"]
 # is imported when its library was. Importing it fills swaps.SWAPS; it may define EXAMPLES, {class: function(model,
 # *example)} that runs a model whose forward does not.
 HOSTS = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko", "torchflows": "torchflows",
-         "pyro": "pyro", "pythae": "pythae"}
+         "pyro": "pyro", "pythae": "pythae", "diffusers": "diffusers"}
 
 
 def accelerate(model, *, verify=True, example=None, fix=False):
@@ -28,7 +28,8 @@ def accelerate(model, *, verify=True, example=None, fix=False):
     class are swapped, and of them those whose options have a fused form.
 
     Args:
-        model: a torch.nn.Module with layers of nflows, normflows, FrEIA, zuko, Pyro or pythae at any depth.
+        model: a torch.nn.Module with layers of nflows, normflows, FrEIA, zuko, torchflows, Pyro, pythae or
+            diffusers at any depth.
         verify: hold every swapped layer against its original at its first call: outputs, inverse and gradients, on
             copies, leaving random generators and buffers as they were. A layer that differs becomes its original again
             and a RuntimeWarning says so. Calls under torch.compile and torch.func don't count as the first.
@@ -107,7 +108,7 @@ def _unknown(kind, adapters):
 def _inside(name, swapped):
     """Whether a layer is part of a swapped one, whose fused form answers for it."""
     parts = name.split(".")
-    return any(".".join(parts[:n]) in swapped for n in range(1, len(parts)))
+    return "" in swapped or any(".".join(parts[:n]) in swapped for n in range(1, len(parts)))
 
 
 def _run(model, example, adapters):

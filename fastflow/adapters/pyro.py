@@ -1,13 +1,15 @@
-"""Pyro: affine couplings and the invertible 1x1 convolution among its transforms. Noise to data.
+"""Pyro: affine couplings, quadratic splines and the invertible 1x1 convolution among its transforms. Noise to data.
 
-Pyro's splines have end slopes of 0.999 where the kernel's are 1, and by default lines in the place of quadratics: they
-stay as they are.
+Spline couplings and autoregressive splines consist of Spline and ConditionalSpline, which are what is swapped. Those of
+order "linear", Pyro's default, are ratios of lines: they have no kernel and stay as they are.
 """
 
+import functools
 import math
 
 import torch
 from pyro.distributions import transforms
+from pyro.distributions.transforms.spline import ConditionedSpline
 from pyro.distributions.transforms.utils import clamp_preserve_gradients
 
 from fastflow import functional
@@ -96,3 +98,64 @@ class GeneralizedChannelPermute(transforms.GeneralizedChannelPermute):
             return super()._inverse(y)
         x = torch.linalg.solve_triangular(self.L, torch.matmul(self.permutation.mT, y.flatten(-2)), upper=False)
         return torch.linalg.solve_triangular(self.U, x, upper=True).reshape(y.shape)
+
+
+END_DERIVATIVE = 1.0 - 1e-3  # Pyro's slope at the ends of the interval, outside of which it is 1
+
+
+def _fit_spline(module, fix):
+    return None if module.order == "quadratic" else f"a rational spline of order {module.order!r} has no kernel"
+
+
+def _spline(x, raw, bound, inverse):
+    """(y, log-slope) of every element of x (*, D) under its own raw widths, heights and slopes (*, D, 3K - 1)."""
+    params = raw.to(x.dtype).expand(*x.shape, raw.shape[-1]).reshape(-1, raw.shape[-1])
+    y, log_slope = functional.spline(x.reshape(-1, 1), params, tail_bound=bound, end_derivative=END_DERIVATIVE,
+                                     inverse=inverse)
+    return y.view(x.shape), log_slope.view(x.shape)
+
+
+@swap(transforms.Spline, methods=("_call", "_inverse"), opposite=_opposite, fit=_fit_spline,
+      observe=lambda module, result, args: [result, module._cache_log_detJ])
+class Spline(transforms.Spline):
+    """A rational-quadratic spline per feature, the same for all samples."""
+
+    def spline_op(self, x, inverse=False):
+        if not fusable(x, self.unnormalized_widths):
+            return super().spline_op(x, inverse=inverse)
+        raw = torch.cat([self.unnormalized_widths, self.unnormalized_heights, self.unnormalized_derivatives], -1)
+        return _spline(x, raw, self.bound, inverse)
+
+
+class _Conditioned(ConditionedSpline):
+    def spline_op(self, x, inverse=False):
+        if not fusable(x):
+            return super().spline_op(x, inverse=inverse)
+        return _spline(x, self._fastflow_raw(), self.bound, inverse)
+
+
+def _observe_spline(module, result, args):
+    """What the spline under this context makes of some x, both ways."""
+    context = args[0]
+    shape = (*context.shape[:-1], module.input_dim)
+    x = 2.0 * torch.cos(1.3 * torch.arange(math.prod(shape), device=context.device)).to(context.dtype).view(shape)
+    y = result(x)
+    return [y, result._cache_log_detJ, result._inverse(x), result._cache_log_detJ]
+
+
+@swap(transforms.ConditionalSpline, methods=("condition",), opposite=lambda *call: None, observe=_observe_spline,
+      fit=_fit_spline)
+class ConditionalSpline(transforms.ConditionalSpline):
+    """A rational-quadratic spline per feature, from a network of the context."""
+
+    def condition(self, context):
+        spline = super().condition(context)
+        spline.__class__, spline._fastflow_raw = _Conditioned, functools.partial(self._fastflow_raws, context)
+        return spline
+
+    def _fastflow_raws(self, context):
+        """Raw widths, heights and slopes (*, D, 3K - 1); an AutoRegressiveNN puts the features last."""
+        raws = self.nn(context)
+        if raws[0].shape[-1] == self.input_dim:
+            return torch.cat([raw.transpose(-1, -2) for raw in raws], -1)
+        return torch.cat([raw.reshape(*raw.shape[:-1], self.input_dim, -1) for raw in raws], -1)

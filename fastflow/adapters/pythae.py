@@ -88,12 +88,33 @@ class BetaVAE(_Head, models.BetaVAE):
         return self._fastflow_output(x, z, kl, self.beta)
 
 
+@_head(models.IWAE)
+class IWAE(_Head, models.IWAE):
+    """Samples and their log q(z | x); mean and variance are not repeated for them, nor is x."""
+
+    def _fastflow_latent(self, x, mean, logvar):
+        count, (batch, features) = self.n_samples, mean.shape
+        eps = torch.randn(batch, count, features, dtype=mean.dtype, device=mean.device).transpose(0, 1)
+        z, _, logq = functional.gaussian_sample_kl((mean, logvar), eps=eps, n_samples=count, return_logq=True)
+        z, logq = z.transpose(0, 1).contiguous(), _without_constant(logq.mT, features)
+        recon_x = self.decoder(z.view(-1, features))["reconstruction"].reshape(batch, count, -1)
+        recon_loss = _reconstruction(self, recon_x, x.reshape(batch, 1, -1))
+        kl = logq + 0.5 * z.square().sum(-1)
+        log_w = -(recon_loss + kl)
+        loss = -(log_w.detach().softmax(1) * log_w).sum(1)
+        return ModelOutput(recon_loss=recon_loss.mean(), reg_loss=kl.mean(), loss=loss.mean(),
+                           recon_x=recon_x[:, 0].reshape_as(x), z=z[:, 0])
+
+
+def _without_constant(logq, features):
+    """pythae leaves log(2 pi) out of its densities."""
+    return logq + 0.5 * features * math.log(2 * math.pi)
+
+
 def _flow_latent(self, x, mean, logvar):
     z, _, logq = sample_kl(mean, logvar, torch.randn_like(logvar), True)
     zk, logdet = self._fastflow_flow(z)
-    # pythae leaves log(2 pi) out of both densities.
-    logq = logq + 0.5 * z.shape[1] * math.log(2 * math.pi)
-    return self._fastflow_output(x, zk, logq + 0.5 * zk.square().sum(1) - logdet)
+    return self._fastflow_output(x, zk, _without_constant(logq, z.shape[1]) + 0.5 * zk.square().sum(1) - logdet)
 
 
 @_head(models.VAE_LinNF)

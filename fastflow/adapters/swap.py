@@ -8,7 +8,7 @@ import torch
 
 from fastflow.adapters import verify
 
-__all__ = ["PREFIX", "SWAPS", "Swap", "put", "swap", "swap_of", "undo"]
+__all__ = ["PREFIX", "SWAPS", "Swap", "put", "settle", "swap", "swap_of", "undo"]
 
 PREFIX = "_fastflow_"  # of everything that a swapped layer holds beside what its host class put there
 SWAPS = {}  # {host class: Swap}, filled by the adapters as they are imported
@@ -38,7 +38,7 @@ class Swap:
     observe: Callable
 
 
-def swap(host, *, methods=("forward", "inverse"), fit=None, opposite=None, observe=None):
+def swap(host, *, methods=("forward", "inverse"), fit=None, opposite=None, observe=None, verifying=None):
     """Class decorator: the class is a subclass of ``host`` that computes what it does with fused operations.
 
     Args:
@@ -46,9 +46,11 @@ def swap(host, *, methods=("forward", "inverse"), fit=None, opposite=None, obser
         methods: those whose first call is verified.
         fit, opposite, observe: see :class:`Swap`. By default every layer fits, "forward" and "inverse" undo each other
             given the first output in place of the first argument, and a result is judged by all its tensors.
+        verifying: verifying(fused, name) makes the method that verifies its call and hands :func:`settle` the outcome;
+            by default the whole layer is held against its original.
     """
     def register(fused):
-        body = {name: _verifying(fused, name) for name in methods}
+        body = {name: (verifying or _verifying)(fused, name) for name in methods}
         body |= {"__module__": fused.__module__, "__qualname__": f"{fused.__qualname__}.Checked",
                  "__doc__": f"{fused.__name__} until its first call, which verifies it."}
         fused.Checked = type(fused.__name__, (fused,), body)  # where pickle finds it
@@ -83,31 +85,32 @@ def _verifying(fused, name):
     inherited = getattr(fused, name)
 
     def method(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or not _settle(self, name, args, kwargs):
-            return inherited(self, *args, **kwargs)
-        return getattr(self, name)(*args, **kwargs)
+        if type(self) is fused.Checked and not torch.compiler.is_compiling():
+            settle(self, verify.difference(self, swap_of(self), name, args, kwargs))
+        if type(self) is not fused.Checked:  # of the class, as an attribute of the layer may have brought us here
+            return getattr(type(self), name)(self, *args, **kwargs)
+        return inherited(self, *args, **kwargs)
 
     method.__name__ = name
     return method
 
 
-def _settle(module, method, args, kwargs):
-    """Verify the layer by this call and make it the fused one or its original; False where the call is no test."""
-    known = swap_of(module)
-    reason = verify.difference(module, known, method, args, kwargs)
+def settle(module, reason):
+    """Make a layer that waits the fused one, if there is no ``reason`` against it, or its original; with
+    verify.NO_TEST it keeps waiting."""
     if reason is verify.NO_TEST:
-        return False
+        return
+    known = swap_of(module)
     report, name = _RECORDS.pop(module, (None, None))
     if reason is None:
         module.__class__ = known.fused
         if report is not None:
             report.verified.add(name)
-        return True
+        return
     undo(module)
     if report is not None:
         report.put_back(name, reason)
     verify.warn(known.host, reason)
-    return True
 
 
 def _exchange(method, args, kwargs, result):

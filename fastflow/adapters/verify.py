@@ -3,6 +3,7 @@
 import contextlib
 import copy as copylib
 import threading
+import types
 import warnings
 
 import torch
@@ -166,7 +167,7 @@ def _replica(module, original, double, memo):
     known = getattr(type(module), "_fastflow_swap", None)
     kind = type(module) if known is None else known.host if original else known.fused
     memo[id(module)] = copy = kind.__new__(kind)
-    copy.__dict__.update((key, _shallow(value)) for key, value in module.__dict__.items())
+    copy.__dict__.update((key, _shallow(value, module, copy)) for key, value in module.__dict__.items())
 
     def own(t):
         if t is None:
@@ -186,8 +187,11 @@ def _replica(module, original, double, memo):
     return copy
 
 
-def _shallow(value):
-    """A copy of a plain object that a layer keeps, a cache or a list, into which the copied layer may write."""
+def _shallow(value, module, copy):
+    """A copy of a plain object that a layer keeps, a cache or a list, into which the copied layer may write; a method
+    of the layer itself becomes the copy's."""
+    if isinstance(value, types.MethodType) and value.__self__ is module:
+        return types.MethodType(value.__func__, copy)
     plain = hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, torch.nn.Module, type)) \
         and not callable(value)
     return copylib.copy(value) if plain or type(value) in (list, dict) else value
