@@ -316,7 +316,8 @@ def run_evaluate(arguments):
     set_threads(trained.settings)
     test = load_data(trained.settings).test
     unit = "rows" if test.is_floating_point() else "images"
-    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings))
+    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings),
+                              n_samples=getattr(trained.settings.model, "n_samples", 1))  # as at the end of the run
     figures = evaluate(trained.model, objective, test, device, arguments.seed)
     path = Path(arguments.directory) / "evaluation.json"
     record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}
