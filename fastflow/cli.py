@@ -32,13 +32,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message, status=1):
-    """Says why on stderr, on one line, and exits."""
-    print(f"fastflow: {' '.join(str(message).split())}", file=sys.stderr)
+    """Says why on stderr, on one line, and exits; one of several processes says which it is."""
+    who = f" process {os.environ['RANK']}:" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"fastflow:{who} {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
 def warn(message):
-    print(f"fastflow: WARNING: {message}", file=sys.stderr)
+    """Says it on stderr; of several processes, which all have the same to say, the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastflow: WARNING: {message}", file=sys.stderr)
 
 
 def warn_of_broken(count):
@@ -79,7 +82,10 @@ def main(argv=None):
 
         if not isinstance(error, RunError):
             raise
-        fail(error, getattr(error, "exit_status", 1))
+        status = getattr(error, "exit_status", 1)
+        if status != 1 and os.environ.get("RANK", "0") != "0":
+            raise SystemExit(status) from None  # a signal stopped all processes alike: the first says so
+        fail(error, status)
 
 
 def check_extras():
@@ -227,7 +233,7 @@ def train(settings, out, title, resume):
         return
     print(f"held-out {describe(results)}, {len(examples.test)} {trainer.unit}, step {results['step']}")
     warn_of_broken(results["broken_samples"])
-    for name in ("samples", "reconstructions", "checkpoint"):
+    for name in ("samples", "reconstructions", "curves", "checkpoint"):
         if name in results:
             print(f"{name:16}{results[name]}")
 

@@ -6,7 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["TrainProgress"]
 
-REDRAW_SECONDS = 0.1
+REDRAW_SECONDS = 0.2
 LINE_SECONDS = 10.0
 SMOOTHING = 0.9
 TEXT_WIDTH = 72  # what stands beside the bar, so that a line fits into 80 columns
@@ -26,7 +26,7 @@ class TrainProgress:
         self._console, self._title, self._n_steps = console, title, n_steps
         width = max(8, min(24, console.width - TEXT_WIDTH))
         self._bar = Progress(BarColumn(bar_width=width), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-                             TimeRemainingColumn(), console=console)
+                             TimeRemainingColumn(), console=console, refresh_per_second=1 / REDRAW_SECONDS)
         self._task = self._bar.add_task(title, total=n_steps, completed=first_step, figures="")
         self._smooth = {}
         self._shown = time.perf_counter()

@@ -28,6 +28,7 @@ from fastflow.engine.progress import TrainProgress
 from fastflow.engine.rate import LearningRate
 from fastflow.engine.signals import Interrupted, StopSignals
 from fastflow.engine.snapshot import check_continuation, restore, snapshot, weights
+from fastflow.engine.state import seed_host_random
 from fastflow.engine.train_step import TrainStep
 from fastflow.engine.watch import Watch, score
 
@@ -120,7 +121,9 @@ class Trainer:
             objective = objective_for(self.model, n_bins=self.n_bins)
             self.model.initialize(objective.prepare(self.model, first)[0])
         self._prepare()
-        if self.processes.rank:  # the noise of each process is its own
+        # The noise of each process is its own.
+        seed_host_random(self.settings.train.seed + self.processes.rank)
+        if self.processes.rank:
             torch.manual_seed(torch.initial_seed() + self.processes.rank)
 
     def _agree_on_start(self, step):
@@ -208,14 +211,7 @@ class Trainer:
         over = self._exchange(deadline, ())[0]
         self._evaluate_if_due(progress, log)
         while self.step < train.steps and not over and not self.watch.over:
-            over = self._advance(progress, log, deadline)
-            if self._signal:
-                raise _Stop(self._signal)
-            self._evaluate_if_due(progress, log)
-            if train.checkpoint_every and self.step % train.checkpoint_every == 0:
-                self.save()
-            if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
-                self.draw(log)
+            over = self._round(progress, log, deadline)
         if self.watch.over:
             progress.say(f"step {self.step}: {self.watch.since} evaluations in a row were not better than that of step "
                          f"{self.watch.best_step} (train.patience)")
@@ -223,6 +219,19 @@ class Trainer:
             progress.say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
         self.save()
         return self._results(progress, log)
+
+    def _round(self, progress, log, deadline):
+        """A training step and what is due after it; returns whether the time is over."""
+        train = self.settings.train
+        over = self._advance(progress, log, deadline)
+        if self._signal:
+            raise _Stop(self._signal)
+        self._evaluate_if_due(progress, log)
+        if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+            self.save()
+        if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
+            self.draw(log)
+        return over
 
     def _evaluate_if_due(self, progress, log):
         """The evaluation of this step, if there is one on the way and it was not seen before the run was cut."""
@@ -271,7 +280,7 @@ class Trainer:
             group["lr"] = rate
         sums = {}
         try:
-            for x in mine.chunk(train.accumulate):
+            for x in mine.chunk(train.accumulate) if train.accumulate > 1 else (mine,):
                 loss = self.train_step(x.to(self.device))
                 for name, value in {"loss": loss, **self.train_step.parts}.items():
                     if name != "grad_norm":
@@ -289,7 +298,7 @@ class Trainer:
         over, means = self._exchange(deadline, [value.item() / train.accumulate for value in sums.values()])
         figures = self._figures(dict(zip(sums, means, strict=True)), batch[0].numel())
         speed = len(batch) / (time.perf_counter() - begin)
-        progress.update(self.step, figures, speed, self.unit)
+        progress.update(self.step, {k: v for k, v in figures.items() if k != "elbo"}, speed, self.unit)
         if self.step % train.log_every == 0 or self.step == train.steps:
             log.write(self.step, {"loss": means[0], **{k.replace("/", "_per_"): v for k, v in figures.items()},
                                   "grad_norm": self.train_step.parts["grad_norm"].item(), "learning_rate": rate,
@@ -297,14 +306,16 @@ class Trainer:
         return over
 
     def _figures(self, means, n_dims):
-        """What is shown of a training step."""
+        """What is reported of a training step."""
         bits = means["loss"] / (n_dims * math.log(2))
         self.watch.started(bits)
         if isinstance(self.data, TableData):
             return {"log_prob": -means["loss"]}
         if "rate" not in means:
             return {"bits/dim": bits}
-        return {"elbo": -means["rate"] - means["distortion"], "rate": means["rate"], "distortion": means["distortion"]}
+        elbo = -means["rate"] - means["distortion"]
+        return {"bits/dim": -elbo / (n_dims * math.log(2)), "elbo": elbo, "rate": means["rate"],
+                "distortion": means["distortion"]}
 
     def _exchange(self, deadline, values):
         """(over, means): whether the time is over, and the means of the numbers over all processes, which call this
@@ -324,7 +335,7 @@ class Trainer:
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed((self.settings.train.seed * 1_000_003 + epoch) % 2**63)
             self._order = epoch, torch.randperm(n, generator=generator)
-        return self.data.train[self._order[1][index * size:(index + 1) * size]]
+        return self.data.train.index_select(0, self._order[1][index * size:(index + 1) * size])
 
     def _check_stop(self):
         """Stops if a signal came to one of the processes; called after every step and between the batches of an
