@@ -54,10 +54,14 @@ class RunLog:
             self._writer = SummaryWriter(str(self._folder), purge_step=self._step + 1)
         return self
 
-    def __exit__(self, *_):
-        for file in (self._file, self._writer):
-            if file is not None:
-                file.close()
+    def __exit__(self, kind, *_):
+        try:
+            for file in (self._file, self._writer):
+                if file is not None:
+                    file.close()
+        except OSError as error:  # what could not be written is tried once more
+            if kind is None:
+                raise self._failure(error) from error
 
     def write(self, step, figures):
         """{name: number} of that step.
@@ -75,8 +79,10 @@ class RunLog:
                     held_out = group in ("test", "validation")
                     self._writer.add_scalar(f"{group}/{rest}" if held_out else f"train/{name}", value, step)
         except OSError as error:
-            raise RunError(f"{self._path}: could not be written ({error.strerror or error}); "
-                           f"the checkpoints are intact") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error):
+        return RunError(f"{self._path}: could not be written ({error.strerror or error}); the checkpoints are intact")
 
     def picture(self, step, name, path):
         """Shows the PNG at ``path`` in TensorBoard."""
