@@ -180,8 +180,7 @@ def run_train(arguments):
     from fastflow.engine import settings as settings_module
 
     if arguments.list:
-        for name, description in settings_module.recipes().items():
-            print(f"{name:14} {description}")
+        list_recipes()
         return
     if arguments.recipe is None:
         fail(f"train: expected a recipe, one of {', '.join(settings_module.recipes())} or a .toml file")
@@ -194,14 +193,24 @@ def run_train(arguments):
             print(f"{name:18}{value:>15,}")
         return
 
-    from rich.console import Console
-
-    from fastflow.engine.evaluate import describe
-    from fastflow.engine.run import checkpoint_to_resume, default_directory
-    from fastflow.engine.trainer import Trainer
+    from fastflow.engine.run import default_directory
 
     resume = arguments.resume == "auto"
     out = Path(arguments.out) if arguments.out else default_directory(title, resume)
+    if settings.sweep is None:
+        train(settings, out, title, resume)
+    else:
+        sweep(settings, out, title, resume)
+
+
+def train(settings, out, title, resume):
+    """Trains one model in the directory ``out``, from its newest checkpoint if there is one and ``resume``."""
+    from rich.console import Console
+
+    from fastflow.engine.evaluate import describe
+    from fastflow.engine.run import checkpoint_to_resume
+    from fastflow.engine.trainer import Trainer
+
     loaded = checkpoint_to_resume(out, resume, warn)
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -210,8 +219,8 @@ def run_train(arguments):
     if leads:
         shape = "x".join(map(str, examples.event_shape))
         validation = "" if examples.validation is None else f", {len(examples.validation)} validation"
-        print(f"{title}: {len(examples.train)} training{validation} and {len(examples.test)} held-out {trainer.unit} of "
-              f"{shape}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
+        print(f"{title}: {len(examples.train)} training{validation} and {len(examples.test)} held-out {trainer.unit} "
+              f"of {shape}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
     if loaded is None:
         trainer.start()
     else:
@@ -227,6 +236,49 @@ def run_train(arguments):
     for name in ("samples", "reconstructions", "curves", "checkpoint"):
         if name in results:
             print(f"{name:16}{results[name]}")
+
+
+def sweep(settings, out, title, resume):
+    """Trains a model for each beta in a directory of its own inside ``out``, and shows how they compare."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastflow.engine.sweep import COLUMNS, run_sweep
+    from fastflow.engine.trainer import choose_device
+
+    rows, path, picture = run_sweep(settings, out, lambda one, directory: train(
+        one, directory, f"{title} {directory.name}", resume), choose_device(settings.train.device))
+    table = Table(*(column.replace("_", " ") for column in COLUMNS), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(f"{row[column]:.4f}" if isinstance(row[column], float) and column != "beta" else
+                        f"{row[column]}" for column in COLUMNS))
+    Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
+    print(f"{'table':16}{path}" + ("" if picture is None else f"\n{'picture':16}{picture}"))
+
+
+def list_recipes():
+    """A table of the recipes: what each trains on what, what it needs, how large it is, how long it takes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastflow.engine.plan import parameter_count
+    from fastflow.engine.settings import load_settings, recipes
+
+    table = Table(box=None, pad_edge=False)
+    for heading, right in (("recipe", False), ("model", False), ("data", False), ("needs", False),
+                           ("parameters", True), ("minutes", True), ("what", False)):
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "what")
+    for name, description in recipes().items():
+        settings = load_settings(name)
+        chosen = settings.data
+        shape = "x".join(map(str, chosen.known_shape()))
+        table.add_row(name, settings.model.kind, f"{chosen.name or chosen.format or 'any'} {shape}",
+                      "ships" if chosen.name else f"your data: {chosen.path}",
+                      f"{parameter_count(settings):,}" if shape else "",
+                      f"{settings.minutes:g}" if settings.minutes else "", description)
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    console.print(table, highlight=False)
+    print("\nminutes: about, on two CPU cores, where that is known")
 
 
 def run_sample(arguments):
@@ -270,7 +322,8 @@ def run_evaluate(arguments):
     set_threads(trained.settings)
     test = load_data(trained.settings).test
     unit = "rows" if test.is_floating_point() else "images"
-    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings))
+    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings),
+                              n_samples=getattr(trained.settings.model, "n_samples", 1))  # as at the end of the run
     figures = evaluate(trained.model, objective, test, device, arguments.seed)
     path = Path(arguments.directory) / "evaluation.json"
     record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}

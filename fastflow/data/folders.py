@@ -14,8 +14,8 @@ ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def read(path, size=None, test_fraction=0.1):
-    """{"train", "test" and maybe "validation": uint8 (N, C, H, W)}, C = 1 if all pictures are grey, else 3, and for each
-    part NAME "NAME_labels", (N,) int64 or None.
+    """{"train", "test" and maybe "validation": uint8 (N, C, H, W)}, C = 1 if all pictures are grey, else 3, and for
+    each part NAME "NAME_labels", (N,) int64 or None.
 
     Pictures are taken in the order of their names. Where each lies in a folder of its class, labels are the ranks of
     the classes' names, else None.

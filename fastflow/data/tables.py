@@ -1,5 +1,6 @@
 """Tables of numbers from .npy, .npz, .csv and .parquet files."""
 
+import csv
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -154,9 +155,9 @@ def _checked(path, array, columns):
 
 def _csv(path):
     """Commas between numbers; a first line that isn't numbers names the columns."""
-    with naming(path, OSError, ValueError, UnicodeDecodeError):
+    with naming(path, OSError, ValueError, UnicodeDecodeError, csv.Error):
         with path.open(encoding="utf-8-sig", newline=None) as file:
-            first = [field.strip().strip('"') for field in file.readline().split(",")]
+            first = [field.strip() for field in next(csv.reader([file.readline()], skipinitialspace=True)) or [""]]
             named = not all(map(_is_number, first))
             if not named:
                 file.seek(0)

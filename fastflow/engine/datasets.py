@@ -27,8 +27,9 @@ def load_data(settings):
         if chosen.name is not None or error.filename != chosen.path:
             raise
         what = chosen.where_from()
-        raise SettingsError(f"data.path: there is nothing at {chosen.path}; " + (f"put {what} there, or " if what else "")
-                            + "say where the data are with --set data.path=PATH (nothing is downloaded)") from error
+        put = f"put {what} there, or " if what else ""
+        raise SettingsError(f"data.path: there is nothing at {chosen.path}; {put}say where the data are with --set "
+                            f"data.path=PATH (nothing is downloaded)") from error
     except data.DataFileError:
         raise
     except ValueError as error:
@@ -49,8 +50,8 @@ def completed(settings, found):
         raise SettingsError(f"data.shape: the settings have {list(known)}, the data at {found.name} {list(shape)}")
     columns = getattr(found, "columns", ())
     if settings.data.columns and settings.data.columns != columns:
-        raise SettingsError(f"data.columns: the settings have {', '.join(settings.data.columns)}, the data at {found.name} "
-                            f"{', '.join(columns) or 'none'}")
+        raise SettingsError(f"data.columns: the settings have {', '.join(settings.data.columns)}, the data at "
+                            f"{found.name} {', '.join(columns) or 'none'}")
     raw = settings.model_dump()
     return from_dict(raw | {"data": raw["data"] | {"shape": shape, "columns": columns}})
 

@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from fastflow.data import DATASETS, FORMATS, OPTIONS, TABLES
 
-__all__ = ["MODELS", "Count", "DataSettings", "Positive", "Section", "combination"]
+__all__ = ["Count", "DataSettings", "Model", "Positive", "Section", "combination"]
 
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -36,8 +36,8 @@ class DataSettings(Section):
     path: str = Field("", description="or where your own lie; relative paths are from where the command is run")
     format: Literal[tuple(FORMATS)] | None = Field(None, description="what lies at the path; found out if not given")
     shape: Sizes = Field((), max_length=3, description="of one example, [C, H, W] or [D]; as the data have it if empty")
-    columns: tuple[str, ...] = Field((), strict=False, description="names of a table's columns; as the data have them if "
-                                     "empty")
+    columns: tuple[str, ...] = Field((), strict=False, description="names of a table's columns; as the data have them "
+                                     "if empty")
     size: Positive | None = Field(None, description="scale pictures to size x size")
     test_fraction: float | None = Field(None, gt=0, lt=1, description="share held out where the data bring no split; "
                                                                        "0.1 if not given")
@@ -115,8 +115,8 @@ class MAFSettings(Section):
     n_layers: Positive = Field(5, description="autoregressive layers")
     hidden: Sizes = Field((64, 64), description="widths of the hidden layers of each MADE")
     activation: Literal["relu", "tanh"] = Field("relu", description="of the hidden units")
-    order: Literal["reverse", "random"] = Field("reverse", description="how the layers order the columns: in turns from "
-                                                "first to last and back, or each at random")
+    order: Literal["reverse", "random"] = Field("reverse", description="order of the columns: in turns from first to "
+                                                "last and back, or each at random")
     scale: Literal[SCALES] = Field("tanh", description="map from the network's output to the scale")
 
 
@@ -171,5 +171,5 @@ class VDVAESettings(Section):
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
 
 
-MODELS = (GlowSettings, JetSettings, TarFlowSettings, RealNVPSettings, MAFSettings, NSFSettings, VAESettings,
-          IWAESettings, VQVAESettings, DiscreteVAESettings, VDVAESettings)
+Model = (GlowSettings | JetSettings | TarFlowSettings | RealNVPSettings | MAFSettings | NSFSettings | VAESettings
+         | IWAESettings | VQVAESettings | DiscreteVAESettings | VDVAESettings)

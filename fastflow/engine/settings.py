@@ -3,12 +3,12 @@
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from fastflow.engine.errors import SettingsError
-from fastflow.engine.sections import MODELS, Count, DataSettings, Positive, Section, combination
+from fastflow.engine.sections import Count, DataSettings, Model, Positive, Section, combination
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +33,8 @@ class TrainSettings(Section):
     max_seconds: float = Field(0.0, ge=0, description="stop, save and evaluate after this long; 0 for no limit")
     batch_size: Positive = Field(32, description="images per step")
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
+    beta2: float = Field(0.999, gt=0, lt=1, description="decay of Adam's average of squared gradients")
+    weight_decay: float = Field(0.0, ge=0, description="as in AdamW, times the learning rate; 0 is Adam")
     warmup_steps: Count = Field(0, description="steps over which the learning rate rises linearly")
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of the learning rate afterwards")
     end_learning_rate: float = Field(0.0, ge=0, description="where cosine and linear schedules end")
@@ -78,8 +80,8 @@ class SampleSettings(Section):
 
 
 class SweepSettings(Section):
-    beta: tuple[Annotated[float, Field(gt=0)], ...] = Field(strict=False, min_length=2, description="a model is trained "
-                                                            "with each, in place of model.beta")
+    beta: tuple[Annotated[float, Field(gt=0)], ...] = Field(strict=False, min_length=2, description="a model is "
+                                                            "trained with each, in place of model.beta")
 
 
 class Settings(Section):
@@ -88,7 +90,7 @@ class Settings(Section):
     description: str = ""
     minutes: float = Field(0.0, ge=0, description="about how long it takes on two CPU cores; 0 where that is not known")
     data: DataSettings
-    model: Annotated[Union[MODELS], Field(discriminator="kind")]
+    model: Annotated[Model, Field(discriminator="kind")]
     train: TrainSettings
     sample: SampleSettings = SampleSettings()
     sweep: SweepSettings | None = None
@@ -97,8 +99,8 @@ class Settings(Section):
     def _go_together(self):
         shape, kind = self.data.known_shape(), self.model.kind
         if shape and (len(shape) == 1) != (kind in TABLE_KINDS):
-            raise combination(f"model.kind: {kind} is for {'tables' if kind in TABLE_KINDS else 'images'}, and the data "
-                              f"have shape {list(shape)}")
+            raise combination(f"model.kind: {kind} is for {'tables' if kind in TABLE_KINDS else 'images'}, and the "
+                              f"data have shape {list(shape)}")
         if self.sweep is not None and not hasattr(self.model, "beta"):
             raise combination(f"sweep.beta: a model of kind {kind} has no beta")
         return self

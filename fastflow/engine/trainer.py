@@ -138,7 +138,9 @@ class Trainer:
         sharded = self.processes.count > 1 and train.strategy == "fsdp"
         if sharded:
             model = wrapped(model, "fsdp", self.device)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=train.learning_rate, fused=not sharded)
+        adam = torch.optim.AdamW if train.weight_decay else torch.optim.Adam
+        self.optimizer = adam(model.parameters(), lr=train.learning_rate, betas=(0.9, train.beta2),
+                              weight_decay=train.weight_decay, fused=not sharded)
         if self.processes.count > 1 and not sharded:
             convolutions_to_channels_last(model, self.optimizer, None)
             model = wrapped(model, "ddp", self.device)
