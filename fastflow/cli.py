@@ -118,7 +118,8 @@ def parser():
     sample.set_defaults(command=run_sample)
 
     evaluate = commands.add_parser("evaluate", help="held-out figures of a trained model",
-                                   description="Print held-out figures, and write them to DIR/evaluation.json.")
+                                   description="Print held-out figures, and write them to DIR/evaluation.json; of a "
+                                   "VAE also the diagnosis, into DIR/diagnosis.")
     evaluate.add_argument("directory", metavar="DIR", help="a run's directory")
     evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws")
     evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
@@ -215,7 +216,7 @@ def run_train(arguments):
         return
     print(f"held-out {describe(results)}, {results['test_images']} images, step {results['step']}")
     warn_of_broken(results["broken_samples"])
-    for name in ("samples", "reconstructions", "checkpoint"):
+    for name in ("samples", "reconstructions", "diagnosis", "checkpoint"):
         if name in results:
             print(f"{name:16}{results[name]}")
 
@@ -243,8 +244,9 @@ def run_sample(arguments):
 
 def run_evaluate(arguments):
     from fastflow import data
-    from fastflow.engine.evaluate import describe, evaluate
+    from fastflow.engine.evaluate import describe, evaluate, is_vae
     from fastflow.engine.files import write_text
+    from fastflow.engine.gallery import diagnosed
     from fastflow.engine.objectives import objective_for
     from fastflow.engine.run import load_trained
     from fastflow.engine.trainer import choose_device, set_threads
@@ -259,7 +261,13 @@ def run_evaluate(arguments):
     record = {"step": trained.step, "seed": arguments.seed, "test_images": len(images.test), **figures}
     write_text(path, json.dumps(record, indent=1) + "\n")
     print(f"held-out {describe(figures)}, {len(images.test)} images, step {trained.step}")
-    print(path)
+    print(f"{'figures':16}{path}")
+    if is_vae(trained.model):
+        title = Path(arguments.directory).resolve().name
+        found, pages = diagnosed(Path(arguments.directory), trained.model, objective, trained.settings, images, device,
+                                 trained.step, title)
+        print(f"{'diagnosis':16}{pages['page']}\n")
+        print(found.summary())
 
 
 def run_export(arguments):

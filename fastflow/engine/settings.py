@@ -20,8 +20,8 @@ __all__ = ["Settings", "differences", "from_dict", "load_settings", "recipes"]
 MAX_RECIPE_BYTES = 1 << 20
 # What may change between a run and its continuation: how long it goes on and what it reports, never what it computes.
 MAY_CHANGE = ("description", "sample", "train.steps", "train.max_seconds", "train.device", "train.log_every",
-              "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.strategy",
-              "train.process_timeout", "train.skip_non_finite")
+              "train.eval_every", "train.collapse_every", "train.checkpoint_every", "train.keep_checkpoints",
+              "train.strategy", "train.process_timeout", "train.skip_non_finite")
 
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
@@ -92,6 +92,7 @@ class TrainSettings(Section):
     batch_size: Positive = Field(32, description="images per step")
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
     warmup_steps: Count = Field(0, description="steps over which the learning rate rises linearly")
+    kl_warmup_steps: Count = Field(0, description="steps over which a VAE's weight of the rate rises linearly from 0")
     clip_grad_norm: float = Field(0.0, ge=0, description="scale larger gradients down to this norm; 0 for never")
     accumulate: Positive = Field(1, description="parts that a batch is cut into to save memory")
     strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="whole models or shards; auto is ddp")
@@ -103,6 +104,7 @@ class TrainSettings(Section):
     threads: Count = Field(0, description="CPU threads; 0 leaves torch's choice, 1 is fastest for very small models")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     eval_every: Count = Field(0, description="steps between evaluations on held-out images; 0 for the end only")
+    collapse_every: Count = Field(100, description="steps between looks for collapsed latents of a VAE; 0 for none")
     checkpoint_every: Count = Field(0, description="steps between checkpoints; 0 for the end only")
     keep_checkpoints: Count = Field(3, description="how many to keep; 0 for all")
 

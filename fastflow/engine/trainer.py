@@ -13,17 +13,19 @@ from fastflow import data
 from fastflow.engine import checkpoint
 from fastflow.engine import settings as settings_module
 from fastflow.engine import state as state_module
+from fastflow.engine.collapse import CollapseWatch
 from fastflow.engine.distributed import Processes, is_sharded, whole, wrapped
 from fastflow.engine.errors import CheckpointError, NonFiniteError, RunError, SettingsError
-from fastflow.engine.evaluate import describe, evaluate, is_vae, reconstructions, samples
+from fastflow.engine.evaluate import describe, evaluate, is_vae
 from fastflow.engine.files import write_text
+from fastflow.engine.gallery import draw, draw_curves
 from fastflow.engine.layout import convolutions_to_channels_last
 from fastflow.engine.models import build_model, load_weights
 from fastflow.engine.objectives import objective_for
-from fastflow.engine.pictures import save_grid
 from fastflow.engine.progress import TrainProgress
 from fastflow.engine.signals import Interrupted, StopSignals
 from fastflow.engine.train_step import TrainStep
+from fastflow.vae import LinearSchedule
 
 __all__ = ["Trainer", "choose_device", "set_threads"]
 
@@ -100,6 +102,8 @@ class Trainer:
                                 f"processes times train.accumulate={train.accumulate}")
         torch.manual_seed(train.seed)
         self.model = build_model(settings).to(self.device)
+        if train.kl_warmup_steps and not is_vae(self.model):
+            raise SettingsError(f"train.kl_warmup_steps: a model of kind {settings.model.kind!r} has no rate to weigh")
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
         self._order = (None, None)
@@ -218,13 +222,15 @@ class Trainer:
 
     def _train(self, progress, log):
         """The loop; returns the results."""
-        train = self.settings.train
+        train, first = self.settings.train, self.processes.rank == 0
+        watch = CollapseWatch(train.collapse_every if first else 0, self.data.train, self.device, progress.say)
         deadline = time.monotonic() + (train.max_seconds or float("inf"))
         over = self.processes.most(time.monotonic() >= deadline)
         while self.step < train.steps and not over:
             figures, over = self._advance(progress, deadline)
             if figures and (self.step % train.log_every == 0 or self.step == train.steps):
                 log.write(json.dumps({"step": self.step, **figures}) + "\n")
+            watch(self.model, self.train_step.objective, self.step)
             if train.checkpoint_every and self.step % train.checkpoint_every == 0:
                 self.save()
             self._check_stop()
@@ -245,6 +251,9 @@ class Trainer:
         if train.warmup_steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = train.learning_rate * min(1.0, (self.step + 1) / train.warmup_steps)
+        if train.kl_warmup_steps:
+            rise = LinearSchedule(0.0, getattr(self.settings.model, "beta", 1.0), train.kl_warmup_steps)
+            self.train_step.objective.beta = rise.at(self.step + 1)
         sums = {}
         try:
             for x in mine.chunk(train.accumulate):
@@ -303,28 +312,18 @@ class Trainer:
         return figures
 
     def draw(self):
-        """Writes the sample grid and, for a VAE, originals above their reconstructions; returns the paths, and how many
-        samples are not finite, by name."""
+        """Writes the run's pictures; returns what gallery.draw does."""
         with self._averaged():
             model = self.model
             if is_sharded(model):  # sampling goes past the forward that would gather the shards
                 weights = self._weights()
                 model = build_model(self.settings).to(self.device)
                 model.load_state_dict(weights)
-            return self._draw(model) if self.processes.rank == 0 else {}
-
-    def _draw(self, model):
-        n_bins, options = self.data.n_bins, self.settings.sample
-        name = f"step-{self.step:06d}.png"
-        drawn, n_broken = samples(model, options.count, n_bins, self.device, options.temperature)
-        pictures = {"samples": str(save_grid(self.out / "samples" / name, drawn, n_bins)), "broken_samples": n_broken}
-        if is_vae(model):
-            original = self.data.test[:32]
-            made = reconstructions(model, self.train_step.objective, original, self.device).cpu()
-            pairs = torch.stack([original.unflatten(0, (-1, 8)), made.unflatten(0, (-1, 8))], 1).flatten(0, 2)
-            path = self.out / "samples" / f"reconstructions-{name}"
-            pictures["reconstructions"] = str(save_grid(path, pairs, n_bins, n_columns=8))
-        return pictures
+            if self.processes.rank:
+                return {}
+            draw_curves(self.out)
+            return draw(self.out, model, self.train_step.objective, self.settings, self.data, self.device, self.step,
+                        self.title)
 
     def _weights(self):
         """The whole model's state; all processes gather it together."""

@@ -145,5 +145,31 @@ class DiscreteVAE(nn.Module):
         """The likelihood's mean (B, *event) at the likeliest latents for each x."""
         return self.likelihood.mean(self.decode(self.posterior(x).mode()))
 
+    @torch.no_grad()
+    def traverse(self, z, dims=None):
+        """The likelihood's mean as single latents take each of their values while the others stay.
+
+        Args:
+            z: (D, *S) bits or (D, *S, C) one-hots, the point to leave from.
+            dims: indices into the flattened bits or classes; None for all.
+
+        Returns:
+            (len(dims), C, *event), 0 before 1 for bits.
+        """
+        checks.tensor("z", z)
+        checks.shape("z", z, self.prior_logits.shape[1:])
+        n_sites = math.prod(self.latent_shape)
+        dims = range(n_sites) if dims is None else dims
+        for dim in dims:
+            if not 0 <= dim < n_sites:
+                raise ValueError(f"dims: expected indices from 0 to {n_sites - 1}, got {dim}")
+        flat = z.reshape(n_sites, *z.shape[len(self.latent_shape):])
+        points = flat.expand(len(dims), self.n_classes, *flat.shape).clone()
+        values = self._family(self.prior_logits).from_index(torch.arange(self.n_classes, device=z.device)).to(z)
+        for row, dim in enumerate(dims):
+            points[row, :, dim] = values
+        output = self.decode(points.view(-1, *z.shape))
+        return self.likelihood.mean(output).unflatten(0, (len(dims), self.n_classes))
+
     def _family(self, logits):
         return (estimators.Bernoulli if self.n_classes == 2 else estimators.Categorical)(logits)
