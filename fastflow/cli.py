@@ -126,11 +126,14 @@ def parser():
     evaluate.set_defaults(command=run_evaluate)
 
     export = commands.add_parser("export", help="write a trained model to a file for use elsewhere",
-                                 description="Write a trained model's weights, or its compiled log-density, and print "
-                                 "the path.")
+                                 description="Write a trained model's weights, or a function of it as a graph or "
+                                 "compiled, and print the path.")
     export.add_argument("directory", metavar="DIR", help="a run's directory")
     export.add_argument("--format", choices=["safetensors", "torch_export", "aoti"], default="safetensors")
-    export.add_argument("--out", metavar="PATH", help="the file (default: DIR/export/step-NNNNNN-FORMAT)")
+    export.add_argument("--function", choices=["log_prob", "elbo", "encode", "decode"], help="what torch_export and aoti "
+                        "hold (default: log_prob of a flow, elbo of a VAE, which takes its noise as an input)")
+    export.add_argument("--samples", type=_positive, default=1, metavar="K", help="of the latents in an exported elbo")
+    export.add_argument("--out", metavar="PATH", help="the file (default: in DIR/export)")
     export.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     export.set_defaults(command=run_export)
 
@@ -274,10 +277,15 @@ def run_export(arguments):
     from fastflow.engine.export import export
     from fastflow.engine.run import load_trained
 
+    function = arguments.function
+    if function and arguments.format == "safetensors":
+        fail(f"--function: weights hold no function; choose --format torch_export or aoti for {function}")
     trained = load_trained(arguments.directory, "cpu", arguments.step)
-    out = arguments.out or Path(arguments.directory) / "export" / f"step-{trained.step:06d}-{arguments.format}"
+    name = "-".join(filter(None, (f"step-{trained.step:06d}", arguments.format, function)))
+    out = arguments.out or Path(arguments.directory) / "export" / name
     try:
-        print(export(trained.model, out, arguments.format, settings=trained.settings.model_dump(mode="json")))
+        print(export(trained.model, out, arguments.format, function=function, n_samples=arguments.samples,
+                     settings=trained.settings.model_dump(mode="json")))
     except ValueError as error:
         fail(error)
 

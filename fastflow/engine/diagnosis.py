@@ -78,7 +78,7 @@ def _latent_kl(at, diagnosis):
     where = {"code position": ", row by row"}.get(diagnosis.unit, ", largest first")
     label = f"{diagnosis.unit}{where}" + ("" if diagnosis.active is None else "; grey: not active")
     if diagnosis.level_sizes is not None:
-        label = "latents of each level, from the top down; grey: not active"
+        label = "level, from the top down; grey: not active"
     charts.axes(at, f"KL of each {diagnosis.unit}", label, "nats")
     at.bar(range(len(kl)), kl[order].tolist(), color=colors, width=0.8 if len(kl) <= 4 * FEW else 1.0)
     if diagnosis.marginal_kl is not None:
@@ -95,7 +95,7 @@ def _latent_kl(at, diagnosis):
         for end in ends[:-1]:
             at.axvline(end - 0.5, color="black", linewidth=0.6)
         middles = [end - 0.5 * size for end, size in zip(ends, diagnosis.level_sizes, strict=True)]
-        at.set_xticks(middles, [f"level {i + 1}\n{kl:.3g} nats" for i, kl in enumerate(diagnosis.level_kl)], fontsize=8)
+        at.set_xticks(middles, range(1, 1 + len(middles)))
 
 
 def _rate_distortion(at, diagnosis):

@@ -55,7 +55,7 @@ class DiscreteVAE(nn.Module):
     def posterior(self, x):
         """q(z | x), an estimators.Bernoulli (B, D, *S) or Categorical (B, D, *S, C)."""
         logits = self.encoder(x)
-        expected = [len(x), *self.latent_shape]
+        expected = [x.shape[0], *self.latent_shape]
         if self.n_classes == 2:
             checks.shape("encoder output", logits, expected)
             return estimators.Bernoulli(logits)
@@ -75,7 +75,7 @@ class DiscreteVAE(nn.Module):
         """log p(x | z) (N, B) of x (B, *event) at latents z (N, B, D, *S) or (N, B, D, *S, C). As f of an estimator, or
         of estimators.measure, its mean under :meth:`posterior` is minus the distortion."""
         output = self.decode(z.flatten(0, 1))
-        checks.shape("decoder output", output, (z.shape[0] * len(x), *x.shape[1:]))
+        checks.shape("decoder output", output, (z.shape[0] * x.shape[0], *x.shape[1:]))
         return self.likelihood.log_prob(x, output.unflatten(0, z.shape[:2]))
 
     def elbo(self, x, n_samples=1, beta=1.0, *, generator=None):

@@ -156,7 +156,7 @@ class HierarchicalVAE(nn.Module):
         levels, h = self._infer(x, n_samples, eps, seed, generator)
         latents, params, log_q, kl = zip(*levels, strict=True)
         output = self.decoder(h)
-        lead = (n_samples, len(x))
+        lead = (n_samples, x.shape[0])
         checks.shape("decoder output", output, (math.prod(lead), *self.likelihood.output_shape(x.shape[1:])))
         log_px_z = self.likelihood.log_prob(x, output.unflatten(0, lead))
         return HierarchyTerms([z.unflatten(0, lead) for z in latents], log_px_z,
@@ -180,7 +180,7 @@ class HierarchicalVAE(nn.Module):
 
     def _infer(self, x, n_samples, eps, seed, generator):
         """([(z (K*B, D, *S), LevelParams, log q, kl) of each level], the last h)."""
-        batch = len(x)
+        batch = x.shape[0]  # len() would fix it in a graph
         features = self._features(x)
         if eps is not None and len(eps) != len(self.levels):
             raise ValueError(f"eps: expected {len(self.levels)} tensors, got {len(eps)}")
@@ -227,6 +227,23 @@ class HierarchicalVAE(nn.Module):
                 _, h = level.generate(h, _noise(generator), temperatures[index])
         return self.likelihood.mean(self.decoder(h))
 
+    def encode(self, x):
+        """The latents (B, D, *S) of each level from the top down, each at its posterior's mean given those above."""
+        h, latents = self.top.expand(x.shape[0], *self.top.shape[1:]), []
+        for level, d in zip(self.levels, self._features(x), strict=True):
+            z, _, _, _, h = level.infer(h, d, eps=_zeros(level, h))
+            latents.append(z)
+        return latents
+
+    def decode(self, latents):
+        """The decoder's output for the latents (B, D, *S) of each level from the top down."""
+        if len(latents) != len(self.levels):
+            raise ValueError(f"latents: expected {len(self.levels)} tensors, got {len(latents)}")
+        h = self.top.expand(latents[0].shape[0], *self.top.shape[1:])
+        for level, z in zip(self.levels, latents, strict=True):
+            h = level.merge(torch.cat([h, z.to(h.dtype)], 1))
+        return self.decoder(h)
+
     def _features(self, x):
         features = self.bottom_up(x)
         if not isinstance(features, (list, tuple)) or len(features) != len(self.levels):
@@ -246,7 +263,7 @@ def _log_priors(latents, priors):
     """log p(z | h), (B,) nats for each level. Levels of one shape go together: small tensors cost their launches."""
     alike, found = {}, [None] * len(latents)
     for index, (z, prior) in enumerate(zip(latents, priors, strict=True)):
-        alike.setdefault((z.shape, prior.scale), []).append(index)
+        alike.setdefault((z.shape[1:], prior.scale), []).append(index)
     for (_, scale), indices in alike.items():
         z = torch.stack([latents[i] for i in indices])
         mean, raw = (torch.stack([getattr(priors[i], name) for i in indices]) for name in ("mean", "raw"))

@@ -95,7 +95,7 @@ class QuantizedVAE(nn.Module):
         if self.code_shape is None:
             self.code_shape = codes.shape[1:]
         output = self.decoder(z)
-        checks.shape("decoder output", output, (len(x), *self.likelihood.output_shape(x.shape[1:])))
+        checks.shape("decoder output", output, (x.shape[0], *self.likelihood.output_shape(x.shape[1:])))
         log_px_z = self.likelihood.log_prob(x, output)
         log_pz = self.code_log_probs(codes).sum(1).to(log_px_z.dtype)
         repeated = [t.expand(n_samples, *t.shape) for t in (log_px_z, log_pz, torch.zeros_like(log_pz))]
