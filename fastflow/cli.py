@@ -130,8 +130,8 @@ def parser():
                                  "compiled, and print the path.")
     export.add_argument("directory", metavar="DIR", help="a run's directory")
     export.add_argument("--format", choices=["safetensors", "torch_export", "aoti"], default="safetensors")
-    export.add_argument("--function", choices=["log_prob", "elbo", "encode", "decode"], help="what torch_export and aoti "
-                        "hold (default: log_prob of a flow, elbo of a VAE, which takes its noise as an input)")
+    export.add_argument("--function", choices=["log_prob", "elbo", "encode", "decode"], help="what torch_export and "
+                        "aoti hold (default: log_prob of a flow, elbo of a VAE, which takes its noise as an input)")
     export.add_argument("--samples", type=_positive, default=1, metavar="K", help="of the latents in an exported elbo")
     export.add_argument("--out", metavar="PATH", help="the file (default: in DIR/export)")
     export.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")

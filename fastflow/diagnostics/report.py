@@ -81,8 +81,8 @@ class Diagnosis:
         """A few lines of text."""
         point = self.point
         lines = [f"{self.n_examples} examples of {self.size} numbers",
-                 f"ELBO {point.elbo:.4g} +- {point.elbo_error:.2g} nats ({self.bits_per_dim:.4g} bits/dim): "
-                 f"rate {point.rate:.4g}, distortion {point.distortion:.4g}"]
+                 f"ELBO {point.elbo:.6g} +- {point.elbo_error:.2g} nats ({self.bits_per_dim:.4g} bits/dim): "
+                 f"rate {point.rate:.5g}, distortion {point.distortion:.6g}"]
         if self.active is not None:
             active, total = int(self.active.sum()), len(self.kl)
             lines.append(f"active units {active} of {total}" + (": posterior collapse" if active == 0 else ""))

@@ -33,7 +33,8 @@ def draw(out, model, objective, settings, images, device, step, title):
     drawn, n_broken = samples(model, options.count, n_bins, device, options.temperature)
     found = {"samples": str(save_grid(out / "samples" / name, drawn, n_bins)), "broken_samples": n_broken}
     if is_vae(model):
-        original = images.test[:len(images.test) // COLUMNS * COLUMNS][:RECONSTRUCTED]
+        n = len(images.test)
+        original = images.test[::max(1, n // RECONSTRUCTED)][:min(RECONSTRUCTED, n // COLUMNS * COLUMNS)]
         made = reconstructions(model, objective, original, device).cpu()
         pairs = torch.stack([original.unflatten(0, (-1, COLUMNS)), made.unflatten(0, (-1, COLUMNS))], 1).flatten(0, 2)
         found["reconstructions"] = str(save_grid(out / "samples" / f"reconstructions-{name}", pairs, n_bins, COLUMNS))
