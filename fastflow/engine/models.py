@@ -71,7 +71,8 @@ def _vqvae(options, image_shape):
     if image_shape[1] % factor or image_shape[2] % factor:
         raise SettingsError(f"model.channels: {len(options.channels)} halvings don't divide {image_shape[1]}x"
                             f"{image_shape[2]} images")
-    return VQVAE(image_shape, options.n_codes, options.features, options.channels, likelihood=_likelihood())
+    return VQVAE(image_shape, options.n_codes, options.features, options.channels, likelihood=_likelihood(),
+                 restart_below=0.1)
 
 
 def _discrete_vae(options, image_shape):

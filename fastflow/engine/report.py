@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastflow import __version__, backends, data
+import fastflow
+from fastflow import backends, data
 from fastflow.diagnostics import inversion_error
 from fastflow.engine.aside import aside
 from fastflow.engine.evaluate import evaluate
@@ -101,7 +102,7 @@ def _inversion(model, objective, images, device):
 
 
 def _environment(device):
-    found = {"fastflow": __version__, "Python": platform.python_version(), "torch": torch.__version__,
+    found = {"fastflow": fastflow.__version__, "Python": platform.python_version(), "torch": torch.__version__,
              "platform": platform.platform(), "CPUs": os.cpu_count(), "threads": torch.get_num_threads(),
              "device": device}
     if device.type == "cuda":
