@@ -74,6 +74,6 @@ def code_information(codes, log_pz):
     """InformationTerms of codes (N, *S) that the encoder is certain of, with log p(codes) (N,) nats. The aggregate
     posterior is their empirical distribution, so that the mutual information is its entropy."""
     checks.tensor("log_pz", log_pz)
-    _, group, counts = torch.unique(codes.flatten(1), dim=0, return_inverse=True, return_counts=True)
+    _, group, counts = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)
     marginal = torch.log(counts[group].double() / len(codes))
     return information_terms(-marginal[None], (marginal - log_pz.double())[None])

@@ -13,7 +13,8 @@ __all__ = ["kl_per_latent"]
 @torch.no_grad()
 def kl_per_latent(model, x, context=None, *, batch_size=1024, generator=None):
     """Mean over x (N, *event) of the KL of each latent between posterior and prior, (D,) nats; None where the posterior
-    has no such terms. They sum to the mean rate. What counts as one latent:
+    has no such terms. They sum to the mean rate. The model runs in the mode (train or eval) that it is in. What counts
+    as one latent:
 
     ====================================  ==========================================================================
     VAE with a GaussianPosterior          a dimension of the flattened z; against N(0, 1), for which the sum is no

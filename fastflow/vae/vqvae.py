@@ -62,9 +62,10 @@ class QuantizedVAE(nn.Module):
 
     def code_log_probs(self, codes):
         """(B, T) nats: log p(c_t | c_<t) of each of T codes (B, *S), row by row; their sum is minus the rate."""
-        if self.prior is None:
-            return torch.full_like(codes.flatten(1), -math.log(self.quantizer.n_codes), dtype=torch.float64)
-        return self.prior.log_probs(codes)
+        if self.prior is not None:
+            return self.prior.log_probs(codes)
+        rows = codes.flatten(1) if codes.dim() > 1 else codes[:, None]
+        return torch.full_like(rows, -math.log(self.quantizer.n_codes), dtype=torch.float64)
 
     def decode(self, codes):
         """The decoder's output for codes (B, *S)."""
