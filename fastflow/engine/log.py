@@ -4,28 +4,15 @@ import importlib.util
 import json
 
 from fastflow.engine.errors import RunError, SettingsError
-from fastflow.engine.files import write_text
+from fastflow.engine.files import read_log, write_text
 
-__all__ = ["RunLog", "check_tensorboard", "read_log"]
+__all__ = ["RunLog", "check_tensorboard"]
 
 
 def check_tensorboard():
     """Raises SettingsError if TensorBoard's writer is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise SettingsError("train.tensorboard: needs tensorboard, not installed: pip install 'fastflow[tensorboard]'")
-
-
-def read_log(path):
-    """The entries of a metrics.jsonl, dicts in order; lines that a kill cut short are left out, none without a file."""
-    entries = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-            entry["step"] = int(entry["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        entries.append(entry)
-    return entries
 
 
 class RunLog:
