@@ -122,6 +122,8 @@ def parser():
                                    "VAE also the diagnosis, into DIR/diagnosis.")
     evaluate.add_argument("directory", metavar="DIR", help="a run's directory")
     evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws")
+    evaluate.add_argument("--samples", type=_positive, metavar="K", help="of the latents per image, for the ELBO and "
+                          "the importance-weighted bound of a VAE (default: as trained)")
     evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     evaluate.set_defaults(command=run_evaluate)
 
@@ -258,7 +260,10 @@ def run_evaluate(arguments):
     trained = load_trained(arguments.directory, device, arguments.step)
     set_threads(trained.settings)
     images = data.load(trained.settings.data.name)
-    objective = objective_for(trained.model, n_bins=images.n_bins)
+    if arguments.samples and not is_vae(trained.model):
+        fail(f"--samples: a model of kind {trained.settings.model.kind!r} has no latents to draw; leave it out")
+    n_samples = arguments.samples or getattr(trained.settings.model, "n_samples", 1)
+    objective = objective_for(trained.model, n_bins=images.n_bins, n_samples=n_samples)
     figures = evaluate(trained.model, objective, images.test, device, arguments.seed)
     path = Path(arguments.directory) / "evaluation.json"
     record = {"step": trained.step, "seed": arguments.seed, "test_images": len(images.test), **figures}
