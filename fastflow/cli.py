@@ -17,7 +17,7 @@ from pathlib import Path
 
 __all__ = ["main"]
 
-EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train",
+EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train", "matplotlib": "train",
           "PIL": "data", "sklearn": "data", "skimage": "data"}
 if sys.version_info < (3, 11):
     EXTRAS["tomli"] = "train"
