@@ -17,7 +17,7 @@ from pathlib import Path
 
 __all__ = ["main"]
 
-EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train",
+EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train", "matplotlib": "train",
           "PIL": "data", "sklearn": "data", "skimage": "data"}
 if sys.version_info < (3, 11):
     EXTRAS["tomli"] = "train"
@@ -130,6 +130,8 @@ def parser():
                                    "VAE also the diagnosis, into DIR/diagnosis.")
     evaluate.add_argument("directory", metavar="DIR", help="a run's directory")
     evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws")
+    evaluate.add_argument("--samples", type=_positive, metavar="K", help="of the latents per image, for the ELBO and "
+                          "the importance-weighted bound of a VAE (default: as trained)")
     evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     evaluate.set_defaults(command=run_evaluate)
 
@@ -342,11 +344,13 @@ def run_evaluate(arguments):
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
     set_threads(trained.settings)
+    if arguments.samples and not is_vae(trained.model):
+        fail(f"--samples: a model of kind {trained.settings.model.kind!r} has no latents to draw; leave it out")
     examples = load_data(trained.settings)
     test = examples.test
     unit = "rows" if test.is_floating_point() else "images"
-    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings),
-                              n_samples=getattr(trained.settings.model, "n_samples", 1))  # as at the end of the run
+    n_samples = arguments.samples or getattr(trained.settings.model, "n_samples", 1)  # as at the end of the run
+    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings), n_samples=n_samples)
     figures = evaluate(trained.model, objective, test, device, arguments.seed)
     path = Path(arguments.directory) / "evaluation.json"
     record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}

@@ -10,18 +10,22 @@ import torch.nn.functional as F
 from pythae import models
 from pythae.models.base.base_utils import ModelOutput
 
+from fastflow import functional
 from fastflow.adapters.layers import fusable
 from fastflow.adapters.swap import swap
 from fastflow.autograd.gaussian import sample_kl
 
 
-def _reconstruction(module, recon_x, x):
-    """The batch's mean loss, nats; the shapes are those of pythae's loss_function."""
+def _reconstruction(module, recon_x, x, reduction="sum"):
+    """Losses in nats, summed by PyTorch, or with "none" those of each sample; shapes are those of pythae's
+    loss_function."""
     if recon_x.shape != x.shape:
         recon_x, x = torch.broadcast_tensors(recon_x, x)
-    if module.model_config.reconstruction_loss == "mse":
-        return F.mse_loss(recon_x, x, reduction="sum") * (0.5 / max(len(x), 1))
-    return F.binary_cross_entropy(recon_x, x, reduction="sum") / max(len(x), 1)
+    mse = module.model_config.reconstruction_loss == "mse"
+    loss = (F.mse_loss if mse else F.binary_cross_entropy)(recon_x, x, reduction=reduction)
+    if reduction == "none":
+        loss = loss.sum(-1)
+    return 0.5 * loss if mse else loss
 
 
 def _fit(module, fix):
@@ -55,7 +59,7 @@ class _Head:
 
     def _fastflow_output(self, x, z, kl, beta=1.0):
         recon_x = self.decoder(z)["reconstruction"]
-        recon_loss = _reconstruction(self, recon_x.reshape(len(x), -1), x.reshape(len(x), -1))
+        recon_loss = _reconstruction(self, recon_x.reshape(len(x), -1), x.reshape(len(x), -1)) / max(len(x), 1)
         reg_loss = kl.mean(0)
         return ModelOutput(recon_loss=recon_loss, reg_loss=reg_loss, loss=torch.add(recon_loss, reg_loss, alpha=beta),
                            recon_x=recon_x, z=z)
@@ -98,7 +102,7 @@ class IWAE(_Head, models.IWAE):
         z, _, logq = functional.gaussian_sample_kl((mean, logvar), eps=eps, n_samples=count, return_logq=True)
         z, logq = z.transpose(0, 1).contiguous(), _without_constant(logq.mT, features)
         recon_x = self.decoder(z.view(-1, features))["reconstruction"].reshape(batch, count, -1)
-        recon_loss = _reconstruction(self, recon_x, x.reshape(batch, 1, -1))
+        recon_loss = _reconstruction(self, recon_x, x.reshape(batch, 1, -1), "none")
         kl = logq + 0.5 * z.square().sum(-1)
         log_w = -(recon_loss + kl)
         loss = -(log_w.detach().softmax(1) * log_w).sum(1)

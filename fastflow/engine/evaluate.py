@@ -11,6 +11,7 @@ from fastflow.engine.objectives import levels_of
 __all__ = ["bound", "describe", "evaluate", "is_vae", "reconstructions", "sample_rows", "samples"]
 
 BATCH = 256
+FEW_SAMPLES = 16  # of the latents, that a whole batch is evaluated with; with more of them batches are smaller
 
 
 def is_vae(model):
@@ -30,12 +31,13 @@ def evaluate(model, objective, images, device, seed=0, poll=lambda: None):
         poll: called between batches; may raise to stop.
 
     Returns:
-        {name: float}: bits_per_dim, for a VAE also elbo, rate and distortion in nats per image; of rows log_prob, in
-        nats per row.
+        {name: float}: bits_per_dim, for a VAE also elbo, rate and distortion in nats per image, and iwae_K with K > 1
+        samples of the latents; of rows log_prob, in nats per row.
     """
     sums = {}
+    n_samples = max(FEW_SAMPLES, getattr(objective, "n_samples", 1))
     with aside(model, device, seed):
-        for batch in images.split(BATCH):
+        for batch in images.split(max(1, BATCH * FEW_SAMPLES // n_samples)):
             poll()
             for name, values in objective.report(model, batch.to(device)).items():
                 sums[name] = sums.get(name, 0.0) + values.double().sum().item()
@@ -71,6 +73,7 @@ def describe(figures):
     """Held-out figures as text."""
     units = {"bits_per_dim": "bits/dim", "elbo": "ELBO", "rate": "rate", "distortion": "distortion",
              "log_prob": "log-likelihood"}
+    units |= {name: f"bound of {name.removeprefix('iwae_')} samples" for name in figures if name.startswith("iwae_")}
     text = "  ".join(f"{unit} {figures[name]:.4f}" for name, unit in units.items() if name in figures)
     if "bound" in figures:
         text += f"  {figures['bound_samples']}-sample bound {figures['bound']:.4f}"

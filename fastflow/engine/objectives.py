@@ -133,12 +133,17 @@ class NegativeELBO(Objective):
         return constant - value.mean(), parts
 
     def report(self, model, x):
-        """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained."""
+        """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained; with K > 1
+        samples of the latents also "iwae_K", the importance-weighted bound of them."""
         x, constant = self.prepare(model, x)
         bound = model(x, n_samples=self.n_samples, beta=1.0)
         elbo = -bound.distortion - bound.rate - constant
-        return {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,
-                "bits_per_dim": -elbo / (x[0].numel() * math.log(2))}
+        found = {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,
+                 "bits_per_dim": -elbo / (x[0].numel() * math.log(2))}
+        log_w = getattr(bound, "bound", bound).log_w
+        if len(log_w) > 1:
+            found[f"iwae_{len(log_w)}"] = iwae(log_w) - constant
+        return found
 
     def log_weight(self, model, x):
         x, constant = self.prepare(model, x)

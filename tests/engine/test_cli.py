@@ -75,7 +75,7 @@ def test_doctor():
 
 
 def test_importing_the_command_line_loads_nothing_heavy():
-    heavy = {"torch", "rich", "pydantic", "safetensors", "PIL", "sklearn", "skimage"}
+    heavy = {"torch", "rich", "pydantic", "safetensors", "matplotlib", "PIL", "sklearn", "skimage"}
     code = f"import sys, fastflow.cli, fastflow.engine; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
