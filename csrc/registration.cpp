@@ -27,5 +27,7 @@ FASTFLOW_LIBRARY {
   m.impl("conv_net_bwd", TORCH_BOX(&fastflow::conv_net_bwd));
   m.impl("bernoulli_log_prob_fwd", TORCH_BOX(&fastflow::bernoulli_log_prob_fwd));
   m.impl("bernoulli_log_prob_bwd", TORCH_BOX(&fastflow::bernoulli_log_prob_bwd));
+  m.impl("top_down_fwd", TORCH_BOX(&fastflow::top_down_fwd));
+  m.impl("top_down_bwd", TORCH_BOX(&fastflow::top_down_bwd));
 #endif
 }

@@ -25,7 +25,7 @@ from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp_flow",
-       "spline", "bernoulli_log_prob")
+       "spline", "bernoulli_log_prob", "top_down")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -38,6 +38,7 @@ PREFERENCE = {
     ("mlp_flow", "cpu"): ("cpu",),
     ("spline", "cpu"): ("cpu",),
     ("bernoulli_log_prob", "cpu"): ("cpu",),  # no GPU kernel yet: on CUDA tensors the reference runs
+    ("top_down", "cpu"): ("cpu",),  # nor one for this
     ("affine_coupling", "cuda"): ("triton", "cuda"),
     ("gaussian_sample_kl", "cuda"): ("triton", "cuda"),
     ("slogdet", "cuda"): ("cuda", "triton"),
