@@ -178,14 +178,28 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> top_down_bwd(
     std::vector<Tensor> features, const Tensor& saved, std::vector<Tensor> params, std::vector<int64_t> levels,
     bool need_h, bool need_features, bool need_params);
 
+std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& x, std::vector<Tensor> params, int64_t activation, bool residual,
+                                   bool keep);
+
+std::tuple<Tensor, std::vector<Tensor>> mlp_bwd(const Tensor& grad, const Tensor& x, const Tensor& kept,
+                                                std::vector<Tensor> params, int64_t activation, bool residual,
+                                                bool need_x, bool need_params);
+
 std::tuple<Tensor, Tensor> spline_fwd(const Tensor& x, const Tensor& params, const optional<Tensor>& logdet,
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
-                                      double min_derivative, double gain, double clamp);
+                                      double min_derivative, double gain, double clamp, double end_derivative);
 
 std::tuple<Tensor, Tensor> spline_bwd(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet,
                                       const Tensor& x, const Tensor& params, bool need_x, bool need_params,
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
-                                      double min_derivative, double gain, double clamp);
+                                      double min_derivative, double gain, double clamp, double end_derivative);
+
+Tensor activated_conv_fwd(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, int64_t stride,
+                          int64_t padding, bool transposed, int64_t activation, bool channels_last);
+
+std::tuple<Tensor, Tensor, Tensor> activated_conv_bwd(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                      int64_t stride, int64_t padding, bool transposed,
+                                                      int64_t activation, bool need_x, bool need_weights);
 
 Tensor bernoulli_log_prob_fwd(const Tensor& x, const Tensor& logits);
 

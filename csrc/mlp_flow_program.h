@@ -15,10 +15,10 @@ struct ProgramLinear {
   bool kept;  // whether forward may keep its activations
 };
 
-// Six integers to a step: 0 for a per-channel affine map, 1 for a coupling; the number of linears; whether the second
-// part is passive; the activation; the flags of affine_coupling; the kind of scale map. The constants of a coupling's
-// map are eight numbers in the order of the operator affine_coupling_fwd. Parameters: bias and log_scale of a map, or
-// weight and bias of every linear.
+// Six integers to a step: 0 for a per-channel affine map, 1 for a coupling, 2 for a permutation; the number of linears;
+// whether the second part is passive; the activation; the flags of affine_coupling; the kind of scale map. The constants
+// of a coupling's map are eight numbers in the order of the operator affine_coupling_fwd. Parameters: bias and log_scale
+// of a map, weight and bias of every linear, or a permutation's order, int64.
 struct ProgramStep {
   bool coupling;
   std::vector<ProgramLinear> linears;
@@ -28,9 +28,11 @@ struct ProgramStep {
   const double* constants;
   int64_t passive_begin, passive, active_begin, active;
   size_t parameter;  // the first of its parameters
+  const Tensor* order = nullptr;  // of a permutation
 };
 
 struct Program {
+  static constexpr int64_t permutation = 2;
   enum Flags : int64_t { interleaved = 1, shift_in_front = 2, shift_first = 4 };
   static constexpr size_t integers = 6, numbers = 8;
   enum Saved : int64_t { nothing = 0, overwritten = 1, activations = 2 };  // the operator's argument `save`
@@ -46,14 +48,24 @@ struct Program {
           const std::vector<int64_t>& code, const std::vector<double>& constants)
       : batch(x.size(0)), features(x.size(1)), context_features(context ? context->size(1) : 0) {
     for (const Tensor& t : params)
-      STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.is_cuda() == x.is_cuda() &&
+      STD_TORCH_CHECK((t.scalar_type() == x.scalar_type() || t.scalar_type() == ScalarType::Long) && t.is_cuda() == x.is_cuda() &&
                           t.get_device_index() == x.get_device_index(),
                       "params: expected the dtype and device of x");
     size_t parameter = 0, constant = 0;
     STD_TORCH_CHECK(code.size() % integers == 0, "steps: expected six integers to a step, got ", code.size());
     for (size_t at = 0; at < code.size(); at += integers) {
-      ProgramStep step{code[at] != 0};
+      ProgramStep step{code[at] == 1};
       step.parameter = parameter;
+      if (code[at] == permutation) {
+        STD_TORCH_CHECK(parameter < params.size(), "params: too few for the steps");
+        step.order = &params[parameter++];
+        STD_TORCH_CHECK(step.order->scalar_type() == ScalarType::Long && step.order->is_contiguous() &&
+                            step.order->numel() == features,
+                        "params: expected the order of ", features, " features, int64");
+        step.active_begin = step.passive_begin = step.passive = step.active = 0;
+        steps.push_back(std::move(step));
+        continue;
+      }
       const size_t count = static_cast<size_t>(step.coupling ? code[at + 1] : 1);
       STD_TORCH_CHECK(count > 0 && parameter + 2 * count <= params.size(), "params: too few for the steps");
       if (step.coupling) {

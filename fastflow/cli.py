@@ -32,13 +32,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message, status=1):
-    """Says why on stderr, on one line, and exits."""
-    print(f"fastflow: {' '.join(str(message).split())}", file=sys.stderr)
+    """Says why on stderr, on one line, and exits; one of several processes says which it is."""
+    who = f" process {os.environ['RANK']}:" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"fastflow:{who} {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
 def warn(message):
-    print(f"fastflow: WARNING: {message}", file=sys.stderr)
+    """Says it on stderr; of several processes, which all have the same to say, the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastflow: WARNING: {message}", file=sys.stderr)
 
 
 def warn_of_broken(count):
@@ -79,7 +82,10 @@ def main(argv=None):
 
         if not isinstance(error, RunError):
             raise
-        fail(error, getattr(error, "exit_status", 1))
+        status = getattr(error, "exit_status", 1)
+        if status != 1 and os.environ.get("RANK", "0") != "0":
+            raise SystemExit(status) from None  # a signal stopped all processes alike: the first says so
+        fail(error, status)
 
 
 def check_extras():
@@ -108,10 +114,11 @@ def parser():
     train.add_argument("--dry-run", action="store_true", help="say what a step would take, and leave")
     train.set_defaults(command=run_train)
 
-    sample = commands.add_parser("sample", help="draw images from a trained model",
-                                 description="Draw a grid of samples into DIR/samples and print its path.")
+    sample = commands.add_parser("sample", help="draw from a trained model",
+                                 description="Draw images as one grid, or rows of a table as .csv, into DIR/samples "
+                                 "and print the path.")
     sample.add_argument("directory", metavar="DIR", help="a run's directory")
-    sample.add_argument("-n", "--count", type=_positive, help="how many images (default: the recipe's)")
+    sample.add_argument("-n", "--count", type=_positive, help="how many (default: the recipe's)")
     sample.add_argument("--temperature", type=float, help="of the base distribution (default: the recipe's)")
     sample.add_argument("--seed", type=_natural, default=0)
     sample.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
@@ -173,8 +180,7 @@ def run_train(arguments):
     from fastflow.engine import settings as settings_module
 
     if arguments.list:
-        for name, description in settings_module.recipes().items():
-            print(f"{name:14} {description}")
+        list_recipes()
         return
     if arguments.recipe is None:
         fail(f"train: expected a recipe, one of {', '.join(settings_module.recipes())} or a .toml file")
@@ -187,23 +193,34 @@ def run_train(arguments):
             print(f"{name:18}{value:>15,}")
         return
 
-    from rich.console import Console
-
-    from fastflow.engine.evaluate import describe
-    from fastflow.engine.run import checkpoint_to_resume, default_directory
-    from fastflow.engine.trainer import Trainer
+    from fastflow.engine.run import default_directory
 
     resume = arguments.resume == "auto"
     out = Path(arguments.out) if arguments.out else default_directory(title, resume)
+    if settings.sweep is None:
+        train(settings, out, title, resume)
+    else:
+        sweep(settings, out, title, resume)
+
+
+def train(settings, out, title, resume):
+    """Trains one model in the directory ``out``, from its newest checkpoint if there is one and ``resume``."""
+    from rich.console import Console
+
+    from fastflow.engine.evaluate import describe
+    from fastflow.engine.run import checkpoint_to_resume
+    from fastflow.engine.trainer import Trainer
+
     loaded = checkpoint_to_resume(out, resume, warn)
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     trainer = Trainer(settings, out, console, title)
-    images, leads = trainer.data, trainer.processes.rank == 0
+    examples, leads = trainer.data, trainer.processes.rank == 0
     if leads:
-        shape = "x".join(map(str, images.image_shape))
-        print(f"{title}: {len(images.train)} training and {len(images.test)} held-out images of {shape}, "
-              f"{trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
+        shape = "x".join(map(str, examples.event_shape))
+        validation = "" if examples.validation is None else f", {len(examples.validation)} validation"
+        print(f"{title}: {len(examples.train)} training{validation} and {len(examples.test)} held-out {trainer.unit} "
+              f"of {shape}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
     if loaded is None:
         trainer.start()
     else:
@@ -211,18 +228,63 @@ def run_train(arguments):
         if leads:
             print(f"continuing after step {loaded.step}", flush=True)
     results = trainer.run()
+    trainer.close()
     if not leads:
         return
-    print(f"held-out {describe(results)}, {results['test_images']} images, step {results['step']}")
+    print(f"held-out {describe(results)}, {len(examples.test)} {trainer.unit}, step {results['step']}")
     warn_of_broken(results["broken_samples"])
-    for name in ("samples", "reconstructions", "checkpoint"):
+    for name in ("samples", "reconstructions", "curves", "checkpoint"):
         if name in results:
             print(f"{name:16}{results[name]}")
 
 
+def sweep(settings, out, title, resume):
+    """Trains a model for each beta in a directory of its own inside ``out``, and shows how they compare."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastflow.engine.sweep import COLUMNS, run_sweep
+    from fastflow.engine.trainer import choose_device
+
+    rows, path, picture = run_sweep(settings, out, lambda one, directory: train(
+        one, directory, f"{title} {directory.name}", resume), choose_device(settings.train.device))
+    table = Table(*(column.replace("_", " ") for column in COLUMNS), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(f"{row[column]:.4f}" if isinstance(row[column], float) and column != "beta" else
+                        f"{row[column]}" for column in COLUMNS))
+    Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
+    print(f"{'table':16}{path}" + ("" if picture is None else f"\n{'picture':16}{picture}"))
+
+
+def list_recipes():
+    """A table of the recipes: what each trains on what, what it needs, how large it is, how long it takes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastflow.engine.plan import parameter_count
+    from fastflow.engine.settings import load_settings, recipes
+
+    table = Table(box=None, pad_edge=False)
+    for heading, right in (("recipe", False), ("model", False), ("data", False), ("needs", False),
+                           ("parameters", True), ("minutes", True), ("what", False)):
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "what")
+    for name, description in recipes().items():
+        settings = load_settings(name)
+        chosen = settings.data
+        shape = "x".join(map(str, chosen.known_shape()))
+        table.add_row(name, settings.model.kind, f"{chosen.name or chosen.format or 'any'} {shape}",
+                      "ships" if chosen.name else f"your data: {chosen.path}",
+                      f"{parameter_count(settings):,}" if shape else "",
+                      f"{settings.minutes:g}" if settings.minutes else "", description)
+    console = Console(width=None if sys.stdout.isatty() else 240)
+    console.print(table, highlight=False)
+    print("\nminutes: about, on two CPU cores, where that is known")
+
+
 def run_sample(arguments):
-    from fastflow.data import DATASETS
-    from fastflow.engine.evaluate import samples
+    from fastflow.engine.datasets import is_table, levels_of_values
+    from fastflow.engine.evaluate import sample_rows, samples
+    from fastflow.engine.files import write_rows
     from fastflow.engine.pictures import save_grid
     from fastflow.engine.run import load_trained
     from fastflow.engine.trainer import choose_device, set_threads
@@ -230,19 +292,25 @@ def run_sample(arguments):
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
     set_threads(trained.settings)
-    options, (_, n_bins) = trained.settings.sample, DATASETS[trained.settings.data.name]
+    options = trained.settings.sample
     count = options.count if arguments.count is None else arguments.count
     temperature = options.temperature if arguments.temperature is None else arguments.temperature
     if not 0 < temperature < float("inf"):
         fail(f"--temperature: expected a positive number, got {temperature}")
-    images, n_broken = samples(trained.model, count, n_bins, device, temperature, arguments.seed)
-    path = Path(arguments.directory) / "samples" / f"step-{trained.step:06d}-seed-{arguments.seed}.png"
+    path = Path(arguments.directory) / "samples" / f"step-{trained.step:06d}-seed-{arguments.seed}"
+    if is_table(trained.settings):
+        rows, n_broken = sample_rows(trained.model, count, device, temperature, arguments.seed)
+        path = write_rows(path.with_suffix(".csv"), rows, trained.settings.data.columns)
+    else:
+        n_bins = levels_of_values(trained.settings)
+        images, n_broken = samples(trained.model, count, n_bins, device, temperature, arguments.seed)
+        path = save_grid(path.with_suffix(".png"), images, n_bins)
     warn_of_broken(n_broken)
-    print(save_grid(path, images, n_bins))
+    print(path)
 
 
 def run_evaluate(arguments):
-    from fastflow import data
+    from fastflow.engine.datasets import levels_of_values, load_data
     from fastflow.engine.evaluate import describe, evaluate
     from fastflow.engine.files import write_text
     from fastflow.engine.objectives import objective_for
@@ -252,13 +320,14 @@ def run_evaluate(arguments):
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
     set_threads(trained.settings)
-    images = data.load(trained.settings.data.name)
-    objective = objective_for(trained.model, n_bins=images.n_bins)
-    figures = evaluate(trained.model, objective, images.test, device, arguments.seed)
+    test = load_data(trained.settings).test
+    unit = "rows" if test.is_floating_point() else "images"
+    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings))
+    figures = evaluate(trained.model, objective, test, device, arguments.seed)
     path = Path(arguments.directory) / "evaluation.json"
-    record = {"step": trained.step, "seed": arguments.seed, "test_images": len(images.test), **figures}
+    record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}
     write_text(path, json.dumps(record, indent=1) + "\n")
-    print(f"held-out {describe(figures)}, {len(images.test)} images, step {trained.step}")
+    print(f"held-out {describe(figures)}, {len(test)} {unit}, step {trained.step}")
     print(path)
 
 

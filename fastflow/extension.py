@@ -16,13 +16,14 @@ import torch
 SCALE_MAP_ARGS = ("int kind, float gain, float offset, float out_gain, float clamp, float eps, float hard_min, "
                   "float hard_max, float shift_gain")
 SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_height, float min_derivative, "
-               "float gain, float clamp")
+               "float gain, float clamp, float end_derivative")
 # kind and scale are indices into reference.KINDS and reference.SCALES. flags of affine_coupling: 1 interleaved layout,
 # 2 shift first in the params, 4 shift_first, 8 inverse; of gaussian: 1 interleaved layout, 2 scale first in the params.
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
 # reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
 # that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
-# conv_net's convolutions are cuDNN's, and bernoulli_log_prob is the reference's.
+# the convolutions of conv_net and activated_conv are cuDNN's, mlp's products cuBLAS's, and bernoulli_log_prob is the
+# reference's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -45,6 +46,10 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "conv_net_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor h1, Tensor h2, float slope, "
     "bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # params: weight and bias of every layer in turn. kept: the hidden activations, csrc/cpu/mlp_kernel.h.
+    "mlp_fwd(Tensor x, Tensor[] params, int activation, bool residual, bool keep) -> (Tensor, Tensor)",
+    "mlp_bwd(Tensor grad, Tensor x, Tensor kept, Tensor[] params, int activation, bool residual, bool need_x, "
+    "bool need_params) -> (Tensor, Tensor[])",
     # steps and constants: see csrc/mlp_flow_program.h. save: 0 nothing, 1 what the steps overwrite, 2 on a CPU the
     # activations too that are costly to compute again. saved: (features and activations, B).
     "mlp_flow_fwd(Tensor x, Tensor? context, Tensor[] params, int[] steps, float[] constants, bool inverse, int save)"
@@ -55,6 +60,11 @@ SCHEMAS = (
     f"spline_fwd(Tensor x, Tensor params, Tensor? logdet, {SPLINE_ARGS}) -> (Tensor, Tensor)",
     f"spline_bwd(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, bool need_x, bool need_params, "
     f"{SPLINE_ARGS}) -> (Tensor, Tensor)",
+    # activation: 0 none, 1 relu, 2 silu. channels_last: of the result.
+    "activated_conv_fwd(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, bool transposed, "
+    "int activation, bool channels_last) -> Tensor",
+    "activated_conv_bwd(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool transposed, "
+    "int activation, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor)",
     # x (B, *event), logits (N, *event) with N a multiple of B; results (N,) and like logits.
     "bernoulli_log_prob_fwd(Tensor x, Tensor logits) -> Tensor",
     "bernoulli_log_prob_bwd(Tensor grad, Tensor x, Tensor logits) -> Tensor",
@@ -62,13 +72,13 @@ SCHEMAS = (
     # (L, B), and with `save` what backward needs.
     "top_down_fwd(Tensor h, Tensor[] features, Tensor[] eps, Tensor? seed, int seed_value, int offset, "
     "Tensor[] params, int[] levels, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "top_down_bwd(Tensor? grad_next, Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_q, Tensor? grad_log_p, Tensor h, "
-    "Tensor[] features, Tensor saved, Tensor[] params, int[] levels, bool need_h, bool need_features, "
+    "top_down_bwd(Tensor? grad_next, Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_q, Tensor? grad_log_p, "
+    "Tensor h, Tensor[] features, Tensor saved, Tensor[] params, int[] levels, bool need_h, bool need_features, "
     "bool need_params) -> (Tensor, Tensor[], Tensor[])",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd", "top_down_fwd",
-             "top_down_bwd")
+CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "bernoulli_log_prob_fwd",
+             "bernoulli_log_prob_bwd", "mlp_fwd", "mlp_bwd", "top_down_fwd", "top_down_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
@@ -258,6 +268,18 @@ def _fake_conv_net_bwd(grad, x, w1, w2, w3, h1, h2, slope, need_x, need_weights)
     return like(x, need_x), *(f(w) for w in (w1, w2, w3) for f in (lambda w: like(w, need_weights), bias))
 
 
+def _fake_mlp_fwd(x, params, activation, residual, keep):
+    hidden = params[2::2]  # each weight's columns are kept in rows of whole lines, under silu with their slopes
+    sizes = [(w.shape[1] + 15) // 16 * 16 * (2 if activation == 1 and not (residual and w is hidden[-1]) else 1)
+             for w in hidden]
+    return x.new_empty((x.shape[0], params[-2].shape[0])), x.new_empty((x.shape[0], sum(sizes)) if keep else (0,))
+
+
+def _fake_mlp_bwd(grad, x, kept, params, activation, residual, need_x, need_params):
+    return (x.new_empty(x.shape) if need_x else _nothing(x),
+            [p.new_empty(p.shape) for p in params] if need_params else [])
+
+
 def _fake_mlp_flow_fwd(x, context, params, steps, constants, inverse, save):
     batch, features = x.shape
     rows = sum(_overwritten(features, *steps[at:at + 3]) for at in range(0, len(steps), 6))
@@ -267,7 +289,9 @@ def _fake_mlp_flow_fwd(x, context, params, steps, constants, inverse, save):
 
 
 def _overwritten(features, coupling, linears, flip):
-    """How many features a step overwrites: all, or the second part, or with flip the first."""
+    """How many features a step overwrites: all, or the second part, or with flip the first; a permutation none."""
+    if coupling == 2:
+        return 0
     return features if not coupling else features // 2 if flip else features - features // 2
 
 
@@ -275,9 +299,9 @@ def _kept(params, steps):
     """How many activations forward keeps: csrc/mlp_flow_program.h, add_linears."""
     rows = at = 0
     for coupling, linears, _, activation, _, _ in zip(*[iter(steps)] * 6, strict=True):
-        hidden = params[at:at + 2 * linears - 2:2] if coupling and activation != 1 else ()
+        hidden = params[at:at + 2 * linears - 2:2] if coupling == 1 and activation != 1 else ()
         rows += sum(w.shape[0] for w in hidden if w.shape[1] >= 32 and w.shape[0] % 16 == 0)
-        at += 2 * (linears if coupling else 1)
+        at += 1 if coupling == 2 else 2 * (linears if coupling else 1)
     return rows
 
 
@@ -285,7 +309,7 @@ def _fake_mlp_flow_bwd(grad_z, grad_logdet, z, saved, context, params, steps, co
                        need_params):
     grad_context = need_context and context is not None
     return (z.new_empty(z.shape) if need_x else _nothing(z), z.new_empty(context.shape if grad_context else (0,)),
-            [p.new_empty(p.shape) for p in params] if need_params else [])
+            [p.new_empty(p.shape) if p.is_floating_point() else _nothing(z) for p in params] if need_params else [])
 
 
 def _fake_spline_fwd(x, params, logdet, kind, inverse, *constants):
@@ -296,6 +320,21 @@ def _fake_spline_fwd(x, params, logdet, kind, inverse, *constants):
 def _fake_spline_bwd(grad_y, grad_logdet, x, params, need_x, need_params, kind, inverse, *constants):
     return tuple(_empty_in_format_of(t, t.shape, t.dtype) if need else _nothing(x)
                  for t, need in ((x, need_x), (params, need_params)))
+
+
+def _fake_activated_conv_fwd(x, weight, bias, stride, padding, transposed, activation, channels_last):
+    sizes = [(size - 1) * stride - 2 * padding + taps if transposed else (size + 2 * padding - taps) // stride + 1
+             for size, taps in zip(x.shape[2:], weight.shape[2:], strict=True)]
+    shape = (x.shape[0], weight.shape[1 if transposed else 0], *sizes)
+    if channels_last:
+        return x.new_empty((shape[0], *sizes, shape[1])).permute(0, 3, 1, 2)
+    return x.new_empty(shape)
+
+
+def _fake_activated_conv_bwd(grad, x, weight, stride, padding, transposed, activation, need_x, need_weights):
+    return (_empty_in_format_of(x, x.shape, x.dtype) if need_x else _nothing(x),
+            _empty_in_format_of(weight, weight.shape, weight.dtype) if need_weights else _nothing(x),
+            x.new_empty((grad.shape[1],)) if need_weights else _nothing(x))
 
 
 def _fake_bernoulli_log_prob_fwd(x, logits):

@@ -110,8 +110,9 @@ def _place(number, widths, heights, raw0, raw1, MAP: tl.constexpr):
     else:
         width = MAP[5] * w_inverse * w_own + MAP[4]
         left = MAP[5] * w_inverse * w_before + (position * MAP[4] - MAP[3])
-        d0 = tl.where(number == 0, one, spline_map.derivative_of(raw0, MAP))
-        d1 = tl.where(number == BINS - 1, one, spline_map.derivative_of(raw1, MAP))
+        end = one * MAP[11]
+        d0 = tl.where(number == 0, end, spline_map.derivative_of(raw0, MAP))
+        d1 = tl.where(number == BINS - 1, end, spline_map.derivative_of(raw1, MAP))
         return left, width, bottom, height, d0, d1
 
 

@@ -16,13 +16,14 @@ RATIONAL_QUADRATIC, LINEAR = tl.constexpr(0), tl.constexpr(1)
 
 
 @functools.lru_cache(maxsize=256)
-def constants(kind, inverse, bins, bound, min_width, min_height, min_derivative, gain, clamp):
+def constants(kind, inverse, bins, bound, min_width, min_height, min_derivative, gain, clamp, end_derivative):
     """The tuple MAP that a kernel is specialised for: [0] kind, [1] inverse, [2] bins, [3] bound, [4] least width,
     [5] what widths share beyond that, [6] least height, [7] the same of heights, [8] least derivative, [9] gain,
-    [10] one over the clamp, 0 without one."""
+    [10] one over the clamp, 0 without one, [11] derivative at the ends."""
     size = 2.0 * bound
     return (kind, inverse, bins, bound, size * min_width, size * (1.0 - bins * min_width), size * min_height,
-            size * (1.0 - bins * min_height), min_derivative, gain, 1.0 / clamp if clamp != 0.0 else 0.0)
+            size * (1.0 - bins * min_height), min_derivative, gain, 1.0 / clamp if clamp != 0.0 else 0.0,
+            end_derivative)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from cases import Case, flow_case
 from fastflow import functional
 
 EXP = functional.ScaleMap("exp").scalars
-RQ, LINEAR = (0, False, 3.0, 1e-3, 1e-3, 1e-3, 1.0, 0.0), (1, True, 1.0, 0.0, 1e-3, 0.0, 0.5, 5.0)  # splines
+RQ, LINEAR = (0, False, 3.0, 1e-3, 1e-3, 1e-3, 1.0, 0.0, 1.0), (1, True, 1.0, 0.0, 1e-3, 0.0, 0.5, 5.0, 1.0)  # splines
 
 SPLIT = 16400  # elements of a sample: both backends split it, of a coupling and of a Gaussian
 PLU = {"lower": (3, 20, 20), "upper": (3, 20, 20), "log_s": (3, 20), "sign_s": (3, 20), "perm": (3, 20)}

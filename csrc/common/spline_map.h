@@ -14,14 +14,16 @@ template <class T>
 struct Map {
   T bound, width_base, width_span, height_base, height_span, min_derivative, gain;
   T inverse_clamp;  // 0: no clamp
+  T end_derivative;
 };
 
 template <class T>
 FASTFLOW_HD Map<T> make_map(int64_t bins, double bound, double min_width, double min_height, double min_derivative,
-                            double gain, double clamp) {
+                            double gain, double clamp, double end_derivative) {
   const double size = 2. * bound, k = static_cast<double>(bins);
   return {T(bound), T(size * min_width), T(size * (1. - k * min_width)), T(size * min_height),
-          T(size * (1. - k * min_height)), T(min_derivative), T(gain), clamp == 0. ? T(0) : T(1. / clamp)};
+          T(size * (1. - k * min_height)), T(min_derivative), T(gain), clamp == 0. ? T(0) : T(1. / clamp),
+          T(end_derivative)};
 }
 
 // exp(x) for x <= 0 or NaN; 0 where it would be subnormal.

@@ -12,11 +12,6 @@ namespace fastflow {
 
 namespace {
 
-Image image_of(const Tensor& t) {
-  const Dims strides = strides_of(t);
-  return {t.data_ptr(), strides[0], strides[1], strides[2], strides[3]};
-}
-
 ConvShape shape_of(const Tensor& x, const Tensor& w1, const Tensor& w3, double slope) {
   return {x.size(0), x.size(1), w1.size(0), w3.size(0), x.size(2), x.size(3),
           x.scalar_type() == ScalarType::Double, slope};
@@ -70,11 +65,22 @@ void unpack(const T* from, const Order& order, Tensor& w) {
 // Arrays for the kernels in one allocation, each on a cache line.
 class Packed {
  public:
-  Packed(int64_t values, bool is_double)
+  Packed(int64_t values, bool is_double)  // of six arrays at most
       : is_double_(is_double), scratch_(make_scratch((values + 6 * 16) * (is_double ? 8 : 4))) {}
 
   const void* add(const Tensor& w, const Order& order) {
     return place(order.size(), [&](auto* to) { pack(w, order, to); });
+  }
+
+  // The 16 points of a weight's 9 taps.
+  const void* add_points(const Tensor& w, const Order& order) {
+    const int64_t count = order.channels * order.hidden;
+    const Scratch taps = make_scratch(order.size() * 4);
+    pack(w, order, static_cast<float*>(taps.get()));
+    return place(16 * count, [&](auto* to) {
+      if constexpr (std::is_same_v<decltype(to), float*>)
+        FASTFLOW_ISA_CALL(winograd_taps, count, static_cast<const float*>(taps.get()), to);
+    });
   }
 
   const void* add(const Tensor& vector) {
@@ -102,6 +108,34 @@ class Packed {
 
 Tensor result_like(const Tensor& like, const Dims& sizes) {
   return empty_strided(sizes, strides_like(sizes, like), like.scalar_type(), like);
+}
+
+// Values of the weights and biases that a kernel reads.
+int64_t packed_values(const ConvShape& shape) {
+  return (shape.winograd() ? 16 * (shape.in + shape.out) * shape.hidden : 0) + shape.size2() + 2 * shape.hidden +
+         shape.out;
+}
+
+// Which samples or groups the plain form is to compute.
+using Flags = std::unique_ptr<bool[]>;
+
+Flags flags(int64_t count, bool value) {
+  Flags result(new bool[count]);
+  std::fill_n(result.get(), count, value);
+  return result;
+}
+
+bool any(const Flags& flags, int64_t count) { return std::find(flags.get(), flags.get() + count, true) != flags.get() + count; }
+
+// f(begin, end) of every run of set flags.
+template <class F>
+void for_each_run(const Flags& flags, int64_t begin, int64_t end, const F& f) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t from = i++;
+    if (!flags[from]) continue;
+    while (i < end && flags[i]) ++i;
+    f(from, i);
+  }
 }
 
 // Adds the groups' rows in order and hands the gradients out.
@@ -138,20 +172,33 @@ std::tuple<Tensor, Tensor, Tensor> conv_net_fwd(const Tensor& x, const Tensor& w
   Tensor h1 = keep ? empty(maps, x.scalar_type(), x) : nothing(x);
   Tensor h2 = keep ? empty(maps, x.scalar_type(), x) : nothing(x);
   if (out.numel() == 0) return {out, h1, h2};
-  Packed packed(shape.size1() + shape.size2() + shape.size3() + 2 * shape.hidden + shape.out, shape.is_double);
   job.x = image_of(x);
   job.out = image_of(out);
-  job.w1 = packed.add(w1, order_of(w1, 0, true, false));
+  job.h1 = keep ? h1.mutable_data_ptr() : nullptr;
+  job.h2 = keep ? h2.mutable_data_ptr() : nullptr;
+  Packed packed(packed_values(shape), shape.is_double);
   job.w2 = packed.add(w2, order_of(w2, 0, true, false));
-  job.w3 = packed.add(w3, order_of(w3, 1, false, false));
   job.b1 = packed.add(b1);
   job.b2 = packed.add(b2);
   job.b3 = packed.add(b3);
-  job.h1 = keep ? h1.mutable_data_ptr() : nullptr;
-  job.h2 = keep ? h2.mutable_data_ptr() : nullptr;
+  Flags spoilt = flags(shape.batch, !shape.winograd());
+  if (shape.winograd()) {
+    job.w1 = packed.add_points(w1, order_of(w1, 0, true, false));
+    job.w3 = packed.add_points(w3, order_of(w3, 0, true, true));
+    parallel_for(0, shape.batch, 1, [&](int64_t begin, int64_t end) {
+      const Scratch scratch = make_scratch(winograd_scratch_values(shape, false, !keep) * 4);
+      FASTFLOW_ISA_CALL(winograd_forward, job, scratch.get(), begin, end, spoilt.get());
+    });
+  }
+  if (!any(spoilt, shape.batch)) return {out, h1, h2};
+  Packed plain(shape.size1() + shape.size3(), shape.is_double);
+  job.w1 = plain.add(w1, order_of(w1, 0, true, false));
+  job.w3 = plain.add(w3, order_of(w3, 1, false, false));
   parallel_for(0, shape.batch, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch = make_scratch(job.scratch_values() * (shape.is_double ? 8 : 4));
-    FASTFLOW_ISA_CALL(conv_net_forward, job, scratch.get(), begin, end);
+    for_each_run(spoilt, begin, end, [&](int64_t from, int64_t to) {
+      FASTFLOW_ISA_CALL(conv_net_forward, job, scratch.get(), from, to);
+    });
   });
   return {out, h1, h2};
 }
@@ -169,25 +216,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
   Tensor grad_x = need_x ? result_like(x, sizes_of(x)) : nothing(x);
   std::tuple grads{weight_like(w1), bias_of(shape.hidden), weight_like(w2), bias_of(shape.hidden), weight_like(w3),
                    bias_of(shape.out)};
-  const int64_t values = need_weights ? job.partial_values() * std::max<int64_t>(1, job.groups()) : 0;
-  const int64_t width = shape.is_double ? 8 : 4;
-  const Scratch partials = make_scratch(values * width);
-  std::fill_n(static_cast<char*>(partials.get()), values * width, 0);
+  const int64_t width = shape.is_double ? 8 : 4, row_bytes = need_weights ? job.partial_values() * width : 0;
+  const Scratch partials = make_scratch(row_bytes * std::max<int64_t>(1, job.groups()));
+  auto clear = [&](int64_t group) { std::fill_n(static_cast<char*>(partials.get()) + group * row_bytes, row_bytes, 0); };
+  for (int64_t group = 0; group < std::max<int64_t>(1, job.groups()); ++group) clear(group);
   job.partials = partials.get();
   if (shape.batch * shape.pixels() > 0) {
-    Packed packed(shape.size1() + shape.size2() + shape.size3(), shape.is_double);
     job.grad = image_of(grad);
     job.x = image_of(x);
     if (need_x) job.grad_x = image_of(grad_x);
-    job.w1 = packed.add(w1, order_of(w1, 0, false, true));
-    job.w2 = packed.add(w2, order_of(w2, 1, true, false));
-    job.w3 = packed.add(w3, order_of(w3, 1, true, true));
     job.h1 = h1.data_ptr();
     job.h2 = h2.data_ptr();
-    parallel_for(0, job.groups(), 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch = make_scratch(job.scratch_values() * width);
-      FASTFLOW_ISA_CALL(conv_net_backward, job, scratch.get(), begin, end);
-    });
+    Packed packed(packed_values(shape), shape.is_double);
+    job.w2 = packed.add(w2, order_of(w2, 1, true, false));
+    Flags spoilt = flags(job.groups(), !shape.winograd());
+    if (shape.winograd()) {
+      job.w1 = packed.add_points(w1, order_of(w1, 1, true, false));
+      job.w3 = packed.add_points(w3, order_of(w3, 1, true, true));
+      parallel_for(0, job.groups(), 1, [&](int64_t begin, int64_t end) {
+        const Scratch scratch = make_scratch(winograd_scratch_values(shape, true, true) * 4);
+        FASTFLOW_ISA_CALL(winograd_backward, job, scratch.get(), begin, end, spoilt.get());
+      });
+      job.mend = true;
+    }
+    if (any(spoilt, job.groups())) {
+      Packed plain(shape.size1() + shape.size3(), shape.is_double);
+      job.w1 = plain.add(w1, order_of(w1, 0, false, true));
+      job.w3 = plain.add(w3, order_of(w3, 1, true, true));
+      parallel_for(0, job.groups(), 1, [&](int64_t begin, int64_t end) {
+        const Scratch scratch = make_scratch(job.scratch_values() * width);
+        for_each_run(spoilt, begin, end, [&](int64_t from, int64_t to) {
+          for (int64_t group = from; group < to; ++group) clear(group);
+          FASTFLOW_ISA_CALL(conv_net_backward, job, scratch.get(), from, to);
+        });
+      });
+    }
   }
   if (need_weights)
     shape.is_double ? finish(job, static_cast<double*>(partials.get()), grads)

@@ -1,22 +1,12 @@
 // conv_net, sample by sample: the maps of one sample stay in the second-level cache between its convolutions.
 #include "conv_net_kernel.h"
 
+#include <cmath>
+
 #include "conv_tiles.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
-
-// Splits working memory into arrays that begin on cache lines.
-template <class T>
-struct Arena {
-  T* next;
-  T* take(int64_t count) {
-    T* const result = next;
-    constexpr int64_t line = 64 / sizeof(T);
-    next += (count + line - 1) / line * line;
-    return result;
-  }
-};
 
 // One sample of `image` with channels innermost and a column of zeros on either side.
 template <class T>
@@ -49,13 +39,15 @@ void expand3x3(const ConvShape& shape, int64_t channels, const T* padded, int64_
                const Finish<T>& finish, T* out) {
   const Window window(y, shape.height);
   const int64_t row = (shape.width + 2) * channels;
-  expand({window.rows(), 3 * channels, row}, shape.width, padded + (y - 1 + window.first) * row, channels,
-         w + window.first * 3 * channels * shape.hidden, shape.hidden, finish, out);
+  expand({window.rows(), 3 * channels, row}, shape.width,
+         Even<const T>{padded + (y - 1 + window.first) * row, channels},
+         w + window.first * 3 * channels * shape.hidden, shape.hidden, finish, Even<T>{out, shape.hidden});
 }
 
 template <class T>
 void expand1x1(const ConvShape& shape, int64_t pixels, const T* in, const T* w, const Finish<T>& finish, T* out) {
-  expand({1, shape.hidden, 0}, pixels, in, shape.hidden, w, shape.hidden, finish, out);
+  expand({1, shape.hidden, 0}, pixels, Even<const T>{in, shape.hidden}, w, shape.hidden, finish,
+         Even<T>{out, shape.hidden});
 }
 
 // 3x3 convolution of hidden channels to the few of `image`, row y of sample b. bias may be null.
@@ -64,11 +56,12 @@ void reduce3x3(const ConvShape& shape, int64_t channels, const T* in, int64_t y,
                const T* zeros, const Image& image, int64_t b) {
   const Window window(y, shape.height);
   const int64_t row = shape.width * shape.hidden;
-  const TapRows<T> taps{in + (y - 1 + window.first) * row, window.rows(), row, 3, shape.width, shape.hidden, zeros};
+  const TapRows<T> taps{in + (y - 1 + window.first) * row, window.rows(), row, 3, 1, shape.width, shape.hidden, zeros};
   T* const out = static_cast<T*>(image.data) + b * image.sample + y * image.row;
-  reduce(taps, w + window.first * 3 * shape.hidden, 9 * shape.hidden, channels, [&](int64_t x, int64_t c, T value) {
-    out[x * image.column + c * image.channel] = bias ? value + bias[c] : value;
-  });
+  reduce(taps, shape.width, w + window.first * 3 * shape.hidden, 9 * shape.hidden, channels,
+         [&](int64_t x, int64_t c, T value) {
+           out[x * image.column + c * image.channel] = bias ? value + bias[c] : value;
+         });
 }
 
 template <class T>
@@ -144,8 +137,8 @@ class Backward {
   }
 
   void group(int64_t group) {
-    const int64_t end = (group + 1) * shape_.batch / job_.groups();
-    for (int64_t b = group * shape_.batch / job_.groups(); b < end; b += job_.chunk()) {
+    const int64_t end = job_.first(group + 1);
+    for (int64_t b = job_.first(group); b < end; b += job_.chunk()) {
       const int64_t count = end - b < job_.chunk() ? end - b : job_.chunk();
       for (int64_t i = 0; i < count; ++i) maps(b, i);
       if (job_.need_weights) weights(b, count, static_cast<T*>(job_.partials) + group * job_.partial_values());
@@ -168,10 +161,21 @@ class Backward {
     }
     gate.gate = static_cast<const T*>(job_.h1) + (b + i) * map_;
     expand1x1(shape_, shape_.pixels(), grad2, static_cast<const T*>(job_.w2), gate, grad1);
-    if (!job_.need_x) return;
+    if (!job_.need_x || (job_.mend && finite(b + i))) return;
     for (int64_t y = 0; y < shape_.height; ++y)
       reduce3x3(shape_, shape_.in, grad1, y, static_cast<const T*>(job_.w1), static_cast<const T*>(nullptr), zeros_,
                 job_.grad_x, b + i);
+  }
+
+  // Whether sample b's gradient of x, as it stands, is.
+  bool finite(int64_t b) const {
+    const Image& image = job_.grad_x;
+    const T* const x = static_cast<const T*>(image.data) + b * image.sample;
+    for (int64_t c = 0; c < shape_.in; ++c)
+      for (int64_t p = 0; p < shape_.pixels(); ++p)
+        if (!std::isfinite(x[c * image.channel + p / shape_.width * image.row + p % shape_.width * image.column]))
+          return false;
+    return true;
   }
 
   void weights(int64_t b, int64_t count, T* to) {

@@ -20,6 +20,18 @@ constexpr int expand_rows = 6, expand_vectors = 2, reduce_pixels = 4, reduce_out
 constexpr int expand_rows = 4, expand_vectors = 2, reduce_pixels = 4, reduce_outputs = 2;  // 8: no fused add here
 #endif
 
+// Splits working memory into arrays that begin on cache lines.
+template <class T>
+struct Arena {
+  T* next;
+  T* take(int64_t count) {
+    T* const result = next;
+    constexpr int64_t line = 64 / sizeof(T);
+    next += (count + line - 1) / line * line;
+    return result;
+  }
+};
+
 // Scalars of one pixel that a sum runs over: `count` runs of `length` adjacent ones, `step` apart.
 struct Runs {
   int64_t count, length, step;
@@ -48,16 +60,27 @@ inline Vec<T> gated(Vec<T> x, Vec<T> gate, T slope) {
   return gate > zero ? x : x * slope;
 }
 
-template <int R, int N, class T>
-inline void expand_tile(const Runs& runs, const T* in, int64_t in_step, const T* w, int64_t w_step,
-                        const Finish<T>& finish, T* out, int64_t out_step) {
+// Pixels that are evenly apart.
+template <class T>
+struct Even {
+  T* first;
+  int64_t step;
+  T* operator()(int64_t p) const { return first + p * step; }
+};
+
+template <int R, int N, class T, class From, class To>
+inline void expand_tile(const Runs& runs, int64_t p, const From& from, const T* w, int64_t w_step,
+                        const Finish<T>& finish, const To& to) {
   constexpr int W = Simd<T>::lanes;
   Vec<T> sum[R][N];
+  const T* in[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    in[r] = from(p + r);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) sum[r][n] = finish.bias ? load(finish.bias + n * W) : Vec<T>{};
-  for (int64_t run = 0; run < runs.count; ++run, in += runs.step) {
+  }
+  for (int64_t run = 0; run < runs.count; ++run) {
 #pragma GCC unroll 1
     for (int64_t l = 0; l < runs.length; ++l, w += w_step) {
       Vec<T> row[N];
@@ -65,21 +88,25 @@ inline void expand_tile(const Runs& runs, const T* in, int64_t in_step, const T*
       for (int n = 0; n < N; ++n) row[n] = load(w + n * W);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const T factor = in[r * in_step + l];
+        const T factor = in[r][l];
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) sum[r][n] += factor * row[n];
       }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) in[r] += runs.step;
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    T* const out = to(p + r);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Vec<T> value = sum[r][n];
       if (finish.bias) value = rectify(value, finish.slope);
       if (finish.gate) value = gated(value, load(finish.gate + r * finish.gate_step + n * W), finish.slope);
-      store(out + r * out_step + n * W, value);
+      store(out + n * W, value);
     }
+  }
 }
 
 // The number of pixels in each of the fewest tiles that hold `width`, the larger tiles first.
@@ -90,33 +117,34 @@ struct Tiling {
   int64_t operator[](int64_t tile) const { return least + (tile < larger); }
 };
 
-// out[p][j], j < hidden, of `width` pixels p.
-template <class T>
-inline void expand(const Runs& runs, int64_t width, const T* in, int64_t in_step, const T* w, int64_t hidden,
-                   const Finish<T>& finish, T* out) {
+// The values j < hidden of `count` pixels p at to(p), from the scalars at from(p).
+template <class T, class From, class To>
+inline void expand(const Runs& runs, int64_t count, const From& from, const T* w, int64_t hidden,
+                   const Finish<T>& finish, const To& to) {
   constexpr int W = Simd<T>::lanes;
-  const Tiling tiling(width, expand_rows);
+  const Tiling tiling(count, expand_rows);
   for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
     const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
     Finish<T> tail = finish;
     if (tail.bias) tail.bias += j;
+    const auto at = [&](int64_t p) { return to(p) + j; };
     with_count<expand_vectors>(vectors, [&](auto n) {
       for (int64_t t = 0, p = 0; t < tiling.tiles; p += tiling[t++])
         with_count<expand_rows>(tiling[t], [&](auto r) {
           Finish<T> here = tail;
           if (here.gate) here.gate += p * here.gate_step + j;
-          expand_tile<decltype(r)::value, decltype(n)::value>(runs, in + p * in_step, in_step, w + j, hidden, here,
-                                                              out + p * hidden + j, hidden);
+          expand_tile<decltype(r)::value, decltype(n)::value>(runs, p, from, w + j, hidden, here, at);
         });
     });
   }
 }
 
-// The taps of one row: at[r][x] is pixel x of input row r; pixels outside the image are read from `zeros`.
+// The taps of one row of pixels: the first of pixel x meets input pixel x - reach. Those outside of 0..width - 1 are
+// read from `zeros`.
 template <class T>
 struct TapRows {
   const T* first;  // pixel 0 of the first input row
-  int64_t rows, row_step, columns, width, hidden;
+  int64_t rows, row_step, columns, reach, width, hidden;
   const T* zeros;
 };
 
@@ -124,13 +152,12 @@ template <int P, int O, class T, class Put>
 inline void reduce_tile(const TapRows<T>& taps, int64_t x, const T* w, int64_t w_output, const Put& put) {
   constexpr int W = Simd<T>::lanes;
   Vec<T> sum[P][O] = {};
-  const int64_t reach = taps.columns / 2;
   for (int64_t row = 0; row < taps.rows; ++row)
     for (int64_t column = 0; column < taps.columns; ++column, w += taps.hidden) {
       const T* at[P];
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-        const int64_t from = x + p + column - reach;
+        const int64_t from = x + p + column - taps.reach;
         at[p] = from < 0 || from >= taps.width ? taps.zeros : taps.first + row * taps.row_step + from * taps.hidden;
       }
 #pragma GCC unroll 1
@@ -152,15 +179,16 @@ inline void reduce_tile(const TapRows<T>& taps, int64_t x, const T* w, int64_t w
     for (int o = 0; o < O; ++o) put(p, o, sum_lanes<T>(sum[p][o]));
 }
 
-// put(x, o, value) for every pixel x of one row and every output o. w[o] has w_output values, its first tap first.
+// put(x, o, value) for `count` pixels x of one row and every output o. w[o] has w_output values, its first tap first.
 template <class T, class Put>
-inline void reduce(const TapRows<T>& taps, const T* w, int64_t w_output, int64_t outputs, const Put& put) {
-  const Tiling pixels(taps.width, reduce_pixels), groups(outputs, reduce_outputs);
+inline void reduce(const TapRows<T>& taps, int64_t count, const T* w, int64_t w_output, int64_t outputs,
+                   const Put& put) {
+  const Tiling pixels(count, reduce_pixels), groups(outputs, reduce_outputs);
   for (int64_t g = 0, o = 0; g < groups.tiles; o += groups[g++])
     with_count<reduce_outputs>(groups[g], [&](auto outs) {
       for (int64_t t = 0, x = 0; t < pixels.tiles; x += pixels[t++])
-        with_count<reduce_pixels>(pixels[t], [&](auto count) {
-          reduce_tile<decltype(count)::value, decltype(outs)::value>(
+        with_count<reduce_pixels>(pixels[t], [&](auto tile) {
+          reduce_tile<decltype(tile)::value, decltype(outs)::value>(
               taps, x, w + o * w_output, w_output,
               [&](int p, int i, T value) { put(x + p, o + i, value); });
         });
@@ -184,8 +212,12 @@ inline void outer_tile(const Extent& extent, int64_t begin, int64_t end, const P
                        int64_t to_step) {
   constexpr int W = Simd<T>::lanes;
   Vec<T> sum[R][N] = {};
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t sample = i / extent.rows, y = i % extent.rows;
+  int64_t sample = begin / extent.rows, y = begin % extent.rows;
+  for (int64_t i = begin; i < end; ++i, ++y) {
+    if (y == extent.rows) {
+      y = 0;
+      ++sample;
+    }
     const T* a = in.first + sample * in.sample_step + y * in.row_step;
     const T* b = v.first + sample * v.sample_step + y * v.row_step;
 #pragma GCC unroll 1
@@ -232,9 +264,17 @@ template <class T>
 inline void add_pixels(int64_t count, const T* v, int64_t hidden, T* to) {
   constexpr int W = Simd<T>::lanes;
   for (int64_t j = 0; j < hidden; j += W) {
-    Vec<T> sum[4] = {};
-    for (int64_t p = 0; p < count; ++p) sum[p % 4] += load(v + p * hidden + j);
-    store(to + j, load(to + j) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+    const T* at = v + j;
+    Vec<T> sum0{}, sum1{}, sum2{}, sum3{};
+    int64_t p = 0;
+    for (; p + 4 <= count; p += 4, at += 4 * hidden) {
+      sum0 += load(at);
+      sum1 += load(at + hidden);
+      sum2 += load(at + 2 * hidden);
+      sum3 += load(at + 3 * hidden);
+    }
+    for (; p < count; ++p, at += hidden) sum0 += load(at);
+    store(to + j, load(to + j) + ((sum0 + sum1) + (sum2 + sum3)));
   }
 }
 

@@ -82,6 +82,17 @@ struct Work {
     return at;
   }
 
+  static const int64_t* order_of(const Tensor& t) {
+    const int64_t* const order = static_cast<const int64_t*>(t.data_ptr());
+    std::vector<bool> seen(static_cast<size_t>(t.numel()));
+    for (size_t f = 0; f < seen.size(); ++f) {
+      const bool inside = order[f] >= 0 && order[f] < t.numel();
+      STD_TORCH_CHECK(inside && !seen[static_cast<size_t>(order[f])], "params: an order is no permutation");
+      seen[static_cast<size_t>(order[f])] = true;
+    }
+    return order;
+  }
+
   FlowLinear linear_of(const Tensor& weight, const Tensor& bias, int64_t in, int64_t out) {
     const bool vector = weight.dim() == 1;
     FlowLinear linear{vector ? vector_of(weight) : matrix_of(weight), vector_of(bias), in, out, -1};
@@ -92,12 +103,14 @@ struct Work {
   }
 
   void add(const ProgramStep& from) {
-    FlowStep step{from.coupling};
+    FlowStep step{from.coupling, from.order ? order_of(*from.order) : nullptr};
     step.passive_begin = from.passive_begin;
     step.passive = from.passive;
     step.active_begin = from.active_begin;
     step.active = from.active;
-    if (!from.coupling) {
+    if (step.order != nullptr) {
+      // neither linears nor anything that it overwrites for good
+    } else if (!from.coupling) {
       step.channel = linear_of(*from.log_scale, *from.bias, 1, from.active);
     } else {
       const double* c = from.constants;
@@ -179,6 +192,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_flow_bwd(
   if (inverse) std::reverse(work.steps.begin(), work.steps.end());  // back in the order of the parameters
   for (size_t s = 0; s < program.steps.size(); ++s) {
     const ProgramStep& step = program.steps[s];
+    if (step.order != nullptr) {
+      grads.push_back(nothing(z));
+      continue;
+    }
     if (!step.coupling) {
       const FlowLinear& channel = work.steps[s].channel;
       gradient_of(*step.bias, 1, channel.out, channel.grad_bias, 0);

@@ -2,6 +2,8 @@
 // the other, tile by tile, and stays in the second-level cache with the step's weights.
 #include "mlp_flow_kernel.h"
 
+#include <algorithm>
+
 #include "mlp_flow_net.h"
 #include "mlp_flow_scale.h"
 #include "sum.h"
@@ -18,7 +20,7 @@ struct Flow {
   T *state, *context, *grad, *grad_context, *grad_logdet;
   double* logdet;
   // Of a tile.
-  T *input, *hidden, *slopes, *grad_hidden[2], *transposed_input;
+  T *input, *hidden, *slopes, *grad_hidden[2], *transposed_input, *moved;
   LaneSums<T>* sums;        // of each linear of a step
   T **values, **slope_rows; // where each linear's results and slopes begin
   int64_t rows = 0, first = 0;  // samples of the unit, and where they begin
@@ -30,6 +32,7 @@ struct Flow {
     logdet = arena.take<double>(backward ? 0 : unit);
     input = arena.take<T>(tile * padded(seen));
     hidden = arena.take<T>(tile * (backward ? job.hidden : 2 * wide));
+    moved = arena.take<T>(tile * job.features);
     if (!backward) return;
     grad = arena.take<T>(unit * job.features);
     grad_context = arena.take<T>(unit * job.context_features);
@@ -69,6 +72,15 @@ struct Flow {
     for (int64_t t = 0; t < tiles(); ++t)
       for (int64_t f = 0; f < features; ++f, from += tile)
         for (int64_t i = 0; i < rows_of(t); ++i) to[(t * tile + i) * features + f] = from[i];
+  }
+
+  // Every tile's rows of features in another order, or back.
+  void permute(const int64_t* order, bool back, T* values) const {
+    for (int64_t t = 0; t < tiles(); ++t, values += job.features * tile) {
+      for (int64_t f = 0; f < job.features; ++f)
+        std::copy_n(values + (back ? f : order[f]) * tile, tile, moved + (back ? order[f] : f) * tile);
+      std::copy_n(moved, job.features * tile, values);
+    }
   }
 
   // The rows that a step overwrites in tile t, to or from job.saved.
@@ -177,6 +189,10 @@ struct Flow {
     for (const FlowStep* step = job.steps; step != job.steps + job.count; ++step) {
       for (int64_t t = 0; job.saved != nullptr && t < tiles(); ++t)
         save(*step, t, state + (t * job.features + step->active_begin) * tile);
+      if (step->order != nullptr) {
+        permute(step->order, job.inverse, state);
+        continue;
+      }
       if (!step->coupling) {
         channel_forward(*step);
         continue;
@@ -285,6 +301,11 @@ struct Flow {
     load_or_clear(job.grad_logdet, 1, grad_logdet);
     for (int64_t i = 0; i < job.unit * job.context_features; ++i) grad_context[i] = T(0);
     for (const FlowStep* step = job.steps + job.count; step-- != job.steps;) {
+      if (step->order != nullptr) {
+        permute(step->order, !job.inverse, state);
+        permute(step->order, !job.inverse, grad);
+        continue;
+      }
       if (!step->coupling) {
         channel_backward(*step, partial);
         continue;

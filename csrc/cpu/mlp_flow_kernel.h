@@ -23,9 +23,11 @@ struct FlowLinear {
 
 enum class Activation : int { relu, silu, tanh };
 
-// A per-channel affine map (no linears; weight = log_scale, bias = bias of `channel`) or a coupling.
+// A per-channel affine map (no linears; weight = log_scale, bias = bias of `channel`), a coupling, or a permutation:
+// feature f of its result is feature order[f] of what comes in.
 struct FlowStep {
   bool coupling;
+  const int64_t* order;
   FlowLinear channel;
   const FlowLinear* linears;
   int64_t count;

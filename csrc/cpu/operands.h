@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../fastflow.h"
+#include "conv_image.h"
 #include "operand.h"
 
 namespace fastflow {
@@ -38,6 +39,11 @@ inline bool append_dimension(Operand& operand, int64_t size, int64_t stride) {
   operand.size[operand.rank] = size;
   operand.stride[operand.rank++] = stride;
   return true;
+}
+
+inline Image image_of(const Tensor& t) {
+  const Dims strides = strides_of(t);
+  return {t.data_ptr(), strides[0], strides[1], strides[2], strides[3]};
 }
 
 }  // namespace fastflow

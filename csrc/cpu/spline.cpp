@@ -46,7 +46,7 @@ void run(const Job& job, const Kernel& kernel) {
 
 std::tuple<Tensor, Tensor> spline_fwd(const Tensor& x, const Tensor& params, const optional<Tensor>& logdet,
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
-                                      double min_derivative, double gain, double clamp) {
+                                      double min_derivative, double gain, double clamp, double end_derivative) {
   Tensor y = result_like(sizes_of(x), x, result_type(x, optional(params)));
   Tensor total = empty({x.size(0)}, compute_type(x.scalar_type()), x);
   const Tensor packed = within_rank(params);
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> spline_fwd(const Tensor& x, const Tensor& params, con
   SplineForward job{};
   job.shape = shape_of(x, params, kind, inverse);
   job.bound = bound, job.min_width = min_width, job.min_height = min_height, job.min_derivative = min_derivative;
-  job.gain = gain, job.clamp = clamp;
+  job.gain = gain, job.clamp = clamp, job.end_derivative = end_derivative;
   std::vector<double> partials(static_cast<size_t>(job.shape.partials()));
   job.partials = partials.data();
   Operands operands(x);
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> spline_fwd(const Tensor& x, const Tensor& params, con
 std::tuple<Tensor, Tensor> spline_bwd(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet,
                                       const Tensor& x, const Tensor& params, bool need_x, bool need_params,
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
-                                      double min_derivative, double gain, double clamp) {
+                                      double min_derivative, double gain, double clamp, double end_derivative) {
   auto result = [&](bool needed, const Tensor& like) {
     return needed ? result_like(sizes_of(like), like, like.scalar_type()) : nothing(x);
   };
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> spline_bwd(const optional<Tensor>& grad_y, const opti
   SplineBackward job{};
   job.shape = shape_of(x, params, kind, inverse);
   job.bound = bound, job.min_width = min_width, job.min_height = min_height, job.min_derivative = min_derivative;
-  job.gain = gain, job.clamp = clamp;
+  job.gain = gain, job.clamp = clamp, job.end_derivative = end_derivative;
   Operands operands(x);
   const Channels first{0, job.shape.params, x.size(1)};
   job.x = operands.of(x);

@@ -35,7 +35,7 @@ auto with_options(const SplineJob& job, const F& f) {
 template <class T>
 spline::Map<T> constants_of(const SplineJob& job) {
   return spline::make_map<T>(job.shape.bins, job.bound, job.min_width, job.min_height, job.min_derivative, job.gain,
-                             job.clamp);
+                             job.clamp, job.end_derivative);
 }
 
 // The elements of a unit, in the order of traversal.

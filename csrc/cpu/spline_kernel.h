@@ -26,7 +26,7 @@ struct SplineShape {
 
 struct SplineJob {
   SplineShape shape;
-  double bound, min_width, min_height, min_derivative, gain, clamp;  // clamp 0: none
+  double bound, min_width, min_height, min_derivative, gain, clamp, end_derivative;  // clamp 0: none
   Operand x, params;      // params: the first of each element
   int64_t param_stride;   // from one parameter of an element to the next, in elements
 };

@@ -196,8 +196,8 @@ FASTFLOW_HD spline::Bin<T> bin_of(const spline::Map<T>& map, const Located<T>& a
     bin.left = math::fma(width_scale, at.width.before.values[i], math::fma(number, map.width_base, -map.bound));
     const T d0 = spline::derivative_of<soft>(at.raw_first.values[i], map);
     const T d1 = spline::derivative_of<soft>(at.raw_second.values[i], map);
-    bin.d0 = number == T(0) ? T(1) : d0;
-    bin.d1 = number == last ? T(1) : d1;
+    bin.d0 = number == T(0) ? map.end_derivative : d0;
+    bin.d1 = number == last ? map.end_derivative : d1;
   }
   return bin;
 }

@@ -196,6 +196,7 @@ std::vector<FlowProgram<T>> flow_programs(const Program& program, const std::vec
   int64_t saved = 0;
   for (size_t s = 0; s < program.steps.size(); ++s) {
     const ProgramStep& from = program.steps[inverse ? program.steps.size() - 1 - s : s];
+    STD_TORCH_CHECK(from.order == nullptr, "steps: this kernel has no permutations");
     const int count = from.coupling ? static_cast<int>(from.linears.size()) : 1;
     STD_TORCH_CHECK(count <= kMostLinears, "params: a coupling of more than ", kMostLinears, " layers");
     std::vector<double> map;

@@ -117,13 +117,13 @@ void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& logd
 
 std::tuple<Tensor, Tensor> spline_fwd(const Tensor& x, const Tensor& params, const optional<Tensor>& logdet,
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
-                                      double min_derivative, double gain, double clamp) {
+                                      double min_derivative, double gain, double clamp, double end_derivative) {
   const Dims sizes = sizes_of(x);
   const Tensor y = empty_strided(sizes, strides_like(sizes, x), result_type(x, optional<Tensor>(params)), x);
   const Tensor total = empty({x.size(0)}, compute_type(x.scalar_type()), x);
   auto run = [&]<class T>(T) {
     forward<T>(x, params, logdet, y, total, make_spline<T>(x, params, kind, inverse, bound, min_width, min_height,
-                                                           min_derivative, gain, clamp));
+                                                           min_derivative, gain, clamp, end_derivative));
   };
   x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
   return {y, total};

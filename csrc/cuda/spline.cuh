@@ -24,12 +24,13 @@ struct Spline {
 
 template <class T>
 Spline<T> make_spline(const Tensor& x, const Tensor& params, int64_t kind, bool inverse, double bound,
-                      double min_width, double min_height, double min_derivative, double gain, double clamp) {
+                      double min_width, double min_height, double min_derivative, double gain, double clamp,
+                      double end_derivative) {
   Spline<T> s{};
   s.params = x.size(1) > 0 ? static_cast<int>(params.size(1) / x.size(1)) : 1;
   s.linear = kind == spline::linear;
   s.bins = s.linear ? s.params : (s.params + 1) / 3;
-  s.map = spline::make_map<T>(s.bins, bound, min_width, min_height, min_derivative, gain, clamp);
+  s.map = spline::make_map<T>(s.bins, bound, min_width, min_height, min_derivative, gain, clamp, end_derivative);
   s.soft = clamp != 0.;
   s.inverse = inverse;
   return s;
@@ -165,7 +166,7 @@ __device__ __forceinline__ spline::Bin<T> bin_of(const Spline<T>& s, const Locat
   spline::Bin<T> bin;
   bin.height = math::fma(height_scale, at.height.own, map.height_base);
   bin.bottom = math::fma(height_scale, at.height.before, math::fma(number, map.height_base, -map.bound));
-  bin.d0 = bin.d1 = T(1);
+  bin.d0 = bin.d1 = s.linear ? T(1) : map.end_derivative;
   if (s.linear) {
     bin.width = T(2) * map.bound / static_cast<T>(s.bins);
     bin.left = math::fma(number, bin.width, -map.bound);

@@ -145,13 +145,14 @@ void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logde
 std::tuple<Tensor, Tensor> spline_bwd(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet,
                                       const Tensor& x, const Tensor& params, bool need_x, bool need_params,
                                       int64_t kind, bool inverse, double bound, double min_width, double min_height,
-                                      double min_derivative, double gain, double clamp) {
+                                      double min_derivative, double gain, double clamp, double end_derivative) {
   optional<Tensor> grad_x, grad_params;
   if (need_x) grad_x = gradient_of(x);
   if (need_params) grad_params = gradient_of(params);
   auto run = [&]<class T>(T) {
     backward<T>(grad_y, grad_logdet, x, params, grad_x, grad_params,
-                make_spline<T>(x, params, kind, inverse, bound, min_width, min_height, min_derivative, gain, clamp));
+                make_spline<T>(x, params, kind, inverse, bound, min_width, min_height, min_derivative, gain, clamp,
+                               end_derivative));
   };
   if (x.numel() > 0 && (need_x || need_params)) x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
   auto result = [&](const optional<Tensor>& grad) { return grad ? *grad : nothing(x); };

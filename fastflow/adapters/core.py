@@ -15,8 +15,8 @@ __all__ = ["HOSTS", "accelerate", "restore"]
 # The libraries whose layers are known, by the name that they are imported under, and the file here that adapts each. It
 # is imported when its library was. Importing it fills swaps.SWAPS; it may define EXAMPLES, {class: function(model,
 # *example)} that runs a model whose forward does not.
-HOSTS = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko", "pyro": "pyro",
-         "pythae": "pythae"}
+HOSTS = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko", "torchflows": "torchflows",
+         "pyro": "pyro", "pythae": "pythae"}
 
 
 def accelerate(model, *, verify=True, example=None, fix=False):

@@ -5,12 +5,13 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from FrEIA.framework import sequence_inn
 from FrEIA.modules import all_in_one_block, coupling_layers
 from torch import nn
 
 from fastflow import functional
-from fastflow.adapters.layers import fusable, remembered, reorder, worthwhile
-from fastflow.adapters.networks import fits_one_kernel, weights_of
+from fastflow.adapters.layers import fusable, plain, remembered, reorder, worthwhile
+from fastflow.adapters.networks import evaluate, fits_one_kernel, weights_of
 from fastflow.adapters.swap import PREFIX, swap
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
@@ -116,10 +117,10 @@ class GLOWCouplingBlock(_TwoSided, coupling_layers.GLOWCouplingBlock):
         return _two_steps(self, x, c, self.subnet2, self.subnet1, _scale(self._fastflow_clamp, self.clamp))
 
     def _fastflow_first(self, x1, seen, rev, logdet):
-        return _couple(x1, self.subnet2(seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
+        return _couple(x1, evaluate(self.subnet2, seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
 
     def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        return _couple(x2, self.subnet1(seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
+        return _couple(x2, evaluate(self.subnet1, seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
 
 
 @swap(coupling_layers.RNVPCouplingBlock, methods=("forward",), fit=_clamp_of, opposite=_reverse)
@@ -127,11 +128,11 @@ class RNVPCouplingBlock(_TwoSided, coupling_layers.RNVPCouplingBlock):
     """Two affine couplings, each with two networks."""
 
     def _fastflow_first(self, x1, seen, rev, logdet):
-        params = self.subnet_s2(seen), self.subnet_t2(seen)
+        params = evaluate(self.subnet_s2, seen), evaluate(self.subnet_t2, seen)
         return _couple(x1, params, _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
 
     def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        params = self.subnet_s1(seen), self.subnet_t1(seen)
+        params = evaluate(self.subnet_s1, seen), evaluate(self.subnet_t1, seen)
         return _couple(x2, params, _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
 
 
@@ -144,10 +145,10 @@ class GINCouplingBlock(_TwoSided, coupling_layers.GINCouplingBlock):
         return out, 0.0
 
     def _fastflow_first(self, x1, seen, rev, logdet):
-        return _couple(x1, self._fastflow_params(self.subnet2(seen)), "exp", rev, None, None)
+        return _couple(x1, self._fastflow_params(evaluate(self.subnet2, seen)), "exp", rev, None, None)
 
     def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        return _couple(x2, self._fastflow_params(self.subnet1(seen)), "exp", rev, None, passive)
+        return _couple(x2, self._fastflow_params(evaluate(self.subnet1, seen)), "exp", rev, None, passive)
 
     def _fastflow_params(self, params):
         raw, shift = params.chunk(2, 1)
@@ -167,10 +168,10 @@ class NICECouplingBlock(_TwoSided, coupling_layers.NICECouplingBlock):
         return _two_steps(self, x, c, self.F, self.G, ADDITIVE)
 
     def _fastflow_first(self, x1, seen, rev, logdet):
-        return (x1 - self.F(seen) if rev else x1 + self.F(seen)), None
+        return (x1 - evaluate(self.F, seen) if rev else x1 + evaluate(self.F, seen)), None
 
     def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        return _couple(x2, self.G(seen), ADDITIVE, rev, None, passive)
+        return _couple(x2, evaluate(self.G, seen), ADDITIVE, rev, None, passive)
 
 
 @swap(coupling_layers.AffineCouplingOneSided, methods=("forward",), fit=_clamp_of, opposite=_reverse)
@@ -181,7 +182,7 @@ class AffineCouplingOneSided(coupling_layers.AffineCouplingOneSided):
         if not (fusable(x[0]) and worthwhile(x[0])):
             return super().forward(x, c, rev, jac)
         x1, x2 = torch.split(x[0], [self.split_len1, self.split_len2], dim=1)
-        params = self.subnet(torch.cat([x1, *c], 1) if self.conditional else x1)
+        params = evaluate(self.subnet, torch.cat([x1, *c], 1) if self.conditional else x1)
         y, logdet = _couple(x2, params, _scale(self._fastflow_clamp, self.clamp), rev, None, x1)
         return (y,), logdet
 
@@ -201,6 +202,14 @@ def _fit_all_in_one(module, fix):
     if not module.householder:
         _order_of(module)
     return None
+
+
+def _scalings(blocks):
+    """The global affine map of each block, of blocks whose scales go through one function: computed together."""
+    scale = blocks[0].global_scale_activation(torch.cat([block.global_scale for block in blocks]))
+    offset = torch.cat([block.global_offset for block in blocks])
+    return [functional.ChannelAffine(*pair) for pair in zip((offset / scale).unbind(), torch.log(scale).unbind(),
+                                                            strict=True)]
 
 
 def _order_of(module):
@@ -224,9 +233,13 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
                 self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
         order = _order_of(self)
         if steps is not None:
+            context = c[0] if self.conditional else None
+            if order is not None:
+                y, logdet = run_steps(x, self._fastflow_permuted(steps, order), context, bool(rev))
+                return (y,), logdet
             if rev or self.reverse_pre_permute:
                 x = self._fastflow_permute(x, order, True)
-            y, logdet = run_steps(x, steps, c[0] if self.conditional else None, bool(rev))
+            y, logdet = run_steps(x, steps, context, bool(rev))
             if not rev or self.reverse_pre_permute:
                 y = self._fastflow_permute(y, order, False)
             return (y,), logdet
@@ -240,7 +253,7 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
         elif self.reverse_pre_permute:
             x = self._fastflow_permute(x, order, True)
         x1, x2 = torch.split(x, self.splits, dim=1)
-        params = self.subnet(torch.cat([x1, *c], 1) if self.conditional else x1)
+        params = evaluate(self.subnet, torch.cat([x1, *c], 1) if self.conditional else x1)
         y, logdet = self._fastflow_couple(x1, x2, params, rev)
         if rev:
             if self.reverse_pre_permute:
@@ -252,15 +265,19 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
             logdet = logdet - total if rev else logdet + total
         return (y,), logdet
 
-    def _fastflow_steps(self, x, c):
-        """Coupling and global affine map as steps of one kernel, or None."""
+    def _fastflow_steps(self, x, c, scaling=None):
+        """Coupling and global affine map as steps of one kernel, or None. scaling: the latter, if known."""
         found = None if self.GIN or x.dim() != 2 or x.shape[1] % 2 else _networks(self, x, c, (self.subnet,))
         if found is None:
             return None
-        scale, offset = self.global_scale_activation(self.global_scale).view(-1), self.global_offset.view(-1)
         weights, biases, activation = found[0]
         return (functional.MLPCoupling(weights, biases, activation=activation, scale=_all_in_one(self.clamp)),
-                functional.ChannelAffine(offset / scale, torch.log(scale)))
+                scaling or _scalings([self])[0])
+
+    def _fastflow_permuted(self, steps, order):
+        """The steps with the permutations around them."""
+        first = [functional.Permutation(order[1])] if self.reverse_pre_permute else []
+        return [*first, *steps, functional.Permutation(order[0])]
 
     def _fastflow_permute(self, x, order, inverse):
         if order is None:
@@ -274,3 +291,69 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
             log_scale = self.clamp * torch.tanh(0.1 * raw)
             params, scale = (log_scale - log_scale.mean(self.sum_dims, keepdim=True), 0.1 * shift), "exp"
         return _couple(x2, params, scale, rev, None, x1)
+
+
+def _alike(one, other):
+    """Whether two blocks' scales go through the same function."""
+    kinds = [(b.global_scale_activation.__code__, getattr(getattr(b, "softplus", None), "beta", None))
+             for b in (one, other)]
+    return kinds[0] == kinds[1]
+
+
+def _fit_sequence(module, fix):
+    kinds = [isinstance(block, (all_in_one_block.AllInOneBlock, coupling_layers.GLOWCouplingBlock))
+             for block in module.module_list]
+    pairs = any(a and b for a, b in zip(kinds, kinds[1:], strict=False))
+    return None if pairs else "no two of its blocks in a row go through one kernel"
+
+
+def _reverse_sequence(method, args, kwargs, result):
+    names = ("x_or_z", "c", "rev", "jac")
+    call = dict(zip(names, args, strict=False)) | kwargs
+    return method, (), call | {"x_or_z": result[0], "rev": not call.get("rev", False)}
+
+
+@swap(sequence_inn.SequenceINN, methods=("forward",), fit=_fit_sequence, opposite=_reverse_sequence)
+class SequenceINN(sequence_inn.SequenceINN):
+    """Blocks in a row whose networks are small, and their permutations, as one kernel; the others one by one."""
+
+    def forward(self, x_or_z, c=None, rev=False, jac=True):
+        x = x_or_z if torch.is_tensor(x_or_z) else x_or_z[0]
+        runs = self._fastflow_runs(x, c)
+        if not any(steps for steps, *_ in runs):
+            return super().forward(x_or_z, c, rev, jac)
+        x, total = (x,), 0
+        for steps, index, context in reversed(runs) if rev else runs:
+            if steps is not None:
+                y, logdet = run_steps(x[0], steps, context, bool(rev))
+                x = (y,)
+            else:
+                given = {} if self.conditions[index] is None else {"c": [c[self.conditions[index]]]}
+                x, logdet = self.module_list[index](x, jac=jac, rev=rev, **given)
+            total = logdet + total
+        return x if self.force_tuple_output else x[0], total
+
+    def _fastflow_runs(self, x, c):
+        """(steps, None, context) of each run of blocks and (None, index, None) of those that stay by themselves."""
+        blocks = list(self.module_list)
+        whole = [plain(block, AllInOneBlock) and not block.GIN and _order_of(block) is not None for block in blocks]
+        scaled = [block for block, fits in zip(blocks, whole, strict=True) if fits]
+        together = len(scaled) > 1 and all(_alike(scaled[0], block) for block in scaled)
+        scalings = dict(zip(scaled, _scalings(scaled), strict=True)) if together and x.dim() == 2 else {}
+        runs, last = [], None
+        for index, (block, condition) in enumerate(zip(blocks, self.conditions, strict=True)):
+            context = () if condition is None else (c[condition],)
+            steps = None
+            if tuple(self.shapes[index]) != x.shape[1:]:
+                pass
+            elif whole[index]:
+                steps = block._fastflow_steps(x, context, scalings.get(block))
+                steps = steps and block._fastflow_permuted(steps, _order_of(block))
+            elif plain(block, GLOWCouplingBlock):
+                steps = block._fastflow_steps(x, context)
+            if steps is not None and runs and runs[-1][0] is not None and last == condition:
+                runs[-1][0].extend(steps)
+            else:
+                runs.append((steps and list(steps), None if steps else index, context[0] if context else None))
+            last = condition
+        return runs

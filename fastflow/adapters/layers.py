@@ -99,17 +99,3 @@ def couple(x, kept, condition, inverse, **dialect):
         return functional.affine_coupling(x, params, passive=kept, inverse=inverse, **dialect)
     y, logdet = functional.affine_coupling(active, params, inverse=inverse, **dialect)
     return torch.cat([y, passive], 1), logdet
-
-
-class AffineAutoregressive:
-    """The element-wise step of nflows and what descends from it; DIALECT is that of functional.affine_coupling."""
-
-    def _elementwise_forward(self, inputs, autoregressive_params):
-        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
-            return super()._elementwise_forward(inputs, autoregressive_params)
-        return functional.affine_coupling(inputs, autoregressive_params, **self.DIALECT)
-
-    def _elementwise_inverse(self, inputs, autoregressive_params):
-        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
-            return super()._elementwise_inverse(inputs, autoregressive_params)
-        return functional.affine_coupling(inputs, autoregressive_params, inverse=True, **self.DIALECT)

@@ -1,13 +1,21 @@
-"""Fully connected networks of a host that go into one kernel with what they condition."""
+"""Fully connected networks of a host that go into one kernel, alone or with what they condition."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fastflow import backends
-from fastflow.adapters.layers import plain
+from fastflow import backends, functional
+from fastflow.adapters.layers import fusable, plain, worthwhile
+from fastflow.autograd import mlp
 from fastflow.flows.fused import ACTIVATIONS, MAX_FEATURES, MAX_HIDDEN
 
-__all__ = ["fits_one_kernel", "weights_of"]
+__all__ = ["NETWORKS", "AffineAutoregressive", "Autoregressive", "covered", "evaluate", "fits_one_kernel",
+           "masked_weight", "residual_weights", "weights_of"]
+
+# {class of a host's network: function(network, context) that gives (weights, biases, activation, residual) as
+# functional.mlp takes them, or None}. The adapters add theirs.
+NETWORKS = {}
+FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", torch.tanh: "tanh", F.tanh: "tanh"}
 
 
 def fits_one_kernel(x, context=None):
@@ -17,9 +25,9 @@ def fits_one_kernel(x, context=None):
             and backends.serves("mlp_flow", x, context))
 
 
-def weights_of(network, linear=nn.Linear):
+def weights_of(network, linear=nn.Linear, widest=MAX_HIDDEN):
     """(weights, biases, activation) of a Sequential of Linear layers with one kind of activation between that the
-    kernel knows, and nothing hanging on any of them; else None. ``linear``: the class of the Linear layers."""
+    kernels know, and nothing hanging on any of them; else None. ``linear``: the class of the Linear layers."""
     layers = tuple(network._modules.values())
     if len(layers) % 2 == 0 or not plain(network, type(network)):
         return None
@@ -28,8 +36,8 @@ def weights_of(network, linear=nn.Linear):
         if index % 2 == 0:
             if not plain(layer, linear):
                 return None
-            weight, bias = layer.weight, layer.bias
-            if bias is None or weight.dim() != 2 or (index < len(layers) - 1 and len(bias) > MAX_HIDDEN):
+            weight, bias = masked_weight(layer), layer._parameters["bias"]
+            if bias is None or weight.dim() != 2 or (index < len(layers) - 1 and len(bias) > widest):
                 return None
             weights.append(weight)
             biases.append(bias)
@@ -41,7 +49,83 @@ def weights_of(network, linear=nn.Linear):
     return tuple(weights), tuple(biases), activation or "relu"
 
 
+def masked_weight(layer):
+    """The matrix that a Linear layer, or one with a mask, multiplies by."""
+    weight, mask = layer._parameters["weight"], layer._buffers.get("mask")
+    return weight if mask is None else weight * mask
+
+
+def residual_weights(network, block, linear):
+    """functional.mlp's arguments for a residual network as nflows' and normflows' are built, of blocks and Linear
+    layers of exactly these classes, without batch norm and without dropout that does anything; else None."""
+    layers, activation = [network.initial_layer], None
+    for part in network.blocks:
+        if not plain(part, block) or part.use_batch_norm or not plain(part.dropout, nn.Dropout):
+            return None
+        if part.dropout.p and part.dropout.training:
+            return None
+        kind = _activation(part.activation)
+        if kind is None or activation not in (None, kind):
+            return None
+        activation = kind
+        layers += part.linear_layers
+    layers.append(network.final_layer)
+    if not all(plain(layer, linear) and layer._parameters["bias"] is not None for layer in layers):
+        return None
+    return (tuple(masked_weight(layer) for layer in layers), tuple(layer._parameters["bias"] for layer in layers),
+            activation or "relu", True)
+
+
+def covered(network, x, context=None):
+    """functional.mlp's arguments if a kernel computes network(x), or network(x, context), else None."""
+    describe = NETWORKS.get(type(network))
+    if (describe is None or x.dim() != 2 or not plain(network, type(network)) or not backends.serves("mlp", x)
+            or nn.modules.module._has_any_global_hook()):
+        return None
+    found = describe(network, context)
+    return found if found is not None and fusable(x, *found[0], *found[1]) else None
+
+
+def evaluate(network, x, context=None):
+    """network(x), or network(x, context) of a network that takes one, as one kernel where there is one."""
+    found = covered(network, x, context)
+    if found is not None:
+        return mlp.run(x, *found)
+    return network(x) if context is None else network(x, context)
+
+
+class Autoregressive:
+    """The forward pass of nflows' autoregressive transforms and of what descends from them."""
+
+    def forward(self, inputs, context=None):
+        return self._elementwise_forward(inputs, evaluate(self.autoregressive_net, inputs, context))
+
+
+class AffineAutoregressive(Autoregressive):
+    """The element-wise step of nflows and what descends from it; DIALECT is that of functional.affine_coupling."""
+
+    def _elementwise_forward(self, inputs, autoregressive_params):
+        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
+            return super()._elementwise_forward(inputs, autoregressive_params)
+        return functional.affine_coupling(inputs, autoregressive_params, **self.DIALECT)
+
+    def _elementwise_inverse(self, inputs, autoregressive_params):
+        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
+            return super()._elementwise_inverse(inputs, autoregressive_params)
+        return functional.affine_coupling(inputs, autoregressive_params, inverse=True, **self.DIALECT)
+
+
+def _sequential(network, context):
+    found = weights_of(network, widest=float("inf"))
+    return None if found is None or context is not None else (*found, False)
+
+
+NETWORKS[nn.Sequential] = _sequential
+
+
 def _activation(layer):
+    if not isinstance(layer, nn.Module):
+        return FUNCTIONS.get(layer)
     kind = type(layer)
     if not plain(layer, kind):
         return None

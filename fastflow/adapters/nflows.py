@@ -1,27 +1,33 @@
 """nflows: couplings, autoregressive transforms, linear maps, ActNorm. Data to noise; log-determinants (B,)."""
 
 import torch
-import torch.nn.functional as F
 from nflows.flows import Flow
-from nflows.transforms import autoregressive, conv, coupling, lu, nonlinearities, normalization
+from nflows.nn.nets import resnet
+from nflows.transforms import autoregressive, conv, coupling, lu, made, nonlinearities, normalization
 
-from fastflow import functional
-from fastflow.adapters import splines, verify
-from fastflow.adapters.layers import AffineAutoregressive, couple, fusable, order_of, remembered, reorder, worthwhile
+from fastflow.adapters import lu as lu_maps
+from fastflow.adapters import splines
+from fastflow.adapters.layers import couple, fusable, order_of, remembered, reorder, worthwhile
+from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, covered, residual_weights
 from fastflow.adapters.swap import swap
+from fastflow.autograd import mlp
 from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
 
 EXAMPLES = {Flow: lambda flow, inputs, context=None: flow.log_prob(inputs, context)}
-AFFINE = {"scale": ScaleMap.nflows(), "order": "shift_scale"}
-ADDITIVE = {"scale": ScaleMap("additive")}
-LARGE = 1 << 20  # multiplications of a product with one factor of a linear map
 
 
-def _fits(module, inputs):
-    """Whether a call of a coupling goes to the kernel; the host refuses what it can't take."""
-    return (worthwhile(inputs) and inputs.dim() in (2, 4) and inputs.shape[1] == module.features
-            and fusable(inputs))
+def _residual_net(network, context):
+    return None if context is not None else residual_weights(network, resnet.ResidualBlock, torch.nn.Linear)
+
+
+def _made(network, context):
+    if context is not None or not network.use_residual_blocks:
+        return None
+    return residual_weights(network, made.MaskedResidualBlock, made.MaskedLinear)
+
+
+NETWORKS |= {resnet.ResidualNet: _residual_net, made.MADE: _made}
 
 
 def _fit_coupling(module, fix):
@@ -31,41 +37,44 @@ def _fit_coupling(module, fix):
     return None
 
 
-def _couple(self, inputs, context, inverse, dialect):
-    kept, order, back = remembered(self, "order", order_of, self.identity_features, self.transform_features)
-    x = inputs if order is None else reorder(inputs, order, back)
-    y, logdet = couple(x, kept, lambda passive: self.transform_net(passive, context), inverse, **dialect)
-    return (y if order is None else reorder(y, back, order)), logdet
+class _Coupling:
+    """A coupling in the DIALECT of functional.affine_coupling."""
+
+    def forward(self, inputs, context=None):
+        found = self._fastflow_couple(inputs, context, False)
+        return super().forward(inputs, context) if found is None else found
+
+    def inverse(self, inputs, context=None):
+        found = self._fastflow_couple(inputs, context, True)
+        return super().inverse(inputs, context) if found is None else found
+
+    def _fastflow_couple(self, inputs, context, inverse):
+        """(outputs, logabsdet), or None where that is better left to the host, which refuses what it can't take."""
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
+            return None
+        network = self.transform_net
+        kernel = covered(network, inputs, context)
+        if kernel is None and not worthwhile(inputs):
+            return None
+        kept, order, back = remembered(self, "order", order_of, self.identity_features, self.transform_features)
+        x = inputs if order is None else reorder(inputs, order, back)
+        y, logdet = couple(x, kept, (lambda passive: network(passive, context)) if kernel is None else
+                           (lambda passive: mlp.run(passive, *kernel)), inverse, **self.DIALECT)
+        return (y if order is None else reorder(y, back, order)), logdet
 
 
 @swap(coupling.AffineCouplingTransform, fit=_fit_coupling)
-class AffineCouplingTransform(coupling.AffineCouplingTransform):
+class AffineCouplingTransform(_Coupling, coupling.AffineCouplingTransform):
     """y = x * (sigmoid(r + 2) + 1e-3) + t of the features that its mask selects."""
 
-    def forward(self, inputs, context=None):
-        if not _fits(self, inputs):
-            return super().forward(inputs, context)
-        return _couple(self, inputs, context, False, AFFINE)
-
-    def inverse(self, inputs, context=None):
-        if not _fits(self, inputs):
-            return super().inverse(inputs, context)
-        return _couple(self, inputs, context, True, AFFINE)
+    DIALECT = {"scale": ScaleMap.nflows(), "order": "shift_scale"}
 
 
 @swap(coupling.AdditiveCouplingTransform, fit=_fit_coupling)
-class AdditiveCouplingTransform(coupling.AdditiveCouplingTransform):
+class AdditiveCouplingTransform(_Coupling, coupling.AdditiveCouplingTransform):
     """y = x + t of the features that its mask selects."""
 
-    def forward(self, inputs, context=None):
-        if not _fits(self, inputs):
-            return super().forward(inputs, context)
-        return _couple(self, inputs, context, False, ADDITIVE)
-
-    def inverse(self, inputs, context=None):
-        if not _fits(self, inputs):
-            return super().inverse(inputs, context)
-        return _couple(self, inputs, context, True, ADDITIVE)
+    DIALECT = {"scale": ScaleMap("additive")}
 
 
 @swap(coupling.PiecewiseRationalQuadraticCouplingTransform, fit=splines.fit_coupling)
@@ -92,78 +101,9 @@ class MaskedAffineAutoregressiveTransform(AffineAutoregressive, autoregressive.M
     DIALECT = {"scale": ScaleMap("softplus", eps=1e-3), "layout": "interleave"}
 
 
-def _triangles(module):
-    """_places on the module's device, remembered."""
-    device = module.bias.device
-    return remembered(module, f"places_{device}", lambda: _places(module.features, device))
-
-
-def _fit_linear(module, fix):
-    _triangles(module)
-
-
-def _fit_conv(module, fix):
-    _triangles(module)
-    _back(module)
-
-
-def _places(features, device):
-    """Where the entries below and above the diagonal, one after the other, lie in a flat matrix; 0 ... features - 1."""
-    lower = torch.tril_indices(features, features, -1, device=device)
-    upper = torch.triu_indices(features, features, 1, device=device)
-    both = torch.cat([lower, upper], 1)
-    return both[0] * features + both[1], torch.arange(features, device=device)[None]
-
-
-def _factors(module):
-    """(the entries of L and U off the diagonal in one matrix, U's diagonal)."""
-    size, diagonal = module.features, module.upper_diag
-    where, _ = _triangles(module)
-    entries = torch.cat([module.lower_entries, module.upper_entries])
-    return entries.new_zeros(size * size).index_copy(0, where, entries).view(size, size), diagonal
-
-
-def _weight(module):
-    """(L U, log|det|)."""
-    matrix, diagonal = _factors(module)
-    log_diagonal = torch.log(diagonal)
-    _, identity = _triangles(module)
-    weight = functional.plu_weight(matrix[None], matrix[None], log_diagonal[None], torch.ones_like(diagonal)[None],
-                                   identity)
-    return weight[0], log_diagonal.sum()
-
-
-def _solve(module, rows):
-    """(x with L U x = rows - bias along the last dim, log|det L U|)."""
-    matrix, diagonal = _factors(module)
-    upper = torch.triu(matrix, 1) + torch.diag(diagonal)
-    half = torch.linalg.solve_triangular(matrix, (rows - module.bias).mT, upper=False, unitriangular=True)
-    return torch.linalg.solve_triangular(upper, half, upper=True).mT, torch.log(diagonal).sum()
-
-
-def _fits_linear(module, inputs, dims):
-    """Whether a call of a linear map takes one matrix: on a CPU that gains where two products cost more than making
-    it."""
-    large = inputs.numel() * module.features >= LARGE or inputs.device.type != "cpu" or verify.running()
-    return (large and inputs.dim() == dims and not (module.using_cache and not module.training)
-            and fusable(inputs, module.bias))
-
-
-@swap(lu.LULinear, fit=_fit_linear)
-class LULinear(lu.LULinear):
+@swap(lu.LULinear, fit=lu_maps.fit)
+class LULinear(lu_maps.LULinear, lu.LULinear):
     """y = L U x + b, the two factors as one matrix."""
-
-    def forward(self, inputs, context=None):
-        if not _fits_linear(self, inputs, 2):
-            return super().forward(inputs, context)
-        weight, logabsdet = _weight(self)
-        return F.linear(inputs, weight, self.bias), logabsdet.repeat(inputs.shape[0])
-
-    def inverse(self, inputs, context=None):
-        if not _fits_linear(self, inputs, 2):
-            return super().inverse(inputs, context)
-        outputs, logabsdet = _solve(self, inputs)
-        return outputs, (-logabsdet).repeat(inputs.shape[0])
 
 
 def _back(module):
@@ -171,27 +111,35 @@ def _back(module):
     return remembered(module, "back", torch.argsort, module.permutation._permutation)
 
 
+def _fit_conv(module, fix):
+    lu_maps.remember(module)
+    _back(module)
+
+
 @swap(conv.OneByOneConvolution, fit=_fit_conv)
 class OneByOneConvolution(conv.OneByOneConvolution):
     """y = L U P x + b at every position, the three factors as one matrix."""
 
     def forward(self, inputs, context=None):
-        if not _fits_linear(self, inputs, 4):
+        if not self._fastflow_fits(inputs):
             return super().forward(inputs, context)
-        weight, logabsdet = _weight(self)
+        weight, logabsdet = lu_maps.weight(self)
         weight = reorder(weight, _back(self), self.permutation._permutation)
         outputs = channel_affine(inputs, weight, self.bias)
         return outputs, (inputs.shape[2] * inputs.shape[3] * logabsdet).repeat(inputs.shape[0])
 
     def inverse(self, inputs, context=None):
-        if not _fits_linear(self, inputs, 4):
+        if not self._fastflow_fits(inputs):
             return super().inverse(inputs, context)
         size, (_, _, height, width) = self.features, inputs.shape
         identity = torch.eye(size, dtype=inputs.dtype, device=inputs.device)
-        matrix, logabsdet = _solve(self, identity + self.bias)
+        matrix, logabsdet = lu_maps.solve(self, identity + self.bias)
         matrix = matrix.mT.index_select(0, _back(self))
         outputs = channel_affine(inputs, matrix, -(matrix @ self.bias))
         return outputs, (-height * width * logabsdet).repeat(inputs.shape[0])
+
+    def _fastflow_fits(self, inputs):
+        return inputs.dim() == 4 and not (self.using_cache and not self.training) and fusable(inputs, self.bias)
 
 
 def _ready(norm):

@@ -6,12 +6,13 @@ from normflows.flows import mixing, normalization
 from normflows.flows.affine import autoregressive, coupling, glow
 from normflows.flows.neural_spline import autoregressive as spline_autoregressive
 from normflows.flows.neural_spline import coupling as spline_coupling
+from normflows.nets import made, resnet
 from torch import nn
 
 from fastflow import backends, functional
-from fastflow.adapters import splines
-from fastflow.adapters.layers import AffineAutoregressive, couple, fusable, plain, remembered, worthwhile
-from fastflow.adapters.networks import fits_one_kernel, weights_of
+from fastflow.adapters import lu, splines
+from fastflow.adapters.layers import couple, fusable, plain, remembered, worthwhile
+from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, fits_one_kernel, residual_weights, weights_of
 from fastflow.adapters.swap import swap
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
@@ -22,6 +23,21 @@ EXAMPLES = {kind: lambda flow, *example: flow.log_prob(*example)
 DIALECTS = {kind: {"scale": ScaleMap.normflows(kind), "layout": "interleave", "order": "shift_scale"}
             for kind in ("exp", "sigmoid", "sigmoid_inv")}
 ADDITIVE = {"scale": ScaleMap("additive")}
+
+
+def _residual_net(network, context):
+    if context is not None or network.preprocessing is not None:
+        return None
+    return residual_weights(network, resnet.ResidualBlock, nn.Linear)
+
+
+def _made(network, context):
+    if context is not None or not plain(network.preprocessing, nn.Identity):
+        return None
+    return residual_weights(network, made.MaskedResidualBlock, made.MaskedLinear)
+
+
+NETWORKS |= {resnet.ResidualNet: _residual_net, made.MADE: _made}
 
 
 def _dialect(module):
@@ -184,6 +200,11 @@ class Invertible1x1Conv(mixing.Invertible1x1Conv):
             return super().inverse(z)
         weight, log_det = _weight(self)
         return channel_affine(z, weight, None), log_det * (z.shape[2] * z.shape[3])
+
+
+@swap(mixing._LULinear, fit=lu.fit)
+class LULinear(lu.LULinear, mixing._LULinear):
+    """y = L U x + b, the two factors as one matrix: part of LULinearPermute."""
 
 
 def _ready(norm):

@@ -4,6 +4,7 @@ import torch
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, order_of, remembered, reorder
+from fastflow.adapters.networks import Autoregressive, evaluate
 
 __all__ = ["SplineAutoregressive", "SplineCDF", "SplineCoupling", "fit", "fit_coupling"]
 
@@ -59,7 +60,7 @@ class SplineCoupling:
         logdet, own = None, self.unconditional_transform
         if own is not None and inverse:
             passive, logdet = own.inverse(passive, context)
-        params = self.transform_net(passive, context)
+        params = evaluate(self.transform_net, passive, context)
         if own is not None and not inverse:
             passive, logdet = own(passive, context)
         gain = _gain(self.transform_net, "hidden_features", "hidden_channels")
@@ -79,7 +80,7 @@ class SplineCDF:
         return transform(self, inputs, params.expand(inputs.shape[0], *params.shape), inverse)
 
 
-class SplineAutoregressive:
+class SplineAutoregressive(Autoregressive):
     """A spline per feature with parameters from a masked network."""
 
     def _elementwise(self, inputs, autoregressive_params, inverse=False):

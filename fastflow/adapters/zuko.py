@@ -11,17 +11,27 @@ import torch
 import torch.nn.functional as F
 from zuko import lazy, transforms
 from zuko.flows import autoregressive, coupling, gaussianization
-from zuko.nn import MLP, Linear
+from zuko.nn import MLP, Linear, MaskedLinear, MaskedMLP
 from zuko.utils import broadcast, unpack
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, remembered, reorder
-from fastflow.adapters.networks import fits_one_kernel, weights_of
+from fastflow.adapters.networks import NETWORKS, evaluate, fits_one_kernel, weights_of
 from fastflow.adapters.swap import PREFIX, swap
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
 
 EXAMPLES = {lazy.Flow: lambda flow, x, c=None: flow(c).log_prob(x)}
+
+
+def _layers(linear):
+    def describe(network, context):
+        found = weights_of(network, linear, widest=math.inf)
+        return None if found is None else (*found, False)
+    return describe
+
+
+NETWORKS |= {MLP: _layers(Linear), MaskedMLP: _layers(MaskedLinear)}
 
 
 def _fit(module, fix):
@@ -132,7 +142,7 @@ def _lazy(host, fit=_fit):
 def _phi(module, c, x):
     if c is not None:
         x = torch.cat(broadcast(x, c, ignore=1), dim=-1)
-    return module.hyper(x)
+    return evaluate(module.hyper, x)
 
 
 @_lazy(autoregressive.MaskedAutoregressiveTransform)
@@ -189,7 +199,7 @@ class FusedCoupling(OneCall, transforms.CouplingTransform):
         else:
             parts = x.split([first, x.shape[1] - first], 1)
             passive, active = parts[::-1] if flip else parts
-            phi = layer.hyper(passive if c is None else torch.cat([passive, c], 1))
+            phi = evaluate(layer.hyper, passive if c is None else torch.cat([passive, c], 1))
             y, ladj = Fused(phi, layer, self.inverted).call_and_ladj(active)
             y = torch.cat([y, passive] if flip else [passive, y], 1)
         y = y if order is None else reorder(y, back, order)
@@ -228,7 +238,7 @@ class ElementWiseTransform(gaussianization.ElementWiseTransform):
         if c is None:
             parts = [phi[:, None] if phi.dim() == 1 else phi for phi in self.phi]
             return Fused(torch.cat(parts, 1).flatten(), self)
-        return Fused(self.hyper(c), self)
+        return Fused(evaluate(self.hyper, c), self)
 
 
 class LULinear(transforms.LULinearTransform):

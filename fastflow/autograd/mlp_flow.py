@@ -35,17 +35,32 @@ def _check_like(name, value, x):
 def _check_steps(x, steps, context):
     """The steps are ones that (B, D) data and the context can go through."""
     if not isinstance(steps, (tuple, list)):
-        raise TypeError(f"steps: expected a sequence of ChannelAffine and MLPCoupling, got {type(steps).__name__}")
+        raise TypeError("steps: expected a sequence of ChannelAffine, Permutation and MLPCoupling, got "
+                        f"{type(steps).__name__}")
     features = (x.shape[1],)
     for index, step in enumerate(steps):
         if isinstance(step, reference.ChannelAffine):
             for name, value in (("bias", step.bias), ("log_scale", step.log_scale)):
                 if not _fits(value, features, x):
                     _refuse(f"steps[{index}].{name}", value, features, x)
+        elif isinstance(step, reference.Permutation):
+            _check_order(f"steps[{index}].order", step.order, x)
         elif isinstance(step, reference.MLPCoupling):
             _check_coupling(index, step, x, 0 if context is None else context.shape[1])
         else:
-            raise TypeError(f"steps[{index}]: expected a ChannelAffine or MLPCoupling, got {type(step).__name__}")
+            raise TypeError(f"steps[{index}]: expected a ChannelAffine, Permutation or MLPCoupling, got "
+                            f"{type(step).__name__}")
+
+
+def _check_order(name, order, x):
+    checks.tensor(name, order, floating=False)
+    checks.shape(name, order, x.shape[1:])
+    checks.same_device(name, order, "x", x)
+    if order.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected torch.int64, got {order.dtype}")
+    if not torch.compiler.is_compiling() and not torch.equal(order.sort().values, torch.arange(
+            len(order), device=order.device)):
+        raise ValueError(f"{name}: expected each of 0 ... {len(order) - 1} once, got {order.tolist()}")
 
 
 def _check_coupling(index, step, x, context_features):
@@ -89,6 +104,9 @@ def program(steps):
         if isinstance(step, reference.ChannelAffine):
             code += (0, 0, 0, 0, 0, 0)
             continue
+        if isinstance(step, reference.Permutation):
+            code += (PERMUTATION, 0, 0, 0, 0, 0)
+            continue
         kind, *numbers = reference.ScaleMap.of(step.scale).scalars
         flags = ((INTERLEAVED if step.layout == "interleave" else 0)
                  | (SHIFT_IN_FRONT if step.order == "shift_scale" else 0) | (SHIFT_FIRST if step.shift_first else 0))
@@ -101,6 +119,9 @@ def steps_of(params, code, constants):
     """The steps that :func:`program` took apart."""
     params, constants, steps = iter(params), iter(constants), []
     for coupling, count, flip, activation, flags, kind in zip(*[iter(code)] * 6, strict=True):
+        if coupling == PERMUTATION:
+            steps.append(reference.Permutation(next(params)))
+            continue
         if not coupling:
             steps.append(reference.ChannelAffine(next(params), next(params)))
             continue
@@ -114,6 +135,7 @@ def steps_of(params, code, constants):
     return steps
 
 
+PERMUTATION = 2  # the first integer of a step: 0 a ChannelAffine, 1 an MLPCoupling
 SAVE_NOTHING, SAVE_OVERWRITTEN, SAVE_ACTIVATIONS = range(3)  # what the kernel saves
 
 
@@ -168,9 +190,28 @@ def run_steps(x, steps, context, inverse, save=SAVE_ACTIVATIONS):
     """
     params, code, constants = program(steps)
     backend = backends.choose("mlp_flow", x, context, *params)
+    if backend == "cuda" and PERMUTATION in code[::6]:
+        return _in_pieces(x, steps, context, inverse, save)
     if backend == "reference":
         return reference.mlp_flow(x, steps, context=context, inverse=inverse)
     if differentiable.needs_grad(x, context, *params):
         operands = differentiable.distinct(x, context, *params)
         return MLPFlowFunction.apply(*operands[:2], backend, code, constants, inverse, save, *operands[2:])
     return forward(backend, x, context, params, code, constants, inverse)
+
+
+def _in_pieces(x, steps, context, inverse, save):
+    """Runs of steps without permutations, and the features moved between them."""
+    total, pieces = x.new_zeros(x.shape[0]), [[]]
+    for step in steps:
+        if isinstance(step, reference.Permutation):
+            pieces += [step], []
+        else:
+            pieces[-1].append(step)
+    for piece in reversed(pieces) if inverse else pieces:
+        if piece and isinstance(piece[0], reference.Permutation):
+            x, _ = piece[0](x, context, inverse)
+        elif piece:
+            x, logdet = run_steps(x, piece, context, inverse, save)
+            total = total + logdet
+    return x.contiguous(), total

@@ -16,8 +16,8 @@ def forward(backend, x, params, logdet, consts):
 class SplineFunction(torch.autograd.Function):
     """(y, logdet) of x, params and logdet. Saves x and the params as they came.
 
-    ``consts`` is (kind, inverse, tail_bound, min_width, min_height, min_derivative, gain, clamp), as the operators take
-    them.
+    ``consts`` is (kind, inverse, tail_bound, min_width, min_height, min_derivative, gain, clamp,
+    end_derivative), as the operators take them.
     """
 
     @staticmethod
@@ -44,7 +44,8 @@ class SplineFunction(torch.autograd.Function):
 
 
 def _reference(x, params, consts):
-    kind, inverse, bound, min_width, min_height, min_derivative, gain, clamp = consts
+    kind, inverse, bound, min_width, min_height, min_derivative, gain, clamp, end_derivative = consts
     return reference.spline(x, params, kind=reference.SPLINES[kind], tail_bound=bound, min_width=min_width,
                             min_height=min_height, min_derivative=min_derivative, gain=gain,
-                            clamp=None if clamp == NO_CLAMP else clamp, inverse=inverse)
+                            clamp=None if clamp == NO_CLAMP else clamp, end_derivative=end_derivative,
+                            inverse=inverse)

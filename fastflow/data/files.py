@@ -5,7 +5,10 @@ import hashlib
 
 import numpy as np
 
-__all__ = ["DataFileError", "check_md5", "naming", "optional", "split"]
+__all__ = ["TEST_NAMES", "VALIDATION_NAMES", "DataFileError", "check_md5", "named_parts", "naming", "optional", "split"]
+
+VALIDATION_NAMES = ("val", "valid", "validation")
+TEST_NAMES = ("test", *VALIDATION_NAMES)  # without a test part, the validation part is the one held out
 
 
 class DataFileError(ValueError):
@@ -48,15 +51,25 @@ def optional(module, extra, purpose):
         raise ModuleNotFoundError(message, name=name) from error
 
 
-def split(n, test_fraction, path):
-    """(train, test): row numbers of a fixed split of n rows, in ascending order.
+def named_parts(there):
+    """{"train", "test" and "validation" where there is one: its name} among the names that data bring, such as those of
+    folders, or {} if they bring no split."""
+    test = next((name for name in TEST_NAMES if name in there), None)
+    validation = next((name for name in VALIDATION_NAMES if name in there and name != test), None)
+    if "train" not in there or test is None:
+        return {}
+    return {"train": "train", "test": test} | ({} if validation is None else {"validation": validation})
+
+
+def split(n, fraction, path, name="test_fraction"):
+    """(rest, held out): row numbers of a fixed split of n rows, in ascending order.
 
     The rows are drawn by numpy's RandomState with seed 0, whose stream numpy keeps the same in all versions.
     """
-    if not 0.0 < test_fraction < 1.0:
-        raise ValueError(f"test_fraction: expected a number between 0 and 1, got {test_fraction!r}")
-    n_test = round(n * test_fraction)
-    if not 0 < n_test < n:
-        raise DataFileError(path, f"holds {n} examples, too few for a test part of {test_fraction:g}")
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {fraction!r}")
+    n_held_out = round(n * fraction)
+    if not 0 < n_held_out < n:
+        raise DataFileError(path, f"holds {n} examples, too few for {name}={fraction:g}")
     order = np.random.RandomState(0).permutation(n)
-    return np.sort(order[n_test:]), np.sort(order[:n_test])
+    return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])

@@ -4,24 +4,25 @@ import io
 
 import numpy as np
 
-from fastflow.data.files import DataFileError, naming, optional, split
+from fastflow.data.files import TEST_NAMES, DataFileError, named_parts, naming, optional, split
 
-__all__ = ["SUFFIXES", "TEST_NAMES", "decode", "read"]
+__all__ = ["SUFFIXES", "decode", "read"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-TEST_NAMES = ("test", "val", "valid", "validation")
 GREY = ("1", "L", "LA", "I", "I;16", "F")
 ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 
 
 def read(path, size=None, test_fraction=0.1):
-    """(train, test, train labels, test labels): uint8 (N, C, H, W), C = 1 if all pictures are grey, else 3.
+    """{"train", "test" and maybe "validation": uint8 (N, C, H, W)}, C = 1 if all pictures are grey, else 3, and for
+    each part NAME "NAME_labels", (N,) int64 or None.
 
     Pictures are taken in the order of their names. Where each lies in a folder of its class, labels are the ranks of
     the classes' names, else None.
 
     Args:
-        path: a folder with train and test (or val, valid, validation), or one whose pictures a fixed split divides.
+        path: a folder with train and test (or val, valid, validation in its place, or beside it as the validation
+            part), or one whose pictures a fixed split divides.
         size: scale pictures so that the shorter side has this length and cut out the centre; None takes pictures of one
             size as they are.
         test_fraction: share of the test part where the folder has none.
@@ -30,17 +31,19 @@ def read(path, size=None, test_fraction=0.1):
         DataFileError: there are no pictures, one can't be decoded, or sizes differ.
     """
     with naming(path, OSError):
-        held_out = next((path / name for name in TEST_NAMES if (path / name).is_dir()), None)
-        roots = (path / "train", held_out) if (path / "train").is_dir() and held_out else (path,)
+        named = named_parts([name for name in ("train", *TEST_NAMES) if (path / name).is_dir()])
+    roots = [path / folder for folder in named.values()] or [path]
     parts = [_pictures(root) for root in roots]
     files = [file for part in parts for file in part]
     labels = _labels(roots, parts)
     images = decode(files, size)
-    if len(parts) == 2:
-        rows = np.arange(len(parts[0])), np.arange(len(parts[0]), len(files))
+    if named:
+        ends = np.cumsum([0, *map(len, parts)])
+        rows = {name: slice(*ends[i:i + 2]) for i, name in enumerate(named)}
     else:
-        rows = split(len(files), test_fraction, path)
-    return *(images[r] for r in rows), *(None if labels is None else labels[r] for r in rows)
+        rows = dict(zip(("train", "test"), split(len(files), test_fraction, path), strict=True))
+    return {name: images[r] for name, r in rows.items()} | {
+        f"{name}_labels": None if labels is None else labels[r] for name, r in rows.items()}
 
 
 def _pictures(root):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastflow.data.files import DataFileError, naming, optional, split
+from fastflow.data.files import DataFileError, named_parts, naming, optional, split
 from fastflow.data.folders import decode
-from fastflow.data.tables import TEST_NAMES, from_arrow
+from fastflow.data.tables import from_arrow
 
 __all__ = ["is_there", "read"]
 
@@ -26,13 +26,14 @@ def is_there(path):
 
 
 def read(path, size=None, test_fraction=0.1):
-    """(train, test, train labels, test labels) of images, uint8 (N, C, H, W), or (train, test, columns) of a table.
+    """What folders.read gives, of images, or what tables.read gives, of a table.
 
     A dataset with a column of pictures gives those, and its column ``label`` where it has one; else all its columns are
     numbers and make a table.
 
     Args:
-        path: what ``save_to_disk`` wrote, of a Dataset or of a DatasetDict with splits train and test (or validation).
+        path: what ``save_to_disk`` wrote, of a Dataset or of a DatasetDict with splits train and test (or validation
+            in its place, or beside it).
         size: as in folders.read.
         test_fraction: share of the test part of a plain Dataset.
 
@@ -41,21 +42,28 @@ def read(path, size=None, test_fraction=0.1):
     """
     if (path / "dataset_dict.json").is_file():
         splits = _json(path / "dataset_dict.json").get("splits", [])
-        held_out = next((name for name in TEST_NAMES if name in splits), None)
-        if "train" not in splits or held_out is None:
+        named = named_parts(splits if isinstance(splits, list) else [])
+        if not named:
             raise DataFileError(path / "dataset_dict.json", f"expected splits train and test, got {splits}")
-        tables = [(path / name, _table(path / name)) for name in ("train", held_out)]
-        parts = [_content(folder, table, size) for folder, table in tables]
-        (train, about), (test, about_test) = parts
-        if train.shape[1:] != test.shape[1:]:
-            raise DataFileError(tables[1][0], f"has examples {test.shape[1:]}, the training part {train.shape[1:]}")
-        return (train, test, about) if train.ndim == 2 else (train, test, about, about_test)
+        parts = {name: _content(path / folder, _table(path / folder), size) for name, folder in named.items()}
+        train, about = parts["train"]
+        for name, (rows, columns) in parts.items():
+            if rows.shape[1:] != train.shape[1:]:
+                raise DataFileError(path / named[name], f"has examples {rows.shape[1:]}, the training part "
+                                                        f"{train.shape[1:]}")
+            if train.ndim == 2 and columns != about:
+                raise DataFileError(path / named[name], f"has columns {', '.join(columns)}, the training part "
+                                                        f"{', '.join(about)}")
+        found = {name: rows for name, (rows, _) in parts.items()}
+        if train.ndim == 2:
+            return found | {"columns": about}
+        return found | {f"{name}_labels": labels for name, (_, labels) in parts.items()}
     rows, about = _content(path, _table(path), size)
-    train, test = split(len(rows), test_fraction, path)
+    indices = dict(zip(("train", "test"), split(len(rows), test_fraction, path), strict=True))
+    found = {name: rows[index] for name, index in indices.items()}
     if rows.ndim == 2:
-        return rows[train], rows[test], about
-    labels = (None, None) if about is None else (about[train], about[test])
-    return rows[train], rows[test], *labels
+        return found | {"columns": about}
+    return found | {f"{name}_labels": None if about is None else about[index] for name, index in indices.items()}
 
 
 def _json(path):

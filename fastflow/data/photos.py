@@ -55,16 +55,17 @@ def held_out(name, height, width):
     return (row + 2 * column) % 5 == 2
 
 
-def corners(mask, stride):
-    """(row, column) of the top left corner of every crop on a grid of ``stride`` that lies wholly inside ``mask``."""
-    inside = np.lib.stride_tricks.sliding_window_view(mask, (CROP, CROP))[::stride, ::stride].all((2, 3))
+def corners(mask, stride, size=CROP):
+    """(row, column) of the top left corner of every crop of size x size on a grid of ``stride`` that lies wholly inside
+    ``mask``."""
+    inside = np.lib.stride_tricks.sliding_window_view(mask, (size, size))[::stride, ::stride].all((2, 3))
     return np.argwhere(inside) * stride
 
 
-def regions(name, height, width):
-    """(train, test): the corners (N, 2) of the picture's training and test crops."""
+def regions(name, height, width, size=CROP, strides=(TRAIN_STRIDE, TEST_STRIDE)):
+    """(train, test): the corners (N, 2) of the picture's training and test crops of size x size."""
     mask = held_out(name, height, width)
-    return corners(~mask, TRAIN_STRIDE), corners(mask, TEST_STRIDE)
+    return corners(~mask, strides[0], size), corners(mask, strides[1], size)
 
 
 def read():

@@ -3,20 +3,23 @@
 import importlib
 from pathlib import Path
 
-from fastflow.data import cifar10, folders, huggingface, imagenet, tables
+from fastflow.data import bundled, cifar10, folders, huggingface, imagenet, tables
+from fastflow.data.files import split
 from fastflow.data.images import ImageData
 
-__all__ = ["DATASETS", "FORMATS", "load"]
+__all__ = ["DATASETS", "FORMATS", "OPTIONS", "TABLES", "load"]
 
 DATASETS = {"digits": ((1, 8, 8), 17), "photos": ((3, 32, 32), 256)}  # name: image shape, levels
+TABLES = {"breast-cancer": (30,), "patches": (63,)}  # name: shape of a row
+OVERLAPPING = {"photos", "patches"}  # whose training examples share pixels
 # format: image shape and levels, or None where the data decide
 FORMATS = {"cifar10": ((3, 32, 32), 256), "imagenet32": ((3, 32, 32), 256), "imagenet64": ((3, 64, 64), 256),
            "folder": None, "table": None, "huggingface": None}
 OPTIONS = {"cifar10": {"verify"}, "imagenet32": set(), "imagenet64": set(), "folder": {"size", "test_fraction"},
-           "table": {"test_fraction"}, "huggingface": {"size", "test_fraction"}}
+           "table": {"test_fraction"}, "huggingface": {"size", "test_fraction"}}  # all have validation_fraction
 
 
-def load(name, *, format=None, **options):
+def load(name, *, format=None, validation_fraction=0.0, **options):
     """The dataset of that name or at that path, the same examples in the same order at every call.
 
     ============ ========================================================================== ===================
@@ -33,8 +36,10 @@ def load(name, *, format=None, **options):
     Nothing is downloaded and nothing in a file is run.
 
     Args:
-        name: a key of ``DATASETS``, which maps it to (image shape, levels), or a path.
+        name: a key of ``DATASETS``, which maps it to (image shape, levels), or of ``TABLES``, or a path.
         format: a key of ``FORMATS``; None finds it out.
+        validation_fraction: share of the training part that becomes a validation part, where the data bring none; which
+            examples is fixed. Data with train, val (valid, validation) and test bring one.
         verify: compare with the checksums that CIFAR-10's source publishes (default True).
         size: scale pictures to size x size.
         test_fraction: share of the test part where the data bring no split (default 0.1); which examples is fixed.
@@ -48,27 +53,42 @@ def load(name, *, format=None, **options):
         ImportError: a library that is needed is not installed; the message says how to install it.
         FileNotFoundError: there is nothing at the path, or the library lacks a picture.
     """
-    import torch  # here, so that the names of the datasets cost no import of torch
-
     if format is not None and format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if format is None and name in DATASETS:
         _check_options(name, options, set())
-        train, test = importlib.import_module(f"fastflow.data.{name}").read()
-        return ImageData(name, torch.from_numpy(train), torch.from_numpy(test), DATASETS[name][1])
+        found = dict(zip(("train", "test"), importlib.import_module(f"fastflow.data.{name}").read(), strict=True))
+        return _made(name, found, DATASETS[name][1], validation_fraction)
+    if format is None and name in TABLES:
+        _check_options(name, options, set())
+        return _made(name, bundled.read(name), None, validation_fraction)
     path = Path(name)
     if not path.exists():
         if format is None and len(path.parts) == 1 and not path.suffix:
-            raise ValueError(f"name: expected one of {', '.join(DATASETS)} or a path, got {str(name)!r}")
+            raise ValueError(f"name: expected one of {', '.join((*DATASETS, *TABLES))} or a path, got {str(name)!r}")
         raise FileNotFoundError(2, "there are no data", str(path))
     format = detect(path) if format is None else format
     _check_options(format, options, OPTIONS[format])
-    found = _read(format, path, options)
-    train, test = map(torch.from_numpy, found[:2])
-    if len(found) == 3:
-        return tables.TableData(str(name), train, test, found[2])
-    labels = (None if part is None else torch.from_numpy(part) for part in found[2:])
-    return ImageData(str(name), train, test, 256, *labels)
+    return _made(str(name), _read(format, path, options), 256, validation_fraction)
+
+
+def _made(name, found, n_bins, validation_fraction):
+    """The ImageData or TableData of a reader's {part or part_labels: array, "columns": names}."""
+    import torch  # here, so that the names of the datasets cost no import of torch
+
+    if validation_fraction and name in OVERLAPPING:
+        raise ValueError(f"validation_fraction: expected 0, because the training crops of {name} overlap and a part of "
+                         f"them is not held out, got {validation_fraction}")
+    if validation_fraction and "validation" not in found:
+        rest, held_out = split(len(found["train"]), validation_fraction, name, "validation_fraction")
+        for suffix in ("", "_labels"):
+            if found.get(f"train{suffix}") is not None:
+                found[f"validation{suffix}"] = found[f"train{suffix}"][held_out]
+                found[f"train{suffix}"] = found[f"train{suffix}"][rest]
+    columns = found.pop("columns", None)
+    parts = {part: None if array is None else torch.from_numpy(array) for part, array in found.items()}
+    return ImageData(name, n_bins=n_bins, **parts) if columns is None else \
+        tables.TableData(name, columns=columns, **parts)
 
 
 def detect(path):
@@ -91,10 +111,11 @@ def detect(path):
 
 
 def _read(format, path, options):
+    names = ("train", "test", "train_labels", "test_labels")
     if format == "cifar10":
-        return cifar10.read(path, **options)
+        return dict(zip(names, cifar10.read(path, **options), strict=True))
     if format.startswith("imagenet"):
-        return imagenet.read(path, int(format.removeprefix("imagenet")))
+        return dict(zip(names, imagenet.read(path, int(format.removeprefix("imagenet"))), strict=True))
     return {"folder": folders, "table": tables, "huggingface": huggingface}[format].read(path, **options)
 
 

@@ -1,5 +1,6 @@
 """Tables of numbers from .npy, .npz, .csv and .parquet files."""
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastflow.data.arrays import read_npy, read_npz
-from fastflow.data.files import DataFileError, naming, optional, split
+from fastflow.data.files import TEST_NAMES, DataFileError, named_parts, naming, optional, split
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "TableData", "from_arrow", "is_there", "read"]
 
 SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
-TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 @dataclass(frozen=True)
@@ -26,33 +26,46 @@ class TableData:
         name: where they come from.
         train, test: (N, D) float32, all finite, as they stand in the file: neither scaled nor centred.
         columns: D names.
+        validation: (N, D) float32, or None: rows of neither part, to choose a model by.
     """
 
     name: str
     train: "torch.Tensor"
     test: "torch.Tensor"
     columns: tuple
+    validation: "torch.Tensor | None" = None
 
     @property
     def event_shape(self):
         """(D,)"""
         return tuple(self.train.shape[1:])
 
+    def moments(self):
+        """(mean, standard deviation) of each column over ``train``, (D,) float64; nothing of the other parts enters."""
+        rows = self.train.double()
+        return rows.mean(0), rows.std(0, correction=0)
+
     def standardized(self):
         """The same table with each column at mean 0 and standard deviation 1 over ``train``; a constant one at 0.
 
         Densities change by the product of the standard deviations.
         """
-        deviation, mean = self.train.double().std(0, correction=0), self.train.double().mean(0)
+        mean, deviation = self.moments()
         deviation = deviation.where(deviation > 0, 1.0)
-        parts = (((part - mean) / deviation).to(part.dtype) for part in (self.train, self.test))
-        return TableData(self.name, *parts, self.columns)
+        train, test, validation = (None if part is None else ((part - mean) / deviation).to(part.dtype)
+                                   for part in (self.train, self.test, self.validation))
+        return TableData(self.name, train, test, self.columns, validation)
 
     def fingerprint(self):
-        """SHA-256 over both parts: two tables with the same fingerprint hold the same rows in the same order."""
+        """SHA-256 over all parts: two tables with the same fingerprint hold the same rows in the same order."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self):
         digest = hashlib.sha256(f"{tuple(self.train.shape)}{tuple(self.test.shape)}".encode())
-        for part in (self.train, self.test):
-            digest.update(part.contiguous().numpy())
+        for part in (self.train, self.test, self.validation):
+            if part is not None:
+                digest.update(part.contiguous().numpy())
         return digest.hexdigest()
 
 
@@ -62,57 +75,62 @@ def is_there(path):
 
 
 def _parts(path):
-    """(train, test) files of a folder, or ()."""
-    train = [f for f in (path / f"train{s}" for s in SUFFIXES) if f.is_file()]
-    test = [f for f in (path / f"{n}{s}" for n in TEST_NAMES for s in SUFFIXES) if f.is_file()]
-    return (train[0], test[0]) if train and test else ()
+    """{part: file} of a folder, or {}."""
+    files = {name: path / f"{name}{suffix}" for name in ("train", *TEST_NAMES) for suffix in reversed(SUFFIXES)
+             if (path / f"{name}{suffix}").is_file()}
+    return {part: files[name] for part, name in named_parts(files).items()}
 
 
 def read(path, test_fraction=0.1):
-    """(train, test, names of the columns): float32 (N, D) twice.
+    """{"train", "test" and maybe "validation": float32 (N, D), "columns": their names}.
 
     Args:
-        path: a file; or a folder with train.* and test.* (or val.*, valid.*, validation.*). A .npz with arrays
-            ``train`` and ``test`` (or val, ...) brings its split too.
+        path: a file; or a folder with train.* and test.* (or val.*, valid.*, validation.* in its place, or beside it as
+            the validation part). A .npz with arrays of these names brings its split too.
         test_fraction: share of the test part where the data have no split.
 
     Raises:
         DataFileError: a file is missing, truncated or corrupt, or holds something else than finite numbers.
     """
-    files = _parts(path) if path.is_dir() else (path,)
-    if not files:
-        raise DataFileError(path, f"holds no train and test table ({', '.join(SUFFIXES)})")
-    tables = [part for file in files for part in _file(file)]
-    if len(tables) == 1:
-        (rows, columns), = tables
-        return *(rows[index] for index in split(len(rows), test_fraction, path)), columns
-    (train, columns), (test, others) = tables
-    if others != columns:
-        raise DataFileError(files[-1], f"has columns {', '.join(others)}, the training part {', '.join(columns)}")
-    return train, test, columns
+    if path.is_dir():
+        files = _parts(path)
+        if not files:
+            raise DataFileError(path, f"holds no train and test table ({', '.join(SUFFIXES)})")
+        tables = {part: _file(file)[""] for part, file in files.items()}
+    else:
+        tables = _file(path)
+        files = dict.fromkeys(tables, path)
+    if "" in tables:
+        rows, columns = tables[""]
+        train, test = split(len(rows), test_fraction, path)
+        return {"train": rows[train], "test": rows[test], "columns": columns}
+    _, columns = tables["train"]
+    for part, (_, others) in tables.items():
+        if others != columns:
+            raise DataFileError(files[part], f"has columns {', '.join(others)}, the training part {', '.join(columns)}")
+    return {part: rows for part, (rows, _) in tables.items()} | {"columns": columns}
 
 
 def _file(path):
-    """The (rows, columns) of the file: of one table, or of train and test."""
+    """{part: (rows, columns)} of a file that brings a split, else {"": (rows, columns)}."""
     kind = path.suffix.lower()
     if kind == ".npy":
-        found = [_plain(path, read_npy(path))]
+        found = _plain(path, read_npy(path))
     elif kind == ".npz":
         arrays = read_npz(path)
-        held_out = next((n for n in TEST_NAMES if n in arrays), None)
-        if "train" in arrays and held_out:
-            found = [_plain(path, arrays["train"]), _plain(path, arrays[held_out])]
-        elif len(arrays) == 1:
-            found = [_plain(path, next(iter(arrays.values())))]
+        if named := named_parts(arrays):
+            return {part: _plain(path, arrays[name]) for part, name in named.items()}
+        if len(arrays) == 1:
+            found = _plain(path, next(iter(arrays.values())))
         else:
             raise DataFileError(path, f"expected one array, or train and test, got {', '.join(arrays) or 'none'}")
     elif kind == ".csv":
-        found = [_csv(path)]
+        found = _csv(path)
     elif kind == ".parquet":
-        found = [_parquet(path)]
+        found = _parquet(path)
     else:
         raise DataFileError(path, f"expected one of {', '.join(SUFFIXES)}")
-    return found
+    return {"": found}
 
 
 def _plain(path, array):

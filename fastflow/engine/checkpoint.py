@@ -74,7 +74,7 @@ def clean(directory):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def save(directory, step, tensors, state, keep=0):
+def save(directory, step, tensors, state, keep=0, spare=None):
     """Writes one checkpoint and returns its path; an older one of the same step gives way only to the complete new one.
 
     Args:
@@ -83,6 +83,7 @@ def save(directory, step, tensors, state, keep=0):
         tensors: {file stem: {name: tensor}}; copied to the CPU; a stem is a letter, then a-z, 0-9, _.
         state: what JSON can hold, without the keys "format", "step" and "memory_order".
         keep: afterwards delete all but this many of the newest checkpoints; 0 keeps all.
+        spare: the step of one to keep in any case.
 
     Raises:
         ValueError: a stem or a key of ``state`` that can't be.
@@ -126,8 +127,9 @@ def save(directory, step, tensors, state, keep=0):
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{final}: could not be written ({error.strerror or error}); "
                               f"earlier checkpoints are intact") from error
-    for _, path in find(directory)[:-keep] if keep else ():
-        _remove(path)
+    for old, path in find(directory)[:-keep] if keep else ():
+        if old != spare:
+            _remove(path)
     return final
 
 
@@ -166,7 +168,8 @@ def load(path):
             state = _parse(path / name, data)
         elif name.endswith(".safetensors"):
             try:
-                tensors[name.removesuffix(".safetensors")] = from_bytes(data)
+                # Sorted: safetensors' order is another in every process, and processes place shards together.
+                tensors[name.removesuffix(".safetensors")] = dict(sorted(from_bytes(data).items()))
             except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
                 raise CheckpointError(f"{path / name}: not a safetensors file ({error})") from error
     _expect(path / STATE, state, step)

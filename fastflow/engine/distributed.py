@@ -89,11 +89,22 @@ class Processes:
         """Joins the group if there is one and this process has not; a process that waits longer than the timeout for
         another one fails."""
         distributed = torch.distributed
-        if not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                           timeout=datetime.timedelta(seconds=timeout_seconds))
+        self._own = not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self._own:
+            from fastflow.engine.rendezvous import fresh_store
+
+            timeout = datetime.timedelta(seconds=timeout_seconds)
+            store, rank, count = next(distributed.rendezvous("env://", timeout=timeout))
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+                                           store=fresh_store(store, rank, count, timeout_seconds), rank=rank,
+                                           world_size=count)
         joined = distributed.is_available() and distributed.is_initialized()
         self.rank, self.count = (distributed.get_rank(), distributed.get_world_size()) if joined else (0, 1)
+
+    def leave(self):
+        """Leaves the group that this object joined; afterwards it is of no use."""
+        if self._own and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     def gather(self, tensor):
         """What every process has in this place, in order of rank; CPU tensors of one shape and dtype."""
@@ -102,6 +113,12 @@ class Processes:
         every = [torch.empty_like(tensor) for _ in range(self.count)]
         torch.distributed.all_gather(every, tensor.contiguous())
         return every
+
+    def mean(self, numbers):
+        """The means over the processes of a list of numbers, a list."""
+        if self.count == 1:
+            return numbers
+        return torch.stack(self.gather(torch.tensor(numbers, dtype=torch.float64))).mean(0).tolist()
 
     def most(self, number):
         """The largest of the numbers that the processes have."""

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastflow.engine.distributed import unwrap
 from fastflow.engine.errors import DriftError
@@ -34,7 +35,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def _pack(self, tensor):
-        if tensor.layout == torch.strided and type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        if _has_storage(tensor):
             self.storages[_key(tensor)] = tensor.untyped_storage().nbytes()
         else:
             self.storages[id(tensor)] = tensor.numel() * tensor.element_size()
@@ -45,9 +46,13 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return sum(size for key, size in self.storages.items() if key not in self.own)
 
 
+def _has_storage(tensor):
+    """Whether its storage tells which tensors share memory; a fake tensor's does, at no memory."""
+    return tensor.layout == torch.strided and type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
 def _key(tensor):
-    plain = tensor.layout == torch.strided and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    return tensor.untyped_storage()._cdata if plain else id(tensor)
+    return tensor.untyped_storage()._cdata if _has_storage(tensor) else id(tensor)
 
 
 def per_image(loss, model, x, context=None, *, n=PROBE):

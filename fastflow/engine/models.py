@@ -1,22 +1,41 @@
 """The models that recipes name, and their weights from a checkpoint."""
 
-from fastflow.data import DATASETS
+from fastflow.engine.datasets import example_shape
 from fastflow.engine.errors import CheckpointError, SettingsError
 
-__all__ = ["build_model", "load_weights"]
+__all__ = ["build_model", "load_weights", "standardize"]
 
 
 def build_model(settings):
-    """The model of these settings on the CPU, its weights drawn from torch's generator.
+    """The model of these settings, on torch's default device, its weights drawn from torch's generator.
+
+    A model of a table has the table's columns as they stand as data; what standardises them is a part of it, see
+    :func:`standardize`.
 
     Raises:
         SettingsError: sizes that don't go together.
     """
-    image_shape, _ = DATASETS[settings.data.name]
     try:
-        return BUILDERS[settings.model.kind](settings.model, image_shape)
+        return BUILDERS[settings.model.kind](settings.model, example_shape(settings))
     except ValueError as error:
         raise SettingsError(f"model: {error}") from error
+
+
+def standardize(model, table):
+    """Sets the part of a table's model that brings each column to mean 0 and standard deviation 1 over the table's
+    training rows; checkpoints keep it.
+
+    Raises:
+        SettingsError: a column is constant, so that it has no density.
+    """
+    mean, deviation = table.moments()
+    constant = [name for name, value in zip(table.columns, deviation.tolist(), strict=True) if not value > 0]
+    if constant:
+        raise SettingsError(f"data: column {constant[0]} of {table.name} is constant over the training rows and has no "
+                            f"density; leave it out")
+    first = model.transform.transforms[0].transform
+    first.shift.copy_(mean)
+    first.scale.copy_(deviation)
 
 
 def load_weights(model, loaded, stem):
@@ -38,7 +57,61 @@ def _glow(options, image_shape):
     from fastflow.flows import Glow
 
     return Glow(image_shape, n_levels=options.n_levels, n_steps=options.n_steps,
-                hidden_channels=options.hidden_channels, scale=options.scale)
+                hidden_channels=options.hidden_channels, scale=_scale(options), parametrization=options.parametrization)
+
+
+def _jet(options, image_shape):
+    from fastflow.flows import Jet
+
+    return Jet(image_shape, **options.model_dump(exclude={"kind"}))
+
+
+def _tarflow(options, image_shape):
+    from fastflow.flows import TarFlow
+
+    return TarFlow(image_shape, **options.model_dump(exclude={"kind"}))
+
+
+def _scale(options):
+    """The scale as flows take it; the paper's Glow has a dialect of its own."""
+    from fastflow.functional import ScaleMap
+
+    return ScaleMap.glow() if options.scale == "glow" else options.scale
+
+
+def _realnvp(options, shape):
+    from fastflow.flows import RealNVP
+
+    return _of_columns(RealNVP(*shape, n_layers=options.n_layers, hidden=options.hidden, scale=_scale(options)))
+
+
+def _maf(options, shape):
+    from torch import nn
+
+    from fastflow.flows import MAF
+
+    return _of_columns(MAF(*shape, n_layers=options.n_layers, hidden=options.hidden, scale=_scale(options),
+                           order=options.order, activation=nn.Tanh if options.activation == "tanh" else nn.ReLU))
+
+
+def _nsf(options, shape):
+    from fastflow.flows import NSF
+
+    return _of_columns(NSF(*shape, **options.model_dump(exclude={"kind"})))
+
+
+def _of_columns(flow):
+    """The flow of standardised columns as one of the columns themselves: log-densities are in the data's own units.
+
+    A table's standardisation, z = (x - mean) / deviation, adds -sum(log deviation); see :func:`standardize`.
+    """
+    import torch
+
+    from fastflow.flows import Affine, Compose, Inverse
+
+    shift, scale = torch.zeros(flow.features), torch.ones(flow.features)
+    flow.transform = Compose(Inverse(Affine(shift, scale)), *flow.transform.transforms)
+    return flow
 
 
 def _vae(options, image_shape):
@@ -83,5 +156,6 @@ def _vdvae(options, image_shape):
                  likelihood="gaussian")
 
 
-BUILDERS = {"glow": _glow, "vae": _vae, "iwae": _iwae, "vqvae": _vqvae, "discrete_vae": _discrete_vae,
+BUILDERS = {"glow": _glow, "jet": _jet, "tarflow": _tarflow, "realnvp": _realnvp, "maf": _maf, "nsf": _nsf, "vae": _vae,
+            "iwae": _iwae, "vqvae": _vqvae, "discrete_vae": _discrete_vae,
             "vdvae": _vdvae}

@@ -8,7 +8,7 @@ import torch
 from fastflow.engine.distributed import unwrap
 from fastflow.engine.pictures import levels
 from fastflow.flows import bits_per_dim, dequantize
-from fastflow.vae import BernoulliLikelihood, ContinuousBernoulliLikelihood
+from fastflow.vae import VAE, BernoulliLikelihood, ContinuousBernoulliLikelihood, LossTerms, iwae
 
 __all__ = ["NegativeELBO", "NegativeLogLikelihood", "levels_of", "objective_for"]
 
@@ -60,6 +60,12 @@ class Objective:
         shift = 0.5 if isinstance(likelihood, ContinuousBernoulliLikelihood) else 0.0
         return dequantize(x, self.n_bins, dtype=dtype) + shift, x[0].numel() * math.log(self.n_bins)
 
+    def log_weight(self, model, x):
+        """(B,) nats, from fresh noise each time: the logarithm of an unbiased estimate of each example's likelihood.
+        The logarithm of the mean of K of them is a bound on log p(x) that rises with K (Burda et al. 2016,
+        arXiv:1509.00519): over z of a VAE, over the dequantisation noise of images."""
+        raise NotImplementedError
+
 
 def levels_of(model, x, n_bins):
     """Integer levels, uint8, of what the model generates: the way back from :meth:`Objective.prepare`."""
@@ -83,11 +89,18 @@ class NegativeLogLikelihood(Objective):
         return constant - log_prob.mean(), {}
 
     def report(self, model, x):
-        """{name: (B,) tensor} over a batch of integer images."""
+        """{name: (B,) tensor} over a batch of integer images: bits_per_dim; over one of real numbers: log_prob, in nats
+        and in the units of x."""
+        if x.is_floating_point():
+            return {"log_prob": model(x)}
         x, constant = self.prepare(model, x)
         if not x.is_floating_point():
             return {"bits_per_dim": (constant - model(x)) / (x[0].numel() * math.log(2.0))}
         return {"bits_per_dim": bits_per_dim(model(x), x[0].numel(), self.n_bins)}
+
+    def log_weight(self, model, x):
+        x, constant = self.prepare(model, x)
+        return model(x) - constant
 
 
 class NegativeELBO(Objective):
@@ -106,8 +119,15 @@ class NegativeELBO(Objective):
     def __call__(self, model, x, context=None):
         """(loss, parts): 0-d tensors; parts holds the mean rate and distortion, and what the objective adds."""
         x, constant = self.prepare(model, x)
-        bound = model(x, n_samples=self.n_samples, beta=self.beta, **_context(model, context))
-        rate, distortion = bound.rate.mean(), bound.distortion.mean() + constant
+        options = _context(model, context)
+        if type(unwrap(model)).forward is VAE.forward:
+            options["loss_only"] = True
+        bound = model(x, n_samples=self.n_samples, beta=self.beta, **options)
+        rate, distortion = bound.rate.mean(), bound.distortion.mean()
+        distortion = distortion + constant if constant else distortion
+        if isinstance(bound, LossTerms):
+            loss = distortion + (rate if bound.beta == 1.0 else bound.beta * rate)
+            return loss, {"rate": rate.detach(), "distortion": distortion.detach()}
         value = bound.value if hasattr(bound, "value") else bound.elbo
         parts = {"rate": rate.detach(), "distortion": distortion.detach()} | getattr(bound, "parts", {})
         return constant - value.mean(), parts
@@ -119,6 +139,11 @@ class NegativeELBO(Objective):
         elbo = -bound.distortion - bound.rate - constant
         return {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,
                 "bits_per_dim": -elbo / (x[0].numel() * math.log(2))}
+
+    def log_weight(self, model, x):
+        x, constant = self.prepare(model, x)
+        found = model(x, n_samples=1, beta=1.0)
+        return iwae(getattr(found, "bound", found).log_w) - constant
 
 
 def _context(model, context):

@@ -6,15 +6,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["TrainProgress"]
 
-REDRAW_SECONDS = 0.1
+REDRAW_SECONDS = 0.2
 LINE_SECONDS = 10.0
 SMOOTHING = 0.9
 TEXT_WIDTH = 72  # what stands beside the bar, so that a line fits into 80 columns
-DECIMALS = {"bits/dim": 3, "images/s": 0}  # nats have one
+DECIMALS = {"bits/dim": 3, "log_prob": 3, "images/s": 0, "rows/s": 0}  # other nats have one
 
 
 class TrainProgress:
-    """Shows step, smoothed figures and images/s; use as a context manager.
+    """Shows step, smoothed figures and the speed; use as a context manager.
 
     Args:
         console: a rich Console.
@@ -26,7 +26,7 @@ class TrainProgress:
         self._console, self._title, self._n_steps = console, title, n_steps
         width = max(8, min(24, console.width - TEXT_WIDTH))
         self._bar = Progress(BarColumn(bar_width=width), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-                             TimeRemainingColumn(), console=console)
+                             TimeRemainingColumn(), console=console, refresh_per_second=1 / REDRAW_SECONDS)
         self._task = self._bar.add_task(title, total=n_steps, completed=first_step, figures="")
         self._smooth = {}
         self._shown = time.perf_counter()
@@ -40,9 +40,10 @@ class TrainProgress:
         if self._console.is_terminal:
             self._bar.stop()
 
-    def update(self, step, figures, images_per_second):
-        """figures: {name: float} of this step; they and the speed are smoothed before they are shown."""
-        for name, value in {**figures, "images/s": images_per_second}.items():
+    def update(self, step, figures, per_second, unit="images"):
+        """figures: {name: float} of this step; they and the speed, in units a second, are smoothed before they are
+        shown."""
+        for name, value in {**figures, f"{unit}/s": per_second}.items():
             self._smooth[name] = SMOOTHING * self._smooth.get(name, value) + (1 - SMOOTHING) * value
         now, last = time.perf_counter(), step == self._n_steps
         if now - self._shown < (REDRAW_SECONDS if self._console.is_terminal else LINE_SECONDS) and not last:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastflow import data
+from fastflow.engine.datasets import load_data
 from fastflow.engine.evaluate import _aside, evaluate, is_vae, reconstructions, samples
 from fastflow.engine.files import write_text
 from fastflow.engine.objectives import levels_of, objective_for
@@ -43,7 +43,7 @@ def write_report(directory, device, n_images=512):
     directory = Path(directory)
     trained = load_trained(directory, device)
     settings, model = trained.settings, trained.model
-    images = data.load(settings.data.name)
+    images = load_data(settings)
     objective = objective_for(model, n_bins=images.n_bins)
     held_out = images.test[:n_images]
     figures = evaluate(model, objective, held_out, device)

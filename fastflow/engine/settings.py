@@ -5,10 +5,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from fastflow.data import DATASETS
 from fastflow.engine.errors import SettingsError
+from fastflow.engine.sections import Count, DataSettings, Model, Positive, Section, combination
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,71 +19,13 @@ __all__ = ["Settings", "differences", "from_dict", "load_settings", "recipes"]
 
 MAX_RECIPE_BYTES = 1 << 20
 # What may change between a run and its continuation: how long it goes on and what it reports, never what it computes.
-MAY_CHANGE = ("description", "sample", "train.steps", "train.max_seconds", "train.device", "train.log_every",
-              "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.strategy",
-              "train.process_timeout", "train.skip_non_finite")
+MAY_CHANGE = ("description", "minutes", "sample", "data.path", "data.verify", "data.source", "train.steps",
+              "train.max_seconds", "train.device", "train.log_every", "train.tensorboard", "train.eval_every",
+              "train.bound_samples", "train.patience", "train.sample_every", "train.checkpoint_every",
+              "train.keep_checkpoints", "train.strategy", "train.memory", "train.process_timeout",
+              "train.skip_non_finite")
 
-Positive = Annotated[int, Field(ge=1, le=2**31)]
-Count = Annotated[int, Field(ge=0, le=2**31)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class DataSettings(Section):
-    name: Literal[tuple(DATASETS)] = Field(description="which images")
-
-
-class GlowSettings(Section):
-    kind: Literal["glow"]
-    n_levels: Positive = Field(3, description="scales; each halves height and width")
-    n_steps: Positive = Field(8, description="flow steps per level: actnorm, 1x1 convolution, affine coupling")
-    hidden_channels: Positive = Field(64, description="width of each coupling's network")
-    scale: Literal["exp", "sigmoid", "tanh", "atan", "softplus", "rational"] = Field(
-        "tanh", description="map from the network's output to the scale; the clamped ones keep sampling stable")
-
-
-class VAESettings(Section):
-    kind: Literal["vae"]
-    latent_features: Positive = Field(16, description="dimensions of z")
-    hidden_features: Positive = Field(256, description="width of encoder and decoder")
-    beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
-    n_samples: Positive = Field(1, description="draws of z per image")
-
-
-class IWAESettings(Section):
-    kind: Literal["iwae"]
-    network: Literal["mlp", "conv"] = Field("mlp", description="networks of encoder and decoder")
-    latent_features: Positive = Field(16, description="dimensions of z")
-    n_importance: int = Field(10, ge=1, le=5000, description="importance samples per image, K of the bound trained")
-
-
-class VQVAESettings(Section):
-    kind: Literal["vqvae"]
-    n_codes: int = Field(64, ge=2, le=2**20, description="vectors of the codebook")
-    features: Positive = Field(8, description="dimensions of each code's vector")
-    channels: tuple[Positive, ...] = Field((32,), strict=False, min_length=1,
-                                           description="of the convolutions; each halves height and width")
-
-
-class DiscreteVAESettings(Section):
-    kind: Literal["discrete_vae"]
-    latent_bits: Positive = Field(32, description="independent bits of z")
-    hidden_features: Positive = Field(256, description="width of encoder and decoder")
-    estimator: Literal["disarm", "rloo", "vimco", "reinforce"] = Field(
-        "disarm", description="gradient estimator of the bits")
-    n_samples: Positive = Field(4, description="samples of z per image, as the estimator takes them")
-    beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
-
-
-class VDVAESettings(Section):
-    kind: Literal["vdvae"]
-    groups: tuple[Positive, ...] = Field((2, 2), strict=False, min_length=1,
-                                         description="latent groups at each resolution, coarsest first")
-    channels: Positive = Field(32, description="of the states")
-    latent_channels: Positive = Field(8, description="of each group")
-    beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
+TABLE_KINDS = ("realnvp", "maf", "nsf")
 
 
 class TrainSettings(Section):
@@ -91,7 +33,16 @@ class TrainSettings(Section):
     max_seconds: float = Field(0.0, ge=0, description="stop, save and evaluate after this long; 0 for no limit")
     batch_size: Positive = Field(32, description="images per step")
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
+    beta2: float = Field(0.999, gt=0, lt=1, description="decay of Adam's average of squared gradients")
+    weight_decay: float = Field(0.0, ge=0, description="as in AdamW, times the learning rate; 0 is Adam")
     warmup_steps: Count = Field(0, description="steps over which the learning rate rises linearly")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of the learning rate afterwards")
+    end_learning_rate: float = Field(0.0, ge=0, description="where cosine and linear schedules end")
+    decay_steps: Count = Field(0, description="the step at which they end; 0 for train.steps")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of conditioners, encoders and decoders; "
+                                                      "all else is float32")
+    memory: Literal["auto", "none", "save_z", "invert"] = Field("auto", description="how a flow keeps less for "
+                                                                "backward, see TrainStep")
     clip_grad_norm: float = Field(0.0, ge=0, description="scale larger gradients down to this norm; 0 for never")
     accumulate: Positive = Field(1, description="parts that a batch is cut into to save memory")
     strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="whole models or shards; auto is ddp")
@@ -102,9 +53,25 @@ class TrainSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where torch sees a GPU")
     threads: Count = Field(0, description="CPU threads; 0 leaves torch's choice, 1 is fastest for very small models")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(False, description="write TensorBoard's event file too")
     eval_every: Count = Field(0, description="steps between evaluations on held-out images; 0 for the end only")
+    patience: Count = Field(0, description="evaluations in a row without a better one that end the run; 0 for never")
+    bound_samples: Count = Field(0, description="K of the held-out bound log(1/K sum of K weights), at the end; 0 for "
+                                "none")
+    sample_every: Count = Field(0, description="steps between sample grids; 0 for the end only")
     checkpoint_every: Count = Field(0, description="steps between checkpoints; 0 for the end only")
     keep_checkpoints: Count = Field(3, description="how many to keep; 0 for all")
+
+    @model_validator(mode="after")
+    def _go_together(self):
+        if self.patience and not self.eval_every:
+            raise combination("train.patience: counts evaluations, and train.eval_every=0 makes none on the way")
+        if self.schedule == "constant" and (self.end_learning_rate or self.decay_steps):
+            raise combination("train.end_learning_rate, train.decay_steps: train.schedule=constant has no end")
+        if self.schedule != "constant" and self.end_learning_rate > self.learning_rate:
+            raise combination(f"train.end_learning_rate: {self.end_learning_rate:g} is more than "
+                              f"train.learning_rate={self.learning_rate:g}")
+        return self
 
 
 class SampleSettings(Section):
@@ -112,15 +79,31 @@ class SampleSettings(Section):
     temperature: float = Field(1.0, gt=0, description="standard deviation of the base distribution when sampling")
 
 
+class SweepSettings(Section):
+    beta: tuple[Annotated[float, Field(gt=0)], ...] = Field(strict=False, min_length=2, description="a model is "
+                                                            "trained with each, in place of model.beta")
+
+
 class Settings(Section):
     """Everything that defines a run."""
 
     description: str = ""
+    minutes: float = Field(0.0, ge=0, description="about how long it takes on two CPU cores; 0 where that is not known")
     data: DataSettings
-    model: Annotated[GlowSettings | VAESettings | IWAESettings | VQVAESettings | DiscreteVAESettings | VDVAESettings,
-                     Field(discriminator="kind")]
+    model: Annotated[Model, Field(discriminator="kind")]
     train: TrainSettings
     sample: SampleSettings = SampleSettings()
+    sweep: SweepSettings | None = None
+
+    @model_validator(mode="after")
+    def _go_together(self):
+        shape, kind = self.data.known_shape(), self.model.kind
+        if shape and (len(shape) == 1) != (kind in TABLE_KINDS):
+            raise combination(f"model.kind: {kind} is for {'tables' if kind in TABLE_KINDS else 'images'}, and the "
+                              f"data have shape {list(shape)}")
+        if self.sweep is not None and not hasattr(self.model, "beta"):
+            raise combination(f"sweep.beta: a model of kind {kind} has no beta")
+        return self
 
 
 def recipes():
@@ -192,6 +175,8 @@ def _apply(raw, override):
     section = raw.setdefault(keys[0], {})
     if not isinstance(section, dict):
         raise SettingsError(f"--set: {keys[0]} is not a section")
+    if keys == ["data", "path"]:
+        section.pop("name", None)  # a recipe's own data give way to the user's
     section[keys[1]] = value
 
 
@@ -205,6 +190,8 @@ def _sentence(error):
         return f"{field}: unknown setting"
     if error["type"] == "missing":
         return f"{field}: missing"
+    if error["type"] == "combination":
+        return error["msg"]
     text = repr(error["input"])
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{field}: {message}, got {text if len(text) <= 60 else text[:57] + '...'}"

@@ -8,7 +8,7 @@ import torch
 from fastflow.engine.distributed import placed_like, whole
 
 __all__ = ["host_random_state", "optimizer_state", "random_state", "restore_host_random", "restore_optimizer",
-           "restore_random"]
+           "restore_random", "seed_host_random"]
 
 
 def optimizer_state(optimizer):
@@ -60,6 +60,12 @@ def restore_random(state, device):
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed_host_random(seed):
+    """Seeds the generators of Python and NumPy."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
 
 
 def host_random_state():

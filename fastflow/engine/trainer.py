@@ -1,6 +1,7 @@
 """The trainer: a train step in a loop, with evaluation, pictures, checkpoints that resume bit for bit, and a log."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -9,21 +10,27 @@ from pathlib import Path
 
 import torch
 
-from fastflow import data
+from fastflow.data import TableData
 from fastflow.engine import checkpoint
-from fastflow.engine import settings as settings_module
-from fastflow.engine import state as state_module
-from fastflow.engine.distributed import Processes, is_sharded, whole, wrapped
+from fastflow.engine.curves import plot_curves
+from fastflow.engine.datasets import completed, levels_of_values, load_data
+from fastflow.engine.distributed import Processes, is_sharded, wrapped
 from fastflow.engine.errors import CheckpointError, NonFiniteError, RunError, SettingsError
-from fastflow.engine.evaluate import describe, evaluate, is_vae, reconstructions, samples
+from fastflow.engine.evaluate import bound, describe, evaluate
+from fastflow.engine.faults import explained
 from fastflow.engine.files import write_text
+from fastflow.engine.gallery import draw
 from fastflow.engine.layout import convolutions_to_channels_last
-from fastflow.engine.models import build_model, load_weights
+from fastflow.engine.log import RunLog, check_tensorboard, read_log
+from fastflow.engine.models import build_model, load_weights, standardize
 from fastflow.engine.objectives import objective_for
-from fastflow.engine.pictures import save_grid
 from fastflow.engine.progress import TrainProgress
+from fastflow.engine.rate import LearningRate
 from fastflow.engine.signals import Interrupted, StopSignals
+from fastflow.engine.snapshot import check_continuation, restore, snapshot, weights
+from fastflow.engine.state import seed_host_random
 from fastflow.engine.train_step import TrainStep
+from fastflow.engine.watch import Watch, score
 
 __all__ = ["Trainer", "choose_device", "set_threads"]
 
@@ -41,21 +48,6 @@ def choose_device(name):
         else torch.device("cpu")
 
 
-@contextlib.contextmanager
-def out_of_memory_explained(settings):
-    """Turns running out of memory into a :class:`RunError` that says what to turn on."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        train = settings.train
-        reason = " ".join(str(error).split())[:120]
-        raise RunError(f"out of memory with batches of {train.batch_size} in {train.accumulate} parts: raise "
-                       f"train.accumulate, or lower train.batch_size or the model's size; under torchrun, "
-                       f"train.strategy=fsdp spreads the model over the processes ({reason})") from error
-
-
 def set_threads(settings):
     """Gives this process the CPU threads that the settings ask for, if they do."""
     if settings.train.threads:
@@ -65,8 +57,9 @@ def set_threads(settings):
 class Trainer:
     """Trains one model, in one process or in all that torchrun started, in a directory of its own that all of them see.
 
-    ``out`` gets checkpoints/step-NNNNNN/, samples/*.png, metrics.jsonl and, at the end, results.json; the first process
-    writes them. A batch is that of all processes together, each takes its share of it, in ``train.accumulate`` parts.
+    ``out`` gets checkpoints/step-NNNNNN/, samples/*.png, metrics.jsonl and, at the end, results.json and curves.png;
+    the first process writes them. A batch is that of all processes together, each takes its share of it, in
+    ``train.accumulate`` parts.
 
     Args:
         settings: a :class:`~fastflow.engine.settings.Settings`.
@@ -78,33 +71,39 @@ class Trainer:
         processes: the :class:`~fastflow.engine.distributed.Processes`.
         train_step: the :class:`~fastflow.engine.train_step.TrainStep`, None before :meth:`start` or :meth:`resume`.
         step: training steps done; ``skipped`` of them changed nothing because they were not finite.
+        watch: the :class:`~fastflow.engine.watch.Watch` over the held-out figures.
 
     Raises:
         SettingsError: settings that can't be combined.
     """
 
     def __init__(self, settings, out, console, title="train"):
-        self.settings, self.out, self.console, self.title = settings, Path(out), console, title
+        self.out, self.console, self.title = Path(out), console, title
         train = settings.train
         self.device = choose_device(train.device)
         set_threads(settings)
         self.processes = Processes(self.device, train.process_timeout)
         if self.processes.rank:
             self.console.quiet = True
-        self.data = data.load(settings.data.name)
+        self.data = load_data(settings)
+        self.settings = settings = completed(settings, self.data)
+        self.n_bins, self.unit = levels_of_values(settings), "rows" if isinstance(self.data, TableData) else "images"
         if train.batch_size > len(self.data.train):
             raise SettingsError(f"train.batch_size: {train.batch_size} is more than the "
-                                f"{len(self.data.train)} training images")
+                                f"{len(self.data.train)} training {self.unit}")
         if train.batch_size % (self.processes.count * train.accumulate):
             raise SettingsError(f"train.batch_size: {train.batch_size} is not a multiple of {self.processes.count} "
                                 f"processes times train.accumulate={train.accumulate}")
+        if train.tensorboard:
+            check_tensorboard()
         torch.manual_seed(train.seed)
         self.model = build_model(settings).to(self.device)
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
+        self.watch, self._rate = Watch(train.patience), LearningRate(train)
         self._order = (None, None)
         self._stop = StopSignals()
-        self._saved = None
+        self._saved, self._signal = None, 0
         self._checkpoints = self.out / "checkpoints"
 
     @property
@@ -116,11 +115,15 @@ class Trainer:
         """A fresh run: initialises data-dependent layers from training images."""
         self._agree_on_start(-1)
         first = self.data.train[torch.randperm(len(self.data.train))[:INITIAL_BATCH]].to(self.device)
+        if isinstance(self.data, TableData):
+            standardize(self.model, self.data)
         if hasattr(self.model, "initialize"):
-            objective = objective_for(self.model, n_bins=self.data.n_bins)
+            objective = objective_for(self.model, n_bins=self.n_bins)
             self.model.initialize(objective.prepare(self.model, first)[0])
         self._prepare()
-        if self.processes.rank:  # the noise of each process is its own
+        # The noise of each process is its own.
+        seed_host_random(self.settings.train.seed + self.processes.rank)
+        if self.processes.rank:
             torch.manual_seed(torch.initial_seed() + self.processes.rank)
 
     def _agree_on_start(self, step):
@@ -135,13 +138,16 @@ class Trainer:
         sharded = self.processes.count > 1 and train.strategy == "fsdp"
         if sharded:
             model = wrapped(model, "fsdp", self.device)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=train.learning_rate, fused=not sharded)
+        adam = torch.optim.AdamW if train.weight_decay else torch.optim.Adam
+        self.optimizer = adam(model.parameters(), lr=train.learning_rate, betas=(0.9, train.beta2),
+                              weight_decay=train.weight_decay, fused=not sharded)
         if self.processes.count > 1 and not sharded:
             convolutions_to_channels_last(model, self.optimizer, None)
             model = wrapped(model, "ddp", self.device)
         self.train_step = TrainStep(
-            model, self.optimizer, clip_grad_norm=train.clip_grad_norm or None, accumulate=train.accumulate,
-            ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=self.data.n_bins,
+            model, self.optimizer, memory=train.memory, clip_grad_norm=train.clip_grad_norm or None,
+            conditioner_dtype=torch.bfloat16 if train.precision == "bfloat16" else None, accumulate=train.accumulate,
+            ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=self.n_bins,
             n_samples=getattr(options, "n_samples", 1), beta=getattr(options, "beta", 1.0))
 
     def resume(self, loaded):
@@ -149,41 +155,18 @@ class Trainer:
 
         Raises:
             SettingsError: the settings differ in what a continuation may not change.
-            CheckpointError: it does not fit this model or these images.
+            CheckpointError: it does not fit this model or these data.
         """
-        old = settings_module.from_dict(loaded.state.get("settings"))
-        if changed := settings_module.differences(old, self.settings):
-            raise SettingsError(f"{', '.join(changed)}: may not change on resume")
-        if self.settings.train.steps < loaded.step:
-            raise SettingsError(f"train.steps: {self.settings.train.steps} is less than the {loaded.step} steps done")
-        if loaded.state.get("data") != self.data.fingerprint():
-            raise CheckpointError(f"{loaded.path}: was trained on other images than the installed libraries hold")
+        check_continuation(self, loaded)
         self._agree_on_start(loaded.step)
         load_weights(self.model, loaded, "model")
         self._prepare()
-        training = _grouped(loaded.tensors.get("training", {}))
-        try:
-            self.skipped, count = int(loaded.state["skipped"]), int(loaded.state["processes"])
-            state_module.restore_optimizer(self.optimizer, training.get("optimizer", {}), loaded.state["optimizer"])
-            if self.train_step.ema is not None:
-                if "ema" not in loaded.tensors:
-                    raise CheckpointError(f"{loaded.path}: has no ema.safetensors")
-                averages = {name: loaded.tensors["ema"][name] for name in self.train_step.ema.parameters}
-                self.train_step.ema.load_state_dict(averages, loaded.step - self.skipped)
-            if count == self.processes.count:
-                state_module.restore_random(_row(training["random"], self.processes.rank), self.device)
-                state_module.restore_host_random(_row(training["host_random"], self.processes.rank))
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{loaded.path}: does not fit this run ({error})") from error
+        count = restore(self, loaded)
         if count != self.processes.count:
             torch.manual_seed((self.settings.train.seed + loaded.step * 1_000_003 + self.processes.rank) % 2**63)
-            self.console.print(f"saved by {count} processes, continued by {self.processes.count}: the same images "
-                               f"in the same order, with other noise", highlight=False, soft_wrap=True)
+            self.console.print(f"saved by {count} processes, continued by {self.processes.count}: the same "
+                               f"{self.unit} in the same order, with other noise", highlight=False, soft_wrap=True)
         self.step, self._saved = loaded.step, loaded.path
-        if self.processes.rank == 0:
-            self._trim_log()
 
     def run(self):
         """Trains to ``train.steps`` or ``train.max_seconds``, saves, evaluates and draws.
@@ -197,7 +180,8 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite, for more than ``train.skip_non_finite`` times; nothing was
                 changed by that step.
             CheckpointError: one could not be written; the earlier ones are intact.
-            RunError: out of memory; the message says what to turn on.
+            RunError: out of memory, the message says what to turn on; the log can't be written; another process has
+                ended.
         """
         train, first = self.settings.train, self.processes.rank == 0
         if first:
@@ -205,8 +189,8 @@ class Trainer:
             checkpoint.clean(self._checkpoints)
         self.model.train()
         progress = TrainProgress(self.console, self.title, train.steps, self.step)
-        log_path = self.out / "metrics.jsonl" if first else os.devnull
-        with self._stop, open(log_path, "a", buffering=1) as log, progress, out_of_memory_explained(self.settings):
+        log = RunLog(self.out if first else None, train.tensorboard, self.step)
+        with self._stop, log, progress, explained(self.settings, self.processes.count):
             try:
                 results = self._train(progress, log)
             except _Stop as stop:
@@ -216,42 +200,91 @@ class Trainer:
             write_text(self.out / "results.json", json.dumps(results, indent=1) + "\n")
         return results
 
+    def close(self):
+        """Leaves the group of processes, after the last use, in every process of it."""
+        self.processes.leave()
+
     def _train(self, progress, log):
         """The loop; returns the results."""
         train = self.settings.train
         deadline = time.monotonic() + (train.max_seconds or float("inf"))
-        over = self.processes.most(time.monotonic() >= deadline)
-        while self.step < train.steps and not over:
-            figures, over = self._advance(progress, deadline)
-            if figures and (self.step % train.log_every == 0 or self.step == train.steps):
-                log.write(json.dumps({"step": self.step, **figures}) + "\n")
-            if train.checkpoint_every and self.step % train.checkpoint_every == 0:
-                self.save()
-            self._check_stop()
-            if train.eval_every and self.step % train.eval_every == 0 and self.step < train.steps:
-                progress.say(f"step {self.step}: held-out " + describe(self.evaluate(log)))
-        if self.step < train.steps:
+        over = self._exchange(deadline, ())[0]
+        self._evaluate_if_due(progress, log)
+        while self.step < train.steps and not over and not self.watch.over:
+            over = self._round(progress, log, deadline)
+        if self.watch.over:
+            progress.say(f"step {self.step}: {self.watch.since} evaluations in a row were not better than that of step "
+                         f"{self.watch.best_step} (train.patience)")
+        elif self.step < train.steps:
             progress.say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
         self.save()
-        return {"step": self.step, **self.evaluate(log), "test_images": len(self.data.test),
-                "checkpoint": str(self._saved), **self.draw()}
+        return self._results(progress, log)
 
-    def _advance(self, progress, deadline):
-        """One training step; returns its figures, None for one that was left out, and whether the time is over."""
+    def _round(self, progress, log, deadline):
+        """A training step and what is due after it; returns whether the time is over."""
+        train = self.settings.train
+        over = self._advance(progress, log, deadline)
+        if self._signal:
+            raise _Stop(self._signal)
+        self._evaluate_if_due(progress, log)
+        if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+            self.save()
+        if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
+            self.draw(log)
+        return over
+
+    def _evaluate_if_due(self, progress, log):
+        """The evaluation of this step, if there is one on the way and it was not seen before the run was cut."""
+        train = self.settings.train
+        if not train.eval_every or not 0 < self.step < train.steps or self.step % train.eval_every \
+                or self.watch.seen == self.step:
+            return
+        part = "test" if self.data.validation is None else "validation"
+        figures = self.evaluate(log, part)
+        progress.say(f"step {self.step}: {'held-out' if part == 'test' else part} {describe(figures)}")
+        self.watch.see(self.step, self._look(progress, figures))
+        if train.patience and self.watch.best_step == self.step:
+            self.save()
+
+    def _look(self, progress, figures):
+        """The score of the figures, the same in all processes; a warning if it says that training has diverged."""
+        value, = self.processes.mean([score(figures, self.data.train[0].numel())])  # devices may differ in rounding
+        if warning := self.watch.warning(self.step, value):
+            progress.say(f"WARNING: {warning}")
+        return value
+
+    def _results(self, progress, log):
+        """The figures, curves and pictures at the end, by name."""
+        figures = self.evaluate(log)
+        self._look(progress, figures)
+        if self.settings.train.bound_samples:
+            figures |= self.evaluate(log, n_samples=self.settings.train.bound_samples)
+        results = {"step": self.step, **figures, f"test_{self.unit}": len(self.data.test),
+                   "checkpoint": str(self._saved), "diverged": self.watch.diverged, **self.draw(log)}
+        if self.watch.over:
+            results["best_step"] = self.watch.best_step
+        if self.processes.rank == 0:
+            entries = read_log(self.out / "metrics.jsonl")
+            if plot_curves(self.out / "curves.png", entries, self.title) is not None:
+                results["curves"] = str(self.out / "curves.png")
+        return results
+
+    def _advance(self, progress, log, deadline):
+        """One training step; returns whether the time is over."""
         train = self.settings.train
         begin = time.perf_counter()
         batch = self.batch(self.step)
-        mine = batch.chunk(self.processes.count)[self.processes.rank]
-        if train.warmup_steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = train.learning_rate * min(1.0, (self.step + 1) / train.warmup_steps)
+        mine = batch if self.processes.count == 1 else batch.chunk(self.processes.count)[self.processes.rank]
+        rate = self._rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         sums = {}
         try:
-            for x in mine.chunk(train.accumulate):
+            for x in mine.chunk(train.accumulate) if train.accumulate > 1 else (mine,):
                 loss = self.train_step(x.to(self.device))
                 for name, value in {"loss": loss, **self.train_step.parts}.items():
                     if name != "grad_norm":
-                        sums[name] = sums.get(name, 0.0) + value.detach() / train.accumulate
+                        sums[name] = sums[name] + value if name in sums else value
         except NonFiniteError as error:
             epoch, index = divmod(self.step, len(self.data.train) // train.batch_size)
             where = f"step {self.step + 1} (epoch {epoch + 1}, batch {index + 1}, process {self.processes.rank})"
@@ -260,20 +293,40 @@ class Trainer:
             self.skipped += 1
             self.step += 1
             progress.say(f"{where}: left out, {self.skipped} of at most {train.skip_non_finite}: {error}")
-            return None, self.processes.most(time.monotonic() >= deadline)
+            return self._exchange(deadline, ())[0]
         self.step += 1
-        values = torch.tensor([float(time.monotonic() >= deadline), *(float(v) for v in sums.values())],
-                              dtype=torch.float64)
-        over, *means = torch.stack(self.processes.gather(values)).mean(0).tolist()
-        means = dict(zip(sums, means, strict=True))
-        figures = {"bits/dim": means["loss"] / (batch[0].numel() * math.log(2))}
-        if "rate" in means:
-            figures = {"elbo": -means["rate"] - means["distortion"], "rate": means["rate"],
-                       "distortion": means["distortion"]}
+        over, means = self._exchange(deadline, [value.item() / train.accumulate for value in sums.values()])
+        figures = self._figures(dict(zip(sums, means, strict=True)), batch[0].numel())
         speed = len(batch) / (time.perf_counter() - begin)
-        progress.update(self.step, figures, speed)
-        return {"loss": means["loss"], **{k.replace("/", "_per_"): v for k, v in figures.items()},
-                "grad_norm": self.train_step.parts["grad_norm"].item(), "images_per_second": speed}, over
+        progress.update(self.step, {k: v for k, v in figures.items() if k != "elbo"}, speed, self.unit)
+        if self.step % train.log_every == 0 or self.step == train.steps:
+            log.write(self.step, {"loss": means[0], **{k.replace("/", "_per_"): v for k, v in figures.items()},
+                                  "grad_norm": self.train_step.parts["grad_norm"].item(), "learning_rate": rate,
+                                  "skipped": self.skipped, f"{self.unit}_per_second": speed})
+        return over
+
+    def _figures(self, means, n_dims):
+        """What is reported of a training step."""
+        bits = means["loss"] / (n_dims * math.log(2))
+        self.watch.started(bits)
+        if isinstance(self.data, TableData):
+            return {"log_prob": -means["loss"]}
+        if "rate" not in means:
+            return {"bits/dim": bits}
+        elbo = -means["rate"] - means["distortion"]
+        return {"bits/dim": -elbo / (n_dims * math.log(2)), "elbo": elbo, "rate": means["rate"],
+                "distortion": means["distortion"]}
+
+    def _exchange(self, deadline, values):
+        """(over, means): whether the time is over, and the means of the numbers over all processes, which call this
+        together once per step. ``_signal`` is set if one came to any of them."""
+        over, self._signal = time.monotonic() >= deadline, self._stop.received or 0
+        if self.processes.count > 1:
+            every = self.processes.gather(torch.tensor([float(over), float(self._signal), *values],
+                                                      dtype=torch.float64))
+            over, self._signal = (int(max(row[i] for row in every)) for i in range(2))
+            values = torch.stack(every).mean(0)[2:].tolist()
+        return bool(over), values
 
     def batch(self, step):
         """The images (batch_size, C, H, W) of that step: every epoch in an order of its own, its remainder left out."""
@@ -282,7 +335,7 @@ class Trainer:
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed((self.settings.train.seed * 1_000_003 + epoch) % 2**63)
             self._order = epoch, torch.randperm(n, generator=generator)
-        return self.data.train[self._order[1][index * size:(index + 1) * size]]
+        return self.data.train.index_select(0, self._order[1][index * size:(index + 1) * size])
 
     def _check_stop(self):
         """Stops if a signal came to one of the processes; called after every step and between the batches of an
@@ -294,41 +347,33 @@ class Trainer:
         """Inside, the model has the averaged weights, where there is an average."""
         return contextlib.nullcontext() if self.train_step.ema is None else self.train_step.ema.swapped_in()
 
-    def evaluate(self, log):
-        """Held-out figures of the averaged weights, or of the weights where there is no average; a line in the log."""
+    def evaluate(self, log, part="test", n_samples=None):
+        """Figures of the averaged weights, or of the weights where there is no average, on that part of the data,
+        "test" or "validation"; a line in the log. With ``n_samples`` the bound of so many samples."""
+        measure = evaluate if n_samples is None else functools.partial(bound, n_samples=n_samples)
         with self._averaged():
-            figures = evaluate(self.model, self.train_step.objective, self.data.test, self.device,
-                               poll=self._check_stop)
-        log.write(json.dumps({"step": self.step, **{f"test_{name}": value for name, value in figures.items()}}) + "\n")
+            figures = measure(self.model, self.train_step.objective, getattr(self.data, part), self.device,
+                              poll=self._check_stop)
+        log.write(self.step, {f"{part}_{name}": value for name, value in figures.items()})
         return figures
 
-    def draw(self):
-        """Writes the sample grid and, for a VAE, originals above their reconstructions; returns the paths, and how many
-        samples are not finite, by name."""
+    def draw(self, log):
+        """Draws what the model generates and, for a VAE, reconstructs; see :func:`fastflow.engine.gallery.draw`. The
+        first process returns paths and how many samples are not finite, by name."""
         with self._averaged():
             model = self.model
             if is_sharded(model):  # sampling goes past the forward that would gather the shards
-                weights = self._weights()
+                state = weights(model)
                 model = build_model(self.settings).to(self.device)
-                model.load_state_dict(weights)
-            return self._draw(model) if self.processes.rank == 0 else {}
-
-    def _draw(self, model):
-        n_bins, options = self.data.n_bins, self.settings.sample
-        name = f"step-{self.step:06d}.png"
-        drawn, n_broken = samples(model, options.count, n_bins, self.device, options.temperature)
-        pictures = {"samples": str(save_grid(self.out / "samples" / name, drawn, n_bins)), "broken_samples": n_broken}
-        if is_vae(model):
-            original = self.data.test[:32]
-            made = reconstructions(model, self.train_step.objective, original, self.device).cpu()
-            pairs = torch.stack([original.unflatten(0, (-1, 8)), made.unflatten(0, (-1, 8))], 1).flatten(0, 2)
-            path = self.out / "samples" / f"reconstructions-{name}"
-            pictures["reconstructions"] = str(save_grid(path, pairs, n_bins, n_columns=8))
-        return pictures
-
-    def _weights(self):
-        """The whole model's state; all processes gather it together."""
-        return {name: whole(t.detach()) for name, t in self.model.state_dict().items()}
+                model.load_state_dict(state)
+            if self.processes.rank:
+                return {}
+            found = draw(model, self.train_step.objective, self.data, self.settings, self.out / "samples", self.step,
+                         self.device)
+        for name in ("samples", "reconstructions"):
+            if found.get(name, "").endswith(".png"):
+                log.picture(self.step, name, found[name])
+        return found
 
     def save(self):
         """Writes a checkpoint of this moment, unless there is one already; all processes call it together.
@@ -338,62 +383,18 @@ class Trainer:
         """
         if self._saved is not None and checkpoint.step_of(self._saved) == self.step:
             return
-        tensors, state = self._snapshot()
+        tensors, state = snapshot(self)
         failure = None
         if self.processes.rank == 0:
             try:
-                checkpoint.save(self._checkpoints, self.step, tensors, state, self.settings.train.keep_checkpoints)
+                checkpoint.save(self._checkpoints, self.step, tensors, state, self.settings.train.keep_checkpoints,
+                                self.watch.best_step if self.settings.train.patience else None)
             except CheckpointError as error:
                 failure = error
         path = checkpoint.path_of(self._checkpoints, self.step)
         if self.processes.most(failure is not None):
             raise failure or CheckpointError(f"{path}: process 0 could not write it")
         self._saved = path
-
-    def _snapshot(self):
-        """(tensors, state) of everything that the next step depends on."""
-        optimizer, plain = state_module.optimizer_state(self.optimizer)
-        training = {f"optimizer.{name}": t for name, t in optimizer.items()}
-        for group, generators in (("random", state_module.random_state(self.device)),
-                                  ("host_random", state_module.host_random_state())):
-            training |= {f"{group}.{name}": torch.stack(self.processes.gather(t)) for name, t in generators.items()}
-        tensors = {"model": self._weights(), "training": training}
-        ema = self.train_step.ema
-        if ema is not None:
-            tensors["ema"] = tensors["model"] | {name: whole(t) for name, t in ema.state_dict().items()}
-        return tensors, {"settings": self.settings.model_dump(), "optimizer": plain, "data": self.data.fingerprint(),
-                         "title": self.title, "torch": torch.__version__, "skipped": self.skipped,
-                         "processes": self.processes.count}
-
-    def _trim_log(self):
-        """Drops the log's lines after the step that is resumed from: they will be written again."""
-        path = self.out / "metrics.jsonl"
-        if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
-            write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _step_of(line):
-    """The step of one line of the log; infinity for a line that a kill cut short."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def _grouped(tensors):
-    """{"a.b": t} as {"a": {"b": t}}."""
-    groups = {}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition(".")
-        groups.setdefault(group, {})[rest] = tensor
-    return groups
-
-
-def _row(generators, rank):
-    """One process's {name: state} of all processes' {name: (processes, ...)}."""
-    # torch.set_rng_state reads from the beginning of the storage: a row must be a tensor of its own.
-    return {name: states[rank].clone() for name, states in generators.items()}
 
 
 class _Stop(Exception):

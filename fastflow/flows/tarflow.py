@@ -150,7 +150,7 @@ class TarFlow(Flow):
 
     Args:
         image_shape: (C, H, W), H and W divisible by ``patch_size``, at least two patches.
-        patch_size: P.
+        patch_size: P. The defaults are the paper's for likelihoods on ImageNet 64.
         channels: width of the transformers, a multiple of ``head_dim``.
         blocks: number of blocks, T in the paper.
         layers_per_block: depth of each transformer, K in the paper.
@@ -167,8 +167,8 @@ class TarFlow(Flow):
 
     configs = CONFIGS
 
-    def __init__(self, image_shape, patch_size, channels, blocks=8, layers_per_block=8, *, num_classes=0, head_dim=64,
-                 expansion=4, data_scale=2.0):
+    def __init__(self, image_shape, patch_size=2, channels=768, blocks=8, layers_per_block=8, *, num_classes=0,
+                 head_dim=64, expansion=4, data_scale=2.0):
         patches = Patchify(image_shape, patch_size, scale=data_scale)
         if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
             raise ValueError(f"blocks: expected a positive int, got {blocks!r}")

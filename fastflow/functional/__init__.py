@@ -14,7 +14,9 @@ from fastflow.autograd import slogdet as _slogdet
 from fastflow.autograd.differentiable import distinct as _distinct
 from fastflow.autograd.differentiable import needs_grad as _needs_grad
 from fastflow.extension import kernel
+from fastflow.functional.activated_conv import activated_conv
 from fastflow.functional.bernoulli_log_prob import bernoulli_log_prob
+from fastflow.functional.mlp import mlp
 from fastflow.functional.mlp_flow import mlp_flow
 from fastflow.functional.spline import check_spline_constants, spline, spline_params  # noqa: F401 (for the layers above)
 from fastflow.functional.top_down import top_down
@@ -24,13 +26,14 @@ from fastflow.reference import (  # noqa: F401 (some for layers)
     LatentLevel,
     MLPBlock,
     MLPCoupling,
+    Permutation,
     ScaleMap,
     full_precision,
 )
 
-__all__ = ["ChannelAffine", "LatentLevel", "MLPBlock", "MLPCoupling", "ScaleMap", "affine_coupling",
-           "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp_flow", "plu_weight", "slogdet",
-           "slogdet_inverse", "spline", "spline_params", "top_down"]
+__all__ = ["ChannelAffine", "LatentLevel", "MLPBlock", "MLPCoupling", "Permutation", "ScaleMap", "activated_conv",
+           "affine_coupling", "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp", "mlp_flow", "plu_weight",
+           "slogdet", "slogdet_inverse", "spline", "spline_params", "top_down"]
 
 LAYOUTS = ("chunk", "interleave")
 REDUCTIONS = ("sample", "channel", "none")

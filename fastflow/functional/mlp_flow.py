@@ -15,9 +15,10 @@ def mlp_flow(x, steps, *, context=None, inverse=False):
 
     Args:
         x: (B, D) float32 or float64, any strides; one dtype and device for all operands.
-        steps: sequence of ChannelAffine(bias, log_scale), both (D,), and MLPCoupling(weights, biases, ...), whose
-            weights are (out, in) matrices from D_passive + K inputs to the 2 * D_active params of affine_coupling
-            (D_active for scale "additive"). Tensors of any strides.
+        steps: sequence of ChannelAffine(bias, log_scale), both (D,), Permutation(order), (D,) int64 (a GPU moves the
+            features between kernels), and MLPCoupling(weights, biases, ...), whose weights are (out, in) matrices from
+            D_passive + K inputs to the 2 * D_active params of affine_coupling (D_active for scale "additive"). Tensors
+            of any strides.
         context: (B, K), which every network sees after the passive features, or None.
         inverse: noise to data.
 

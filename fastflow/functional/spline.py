@@ -10,7 +10,7 @@ __all__ = ["check_spline_constants", "spline", "spline_params"]
 
 
 def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e-3, min_height=1e-3,
-           min_derivative=1e-3, gain=1.0, clamp=None, inverse=False, logdet=None):
+           min_derivative=1e-3, gain=1.0, clamp=None, end_derivative=1.0, inverse=False, logdet=None):
     """A monotonic spline per element, its parameters from a conditioner, and its log-determinant in one pass.
 
     On [-B, B], B = tail_bound, f runs through K + 1 knots, the first (-B, -B), the last (B, B); outside it is the
@@ -19,8 +19,8 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
         w = 2B (min_width + (1 - K min_width) softmax(gain u))        wide,
         h = 2B (min_height + (1 - K min_height) softmax(gain v))      high,
 
-    and for "rq" the slopes at inner knots min_derivative + softplus(d), at both ends 1. Within a bin from (x0, y0) with
-    slopes d0 and d1, s = h/w and t = (x - x0)/w,
+    and for "rq" the slopes at inner knots min_derivative + softplus(d), at both ends end_derivative. Within a bin from
+    (x0, y0) with slopes d0 and d1, s = h/w and t = (x - x0)/w,
 
         "rq"      f = y0 + h (s t^2 + d0 t (1 - t)) / (s + (d0 + d1 - 2s) t (1 - t)),
         "linear"  f = y0 + s (x - x0), all bins 2B/K wide.
@@ -28,7 +28,7 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
     ``inverse`` undoes exactly that. With ``clamp`` c, raws are softly bounded first, widths and heights as
     r/(1 + 2|r|/c) after the gain, slopes as r/(1 + |r|/c), and inner slopes are min_derivative + exp of the latter:
     zuko's form, with c = -log(1e-3), B = 5 and all minima 0. nflows' is gain = 1/sqrt(hidden features) where its layers
-    scale so.
+    scale so. Pyro's end_derivative is 0.999; other than 1 it leaves kinks at -B and B.
 
     Args:
         x: (B, C, *S), any strides, S possibly empty.
@@ -40,6 +40,7 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
         min_width, min_height: least size of a bin as a share of 2B, 0 <= min < 1/K.
         min_derivative: least slope at a knot, >= 0.
         gain, clamp: see above; clamp None or positive.
+        end_derivative: slope at -B and B from inside, > 0.
         inverse: compute the inverse map.
         logdet: (B,) running log-determinant in nats, added to the result, differentiable, never written in place.
 
@@ -65,7 +66,8 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
     checks.tensor("params", params)
     n_bins = _check_spline_params(x, params, kind)
     checks.same_device("params", params, "x", x)
-    check_spline_constants(n_bins, kind, tail_bound, min_width, min_height, min_derivative, gain, clamp)
+    check_spline_constants(n_bins, kind, tail_bound, min_width, min_height, min_derivative, gain, clamp,
+                           end_derivative)
     named = [("x", x), ("params", params)]
     logdet = checks.with_running_logdet(named, logdet, x)
 
@@ -73,9 +75,10 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
     if backend == "reference":
         return reference.spline(x, params, kind=kind, tail_bound=tail_bound, min_width=min_width,
                                 min_height=min_height, min_derivative=min_derivative, gain=gain, clamp=clamp,
-                                inverse=inverse, logdet=logdet)
+                                end_derivative=end_derivative, inverse=inverse, logdet=logdet)
     consts = (reference.SPLINES.index(kind), bool(inverse), float(tail_bound), float(min_width), float(min_height),
-              float(min_derivative), float(gain), _spline.NO_CLAMP if clamp is None else float(clamp))
+              float(min_derivative), float(gain), _spline.NO_CLAMP if clamp is None else float(clamp),
+              float(end_derivative))
     if needs_grad(x, params, logdet):
         return _spline.SplineFunction.apply(*distinct(x, params, logdet), backend, consts)
     return _spline.forward(backend, x, params, logdet, consts)
@@ -107,7 +110,8 @@ def spline_params(kind, n_bins):
     return reference.spline_params(kind, n_bins)
 
 
-def check_spline_constants(n_bins, kind, tail_bound, min_width, min_height, min_derivative, gain, clamp):
+def check_spline_constants(n_bins, kind, tail_bound, min_width, min_height, min_derivative, gain, clamp,
+                           end_derivative=1.0):
     """ValueError that names the constant of :func:`spline` that does not fit."""
     checks.choice("kind", kind, reference.SPLINES)
     for name, value, fits, wanted in (
@@ -116,6 +120,7 @@ def check_spline_constants(n_bins, kind, tail_bound, min_width, min_height, min_
             ("min_height", min_height, lambda v: v >= 0 and v * n_bins < 1, f"at least 0 and below 1/{n_bins}"),
             ("min_derivative", min_derivative, lambda v: v >= 0, "a non-negative number"),
             ("gain", gain, lambda v: True, "a finite number"),
-            ("clamp", 1.0 if clamp is None else clamp, lambda v: v > 0, "None or a positive number")):
+            ("clamp", 1.0 if clamp is None else clamp, lambda v: v > 0, "None or a positive number"),
+            ("end_derivative", end_derivative, lambda v: v > 0, "a positive number")):
         if not (abs(value) < math.inf and fits(value)):
             raise ValueError(f"{name}: expected {wanted}, got {value!r}")

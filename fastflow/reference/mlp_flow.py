@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 from fastflow import reference
 
-__all__ = ["ACTIVATIONS", "ChannelAffine", "MLPCoupling", "mlp_flow"]
+__all__ = ["ACTIVATIONS", "ChannelAffine", "MLPCoupling", "Permutation", "mlp_flow"]
 
 ACTIVATIONS = ("relu", "silu", "tanh")
-_FUNCTIONS = {"relu": torch.relu, "silu": F.silu, "tanh": torch.tanh}
+FUNCTIONS = {"relu": torch.relu, "silu": F.silu, "tanh": torch.tanh}
 
 
 @dataclass(eq=False)
@@ -30,6 +30,23 @@ class ChannelAffine:
         if inverse:
             return x * torch.exp(-self.log_scale) - self.bias, (-self.log_scale.sum()).expand(x.shape[0])
         return (x + self.bias) * torch.exp(self.log_scale), self.log_scale.sum().expand(x.shape[0])
+
+
+@dataclass(eq=False)
+class Permutation:
+    """z[:, f] = x[:, order[f]]: the features in another order. ``order`` is (D,), int64, each of 0 ... D - 1 once."""
+
+    order: torch.Tensor
+
+    @property
+    def parameters(self):
+        """(order,)."""
+        return (self.order,)
+
+    def __call__(self, x, context, inverse):
+        """(z, log|det| = 0) of x (B, D); ``context`` is ignored."""
+        order = torch.argsort(self.order) if inverse else self.order
+        return x.index_select(1, order), x.new_zeros(x.shape[0])
 
 
 @dataclass(eq=False)
@@ -68,7 +85,7 @@ class MLPCoupling:
         passive, active = (second, first) if self.flip else (first, second)
         h = passive if context is None else torch.cat([passive, context], 1)
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = F.linear(_FUNCTIONS[self.activation](h) if index else h, weight, bias)
+            h = F.linear(FUNCTIONS[self.activation](h) if index else h, weight, bias)
         y, logdet = reference.affine_coupling(active, h, scale=self.scale, layout=self.layout, order=self.order,
                                               shift_first=self.shift_first, inverse=inverse)
         return torch.cat([y, passive] if self.flip else [passive, y], 1), logdet

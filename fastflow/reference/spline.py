@@ -24,7 +24,7 @@ def spline_bins(kind, n_params):
 
 
 def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e-3, min_height=1e-3,
-           min_derivative=1e-3, gain=1.0, clamp=None, inverse=False, logdet=None):
+           min_derivative=1e-3, gain=1.0, clamp=None, end_derivative=1.0, inverse=False, logdet=None):
     """y = f(x) per element, or its inverse, and log|det J|; see functional.spline."""
     dtype, out_dtype = reference.compute_dtype(x, params), reference.result_dtype(x, params)
     xc, per_element = x.to(dtype), params.shape[1] // max(x.shape[1], 1)
@@ -39,7 +39,7 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
     else:
         widths = _softmax(raw[..., :n_bins], gain, clamp, min_width, n_bins, tail_bound)
         heights = _softmax(raw[..., n_bins:2 * n_bins], gain, clamp, min_height, n_bins, tail_bound)
-        slopes = _slopes(raw[..., 2 * n_bins:], clamp, min_derivative)
+        slopes = _slopes(raw[..., 2 * n_bins:], clamp, min_derivative, end_derivative)
         result, log_slope = _rational_quadratic(value, widths, heights, slopes, tail_bound, inverse)
     # Rounding must not carry an element out of the interval, where the inverse would leave it alone.
     result = result + (result.clamp(-tail_bound, tail_bound) - result).detach()
@@ -60,10 +60,10 @@ def _softmax(raw, gain, clamp, least, n_bins, bound):
     return 2.0 * bound * (least + (1.0 - least * n_bins) * torch.softmax(raw, -1))
 
 
-def _slopes(raw, clamp, least):
-    """Slopes at all knots: 1 at the two ends, where the tails begin."""
+def _slopes(raw, clamp, least, end):
+    """Slopes at all knots: ``end`` at the two ends, where the tails begin."""
     grown = reference.softplus(raw) if clamp is None else torch.exp(raw / (1.0 + raw.abs() / clamp))
-    return F.pad(least + grown, (1, 1), value=1.0)
+    return F.pad(least + grown, (1, 1), value=end)
 
 
 def _knots(sizes, bound):

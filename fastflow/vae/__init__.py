@@ -2,7 +2,7 @@
 
 from fastflow.vae.bounds import ciwae, dreg, miwae, piwae, renyi, stl
 from fastflow.vae.discrete import DiscreteVAE
-from fastflow.vae.elbo import ELBO, Inference, iwae
+from fastflow.vae.elbo import ELBO, Inference, LossTerms, iwae
 from fastflow.vae.generation import lerp, slerp
 from fastflow.vae.hamiltonian import HamiltonianVAE
 from fastflow.vae.hierarchy import HierarchicalVAE, HierarchyTerms, Level
@@ -83,7 +83,7 @@ __all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "
            "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FullGaussianPosterior", "GaussianLikelihood",
            "GaussianPosterior", "GaussianPrior", "HamiltonianVAE", "HierarchicalVAE", "HierarchyTerms", "IWAEObjective",
            "Inference", "InfoVAE", "LaplaceLikelihood", "Level", "Likelihood", "LinearSchedule",
-           "LogisticMixtureLikelihood", "LowRankGaussianPosterior", "MixturePosterior", "MixturePrior",
+           "LogisticMixtureLikelihood", "LossTerms", "LowRankGaussianPosterior", "MixturePosterior", "MixturePrior",
            "NegativeBinomialLikelihood", "Objective", "PenalizedELBO", "PoissonLikelihood", "Quantized", "QuantizedVAE",
            "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task", "TotalCorrelation", "VampPrior", "VampVAE",
            "VectorQuantizer", "ar1_least_rate", "capacity", "ciwae", "conv_decoder", "conv_encoder", "decompose_kl",

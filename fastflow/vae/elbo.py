@@ -7,7 +7,7 @@ import torch
 
 from fastflow import checks
 
-__all__ = ["ELBO", "Inference", "iwae"]
+__all__ = ["ELBO", "Inference", "LossTerms", "iwae"]
 
 
 class Inference(NamedTuple):
@@ -79,6 +79,25 @@ class ELBO(NamedTuple):
         """
         size = size if isinstance(size, int) else math.prod(size)
         return (self.distortion + self.rate + size * math.log(n_bins)) / (size * math.log(2.0))
+
+
+class LossTerms(NamedTuple):
+    """What training needs of the bound, where the KL has a closed form; nats, nothing averaged over the batch.
+
+    Attributes:
+        distortion: (B,) minus the mean of log p(x | z) over the samples.
+        rate: (B,) KL(q(z | x) || p(z)).
+        beta: weight of the rate in ``value``.
+    """
+
+    distortion: torch.Tensor
+    rate: torch.Tensor
+    beta: float
+
+    @property
+    def value(self):
+        """(B,) what training maximises."""
+        return -self.distortion - self.beta * self.rate
 
 
 def iwae(log_w):

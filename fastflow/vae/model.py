@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from fastflow import checks
 from fastflow.flows.base import as_base
-from fastflow.vae.elbo import ELBO, Inference
+from fastflow.vae.elbo import ELBO, Inference, LossTerms
 from fastflow.vae.generation import Generation
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
@@ -18,6 +18,7 @@ from fastflow.vae.likelihoods import (
     PoissonLikelihood,
 )
 from fastflow.vae.posteriors import FullGaussianPosterior, GaussianPosterior, LowRankGaussianPosterior
+from fastflow.vae.posteriors.gaussian import has_closed_kl
 
 __all__ = ["VAE"]
 
@@ -73,11 +74,16 @@ class VAE(Generation, nn.Module):
         self.latent_shape = None if latent_shape is None else torch.Size(
             [latent_shape] if isinstance(latent_shape, int) else latent_shape)
 
-    def forward(self, x, n_samples=1, beta=1.0, context=None, **noise):
+    def forward(self, x, n_samples=1, beta=1.0, context=None, *, loss_only=False, **noise):
         """The ELBO; with an objective what that returns: an object with ``value`` (B,), which training maximises,
-        ``parts``, and the ELBO's rate and distortion."""
+        ``parts``, and the ELBO's rate and distortion.
+
+        ``loss_only`` asks for the value, the rate and the distortion alone: a LossTerms of the same figures where
+        there is no objective and the KL has a closed form, so that log q(z | x) and log p(z) need not be computed.
+        """
         if self.objective is None:
-            return self.elbo(x, n_samples, beta, context=context, **noise)
+            bound = self._loss_terms if loss_only else self.elbo
+            return bound(x, n_samples, beta, context=context, **noise)
         return self.objective(self, x, n_samples, beta, context=context, **noise)
 
     def infer(self, x, n_samples=1, *, context=None, eps=None, seed=None, generator=None):
@@ -113,6 +119,21 @@ class VAE(Generation, nn.Module):
         """The decoder's output for z (N, D, *S), given N contexts if the model is conditional."""
         return self.decoder(z) if context is None else self.decoder(z, context)
 
+    def _loss_terms(self, x, n_samples, beta, *, context=None, kl="auto", **noise):
+        """The LossTerms where the KL has a closed form, else the ELBO."""
+        prior, own = self._prior(context), type(self)
+        replaced = own.elbo is not VAE.elbo or own._infer is not VAE._infer or own._terms is not VAE._terms
+        if replaced or kl != "auto" or type(self.posterior) is not GaussianPosterior or not has_closed_kl(prior):
+            return self.elbo(x, n_samples, beta, context=context, kl=kl, **noise)
+        single = n_samples == 1 and noise.get("eps") is None
+        params = self._encoded(x, context)
+        z, _, rate = self.posterior(params, prior, None if single else n_samples, want_log_qz=False, **noise)
+        lead = () if single else z.shape[:1]
+        if self.latent_shape is None and not torch.compiler.is_compiling():
+            self.latent_shape = z.shape[len(lead) + 1:]
+        log_px_z = self._log_likelihood(x, z, context, lead)
+        return LossTerms(-(log_px_z if single else log_px_z.mean(0)), rate, beta)
+
     def _infer(self, x, n_samples, prior, context, **noise):
         params = self._encoded(x, context)
         z, log_qz, kl = self.posterior(params, prior, n_samples, **noise)
@@ -122,12 +143,7 @@ class VAE(Generation, nn.Module):
 
     def _terms(self, x, inference, prior, context, beta, kl_method):
         z, log_qz, kl = inference.z, inference.log_qz, inference.kl
-        n_samples, batch = z.shape[:2]
-        repeated = None if context is None else context.expand(n_samples, *context.shape).flatten(0, 1)
-        output = self.decode(z.flatten(0, 1), repeated)
-        shape = getattr(self.likelihood, "output_shape", tuple)(x.shape[1:])
-        checks.shape("decoder output", output, (n_samples * batch, *shape))
-        log_px_z = self.likelihood.log_prob(x, output.unflatten(0, (n_samples, batch)))
+        log_px_z = self._log_likelihood(x, z, context, z.shape[:1])
         log_pz = self._log_prior(z, context, prior)
         if kl is None and kl_method == "analytic":
             raise ValueError(f"kl: expected 'auto' or 'monte_carlo', because there is no closed form between a "
@@ -137,6 +153,17 @@ class VAE(Generation, nn.Module):
         distortion = -log_px_z.mean(0)
         return ELBO(log_px_z=log_px_z, log_pz=log_pz, log_qz=log_qz, log_w=log_px_z + log_pz - log_qz, kl=kl,
                     distortion=distortion, rate=kl, elbo=-distortion - beta * kl)
+
+    def _log_likelihood(self, x, z, context, lead):
+        """log p(x | z), (*lead, B) nats, of z (*lead, B, D, *S); lead is (K,) or nothing."""
+        batch = z.shape[len(lead)]
+        if lead:
+            z = z.flatten(0, 1)
+            context = None if context is None else context.expand(*lead, *context.shape).flatten(0, 1)
+        output = self.decode(z, context)
+        shape = getattr(self.likelihood, "output_shape", tuple)(x.shape[1:])
+        checks.shape("decoder output", output, (len(z), *shape))
+        return self.likelihood.log_prob(x, output.unflatten(0, (*lead, batch)) if lead else output)
 
     def _encoded(self, x, context):
         return self.encoder(x) if context is None else self.encoder(x, context)

@@ -1,7 +1,5 @@
 """nflows under accelerate: every layer, both directions, masks of all kinds, with context, on vectors and images."""
 
-import importlib
-
 import pytest
 import torch
 from adapter_checks import accelerated, close, same, same_training, scattered
@@ -25,11 +23,6 @@ def network(context=None):
 
 def image_network(i, o):
     return nets.ConvResidualNet(i, o, hidden_channels=4, num_blocks=1)
-
-
-@pytest.fixture(autouse=True)
-def every_linear_map_takes_one_matrix(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("fastflow.adapters.nflows"), "LARGE", 0)
 
 
 def inputs(dtype, context=None):

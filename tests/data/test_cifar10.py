@@ -1,7 +1,6 @@
 """CIFAR-10 from files of its true formats: what Python 2's cPickle wrote in 2009, rows of 3073 bytes, both archives."""
 
 import hashlib
-import io
 import pickle
 import struct
 import tarfile
@@ -9,59 +8,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from data_files import NAMES, archive, batch, extracted, files, pickled
 
 from fastflow import data
 from fastflow.data import cifar10
-
-NAMES = (*cifar10.TRAIN, cifar10.TEST)
-
-
-def batch(seed, n=3):
-    """(pixels (n, 3072), labels) of one batch."""
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (n, 3072), np.uint8), rng.integers(0, 10, n).tolist()
-
-
-def text(value):
-    return b"U" + bytes([len(value)]) + value
-
-
-def pickled(pixels, labels, call=b"cnumpy.core.multiarray\n_reconstruct\n"):
-    """The opcodes of cPickle's protocol 2 for such a batch; its strings are bytes, its keys in this order."""
-    raw = pixels.tobytes()
-    shape = b"M" + struct.pack("<H", len(pixels)) + b"M" + struct.pack("<H", pixels.shape[1]) + b"\x86"
-    dtype = (b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|") + b"NNN"
-             + b"J\xff\xff\xff\xff" * 2 + b"K\x00tb")
-    array = (call + b"cnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R(K\x01" + shape + dtype + b"\x89T"
-             + struct.pack("<i", len(raw)) + raw + b"tb")
-    return (b"\x80\x02}(" + text(b"batch_label") + text(b"training batch 1 of 5") + text(b"labels") + b"]("
-            + b"".join(b"K" + bytes([label]) for label in labels) + b"e" + text(b"data") + array
-            + text(b"filenames") + b"](" + text(b"camion_s_000148.png") * len(labels) + b"eu.")
-
-
-def binary(pixels, labels):
-    return np.concatenate([np.array(labels, np.uint8)[:, None], pixels], 1).tobytes()
-
-
-def files(suffix):
-    write = binary if suffix else pickled
-    return {f"{cifar10.FOLDERS[suffix]}/{name}{suffix}": write(*batch(i)) for i, name in enumerate(NAMES)}
-
-
-def extracted(root, suffix):
-    for name, content in files(suffix).items():
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_bytes(content)
-    return root
-
-
-def archive(path, contents):
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in contents.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def check(found):

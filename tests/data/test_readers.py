@@ -6,21 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from data_files import imagenet, pictures, saved, table, write
 
 from fastflow import data
-
-RNG = np.random.default_rng(0)
-
-
-def imagenet(folder, size=32, parts=2):
-    """The files' arrays as the authors' scripts write them: data, labels, mean."""
-    folder.mkdir(exist_ok=True)
-    made = []
-    for name in [*(f"train_data_batch_{i}" for i in range(1, parts + 1)), "val_data"]:
-        pixels, labels = RNG.integers(0, 256, (4, 3 * size**2), np.uint8), RNG.integers(1, 1001, 4)
-        np.savez(folder / f"{name}.npz", data=pixels, labels=labels, mean=pixels.mean(0))
-        made.append((pixels, labels))
-    return made
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -94,23 +82,6 @@ def test_a_header_that_promises_too_much_allocates_nothing(tmp_path):
             data.load(tmp_path / name)
 
 
-def table(n=20, d=3):
-    return RNG.normal(size=(n, d)).astype(np.float32)
-
-
-def write(path, rows, names=("a", "b", "c")):
-    if path.suffix == ".npy":
-        np.save(path, np.asfortranarray(rows.astype(">f8")))
-    elif path.suffix == ".npz":
-        np.savez_compressed(path, rows)
-    elif path.suffix == ".csv":
-        np.savetxt(path, rows, "%.9g", ",", header=",".join(names), comments="")
-    else:
-        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        table = arrow.table(dict(zip(names, rows.T, strict=True)))
-        parquet.write_table(table, path, write_page_checksum=True)
-
-
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv", ".parquet"])
 def test_tables(tmp_path, suffix):
     rows, path = table(), tmp_path / f"table{suffix}"
@@ -174,18 +145,6 @@ def test_standardized(tmp_path):
     assert found.train[:, 1].eq(0).all() and found.test[:, 0].std() > 0.3
 
 
-def pictures(root, names, mode="RGB", size=(6, 4), suffix="png"):
-    image = pytest.importorskip("PIL.Image")
-    made = []
-    for name in names:
-        pixels = RNG.integers(0, 256, (*size[::-1], 3)[:3 if mode == "RGB" else 2], np.uint8)
-        path = root / f"{name}.{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.fromarray(pixels).save(path)
-        made.append(pixels.transpose(2, 0, 1) if mode == "RGB" else pixels[None])
-    return np.stack(made)
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_folders_of_pictures(tmp_path, mode):
     train = pictures(tmp_path / "train", ["cat/1", "cat/2", "dog/1"], mode)
@@ -212,26 +171,6 @@ def test_a_folder_without_a_split(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(data.DataFileError, match="empty: holds no pictures"):
         data.load(tmp_path / "empty")
-
-
-def saved(folder, columns, shards=1, **state):
-    """What Dataset.save_to_disk of the datasets library 5.2 leaves."""
-    arrow = pytest.importorskip("pyarrow")
-    folder.mkdir(parents=True)
-    whole = arrow.table(columns)
-    names = [f"data-{i:05}-of-{shards:05}.arrow" for i in range(shards)]
-    step = -(-len(whole) // shards)
-    for i, name in enumerate(names):
-        part = whole.slice(i * step, step)
-        with arrow.ipc.new_stream(folder / name, part.schema) as writer:
-            writer.write_table(part)
-    entry = {"_data_files": [{"filename": n} for n in names], "_fingerprint": "4dbaaf97fb9ef444",
-             "_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False,
-             "_split": None, **state}
-    (folder / "state.json").write_text(json.dumps(entry))
-    info = {"features": {}, "splits": {"train": {"name": "train", "num_examples": len(whole)}}}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    return folder / names[-1]
 
 
 def test_hugging_face_tables(tmp_path):

@@ -30,6 +30,7 @@ def test_round_trip(tmp_path, tensors):
     assert path.name == "step-000012" and loaded.step == 12 and loaded.path == path
     assert loaded.state["settings"] == {"a": 1.5} and loaded.state["title"] == "ü"
     assert loaded.tensors.keys() == tensors.keys()
+    assert all(list(named) == sorted(named) for named in loaded.tensors.values())  # the same order in every process
     for stem, named in tensors.items():
         assert loaded.tensors[stem].keys() == named.keys()
         assert all(same_bits(loaded.tensors[stem][name], t) for name, t in named.items())

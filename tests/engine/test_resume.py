@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastflow.engine import CheckpointError, NonFiniteError, RunError, checkpoint, load_settings, state
+from fastflow.engine import CheckpointError, NonFiniteError, RunError, checkpoint, load_settings, state, trainer
 from fastflow.engine.trainer import Trainer
 
 STEPS = 9
@@ -28,8 +28,9 @@ class Killed(BaseException):
 def make(tmp_path, threads, monkeypatch):
     """make(name, *overrides): a trainer of a tiny Glow that neither evaluates nor draws; an epoch has 5 steps."""
     threads(torch.get_num_threads())
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, log: {})
-    monkeypatch.setattr(Trainer, "draw", lambda self: {})
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, log: {"bits_per_dim": 3.0})
+    monkeypatch.setattr(Trainer, "draw", lambda self, log: {})
+    monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
 
     def build(name, *overrides):
         made = Trainer(load_settings("glow-digits", [*TINY, *overrides]), tmp_path / name,

@@ -8,6 +8,8 @@ import torch
 from rich.console import Console
 
 from fastflow.engine import CheckpointError, NonFiniteError, SettingsError, checkpoint, load_settings
+from fastflow.engine import trainer as trainer_module
+from fastflow.engine.log import RunLog
 from fastflow.engine.signals import Interrupted
 from fastflow.engine.trainer import Trainer
 
@@ -17,10 +19,12 @@ SMALL = ["model.n_levels=1", "model.n_steps=2", "model.hidden_channels=8", "trai
 
 
 @pytest.fixture
-def trainer(tmp_path, threads):
+def trainer(tmp_path, threads, monkeypatch, request):
     """trainer(directory, steps, *overrides) makes one for a very small Glow on digits; an epoch has 3 steps."""
     before = torch.get_num_threads()
     threads(before)  # recipes set it; the fixture puts it back
+    if not request.node.name.startswith("test_training_learns"):
+        monkeypatch.setattr(trainer_module, "plot_curves", lambda *_: None)
 
     def make(name, steps, *overrides):
         settings = load_settings("glow-digits", [*SMALL, f"train.steps={steps}", *overrides])
@@ -81,7 +85,8 @@ def test_training_learns_and_writes_what_it_says(trainer):
     losses = [line["bits_per_dim"] for line in lines(made) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5 and abs(results["bits_per_dim"] - losses[-1]) < 0.5
     assert sorted(p.name for p in (made.out / "checkpoints").iterdir()) == ["step-000025", "step-000050", "step-000060"]
-    assert {p.name for p in made.out.iterdir()} == {"checkpoints", "samples", "metrics.jsonl", "results.json"}
+    assert {p.name for p in made.out.iterdir()} == {"checkpoints", "samples", "metrics.jsonl", "results.json",
+                                                   "curves.png"}
     assert results["samples"] == str(made.out / "samples" / "step-000060.png")
     assert results["checkpoint"] == str(made.out / "checkpoints" / "step-000060")
 
@@ -229,7 +234,7 @@ def test_samples_that_are_not_finite_are_counted(trainer):
         return x
 
     made.model.sample = broken
-    assert made.draw()["broken_samples"] == 2
+    assert made.draw(RunLog(None))["broken_samples"] == 2
 
 
 def test_a_batch_larger_than_the_data_is_refused(trainer):

@@ -12,7 +12,7 @@ from tolerances import assert_bitwise, assert_same_nonfinite
 
 from fastflow import functional, reference
 
-SCALARS = (0, False, 3.0, 1e-3, 1e-3, 1e-3, 1.0, 0.0)  # rational-quadratic
+SCALARS = (0, False, 3.0, 1e-3, 1e-3, 1e-3, 1.0, 0.0, 1.0)  # rational-quadratic
 BY_KIND = pytest.mark.parametrize("options", [{}, {"inverse": True, "clamp": 6.9}, {"kind": "linear", "inverse": True}],
                                   ids=["rq", "rq_soft_inverse", "linear_inverse"])
 

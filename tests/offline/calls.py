@@ -66,7 +66,8 @@ def spline_calls(kind, bins, dtypes, inverse=False, soft=False, shape=(4, 8, 16,
                                                                dtype=params_dtype)
     grad = torch.zeros(shape, dtype=torch.float32 if torch.float32 in DTYPES[dtypes] else x_dtype)
     total = torch.zeros(shape[0], dtype=torch.float64 if x_dtype == torch.float64 else torch.float32)
-    constants = SPLINES.index(kind), inverse, 3.0, 1e-3, 1e-3, 1e-3, 0.5 if soft else 1.0, 6.9 if soft else 0.0
+    constants = (SPLINES.index(kind), inverse, 3.0, 1e-3, 1e-3, 1e-3, 0.5 if soft else 1.0, 6.9 if soft else 0.0,
+                 0.999 if soft else 1.0)
     name = f"{kind}_{bins}{'_inverse' * inverse}{'_soft' * soft}{'_rows' * (len(shape) == 2)}-{dtypes}"
     return {f"spline_fwd-{name}": lambda: spline.spline_fwd(x, params, total, *constants),
             f"spline_bwd-{name}": lambda: spline.spline_bwd(grad, total, x, params, True, True, *constants)}

@@ -250,6 +250,7 @@ SPLINE = {
     "spline of falling knots": (ValueError, "min_derivative", lambda: spline(X, S, min_derivative=-1.0)),
     "spline of no gain": (ValueError, "gain", lambda: spline(X, S, gain=float("nan"))),
     "spline of no clamp": (ValueError, "clamp", lambda: spline(X, S, clamp=0.0)),
+    "spline of flat ends": (ValueError, "end_derivative", lambda: spline(X, S, end_derivative=0.0)),
 }
 
 

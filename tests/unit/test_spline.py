@@ -93,18 +93,20 @@ def test_log_det_is_that_of_the_jacobian(kind, clamp, inverse, backend, device):
 
 
 @pytest.mark.parametrize("bins", [1, 2, 8])
-def test_it_passes_through_its_knots(bins, backend, device):
+@pytest.mark.parametrize("end", [1.0, 0.999, 3.0])
+def test_it_passes_through_its_knots(end, bins, backend, device):
     """At knots, from the formulas of the docstring: both coordinates and the slope, in both directions."""
     torch.manual_seed(1)
     raw = torch.randn(per("rq", bins), dtype=torch.float64)
     w = 6.0 * (1e-3 + (1 - 1e-3 * bins) * torch.softmax(raw[:bins], 0))
     h = 6.0 * (1e-3 + (1 - 1e-3 * bins) * torch.softmax(raw[bins:2 * bins], 0))
     knots = [torch.cat([torch.zeros(1), t.cumsum(0)[:-1], torch.full((1,), 6.0)]).double() - 3.0 for t in (w, h)]
-    slopes = torch.cat([torch.ones(1), 1e-3 + torch.nn.functional.softplus(raw[2 * bins:]), torch.ones(1)]).double()
+    ends = torch.full((1,), end, dtype=torch.float64)
+    slopes = torch.cat([ends, 1e-3 + torch.nn.functional.softplus(raw[2 * bins:]), ends])
     params = raw.expand(bins + 1, -1).to(device)
     for inverse in (False, True):
         at, want = knots[::-1] if inverse else knots
-        y, logdet = functional.spline(at[:, None].to(device), params, inverse=inverse)
+        y, logdet = functional.spline(at[:, None].to(device), params, inverse=inverse, end_derivative=end)
         torch.testing.assert_close(y[:, 0].cpu(), want, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(logdet.cpu(), slopes.log() * (-1 if inverse else 1), rtol=1e-9, atol=1e-9)
 
@@ -205,5 +207,17 @@ def test_zuko_is_one_of_its_forms(inverse, backend, device):
     want, log = (zuko.inv if inverse else zuko).call_and_ladj(x)
     y, logdet = functional.spline(x.to(device), params.to(device), tail_bound=5.0, clamp=-math.log(1e-3), min_width=0.0,
                                   min_height=0.0, min_derivative=0.0, inverse=inverse)
+    torch.testing.assert_close(y.cpu(), want, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(logdet.cpu(), log.sum(1), rtol=1e-8, atol=1e-8)
+
+
+@by_direction
+def test_pyro_is_one_of_its_forms(inverse, backend, device):
+    pyro = pytest.importorskip("pyro.distributions.transforms.spline")
+    x, params = torch.randn(40, 5).double() * 2, torch.randn(40, 5 * 23).double()
+    raw = params.view(40, 5, 23)
+    want, log = pyro._monotonic_rational_spline(x, raw[..., :8].softmax(-1), raw[..., 8:16].softmax(-1),
+                                                torch.nn.functional.softplus(raw[..., 16:]), inverse=inverse)
+    y, logdet = functional.spline(x.to(device), params.to(device), inverse=inverse, end_derivative=0.999)
     torch.testing.assert_close(y.cpu(), want, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(logdet.cpu(), log.sum(1), rtol=1e-8, atol=1e-8)

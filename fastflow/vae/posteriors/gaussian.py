@@ -24,6 +24,11 @@ def is_standard(prior):
     return prior is None or isinstance(prior, StandardNormal)
 
 
+def has_closed_kl(prior):
+    """Whether the KL from a diagonal Gaussian to the prior has a closed form."""
+    return is_standard(prior) or isinstance(prior, GaussianPrior)
+
+
 def prior_moments(prior, like):
     """(mean, log sigma) (1, D) of N(0, I) or of a GaussianPrior; None for others, with which there is no closed KL."""
     if is_standard(prior):
@@ -63,15 +68,17 @@ class GaussianPosterior(nn.Module):
         self.layout = layout
         self.order = order
 
-    def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
+    def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None, want_log_qz=True):
+        """As the other posteriors; with ``want_log_qz=False`` None stands for log q(z | x), and n_samples None gives
+        one z (B, D, *S)."""
         params = promoted(params)
         gaussian = isinstance(prior, GaussianPrior)
         if gaussian and prior.scale != self.scale:
             raise ValueError(f"prior: expected scale {self.scale!r} like the posterior's, got {prior.scale!r}")
-        z, kl, log_qz = functional.gaussian_sample_kl(
+        z, kl, *log_qz = functional.gaussian_sample_kl(
             params, scale=self.scale, layout=self.layout, order=self.order, eps=eps, seed=seed, generator=generator,
-            prior=(prior.mean, prior.raw) if gaussian else None, n_samples=n_samples, return_logq=True)
-        return z, log_qz, kl if gaussian or is_standard(prior) else None
+            prior=(prior.mean, prior.raw) if gaussian else None, n_samples=n_samples, return_logq=want_log_qz)
+        return z, log_qz[0] if want_log_qz else None, kl if has_closed_kl(prior) else None
 
     def n_params(self, features):
         """Channels of params for D = features."""

@@ -1,0 +1,292 @@
+// activated_conv, sample by sample: a padded copy of its maps, activated on the way, stays in the cache.
+#include "activated_conv_kernel.h"
+
+#include <cstddef>
+
+#include "../common/math.h"
+#include "conv_tiles.h"
+
+namespace fastflow::FASTFLOW_ISA {
+namespace {
+
+// A map of one sample inside a buffer, channels innermost.
+template <class T>
+struct Map {
+  T* first;  // pixel (0, 0)
+  int64_t height, width, channels, row;  // row: from one row to the next
+
+  int64_t line() const { return width * channels; }
+};
+
+bool lies_like(const Image& image, int64_t height, int64_t width, int64_t channels) {
+  return (channels == 1 || image.channel == 1) && (width == 1 || image.column == channels) &&
+         (height == 1 || image.row == width * channels);
+}
+
+template <class T>
+void read(const Image& image, int64_t b, const Map<T>& to) {
+  const T* const from = static_cast<const T*>(image.data) + b * image.sample;
+  for (int64_t y = 0; y < to.height; ++y) {
+    const T* const row = from + y * image.row;
+    T* const line = to.first + y * to.row;
+    if (image.channel == 1 && image.column == to.channels)
+      __builtin_memcpy(line, row, static_cast<size_t>(to.line()) * sizeof(T));
+    else if (image.channel == 1)
+      for (int64_t x = 0; x < to.width; ++x)
+        for (int64_t c = 0; c < to.channels; ++c) line[x * to.channels + c] = row[x * image.column + c];
+    else
+      for (int64_t c = 0; c < to.channels; ++c)
+        for (int64_t x = 0; x < to.width; ++x)
+          line[x * to.channels + c] = row[x * image.column + c * image.channel];
+  }
+}
+
+template <class T>
+void write(const Map<T>& from, const Image& image, int64_t b) {
+  T* const to = static_cast<T*>(image.data) + b * image.sample;
+  for (int64_t y = 0; y < from.height; ++y) {
+    T* const row = to + y * image.row;
+    const T* const line = from.first + y * from.row;
+    for (int64_t c = 0; c < from.channels; ++c)
+      for (int64_t x = 0; x < from.width; ++x) row[x * image.column + c * image.channel] = line[x * from.channels + c];
+  }
+}
+
+// Activates a map in place, and leaves the slopes, if wanted, as adjacent lines.
+template <class T>
+void activate(ConvActivation activation, const Map<T>& map, T* slopes) {
+  if (activation == ConvActivation::none) return;
+  const int64_t count = map.line();
+  for (int64_t y = 0; y < map.height; ++y) {
+    T* const __restrict values = map.first + y * map.row;
+    if (activation == ConvActivation::relu) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) values[i] = values[i] <= T(0) ? T(0) : values[i];
+    } else if (slopes == nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) values[i] *= math::sigmoid(values[i]);
+    } else {
+      T* const __restrict to = slopes + y * count;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const T s = math::sigmoid(values[i]), value = values[i] * s;
+        to[i] = math::fma(value, T(1) - s, s);
+        values[i] = value;
+      }
+    }
+  }
+}
+
+// grad, adjacent lines, times the activation's slope: a rectifier's is known from the activated map.
+template <class T>
+void chain(ConvActivation activation, const Map<T>& activated, const T* slopes, T* grad) {
+  if (activation == ConvActivation::none) return;
+  const int64_t count = activated.line();
+  for (int64_t y = 0; y < activated.height; ++y, grad += count) {
+    if (activation == ConvActivation::relu) {
+      const T* const values = activated.first + y * activated.row;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) grad[i] = values[i] <= T(0) ? T(0) : grad[i];
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) grad[i] *= slopes[y * count + i];
+    }
+  }
+}
+
+// The fine map inside a padded one; rows and columns that no tap meets are left out.
+template <class T>
+Map<T> fine_map(const ActivatedConv& shape, T* padded) {
+  const int64_t rows = shape.fine_rows() - shape.padding, columns = shape.fine_columns() - shape.padding;
+  const int64_t step = shape.fine_columns() * shape.fine;
+  return {padded + shape.padding * (step + shape.fine), rows < shape.fine_height ? rows : shape.fine_height,
+          columns < shape.fine_width ? columns : shape.fine_width, shape.fine, step};
+}
+
+template <class T>
+Map<T> coarse_map(const ActivatedConv& shape, T* padded) {
+  const int64_t step = shape.coarse_columns() * shape.coarse;
+  return {padded + shape.margin_rows() * step + shape.margin_columns() * shape.coarse, shape.coarse_height,
+          shape.coarse_width, shape.coarse, step};
+}
+
+template <class T>
+void clear(T* values, int64_t count) {
+  __builtin_memset(values, 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class T>
+Finish<T> biased(const T* bias) {
+  Finish<T> finish;
+  finish.bias = bias;
+  finish.slope = T(1);
+  return finish;
+}
+
+// out, adjacent pixels of the coarse map, from a padded fine one.
+template <class T>
+void gather(const ActivatedConv& shape, const T* padded, const T* w, const T* bias, T* out) {
+  const int64_t row = shape.fine_columns() * shape.fine;
+  const Runs runs{shape.kernel_height, shape.kernel_width * shape.fine, row};
+  const auto from = [&](int64_t p) {
+    return padded + shape.stride * (p / shape.coarse_width * row + p % shape.coarse_width * shape.fine);
+  };
+  expand(runs, shape.coarse_pixels(), from, w, shape.coarse, biased(bias), Even<T>{out, shape.coarse});
+}
+
+// out, adjacent pixels of the fine map, from a padded coarse one: a dense convolution for each pair of residues.
+template <class T>
+void scatter(const ActivatedConv& shape, const T* padded, const T* w, const T* bias, T* out) {
+  const int64_t stride = shape.stride, row = shape.coarse_columns() * shape.coarse;
+  const auto first = [&](int64_t residue) { return ((residue - shape.padding) % stride + stride) % stride; };
+  for (int64_t ry = 0; ry < stride; ++ry)
+    for (int64_t rx = 0; rx < stride; ++rx) {
+      const int64_t rows = shape.taps(ry, shape.kernel_height), columns = shape.taps(rx, shape.kernel_width);
+      const int64_t y = first(ry), height = (shape.fine_height - y + stride - 1) / stride;
+      const int64_t x = first(rx), width = (shape.fine_width - x + stride - 1) / stride;
+      if (height > 0 && width > 0) {
+        const T* const corner = padded + ((y + shape.padding) / stride - rows + 1 + shape.margin_rows()) * row +
+                                ((x + shape.padding) / stride - columns + 1 + shape.margin_columns()) * shape.coarse;
+        const auto to = [&](int64_t p) {
+          return out + ((y + p / width * stride) * shape.fine_width + x + p % width * stride) * shape.fine;
+        };
+        if (shape.wide()) {
+          const auto from = [&](int64_t p) { return corner + p / width * row + p % width * shape.coarse; };
+          expand({rows, columns * shape.coarse, row}, height * width, from, w, shape.fine, biased(bias), to);
+        } else {
+          for (int64_t i = 0; i < height; ++i) {
+            const TapRows<T> taps{corner + i * row, rows, row, columns, 0, shape.coarse_columns(), shape.coarse, nullptr};
+            T* const line = to(i * width);
+            reduce(taps, width, w, rows * columns * shape.coarse, shape.fine, [&](int64_t p, int64_t o, T value) {
+              line[p * stride * shape.fine + o] = bias ? value + bias[o] : value;
+            });
+          }
+        }
+      }
+      w += rows * columns * shape.coarse * shape.fine;
+    }
+}
+
+template <class T>
+void forward(const ActivatedConvForward& job, void* scratch, int64_t begin, int64_t end) {
+  const ActivatedConv& shape = job.shape;
+  Arena<T> arena{static_cast<T*>(scratch)};
+  const int64_t values = shape.transposed ? shape.coarse_values() : shape.fine_values();
+  T* const padded = arena.take(values);
+  clear(padded, values);
+  const Map<T> x = shape.transposed ? coarse_map(shape, padded) : fine_map(shape, padded);
+  const int64_t height = shape.transposed ? shape.fine_height : shape.coarse_height;
+  const int64_t width = shape.transposed ? shape.fine_width : shape.coarse_width;
+  const int64_t channels = shape.transposed ? shape.fine : shape.coarse;
+  const bool direct = lies_like(job.out, height, width, channels);
+  T* const own = arena.take(direct ? 0 : height * width * channels);
+  const T *const w = static_cast<const T*>(job.weight), *const bias = static_cast<const T*>(job.bias);
+  for (int64_t b = begin; b < end; ++b) {
+    read(job.x, b, x);
+    activate<T>(shape.activation, x, nullptr);
+    T* const out = direct ? static_cast<T*>(job.out.data) + b * job.out.sample : own;
+    shape.transposed ? scatter(shape, padded, w, bias, out) : gather(shape, padded, w, bias, out);
+    if (!direct) write(Map<T>{own, height, width, channels, width * channels}, job.out, b);
+  }
+}
+
+template <class T>
+class Backward {
+ public:
+  Backward(const ActivatedConvBackward& job, void* scratch)
+      : job_(job), shape_(job.shape), fine_values_(shape_.fine_values()), coarse_values_(shape_.coarse_values()) {
+    Arena<T> arena{static_cast<T*>(scratch)};
+    fine_ = arena.take(job.chunk() * fine_values_);
+    coarse_ = arena.take(job.chunk() * coarse_values_);
+    clear(fine_, job.chunk() * fine_values_);
+    clear(coarse_, job.chunk() * coarse_values_);
+    x_height_ = shape_.transposed ? shape_.coarse_height : shape_.fine_height;
+    x_width_ = shape_.transposed ? shape_.coarse_width : shape_.fine_width;
+    x_channels_ = shape_.transposed ? shape_.coarse : shape_.fine;
+    const int64_t values = x_height_ * x_width_ * x_channels_;
+    slopes_ = arena.take(values);
+    grad_x_ = arena.take(values);
+    direct_ = job.need_x && lies_like(job.grad_x, x_height_, x_width_, x_channels_);
+  }
+
+  void group(int64_t group) {
+    const int64_t end = (group + 1) * shape_.batch / job_.groups();
+    for (int64_t b = group * shape_.batch / job_.groups(); b < end; b += job_.chunk()) {
+      const int64_t count = end - b < job_.chunk() ? end - b : job_.chunk();
+      for (int64_t i = 0; i < count; ++i) maps(b + i, fine_ + i * fine_values_, coarse_ + i * coarse_values_);
+      if (job_.need_weights) weights(count, static_cast<T*>(job_.partials) + group * job_.partial_values());
+    }
+  }
+
+ private:
+  // The padded maps of sample b, and the gradient of its x.
+  void maps(int64_t b, T* fine, T* coarse) {
+    const Map<T> of_fine = fine_map(shape_, fine), of_coarse = coarse_map(shape_, coarse);
+    const Map<T>&x = shape_.transposed ? of_coarse : of_fine, &grad = shape_.transposed ? of_fine : of_coarse;
+    read(job_.x, b, x);
+    read(job_.grad, b, grad);
+    activate(shape_.activation, x, job_.need_x ? slopes_ : nullptr);
+    if (!job_.need_x) return;
+    const T* const w = static_cast<const T*>(job_.weight);
+    T* const to = direct_ ? static_cast<T*>(job_.grad_x.data) + b * job_.grad_x.sample : grad_x_;
+    shape_.transposed ? gather<T>(shape_, fine, w, nullptr, to) : scatter<T>(shape_, coarse, w, nullptr, to);
+    chain_rows(x, to);
+    if (!direct_) write(Map<T>{to, x_height_, x_width_, x_channels_, x_width_ * x_channels_}, job_.grad_x, b);
+  }
+
+  // Rows and columns of x that no tap meets have a gradient of zero, whatever the slope.
+  void chain_rows(const Map<T>& x, T* to) {
+    if (x.width == x_width_) return chain(shape_.activation, x, slopes_, to);
+    for (int64_t y = 0; y < x.height; ++y)
+      chain(shape_.activation, Map<T>{x.first + y * x.row, 1, x.width, x.channels, x.row},
+            slopes_ + y * x.line(), to + y * x_width_ * x_channels_);
+  }
+
+  void weights(int64_t count, T* to) {
+    const Map<T> fine = fine_map(shape_, fine_), coarse = coarse_map(shape_, coarse_);
+    const int64_t row = shape_.fine_columns() * shape_.fine, length = shape_.kernel_width * shape_.fine;
+    for (int64_t ky = 0; ky < shape_.kernel_height; ++ky, to += length * shape_.coarse)
+      outer({count, shape_.coarse_height, shape_.coarse_width},
+            Pixels<T>{fine_ + ky * row, fine_values_, shape_.stride * row, shape_.stride * shape_.fine}, length,
+            Pixels<T>{coarse.first, coarse_values_, coarse.row, shape_.coarse}, shape_.coarse, to);
+    for (int64_t i = 0; i < count; ++i)
+      shape_.transposed ? add_up(fine, i * fine_values_, to) : add_up(coarse, i * coarse_values_, to);
+  }
+
+  // to[c] += the sum over a map's pixels.
+  void add_up(const Map<T>& map, int64_t offset, T* to) {
+    for (int64_t y = 0; y < map.height; ++y) {
+      const T* const line = map.first + offset + y * map.row;
+      if (map.channels % Simd<T>::lanes == 0) {
+        add_pixels(map.width, line, map.channels, to);
+        continue;
+      }
+      for (int64_t c = 0; c < map.channels; ++c) {
+        T sum = 0;
+        for (int64_t x = 0; x < map.width; ++x) sum += line[x * map.channels + c];
+        to[c] += sum;
+      }
+    }
+  }
+
+  const ActivatedConvBackward& job_;
+  const ActivatedConv& shape_;
+  int64_t fine_values_, coarse_values_, x_height_, x_width_, x_channels_;
+  T *fine_, *coarse_, *slopes_, *grad_x_;
+  bool direct_;
+};
+
+}  // namespace
+
+void activated_conv_forward(const ActivatedConvForward& job, void* scratch, int64_t begin, int64_t end) {
+  job.shape.is_double ? forward<double>(job, scratch, begin, end) : forward<float>(job, scratch, begin, end);
+}
+
+void activated_conv_backward(const ActivatedConvBackward& job, void* scratch, int64_t begin, int64_t end) {
+  const auto run = [&](auto backward) {
+    for (int64_t group = begin; group < end; ++group) backward.group(group);
+  };
+  job.shape.is_double ? run(Backward<double>(job, scratch)) : run(Backward<float>(job, scratch));
+}
+
+}  // namespace fastflow::FASTFLOW_ISA

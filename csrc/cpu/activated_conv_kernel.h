@@ -1,0 +1,96 @@
+// What the host code of activated_conv hands to its kernels.
+#pragma once
+
+#include "conv_image.h"
+#include "each_isa.h"
+
+namespace fastflow {
+
+enum class ConvActivation : int64_t { none, relu, silu };
+
+// A convolution relates a fine map and a coarse one, of which the lanes of vectors hold the channels:
+//   gather   coarse[p] = sum over taps t of w[t] fine[stride p + t]: conv2d forward, the transposed one's grad_x
+//   scatter  the transpose of it: conv_transpose2d forward, conv2d's grad_x
+// Both kinds of layer have a weight (coarse channels, fine channels, kernel height, kernel width).
+struct ActivatedConv {
+  int64_t batch, fine, coarse;  // channels of either map
+  int64_t fine_height, fine_width, coarse_height, coarse_width, kernel_height, kernel_width, stride, padding;
+  ConvActivation activation;
+  bool transposed, is_double;
+
+  int64_t weight_values() const { return kernel_height * kernel_width * fine * coarse; }
+
+  // Whether scatter has vectors along the fine channels, too; else along those that it sums over.
+  bool wide() const { return fine % 16 == 0; }
+
+  // Taps of a kernel's length that meet fine positions of one residue modulo the stride.
+  int64_t taps(int64_t residue, int64_t kernel) const {
+    return residue < kernel ? (kernel - residue + stride - 1) / stride : 0;
+  }
+
+  // A padded fine map holds what gather reads, a padded coarse one what scatter reads, with `margin` zeros in front.
+  int64_t fine_rows() const { return coarse_height > 0 ? (coarse_height - 1) * stride + kernel_height : 0; }
+  int64_t fine_columns() const { return coarse_width > 0 ? (coarse_width - 1) * stride + kernel_width : 0; }
+  int64_t margin_rows() const { return (kernel_height - 1) / stride; }
+  int64_t margin_columns() const { return (kernel_width - 1) / stride; }
+  int64_t coarse_rows() const { return margin_rows() + span(coarse_height, fine_height); }
+  int64_t coarse_columns() const { return margin_columns() + span(coarse_width, fine_width); }
+
+  int64_t fine_values() const { return fine_rows() * fine_columns() * fine; }
+  int64_t coarse_values() const { return coarse_rows() * coarse_columns() * coarse; }
+  int64_t fine_pixels() const { return fine_height * fine_width; }
+  int64_t coarse_pixels() const { return coarse_height * coarse_width; }
+
+ private:
+  int64_t span(int64_t coarse_size, int64_t fine_size) const {
+    const int64_t last = (fine_size - 1 + padding) / stride + 1;
+    return last > coarse_size ? last : coarse_size;
+  }
+};
+
+// Weights as the kernels read them: gather (taps, fine, coarse); scatter, for each pair of residues the taps that meet
+// it from the last on, (taps, coarse, fine) if wide, else (fine, taps, coarse).
+struct ActivatedConvForward {
+  ActivatedConv shape;
+  Image x, out;
+  const void *weight, *bias;  // bias or null
+  int64_t scratch_values() const {  // per thread
+    const int64_t maps = shape.transposed ? shape.coarse_values() + shape.fine_pixels() * shape.fine
+                                          : shape.fine_values() + shape.coarse_pixels() * shape.coarse;
+    return maps + 4 * 16;
+  }
+};
+
+// Samples are dealt to groups, each with sums of its own, in a way that depends on the shape alone, not on threads.
+struct ActivatedConvBackward {
+  ActivatedConv shape;
+  Image grad, x, grad_x;
+  const void* weight;
+  bool need_x, need_weights;
+  void* partials;  // groups() rows of partial_values(), zeros
+  static constexpr int64_t most_groups = 16, chunk_pixels = 64;
+
+  int64_t chunk() const {
+    const int64_t samples = shape.coarse_pixels() > 0 ? (chunk_pixels - 1) / shape.coarse_pixels() + 1 : 1;
+    return samples < shape.batch ? samples : shape.batch > 0 ? shape.batch : 1;
+  }
+  int64_t groups() const {
+    const int64_t chunks = (shape.batch + chunk() - 1) / chunk();
+    return chunks < most_groups ? chunks : most_groups;
+  }
+  int64_t partial_values() const {  // gradients of the weight (taps, fine, coarse), and of the bias
+    const int64_t bias = shape.transposed ? shape.fine : shape.coarse;
+    return shape.weight_values() + (bias + 15) / 16 * 16;
+  }
+  int64_t scratch_values() const {  // per thread
+    const int64_t x_values = shape.transposed ? shape.coarse_pixels() * shape.coarse : shape.fine_pixels() * shape.fine;
+    return chunk() * (shape.fine_values() + shape.coarse_values()) + 2 * x_values + 6 * 16;
+  }
+};
+
+FASTFLOW_EACH_ISA(void activated_conv_forward(const ActivatedConvForward& job, void* scratch, int64_t begin,
+                                              int64_t end);
+                  void activated_conv_backward(const ActivatedConvBackward& job, void* scratch, int64_t begin,
+                                               int64_t end);)
+
+}  // namespace fastflow

@@ -1,0 +1,251 @@
+// conv_net with its 3x3 convolutions in Winograd's form, chunk by chunk of samples, whose maps stay in the second-level
+// cache. float32 only.
+#include "conv_net_kernel.h"
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include "conv_tiles.h"
+#include "winograd.h"
+
+namespace fastflow::FASTFLOW_ISA {
+namespace {
+
+using T = float;
+constexpr int W = Simd<T>::lanes;
+
+inline int64_t whole(int64_t n) { return (n + W - 1) / W * W; }
+
+inline Simd<T>::Lane not_finite(Vec<T> x) { return x - x != Vec<T>{}; }
+
+inline bool any(Simd<T>::Lane lanes) {
+  bool result = false;
+  for (int l = 0; l < W; ++l) result |= lanes[l] != 0;
+  return result;
+}
+
+// One side's few channels: where the images lie, with channels innermost in whole vectors and a border of zeros.
+class Border {
+ public:
+  Border(const ConvShape& shape, int64_t channels, int64_t samples, Arena<T>& arena)
+      : shape_(shape), channels_(channels), row_((shape.width + 2) * whole(channels)),
+        data_(arena.take(samples * rows() * row_)) {
+    std::memset(data_, 0, samples * rows() * row_ * sizeof(T));
+  }
+
+  int64_t step() const { return whole(channels_); }
+  const T* data() const { return data_; }
+
+  void read(const Image& image, int64_t b, int64_t count) {
+    for (int64_t s = 0; s < count; ++s)
+      for (int64_t y = 0; y < shape_.height; ++y) {
+        const T* const from = static_cast<const T*>(image.data) + (b + s) * image.sample + y * image.row;
+        T* const to = data_ + (s * rows() + y + 1) * row_ + step();
+        if (image.channel == 1) {
+          for (int64_t x = 0; x < shape_.width; ++x)
+            for (int64_t c = 0; c < channels_; ++c) to[x * step() + c] = from[x * image.column + c];
+        } else {
+          for (int64_t c = 0; c < channels_; ++c)
+            for (int64_t x = 0; x < shape_.width; ++x) to[x * step() + c] = from[x * image.column + c * image.channel];
+        }
+      }
+  }
+
+  // to[c] += sum over all pixels, in whole vectors of channels.
+  void add_pixels_to(int64_t count, T* to) const {
+    for (int64_t y = 0; y < count * rows(); ++y) add_pixels(shape_.width + 2, data_ + y * row_, step(), to);
+  }
+
+ private:
+  int64_t rows() const { return shape_.height + 2; }
+
+  const ConvShape& shape_;
+  int64_t channels_, row_;
+  T* data_;
+};
+
+// What both directions share: the chunk's tiles, and the step from many channels to few.
+class Chunk {
+ public:
+  Chunk(const ConvShape& shape, int64_t few, int64_t most_few, Arena<T>& arena)
+      : shape_(shape), all_{conv_chunk(shape), shape.height / 2, shape.width / 2}, few_(few) {
+    const int64_t tiles = all_.count(), padded = whole(tiles);
+    at_ = reinterpret_cast<int64_t*>(arena.take(2 * tiles));
+    for_each_tile(all_, 0, tiles, [&](int64_t t, int64_t pixel) { at_[t] = pixel * shape.hidden; });
+    for (auto* mask : {&near_.above, &near_.below, &near_.left, &near_.right})
+      *mask = reinterpret_cast<Neighbours<T>::Integer*>(arena.take(padded));
+    near_.fill(all_, padded);
+    zeros_ = arena.take(shape.hidden);
+    std::memset(zeros_, 0, shape.hidden * sizeof(T));
+    input_step_ = point_step<T>(tiles * whole(most_few));
+    inputs_ = arena.take(points * input_step_);
+    output_step_ = point_step<T>(few * padded);
+    outputs_ = arena.take(points * output_step_);
+    result_ = arena.take(4 * few * padded);
+    grid_ = arena.take(points * point_step<T>(padded + 2 * ((all_.columns + W) / W * W)));
+  }
+
+  void begin(int64_t samples) { tiles_ = {samples, all_.rows, all_.columns}; }
+
+  void points_of(const Border& images) { input_points(tiles_, images.step(), images.data(), inputs_, input_step_); }
+
+  void expand3x3(const Border& images, int64_t channels, const void* taps, const Finish<T>& finish, T* out) {
+    expand_points(tiles_, channels, inputs_, input_step_, images.step(), static_cast<const T*>(taps), shape_.hidden,
+                  finish, out);
+  }
+
+  void outer3x3(const Border& images, int64_t channels, const T* maps, T* to) {
+    outer_points(tiles_, at_, channels, inputs_, input_step_, images.step(), maps, shape_.hidden, to);
+  }
+
+  // Writes sample b and those after it to `image`; whether they are finite. bias may be null.
+  bool reduce3x3(const T* maps, const void* taps, const void* bias, const Image& image, int64_t b) {
+    const int64_t padded = whole(tiles_.count());
+    reduce_points(tiles_, at_, padded, maps, shape_.hidden, static_cast<const T*>(taps), few_, zeros_, outputs_,
+                  output_step_);
+    Simd<T>::Lane bad{};
+    overlap_points(tiles_, padded, few_, outputs_, output_step_, near_, grid_,
+                   [&](int64_t c, int pixel, int64_t t, Vec<T> value) {
+                     if (bias) value += static_cast<const T*>(bias)[c];
+                     bad |= not_finite(value);
+                     store(result_ + (pixel * few_ + c) * padded + t, value);
+                   });
+    for (int64_t s = 0, t = 0; s < tiles_.samples; ++s)
+      for (int64_t y = 0; y < tiles_.rows; ++y)
+        for (int64_t x = 0; x < tiles_.columns; ++x, ++t)
+          for (int pixel = 0; pixel < 4; ++pixel) {
+            const T* const from = result_ + pixel * few_ * padded + t;
+            T* const to = static_cast<T*>(image.data) + (b + s) * image.sample +
+                          (2 * y + pixel / 2) * image.row + (2 * x + pixel % 2) * image.column;
+            for (int64_t c = 0; c < few_; ++c) to[c * image.channel] = from[c * padded];
+          }
+    return !any(bad);
+  }
+
+  // Of sample number s of those that reduce3x3 wrote last.
+  bool finite(int64_t s) const {
+    const int64_t padded = whole(tiles_.count()), count = tiles_.of_sample();
+    for (int64_t i = 0; i < 4 * few_; ++i)
+      for (int64_t t = s * count; t < (s + 1) * count; ++t)
+        if (!std::isfinite(result_[i * padded + t])) return false;
+    return true;
+  }
+
+ private:
+  const ConvShape& shape_;
+  const Tiles all_;
+  const int64_t few_;
+  Tiles tiles_{};
+  Neighbours<T> near_{};
+  int64_t *at_, input_step_, output_step_;
+  T *zeros_, *inputs_, *outputs_, *result_, *grid_;
+};
+
+class WinogradBackward {
+ public:
+  WinogradBackward(const ConvBackward& job, void* scratch)
+      : job_(job), shape_(job.shape), map_(shape_.pixels() * shape_.hidden), arena_{static_cast<T*>(scratch)},
+        chunk_(shape_, shape_.in, shape_.in > shape_.out ? shape_.in : shape_.out, arena_),
+        x_(shape_, shape_.in, job.chunk(), arena_), grad_(shape_, shape_.out, job.chunk(), arena_),
+        grad1_(arena_.take(job.chunk() * map_)), grad2_(arena_.take(job.chunk() * map_)),
+        taps1_(arena_.take(points * shape_.in * shape_.hidden)),
+        taps3_(arena_.take(points * shape_.out * shape_.hidden)) {}
+
+  // Whether all that came out is finite.
+  bool group(int64_t group) {
+    T* const sums = static_cast<T*>(job_.partials) + group * job_.partial_values();
+    std::memset(taps1_, 0, points * shape_.in * shape_.hidden * sizeof(T));
+    std::memset(taps3_, 0, points * shape_.out * shape_.hidden * sizeof(T));
+    bool finite = true;
+    const int64_t end = job_.first(group + 1);
+    for (int64_t b = job_.first(group); b < end; b += job_.chunk())
+      finite &= samples(b, end - b < job_.chunk() ? end - b : job_.chunk(), sums);
+    if (!job_.need_weights) return finite;
+    add_taps_of_points(shape_.in * shape_.hidden, taps1_, sums);
+    add_taps_of_points(shape_.out * shape_.hidden, taps3_, sums + shape_.size1() + shape_.size2());
+    Simd<T>::Lane bad{};
+    for (int64_t i = 0; i < job_.partial_values(); i += W) bad |= not_finite(load(sums + i));
+    return finite && !any(bad);
+  }
+
+ private:
+  bool samples(int64_t b, int64_t count, T* sums) {
+    const T* const h1 = static_cast<const T*>(job_.h1) + b * map_;
+    const T* const h2 = static_cast<const T*>(job_.h2) + b * map_;
+    const int64_t pixels = count * shape_.pixels(), hidden = shape_.hidden;
+    T* const sums2 = sums + shape_.size1();
+    T* const biases = sums2 + shape_.size2() + shape_.size3();
+    Finish<T> gate;
+    gate.gate_step = hidden;
+    gate.slope = static_cast<T>(shape_.slope);
+    chunk_.begin(count);
+    grad_.read(job_.grad, b, count);
+    chunk_.points_of(grad_);
+    gate.gate = h2;
+    chunk_.expand3x3(grad_, shape_.out, job_.w3, gate, grad2_);
+    if (job_.need_weights) {
+      chunk_.outer3x3(grad_, shape_.out, h2, taps3_);
+      grad_.add_pixels_to(count, biases + 2 * hidden);
+      add_pixels(pixels, grad2_, hidden, biases + hidden);
+    }
+    gate.gate = h1;
+    expand({1, hidden, 0}, pixels, grad2_, hidden, static_cast<const T*>(job_.w2), hidden, gate, grad1_);
+    if (job_.need_weights) {
+      for (int64_t p = 0; p < pixels; p += 64)  // both maps' pixels stay in the first-level cache
+        outer({1, 1, pixels - p < 64 ? pixels - p : 64}, Pixels<T>{grad2_ + p * hidden, 0, 0, hidden}, hidden,
+              Pixels<T>{h1 + p * hidden, 0, 0, hidden}, hidden, sums2);
+      add_pixels(pixels, grad1_, hidden, biases);
+      x_.read(job_.x, b, count);
+      chunk_.points_of(x_);
+      chunk_.outer3x3(x_, shape_.in, grad1_, taps1_);
+    }
+    return !job_.need_x || chunk_.reduce3x3(grad1_, job_.w1, nullptr, job_.grad_x, b);
+  }
+
+  const ConvBackward& job_;
+  const ConvShape& shape_;
+  const int64_t map_;
+  Arena<T> arena_;
+  Chunk chunk_;
+  Border x_, grad_;
+  T *grad1_, *grad2_, *taps1_, *taps3_;
+};
+
+}  // namespace
+
+void winograd_forward(const ConvForward& job, void* scratch, int64_t begin, int64_t end, bool* spoilt) {
+  const ConvShape& shape = job.shape;
+  const int64_t most = conv_chunk(shape), hidden = shape.hidden, map = shape.pixels() * hidden;
+  Arena<T> arena{static_cast<T*>(scratch)};
+  Chunk chunk(shape, shape.out, shape.in, arena);
+  Border x(shape, shape.in, most, arena);
+  T* const own1 = job.h1 ? nullptr : arena.take(most * map);
+  T* const own2 = job.h2 ? nullptr : arena.take(most * map);
+  Finish<T> first, second;
+  first.bias = static_cast<const T*>(job.b1);
+  second.bias = static_cast<const T*>(job.b2);
+  first.slope = second.slope = static_cast<T>(shape.slope);
+  for (int64_t b = begin; b < end; b += most) {
+    const int64_t count = end - b < most ? end - b : most;
+    T* const h1 = own1 ? own1 : static_cast<T*>(job.h1) + b * map;
+    T* const h2 = own2 ? own2 : static_cast<T*>(job.h2) + b * map;
+    chunk.begin(count);
+    x.read(job.x, b, count);
+    chunk.points_of(x);
+    chunk.expand3x3(x, shape.in, job.w1, first, h1);
+    expand({1, hidden, 0}, count * shape.pixels(), h1, hidden, static_cast<const T*>(job.w2), hidden, second, h2);
+    if (!chunk.reduce3x3(h2, job.w3, job.b3, job.out, b))
+      for (int64_t s = 0; s < count; ++s) spoilt[b + s] = !chunk.finite(s);
+  }
+}
+
+void winograd_backward(const ConvBackward& job, void* scratch, int64_t begin, int64_t end, bool* spoilt) {
+  WinogradBackward backward(job, scratch);
+  for (int64_t group = begin; group < end; ++group) spoilt[group] = !backward.group(group);
+}
+
+void winograd_taps(int64_t count, const float* taps, float* to) { tap_points(count, taps, to); }
+
+}  // namespace fastflow::FASTFLOW_ISA

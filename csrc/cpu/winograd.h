@@ -1,0 +1,390 @@
+// 3x3 convolutions with padding 1 in Winograd's form F(2x2, 3x3): an output tile of 2x2 pixels from 16 products per
+// pair of channels instead of 36 (Winograd, Arithmetic Complexity of Computations, 1980; Lavin and Gray, Fast
+// Algorithms for Convolutional Neural Networks, 2016). In one dimension, for inputs d, taps g and outputs y,
+//   v = B^T d = (d0 - d2, d1 + d2, d2 - d1, d3 - d1)
+//   u = G g   = (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)
+//   y = A^T m = (m0 + m1 + m2, m1 - m2 + m3),    m = u v,
+// and in two the same along rows and columns. With this convolution come its two adjoints, in the same 16 points:
+//   towards the input   B (u * A y) summed over the tiles that overlap,
+//   towards the taps    G^T (sum over tiles of v * A y).
+// So the wide, hidden side only ever meets A (24 additions a tile) or its adjoint (12), never B (32).
+//
+// Arrays of points are [16][...], the point's row first. Compiled once per instruction set.
+#pragma once
+
+#include "conv_tiles.h"
+
+namespace fastflow::FASTFLOW_ISA {
+namespace {
+
+constexpr int points = 16;
+
+// Samples of rows x columns tiles, two pixels by two, that are worked on together.
+struct Tiles {
+  int64_t samples, rows, columns;
+  int64_t of_sample() const { return rows * columns; }
+  int64_t count() const { return samples * of_sample(); }
+  int64_t width() const { return 2 * columns; }
+};
+
+// For each tile in turn: f(tile, number of its first pixel in maps (sample, row, column)).
+template <class F>
+inline void for_each_tile(const Tiles& tiles, int64_t begin, int64_t end, const F& f) {
+  int64_t row = begin / tiles.columns, column = begin % tiles.columns;
+  for (int64_t t = begin; t < end; ++t) {
+    f(t, 2 * (row * tiles.width() + column));
+    if (++column == tiles.columns) column = 0, ++row;
+  }
+}
+
+// One array per point, `step` values apart: an odd number of cache lines, or all points would meet in the same sets.
+template <class T>
+inline int64_t point_step(int64_t values) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return (values + line - 1) / line * line | line;
+}
+
+// Points of taps: to[16][n] = G from[9][n] G^T.
+template <class T>
+inline void tap_points(int64_t n, const T* from, T* to) {
+  constexpr int W = Simd<T>::lanes;
+  for (int64_t i = 0; i < n; i += W) {
+    Vec<T> half[4][3];
+    for (int c = 0; c < 3; ++c) {
+      const Vec<T> g0 = load(from + c * n + i), g1 = load(from + (3 + c) * n + i), g2 = load(from + (6 + c) * n + i);
+      half[0][c] = g0;
+      half[1][c] = T(0.5) * ((g0 + g2) + g1);
+      half[2][c] = T(0.5) * ((g0 + g2) - g1);
+      half[3][c] = g2;
+    }
+    for (int r = 0; r < 4; ++r) {
+      const Vec<T> outer = half[r][0] + half[r][2];
+      store(to + (4 * r) * n + i, half[r][0]);
+      store(to + (4 * r + 1) * n + i, T(0.5) * (outer + half[r][1]));
+      store(to + (4 * r + 2) * n + i, T(0.5) * (outer - half[r][1]));
+      store(to + (4 * r + 3) * n + i, half[r][2]);
+    }
+  }
+}
+
+// The adjoint: to[9][n] += G^T from[16][n] G.
+template <class T>
+inline void add_taps_of_points(int64_t n, const T* from, T* to) {
+  constexpr int W = Simd<T>::lanes;
+  const auto adjoint = [](Vec<T> u0, Vec<T> u1, Vec<T> u2, Vec<T> u3, Vec<T>* g) {
+    const Vec<T> sum = T(0.5) * (u1 + u2);
+    g[0] = u0 + sum;
+    g[1] = T(0.5) * (u1 - u2);
+    g[2] = sum + u3;
+  };
+  for (int64_t i = 0; i < n; i += W) {
+    Vec<T> half[4][3];
+    for (int r = 0; r < 4; ++r)
+      adjoint(load(from + 4 * r * n + i), load(from + (4 * r + 1) * n + i), load(from + (4 * r + 2) * n + i),
+              load(from + (4 * r + 3) * n + i), half[r]);
+    for (int c = 0; c < 3; ++c) {
+      Vec<T> g[3];
+      adjoint(half[0][c], half[1][c], half[2][c], half[3][c], g);
+      for (int r = 0; r < 3; ++r) {
+        T* const at = to + (3 * r + c) * n + i;
+        store(at, load(at) + g[r]);
+      }
+    }
+  }
+}
+
+// Points of inputs, v[16][tile][channels], of samples with channels innermost, in whole vectors, and a border of one.
+template <class T>
+inline void input_points(const Tiles& tiles, int64_t channels, const T* bordered, T* v, int64_t step) {
+  constexpr int W = Simd<T>::lanes;
+  const int64_t row = (tiles.width() + 2) * channels, sample = (2 * tiles.rows + 2) * row;
+  for (int64_t s = 0, t = 0; s < tiles.samples; ++s)
+    for (int64_t y = 0; y < tiles.rows; ++y)
+      for (int64_t x = 0; x < tiles.columns; ++x, ++t)
+        for (int64_t c = 0; c < channels; c += W) {
+          const T* const from = bordered + s * sample + 2 * y * row + 2 * x * channels + c;
+          T* const to = v + t * channels + c;
+          Vec<T> half[4][4];
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            const T* const at = from + j * channels;
+            const Vec<T> d0 = load(at), d1 = load(at + row), d2 = load(at + 2 * row), d3 = load(at + 3 * row);
+            half[0][j] = d0 - d2;
+            half[1][j] = d1 + d2;
+            half[2][j] = d2 - d1;
+            half[3][j] = d3 - d1;
+          }
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) {
+            const Vec<T>* const d = half[r];
+            store(to + (4 * r) * step, d[0] - d[2]);
+            store(to + (4 * r + 1) * step, d[1] + d[2]);
+            store(to + (4 * r + 2) * step, d[2] - d[1]);
+            store(to + (4 * r + 3) * step, d[3] - d[1]);
+          }
+        }
+}
+
+// A few channels to many: out[pixel][j] from points of inputs v[16][tile][v_channels] and of taps u[16][channels][j].
+template <class T>
+inline void expand_points(const Tiles& tiles, int64_t channels, const T* v, int64_t v_step, int64_t v_channels,
+                          const T* u, int64_t hidden, const Finish<T>& finish, T* out) {
+  constexpr int W = Simd<T>::lanes;
+  alignas(64) T products[points * expand_rows * expand_vectors * W];
+  const Tiling tiling(tiles.count(), expand_rows);
+  const int64_t row = tiles.width() * hidden;
+  for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
+    const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
+    const int64_t length = vectors * W;
+    for (int64_t g = 0, t = 0; g < tiling.tiles; t += tiling[g++]) {
+      const int64_t count = tiling[g], size = count * length;
+      with_count<expand_vectors>(vectors, [&](auto n) {
+        with_count<expand_rows>(count, [&](auto r) {
+          for (int p = 0; p < points; ++p)
+            expand_tile<decltype(r)::value, decltype(n)::value>({1, channels, 0}, v + p * v_step + t * v_channels,
+                                                                v_channels, u + p * channels * hidden + j, hidden,
+                                                                Finish<T>{}, products + p * size, length);
+        });
+      });
+      for_each_tile(tiles, t, t + count, [&](int64_t tile, int64_t pixel) {
+        for (int64_t l = 0; l < length; l += W) {
+          const T* const m = products + (tile - t) * length + l;
+          Vec<T> half[2][4];
+#pragma GCC unroll 4
+          for (int c = 0; c < 4; ++c) {
+            const Vec<T> m0 = load(m + c * size), m1 = load(m + (4 + c) * size), m2 = load(m + (8 + c) * size),
+                         m3 = load(m + (12 + c) * size);
+            half[0][c] = m0 + m1 + m2;
+            half[1][c] = m1 - m2 + m3;
+          }
+          const int64_t at = pixel * hidden + j + l;
+          const auto put = [&](Vec<T> value, int64_t offset) {
+            if (finish.bias) value = rectify(value + load(finish.bias + j + l), finish.slope);
+            if (finish.gate) value = gated(value, load(finish.gate + at + offset), finish.slope);
+            store(out + at + offset, value);
+          };
+#pragma GCC unroll 2
+          for (int r = 0; r < 2; ++r) {
+            put(half[r][0] + half[r][1] + half[r][2], r * row);
+            put(half[r][1] - half[r][2] + half[r][3], r * row + hidden);
+          }
+        }
+      });
+    }
+  }
+}
+
+// A point of A y A^T as a sum of pixels, of one, two or four of the output tile's 2x2.
+template <class T>
+struct Mixture {
+  int64_t first, down, right;  // where the first pixel is in the tile, and the others from there
+  Vec<T> sign_down, sign_right;
+
+  // Of the point in row r and column c; `row` and `column` are the steps between the tile's pixels.
+  Mixture(int r, int c, int64_t row, int64_t column)
+      : first((r == 3) * row + (c == 3) * column), down(two(r) ? row : 0), right(two(c) ? column : 0),
+        sign_down(Vec<T>{} + T(r == 2 ? -1 : 1)), sign_right(Vec<T>{} + T(c == 2 ? -1 : 1)) {
+    if (!down) down = right, sign_down = sign_right;
+  }
+
+  static bool two(int i) { return i == 1 || i == 2; }
+  static int terms(int r, int c) { return (two(r) ? 2 : 1) * (two(c) ? 2 : 1); }
+
+  template <int Terms>
+  Vec<T> operator()(const T* at) const {
+    if constexpr (Terms == 1) return load(at);
+    const Vec<T> first = load(at) + sign_down * load(at + down);
+    if constexpr (Terms == 2) return first;
+    return first + sign_right * (load(at + right) + sign_down * load(at + right + down));
+  }
+};
+
+// to[r][j] += sum over k < count of factors[k][r] (A y A^T)[k][j], y[k] at y + at[k].
+template <int R, int N, int Terms, class T>
+inline void mixed_tile(int64_t count, const T* factors, int64_t factor_step, const T* y, const int64_t* at,
+                       const Mixture<T>& mixture, T* to, int64_t to_step) {
+  constexpr int W = Simd<T>::lanes;
+  const Mixture<T> mix = mixture;
+  Vec<T> sum[R][N] = {};
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < count; ++k, factors += factor_step) {
+    const T* const from = y + at[k];
+    Vec<T> row[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) row[n] = mix.template operator()<Terms>(from + n * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[r][n] += factors[r] * row[n];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(to + r * to_step + n * W, load(to + r * to_step + n * W) + sum[r][n]);
+}
+
+// The same for `rows` factors and N vectors, of point p.
+template <int N, class T>
+inline void mixed_product(int p, int64_t rows, int64_t count, const T* factors, int64_t factor_step, const T* y,
+                          int64_t row, int64_t column, const int64_t* at, T* to, int64_t to_step) {
+  const Mixture<T> mix(p / 4, p % 4, row, column);
+  const Tiling tiling(rows, expand_rows);
+  const auto run = [&](auto terms) {
+    for (int64_t g = 0, r = 0; g < tiling.tiles; r += tiling[g++])
+      with_count<expand_rows>(tiling[g], [&](auto height) {
+        mixed_tile<decltype(height)::value, N, decltype(terms)::value>(count, factors + r, factor_step, y + mix.first,
+                                                                      at, mix, to + r * to_step, to_step);
+      });
+  };
+  const int terms = mix.terms(p / 4, p % 4);
+  terms == 1 ? run(Count<1>{}) : terms == 2 ? run(Count<2>{}) : run(Count<4>{});
+}
+
+// Adjoint towards the taps: to[16][channels][j] += sum over tiles of v[tile][channel] (A y A^T)[tile][j], for maps
+// y[pixel][j]; at[tile] is where a tile's first pixel lies in them.
+template <class T>
+inline void outer_points(const Tiles& tiles, const int64_t* at, int64_t channels, const T* v, int64_t v_step,
+                         int64_t v_channels, const T* y, int64_t hidden, T* to) {
+  constexpr int W = Simd<T>::lanes;
+  int64_t most = 2048 / hidden;  // tiles at once: their pixels stay in the first-level cache
+  most = most < 16 ? 16 : most > 32 ? 32 : most;
+  for (int64_t t = 0; t < tiles.count(); t += most) {
+    const int64_t count = tiles.count() - t < most ? tiles.count() - t : most;
+    for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
+      const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
+      with_count<expand_vectors>(vectors, [&](auto n) {
+        for (int p = 0; p < points; ++p)
+          mixed_product<decltype(n)::value>(p, channels, count, v + p * v_step + t * v_channels, v_channels, y + j,
+                                            tiles.width() * hidden, hidden, at + t, to + p * channels * hidden + j,
+                                            hidden);
+      });
+    }
+  }
+}
+
+// Adjoint towards the input, first half: many channels to a few, to[16][channel][tile] = sum over j of
+// (A y A^T)[tile][j] u[16][j][channel], for maps y[pixel][j]. Vectors run along tiles; `padded` is their number in whole
+// vectors.
+template <class T>
+inline void reduce_points(const Tiles& tiles, const int64_t* at, int64_t padded, const T* y, int64_t hidden, const T* u,
+                          int64_t channels, const T* zeros, T* to, int64_t step) {
+  constexpr int W = Simd<T>::lanes;
+  constexpr int64_t most = expand_vectors * W;  // tiles at once
+  constexpr int64_t depth = 32;                 // hidden channels at once
+  alignas(64) T turned[4 * depth * most];       // [pixel of the tile][j][tile]
+  const int64_t row = tiles.width() * hidden;
+  for (int p = 0; p < points; ++p)
+    for (int64_t i = 0; i < channels * padded; i += W) store(to + p * step + i, Vec<T>{});
+  for (int64_t t = 0; t < padded; t += most) {
+    const int64_t length = padded - t < most ? padded - t : most;
+    int64_t lines[depth];
+    for (int64_t i = 0; i < depth; ++i) lines[i] = i * length;
+    for (int64_t j = 0; j < hidden; j += depth) {
+      const int64_t deep = hidden - j < depth ? hidden - j : depth;
+      for (int64_t l = 0; l < length; l += W)
+        for (int pixel = 0; pixel < 4; ++pixel)
+          for (int64_t i = 0; i < deep; i += W) {
+            Vec<T> x[W];
+            const int64_t offset = pixel / 2 * row + pixel % 2 * hidden + j + i;
+#pragma GCC unroll 16
+            for (int w = 0; w < W; ++w) x[w] = load(t + l + w < tiles.count() ? y + at[t + l + w] + offset : zeros);
+            transpose<T>(x);
+#pragma GCC unroll 16
+            for (int w = 0; w < W; ++w) store(turned + (pixel * deep + i + w) * length + l, x[w]);
+          }
+      with_count<expand_vectors>(length / W, [&](auto n) {
+        for (int p = 0; p < points; ++p)
+          mixed_product<decltype(n)::value>(p, channels, deep, u + (p * hidden + j) * channels, channels, turned,
+                                            2 * deep * length, deep * length, lines, to + p * step + t, padded);
+      });
+    }
+  }
+}
+
+// Which neighbours a tile has inside its sample: all bits or none, per tile.
+template <class T>
+struct Neighbours {
+  using Integer = typename Simd<T>::Integer;
+  Integer *above, *below, *left, *right;
+
+  void fill(const Tiles& tiles, int64_t padded) const {
+    for (int64_t t = 0; t < padded; ++t) {
+      const int64_t y = t / tiles.columns % tiles.rows, x = t % tiles.columns;
+      above[t] = y > 0 ? -1 : 0;
+      below[t] = y + 1 < tiles.rows ? -1 : 0;
+      left[t] = x > 0 ? -1 : 0;
+      right[t] = x + 1 < tiles.columns ? -1 : 0;
+    }
+  }
+};
+
+template <class T>
+inline Vec<T> masked(Vec<T> x, typename Simd<T>::Lane mask) {
+  typename Simd<T>::Lane bits;
+  __builtin_memcpy(&bits, &x, sizeof x);
+  bits &= mask;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Second half: each tile's B p B^T of 4x4 pixels, added up where tiles overlap. For every channel in turn,
+// put(channel, pixel of the tile, first tile, values of a vector of tiles). `working` has points times
+// point_step(padded + 2 margin) values.
+
+template <class T, class Put>
+inline void overlap_points(const Tiles& tiles, int64_t padded, int64_t channels, const T* p, int64_t step,
+                           const Neighbours<T>& near, T* working, const Put& put) {
+  constexpr int W = Simd<T>::lanes;
+  const int64_t margin = (tiles.columns + W) / W * W, size = point_step<T>(padded + 2 * margin);
+  for (int64_t i = 0; i < points * size; i += W) store(working + i, Vec<T>{});
+  T* const grid = working + margin;
+  const auto mask = [](const typename Neighbours<T>::Integer* from) {
+    typename Simd<T>::Lane lanes;
+    __builtin_memcpy(&lanes, from, sizeof lanes);
+    return lanes;
+  };
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t t = 0; t < padded; t += W) {
+      Vec<T> half[4][4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const T* const at = p + i * step + c * padded + t;
+        const Vec<T> p0 = load(at), p1 = load(at + 4 * step), p2 = load(at + 8 * step), p3 = load(at + 12 * step);
+        half[0][i] = p0;
+        half[1][i] = p1 - p2 - p3;
+        half[2][i] = p1 + p2 - p0;
+        half[3][i] = p3;
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const Vec<T>* const h = half[r];
+        T* const at = grid + 4 * r * size + t;
+        store(at, h[0]);
+        store(at + size, h[1] - h[2] - h[3]);
+        store(at + 2 * size, h[1] + h[2] - h[0]);
+        store(at + 3 * size, h[3]);
+      }
+    }
+    for (int64_t t = 0; t < padded; t += W)
+#pragma GCC unroll 2
+      for (int a = 0; a < 2; ++a) {
+        const auto vertical = mask((a ? near.below : near.above) + t);
+        const int64_t row_shift = a ? tiles.columns : -tiles.columns;
+#pragma GCC unroll 2
+        for (int b = 0; b < 2; ++b) {
+          const auto horizontal = mask((b ? near.right : near.left) + t);
+          const int64_t shift = b ? 1 : -1;
+          const T* const own = grid + (4 * (1 + a) + 1 + b) * size + t;
+          const T* const beside = grid + (4 * (1 + a) + (b ? 0 : 3)) * size + t + shift;
+          const T* const across = grid + (4 * (a ? 0 : 3) + 1 + b) * size + t + row_shift;
+          const T* const corner = grid + (4 * (a ? 0 : 3) + (b ? 0 : 3)) * size + t + row_shift + shift;
+          put(c, 2 * a + b, t,
+              (load(own) + masked<T>(load(beside), horizontal)) +
+                  (masked<T>(load(across), vertical) + masked<T>(load(corner), vertical & horizontal)));
+        }
+      }
+  }
+}
+
+}  // namespace
+}  // namespace fastflow::FASTFLOW_ISA

@@ -1,0 +1,32 @@
+"""The learning rate of every step."""
+
+from fastflow.vae import CosineSchedule, LinearSchedule
+
+__all__ = ["LearningRate"]
+
+DECAYS = {"cosine": CosineSchedule, "linear": LinearSchedule}
+
+
+class LearningRate:
+    """``rate(step)``: what the update after that many steps is taken with.
+
+    A linear warm-up over ``warmup_steps``, times train.schedule's way from ``learning_rate`` at its end down to
+    ``end_learning_rate`` at ``decay_steps`` (0: at ``train.steps``), where it stays; "constant" has no such way.
+
+    Args:
+        train: a :class:`~fastflow.engine.settings.TrainSettings`.
+
+    References:
+        Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017, arXiv:1608.03983 (cosine).
+    """
+
+    def __init__(self, train):
+        self.warmup = train.warmup_steps
+        self.base, self._decay = train.learning_rate, None
+        if train.schedule != "constant":
+            length = max((train.decay_steps or train.steps) - self.warmup, 1)
+            self._decay = DECAYS[train.schedule](self.base, train.end_learning_rate, length, begin=self.warmup)
+
+    def __call__(self, step):
+        rate = self.base if self._decay is None else self._decay.at(step)
+        return rate * min(1.0, (step + 1) / self.warmup) if self.warmup else rate
