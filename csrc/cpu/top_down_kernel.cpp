@@ -28,9 +28,13 @@ struct TopDown {
     own = arena.take<T>(job.saved == nullptr ? job.rows * tile : 0);
     drawn = arena.take<float>(backward ? 0 : job.latents * tile + noise_size - gaussian::chunk);
     if (!backward) return;
-    for (T** buffer : {&grad_next, &grad_seen, &grad_joined, &transposed_input}) *buffer = arena.take<T>(tile * seen);
-    for (T** buffer : {&grad_prior, &grad_posterior, &grad_hidden[0], &grad_hidden[1]})
-      *buffer = arena.take<T>(tile * wide);
+    grad_next = arena.take<T>(tile * seen);
+    grad_seen = arena.take<T>(tile * seen);
+    grad_joined = arena.take<T>(tile * seen);
+    transposed_input = arena.take<T>(tile * seen);
+    grad_prior = arena.take<T>(tile * wide);
+    grad_posterior = arena.take<T>(tile * wide);
+    for (T*& buffer : grad_hidden) buffer = arena.take<T>(tile * wide);
     rows_of_terms = arena.take<T>(3 * tile);
     sums.bias = arena.take<T>(wide * Simd<T>::lanes);
     sums.weight = arena.take<T>(job.lane_sums * Simd<T>::lanes);

@@ -4,10 +4,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from fastflow import reference
-from fastflow.reference.mlp_flow import _FUNCTIONS
 
 __all__ = ["LEVEL_MODES", "LatentLevel", "MLPBlock", "level_gaussians", "normal_log_prob", "top_down"]
 
@@ -35,9 +33,7 @@ class MLPBlock:
         return tuple(t for pair in zip(self.weights, self.biases, strict=True) for t in pair)
 
     def __call__(self, x):
-        y = x
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            y = F.linear(_FUNCTIONS[self.activation](y) if index else y, weight, bias)
+        y = reference.mlp(x, self.weights, self.biases, activation=self.activation)
         return x[:, :y.shape[1]] + y if self.residual else y
 
 
