@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastflow.nn import ConvSequential
+
 
 def log_bernoulli(x, logits):
     """log p(x) (*, B) in nats of bits x (B, *event)."""
@@ -18,12 +20,21 @@ def log_bernoulli(x, logits):
     return -each.flatten(logits.dim() - x.dim() + 1).sum(-1)
 
 
+def plain(module):
+    """A copy whose sequences of layers are torch's own."""
+    found = copy.deepcopy(module)
+    for part in found.modules():
+        if isinstance(part, ConvSequential):
+            part.__class__ = nn.Sequential
+    return found
+
+
 class NeutralVAE(nn.Module):
     """The ELBO (B,) in nats of a Gaussian posterior, prior N(0, I) and bits, or with K samples the IWAE bound."""
 
     def __init__(self, vae, n_samples=None):
         super().__init__()
-        self.encoder, self.decoder = copy.deepcopy(vae.encoder), copy.deepcopy(vae.decoder)
+        self.encoder, self.decoder = plain(vae.encoder), plain(vae.decoder)
         self.n_samples = n_samples
 
     def forward(self, x, eps=None):
@@ -49,8 +60,8 @@ class NeutralHierarchicalVAE(nn.Module):
 
     def __init__(self, vae):
         super().__init__()
-        self.bottom_up, self.decoder = copy.deepcopy(vae.bottom_up), copy.deepcopy(vae.decoder)
-        self.priors, self.posteriors, self.merges = (nn.ModuleList(copy.deepcopy(getattr(level, name))
+        self.bottom_up, self.decoder = plain(vae.bottom_up), plain(vae.decoder)
+        self.priors, self.posteriors, self.merges = (nn.ModuleList(plain(getattr(level, name))
                                                                    for level in vae.levels)
                                                      for name in ("prior", "posterior", "merge"))
         self.top = nn.Parameter(vae.top.detach().clone())

@@ -11,7 +11,8 @@ from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 from fastflow import functional, reference
 from fastflow.functional import ScaleMap
 
-FULL_PRECISION = ("plu_weight", "conv_net", "mlp_flow")  # ops whose kernels take no half precision
+# Ops whose kernels take no half precision.
+FULL_PRECISION = ("plu_weight", "conv_net", "activated_conv", "mlp", "mlp_flow")
 NOT_DIFFERENTIABLE = ("eps", "seed", "sign_s", "perm")
 
 
@@ -34,6 +35,7 @@ class Case:
     @property
     def outputs(self):
         return {"affine_coupling": ("y", "logdet"), "mlp_flow": ("z", "logdet"), "conv_net": ("y",),
+                "activated_conv": ("y",), "mlp": ("y",),
                 "spline": ("y", "logdet"), "bernoulli_log_prob": ("log_prob",),
                 "slogdet": ("sign", "logabsdet"), "plu_weight": ("weight",),
                 "slogdet_inverse": ("sign", "logabsdet", "inverse"),
@@ -51,7 +53,7 @@ class Case:
 
     def batch_dim(self, name):
         """The dim of the operand that is the batch; None: it has none."""
-        if self.op == "mlp_flow" and name not in ("x", "context"):
+        if self.op in ("mlp", "mlp_flow") and name not in ("x", "context"):
             return None
         if self.op == "bernoulli_log_prob":
             return len(self.shapes[name]) - len(self.shapes["x"])
@@ -63,9 +65,9 @@ class Case:
         value = torch.randn(shape, generator=generator, dtype=torch.float64)
         if name == "sign_s":
             return value.sign()
-        if name == "weight":
+        if name == "weight" and self.op != "activated_conv":
             return value + 2.0 * torch.eye(shape[-1], dtype=torch.float64)
-        if self.op == "mlp_flow" and len(shape) == 2 and name not in ("x", "context"):
+        if self.op in ("mlp", "mlp_flow") and len(shape) == 2 and name not in ("x", "context"):
             return value / max(shape[1], 1) ** 0.5
         if self.op == "spline" and name == "params":
             return 0.4 * value  # sharp splines are ill-conditioned: the largest of their errors says little
@@ -84,8 +86,11 @@ class Case:
             if "prior_mean" in t:
                 options["prior"] = t.pop("prior_mean"), t.pop("prior_raw")
             return module.gaussian_sample_kl(params, **t, **options)
-        if self.op in ("plu_weight", "conv_net", "bernoulli_log_prob"):
+        if self.op in ("plu_weight", "conv_net", "activated_conv", "bernoulli_log_prob"):
             return (getattr(module, self.op)(**t, **options),)
+        if self.op == "mlp":
+            weights, biases = (tuple(t[f"{kind}{i}"] for i in range(len(t) // 2)) for kind in "wb")
+            return (module.mlp(t["x"], weights, biases, **options),)
         if self.op == "mlp_flow":
             return self._call_mlp_flow(t, module)
         return getattr(module, self.op)(**t, **options)
@@ -184,11 +189,38 @@ def conv_case(name, x, hidden, out, **options):
 
 
 CONV_CASES = (conv_case("relu", (3, 5, 6, 7), 16, 4), conv_case("leaky", (3, 2, 4, 4), 48, 7, negative_slope=0.2))
+
+
+def activated_conv_case(name, x, out, kernel, **options):
+    """A call of activated_conv on x (B, I, H, W) for ``out`` channels."""
+    channels = (x[1], out) if options.get("transposed") else (out, x[1])
+    return Case(name, "activated_conv", {"x": x, "weight": (*channels, *kernel), "bias": (out,)}, options)
+
+
+ACTIVATED_CASES = (
+    activated_conv_case("down", (3, 2, 6, 8), 16, (4, 4), stride=2, padding=1, activation="silu"),
+    activated_conv_case("up_wide", (3, 16, 3, 4), 32, (4, 4), stride=2, padding=1, transposed=True, activation="silu"),
+    activated_conv_case("up_narrow", (3, 16, 3, 4), 2, (4, 3), stride=2, padding=1, transposed=True,
+                        activation="relu"),
+)
 BERNOULLI_CASES = (
     Case("bernoulli_image", "bernoulli_log_prob", {"x": (3, 4, 2, 5), "logits": (3, 4, 2, 5)}),
     Case("bernoulli_samples", "bernoulli_log_prob", {"x": (3, 7), "logits": (2, 3, 7)}),
 )
-CPU_CASES = CASES + CONV_CASES + BERNOULLI_CASES  # with the operations that have no kernel on a GPU
+
+
+def mlp_case(name, sizes, *, batch=3, **options):
+    """A network of layers between these sizes; parameters are named "w<layer>" and "b<layer>"."""
+    shapes = {"x": (batch, sizes[0])}
+    for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        shapes |= {f"w{layer}": (outputs, inputs), f"b{layer}": (outputs,)}
+    return Case(name, "mlp", shapes, options)
+
+
+MLP_CASES = (mlp_case("mlp", (5, 19, 8, 7), activation="tanh"),
+             mlp_case("mlp_residual", (4, 17, 17, 17, 6), residual=True))
+# With the operations that have no kernel on a GPU.
+CPU_CASES = CASES + CONV_CASES + ACTIVATED_CASES + BERNOULLI_CASES + MLP_CASES
 
 
 @contextlib.contextmanager
@@ -266,6 +298,31 @@ def check_by_ratio(case, tensors, *, needs=None, cotangents=None, value_factor=V
             terms = (largest / max(out.numel(), 1)) ** 0.5 if out.numel() < largest else 0.0
             assert_by_ratio(out, eager[part][name], truth[part][name], factor=factor, magnitude=terms, what=label)
     return got
+
+
+def check_together(case, dtype, device="cpu", size=0.5):
+    """Results and gradients by the error-ratio rule, over all results and over all gradients, each relative to its
+    magnitude: a rounding early in a flow goes into everything behind it, and the largest error of one small tensor says
+    little about either side.
+
+    size: of the parameters, small enough for steps that do not stretch.
+    """
+    tensors = {name: t if name in ("x", "context") else size * t for name, t in case.tensors(dtype, device).items()}
+    cotangents = cotangents_of(case, tensors)
+    got = evaluate(case, tensors, cotangents=cotangents)
+    eager = evaluate(case, tensors, cotangents=cotangents, module=reference)
+    truth = evaluate(case, upcast(tensors), cotangents=upcast(cotangents), module=reference)
+    for part, factor in ((0, VALUE_FACTOR), (1, GRADIENT_FACTOR)):
+        errors = {}
+        for which, results in (("fused", got), ("eager", eager)):
+            pairs = [(t, truth[part][name]) for name, t in results[part].items()]
+            assert all(t.dtype == dtype and t.shape == exact.shape for t, exact in pairs)
+            errors[which] = max(((t.double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
+                                for t, exact in pairs if t.numel())
+        few = next(iter(tensors.values())).shape[0] < 64  # then eager may happen to hit a result
+        roundings = 64 if dtype == torch.float64 else 16 if few else 4
+        allowed = factor * errors["eager"] + roundings * torch.finfo(dtype).eps
+        assert errors["fused"] <= allowed, f"{case} {dtype} part {part}: {errors} {allowed}"
 
 
 def subsets(names, at_least=0):

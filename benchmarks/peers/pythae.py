@@ -1,7 +1,6 @@
 """VAEs in pythae, trained by its own trainer."""
 
 import contextlib
-import copy
 import io
 import logging
 import tempfile
@@ -12,6 +11,8 @@ from pythae.models import VAE, VAEConfig
 from pythae.models.base.base_utils import ModelOutput
 from pythae.models.nn import BaseDecoder, BaseEncoder
 from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
+from benchmarks.neutral_vae import plain
 
 
 class _Encoder(BaseEncoder):
@@ -40,7 +41,7 @@ def epoch(vae, data, batch_size, learning_rate):
     fastflow VAE's networks, and a fused Adam."""
     logging.getLogger("pythae").setLevel(logging.ERROR)
     config = VAEConfig(input_dim=tuple(data.shape[1:]), latent_dim=vae.latent_shape[0], reconstruction_loss="bce")
-    model = VAE(config, _Encoder(copy.deepcopy(vae.encoder)), _Decoder(copy.deepcopy(vae.decoder)))
+    model = VAE(config, _Encoder(plain(vae.encoder)), _Decoder(plain(vae.decoder)))
     folder = tempfile.TemporaryDirectory()
     training = BaseTrainerConfig(output_dir=folder.name, per_device_train_batch_size=batch_size, optimizer_cls="Adam",
                                  learning_rate=learning_rate, optimizer_params={"fused": True},

@@ -9,6 +9,8 @@
 namespace fastflow::FASTFLOW_ISA {
 namespace {
 
+constexpr int64_t longest_piece = 32;  // of a sum's terms
+
 // A map of one sample inside a buffer, channels innermost.
 template <class T>
 struct Map {
@@ -128,10 +130,9 @@ template <class T>
 void gather(const ActivatedConv& shape, const T* padded, const T* w, const T* bias, T* out) {
   const int64_t row = shape.fine_columns() * shape.fine;
   const Runs runs{shape.kernel_height, shape.kernel_width * shape.fine, row};
-  const auto from = [&](int64_t p) {
-    return padded + shape.stride * (p / shape.coarse_width * row + p % shape.coarse_width * shape.fine);
-  };
-  expand(runs, shape.coarse_pixels(), from, w, shape.coarse, biased(bias), Even<T>{out, shape.coarse});
+  const Grid<const T> from{padded, shape.coarse_width, shape.stride * shape.fine, shape.stride * row};
+  expand(runs, shape.coarse_pixels(), from, w, shape.coarse, biased(bias),
+         Grid<T>{out, shape.coarse_pixels(), shape.coarse, 0}, longest_piece);
 }
 
 // out, adjacent pixels of the fine map, from a padded coarse one: a dense convolution for each pair of residues.
@@ -147,18 +148,17 @@ void scatter(const ActivatedConv& shape, const T* padded, const T* w, const T* b
       if (height > 0 && width > 0) {
         const T* const corner = padded + ((y + shape.padding) / stride - rows + 1 + shape.margin_rows()) * row +
                                 ((x + shape.padding) / stride - columns + 1 + shape.margin_columns()) * shape.coarse;
-        const auto to = [&](int64_t p) {
-          return out + ((y + p / width * stride) * shape.fine_width + x + p % width * stride) * shape.fine;
-        };
+        const Grid<T> to{out + (y * shape.fine_width + x) * shape.fine, width, stride * shape.fine,
+                         stride * shape.fine_width * shape.fine};
         if (shape.wide()) {
-          const auto from = [&](int64_t p) { return corner + p / width * row + p % width * shape.coarse; };
-          expand({rows, columns * shape.coarse, row}, height * width, from, w, shape.fine, biased(bias), to);
+          expand({rows, columns * shape.coarse, row}, height * width, Grid<const T>{corner, width, shape.coarse, row},
+                 w, shape.fine, biased(bias), to, longest_piece);
         } else {
           for (int64_t i = 0; i < height; ++i) {
             const TapRows<T> taps{corner + i * row, rows, row, columns, 0, shape.coarse_columns(), shape.coarse, nullptr};
-            T* const line = to(i * width);
+            T* const line = to.first + i * to.row;
             reduce(taps, width, w, rows * columns * shape.coarse, shape.fine, [&](int64_t p, int64_t o, T value) {
-              line[p * stride * shape.fine + o] = bias ? value + bias[o] : value;
+              line[p * to.step + o] = bias ? value + bias[o] : value;
             });
           }
         }

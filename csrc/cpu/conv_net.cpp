@@ -26,14 +26,17 @@ struct Order {
 
   int64_t size() const { return channels * hidden * taps; }
 
-  // f(offset in the weight, offset in the array) of every row of hidden channels.
+  // f(offset in the weight, offset in the array, count) of runs of hidden channels, a cache line of the array each, in
+  // an order in which the lines of the weight are read while they are at hand.
   template <class F>
-  void for_each_row(const F& f) const {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t t = 0; t < taps; ++t) {
-        const int64_t at = flipped ? taps - 1 - t : t;
-        f(c * channel + at / 3 * tap_row + at % 3 * tap_column, (tap_first ? t * channels + c : c * taps + t) * hidden);
-      }
+  void for_each_run(const F& f) const {
+    for (int64_t j = 0; j < hidden; j += 16)
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t t = 0; t < taps; ++t) {
+          const int64_t at = flipped ? taps - 1 - t : t;
+          f(c * channel + at / 3 * tap_row + at % 3 * tap_column + j * inner,
+            (tap_first ? t * channels + c : c * taps + t) * hidden + j, std::min<int64_t>(16, hidden - j));
+        }
   }
 };
 
@@ -49,16 +52,16 @@ Order order_of(const Tensor& w, int hidden_dim, bool tap_first, bool flipped) {
 template <class T>
 void pack(const Tensor& w, const Order& order, T* to) {
   const T* const from = static_cast<const T*>(w.data_ptr());
-  order.for_each_row([&](int64_t source, int64_t target) {
-    for (int64_t j = 0; j < order.hidden; ++j) to[target + j] = from[source + j * order.inner];
+  order.for_each_run([&](int64_t source, int64_t target, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) to[target + j] = from[source + j * order.inner];
   });
 }
 
 template <class T>
 void unpack(const T* from, const Order& order, Tensor& w) {
   T* const to = static_cast<T*>(w.mutable_data_ptr());
-  order.for_each_row([&](int64_t target, int64_t source) {
-    for (int64_t j = 0; j < order.hidden; ++j) to[target + j * order.inner] = from[source + j];
+  order.for_each_run([&](int64_t target, int64_t source, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) to[target + j * order.inner] = from[source + j];
   });
 }
 

@@ -40,14 +40,15 @@ void expand3x3(const ConvShape& shape, int64_t channels, const T* padded, int64_
   const Window window(y, shape.height);
   const int64_t row = (shape.width + 2) * channels;
   expand({window.rows(), 3 * channels, row}, shape.width,
-         Even<const T>{padded + (y - 1 + window.first) * row, channels},
-         w + window.first * 3 * channels * shape.hidden, shape.hidden, finish, Even<T>{out, shape.hidden});
+         Grid<const T>{padded + (y - 1 + window.first) * row, shape.width, channels, 0},
+         w + window.first * 3 * channels * shape.hidden, shape.hidden, finish,
+         Grid<T>{out, shape.width, shape.hidden, 0});
 }
 
 template <class T>
 void expand1x1(const ConvShape& shape, int64_t pixels, const T* in, const T* w, const Finish<T>& finish, T* out) {
-  expand({1, shape.hidden, 0}, pixels, Even<const T>{in, shape.hidden}, w, shape.hidden, finish,
-         Even<T>{out, shape.hidden});
+  expand({1, shape.hidden, 0}, pixels, Grid<const T>{in, pixels, shape.hidden, 0}, w, shape.hidden, finish,
+         Grid<T>{out, pixels, shape.hidden, 0});
 }
 
 // 3x3 convolution of hidden channels to the few of `image`, row y of sample b. bias may be null.

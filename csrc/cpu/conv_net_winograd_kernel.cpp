@@ -92,12 +92,13 @@ class Chunk {
   void points_of(const Border& images) { input_points(tiles_, images.step(), images.data(), inputs_, input_step_); }
 
   void expand3x3(const Border& images, int64_t channels, const void* taps, const Finish<T>& finish, T* out) {
-    expand_points(tiles_, channels, inputs_, input_step_, images.step(), static_cast<const T*>(taps), shape_.hidden,
-                  finish, out);
+    expand_points(tiles_, at_, channels, inputs_, input_step_, images.step(), static_cast<const T*>(taps),
+                  shape_.hidden, finish, out);
   }
 
-  void outer3x3(const Border& images, int64_t channels, const T* maps, T* to) {
-    outer_points(tiles_, at_, channels, inputs_, input_step_, images.step(), maps, shape_.hidden, to);
+  void outer3x3(const Border& images, int64_t channels, const T* maps, bool fresh, T* to) {
+    outer_points(tiles_, at_, channels, inputs_, input_step_, images.step(), maps, shape_.hidden,
+                 fresh, to);
   }
 
   // Writes sample b and those after it to `image`; whether they are finite. bias may be null.
@@ -156,8 +157,7 @@ class WinogradBackward {
   // Whether all that came out is finite.
   bool group(int64_t group) {
     T* const sums = static_cast<T*>(job_.partials) + group * job_.partial_values();
-    std::memset(taps1_, 0, points * shape_.in * shape_.hidden * sizeof(T));
-    std::memset(taps3_, 0, points * shape_.out * shape_.hidden * sizeof(T));
+    fresh_ = true;
     bool finite = true;
     const int64_t end = job_.first(group + 1);
     for (int64_t b = job_.first(group); b < end; b += job_.chunk())
@@ -186,7 +186,7 @@ class WinogradBackward {
     gate.gate = h2;
     chunk_.expand3x3(grad_, shape_.out, job_.w3, gate, grad2_);
     if (job_.need_weights) {
-      chunk_.outer3x3(grad_, shape_.out, h2, taps3_);
+      chunk_.outer3x3(grad_, shape_.out, h2, fresh_, taps3_);
       grad_.add_pixels_to(count, biases + 2 * hidden);
       add_pixels(pixels, grad2_, hidden, biases + hidden);
     }
@@ -199,7 +199,8 @@ class WinogradBackward {
       add_pixels(pixels, grad1_, hidden, biases);
       x_.read(job_.x, b, count);
       chunk_.points_of(x_);
-      chunk_.outer3x3(x_, shape_.in, grad1_, taps1_);
+      chunk_.outer3x3(x_, shape_.in, grad1_, fresh_, taps1_);
+      fresh_ = false;
     }
     return !job_.need_x || chunk_.reduce3x3(grad1_, job_.w1, nullptr, job_.grad_x, b);
   }
@@ -211,6 +212,7 @@ class WinogradBackward {
   Chunk chunk_;
   Border x_, grad_;
   T *grad1_, *grad2_, *taps1_, *taps3_;
+  bool fresh_ = true;  // the sums of taps have no terms yet
 };
 
 }  // namespace

@@ -60,25 +60,48 @@ inline Vec<T> gated(Vec<T> x, Vec<T> gate, T slope) {
   return gate > zero ? x : x * slope;
 }
 
-// Pixels that are evenly apart.
+// Pixels in rows of `width`; a whole image of adjacent ones can be a single row.
 template <class T>
-struct Even {
+struct Grid {
   T* first;
-  int64_t step;
-  T* operator()(int64_t p) const { return first + p * step; }
+  int64_t width, step, row;
 };
 
-template <int R, int N, class T, class From, class To>
-inline void expand_tile(const Runs& runs, int64_t p, const From& from, const T* w, int64_t w_step,
-                        const Finish<T>& finish, const To& to) {
+// Goes from pixel to pixel of a grid.
+template <class T>
+struct Walk {
+  T* at;
+  int64_t left, width, step, jump;
+  Walk(const Grid<T>& grid, int64_t offset)
+      : at(grid.first + offset), left(grid.width), width(grid.width), step(grid.step),
+        jump(grid.row - grid.width * grid.step) {}
+  T* next() {
+    T* const result = at;
+    at += step;
+    if (--left == 0) {
+      left = width;
+      at += jump;
+    }
+    return result;
+  }
+};
+
+// A sum's part over some of its runs: the first begins with the bias, the last finishes the value.
+struct Part {
+  bool first, last;
+};
+
+template <int R, int N, class T>
+inline void expand_tile(const Runs& runs, Part part, Walk<const T>& from, const T* w, int64_t w_step,
+                        const Finish<T>& finish, Walk<T>& to) {
   constexpr int W = Simd<T>::lanes;
   Vec<T> sum[R][N];
   const T* in[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    in[r] = from(p + r);
+    in[r] = from.next();
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[r][n] = finish.bias ? load(finish.bias + n * W) : Vec<T>{};
+    for (int n = 0; n < N; ++n) sum[r][n] = part.first && finish.bias ? load(finish.bias + n * W) : Vec<T>{};
   }
   for (int64_t run = 0; run < runs.count; ++run) {
 #pragma GCC unroll 1
@@ -98,10 +121,15 @@ inline void expand_tile(const Runs& runs, int64_t p, const From& from, const T* 
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    T* const out = to(p + r);
+    T* const out = to.next();
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Vec<T> value = sum[r][n];
+      if (!part.first) value += load(out + n * W);
+      if (!part.last) {
+        store(out + n * W, value);
+        continue;
+      }
       if (finish.bias) value = rectify(value, finish.slope);
       if (finish.gate) value = gated(value, load(finish.gate + r * finish.gate_step + n * W), finish.slope);
       store(out + n * W, value);
@@ -117,24 +145,39 @@ struct Tiling {
   int64_t operator[](int64_t tile) const { return least + (tile < larger); }
 };
 
-// The values j < hidden of `count` pixels p at to(p), from the scalars at from(p).
-template <class T, class From, class To>
-inline void expand(const Runs& runs, int64_t count, const From& from, const T* w, int64_t hidden,
-                   const Finish<T>& finish, const To& to) {
+// The values j < hidden of `count` pixels of `to` from the scalars of those of `from`. Where a sum has more terms than
+// `longest`, it is one of pieces of its runs, each taken over all the pixels: its weights stay in the first-level cache
+// then, and the rounding of a long sum in one go does not show.
+template <class T>
+inline void expand(const Runs& runs, int64_t count, const Grid<const T>& from, const T* w, int64_t hidden,
+                   const Finish<T>& finish, const Grid<T>& to, int64_t longest = INT64_MAX) {
   constexpr int W = Simd<T>::lanes;
-  const Tiling tiling(count, expand_rows);
+  const bool whole = runs.count * runs.length <= longest;
+  const Tiling pixels(count, expand_rows), pieces(runs.length, whole ? 1 : longest);
+  const int64_t passes = whole ? 1 : runs.count * pieces.tiles;
   for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
     const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
     Finish<T> tail = finish;
     if (tail.bias) tail.bias += j;
-    const auto at = [&](int64_t p) { return to(p) + j; };
     with_count<expand_vectors>(vectors, [&](auto n) {
-      for (int64_t t = 0, p = 0; t < tiling.tiles; p += tiling[t++])
-        with_count<expand_rows>(tiling[t], [&](auto r) {
-          Finish<T> here = tail;
-          if (here.gate) here.gate += p * here.gate_step + j;
-          expand_tile<decltype(r)::value, decltype(n)::value>(runs, p, from, w + j, hidden, here, at);
-        });
+      const T* weights = w + j;
+      int64_t scalar = 0;  // of the pass, the first one in its run
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t run = whole ? 0 : pass / pieces.tiles, piece = whole ? 0 : pass % pieces.tiles;
+        const Runs here = whole ? runs : Runs{1, pieces[piece], 0};
+        if (piece == 0) scalar = 0;
+        Walk<const T> in(from, run * runs.step + scalar);
+        Walk<T> out(to, j);
+        for (int64_t t = 0, p = 0; t < pixels.tiles; p += pixels[t++])
+          with_count<expand_rows>(pixels[t], [&](auto r) {
+            Finish<T> end = tail;
+            if (end.gate) end.gate += p * end.gate_step + j;
+            expand_tile<decltype(r)::value, decltype(n)::value>(here, {pass == 0, pass == passes - 1}, in, weights,
+                                                                hidden, end, out);
+          });
+        scalar += here.length;
+        weights += here.length * hidden;
+      }
     });
   }
 }

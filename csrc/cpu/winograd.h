@@ -125,10 +125,41 @@ inline void input_points(const Tiles& tiles, int64_t channels, const T* bordered
         }
 }
 
-// A few channels to many: out[pixel][j] from points of inputs v[16][tile][v_channels] and of taps u[16][channels][j].
+// Output tiles out[pixel][j] = A^T m A of `length` adjacent j, with m[16][tile][j] of tiles [begin, end).
+template <bool Biased, class T>
+inline void put_tiles(const int64_t* at, int64_t begin, int64_t end, const T* m, int64_t length, const Finish<T>& how,
+                      int64_t row, int64_t column, T* out) {
+  constexpr int W = Simd<T>::lanes;
+  const Finish<T> finish = how;  // a copy, which stores can't change
+  const int64_t size = (end - begin) * length;
+  for (int64_t t = begin; t < end; ++t)
+    for (int64_t j = 0; j < length; j += W, m += W) {
+      Vec<T> half[2][4];
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) {
+        const Vec<T> m0 = load(m + c * size), m1 = load(m + (4 + c) * size), m2 = load(m + (8 + c) * size),
+                     m3 = load(m + (12 + c) * size);
+        half[0][c] = m0 + m1 + m2;
+        half[1][c] = m1 - m2 + m3;
+      }
+#pragma GCC unroll 4
+      for (int pixel = 0; pixel < 4; ++pixel) {
+        const Vec<T>* const h = half[pixel / 2];
+        const int64_t to = at[t] + pixel / 2 * row + pixel % 2 * column + j;
+        const Vec<T> value = pixel % 2 ? h[1] - h[2] + h[3] : h[0] + h[1] + h[2];
+        if constexpr (Biased)
+          store(out + to, rectify(value + load(finish.bias + j), finish.slope));
+        else
+          store(out + to, gated(value, load(finish.gate + to), finish.slope));
+      }
+    }
+}
+
+// A few channels to many: out[pixel][j] from points of inputs v[16][tile][v_channels] and of taps u[16][channels][j],
+// with a bias or a gate. at[tile] is where a tile's first pixel lies in maps.
 template <class T>
-inline void expand_points(const Tiles& tiles, int64_t channels, const T* v, int64_t v_step, int64_t v_channels,
-                          const T* u, int64_t hidden, const Finish<T>& finish, T* out) {
+inline void expand_points(const Tiles& tiles, const int64_t* at, int64_t channels, const T* v, int64_t v_step,
+                          int64_t v_channels, const T* u, int64_t hidden, const Finish<T>& finish, T* out) {
   constexpr int W = Simd<T>::lanes;
   alignas(64) T products[points * expand_rows * expand_vectors * W];
   const Tiling tiling(tiles.count(), expand_rows);
@@ -136,82 +167,52 @@ inline void expand_points(const Tiles& tiles, int64_t channels, const T* v, int6
   for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
     const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
     const int64_t length = vectors * W;
+    Finish<T> here = finish;
+    if (here.bias) here.bias += j;
+    if (here.gate) here.gate += j;
     for (int64_t g = 0, t = 0; g < tiling.tiles; t += tiling[g++]) {
-      const int64_t count = tiling[g], size = count * length;
+      const int64_t count = tiling[g];
       with_count<expand_vectors>(vectors, [&](auto n) {
         with_count<expand_rows>(count, [&](auto r) {
           for (int p = 0; p < points; ++p)
             expand_tile<decltype(r)::value, decltype(n)::value>({1, channels, 0}, v + p * v_step + t * v_channels,
                                                                 v_channels, u + p * channels * hidden + j, hidden,
-                                                                Finish<T>{}, products + p * size, length);
+                                                                Finish<T>{}, products + p * count * length, length);
         });
       });
-      for_each_tile(tiles, t, t + count, [&](int64_t tile, int64_t pixel) {
-        for (int64_t l = 0; l < length; l += W) {
-          const T* const m = products + (tile - t) * length + l;
-          Vec<T> half[2][4];
-#pragma GCC unroll 4
-          for (int c = 0; c < 4; ++c) {
-            const Vec<T> m0 = load(m + c * size), m1 = load(m + (4 + c) * size), m2 = load(m + (8 + c) * size),
-                         m3 = load(m + (12 + c) * size);
-            half[0][c] = m0 + m1 + m2;
-            half[1][c] = m1 - m2 + m3;
-          }
-          const int64_t at = pixel * hidden + j + l;
-          const auto put = [&](Vec<T> value, int64_t offset) {
-            if (finish.bias) value = rectify(value + load(finish.bias + j + l), finish.slope);
-            if (finish.gate) value = gated(value, load(finish.gate + at + offset), finish.slope);
-            store(out + at + offset, value);
-          };
-#pragma GCC unroll 2
-          for (int r = 0; r < 2; ++r) {
-            put(half[r][0] + half[r][1] + half[r][2], r * row);
-            put(half[r][1] - half[r][2] + half[r][3], r * row + hidden);
-          }
-        }
-      });
+      if (here.bias)
+        put_tiles<true>(at, t, t + count, products, length, here, row, hidden, out + j);
+      else
+        put_tiles<false>(at, t, t + count, products, length, here, row, hidden, out + j);
     }
   }
 }
 
-// A point of A y A^T as a sum of pixels, of one, two or four of the output tile's 2x2.
-template <class T>
-struct Mixture {
-  int64_t first, down, right;  // where the first pixel is in the tile, and the others from there
-  Vec<T> sign_down, sign_right;
+// A point of A y A^T as a sum of one, two or four of the output tile's 2x2 pixels: the number of rows and of columns
+// that it takes, the second one's sign before them.
+constexpr int point_terms[4] = {1, 2, -2, 1};
 
-  // Of the point in row r and column c; `row` and `column` are the steps between the tile's pixels.
-  Mixture(int r, int c, int64_t row, int64_t column)
-      : first((r == 3) * row + (c == 3) * column), down(two(r) ? row : 0), right(two(c) ? column : 0),
-        sign_down(Vec<T>{} + T(r == 2 ? -1 : 1)), sign_right(Vec<T>{} + T(c == 2 ? -1 : 1)) {
-    if (!down) down = right, sign_down = sign_right;
-  }
-
-  static bool two(int i) { return i == 1 || i == 2; }
-  static int terms(int r, int c) { return (two(r) ? 2 : 1) * (two(c) ? 2 : 1); }
-
-  template <int Terms>
-  Vec<T> operator()(const T* at) const {
-    if constexpr (Terms == 1) return load(at);
-    const Vec<T> first = load(at) + sign_down * load(at + down);
-    if constexpr (Terms == 2) return first;
-    return first + sign_right * (load(at + right) + sign_down * load(at + right + down));
-  }
-};
-
-// to[r][j] += sum over k < count of factors[k][r] (A y A^T)[k][j], y[k] at y + at[k].
-template <int R, int N, int Terms, class T>
-inline void mixed_tile(int64_t count, const T* factors, int64_t factor_step, const T* y, const int64_t* at,
-                       const Mixture<T>& mixture, T* to, int64_t to_step) {
+// to[r][j] += (if fresh, =) sum over k < count of factors[k][r] (A y A^T)[k][j], the first pixel of y[k] that counts at y + at[k].
+template <int R, int N, int Rows, int Columns, class T>
+inline void mixed_tile(int64_t count, const T* factors, int64_t factor_step, const T* y, int64_t down, int64_t right,
+                       const int64_t* at, bool fresh, T* to, int64_t to_step) {
   constexpr int W = Simd<T>::lanes;
-  const Mixture<T> mix = mixture;
+  const auto column = [&](const T* from) {
+    const Vec<T> first = load(from);
+    if constexpr (Rows == 1) return first;
+    return Rows > 0 ? first + load(from + down) : first - load(from + down);
+  };
   Vec<T> sum[R][N] = {};
 #pragma GCC unroll 1
   for (int64_t k = 0; k < count; ++k, factors += factor_step) {
     const T* const from = y + at[k];
     Vec<T> row[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) row[n] = mix.template operator()<Terms>(from + n * W);
+    for (int n = 0; n < N; ++n) {
+      row[n] = column(from + n * W);
+      if constexpr (Columns == 2) row[n] += column(from + right + n * W);
+      if constexpr (Columns == -2) row[n] -= column(from + right + n * W);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -220,31 +221,46 @@ inline void mixed_tile(int64_t count, const T* factors, int64_t factor_step, con
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(to + r * to_step + n * W, load(to + r * to_step + n * W) + sum[r][n]);
+    for (int n = 0; n < N; ++n) {
+      T* const place = to + r * to_step + n * W;
+      store(place, fresh ? sum[r][n] : load(place) + sum[r][n]);
+    }
 }
 
-// The same for `rows` factors and N vectors, of point p.
+// The same for `rows` factors and N vectors, of every point: factors[16], to[16].
 template <int N, class T>
-inline void mixed_product(int p, int64_t rows, int64_t count, const T* factors, int64_t factor_step, const T* y,
-                          int64_t row, int64_t column, const int64_t* at, T* to, int64_t to_step) {
-  const Mixture<T> mix(p / 4, p % 4, row, column);
+inline void mixed_products(int64_t rows, int64_t count, const T* factors, int64_t factor_point, int64_t factor_step,
+                           const T* y, int64_t down, int64_t right, const int64_t* at, bool fresh, T* to,
+                           int64_t to_point, int64_t to_step) {
   const Tiling tiling(rows, expand_rows);
-  const auto run = [&](auto terms) {
+  const auto point = [&](auto i, auto j) {
+    constexpr int p = 4 * decltype(i)::value + decltype(j)::value;
+    constexpr int down_terms = point_terms[decltype(i)::value], right_terms = point_terms[decltype(j)::value];
+    const T* const first = y + (p / 4 == 3 ? down : 0) + (p % 4 == 3 ? right : 0);
     for (int64_t g = 0, r = 0; g < tiling.tiles; r += tiling[g++])
       with_count<expand_rows>(tiling[g], [&](auto height) {
-        mixed_tile<decltype(height)::value, N, decltype(terms)::value>(count, factors + r, factor_step, y + mix.first,
-                                                                      at, mix, to + r * to_step, to_step);
+        mixed_tile<decltype(height)::value, N, down_terms, right_terms>(
+            count, factors + p * factor_point + r, factor_step, first, down, right, at, fresh,
+            to + p * to_point + r * to_step, to_step);
       });
   };
-  const int terms = mix.terms(p / 4, p % 4);
-  terms == 1 ? run(Count<1>{}) : terms == 2 ? run(Count<2>{}) : run(Count<4>{});
+  const auto row = [&](auto i) {
+    point(i, Count<0>{});
+    point(i, Count<1>{});
+    point(i, Count<2>{});
+    point(i, Count<3>{});
+  };
+  row(Count<0>{});
+  row(Count<1>{});
+  row(Count<2>{});
+  row(Count<3>{});
 }
 
-// Adjoint towards the taps: to[16][channels][j] += sum over tiles of v[tile][channel] (A y A^T)[tile][j], for maps
+// Adjoint towards the taps: to[16][channels][j] += (if fresh, =) sum over tiles of v[tile][channel] (A y A^T)[tile][j], for maps
 // y[pixel][j]; at[tile] is where a tile's first pixel lies in them.
 template <class T>
 inline void outer_points(const Tiles& tiles, const int64_t* at, int64_t channels, const T* v, int64_t v_step,
-                         int64_t v_channels, const T* y, int64_t hidden, T* to) {
+                         int64_t v_channels, const T* y, int64_t hidden, bool fresh, T* to) {
   constexpr int W = Simd<T>::lanes;
   int64_t most = 2048 / hidden;  // tiles at once: their pixels stay in the first-level cache
   most = most < 16 ? 16 : most > 32 ? 32 : most;
@@ -253,10 +269,9 @@ inline void outer_points(const Tiles& tiles, const int64_t* at, int64_t channels
     for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
       const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
       with_count<expand_vectors>(vectors, [&](auto n) {
-        for (int p = 0; p < points; ++p)
-          mixed_product<decltype(n)::value>(p, channels, count, v + p * v_step + t * v_channels, v_channels, y + j,
-                                            tiles.width() * hidden, hidden, at + t, to + p * channels * hidden + j,
-                                            hidden);
+        mixed_products<decltype(n)::value>(channels, count, v + t * v_channels, v_step, v_channels, y + j,
+                                           tiles.width() * hidden, hidden, at + t, fresh && t == 0, to + j,
+                                           channels * hidden, hidden);
       });
     }
   }
@@ -273,8 +288,6 @@ inline void reduce_points(const Tiles& tiles, const int64_t* at, int64_t padded,
   constexpr int64_t depth = 32;                 // hidden channels at once
   alignas(64) T turned[4 * depth * most];       // [pixel of the tile][j][tile]
   const int64_t row = tiles.width() * hidden;
-  for (int p = 0; p < points; ++p)
-    for (int64_t i = 0; i < channels * padded; i += W) store(to + p * step + i, Vec<T>{});
   for (int64_t t = 0; t < padded; t += most) {
     const int64_t length = padded - t < most ? padded - t : most;
     int64_t lines[depth];
@@ -293,9 +306,8 @@ inline void reduce_points(const Tiles& tiles, const int64_t* at, int64_t padded,
             for (int w = 0; w < W; ++w) store(turned + (pixel * deep + i + w) * length + l, x[w]);
           }
       with_count<expand_vectors>(length / W, [&](auto n) {
-        for (int p = 0; p < points; ++p)
-          mixed_product<decltype(n)::value>(p, channels, deep, u + (p * hidden + j) * channels, channels, turned,
-                                            2 * deep * length, deep * length, lines, to + p * step + t, padded);
+        mixed_products<decltype(n)::value>(channels, deep, u + j * channels, hidden * channels, channels, turned,
+                                           2 * deep * length, deep * length, lines, j == 0, to + t, step, padded);
       });
     }
   }

@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from pythae import models
 from pythae.models.base.base_utils import ModelOutput
 
-from fastflow import functional
 from fastflow.adapters.layers import fusable
 from fastflow.adapters.swap import swap
+from fastflow.autograd.gaussian import sample_kl
 
 
 def _reconstruction(module, recon_x, x):
-    """Loss per sample, nats; the shapes are those of pythae's loss_function."""
-    recon_x, x = torch.broadcast_tensors(recon_x, x)
+    """The batch's mean loss, nats; the shapes are those of pythae's loss_function."""
+    if recon_x.shape != x.shape:
+        recon_x, x = torch.broadcast_tensors(recon_x, x)
     if module.model_config.reconstruction_loss == "mse":
-        return 0.5 * F.mse_loss(recon_x, x, reduction="none").sum(-1)
-    return F.binary_cross_entropy(recon_x, x, reduction="none").sum(-1)
+        return F.mse_loss(recon_x, x, reduction="sum") * (0.5 / max(len(x), 1))
+    return F.binary_cross_entropy(recon_x, x, reduction="sum") / max(len(x), 1)
 
 
 def _fit(module, fix):
@@ -55,7 +56,8 @@ class _Head:
     def _fastflow_output(self, x, z, kl, beta=1.0):
         recon_x = self.decoder(z)["reconstruction"]
         recon_loss = _reconstruction(self, recon_x.reshape(len(x), -1), x.reshape(len(x), -1))
-        return ModelOutput(recon_loss=recon_loss.mean(0), reg_loss=kl.mean(0), loss=(recon_loss + beta * kl).mean(0),
+        reg_loss = kl.mean(0)
+        return ModelOutput(recon_loss=recon_loss, reg_loss=reg_loss, loss=torch.add(recon_loss, reg_loss, alpha=beta),
                            recon_x=recon_x, z=z)
 
 
@@ -73,7 +75,7 @@ class VAE(_Head, models.VAE):
     """z and its KL divergence to N(0, I)."""
 
     def _fastflow_latent(self, x, mean, logvar):
-        z, kl = functional.gaussian_sample_kl((mean, logvar), eps=torch.randn_like(logvar))
+        z, kl = sample_kl(mean, logvar, torch.randn_like(logvar))
         return self._fastflow_output(x, z, kl)
 
 
@@ -82,12 +84,12 @@ class BetaVAE(_Head, models.BetaVAE):
     """z and its KL divergence to N(0, I), weighted by beta."""
 
     def _fastflow_latent(self, x, mean, logvar):
-        z, kl = functional.gaussian_sample_kl((mean, logvar), eps=torch.randn_like(logvar))
+        z, kl = sample_kl(mean, logvar, torch.randn_like(logvar))
         return self._fastflow_output(x, z, kl, self.beta)
 
 
 def _flow_latent(self, x, mean, logvar):
-    z, _, logq = functional.gaussian_sample_kl((mean, logvar), eps=torch.randn_like(logvar), return_logq=True)
+    z, _, logq = sample_kl(mean, logvar, torch.randn_like(logvar), True)
     zk, logdet = self._fastflow_flow(z)
     # pythae leaves log(2 pi) out of both densities.
     logq = logq + 0.5 * z.shape[1] * math.log(2 * math.pi)

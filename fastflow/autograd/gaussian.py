@@ -2,7 +2,7 @@
 
 import torch
 
-from fastflow import extension, reference
+from fastflow import backends, extension, reference
 from fastflow.autograd import differentiable
 
 INTERLEAVED, SCALE_IN_FRONT = 1, 2
@@ -43,6 +43,20 @@ class GaussianFunction(torch.autograd.Function):
             found = extension.kernel(ctx.backend, "gaussian_bwd")(*grads, *inputs, eps, seed, *ctx.consts, *needs)
             found = [g if need else None for g, need in zip(found, needs, strict=True)]
         return (*found, None, None, None, None, None)
+
+
+def sample_kl(mean, logvar, eps, want_logq=False):
+    """functional.gaussian_sample_kl((mean, logvar), eps=eps, return_logq=want_logq) without its checks, for operands
+    that fit by construction."""
+    backend = backends.choose("gaussian_sample_kl", mean, logvar, None, None, eps)
+    if backend == "reference":
+        return reference.gaussian_sample_kl((mean, logvar), eps=eps, return_logq=want_logq)
+    operands, consts = (mean, logvar, None, None, eps, None), (0, 0, None, 0, 0, 0)
+    if differentiable.needs_grad(mean, logvar):
+        z, kl, logq = GaussianFunction.apply(*differentiable.distinct(*operands), backend, consts, want_logq)
+    else:
+        z, kl, logq, _ = extension.kernel(backend, "gaussian_fwd")(*operands, *consts, want_logq, False)
+    return (z, kl, logq) if want_logq else (z, kl)
 
 
 def _reference(params, raw, prior_mean, prior_raw, eps, consts):

@@ -39,7 +39,7 @@ class ConvNet(nn.Module):
     def forward(self, x, context=None):
         shift = self.context(x, context)
         layers = self.conv1, self.conv2, self.conv3
-        if shift is None and all(map(_plain, layers)):
+        if shift is None and all(type(layer) is nn.Conv2d and untouched(layer) for layer in layers):
             operands = (x, *(p for layer in layers for p in (layer.weight, layer.bias)))
             if backends.serves("conv_net", *operands):
                 return functional.conv_net(*operands)
@@ -48,8 +48,7 @@ class ConvNet(nn.Module):
         return self.conv3(F.relu(self.conv2(h), inplace=True))
 
 
-def _plain(module):
-    """Whether a call of ``module`` is that of a convolution and nothing more."""
-    return (type(module) is nn.Conv2d and "forward" not in module.__dict__
-            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                     or module._backward_pre_hooks))
+def untouched(module):
+    """Whether a call of ``module`` is its class's forward and nothing more."""
+    return "forward" not in module.__dict__ and not (module._forward_hooks or module._forward_pre_hooks
+                                                     or module._backward_hooks or module._backward_pre_hooks)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from fastflow.nn import ConvSequential
+
 __all__ = ["LogCounts", "Rescale", "conv_decoder", "conv_encoder", "conv_feature_decoder", "conv_feature_encoder",
            "mlp_decoder", "mlp_discriminator", "mlp_encoder"]
 
@@ -39,7 +41,7 @@ def conv_encoder(image_shape, latent_features, channels=(32, 64), activation=nn.
     for size in channels:
         layers += [nn.Conv2d(width, size, 4, stride=2, padding=1), activation()]
         width = size
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * height_out * width_out, n_params))
+    return ConvSequential(*layers, nn.Flatten(), nn.Linear(width * height_out * width_out, n_params))
 
 
 def conv_decoder(latent_features, image_shape, channels=(64, 32), activation=nn.SiLU):
@@ -49,7 +51,7 @@ def conv_decoder(latent_features, image_shape, channels=(64, 32), activation=nn.
     sizes = (*channels, image_shape[0])
     for size, following in zip(sizes, sizes[1:], strict=False):
         layers += [activation(), nn.ConvTranspose2d(size, following, 4, stride=2, padding=1)]
-    return nn.Sequential(*layers)
+    return ConvSequential(*layers)
 
 
 def conv_feature_encoder(image_shape, out_channels, channels=(32, 64), activation=nn.SiLU):
@@ -63,7 +65,7 @@ def conv_feature_encoder(image_shape, out_channels, channels=(32, 64), activatio
     for size in channels:
         layers += [nn.Conv2d(width, size, 4, stride=2, padding=1), activation()]
         width = size
-    return nn.Sequential(*layers, nn.Conv2d(width, out_channels, 1))
+    return ConvSequential(*layers, nn.Conv2d(width, out_channels, 1))
 
 
 def conv_feature_decoder(in_channels, image_shape, channels=(64, 32), activation=nn.SiLU):
@@ -73,7 +75,7 @@ def conv_feature_decoder(in_channels, image_shape, channels=(64, 32), activation
     sizes = (*channels, image_shape[0])
     for size, following in zip(sizes, sizes[1:], strict=False):
         layers += [activation(), nn.ConvTranspose2d(size, following, 4, stride=2, padding=1)]
-    return nn.Sequential(*layers)
+    return ConvSequential(*layers)
 
 
 class Rescale(nn.Module):

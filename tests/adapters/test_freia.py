@@ -6,6 +6,7 @@ from adapter_checks import accelerated, close, same, same_training, scattered
 from torch import nn
 
 import fastflow
+from fastflow import extension
 
 pytest.importorskip("FrEIA")
 from FrEIA import framework, modules  # noqa: E402
@@ -68,6 +69,21 @@ def test_all_in_one(options, dtype):
         same(scattered(block).to(dtype), both(), [x, c], 1)
 
 
+def trained(net, loss):
+    """An accelerated copy of the net, both after the same three steps, which gave the same parameters. (Blocks of FrEIA
+    hold functions that can't be pickled.)"""
+    fused, _ = accelerated(net)
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-2) for m in (net, fused)]
+    for _ in range(3):
+        for m, optimizer in zip((net, fused), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss(m).backward()
+            optimizer.step()
+    for got, want in zip(fused.parameters(), net.parameters(), strict=True):
+        close(got, want, 1e-10)
+    return fused
+
+
 def test_the_formula_is_that_of_the_release():
     """FrEIA 0.2 computes clamp * tanh(0.1 r), not clamp * tanh(0.1 r / clamp)."""
     block = modules.AllInOneBlock([(2,)], subnet_constructor=lambda i, o: nn.Linear(i, o), affine_clamping=3.0,
@@ -92,7 +108,7 @@ def test_frameworks_keep_their_references():
     nodes += [condition, framework.OutputNode(nodes[-1])]
     graph = framework.GraphINN(nodes)
     x, c = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
-    for net, inputs, count in ((sequence, [x], 3), (graph, [x, c], 2)):
+    for net, inputs, count in ((sequence, [x], 4), (graph, [x, c], 2)):
         calls = [lambda t, x, *c, rev=rev: t(x, c=list(c), rev=rev) for rev in (False, True)]
         report = same(scattered(net).double(), calls, inputs, count)
         assert len(report.verified) == count
@@ -112,15 +128,7 @@ def test_published_example():
         z, log_jac_det = model(x)
         return (0.5 * torch.sum(z**2, 1) - log_jac_det).mean() / 2
 
-    fused, _ = accelerated(inn.double())
-    optimizers = [torch.optim.Adam(m.parameters(), 1e-2) for m in (inn, fused)]
-    for _ in range(3):
-        for m, optimizer in zip((inn, fused), optimizers, strict=True):
-            optimizer.zero_grad()
-            loss(m).backward()
-            optimizer.step()
-    for got, want in zip(fused.parameters(), inn.parameters(), strict=True):
-        close(got, want, 1e-10)
+    fused = trained(inn.double(), loss)
     z = torch.randn(10, 2, dtype=torch.float64)
     close(fused(z, rev=True)[0], inn(z, rev=True)[0], 1e-9)
 
@@ -135,3 +143,62 @@ def test_glow_blocks_train_the_same():
     net = nn.ModuleList([modules.GLOWCouplingBlock([(4,)], subnet_constructor=dense, clamp_activation="TANH")])
     x = torch.randn(20, 4, dtype=torch.float64)
     same_training(scattered(net), lambda m: m[0]((x,))[0][0].square().mean() - m[0]((x,))[1].mean())
+
+
+def chain(*blocks, features=6):
+    """A SequenceINN of (block class, condition, options)."""
+    net = framework.SequenceINN(features)
+    for kind, condition, options in blocks:
+        shape = None if condition is None else ((2,), (3,))[condition]
+        net.append(kind, cond=condition, cond_shape=shape, subnet_constructor=dense, **options)
+    return scattered(net)
+
+
+PLAIN = (modules.AllInOneBlock, None, {})
+CHAINS = {  # how many kernels run of them
+    "blocks and permutations": (1, [PLAIN, (modules.AllInOneBlock, None, {"reverse_permutation": True}),
+                                    (modules.GLOWCouplingBlock, None, {"clamp": 1.3})]),
+    "one condition": (1, [(modules.AllInOneBlock, 0, {}), (modules.GLOWCouplingBlock, 0, {})]),
+    "conditions in turns": (3, [(modules.AllInOneBlock, 0, {}), PLAIN, PLAIN, (modules.AllInOneBlock, 1, {})]),
+    "other blocks between": (2, [PLAIN, PLAIN, (modules.AllInOneBlock, None, {"gin_block": True}),
+                                 (modules.GLOWCouplingBlock, None, {}), PLAIN]),
+    "two kinds of scales": (1, [PLAIN, (modules.AllInOneBlock, None, {"global_affine_type": "EXP"})]),
+    "a matrix between": (3, [PLAIN, PLAIN, (modules.AllInOneBlock, None, {"permute_soft": True}), PLAIN]),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CHAINS)
+def test_sequences(name, dtype, monkeypatch):
+    """Blocks in a row are one kernel, in both directions; what is between them keeps its own form."""
+    kernels, blocks = CHAINS[name]
+    net, inputs = chain(*blocks).to(dtype), [torch.randn(9, width, dtype=dtype) for width in (6, 2, 3)]
+    calls = [lambda t, x, *c, rev=rev: t(x, c=list(c), rev=rev) for rev in (False, True)]
+    same(net, calls, inputs, len(blocks) + 1)
+    fused, _ = accelerated(net, verify=False)
+    ran = []
+    monkeypatch.setattr(extension, "observers", (lambda name, arguments: ran.append(name),))
+    for call in calls:
+        ran.clear()
+        call(fused, *inputs)
+        assert ran.count("mlp_flow_fwd") == kernels
+    x, *c = (t.double() for t in inputs)
+    trained(net.double(), lambda m: m(x, c=c)[0].square().mean())
+
+
+def test_a_sequence_runs_hooks_and_tells_whether_it_gives_a_tuple():
+    net, x, seen = chain(PLAIN, PLAIN, PLAIN), torch.randn(4, 6), []
+    fused, report = accelerated(net)
+    fused(x)
+    assert report.verified == {"", "module_list.0", "module_list.1", "module_list.2"}
+    fused[1].subnet[0].register_forward_hook(lambda *args: seen.append("inner"))
+    fused[2].register_forward_hook(lambda *args: seen.append("block"))
+    for got, want in zip(fused(x), net(x), strict=True):
+        close(got, want, 1e-5)
+    assert seen == ["inner", "block"]
+    tuples = framework.SequenceINN(6, force_tuple_output=True)
+    for _ in range(2):
+        tuples.append(modules.AllInOneBlock, subnet_constructor=dense)
+    same(tuples, [lambda t, x, rev=rev: t(x, rev=rev) for rev in (False, True)], [x], 3)
+    _, report = accelerated(chain(PLAIN))
+    assert "no two of its blocks" in report.skipped[""]

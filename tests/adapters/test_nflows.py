@@ -1,11 +1,14 @@
 """nflows under accelerate: every layer, both directions, masks of all kinds, with context, on vectors and images."""
 
+import copy
+
 import pytest
 import torch
 from adapter_checks import accelerated, close, same, same_training, scattered
 from torch import nn
 
 import fastflow
+from fastflow import extension
 
 pytest.importorskip("nflows")
 from nflows import distributions, flows, transforms  # noqa: E402
@@ -160,3 +163,47 @@ def test_simple_realnvp_compiles():
         close(got, want, 1e-5)
     assert isinstance(fused, nn.Module) and fastflow.restore(compiled) == ["_orig_mod._transforms.0",
                                                                            "_orig_mod._transforms.1"]
+
+
+NETS = {  # whether the kernel for networks takes it in training and in evaluation
+    "residual": (True, True, {}),
+    "tanh": (True, True, {"activation": torch.tanh}),
+    "no blocks": (True, True, {"num_blocks": 0}),
+    "dropout": (False, True, {"dropout_probability": 0.3}),
+    "batch norm": (False, False, {"use_batch_norm": True}),
+    "another activation": (False, False, {"activation": nn.functional.elu}),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_conditioners(name, monkeypatch):
+    """A small input goes to the host's own operations where the network has no kernel, and hooks in it are run."""
+    *takes, options = NETS[name]
+    layer = scattered(transforms.AffineCouplingTransform(MASKS["mixed"], lambda i, o: nets.ResidualNet(
+        i, o, hidden_features=8, **options)))
+    x, ran = torch.randn(6, D), []
+    monkeypatch.setattr(extension, "observers", (lambda name, arguments: ran.append(name),))
+    for training, taken in zip((True, False), takes, strict=True):
+        if name != "dropout" or not training:
+            same(copy.deepcopy(layer).train(training), BOTH, [x], 1)
+        fused, _ = accelerated(layer.train(training), verify=False)
+        ran.clear()
+        fused(x)
+        assert ("mlp_fwd" in ran) == taken
+    seen = []
+    handle = fused.transform_net.final_layer.register_forward_hook(lambda *args: seen.append(1))
+    fused(x)
+    handle.remove()
+    assert seen == [1]
+
+
+def test_masked_conditioners_see_what_is_loaded_into_their_masks():
+    one, other = (scattered(transforms.MaskedAffineAutoregressiveTransform(D, 8)) for _ in "12")
+    fused, _ = accelerated(one)
+    x = torch.randn(6, D)
+    fused(x)
+    with torch.no_grad():
+        other.autoregressive_net.blocks[0].linear_layers[0].mask.zero_()
+    fused.load_state_dict(other.state_dict())
+    for got, want in zip(fused(x), other(x), strict=True):
+        close(got, want, 1e-5)

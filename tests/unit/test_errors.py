@@ -109,6 +109,29 @@ def conv(**changes):
     return functional.conv_net(**{**operands, **changes})
 
 
+def activated(**changes):
+    operands = {"x": r(2, 3, 6, 6), "weight": r(16, 3, 4, 4), "bias": r(16), "stride": 2, "padding": 1}
+    return functional.activated_conv(**{**operands, **changes})
+
+
+ACTIVATED = {
+    "x a matrix": (ValueError, "x", lambda: activated(x=r(3, 4))),
+    "x of integers": (TypeError, "x", lambda: activated(x=r(2, 3, 6, 6, dtype=LONG))),
+    "weight for other channels": (ValueError, "weight", lambda: activated(weight=r(16, 4, 4, 4))),
+    "weight for the other direction": (ValueError, "weight", lambda: activated(transposed=True)),
+    "weight without taps": (ValueError, "weight", lambda: activated(weight=r(16, 3, 0, 4))),
+    "weight float64": (TypeError, "weight", lambda: activated(weight=r(16, 3, 4, 4, dtype=DOUBLE))),
+    "weight elsewhere": (ValueError, "weight", lambda: activated(weight=r(16, 3, 4, 4, **META))),
+    "bias of another size": (ValueError, "bias", lambda: activated(bias=r(3))),
+    "bias bfloat16": (TypeError, "bias", lambda: activated(bias=r(16, dtype=HALF))),
+    "stride zero": (ValueError, "stride", lambda: activated(stride=0)),
+    "stride a pair": (ValueError, "stride", lambda: activated(stride=(2, 2))),
+    "padding negative": (ValueError, "padding", lambda: activated(padding=-1)),
+    "padding that leaves nothing": (ValueError, "padding", lambda: activated(x=r(2, 3, 1, 1))),
+    "activation unknown": (ValueError, "activation", lambda: activated(activation="gelu")),
+}
+
+
 CONV = {
     "x a matrix": (ValueError, "x", lambda: conv(x=r(3, 4))),
     "x of integers": (TypeError, "x", lambda: conv(x=r(2, 3, 4, 4, dtype=LONG))),
@@ -138,7 +161,39 @@ def flow(x=D2, steps=None, **kwargs):
     return functional.mlp_flow(x, [coupling()] if steps is None else steps, **kwargs)
 
 
+def network(x=None, weights=None, biases=None, **options):
+    x = r(3, 4) if x is None else x
+    weights = [r(6, 4), r(6, 6), r(6, 6), r(2, 6)] if weights is None else weights
+    return functional.mlp(x, weights, [r(6), r(6), r(6), r(2)] if biases is None else biases, **options)
+
+
+MLP = {
+    "x a list": (TypeError, "x", lambda: network([1.0])),
+    "x an image": (ValueError, "x", lambda: network(r(2, 4, 1, 1))),
+    "weights a tensor": (TypeError, "weights", lambda: network(weights=r(6, 4))),
+    "weights none": (ValueError, "biases", lambda: network(weights=[], biases=[])),
+    "a weight of another width": (ValueError, r"weights\[1\]",
+                                  lambda: network(weights=[r(6, 4), r(6, 5), r(6, 6), r(2, 6)])),
+    "a weight a vector": (ValueError, r"weights\[0\]", lambda: network(weights=[r(6), r(6, 6), r(6, 6), r(2, 6)])),
+    "a weight float64": (TypeError, r"weights\[3\]",
+                         lambda: network(weights=[r(6, 4), r(6, 6), r(6, 6), r(2, 6, dtype=DOUBLE)])),
+    "a bias of another size": (ValueError, r"biases\[2\]", lambda: network(biases=[r(6), r(6), r(5), r(2)])),
+    "a bias elsewhere": (ValueError, r"biases\[0\]", lambda: network(biases=[r(6, **META), r(6), r(6), r(2)])),
+    "three biases": (ValueError, "biases", lambda: network(biases=[r(6), r(6), r(6)])),
+    "another activation": (ValueError, "activation", lambda: network(activation="gelu")),
+    "residual of three layers": (ValueError, "weights", lambda: network(
+        weights=[r(6, 4), r(6, 6), r(2, 6)], biases=[r(6), r(6), r(2)], residual=True)),
+    "residual of two widths": (ValueError, r"weights\[1\]", lambda: network(
+        weights=[r(6, 4), r(5, 6), r(6, 5), r(2, 6)], biases=[r(6), r(5), r(6), r(2)], residual=True)),
+}
+
 FLOW = {
+    "order of another size": (ValueError, r"steps\[0\].order",
+                              lambda: flow(steps=[functional.Permutation(torch.arange(3))])),
+    "order floating": (TypeError, r"steps\[0\].order", lambda: flow(steps=[functional.Permutation(r(4))])),
+    "order no permutation": (ValueError, r"steps\[0\].order",
+                             lambda: flow(steps=[functional.Permutation(torch.tensor([0, 1, 1, 3]))])),
+    "order a list": (TypeError, r"steps\[0\].order", lambda: flow(steps=[functional.Permutation([0, 1, 2, 3])])),
     "x a list": (TypeError, "x", lambda: flow([1.0])),
     "x a vector": (ValueError, "x", lambda: flow(r(4))),
     "x bfloat16": (TypeError, "x", lambda: flow(r(3, 4, dtype=HALF))),
@@ -254,9 +309,9 @@ SPLINE = {
 }
 
 
-@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *FLOW, *GAUSSIAN, *SPLINE])
+@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *ACTIVATED, *MLP, *FLOW, *GAUSSIAN, *SPLINE])
 def test_refused_and_named(name):
-    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **FLOW, **GAUSSIAN, **SPLINE}[name]
+    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **ACTIVATED, **MLP, **FLOW, **GAUSSIAN, **SPLINE}[name]
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import cotangents_of, evaluate, flow_case, upcast
-from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_bitwise, assert_same_nonfinite
+from cases import check_together as check
+from cases import cotangents_of, evaluate, flow_case, kernels_run
+from tolerances import assert_bitwise, assert_same_nonfinite
 
-from fastflow import functional, reference
+from fastflow import extension, functional, reference
 from fastflow.autograd import mlp_flow
 from fastflow.functional import ScaleMap
 
@@ -20,31 +21,6 @@ from fastflow.functional import ScaleMap
 SIZES = ((2, (64, 64), None), (3, (5,), 2), (10, (32, 20), None), (64, (128,), 3), (33, (17, 40, 9), 1),
          (1, (7,), None), (1, (), 2), (9, (), None))
 BATCHES = (1, 15, 64, 65, 200)
-
-
-def check(case, dtype, device="cpu", size=0.5):
-    """Results and gradients by the error-ratio rule, over all results and over all gradients, each relative to its
-    magnitude: a rounding early in a flow goes into everything behind it, and the largest error of one small tensor says
-    little about either side.
-
-    size: of the parameters, small enough for steps that do not stretch.
-    """
-    tensors = {name: t if name in ("x", "context") else size * t for name, t in case.tensors(dtype, device).items()}
-    cotangents = cotangents_of(case, tensors)
-    got = evaluate(case, tensors, cotangents=cotangents)
-    eager = evaluate(case, tensors, cotangents=cotangents, module=reference)
-    truth = evaluate(case, upcast(tensors), cotangents=upcast(cotangents), module=reference)
-    for part, factor in ((0, VALUE_FACTOR), (1, GRADIENT_FACTOR)):
-        errors = {}
-        for which, results in (("fused", got), ("eager", eager)):
-            pairs = [(t, truth[part][name]) for name, t in results[part].items()]
-            assert all(t.dtype == dtype and t.shape == exact.shape for t, exact in pairs)
-            errors[which] = max(((t.double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
-                                for t, exact in pairs if t.numel())
-        few = next(iter(tensors.values())).shape[0] < 64  # then eager may happen to hit a result
-        roundings = 64 if dtype == torch.float64 else 16 if few else 4
-        allowed = factor * errors["eager"] + roundings * torch.finfo(dtype).eps
-        assert errors["fused"] <= allowed, f"{case} {dtype} part {part}: {errors} {allowed}"
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -185,3 +161,63 @@ def test_kept_activations_give_the_same_bits():
         for again, kept in zip(*grads, strict=True):
             assert_bitwise(kept, again)
         assert bytes_saved[1] - bytes_saved[0] == (0 if activation == "silu" else 3 * 32 * batch)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("batch", [3, 150])
+def test_permutations(batch, inverse):
+    """Between couplings, in front and behind; and as a GPU takes them, with the features moved between kernels."""
+    def steps():
+        torch.manual_seed(batch)
+        made, orders = [], [torch.randperm(7) for _ in range(4)]
+        for index, flip in enumerate((False, True, False)):
+            active = 3 if flip else 4
+            made += [functional.Permutation(orders[index]),
+                     functional.MLPCoupling((torch.randn(9, 7 - active) / 3, torch.randn(2 * active, 9) / 5),
+                                            (torch.randn(9), torch.randn(2 * active) / 5), flip=flip, scale="tanh")]
+        made += [functional.Permutation(orders[3]), functional.ChannelAffine(torch.randn(7), torch.randn(7) / 4)]
+        return made
+
+    x, found = torch.randn(batch, 7), []
+    for run, dtype in ((functional.mlp_flow, torch.float32), (reference.mlp_flow, torch.float64),
+                       (lambda x, s, inverse: mlp_flow._in_pieces(x, s, None, inverse, mlp_flow.SAVE_ACTIVATIONS),
+                        torch.float32)):
+        made = steps()
+        leaves = [x.to(dtype).requires_grad_()]
+        for step in made:
+            for name in ("bias", "log_scale"):
+                if hasattr(step, name):
+                    setattr(step, name, getattr(step, name).to(dtype).requires_grad_())
+                    leaves.append(getattr(step, name))
+            if hasattr(step, "weights"):
+                step.weights = tuple(w.to(dtype).requires_grad_() for w in step.weights)
+                step.biases = tuple(b.to(dtype).requires_grad_() for b in step.biases)
+                leaves += [*step.weights, *step.biases]
+        ran = kernels_run(lambda run=run, made=made, leaves=leaves: found.append(
+            [*run(leaves[0], made, inverse=inverse), *leaves]))
+        assert (ran == {"fastflow_cpu::mlp_flow_fwd"}) == (dtype is torch.float32)
+        z, logdet, *leaves = found[-1]
+        found[-1] = [z, logdet, *torch.autograd.grad((z.sin().sum() + (logdet * logdet).sum()), leaves)]
+    for got in (found[0], found[2]):
+        for t, want in zip(got, found[1], strict=True):
+            torch.testing.assert_close(t.double(), want, rtol=2e-5, atol=2e-5)
+
+
+def test_an_order_that_is_no_permutation_is_refused_by_the_kernel_too():
+    """The checks of a compiled call see no values."""
+    for order in ([0, 0, 1], [0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(RuntimeError, match="no permutation"):
+            mlp_flow.run_steps(torch.randn(4, 3), [functional.Permutation(torch.tensor(order))], None, False)
+
+
+def test_the_operator_with_a_permutation():
+    """Its schema and fake implementation; on a GPU no permutation comes to it."""
+    steps = [functional.Permutation(torch.tensor([2, 0, 1])),
+             functional.MLPCoupling((torch.randn(5, 1), torch.randn(4, 5)), (torch.randn(5), torch.randn(4)))]
+    params, code, constants = mlp_flow.program(steps)
+    x = torch.randn(4, 3)
+    for save in (0, 1, 2):
+        torch.library.opcheck(extension.load("cpu")["mlp_flow_fwd"], (x, None, params, code, constants, False, save))
+    saved = torch.randn(2, 4)
+    torch.library.opcheck(extension.load("cpu")["mlp_flow_bwd"],
+                          (x, None, x, saved, None, params, code, constants, False, True, False, True))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from fastflow import extension
+from fastflow import extension, reference
 
 # The scalars of a ScaleMap: kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain.
 EXP = (0, 1.0, 0.0, 1.0, 1.0, 0.0, -float("inf"), float("inf"), 1.0)
@@ -123,6 +123,47 @@ def conv_net_backward_samples():
         yield r(x.shape[0], 7, *x.shape[2:], dtype=x.dtype), x, w1, w2, w3, *maps, slope, True, False
 
 
+def activated_conv_samples():
+    for x, transposed in ((r(3, 5, 6, 7), False), (r(2, 16, 4, 3, layout=layouts.channels_last), True),
+                          (r(2, 16, 5, 5, dtype=torch.float64), False), (r(0, 3, 4, 4), False),
+                          (r(2, 16, 3, 3, layout=layouts.padded), True)):
+        channels = (x.shape[1], 5) if transposed else (32, x.shape[1])
+        for bias in (None, r(channels[1 if transposed else 0], dtype=x.dtype)):
+            for layout in (layouts.contiguous, layouts.channels_last):
+                yield (x, r(*channels, 4, 3, dtype=x.dtype, layout=layout), bias, 2, 1, transposed, 2,
+                       layout is layouts.channels_last)
+
+
+def activated_conv_backward_samples():
+    for x, weight, bias, stride, padding, transposed, activation, channels_last in activated_conv_samples():
+        shape = reference.activated_conv(x, weight, bias, stride=stride, padding=padding, transposed=transposed).shape
+        layout = layouts.channels_last if channels_last else layouts.contiguous
+        for needs in ((True, True), (True, False), (False, True)):
+            yield (r(*shape, dtype=x.dtype, layout=layout), x, weight, stride, padding, transposed, activation, *needs)
+
+
+def mlp_samples():
+    for batch, sizes, residual, activation, dtype in ((3, (4, 5, 2), False, 0, torch.float32),
+                                                      (100, (3, 17, 17, 17, 9), True, 1, torch.float32),
+                                                      (2, (3, 6, 4), False, 1, torch.float64),
+                                                      (0, (2, 4, 1), True, 2, torch.float64),
+                                                      (2, (3, 1), False, 0, torch.float32)):
+        params = [t for i, o in zip(sizes, sizes[1:], strict=False)
+                  for t in (r(o, i, dtype=dtype, layout=layouts.transposed), r(o, dtype=dtype))]
+        for keep in (False, True):
+            yield r(batch, sizes[0], dtype=dtype, layout=layouts.padded), params, activation, residual, keep
+
+
+def mlp_backward_samples():
+    for x, params, activation, residual, keep in mlp_samples():
+        hidden, dtype = params[2::2], x.dtype
+        kept = sum((w.shape[1] + 15) // 16 * 16 * (1 + (activation == 1 and not (residual and w is hidden[-1])))
+                   for w in hidden)
+        for needs in ((keep, True), (True, keep)):
+            yield (r(x.shape[0], params[-1].shape[0], dtype=dtype, layout=layouts.permuted), x,
+                   r(x.shape[0], kept, dtype=dtype), params, activation, residual, *needs)
+
+
 def flow_samples():
     for batch, features, context, dtype in ((3, 4, None, torch.float32), (70, 5, 2, torch.float64), (0, 2, None,
                                                                                                  torch.float32)):
@@ -191,6 +232,8 @@ SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backwa
            "slogdet_fwd": slogdet_samples, "plu_weight_fwd": plu_samples, "plu_weight_bwd": plu_backward_samples,
            "gaussian_fwd": gaussian_samples, "gaussian_bwd": gaussian_backward_samples, "philox4x32": philox_samples,
            "conv_net_fwd": conv_net_samples, "conv_net_bwd": conv_net_backward_samples,
+           "activated_conv_fwd": activated_conv_samples, "activated_conv_bwd": activated_conv_backward_samples,
+           "mlp_fwd": mlp_samples, "mlp_bwd": mlp_backward_samples,
            "mlp_flow_fwd": flow_forward_samples, "mlp_flow_bwd": flow_backward_samples,
            "spline_fwd": spline_samples, "spline_bwd": spline_backward_samples,
            "bernoulli_log_prob_fwd": bernoulli_samples, "bernoulli_log_prob_bwd": bernoulli_backward_samples}

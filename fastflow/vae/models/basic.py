@@ -1,7 +1,6 @@
 """Ready VAEs with one layer of latents."""
 
 import torch
-from torch import nn
 
 from fastflow import checks
 from fastflow.flows import MAF, RealNVP
@@ -50,7 +49,7 @@ def networks(kind, event_shape, latent_features, sizes, n_params, likelihood):
         sizes = (32, 64) if sizes is None else tuple(sizes)
         encoder = conv_encoder(event_shape, latent_features, sizes, n_params=n_params)
         decoder = conv_decoder(latent_features, output_shape, sizes[::-1])
-    return nn.Sequential(*front(likelihood), *encoder), decoder
+    return type(encoder)(*front(likelihood), *encoder), decoder
 
 
 class ReadyVAE(VAE):

@@ -1,6 +1,5 @@
 """Ready autoencoders with quantised latents."""
 
-from torch import nn
 
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.model import LIKELIHOODS, named
@@ -23,7 +22,7 @@ class _ConvQuantizedVAE(QuantizedVAE):
         encoder = conv_feature_encoder(image_shape, quantizer.features, channels)
         decoder = conv_feature_decoder(quantizer.features, likelihood.output_shape(image_shape), channels[::-1])
         factor = 2 ** len(channels)
-        super().__init__(nn.Sequential(*front(likelihood), *encoder), quantizer, decoder, likelihood,
+        super().__init__(type(encoder)(*front(likelihood), *encoder), quantizer, decoder, likelihood,
                          CodePrior(quantizer.n_codes) if learned_prior else None,
                          code_shape=(image_shape[1] // factor, image_shape[2] // factor))
 

@@ -1,0 +1,133 @@
+"""activated_conv: values and gradients against float64 at many sizes, against torch's own modules, the order of sums,
+non-finite values and refusals."""
+
+import layouts
+import pytest
+import torch
+from cases import activated_conv_case, check_by_ratio, cotangents_of, evaluate, kernels_run, subsets
+from tolerances import assert_bitwise, assert_same_nonfinite
+
+from fastflow import backends, functional, reference
+
+KERNELS = {"fastflow_cpu::activated_conv_fwd", "fastflow_cpu::activated_conv_bwd"}
+# x, out, kernel, stride, padding of convolutions; a VAE's own; rows that no tap meets; every tap outside somewhere; one
+# pixel; a kernel smaller than its stride; more than a chunk of small maps. Large enough for the largest of eager's
+# errors to be a typical one.
+DOWN = [((6, 1, 28, 28), 32, (4, 4), 2, 1), ((4, 32, 14, 14), 64, (4, 4), 2, 1), ((64, 5, 8, 9), 16, (3, 4), 3, 0),
+        ((32, 16, 3, 5), 48, (3, 3), 1, 2), ((99, 3, 1, 1), 16, (1, 1), 1, 0), ((64, 32, 7, 6), 16, (1, 2), 3, 1),
+        ((40, 2, 4, 4), 16, (4, 4), 2, 1)]
+UP = [((4, 64, 7, 7), 32, (4, 4), 2, 1), ((6, 32, 14, 14), 1, (4, 4), 2, 1), ((16, 16, 4, 5), 3, (5, 3), 3, 2),
+      ((32, 16, 3, 2), 16, (2, 1), 3, 0), ((99, 16, 1, 1), 5, (1, 1), 1, 0), ((40, 16, 2, 2), 32, (3, 3), 1, 1)]
+
+
+def cases(activation):
+    for transposed, sizes in ((False, DOWN), (True, UP)):
+        for x, out, kernel, stride, padding in sizes:
+            yield activated_conv_case("sizes", x, out, kernel, stride=stride, padding=padding, transposed=transposed,
+                                      activation=activation)
+
+
+def scaled(tensors):
+    """Weights of a size that keeps the result's."""
+    return {n: t / (t[0].numel() ** 0.5 if n == "weight" else 1.0) for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("activation", reference.CONV_ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sizes(dtype, activation):
+    for case in cases(activation):
+        for layout in (layouts.contiguous, layouts.channels_last):
+            tensors = {n: layout(t) for n, t in scaled(case.tensors(dtype)).items()}
+            cotangents = {n: layout(t) for n, t in cotangents_of(case, tensors).items()}
+            check_by_ratio(case, tensors, cotangents=cotangents, what=str(case.shapes))
+    assert kernels_run(lambda: evaluate(case, tensors, cotangents=cotangents)) == KERNELS
+
+
+def test_it_is_torchs_layers():
+    """Against torch's own modules, not the reference; any layout of the result; without a bias."""
+    torch.manual_seed(0)
+    down = torch.nn.Conv2d(16, 32, 4, stride=2, padding=1).double()
+    up = torch.nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1, bias=False).double()
+    x = torch.randn(3, 16, 8, 6, dtype=torch.float64)
+    h = functional.activated_conv(x, down.weight, down.bias, stride=2, padding=1, channels_last=True)
+    torch.testing.assert_close(h, down(x), rtol=1e-12, atol=1e-12)
+    assert h.is_contiguous(memory_format=torch.channels_last)
+    y = functional.activated_conv(h, up.weight, stride=2, padding=1, transposed=True, activation="silu",
+                                  channels_last=False)
+    torch.testing.assert_close(y, up(torch.nn.functional.silu(h)), rtol=1e-12, atol=1e-12)
+    assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_subset_of_gradients(transposed):
+    case = activated_conv_case("masks", (2, 16, 5, 4), 16, (4, 3), stride=2, padding=1, transposed=transposed,
+                               activation="silu")
+    tensors = case.tensors(torch.float64)
+    cotangents = cotangents_of(case, tensors)
+    _, full = evaluate(case, tensors, cotangents=cotangents)
+    for needs in subsets(case.differentiable, 1):
+        for name, grad in evaluate(case, tensors, needs=needs, cotangents=cotangents)[1].items():
+            torch.testing.assert_close(grad, full[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_samples_do_not_depend_on_their_neighbours_nor_results_on_threads(threads, transposed):
+    case = activated_conv_case("batch", (37, 16, 4, 4), 32, (4, 4), stride=2, padding=1, transposed=transposed,
+                               activation="silu")
+    tensors = case.tensors(torch.float32)
+    cotangents = cotangents_of(case, tensors)
+    threads(1)
+    results, grads = evaluate(case, tensors, cotangents=cotangents)
+    for count in (2, 3):
+        threads(count)
+        again = evaluate(case, tensors, cotangents=cotangents)
+        for part, other in zip((results, grads), again, strict=True):
+            for name, t in part.items():
+                assert_bitwise(other[name], t, f"{count} threads {name}")
+    for b in (0, 17, 36):
+        one = {**tensors, "x": tensors["x"][b : b + 1]}
+        alone, alone_grads = evaluate(case, one, cotangents={"y": cotangents["y"][b : b + 1]})
+        assert_bitwise(alone["y"], results["y"][b : b + 1])
+        assert_bitwise(alone_grads["x"], grads["x"][b : b + 1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_non_finite_inputs(value, activation):
+    """As torch's layers have them, where no weight of theirs is zero: -Inf is nothing behind a rectifier, NaN stays."""
+    for transposed in (False, True):
+        case = activated_conv_case("nonfinite", (2, 16, 5, 5), 16, (3, 3), stride=2, padding=1, transposed=transposed,
+                                   activation=activation)
+        tensors = case.tensors(torch.float32)
+        for name, index in (("x", (1, 2, 3, 1)), ("bias", (5,))):
+            spoilt = {n: t.clone() for n, t in tensors.items()}
+            spoilt[name][index] = value
+            got, want = (evaluate(case, spoilt, module=m)[0]["y"] for m in (functional, reference))
+            assert_same_nonfinite(got, want, f"{name}={value}")
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)], ids=str)
+def test_zero_sizes(shape):
+    case = activated_conv_case("empty", shape, 16, (2, 2))
+    tensors = case.tensors(torch.float32)
+    results, grads = evaluate(case, tensors, cotangents={"y": torch.ones(shape[0], 16, 3, 3)})
+    assert_bitwise(results["y"], tensors["bias"].view(-1, 1, 1).expand_as(results["y"]))
+    for name, grad in grads.items():
+        assert grad.shape == tensors[name].shape
+    assert_bitwise(grads["bias"], torch.full((16,), 9.0 * shape[0]))
+
+
+def test_what_the_kernel_does_not_take_goes_to_the_reference_and_says_so():
+    def operands(out=16, dtype=torch.float32, kernel=3):
+        return [t.to(dtype) for t in activated_conv_case("c", (2, 3, 4, 4), out, (kernel, kernel)).tensors().values()]
+
+    assert backends.explain("activated_conv", *operands()).split()[0] == "cpu"
+    large = [torch.ones(1, 256, 3, 3), torch.ones(256, 256, 3, 3), torch.ones(256)]
+    for tensors, reason in ((operands(24), "24"), (operands(dtype=torch.bfloat16), "bfloat16"), (large, "cache")):
+        assert backends.explain("activated_conv", *tensors).split()[0] == "reference"
+        assert reason in backends.explain("activated_conv", *tensors)
+        assert not kernels_run(lambda t=tensors: functional.activated_conv(*t))
+        with backends.use_backend("cpu"), pytest.raises(RuntimeError, match="activated_conv"):
+            functional.activated_conv(*tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert functional.activated_conv(*operands()).dtype == torch.bfloat16

@@ -1,0 +1,120 @@
+"""Encoders and decoders: sequences whose convolutions run in the fused kernel compute what plain modules do, and step
+aside where a layer is more than that."""
+
+import copy
+
+import pytest
+import torch
+from cases import kernels_run
+from torch import nn
+
+from fastflow import vae
+from fastflow.nn import ConvSequential
+from fastflow.vae.networks import conv_feature_decoder, conv_feature_encoder
+
+FUSED = {"fastflow_cpu::activated_conv_fwd", "fastflow_cpu::activated_conv_bwd"}
+
+
+def networks():
+    yield vae.conv_encoder((1, 12, 8), 3, (16, 32)), (5, 1, 12, 8)
+    yield vae.conv_decoder(3, (3, 12, 8), (32, 16)), (5, 3)
+    yield conv_feature_encoder((3, 8, 8), 16, (16, 32)), (5, 3, 8, 8)
+    yield conv_feature_decoder(4, (1, 8, 8), (32, 16), nn.ReLU), (5, 4, 2, 2)
+
+
+def plain(network):
+    """The same in torch's own sequence."""
+    return nn.Sequential(*copy.deepcopy(network))
+
+
+def results(network, x, seed=0):
+    """The output and the gradients of x and of every parameter."""
+    x = x.clone().requires_grad_()
+    out = network(x)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=out.dtype)
+    return out, *torch.autograd.grad(out, [x, *network.parameters()], cotangent)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_they_compute_what_plain_modules_compute(index):
+    torch.manual_seed(index)
+    network, shape = list(networks())[index]
+    network = network.double()
+    other, x = plain(network), torch.randn(shape, dtype=torch.float64)
+    assert network.state_dict().keys() == other.state_dict().keys()
+    for got, want in zip(results(network, x), results(other, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+        assert got.is_contiguous()
+    assert kernels_run(lambda: results(network, x)) == FUSED and not kernels_run(lambda: results(other, x))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), other(x), rtol=1e-11, atol=1e-11)
+
+
+def test_second_derivatives():
+    network = ConvSequential(nn.SiLU(), nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.SiLU(),
+                             nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1)).double()
+    x = torch.randn(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(network, (x,))
+
+
+ODD = {"dilated": lambda: nn.Conv2d(16, 16, 3, dilation=2), "grouped": lambda: nn.Conv2d(16, 16, 3, groups=4),
+       "reflecting": lambda: nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
+       "same": lambda: nn.Conv2d(16, 16, 3, padding="same"), "uneven stride": lambda: nn.Conv2d(16, 16, 3, (2, 1)),
+       "uneven padding": lambda: nn.Conv2d(16, 16, 3, padding=(0, 1)), "8 channels": lambda: nn.Conv2d(16, 8, 3),
+       "output padding": lambda: nn.ConvTranspose2d(16, 16, 3, stride=2, output_padding=1),
+       "subclass": lambda: type("Own", (nn.Conv2d,), {})(16, 16, 3),
+       "weight normed": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3))}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_layers_that_the_kernel_does_not_know_are_called(kind):
+    torch.manual_seed(0)
+    network = ConvSequential(nn.ReLU(), ODD[kind](), nn.ReLU(inplace=True), nn.Flatten())
+    x = torch.randn(2, 16, 6, 7)
+    assert not kernels_run(lambda: network(x))
+    torch.testing.assert_close(network(x), plain(network)(x))
+
+
+def test_hooks_see_every_layer():
+    network = ConvSequential(nn.Conv2d(1, 16, 3), nn.SiLU(), nn.Conv2d(16, 16, 3))
+    x, seen = torch.randn(2, 1, 6, 6), []
+    want = network(x)
+    for index in range(3):
+        handle = network[index].register_forward_hook(lambda module, args, out: seen.append(type(module)))
+        torch.testing.assert_close(network(x), want, rtol=1e-5, atol=1e-5)
+        assert seen == [type(network[index])]
+        handle.remove()
+        seen.clear()
+
+
+def test_bad_inputs_raise_what_the_layer_raises():
+    network = ConvSequential(nn.Conv2d(1, 16, 5), nn.SiLU())
+    for x in (torch.randn(2, 3, 8, 8), torch.randn(2, 1, 4, 8), torch.randn(2, 1, 8, 8, dtype=torch.float64)):
+        with pytest.raises(RuntimeError) as plainly:
+            plain(network)(x)
+        with pytest.raises(RuntimeError) as raised:
+            network(x)
+        assert str(raised.value) == str(plainly.value)
+    unbatched = torch.randn(1, 8, 8)
+    torch.testing.assert_close(network(unbatched), plain(network)(unbatched))
+
+
+def test_a_model_trains_alike(tmp_path):
+    """Steps of a ConvVAE with its own sequences and with plain ones; and torch.compile takes them."""
+    torch.manual_seed(0)
+    model = vae.ConvVAE((1, 8, 8), 3, (16, 16))
+    other = copy.deepcopy(model)
+    for part in other.modules():
+        if type(part) is ConvSequential:
+            part.__class__ = nn.Sequential
+    x, eps = torch.bernoulli(torch.rand(6, 1, 8, 8)), torch.randn(1, 6, 3)
+    for trained in (model, other):
+        optimizer = torch.optim.SGD(trained.parameters(), 0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (-trained.elbo(x, eps=eps).elbo.mean()).backward()
+            optimizer.step()
+    for (name, got), want in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
+    compiled = torch.compile(model.encoder, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model.encoder(x), rtol=1e-5, atol=1e-5)
