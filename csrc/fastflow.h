@@ -168,6 +168,16 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_flow_bwd(
     const optional<Tensor>& context, std::vector<Tensor> params, std::vector<int64_t> steps,
     std::vector<double> constants, bool inverse, bool need_x, bool need_context, bool need_params);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> top_down_fwd(
+    const Tensor& h, std::vector<Tensor> features, std::vector<Tensor> eps, const optional<Tensor>& seed,
+    int64_t seed_value, int64_t offset, std::vector<Tensor> params, std::vector<int64_t> levels, bool save);
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> top_down_bwd(
+    const optional<Tensor>& grad_next, const optional<Tensor>& grad_z, const optional<Tensor>& grad_kl,
+    const optional<Tensor>& grad_log_q, const optional<Tensor>& grad_log_p, const Tensor& h,
+    std::vector<Tensor> features, const Tensor& saved, std::vector<Tensor> params, std::vector<int64_t> levels,
+    bool need_h, bool need_features, bool need_params);
+
 std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& x, std::vector<Tensor> params, int64_t activation, bool residual,
                                    bool keep);
 

@@ -31,5 +31,7 @@ FASTFLOW_LIBRARY {
   m.impl("mlp_bwd", TORCH_BOX(&fastflow::mlp_bwd));
   m.impl("bernoulli_log_prob_fwd", TORCH_BOX(&fastflow::bernoulli_log_prob_fwd));
   m.impl("bernoulli_log_prob_bwd", TORCH_BOX(&fastflow::bernoulli_log_prob_bwd));
+  m.impl("top_down_fwd", TORCH_BOX(&fastflow::top_down_fwd));
+  m.impl("top_down_bwd", TORCH_BOX(&fastflow::top_down_bwd));
 #endif
 }

@@ -25,7 +25,7 @@ from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp",
-       "mlp_flow", "spline", "bernoulli_log_prob", "activated_conv")
+       "mlp_flow", "spline", "bernoulli_log_prob", "activated_conv", "top_down")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -40,6 +40,7 @@ PREFERENCE = {
     ("spline", "cpu"): ("cpu",),
     ("activated_conv", "cpu"): ("cpu",),
     ("bernoulli_log_prob", "cpu"): ("cpu",),  # no GPU kernel yet: on CUDA tensors the reference runs
+    ("top_down", "cpu"): ("cpu",),  # nor one for this
     ("affine_coupling", "cuda"): ("triton", "cuda"),
     ("gaussian_sample_kl", "cuda"): ("triton", "cuda"),
     ("slogdet", "cuda"): ("cuda", "triton"),

@@ -68,10 +68,17 @@ SCHEMAS = (
     # x (B, *event), logits (N, *event) with N a multiple of B; results (N,) and like logits.
     "bernoulli_log_prob_fwd(Tensor x, Tensor logits) -> Tensor",
     "bernoulli_log_prob_bwd(Tensor grad, Tensor x, Tensor logits) -> Tensor",
+    # levels: see csrc/cpu/top_down.cpp. Results: next h, latents of all levels in one vector, kl, log q and log p
+    # (L, B), and with `save` what backward needs.
+    "top_down_fwd(Tensor h, Tensor[] features, Tensor[] eps, Tensor? seed, int seed_value, int offset, "
+    "Tensor[] params, int[] levels, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "top_down_bwd(Tensor? grad_next, Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_q, Tensor? grad_log_p, "
+    "Tensor h, Tensor[] features, Tensor saved, Tensor[] params, int[] levels, bool need_h, bool need_features, "
+    "bool need_params) -> (Tensor, Tensor[], Tensor[])",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "bernoulli_log_prob_fwd",
-             "bernoulli_log_prob_bwd", "mlp_fwd", "mlp_bwd")
+             "bernoulli_log_prob_bwd", "mlp_fwd", "mlp_bwd", "top_down_fwd", "top_down_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
@@ -336,3 +343,30 @@ def _fake_bernoulli_log_prob_fwd(x, logits):
 
 def _fake_bernoulli_log_prob_bwd(grad, x, logits):
     return _empty_in_format_of(logits, logits.shape, logits.dtype)
+
+
+def _fake_top_down_fwd(h, features, eps, seed, seed_value, offset, params, levels, save):
+    batch, out, latents, rows = h.shape[0], h.shape[1], 0, 0
+    outputs = iter([bias.shape[0] for bias in params[1::2]])
+    for at, d in zip(range(0, len(levels), 11), features, strict=True):
+        prior, posterior, merge = ([next(outputs) for _ in range(levels[at + k])] for k in (2, 5, 8))
+        width = prior[-1] // 2
+        latents += width
+        # csrc/cpu/top_down.cpp, Work::add: what the level's block holds.
+        rows += sum(map(_in_lines, (out + d.shape[1] + 16, out + width, width)))
+        rows += 2 * sum(map(_in_lines, (*prior, *posterior, *merge[:-1])))
+        out = merge[-1]
+    terms = [h.new_empty((len(features), batch)) for _ in range(3)]
+    saved = h.new_empty(((batch + 63) // 64 * 64 * (rows + _in_lines(out)) if save else 0,))
+    return h.new_empty((batch, out)), h.new_empty((batch * latents,)), *terms, saved
+
+
+def _in_lines(rows):
+    return (rows + 15) // 16 * 16
+
+
+def _fake_top_down_bwd(grad_next, grad_z, grad_kl, grad_log_q, grad_log_p, h, features, saved, params, levels, need_h,
+                       need_features, need_params):
+    return (h.new_empty(h.shape) if need_h else _nothing(h),
+            [d.new_empty(d.shape) for d in features] if need_features else [],
+            [p.new_empty(p.shape) for p in params] if need_params else [])

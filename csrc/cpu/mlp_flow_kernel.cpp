@@ -13,19 +13,6 @@ namespace {
 
 static_assert(samples == tile);
 
-// Hands out parts of the scratch memory, each aligned to 64 bytes; without memory it counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t at = used;
-    used = round_up(used + count * static_cast<int64_t>(sizeof(T)), 64);
-    return base == nullptr ? nullptr : reinterpret_cast<T*>(base + at);
-  }
-};
-
 template <class T>
 struct Flow {
   const FlowJob& job;
@@ -358,17 +345,17 @@ void run_backward(const FlowJob& job, void* scratch, int64_t begin, int64_t end)
 }
 
 template <class T>
-void reduce(const FlowJob& job, const FlowGradient& gradient) {
+void reduce(const PartialSums& sums, const FlowGradient& gradient) {
   constexpr int64_t block = 64;
   for (int64_t r = 0; r < gradient.rows; ++r)
     for (int64_t begin = 0; begin < gradient.columns; begin += block) {
       const int64_t n = at_most(block, gradient.columns - begin);
-      const T* from = static_cast<const T*>(job.partial) + gradient.at + r * gradient.ld + begin;
+      const T* from = static_cast<const T*>(sums.partial) + gradient.at + r * gradient.ld + begin;
       T* to = static_cast<T*>(gradient.to) + r * gradient.columns + begin;
-      double sums[block] = {};
-      for (int64_t g = 0; g < job.groups; ++g)
-        for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(from[g * job.partials + i]);
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(sums[i]);
+      double total[block] = {};
+      for (int64_t g = 0; g < sums.groups; ++g)
+        for (int64_t i = 0; i < n; ++i) total[i] += static_cast<double>(from[g * sums.partials + i]);
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(total[i]);
     }
 }
 
@@ -391,8 +378,8 @@ void mlp_flow_backward(const FlowJob& job, void* scratch, int64_t begin, int64_t
   job.is_double ? run_backward<double>(job, scratch, begin, end) : run_backward<float>(job, scratch, begin, end);
 }
 
-void mlp_flow_reduce(const FlowJob& job, const FlowGradient& gradient) {
-  job.is_double ? reduce<double>(job, gradient) : reduce<float>(job, gradient);
+void mlp_flow_reduce(const PartialSums& sums, const FlowGradient& gradient) {
+  sums.is_double ? reduce<double>(sums, gradient) : reduce<float>(sums, gradient);
 }
 
 }  // namespace fastflow::FASTFLOW_ISA

@@ -38,13 +38,21 @@ struct FlowStep {
   int64_t saved;  // the row of FlowJob::saved where what it overwrites begins
 };
 
-struct FlowJob {
+// Where gradients of parameters are summed up over samples: `groups` buffers of `partials` elements each. A group is a
+// fixed run of samples, so that no sum depends on the number of threads.
+struct PartialSums {
+  void* partial;  // null: no gradients of parameters
+  int64_t partials, groups;
+  bool is_double;
+};
+
+struct FlowJob : PartialSums {
   static constexpr int64_t tile = 64;  // samples that go through a network at once
   int64_t unit;                        // samples that go through a step together, so that its weights stay near
 
   const FlowStep* steps;  // in the order of execution
   int64_t count;
-  bool inverse, is_double;
+  bool inverse;
   int64_t batch, features, context_features;
   int64_t deepest;  // the most linears of a step
   int64_t widest;   // the most outputs of a linear
@@ -58,8 +66,6 @@ struct FlowJob {
   // Backward. x is the result of forward then, z the gradient of x, or null.
   FlowParameter grad_z, grad_logdet;  // data may be null
   void* grad_context;                 // or null
-  void* partial;                      // groups of `partials` elements each, or null: no gradients of parameters
-  int64_t partials, groups;           // a group is a fixed run of units
 
   int64_t units() const { return (batch + unit - 1) / unit; }
 };
@@ -73,6 +79,6 @@ struct FlowGradient {
 FASTFLOW_EACH_ISA(int64_t mlp_flow_scratch(const FlowJob& job, bool backward);
                   void mlp_flow_forward(const FlowJob& job, void* scratch, int64_t begin, int64_t end);
                   void mlp_flow_backward(const FlowJob& job, void* scratch, int64_t begin, int64_t end);
-                  void mlp_flow_reduce(const FlowJob& job, const FlowGradient& gradient);)
+                  void mlp_flow_reduce(const PartialSums& sums, const FlowGradient& gradient);)
 
 }  // namespace fastflow

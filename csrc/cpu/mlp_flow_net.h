@@ -16,6 +16,19 @@ constexpr int64_t padded(int64_t features) { return (features + lines - 1) / lin
 
 bool is_thin(const FlowLinear& linear) { return linear.in <= thin_in || linear.out <= thin_out; }
 
+// Hands out parts of the scratch memory, each aligned to 64 bytes; without memory it counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t at = used;
+    used = round_up(used + count * static_cast<int64_t>(sizeof(T)), 64);
+    return base == nullptr ? nullptr : reinterpret_cast<T*>(base + at);
+  }
+};
+
 template <class T>
 Strided<T> weights_of(const FlowLinear& linear) {
   return {static_cast<const T*>(linear.weight.data), linear.weight.row, linear.weight.column};

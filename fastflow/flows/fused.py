@@ -113,9 +113,9 @@ def _step(transform, x, context):
         return _coupling(transform, x, context)
     if kind is not ActNorm:
         return f"{kind.__name__} is no affine coupling or ActNorm"
-    if _is_hooked(transform):
+    if is_hooked(transform):
         return HOOKED
-    bias, log_scale = _own_parameters(transform, "bias", "log_scale")
+    bias, log_scale = own_parameters(transform, "bias", "log_scale")
     if bias is None or log_scale is None or bias.dtype is not x.dtype or log_scale.dtype is not x.dtype:
         return f"its parameters are not {x.dtype}"
     if transform.channels != x.shape[1]:
@@ -124,7 +124,7 @@ def _step(transform, x, context):
 
 
 def _coupling(transform, x, context):
-    if _is_hooked(transform):
+    if is_hooked(transform):
         return HOOKED
     if transform.split != "channel":
         return f"its split is {transform.split!r}"
@@ -133,14 +133,14 @@ def _coupling(transform, x, context):
     if kind is MLP:
         if (network.context_features is None) != (context is None):
             return "its conditioner and the context do not go together"
-        if _is_hooked(network):
+        if is_hooked(network):
             return HOOKED
         network = network._modules.get("layers")
     elif kind is nn.Sequential and context is not None:
         return "its conditioner is a Sequential, which takes no context"
     if type(network) is not nn.Sequential:
         return f"its conditioner is of {kind.__name__}, not MLP or Sequential"
-    if _is_hooked(network):
+    if is_hooked(network):
         return HOOKED
     return _linears(network, transform, x, 0 if context is None else context.shape[1])
 
@@ -151,14 +151,14 @@ def _linears(network, transform, x, context_features):
     layers = network._modules.values()
     for index, layer in enumerate(layers):
         kind = type(layer)
-        if _is_hooked(layer):
+        if is_hooked(layer):
             return HOOKED
         if index % 2:
             if kind not in ACTIVATIONS or (index > 1 and kind is not activation):
                 return f"its conditioner's activation {kind.__name__} is none of one kind among ReLU, SiLU, Tanh"
             activation = kind
             continue
-        weight, bias = _own_parameters(layer, "weight", "bias")
+        weight, bias = own_parameters(layer, "weight", "bias")
         if kind is not nn.Linear or weight is None or bias is None:
             return "its conditioner is not Linear layers, each with a bias, with activations between"
         if weight.dtype is not dtype or bias.dtype is not dtype:
@@ -188,12 +188,12 @@ def _shared_bytes(x, context_features, biases):
     return (33 * (2 * x.shape[1] + seen + sum(outputs) + max(outputs)) + 16 * 68) * x.element_size()
 
 
-def _own_parameters(module, *names):
+def own_parameters(module, *names):
     """The parameters of these names, whatever functional_call has put there; None where it is no parameter."""
     return map(module._parameters.get, names)
 
 
-def _is_hooked(module):
+def is_hooked(module):
     """Whether a call of the module would run more than its class's forward."""
     own = module.__dict__
     return (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from fastflow.reference.philox import philox4x32, philox_normal, to_int64  # noqa: F401 (to_int64 for other modules)
 
-__all__ = ["SCALES", "SPLINES", "ChannelAffine", "MLPCoupling", "Permutation", "ScaleMap", "activated_conv",
-           "affine_coupling", "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp", "mlp_flow", "philox4x32",
-           "philox_normal", "plu_weight", "slogdet", "slogdet_inverse", "spline", "spline_bins", "spline_params"]
+__all__ = ["SCALES", "SPLINES", "ChannelAffine", "LatentLevel", "MLPBlock", "MLPCoupling", "Permutation", "ScaleMap",
+           "activated_conv", "affine_coupling", "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp",
+           "mlp_flow", "philox4x32", "philox_normal", "plu_weight", "slogdet", "slogdet_inverse", "spline",
+           "spline_bins", "spline_params", "top_down"]
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
 SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")
@@ -408,3 +409,11 @@ from fastflow.reference.bernoulli_log_prob import bernoulli_log_prob  # noqa: E4
 from fastflow.reference.mlp import mlp  # noqa: E402
 from fastflow.reference.mlp_flow import ACTIVATIONS, ChannelAffine, MLPCoupling, Permutation, mlp_flow  # noqa: E402, F401
 from fastflow.reference.spline import SPLINES, spline, spline_bins, spline_params  # noqa: E402
+from fastflow.reference.top_down import (  # noqa: E402, F401
+    LEVEL_MODES,
+    LatentLevel,
+    MLPBlock,
+    level_gaussians,
+    normal_log_prob,
+    top_down,
+)

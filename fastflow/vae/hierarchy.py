@@ -1,21 +1,19 @@
 """Hierarchical VAEs: latents in levels, each with a prior that the levels above it make."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastflow import checks, functional, reference
+from fastflow.autograd.top_down import run_levels
+from fastflow.vae import top_down
 from fastflow.vae.elbo import ELBO
 from fastflow.vae.generation import check_temperature
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.posteriors.gaussian import log_normal, promoted
 
 __all__ = ["HierarchicalVAE", "HierarchyTerms", "Level"]
-
-MODES = ("residual", "absolute", "ladder")
-
 
 class Level(nn.Module):
     """One group of latents: p(z | h) of the state h that comes from above, q(z | h, d) with features d of the data.
@@ -39,7 +37,7 @@ class Level(nn.Module):
 
     def __init__(self, prior, posterior, merge, *, mode="residual", scale="soft_tanh"):
         super().__init__()
-        checks.choice("mode", mode, MODES)
+        checks.choice("mode", mode, reference.LEVEL_MODES)
         checks.choice("scale", scale, functional.SCALES)
         self.prior, self.posterior, self.merge = prior, posterior, merge
         self.mode, self.scale = mode, scale
@@ -48,20 +46,10 @@ class Level(nn.Module):
         """(z (B, D, *S), kl and log q, each (B,) nats, the LevelParams, next h) for h (B, H, *S) and features d
         (B, F, *S)."""
         prior = promoted(self.prior(h))
-        mean_p, raw_p = prior.chunk(2, 1)
         params = promoted(self.posterior(d if self.mode == "ladder" else torch.cat([h, d], 1)))
-        scale = self.scale
-        if self.mode == "residual":
-            params = prior + params
-        elif self.mode == "ladder":
-            mean, raw = params.chunk(2, 1)
-            log_sigma, log_sigma_p = (reference.sigma_and_log(r, scale)[1] for r in (raw, raw_p))
-            raw = -0.5 * torch.logaddexp(-2.0 * log_sigma, -2.0 * log_sigma_p)
-            mean = mean * torch.exp(2.0 * (raw - log_sigma)) + mean_p * torch.exp(2.0 * (raw - log_sigma_p))
-            params, raw_p, scale = (mean, raw), log_sigma_p, "logstd"
-        z, kl, log_q = functional.gaussian_sample_kl(params, scale=scale, prior=(mean_p, raw_p), return_logq=True,
-                                                     **noise)
-        return z, kl, log_q, LevelParams(params, mean_p, raw_p, scale), self.merge(torch.cat([h, z.to(h.dtype)], 1))
+        params, prior, scale = reference.level_gaussians(prior, params, self.mode, self.scale)
+        z, kl, log_q = functional.gaussian_sample_kl(params, scale=scale, prior=prior, return_logq=True, **noise)
+        return z, kl, log_q, LevelParams(params, *prior, scale), self.merge(torch.cat([h, z.to(h.dtype)], 1))
 
     def generate(self, h, noise, temperature=1.0):
         """(z, next h) from the prior, its standard deviation times ``temperature``; ``noise`` makes standard normals
@@ -153,14 +141,32 @@ class HierarchicalVAE(nn.Module):
             seed: int or 0-d int64 tensor; the levels take the counters of its stream one after the other.
             generator: torch.Generator that a seed is drawn from otherwise, None for torch's own.
         """
-        levels, h = self._infer(x, n_samples, eps, seed, generator)
-        latents, params, log_q, kl = zip(*levels, strict=True)
+        batch = x.shape[0]  # len() would fix it in a graph
+        features = self._features(x)
+        if eps is not None and len(eps) != len(self.levels):
+            raise ValueError(f"eps: expected {len(self.levels)} tensors, got {len(eps)}")
+        if eps is None and seed is None:
+            seed = reference.draw_seed(x.device, generator)
+        h = self.top.expand(n_samples * batch, *self.top.shape[1:])
+        if n_samples != 1:
+            features = [d.expand(n_samples, *d.shape).flatten(0, 1) for d in features]
+        if eps is not None:
+            eps = [e.flatten(0, 1) for e in eps]
+        latents, tables, offset = [], [], 0
+        for start, end, steps in top_down.runs(self.levels, h, features):
+            chosen = None if eps is None else eps[start:end]
+            infer = self._each if steps is None else _together
+            h, found, table = infer(steps or self.levels[start:end], h, features[start:end], chosen, seed, offset)
+            offset += sum(-(-z.numel() // 4) for z in found)  # four normals come of one counter
+            latents += found
+            tables.append(table)
         output = self.decoder(h)
-        lead = (n_samples, x.shape[0])
-        checks.shape("decoder output", output, (math.prod(lead), *self.likelihood.output_shape(x.shape[1:])))
+        checks.shape("decoder output", output, (n_samples * batch, *self.likelihood.output_shape(x.shape[1:])))
+        lead = (n_samples, batch)
         log_px_z = self.likelihood.log_prob(x, output.unflatten(0, lead))
+        log_pz, log_qz, kl = tables[0] if len(tables) == 1 else map(torch.cat, zip(*tables, strict=True))
         return HierarchyTerms([z.unflatten(0, lead) for z in latents], log_px_z,
-                              *(torch.stack(t).unflatten(1, lead) for t in (_log_priors(latents, params), log_q, kl)))
+                              *(t.unflatten(1, lead) for t in (log_pz, log_qz, kl)))
 
     @torch.no_grad()
     def latent_kl(self, x, *, seed=None, generator=None):
@@ -169,8 +175,11 @@ class HierarchicalVAE(nn.Module):
 
         log(sigma_p / sigma_q) + (sigma_q^2 + (mean_q - mean_p)^2) / (2 sigma_p^2) - 1/2.
         """
-        found = []
-        for _, (posterior, mean_p, raw_p, scale), _, _ in self._infer(x, 1, None, seed, generator)[0]:
+        seed = reference.draw_seed(x.device, generator) if seed is None else seed
+        h, found, offset = self.top.expand(x.shape[0], *self.top.shape[1:]), [], 0
+        for level, d in zip(self.levels, self._features(x), strict=True):
+            z, _, _, (posterior, mean_p, raw_p, scale), h = level.infer(h, d, seed=seed, offset=offset)
+            offset += -(-z.numel() // 4)
             mean, raw = posterior if isinstance(posterior, tuple) else posterior.chunk(2, 1)
             log_sigma, log_sigma_p = (reference.sigma_and_log(r, scale)[1] for r in (raw, raw_p))
             difference = 2.0 * (log_sigma - log_sigma_p)
@@ -178,23 +187,23 @@ class HierarchicalVAE(nn.Module):
             found.append(0.5 * (squares + (torch.expm1(difference) - difference).clamp_min(0.0)))
         return found
 
-    def _infer(self, x, n_samples, eps, seed, generator):
-        """([(z (K*B, D, *S), LevelParams, log q, kl) of each level], the last h)."""
-        batch = x.shape[0]  # len() would fix it in a graph
-        features = self._features(x)
-        if eps is not None and len(eps) != len(self.levels):
-            raise ValueError(f"eps: expected {len(self.levels)} tensors, got {len(eps)}")
-        if eps is None and seed is None:
-            seed = reference.draw_seed(x.device, generator)
-        h = self.top.expand(n_samples * batch, *self.top.shape[1:])
-        found, offset = [], 0
-        for index, (level, d) in enumerate(zip(self.levels, features, strict=True)):
-            d = d if n_samples == 1 else d.expand(n_samples, *d.shape).flatten(0, 1)
-            noise = {"seed": seed, "offset": offset} if eps is None else {"eps": eps[index].flatten(0, 1)}
+    def explain(self, x):
+        """One line: which levels a call with x runs as one kernel, and why not the others."""
+        with torch.no_grad():
+            features = self._features(x)
+        return top_down.explain(self.levels, self.top.expand(len(x), *self.top.shape[1:]), features)
+
+    @staticmethod
+    def _each(levels, h, features, eps, seed, offset):
+        """(next h, latents, log p, log q and KL (L, B)) level by level."""
+        found = []
+        for index, (level, d) in enumerate(zip(levels, features, strict=True)):
+            noise = {"seed": seed, "offset": offset} if eps is None else {"eps": eps[index]}
             z, kl, log_q, params, h = level.infer(h, d, **noise)
-            offset += -(-z.numel() // 4)  # four normals come of one counter
+            offset += -(-z.numel() // 4)
             found.append((z, params, log_q, kl))
-        return found, h
+        latents, params, log_q, kl = zip(*found, strict=True)
+        return h, list(latents), tuple(torch.stack(t) for t in (_log_priors(latents, params), log_q, kl))
 
     @torch.no_grad()
     def sample(self, n, *, generator=None, temperature=1.0, mean=False):
@@ -257,6 +266,12 @@ class HierarchicalVAE(nn.Module):
         for value in values:
             check_temperature(value)
         return values
+
+
+def _together(levels, h, features, eps, seed, offset):
+    """As HierarchicalVAE._each, of LatentLevels in one kernel."""
+    h, latents, kl, log_q, log_p = run_levels(h, features, levels, eps, None if eps is not None else seed, offset)
+    return h, latents, (log_p, log_q, kl)
 
 
 def _log_priors(latents, priors):

@@ -11,6 +11,7 @@ from fastflow.vae.hierarchy import HierarchicalVAE, Level
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.model import LIKELIHOODS, named
 from fastflow.vae.models.basic import front
+from fastflow.vae.top_down import ResidualMerge
 
 __all__ = ["HVAE", "NVAE", "VDVAE"]
 
@@ -27,17 +28,6 @@ def _zeroed(layer):
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-class _Residual(nn.Module):
-    """x[:, :C] + network(x): a state and what is beside it, to the next state."""
-
-    def __init__(self, network, channels):
-        super().__init__()
-        self.network, self.channels = network, channels
-
-    def forward(self, x):
-        return x[:, :self.channels] + self.network(x)
 
 
 class _BottomUp(nn.Module):
@@ -82,7 +72,7 @@ class HVAE(HierarchicalVAE):
             posterior = nn.Sequential(nn.Linear(seen, hidden), nn.SiLU(), _zeroed(last) if mode == "residual" else last)
             prior = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), _zeroed(nn.Linear(hidden, 2 * d)))
             merge = nn.Sequential(nn.Linear(hidden + d, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-            levels.append(Level(prior, posterior, _Residual(merge, hidden), mode=mode))
+            levels.append(Level(prior, posterior, ResidualMerge(merge, hidden), mode=mode))
         shape = likelihood.output_shape(event_shape)
         decoder = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(shape)),
                                 nn.Unflatten(1, shape))
@@ -157,7 +147,7 @@ class NVAE(HierarchicalVAE):
                 prior = nn.Sequential(_Cell(channels, gain=gain), _zeroed(prior_last))
                 posterior = nn.Sequential(_Cell(2 * channels, channels), nn.SiLU(),
                                           _zeroed(posterior_last) if mode == "residual" else posterior_last)
-                merge = [_Residual(nn.Conv2d(channels + latent_channels, channels, 1), channels),
+                merge = [ResidualMerge(nn.Conv2d(channels + latent_channels, channels, 1), channels),
                          _Cell(channels, gain=gain)]
                 if group == count - 1 and index < len(groups) - 1:
                     merge.append(_Upsample())
