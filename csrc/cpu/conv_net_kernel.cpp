@@ -39,16 +39,13 @@ void expand3x3(const ConvShape& shape, int64_t channels, const T* padded, int64_
                const Finish<T>& finish, T* out) {
   const Window window(y, shape.height);
   const int64_t row = (shape.width + 2) * channels;
-  expand({window.rows(), 3 * channels, row}, shape.width,
-         Grid<const T>{padded + (y - 1 + window.first) * row, shape.width, channels, 0},
-         w + window.first * 3 * channels * shape.hidden, shape.hidden, finish,
-         Grid<T>{out, shape.width, shape.hidden, 0});
+  expand({window.rows(), 3 * channels, row}, shape.width, padded + (y - 1 + window.first) * row, channels,
+         w + window.first * 3 * channels * shape.hidden, shape.hidden, finish, out);
 }
 
 template <class T>
 void expand1x1(const ConvShape& shape, int64_t pixels, const T* in, const T* w, const Finish<T>& finish, T* out) {
-  expand({1, shape.hidden, 0}, pixels, Grid<const T>{in, pixels, shape.hidden, 0}, w, shape.hidden, finish,
-         Grid<T>{out, pixels, shape.hidden, 0});
+  expand({1, shape.hidden, 0}, pixels, in, shape.hidden, w, shape.hidden, finish, out);
 }
 
 // 3x3 convolution of hidden channels to the few of `image`, row y of sample b. bias may be null.

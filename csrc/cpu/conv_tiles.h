@@ -137,6 +137,15 @@ inline void expand_tile(const Runs& runs, Part part, Walk<const T>& from, const 
   }
 }
 
+// The same of R pixels, in_step and out_step apart.
+template <int R, int N, class T>
+inline void expand_tile(const Runs& runs, const T* in, int64_t in_step, const T* w, int64_t w_step,
+                        const Finish<T>& finish, T* out, int64_t out_step) {
+  Walk<const T> from({in, R, in_step, 0}, 0);
+  Walk<T> to({out, R, out_step, 0}, 0);
+  expand_tile<R, N>(runs, Part{true, true}, from, w, w_step, finish, to);
+}
+
 // The number of pixels in each of the fewest tiles that hold `width`, the larger tiles first.
 struct Tiling {
   int64_t tiles, least, larger;
@@ -180,6 +189,13 @@ inline void expand(const Runs& runs, int64_t count, const Grid<const T>& from, c
       }
     });
   }
+}
+
+// out[p][j], j < hidden, of `count` pixels p in a row, in_step apart.
+template <class T>
+inline void expand(const Runs& runs, int64_t count, const T* in, int64_t in_step, const T* w, int64_t hidden,
+                   const Finish<T>& finish, T* out) {
+  expand(runs, count, Grid<const T>{in, count, in_step, 0}, w, hidden, finish, Grid<T>{out, count, hidden, 0});
 }
 
 // The taps of one row of pixels: the first of pixel x meets input pixel x - reach. Those outside of 0..width - 1 are
