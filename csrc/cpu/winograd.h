@@ -127,7 +127,7 @@ inline void input_points(const Tiles& tiles, int64_t channels, const T* bordered
 
 // Output tiles out[pixel][j] = A^T m A of `length` adjacent j, with m[16][tile][j] of tiles [begin, end).
 template <bool Biased, class T>
-inline void put_tiles(const int64_t* at, int64_t begin, int64_t end, const T* m, int64_t length, const Finish<T>& how,
+__attribute__((noinline)) void put_tiles(const int64_t* at, int64_t begin, int64_t end, const T* m, int64_t length, const Finish<T>& how,
                       int64_t row, int64_t column, T* out) {
   constexpr int W = Simd<T>::lanes;
   const Finish<T> finish = how;  // a copy, which stores can't change
@@ -155,6 +155,16 @@ inline void put_tiles(const int64_t* at, int64_t begin, int64_t end, const T* m,
     }
 }
 
+// m[16][R tiles][N vectors] of v[16][tile][v_channels] and u[16][channels][hidden]. A function of its own: inlined, its
+// loop would lack registers.
+template <int R, int N, class T>
+__attribute__((noinline)) void multiply_points(int64_t channels, const T* v, int64_t v_step, int64_t v_channels,
+                                               const T* u, int64_t hidden, T* m) {
+  constexpr int64_t length = N * Simd<T>::lanes;
+  for (int p = 0; p < points; ++p, v += v_step, u += channels * hidden, m += R * length)
+    expand_tile<R, N>({1, channels, 0}, v, v_channels, u, hidden, Finish<T>{}, m, length);
+}
+
 // A few channels to many: out[pixel][j] from points of inputs v[16][tile][v_channels] and of taps u[16][channels][j],
 // with a bias or a gate. at[tile] is where a tile's first pixel lies in maps.
 template <class T>
@@ -174,10 +184,8 @@ inline void expand_points(const Tiles& tiles, const int64_t* at, int64_t channel
       const int64_t count = tiling[g];
       with_count<expand_vectors>(vectors, [&](auto n) {
         with_count<expand_rows>(count, [&](auto r) {
-          for (int p = 0; p < points; ++p)
-            expand_tile<decltype(r)::value, decltype(n)::value>({1, channels, 0}, v + p * v_step + t * v_channels,
-                                                                v_channels, u + p * channels * hidden + j, hidden,
-                                                                Finish<T>{}, products + p * count * length, length);
+          multiply_points<decltype(r)::value, decltype(n)::value>(channels, v + t * v_channels, v_step, v_channels,
+                                                                  u + j, hidden, products);
         });
       });
       if (here.bias)
