@@ -140,12 +140,16 @@ class Chunk {
  private:
   // result_ to `image`, a square of W tiles and W channels at a time.
   void write(const Image& image, int64_t b, int64_t padded) const {
-    int64_t places[W];
+    int64_t places[W], sample = b, row = 0, column = 0;
     for (int64_t t = 0; t < tiles_.count(); t += W) {
       const int64_t tiles = tiles_.count() - t < W ? tiles_.count() - t : W;
       for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t s = (t + i) / tiles_.of_sample(), row = (t + i) / tiles_.columns % tiles_.rows;
-        places[i] = (b + s) * image.sample + 2 * row * image.row + 2 * ((t + i) % tiles_.columns) * image.column;
+        places[i] = sample * image.sample + 2 * row * image.row + 2 * column * image.column;
+        if (++column < tiles_.columns) continue;
+        column = 0;
+        if (++row < tiles_.rows) continue;
+        row = 0;
+        ++sample;
       }
       for (int pixel = 0; pixel < 4; ++pixel)
         for (int64_t c = 0; c < few_; c += W) {
@@ -191,27 +195,31 @@ class WinogradBackward {
   // Whether all that came out is finite.
   bool group(int64_t group) {
     T* const sums = static_cast<T*>(job_.partials) + group * job_.partial_values();
-    std::memset(sums, 0, job_.need_weights ? job_.partial_values() * sizeof(T) : 0);
+    T* const sums2 = sums + shape_.size1();
+    T* const sums3 = sums2 + shape_.size2();
+    T* const biases = sums3 + shape_.size3();
+    if (job_.need_weights) {
+      std::memset(sums2, 0, shape_.size2() * sizeof(T));
+      std::memset(biases, 0, (job_.partial_values() - (biases - sums)) * sizeof(T));
+    }
     fresh_ = true;
     bool finite = true;
     const int64_t end = job_.first(group + 1);
     for (int64_t b = job_.first(group); b < end; b += job_.chunk())
-      finite &= samples(b, end - b < job_.chunk() ? end - b : job_.chunk(), sums);
+      finite &= samples(b, end - b < job_.chunk() ? end - b : job_.chunk(), sums2, biases);
     if (!job_.need_weights) return finite;
-    add_taps_of_points(shape_.in * shape_.hidden, taps1_, sums);
-    add_taps_of_points(shape_.out * shape_.hidden, taps3_, sums + shape_.size1() + shape_.size2());
+    taps_of_points(shape_.in * shape_.hidden, taps1_, sums);
+    taps_of_points(shape_.out * shape_.hidden, taps3_, sums3);
     Simd<T>::Lane bad{};
     for (int64_t i = 0; i < job_.partial_values(); i += W) bad |= not_finite(load(sums + i));
     return finite && !any(bad);
   }
 
  private:
-  bool samples(int64_t b, int64_t count, T* sums) {
+  bool samples(int64_t b, int64_t count, T* sums2, T* biases) {
     const T* const h1 = static_cast<const T*>(job_.h1) + b * map_;
     const T* const h2 = static_cast<const T*>(job_.h2) + b * map_;
     const int64_t pixels = count * shape_.pixels(), hidden = shape_.hidden;
-    T* const sums2 = sums + shape_.size1();
-    T* const biases = sums2 + shape_.size2() + shape_.size3();
     Finish<T> gate;
     gate.gate_step = hidden;
     gate.slope = static_cast<T>(shape_.slope);

@@ -67,9 +67,9 @@ inline void tap_points(int64_t n, const T* from, T* to) {
   }
 }
 
-// The adjoint: to[9][n] += G^T from[16][n] G.
+// The adjoint: to[9][n] = G^T from[16][n] G.
 template <class T>
-inline void add_taps_of_points(int64_t n, const T* from, T* to) {
+inline void taps_of_points(int64_t n, const T* from, T* to) {
   constexpr int W = Simd<T>::lanes;
   const auto adjoint = [](Vec<T> u0, Vec<T> u1, Vec<T> u2, Vec<T> u3, Vec<T>* g) {
     const Vec<T> sum = T(0.5) * (u1 + u2);
@@ -85,10 +85,7 @@ inline void add_taps_of_points(int64_t n, const T* from, T* to) {
     for (int c = 0; c < 3; ++c) {
       Vec<T> g[3];
       adjoint(half[0][c], half[1][c], half[2][c], half[3][c], g);
-      for (int r = 0; r < 3; ++r) {
-        T* const at = to + (3 * r + c) * n + i;
-        store(at, load(at) + g[r]);
-      }
+      for (int r = 0; r < 3; ++r) store(to + (3 * r + c) * n + i, g[r]);
     }
   }
 }
