@@ -219,10 +219,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
   Tensor grad_x = need_x ? result_like(x, sizes_of(x)) : nothing(x);
   std::tuple grads{weight_like(w1), bias_of(shape.hidden), weight_like(w2), bias_of(shape.hidden), weight_like(w3),
                    bias_of(shape.out)};
-  const int64_t width = shape.is_double ? 8 : 4, row_bytes = need_weights ? job.partial_values() * width : 0;
-  const Scratch partials = make_scratch(row_bytes * std::max<int64_t>(1, job.groups()));
-  auto clear = [&](int64_t group) { std::fill_n(static_cast<char*>(partials.get()) + group * row_bytes, row_bytes, 0); };
-  for (int64_t group = 0; group < std::max<int64_t>(1, job.groups()); ++group) clear(group);
+  const int64_t width = shape.is_double ? 8 : 4;
+  const int64_t rows = need_weights ? std::max<int64_t>(1, job.groups()) : 0;
+  const Scratch partials = make_scratch(rows * job.partial_values() * width);
+  if (shape.batch * shape.pixels() == 0) std::fill_n(static_cast<char*>(partials.get()), rows * job.partial_values() * width, 0);
   job.partials = partials.get();
   if (shape.batch * shape.pixels() > 0) {
     job.grad = image_of(grad);
@@ -249,7 +249,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
       parallel_for(0, job.groups(), 1, [&](int64_t begin, int64_t end) {
         const Scratch scratch = make_scratch(job.scratch_values() * width);
         for_each_run(spoilt, begin, end, [&](int64_t from, int64_t to) {
-          for (int64_t group = from; group < to; ++group) clear(group);
           FASTFLOW_ISA_CALL(conv_net_backward, job, scratch.get(), from, to);
         });
       });

@@ -2,6 +2,7 @@
 #include "conv_net_kernel.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "conv_tiles.h"
 
@@ -136,10 +137,12 @@ class Backward {
 
   void group(int64_t group) {
     const int64_t end = job_.first(group + 1);
+    T* const sums = static_cast<T*>(job_.partials) + group * job_.partial_values();
+    if (job_.need_weights) std::memset(sums, 0, job_.partial_values() * sizeof(T));
     for (int64_t b = job_.first(group); b < end; b += job_.chunk()) {
       const int64_t count = end - b < job_.chunk() ? end - b : job_.chunk();
       for (int64_t i = 0; i < count; ++i) maps(b, i);
-      if (job_.need_weights) weights(b, count, static_cast<T*>(job_.partials) + group * job_.partial_values());
+      if (job_.need_weights) weights(b, count, sums);
     }
   }
 

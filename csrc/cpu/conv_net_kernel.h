@@ -54,7 +54,7 @@ struct ConvBackward {
   const void *h1, *h2;
   bool need_x, need_weights;
   bool mend;       // leave a sample's gradient of x alone that is there and finite
-  void* partials;  // groups() rows of partial_values(), zeros
+  void* partials;  // groups() rows of partial_values()
   static constexpr int64_t most_groups = 16;
 
   int64_t chunk() const { return conv_chunk(shape); }

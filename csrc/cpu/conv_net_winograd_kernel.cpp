@@ -20,6 +20,13 @@ inline int64_t whole(int64_t n) { return (n + W - 1) / W * W; }
 
 inline Simd<T>::Lane not_finite(Vec<T> x) { return x - x != Vec<T>{}; }
 
+// All bits of the first `count` lanes.
+inline Simd<T>::Lane present(int64_t count) {
+  Simd<T>::Lane lane;
+  for (int l = 0; l < W; ++l) lane[l] = l;
+  return lane < static_cast<int32_t>(count < W ? count : W);
+}
+
 inline bool any(Simd<T>::Lane lanes) {
   bool result = false;
   for (int l = 0; l < W; ++l) result |= lanes[l] != 0;
@@ -39,16 +46,20 @@ class Border {
   const T* data() const { return data_; }
 
   void read(const Image& image, int64_t b, int64_t count) {
+    // Whole vectors may be read where what follows a pixel in memory is the image's next pixels.
+    const bool dense = image.channel == 1 && image.column >= channels_ && image.row >= shape_.width * image.column;
+    const int64_t behind = (shape_.width - 1) * image.column + channels_;  // of the values of the next row
     for (int64_t s = 0; s < count; ++s)
       for (int64_t y = 0; y < shape_.height; ++y) {
         const T* const from = static_cast<const T*>(image.data) + (b + s) * image.sample + y * image.row;
         T* const to = data_ + (s * rows() + y + 1) * row_ + step();
-        if (image.channel == 1) {
+        if (dense && y + 1 < shape_.height && behind >= step()) {
           for (int64_t x = 0; x < shape_.width; ++x)
-            for (int64_t c = 0; c < channels_; ++c) to[x * step() + c] = from[x * image.column + c];
+            for (int64_t c = 0; c < channels_; c += W)
+              store(to + x * step() + c, masked<T>(load(from + x * image.column + c), present(channels_ - c)));
         } else {
-          for (int64_t c = 0; c < channels_; ++c)
-            for (int64_t x = 0; x < shape_.width; ++x) to[x * step() + c] = from[x * image.column + c * image.channel];
+          for (int64_t x = 0; x < shape_.width; ++x)
+            for (int64_t c = 0; c < channels_; ++c) to[x * step() + c] = from[x * image.column + c * image.channel];
         }
       }
   }
@@ -113,15 +124,7 @@ class Chunk {
                      bad |= not_finite(value);
                      store(result_ + (pixel * few_ + c) * padded + t, value);
                    });
-    for (int64_t s = 0, t = 0; s < tiles_.samples; ++s)
-      for (int64_t y = 0; y < tiles_.rows; ++y)
-        for (int64_t x = 0; x < tiles_.columns; ++x, ++t)
-          for (int pixel = 0; pixel < 4; ++pixel) {
-            const T* const from = result_ + pixel * few_ * padded + t;
-            T* const to = static_cast<T*>(image.data) + (b + s) * image.sample +
-                          (2 * y + pixel / 2) * image.row + (2 * x + pixel % 2) * image.column;
-            for (int64_t c = 0; c < few_; ++c) to[c * image.channel] = from[c * padded];
-          }
+    write(image, b, padded);
     return !any(bad);
   }
 
@@ -135,6 +138,41 @@ class Chunk {
   }
 
  private:
+  // result_ to `image`, a square of W tiles and W channels at a time.
+  void write(const Image& image, int64_t b, int64_t padded) const {
+    int64_t places[W], sample = b, row = 0, column = 0;
+    for (int64_t t = 0; t < tiles_.count(); t += W) {
+      const int64_t tiles = tiles_.count() - t < W ? tiles_.count() - t : W;
+      for (int64_t i = 0; i < tiles; ++i) {
+        places[i] = sample * image.sample + 2 * row * image.row + 2 * column * image.column;
+        if (++column < tiles_.columns) continue;
+        column = 0;
+        if (++row < tiles_.rows) continue;
+        row = 0;
+        ++sample;
+      }
+      for (int pixel = 0; pixel < 4; ++pixel)
+        for (int64_t c = 0; c < few_; c += W) {
+          const int64_t channels = few_ - c < W ? few_ - c : W;
+          alignas(64) T square[W * W];
+          Vec<T> x[W];
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < W; ++i)
+            x[i] = i < channels ? load(result_ + (pixel * few_ + c + i) * padded + t) : Vec<T>{};
+          transpose<T>(x);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) store(square + i * W, x[i]);
+          T* const to = static_cast<T*>(image.data) + pixel / 2 * image.row + pixel % 2 * image.column;
+          for (int64_t i = 0; i < tiles; ++i) {
+            int64_t k = 0;
+            if (image.channel == 1)
+              for (; k + 4 <= channels; k += 4) std::memcpy(to + places[i] + c + k, square + i * W + k, 4 * sizeof(T));
+            for (; k < channels; ++k) to[places[i] + (c + k) * image.channel] = square[i * W + k];
+          }
+        }
+    }
+  }
+
   const ConvShape& shape_;
   const Tiles all_;
   const int64_t few_;
@@ -157,26 +195,31 @@ class WinogradBackward {
   // Whether all that came out is finite.
   bool group(int64_t group) {
     T* const sums = static_cast<T*>(job_.partials) + group * job_.partial_values();
+    T* const sums2 = sums + shape_.size1();
+    T* const sums3 = sums2 + shape_.size2();
+    T* const biases = sums3 + shape_.size3();
+    if (job_.need_weights) {
+      std::memset(sums2, 0, shape_.size2() * sizeof(T));
+      std::memset(biases, 0, (job_.partial_values() - (biases - sums)) * sizeof(T));
+    }
     fresh_ = true;
     bool finite = true;
     const int64_t end = job_.first(group + 1);
     for (int64_t b = job_.first(group); b < end; b += job_.chunk())
-      finite &= samples(b, end - b < job_.chunk() ? end - b : job_.chunk(), sums);
+      finite &= samples(b, end - b < job_.chunk() ? end - b : job_.chunk(), sums2, biases);
     if (!job_.need_weights) return finite;
-    add_taps_of_points(shape_.in * shape_.hidden, taps1_, sums);
-    add_taps_of_points(shape_.out * shape_.hidden, taps3_, sums + shape_.size1() + shape_.size2());
+    taps_of_points(shape_.in * shape_.hidden, taps1_, sums);
+    taps_of_points(shape_.out * shape_.hidden, taps3_, sums3);
     Simd<T>::Lane bad{};
     for (int64_t i = 0; i < job_.partial_values(); i += W) bad |= not_finite(load(sums + i));
     return finite && !any(bad);
   }
 
  private:
-  bool samples(int64_t b, int64_t count, T* sums) {
+  bool samples(int64_t b, int64_t count, T* sums2, T* biases) {
     const T* const h1 = static_cast<const T*>(job_.h1) + b * map_;
     const T* const h2 = static_cast<const T*>(job_.h2) + b * map_;
     const int64_t pixels = count * shape_.pixels(), hidden = shape_.hidden;
-    T* const sums2 = sums + shape_.size1();
-    T* const biases = sums2 + shape_.size2() + shape_.size3();
     Finish<T> gate;
     gate.gate_step = hidden;
     gate.slope = static_cast<T>(shape_.slope);

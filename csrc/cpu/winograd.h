@@ -67,9 +67,9 @@ inline void tap_points(int64_t n, const T* from, T* to) {
   }
 }
 
-// The adjoint: to[9][n] += G^T from[16][n] G.
+// The adjoint: to[9][n] = G^T from[16][n] G.
 template <class T>
-inline void add_taps_of_points(int64_t n, const T* from, T* to) {
+inline void taps_of_points(int64_t n, const T* from, T* to) {
   constexpr int W = Simd<T>::lanes;
   const auto adjoint = [](Vec<T> u0, Vec<T> u1, Vec<T> u2, Vec<T> u3, Vec<T>* g) {
     const Vec<T> sum = T(0.5) * (u1 + u2);
@@ -85,10 +85,7 @@ inline void add_taps_of_points(int64_t n, const T* from, T* to) {
     for (int c = 0; c < 3; ++c) {
       Vec<T> g[3];
       adjoint(half[0][c], half[1][c], half[2][c], half[3][c], g);
-      for (int r = 0; r < 3; ++r) {
-        T* const at = to + (3 * r + c) * n + i;
-        store(at, load(at) + g[r]);
-      }
+      for (int r = 0; r < 3; ++r) store(to + (3 * r + c) * n + i, g[r]);
     }
   }
 }
@@ -127,7 +124,7 @@ inline void input_points(const Tiles& tiles, int64_t channels, const T* bordered
 
 // Output tiles out[pixel][j] = A^T m A of `length` adjacent j, with m[16][tile][j] of tiles [begin, end).
 template <bool Biased, class T>
-inline void put_tiles(const int64_t* at, int64_t begin, int64_t end, const T* m, int64_t length, const Finish<T>& how,
+__attribute__((noinline)) void put_tiles(const int64_t* at, int64_t begin, int64_t end, const T* m, int64_t length, const Finish<T>& how,
                       int64_t row, int64_t column, T* out) {
   constexpr int W = Simd<T>::lanes;
   const Finish<T> finish = how;  // a copy, which stores can't change
@@ -155,6 +152,16 @@ inline void put_tiles(const int64_t* at, int64_t begin, int64_t end, const T* m,
     }
 }
 
+// m[16][R tiles][N vectors] of v[16][tile][v_channels] and u[16][channels][hidden]. A function of its own: inlined, its
+// loop would lack registers.
+template <int R, int N, class T>
+__attribute__((noinline)) void multiply_points(int64_t channels, const T* v, int64_t v_step, int64_t v_channels,
+                                               const T* u, int64_t hidden, T* m) {
+  constexpr int64_t length = N * Simd<T>::lanes;
+  for (int p = 0; p < points; ++p, v += v_step, u += channels * hidden, m += R * length)
+    expand_tile<R, N>({1, channels, 0}, v, v_channels, u, hidden, Finish<T>{}, m, length);
+}
+
 // A few channels to many: out[pixel][j] from points of inputs v[16][tile][v_channels] and of taps u[16][channels][j],
 // with a bias or a gate. at[tile] is where a tile's first pixel lies in maps.
 template <class T>
@@ -174,10 +181,8 @@ inline void expand_points(const Tiles& tiles, const int64_t* at, int64_t channel
       const int64_t count = tiling[g];
       with_count<expand_vectors>(vectors, [&](auto n) {
         with_count<expand_rows>(count, [&](auto r) {
-          for (int p = 0; p < points; ++p)
-            expand_tile<decltype(r)::value, decltype(n)::value>({1, channels, 0}, v + p * v_step + t * v_channels,
-                                                                v_channels, u + p * channels * hidden + j, hidden,
-                                                                Finish<T>{}, products + p * count * length, length);
+          multiply_points<decltype(r)::value, decltype(n)::value>(channels, v + t * v_channels, v_step, v_channels,
+                                                                  u + j, hidden, products);
         });
       });
       if (here.bias)
