@@ -99,10 +99,36 @@ def zuko(kind, features, hidden, n_layers, **options):
     return getattr(library.flows, kind)(features, transforms=n_layers, hidden_features=(hidden, hidden), **options)
 
 
+def torchflows(kind, features, n_layers=4, **conditioner):
+    from torchflows import flows
+    from torchflows.bijections.finite.autoregressive import architectures
+
+    bijection = getattr(architectures, kind)(features, n_layers=n_layers, conditioner_kwargs=conditioner)
+    model = flows.Flow(bijection)
+    model.log_prob(torch.randn(256, features))  # its ActNorms take their statistics from the first batch
+    return model
+
+
+def pyro_spline_coupling(features, hidden, n_bins=8):
+    """One quadratic spline coupling as a density."""
+    from pyro.distributions import transforms
+    from pyro.nn import DenseNN
+
+    half = features // 2
+    sizes = [(features - half) * n for n in (n_bins, n_bins, n_bins - 1)]
+    return transforms.SplineCoupling(features, half, DenseNN(half, [hidden], sizes), n_bins, order="quadratic")
+
+
 def pythae_vae(latent):
     from pythae import models
 
     return models.VAE(models.VAEConfig(input_dim=(1, 28, 28), latent_dim=latent))
+
+
+def _pyro_log_prob(transform, x):
+    x = x.clone()  # Pyro's transforms know their last argument by identity
+    z = transform(x)
+    return transform.log_abs_det_jacobian(x, z) - 0.5 * z.square().sum(1)
 
 
 def _bound(model, x):
@@ -187,6 +213,12 @@ CASES = (
     _case("zuko NSF, 5 layers, 8-D, hidden 64, batch 512", lambda: zuko("NSF", 8, 64, 5), _lazy_log_prob, (512, 8)),
     _case("zuko NSF coupling, 5 layers, 8-D, hidden 64, batch 512", lambda: zuko("NSF", 8, 64, 5, passes=2),
           _lazy_log_prob, (512, 8)),
+    _case("torchflows RealNVP, 8 layers, 16-D, hidden 64, batch 512",
+          lambda: torchflows("RealNVP", 16, 8, n_hidden=64, n_layers=3), _log_prob, (512, 16)),
+    _case("torchflows NSF coupling, 5 layers, 8-D, hidden 32, batch 512",
+          lambda: torchflows("CouplingRQNSF", 8, 5, n_hidden=32), _log_prob, (512, 8)),
+    _case("Pyro spline coupling, 8-D, hidden 32, batch 512", lambda: pyro_spline_coupling(8, 32), _pyro_log_prob,
+          (512, 8)),
     _case("pythae VAE, 784-512-16, batch 100", lambda: pythae_vae(16), _bound, (100, 1, 28, 28)),
     *(_case(f"small: FrEIA {block} x 4, 64 x 8", lambda block=block: freia(block, 8, 16, 4), _invertible_log_prob,
             (64, 8), "small") for block in ("AllInOneBlock", "GLOWCouplingBlock", "RNVPCouplingBlock",
@@ -195,6 +227,8 @@ CASES = (
     _case("small: nflows NSF coupling, 64 x 8", lambda: nflows_nsf(8, 16, 4), _log_prob, (64, 8), "small"),
     _case("small: normflows RealNVP, 64 x 8", lambda: normflows_realnvp(8, 16, 4), _log_prob, (64, 8), "small"),
     _case("small: zuko RealNVP, 64 x 8", lambda: zuko("RealNVP", 8, 16, 4), _lazy_log_prob, (64, 8), "small"),
+    *(_case(f"small: torchflows {kind}, 64 x 8", lambda kind=kind: torchflows(kind, 8), _log_prob, (64, 8), "small")
+      for kind in ("RealNVP", "InverseRealNVP", "NICE", "MAF", "CouplingRQNSF")),
     _case("small: zuko MAF, 64 x 8", lambda: zuko("MAF", 8, 16, 4), _lazy_log_prob, (64, 8), "small"),
 )
 
