@@ -183,6 +183,7 @@ class Trainer:
             try:
                 results = self._train(progress, log)
             except _Stop as stop:
+                self._settle(progress)
                 self.save()
                 raise Interrupted(stop.number, f"stopped after step {self.step}, saved as {self._saved}") from None
         if first:
@@ -201,6 +202,7 @@ class Trainer:
         self._evaluate_if_due(progress, log)
         while self.step < train.steps and not over and not self.watch.over:
             over = self._round(progress, log, deadline)
+        self._settle(progress)
         if self.watch.over:
             progress.say(f"step {self.step}: {self.watch.since} evaluations in a row were not better than that of step "
                          f"{self.watch.best_step} (train.patience)")
@@ -215,19 +217,23 @@ class Trainer:
         over = self._advance(progress, log, deadline)
         if self._signal:
             raise _Stop(self._signal)
+        if self._due(train.eval_every) or self._due(train.checkpoint_every):
+            self._settle(progress)
         self._collapse(self.model, self.train_step.objective, self.step, progress.say)
         self._evaluate_if_due(progress, log)
-        if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+        if self._due(train.checkpoint_every):
             self.save()
-        if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
+        if self._due(train.sample_every) and self.step < train.steps:
             self.draw(log, page=False)
         return over
+
+    def _due(self, every):
+        return every and self.step % every == 0
 
     def _evaluate_if_due(self, progress, log):
         """The evaluation of this step, if there is one on the way and it was not seen before the run was cut."""
         train = self.settings.train
-        if not train.eval_every or not 0 < self.step < train.steps or self.step % train.eval_every \
-                or self.watch.seen == self.step:
+        if not self._due(train.eval_every) or not 0 < self.step < train.steps or self.watch.seen == self.step:
             return
         part = "test" if self.data.validation is None else "validation"
         figures = self.evaluate(log, part)
@@ -261,6 +267,7 @@ class Trainer:
         """One training step; returns whether the time is over."""
         train = self.settings.train
         begin = time.perf_counter()
+        self._settle(progress)
         batch = self.batch(self.step)
         mine = batch if self.processes.count == 1 else batch.chunk(self.processes.count)[self.processes.rank]
         rate = self._rate(self.step)
@@ -274,26 +281,41 @@ class Trainer:
                 loss = self.train_step(x.to(self.device))
                 for name, value in {"loss": loss, **self.train_step.parts}.items():
                     if name != "grad_norm":
-                        sums[name] = sums[name] + value if name in sums else value
+                        sums[name] = value if train.accumulate == 1 else sums.get(name, 0.0) + value
         except NonFiniteError as error:
-            epoch, index = divmod(self.step, len(self.data.train) // train.batch_size)
-            where = f"step {self.step + 1} (epoch {epoch + 1}, batch {index + 1}, process {self.processes.rank})"
-            if self.skipped >= train.skip_non_finite:
-                raise NonFiniteError(f"{where}: {error}", error.module) from None
-            self.skipped += 1
+            self._leave_out(self.step, error, progress)
             self.step += 1
-            progress.say(f"{where}: left out, {self.skipped} of at most {train.skip_non_finite}: {error}")
             return self._exchange(deadline, ())[0]
         self.step += 1
+        logged = self.step % train.log_every == 0 or self.step == train.steps
+        if self.train_step.check_finite == "late" and not logged:  # the host does not wait for the device
+            return self._exchange(deadline, ())[0]
         over, means = self._exchange(deadline, [value.item() / train.accumulate for value in sums.values()])
         figures = self._figures(dict(zip(sums, means, strict=True)), batch[0].numel())
         speed = len(batch) / (time.perf_counter() - begin)
         progress.update(self.step, {k: v for k, v in figures.items() if k != "elbo"}, speed, self.unit)
-        if self.step % train.log_every == 0 or self.step == train.steps:
+        if logged:
             log.write(self.step, {"loss": means[0], **{k.replace("/", "_per_"): v for k, v in figures.items()},
                                   "grad_norm": self.train_step.parts["grad_norm"].item(), "learning_rate": rate,
                                   "skipped": self.skipped, f"{self.unit}_per_second": speed})
         return over
+
+    def _settle(self, progress):
+        """Hears whether the device skipped the last update, which a recorded step does not say before."""
+        try:
+            self.train_step.check()
+        except NonFiniteError as error:
+            self._leave_out(self.step - 1, error, progress)
+
+    def _leave_out(self, step, error, progress):
+        """Counts a step that changed nothing, the one after so many, or raises if there are too many."""
+        train = self.settings.train
+        epoch, index = divmod(step, len(self.data.train) // train.batch_size)
+        where = f"step {step + 1} (epoch {epoch + 1}, batch {index + 1}, process {self.processes.rank})"
+        if self.skipped >= train.skip_non_finite:
+            raise NonFiniteError(f"{where}: {error}", error.module) from None
+        self.skipped += 1
+        progress.say(f"{where}: left out, {self.skipped} of at most {train.skip_non_finite}: {error}")
 
     def _figures(self, means, n_dims):
         """What is reported of a training step."""
