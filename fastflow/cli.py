@@ -111,6 +111,7 @@ def parser():
                        help="change one setting of the recipe; may be repeated")
     train.add_argument("--resume", choices=["auto"], help="continue from the newest checkpoint in DIR, if there is one")
     train.add_argument("--list", action="store_true", help="list the recipes and leave")
+    train.add_argument("--settings", action="store_true", help="list every setting of a recipe and leave")
     train.add_argument("--dry-run", action="store_true", help="say what a step would take, and leave")
     train.set_defaults(command=run_train)
 
@@ -185,6 +186,9 @@ def run_train(arguments):
 
     if arguments.list:
         list_recipes()
+        return
+    if arguments.settings:
+        list_settings()
         return
     if arguments.recipe is None:
         fail(f"train: expected a recipe, one of {', '.join(settings_module.recipes())} or a .toml file")
@@ -283,6 +287,19 @@ def list_recipes():
     console = Console(width=None if sys.stdout.isatty() else 240)
     console.print(table, highlight=False)
     print("\nminutes: about, on two CPU cores, where that is known")
+
+
+def list_settings():
+    """A table of the settings: what --set takes, what holds without, what it means."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastflow.engine.settings import described
+
+    table = Table("setting", "default", "what", box=None, pad_edge=False)
+    for row in described():
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
 
 
 def run_sample(arguments):

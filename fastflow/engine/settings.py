@@ -1,9 +1,10 @@
 """Recipes: TOML files that become typed settings. An unknown key or a wrong type is an error that names the field."""
 
+import json
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -15,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Settings", "differences", "from_dict", "load_settings", "recipes"]
+__all__ = ["Settings", "described", "differences", "from_dict", "load_settings", "recipes"]
 
 MAX_RECIPE_BYTES = 1 << 20
 # What may change between a run and its continuation: how long it goes on and what it reports, never what it computes.
@@ -92,7 +93,7 @@ class SweepSettings(Section):
 class Settings(Section):
     """Everything that defines a run."""
 
-    description: str = ""
+    description: str = Field("", description="what train --list says")
     minutes: float = Field(0.0, ge=0, description="about how long it takes on two CPU cores; 0 where that is not known")
     data: DataSettings
     model: Annotated[Model, Field(discriminator="kind")]
@@ -135,6 +136,27 @@ def from_dict(raw):
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise SettingsError("; ".join(_sentence(e) for e in error.errors(include_url=False))) from error
+
+
+def described():
+    """[(section.key, default, what it means)] of every setting, the model's by kind: "model (glow).n_steps"."""
+    rows = []
+    for section, field in Settings.model_fields.items():
+        kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if hasattr(kind, "model_fields")]
+        for kind in kinds:
+            named = f" ({get_args(kind.model_fields['kind'].annotation)[0]})" if len(kinds) > 1 else ""
+            rows += [_row(f"{section}{named}.{key}", inner) for key, inner in kind.model_fields.items()
+                     if key != "kind"]
+        if not kinds:
+            rows.append(_row(section, field))
+    return rows
+
+
+def _row(name, field):
+    kinds = (field.annotation, *get_args(field.annotation))
+    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+    default = "needed" if field.is_required() else "" if field.default is None else json.dumps(field.default)
+    return name, default, field.description + (f": {', '.join(choices)}" if choices else "")
 
 
 def differences(old, new):

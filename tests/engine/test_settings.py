@@ -1,7 +1,7 @@
 import pytest
 
 from fastflow.engine import SettingsError, load_settings
-from fastflow.engine.settings import differences, from_dict, recipes
+from fastflow.engine.settings import described, differences, from_dict, recipes
 
 SHIPPED = {"glow-photos", "glow-digits", "vae-digits"}
 
@@ -50,6 +50,27 @@ def test_what_is_wrong_is_named(override, message):
     with pytest.raises(SettingsError) as caught:
         load_settings("glow-photos", [override])
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_every_setting_is_described():
+    rows = {name: (default, what) for name, default, what in described()}
+    assert all(len(what) > 5 for _, what in rows.values())
+    assert rows["train.steps"][0] == "needed" and rows["train.batch_size"][0] == "32"
+    assert rows["model (glow).n_steps"][0] == "8" and rows["model (maf).activation"][1].endswith(": relu, tanh")
+    assert "table" in rows["data.format"][1] and "patches" in rows["data.name"][1] and "sweep.beta" in rows
+    for name in recipes():  # nothing of a recipe is left out
+        settings = load_settings(name)
+        named = {f"model ({settings.model.kind}).{key}" for key in settings.model.model_dump() if key != "kind"}
+        named |= {f"{section}.{key}" for section in ("data", "train", "sample")
+                  for key in getattr(settings, section).model_dump()}
+        assert named <= rows.keys()
+
+
+def test_a_path_takes_the_place_of_the_recipes_own_data():
+    settings = load_settings("glow-photos", ["data.path=mine", "data.format=folder", "data.size=32"])
+    assert settings.data.name is None and settings.data.path == "mine"
+    moved = load_settings("glow-photos", ["data.path=moved", "data.format=folder", "data.size=32"])
+    assert differences(settings, moved) == []
 
 
 def test_a_recipe_of_ones_own(tmp_path):

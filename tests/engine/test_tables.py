@@ -50,8 +50,8 @@ def settings(path, recipe="maf-breast-cancer", *more):
 
 @pytest.mark.parametrize("recipe", ["maf-breast-cancer", "realnvp-patches", "nsf-miniboone"])
 def test_densities_are_in_the_units_of_the_data(tmp_path, recipe):
-    """log p(x) of the model is that of a flow of standardised columns less the logarithms of the deviations; other units
-    shift it by theirs."""
+    """log p(x) of the model is that of a flow of standardised columns less the logarithms of the deviations; other
+    units shift it by theirs."""
     rows = table()
     tables = [load_data(settings(parts(tmp_path / f"{i}", rows * unit.numpy() + i), recipe, "data.shape=[3]"))
               for i, unit in enumerate((torch.ones(3), UNITS))]
@@ -99,9 +99,9 @@ def test_the_parts_share_no_row(tmp_path):
     assert [len(part) for part in (found.train, found.validation, found.test)] == [180, 60, 60]
     together = torch.cat([found.train, found.validation, found.test])
     assert len(torch.unique(together, dim=0)) == 300
-    again = data.load(tmp_path / "t.npy", test_fraction=0.2)  # the validation part is taken from the training rows alone
+    again = data.load(tmp_path / "t.npy", test_fraction=0.2)  # validation rows come from the training part
     assert torch.equal(again.test, found.test) and found.fingerprint() != again.fingerprint()
-    with pytest.raises(ValueError, match="validation_fraction: expected 0, because the training crops of patches overl"):
+    with pytest.raises(ValueError, match="validation_fraction: expected 0, because the training crops of patches"):
         data.load("patches", validation_fraction=0.1)
 
 
