@@ -52,7 +52,8 @@ def write_report(directory, device):
     trained = load_trained(directory, device)
     settings, model = trained.settings, trained.model
     images = load_data(settings)
-    objective = objective_for(model, n_bins=levels_of_values(settings))
+    objective = objective_for(model, n_bins=levels_of_values(settings),
+                              n_samples=getattr(settings.model, "n_samples", 1))
     figures = evaluate(model, objective, images.test, device)
     log, name = read_log(directory / "metrics.jsonl"), directory.resolve().name
     drawn = draw(directory, model, objective, settings, images, device, trained.step, name)
@@ -89,7 +90,8 @@ def write_report(directory, device):
 def _figures(figures, step, n_images):
     rows = {}
     for name, value in figures.items():
-        label, unit = UNITS.get(name, (name.replace("_", " "), ""))
+        bound = (f"importance-weighted bound of {name.removeprefix('iwae_')} samples", "nats per image")
+        label, unit = UNITS.get(name, bound)
         rows[label] = f"{value:.4f} {unit}"
     return _table({"step": step, "images": n_images, **rows})
 

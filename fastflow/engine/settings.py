@@ -59,8 +59,8 @@ class TrainSettings(Section):
     tensorboard: bool = Field(False, description="write TensorBoard's event file too")
     eval_every: Count = Field(0, description="steps between evaluations on held-out images; 0 for the end only")
     patience: Count = Field(0, description="evaluations in a row without a better one that end the run; 0 for never")
-    bound_samples: Count = Field(0, description="K of the held-out bound log(1/K sum of K weights), at the end; 0 for "
-                                "none")
+    bound_samples: Count = Field(0, description="K of a VAE's importance-weighted bound, held out, at the end; 0 "
+                                "for as many samples as in training")
     sample_every: Count = Field(0, description="steps between sample grids; 0 for the end only")
     collapse_every: Count = Field(100, description="steps between looks for collapsed latents of a VAE; 0 for none")
     checkpoint_every: Count = Field(0, description="steps between checkpoints; 0 for the end only")

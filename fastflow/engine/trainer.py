@@ -1,10 +1,8 @@
 """The trainer: a train step in a loop, with evaluation, pictures, checkpoints that resume bit for bit, and a log."""
 
 import contextlib
-import functools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -15,9 +13,10 @@ from fastflow.engine import checkpoint
 from fastflow.engine.assembly import assemble
 from fastflow.engine.collapse import CollapseWatch
 from fastflow.engine.datasets import completed, levels_of_values, load_data
+from fastflow.engine.devices import choose_device, set_threads
 from fastflow.engine.distributed import Processes, is_sharded
 from fastflow.engine.errors import CheckpointError, NonFiniteError, RunError, SettingsError
-from fastflow.engine.evaluate import bound, describe, evaluate, is_vae
+from fastflow.engine.evaluate import describe, evaluate, is_vae
 from fastflow.engine.faults import explained
 from fastflow.engine.files import write_text
 from fastflow.engine.gallery import draw, draw_curves
@@ -32,25 +31,9 @@ from fastflow.engine.state import seed_host_random
 from fastflow.engine.watch import Watch, score
 from fastflow.vae import LinearSchedule
 
-__all__ = ["Trainer", "choose_device", "set_threads"]
+__all__ = ["Trainer"]
 
 INITIAL_BATCH = 256  # images that the data-dependent layers are initialised with
-
-
-def choose_device(name):
-    """The torch.device that the setting "auto", "cpu" or "cuda" means here."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("train.device: cuda was asked for, and torch sees no GPU")
-    if name != "cpu" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", torch.cuda.current_device()) if name != "cpu" and torch.cuda.is_available() \
-        else torch.device("cpu")
-
-
-def set_threads(settings):
-    """Gives this process the CPU threads that the settings ask for, if they do."""
-    if settings.train.threads:
-        torch.set_num_threads(settings.train.threads)
 
 
 class Trainer:
@@ -97,8 +80,9 @@ class Trainer:
             check_tensorboard()
         torch.manual_seed(train.seed)
         self.model = build_model(settings).to(self.device)
-        if train.kl_warmup_steps and not is_vae(self.model):
-            raise SettingsError(f"train.kl_warmup_steps: a model of kind {settings.model.kind!r} has no rate to weigh")
+        for name in ("kl_warmup_steps", "bound_samples"):
+            if getattr(train, name) and not is_vae(self.model):
+                raise SettingsError(f"train.{name}: a model of kind {settings.model.kind!r} has no latents")
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
         self.watch, self._rate = Watch(train.patience), LearningRate(train)
@@ -251,10 +235,8 @@ class Trainer:
 
     def _results(self, progress, log):
         """The figures, curves and pictures at the end, by name."""
-        figures = self.evaluate(log)
+        figures = self.evaluate(log, n_samples=self.settings.train.bound_samples)
         self._look(progress, figures)
-        if self.settings.train.bound_samples:
-            figures |= self.evaluate(log, n_samples=self.settings.train.bound_samples)
         results = {"step": self.step, **figures, f"test_{self.unit}": len(self.data.test),
                    "checkpoint": str(self._saved), "diverged": self.watch.diverged, **self.draw(log)}
         if self.watch.over:
@@ -265,8 +247,7 @@ class Trainer:
 
     def _advance(self, progress, log, deadline):
         """One training step; returns whether the time is over."""
-        train = self.settings.train
-        begin = time.perf_counter()
+        train, begin = self.settings.train, time.perf_counter()
         self._settle(progress)
         batch = self.batch(self.step)
         mine = batch if self.processes.count == 1 else batch.chunk(self.processes.count)[self.processes.rank]
@@ -359,13 +340,15 @@ class Trainer:
         """Inside, the model has the averaged weights, where there is an average."""
         return contextlib.nullcontext() if self.train_step.ema is None else self.train_step.ema.swapped_in()
 
-    def evaluate(self, log, part="test", n_samples=None):
+    def evaluate(self, log, part="test", n_samples=0):
         """Figures of the averaged weights, or of the weights where there is no average, on that part of the data,
-        "test" or "validation"; a line in the log. With ``n_samples`` the bound of so many samples."""
-        measure = evaluate if n_samples is None else functools.partial(bound, n_samples=n_samples)
+        "test" or "validation"; a line in the log. ``n_samples``: draws of a VAE's latents, 0 for as many as in
+        training."""
+        objective = self.train_step.objective
+        if n_samples:
+            objective = objective_for(self.model, n_bins=self.n_bins, n_samples=n_samples)
         with self._averaged():
-            figures = measure(self.model, self.train_step.objective, getattr(self.data, part), self.device,
-                              poll=self._check_stop)
+            figures = evaluate(self.model, objective, getattr(self.data, part), self.device, poll=self._check_stop)
         log.write(self.step, {f"{part}_{name}": value for name, value in figures.items()})
         return figures
 
@@ -375,8 +358,7 @@ class Trainer:
         with self._averaged():
             model = self.model
             if is_sharded(model):  # sampling goes past the forward that would gather the shards
-                state = weights(model)
-                model = build_model(self.settings).to(self.device)
+                state, model = weights(model), build_model(self.settings).to(self.device)
                 model.load_state_dict(state)
             if self.processes.rank:
                 return {}

@@ -29,7 +29,7 @@ class Killed(BaseException):
 def make(tmp_path, threads, monkeypatch):
     """make(name, *overrides): a trainer of a tiny Glow that neither evaluates nor draws; an epoch has 5 steps."""
     threads(torch.get_num_threads())
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, log: {"bits_per_dim": 3.0})
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, log, **_: {"bits_per_dim": 3.0})
     monkeypatch.setattr(Trainer, "draw", lambda self, log, page=True: {})
     monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
 
