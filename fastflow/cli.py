@@ -209,7 +209,7 @@ def run_train(arguments):
     if leads:
         shape = "x".join(map(str, images.image_shape))
         print(f"{title}: {len(images.train)} training and {len(images.test)} held-out images of {shape}, "
-              f"{trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
+              f"{trainer.n_parameters:,} parameters, {trainer.device}\n{'run':16}{out}", flush=True)
     if loaded is None:
         trainer.start()
     else:
@@ -219,7 +219,7 @@ def run_train(arguments):
     results = trainer.run()
     if not leads:
         return
-    print(f"held-out {describe(results)}, {results['test_images']} images, step {results['step']}")
+    print(f"held-out {describe(results)}\n{'':16}{results['test_images']} images, step {results['step']}")
     warn_of_broken(results["broken_samples"])
     for name in ("samples", "reconstructions", "diagnosis", "checkpoint"):
         if name in results:
@@ -268,7 +268,7 @@ def run_evaluate(arguments):
     path = Path(arguments.directory) / "evaluation.json"
     record = {"step": trained.step, "seed": arguments.seed, "test_images": len(images.test), **figures}
     write_text(path, json.dumps(record, indent=1) + "\n")
-    print(f"held-out {describe(figures)}, {len(images.test)} images, step {trained.step}")
+    print(f"held-out {describe(figures)}\n{'':16}{len(images.test)} images, step {trained.step}")
     print(f"{'figures':16}{path}")
     if is_vae(trained.model):
         title = Path(arguments.directory).resolve().name

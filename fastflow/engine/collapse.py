@@ -25,7 +25,8 @@ class CollapseWatch:
 
     def __init__(self, every, images, device, say):
         self.every, self.images, self.device = every, images[:IMAGES], device
-        self.monitor = CollapseMonitor(LEAST_ACTIVE, callback=say)
+        self.monitor = CollapseMonitor(LEAST_ACTIVE, callback=lambda message: say(
+            f"WARNING: {message} (train.kl_warmup_steps anneals; train.collapse_every=0 stops these looks)"))
 
     def __call__(self, model, objective, step):
         if not self.every or step % self.every or not is_vae(model) or is_sharded(model):
