@@ -230,7 +230,7 @@ def train(settings, out, title, resume):
         shape = "x".join(map(str, examples.event_shape))
         validation = "" if examples.validation is None else f", {len(examples.validation)} validation"
         print(f"{title}: {len(examples.train)} training{validation} and {len(examples.test)} held-out {trainer.unit} "
-              f"of {shape}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
+              f"of {shape}, {trainer.n_parameters:,} parameters, {trainer.device}\n{'run':16}{out}", flush=True)
     if loaded is None:
         trainer.start()
     else:
@@ -241,7 +241,7 @@ def train(settings, out, title, resume):
     trainer.close()
     if not leads:
         return
-    print(f"held-out {describe(results)}, {len(examples.test)} {trainer.unit}, step {results['step']}")
+    print(f"held-out {describe(results)}\n{'':16}{len(examples.test)} {trainer.unit}, step {results['step']}")
     warn_of_broken(results["broken_samples"])
     for name in ("samples", "reconstructions", "diagnosis", "curves", "checkpoint"):
         if name in results:
@@ -355,7 +355,7 @@ def run_evaluate(arguments):
     path = Path(arguments.directory) / "evaluation.json"
     record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}
     write_text(path, json.dumps(record, indent=1) + "\n")
-    print(f"held-out {describe(figures)}, {len(test)} {unit}, step {trained.step}")
+    print(f"held-out {describe(figures)}\n{'':16}{len(test)} {unit}, step {trained.step}")
     print(f"{'figures':16}{path}")
     if is_vae(trained.model):
         out = Path(arguments.directory)

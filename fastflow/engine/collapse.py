@@ -30,7 +30,8 @@ class CollapseWatch:
         """A look, if one is due; ``say(warning)`` hears of a collapse."""
         if not self.every or step % self.every or not is_vae(model) or is_sharded(model):
             return
-        self.monitor.callback = say
+        self.monitor.callback = lambda message: say(
+            f"WARNING: {message} (train.kl_warmup_steps anneals; train.collapse_every=0 stops these looks)")
         with aside(model, self.device, 0):
             x, _ = objective.prepare(model, self.images.to(self.device))
             self.monitor.look(model, x, when=f"{step} steps")

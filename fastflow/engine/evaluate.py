@@ -43,12 +43,13 @@ def evaluate(model, objective, images, device, seed=0, poll=lambda: None):
 
 
 def describe(figures):
-    """Held-out figures as text."""
-    units = {"bits_per_dim": "bits/dim", "elbo": "ELBO", "rate": "rate", "distortion": "distortion",
-             "log_prob": "log-likelihood"}
-    units |= {name: f"bound of {name.removeprefix('iwae_')} samples" for name in figures if name.startswith("iwae_")}
-    text = "  ".join(f"{unit} {figures[name]:.4f}" for name, unit in units.items() if name in figures)
-    return text + (" (nats per image)" if "elbo" in figures else " nats per row" if "log_prob" in figures else "")
+    """Held-out figures as text: bits/dim, and the others in nats per image; of rows nats per row."""
+    if "log_prob" in figures:
+        return f"log-likelihood {figures['log_prob']:.4f} nats per row"
+    names = {"elbo": "ELBO", "rate": "rate", "distortion": "distortion"}
+    names |= {name: f"bound of {name.removeprefix('iwae_')} samples" for name in figures if name.startswith("iwae_")}
+    nats = [f"{label} {figures[name]:.2f}" for name, label in names.items() if name in figures]
+    return "  ".join([f"bits/dim {figures['bits_per_dim']:.4f}", *nats]) + (" nats" if nats else "")
 
 
 def samples(model, n, n_bins, device, temperature=1.0, seed=0):
