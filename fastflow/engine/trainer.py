@@ -86,12 +86,13 @@ class Trainer:
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
         self.watch, self._rate = Watch(train.patience), LearningRate(train)
-        self._collapse = CollapseWatch(0 if self.processes.rank else train.collapse_every, self.data.train, self.device)
+        looks = 0 if self.processes.rank else train.collapse_every
+        self._collapse = CollapseWatch(looks, self.data.train, self.device, lambda message: self._say(message))
         beta = getattr(settings.model, "beta", 1.0)
         self._rise = LinearSchedule(0.0, beta, train.kl_warmup_steps) if train.kl_warmup_steps else None
         self._order = (None, None)
         self._stop = StopSignals()
-        self._saved, self._signal = None, 0
+        self._saved, self._signal, self._say = None, 0, console.print
         self._checkpoints = self.out / "checkpoints"
 
     @property
@@ -162,12 +163,13 @@ class Trainer:
             checkpoint.clean(self._checkpoints)
         self.model.train()
         progress = TrainProgress(self.console, self.title, train.steps, self.step)
+        self._say = progress.say
         log = RunLog(self.out if first else None, train.tensorboard, self.step)
         with self._stop, log, progress, explained(self.settings, self.processes.count):
             try:
                 results = self._train(progress, log)
             except _Stop as stop:
-                self._settle(progress)
+                self._settle()
                 self.save()
                 raise Interrupted(stop.number, f"stopped after step {self.step}, saved as {self._saved}") from None
         if first:
@@ -183,17 +185,17 @@ class Trainer:
         train = self.settings.train
         deadline = time.monotonic() + (train.max_seconds or float("inf"))
         over = self._exchange(deadline, ())[0]
-        self._evaluate_if_due(progress, log)
+        self._evaluate_if_due(log)
         while self.step < train.steps and not over and not self.watch.over:
             over = self._round(progress, log, deadline)
-        self._settle(progress)
+        self._settle()
         if self.watch.over:
-            progress.say(f"step {self.step}: {self.watch.since} evaluations in a row were not better than that of step "
+            self._say(f"step {self.step}: {self.watch.since} evaluations in a row were not better than that of step "
                          f"{self.watch.best_step} (train.patience)")
         elif self.step < train.steps:
-            progress.say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
+            self._say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
         self.save()
-        return self._results(progress, log)
+        return self._results(log)
 
     def _round(self, progress, log, deadline):
         """A training step and what is due after it; returns whether the time is over."""
@@ -202,9 +204,9 @@ class Trainer:
         if self._signal:
             raise _Stop(self._signal)
         if self._due(train.eval_every) or self._due(train.checkpoint_every):
-            self._settle(progress)
-        self._collapse(self.model, self.train_step.objective, self.step, progress.say)
-        self._evaluate_if_due(progress, log)
+            self._settle()
+        self._collapse(self.model, self.train_step.objective, self.step)
+        self._evaluate_if_due(log)
         if self._due(train.checkpoint_every):
             self.save()
         if self._due(train.sample_every) and self.step < train.steps:
@@ -214,33 +216,32 @@ class Trainer:
     def _due(self, every):
         return every and self.step % every == 0
 
-    def _evaluate_if_due(self, progress, log):
+    def _evaluate_if_due(self, log):
         """The evaluation of this step, if there is one on the way and it was not seen before the run was cut."""
         train = self.settings.train
         if not self._due(train.eval_every) or not 0 < self.step < train.steps or self.watch.seen == self.step:
             return
         part = "test" if self.data.validation is None else "validation"
         figures = self.evaluate(log, part)
-        progress.say(f"step {self.step}: {'held-out' if part == 'test' else part} {describe(figures)}")
-        self.watch.see(self.step, self._look(progress, figures))
+        self._say(f"step {self.step}: {'held-out' if part == 'test' else part} {describe(figures)}")
+        self.watch.see(self.step, self._look(figures))
         if train.patience and self.watch.best_step == self.step:
             self.save()
 
-    def _look(self, progress, figures):
+    def _look(self, figures):
         """The score of the figures, the same in all processes; a warning if it says that training has diverged."""
         value, = self.processes.mean([score(figures, self.data.train[0].numel())])  # devices may differ in rounding
         if warning := self.watch.warning(self.step, value):
-            progress.say(f"WARNING: {warning}")
+            self._say(f"WARNING: {warning}")
         return value
 
-    def _results(self, progress, log):
+    def _results(self, log):
         """The figures, curves and pictures at the end, by name."""
         figures = self.evaluate(log, n_samples=self.settings.train.bound_samples)
-        self._look(progress, figures)
+        self._look(figures)
         results = {"step": self.step, **figures, f"test_{self.unit}": len(self.data.test),
                    "checkpoint": str(self._saved), "diverged": self.watch.diverged, **self.draw(log)}
-        if self.watch.over:
-            results["best_step"] = self.watch.best_step
+        results |= {"best_step": self.watch.best_step} if self.watch.over else {}
         if self.processes.rank == 0 and (curves := draw_curves(self.out)) is not None:
             results["curves"] = str(curves)
         return results
@@ -248,7 +249,7 @@ class Trainer:
     def _advance(self, progress, log, deadline):
         """One training step; returns whether the time is over."""
         train, begin = self.settings.train, time.perf_counter()
-        self._settle(progress)
+        self._settle()
         batch = self.batch(self.step)
         mine = batch if self.processes.count == 1 else batch.chunk(self.processes.count)[self.processes.rank]
         rate = self._rate(self.step)
@@ -264,7 +265,7 @@ class Trainer:
                     if name != "grad_norm":
                         sums[name] = value if train.accumulate == 1 else sums.get(name, 0.0) + value
         except NonFiniteError as error:
-            self._leave_out(self.step, error, progress)
+            self._leave_out(self.step, error)
             self.step += 1
             return self._exchange(deadline, ())[0]
         self.step += 1
@@ -281,14 +282,14 @@ class Trainer:
                                   "skipped": self.skipped, f"{self.unit}_per_second": speed})
         return over
 
-    def _settle(self, progress):
+    def _settle(self):
         """Hears whether the device skipped the last update, which a recorded step does not say before."""
         try:
             self.train_step.check()
         except NonFiniteError as error:
-            self._leave_out(self.step - 1, error, progress)
+            self._leave_out(self.step - 1, error)
 
-    def _leave_out(self, step, error, progress):
+    def _leave_out(self, step, error):
         """Counts a step that changed nothing, the one after so many, or raises if there are too many."""
         train = self.settings.train
         epoch, index = divmod(step, len(self.data.train) // train.batch_size)
@@ -296,7 +297,7 @@ class Trainer:
         if self.skipped >= train.skip_non_finite:
             raise NonFiniteError(f"{where}: {error}", error.module) from None
         self.skipped += 1
-        progress.say(f"{where}: left out, {self.skipped} of at most {train.skip_non_finite}: {error}")
+        self._say(f"{where}: left out, {self.skipped} of at most {train.skip_non_finite}: {error}")
 
     def _figures(self, means, n_dims):
         """What is reported of a training step."""
