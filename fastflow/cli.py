@@ -126,18 +126,22 @@ def parser():
     sample.set_defaults(command=run_sample)
 
     evaluate = commands.add_parser("evaluate", help="held-out figures of a trained model",
-                                   description="Print held-out figures, and write them to DIR/evaluation.json.")
+                                   description="Print held-out figures, and write them to DIR/evaluation.json; of a "
+                                   "VAE also the diagnosis, into DIR/diagnosis.")
     evaluate.add_argument("directory", metavar="DIR", help="a run's directory")
     evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws")
     evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     evaluate.set_defaults(command=run_evaluate)
 
     export = commands.add_parser("export", help="write a trained model to a file for use elsewhere",
-                                 description="Write a trained model's weights, or its compiled log-density, and print "
-                                 "the path.")
+                                 description="Write a trained model's weights, or a function of it as a graph or "
+                                 "compiled, and print the path.")
     export.add_argument("directory", metavar="DIR", help="a run's directory")
     export.add_argument("--format", choices=["safetensors", "torch_export", "aoti"], default="safetensors")
-    export.add_argument("--out", metavar="PATH", help="the file (default: DIR/export/step-NNNNNN-FORMAT)")
+    export.add_argument("--function", choices=["log_prob", "elbo", "encode", "decode"], help="what torch_export and "
+                        "aoti hold (default: log_prob of a flow, elbo of a VAE, which takes its noise as an input)")
+    export.add_argument("--samples", type=_positive, default=1, metavar="K", help="of the latents in an exported elbo")
+    export.add_argument("--out", metavar="PATH", help="the file (default: in DIR/export)")
     export.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     export.set_defaults(command=run_export)
 
@@ -237,7 +241,7 @@ def train(settings, out, title, resume):
         return
     print(f"held-out {describe(results)}, {len(examples.test)} {trainer.unit}, step {results['step']}")
     warn_of_broken(results["broken_samples"])
-    for name in ("samples", "reconstructions", "curves", "checkpoint"):
+    for name in ("samples", "reconstructions", "diagnosis", "curves", "checkpoint"):
         if name in results:
             print(f"{name:16}{results[name]}")
 
@@ -328,8 +332,9 @@ def run_sample(arguments):
 
 def run_evaluate(arguments):
     from fastflow.engine.datasets import levels_of_values, load_data
-    from fastflow.engine.evaluate import describe, evaluate
+    from fastflow.engine.evaluate import describe, evaluate, is_vae
     from fastflow.engine.files import write_text
+    from fastflow.engine.gallery import diagnosed
     from fastflow.engine.objectives import objective_for
     from fastflow.engine.run import load_trained
     from fastflow.engine.trainer import choose_device, set_threads
@@ -337,7 +342,8 @@ def run_evaluate(arguments):
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
     set_threads(trained.settings)
-    test = load_data(trained.settings).test
+    examples = load_data(trained.settings)
+    test = examples.test
     unit = "rows" if test.is_floating_point() else "images"
     objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings),
                               n_samples=getattr(trained.settings.model, "n_samples", 1))  # as at the end of the run
@@ -346,17 +352,28 @@ def run_evaluate(arguments):
     record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}
     write_text(path, json.dumps(record, indent=1) + "\n")
     print(f"held-out {describe(figures)}, {len(test)} {unit}, step {trained.step}")
-    print(path)
+    print(f"{'figures':16}{path}")
+    if is_vae(trained.model):
+        out = Path(arguments.directory)
+        found, pages = diagnosed(out, trained.model, objective, trained.settings, examples, device, trained.step,
+                                 out.resolve().name)
+        print(f"{'diagnosis':16}{pages['page']}\n")
+        print(found.summary())
 
 
 def run_export(arguments):
     from fastflow.engine.export import export
     from fastflow.engine.run import load_trained
 
+    function = arguments.function
+    if function and arguments.format == "safetensors":
+        fail(f"--function: weights hold no function; choose --format torch_export or aoti for {function}")
     trained = load_trained(arguments.directory, "cpu", arguments.step)
-    out = arguments.out or Path(arguments.directory) / "export" / f"step-{trained.step:06d}-{arguments.format}"
+    name = "-".join(filter(None, (f"step-{trained.step:06d}", arguments.format, function)))
+    out = arguments.out or Path(arguments.directory) / "export" / name
     try:
-        print(export(trained.model, out, arguments.format, settings=trained.settings.model_dump(mode="json")))
+        print(export(trained.model, out, arguments.format, function=function, n_samples=arguments.samples,
+                     settings=trained.settings.model_dump(mode="json")))
     except ValueError as error:
         fail(error)
 

@@ -2,7 +2,9 @@
 
 from fastflow.diagnostics.bits_back import BitsBack, Message
 from fastflow.diagnostics.density_ratio import DensityRatioCheck, density_ratio_check
+from fastflow.diagnostics.discrete import CodeUsage, code_information, code_usage, discrete_information
 from fastflow.diagnostics.inversion import InversionError, inversion_error
+from fastflow.diagnostics.kl import kl_per_latent
 from fastflow.diagnostics.latents import (
     InformationTerms,
     active_units,
@@ -25,9 +27,9 @@ from fastflow.diagnostics.rate_distortion import (
 from fastflow.diagnostics.report import Diagnosis, diagnose
 from fastflow.diagnostics.self_consuming import Chain, GaussianChain, augment, self_consuming_chain
 
-__all__ = ["BitsBack", "Chain", "CollapseMonitor", "CollapseWarning", "DensityRatioCheck", "Diagnosis",
+__all__ = ["BitsBack", "Chain", "CodeUsage", "CollapseMonitor", "CollapseWarning", "DensityRatioCheck", "Diagnosis",
            "GaussianChain", "InformationTerms", "InversionError", "LinearOptimum", "Message", "RateDistortion",
-           "Traversal", "active_units", "aggregate_log_prob", "augment", "data_eigenvalues", "density_ratio_check",
-           "diagnose", "dimension_kl", "information", "inversion_error", "linear_optimum", "marginal_kl",
-           "minibatch_information", "posterior_moments", "rate_distortion", "rate_distortion_sweep",
-           "self_consuming_chain", "traversal_grid"]
+           "Traversal", "active_units", "aggregate_log_prob", "augment", "code_information", "code_usage",
+           "data_eigenvalues", "density_ratio_check", "diagnose", "dimension_kl", "discrete_information",
+           "information", "inversion_error", "kl_per_latent", "linear_optimum", "marginal_kl", "minibatch_information",
+           "posterior_moments", "rate_distortion", "rate_distortion_sweep", "self_consuming_chain", "traversal_grid"]

@@ -13,8 +13,8 @@ from fastflow import checks
 from fastflow.vae.penalties import decompose_kl
 from fastflow.vae.posteriors.gaussian import log_normal, prior_moments
 
-__all__ = ["InformationTerms", "active_units", "aggregate_log_prob", "dimension_kl", "information", "marginal_kl",
-           "minibatch_information", "posterior_moments"]
+__all__ = ["InformationTerms", "active_units", "aggregate_log_prob", "dimension_kl", "information",
+           "information_terms", "marginal_kl", "minibatch_information", "posterior_moments"]
 
 CHUNK = 2**22  # numbers in the largest table at a time
 
@@ -111,7 +111,7 @@ def information(mean, log_sigma, prior=None, *, n_samples=1, log_prior=None, gen
     own = log_normal(z, mean, log_sigma).sum(2)
     flat = z.flatten(0, 1)
     marginal, target = (t.unflatten(0, own.shape) for t in (aggregate_log_prob(flat, mean, log_sigma), log_prior(flat)))
-    return _terms(own - marginal, marginal - target)
+    return information_terms(own - marginal, marginal - target)
 
 
 def minibatch_information(z, mean, log_sigma, log_pz, dataset_size, method="stratified"):
@@ -126,7 +126,7 @@ def minibatch_information(z, mean, log_sigma, log_pz, dataset_size, method="stra
         method: "stratified" or "weighted", see vae.penalties.minibatch_weights.
     """
     terms = decompose_kl(z, mean, log_sigma, log_pz, dataset_size, method)
-    return _terms(terms.mutual_information, terms.total_correlation + terms.dimension_kl)
+    return information_terms(terms.mutual_information, terms.total_correlation + terms.dimension_kl)
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def marginal_kl(mean, log_sigma, n_points=2001):
     return torch.stack(result)
 
 
-def _terms(mutual, aggregate):
+def information_terms(mutual, aggregate):
     """InformationTerms of (K, N) each; the samples of one example count as one draw in the errors."""
     def error(values):
         per_example = values.mean(0)

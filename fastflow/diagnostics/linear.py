@@ -40,7 +40,10 @@ def data_eigenvalues(x):
         raise ValueError(f"x: expected at least 2 examples, got {len(x)}")
     flat = x.flatten(1).double()
     centred = flat - flat.mean(0)
-    return torch.linalg.eigvalsh(centred.mT @ centred / len(flat)).clamp_min(0.0).flip(0)
+    n, d = flat.shape
+    gram = centred.mT @ centred if d <= n else centred @ centred.mT  # of the same eigenvalues but for zeros
+    found = torch.linalg.eigvalsh(gram / n).clamp_min(0.0).flip(0)
+    return torch.cat([found, found.new_zeros(d - len(found))])
 
 
 def linear_optimum(eigenvalues, sigma, beta=1.0, latent_features=None):

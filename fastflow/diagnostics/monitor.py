@@ -5,7 +5,10 @@ import warnings
 
 import torch
 
+from fastflow.diagnostics.discrete import code_usage
+from fastflow.diagnostics.kl import kl_per_latent
 from fastflow.diagnostics.latents import dimension_kl
+from fastflow.vae import QuantizedVAE
 
 __all__ = ["CollapseMonitor", "CollapseWarning"]
 
@@ -19,7 +22,8 @@ class CollapseMonitor:
 
     ``attach(model)`` hooks it onto the model's posterior, so that any training loop runs it; or hand it (B, D) KLs
     with :meth:`update`. The KLs are averaged where they are and looked at every ``every`` batches only. It is silent
-    inside torch.compile and CUDA-graph capture, which run no Python.
+    inside torch.compile and CUDA-graph capture, which run no Python. Or call :meth:`look` now and then, which takes
+    every kind of VAE: of quantised ones it counts the codes in use.
 
     Args:
         least_active: warn when fewer latents than this have a mean KL above ``threshold``; an int of at least 1, or a
@@ -32,7 +36,7 @@ class CollapseMonitor:
 
     Attributes:
         kl: (D,) mean KL at the last look, None before.
-        active: how many of them were above the threshold, None before.
+        active: how many of them were above the threshold, or of the codes in use; None before.
         collapsed: whether it has warned since the latents last recovered.
     """
 
@@ -75,18 +79,43 @@ class CollapseMonitor:
         self._sum = mean if self._sum is None else self._sum + mean
         if (self._batches - self.warmup) % self.every:
             return
-        self.kl, self._sum = self._sum / self.every, None
-        self.active = int((self.kl > self.threshold).sum())
-        total = len(self.kl)
+        mean, self._sum = self._sum / self.every, None
+        self._judge(mean, f"{self._batches} batches")
+
+    @torch.no_grad()
+    def look(self, model, x, context=None, *, when, generator=None):
+        """Looks at once, at the model as it stands on x (N, *event), in the mode (train or eval) that it is in, and may
+        warn; ``every`` and ``warmup`` are the caller's. A model without a KL for each latent is passed over.
+
+        Args:
+            context: (N, ...) for a conditional model.
+            when: what the warning says after "after", such as "300 steps".
+            generator: of a hierarchy's samples, or None.
+        """
+        if isinstance(model, QuantizedVAE):
+            usage = code_usage(model.codes(x), model.quantizer.n_codes)
+            self._decide(usage.used, len(usage.counts),
+                         f"codebook collapse: {usage.used} of {len(usage.counts)} codes are in use after {when} "
+                         f"(perplexity {usage.perplexity:.3g}); let dead codes restart, or use fewer of them")
+        elif (kl := kl_per_latent(model, x, context, generator=generator)) is not None:
+            self._judge(kl, when)
+
+    def _judge(self, kl, when):
+        self.kl = kl
+        active = int((kl > self.threshold).sum())
+        self._decide(active, len(kl), f"posterior collapse: {active} of {len(kl)} latents have a KL above "
+                     f"{self.threshold:g} nats after {when} (largest {kl.max().item():.2g}); lower beta, anneal it, or "
+                     f"use free bits")
+
+    def _decide(self, active, total, message):
+        self.active = active
         least = self.least_active if self.least_active >= 1 else math.ceil(self.least_active * total)
-        self._low = self._low + 1 if self.active < least else 0
+        self._low = self._low + 1 if active < least else 0
         if self._low == 0:
             self.collapsed = False
         elif self._low >= self.patience and not self.collapsed:
             self.collapsed = True
-            self._warn(f"posterior collapse: {self.active} of {total} latents have a KL above {self.threshold:g} nats "
-                       f"after {self._batches} batches (largest {self.kl.max().item():.2g}); lower beta, anneal it, or "
-                       f"use free bits")
+            self._warn(message)
 
     def _warn(self, message):
         if self.callback is not None:

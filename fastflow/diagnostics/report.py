@@ -6,6 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from fastflow import checks
+from fastflow.diagnostics.discrete import (
+    CodeUsage,
+    active_sites,
+    code_information,
+    code_usage,
+    discrete_information,
+)
+from fastflow.diagnostics.kl import closed_prior, kl_per_latent, site_kl
 from fastflow.diagnostics.latents import (
     InformationTerms,
     active_units,
@@ -16,36 +24,53 @@ from fastflow.diagnostics.latents import (
 )
 from fastflow.diagnostics.linear import LinearOptimum, data_eigenvalues, linear_optimum
 from fastflow.diagnostics.rate_distortion import RateDistortion, Traversal, rate_distortion, traversal_grid
-from fastflow.vae import GaussianLikelihood
-from fastflow.vae.posteriors.gaussian import prior_moments
+from fastflow.vae import DiscreteVAE, GaussianLikelihood, HierarchicalVAE, QuantizedVAE
 
 __all__ = ["Diagnosis", "diagnose"]
+
+ACTIVE_NATS = 0.01  # mean KL above which a latent of a hierarchy counts as active
+LEVEL_IMAGES = 8
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A VAE measured on N examples. What only diagonal Gaussian posteriors have is None for others.
+    """A VAE measured on N examples. What a kind of model does not have is None.
 
     Attributes:
         n_examples, size: N, and the numbers in one example.
         point: RateDistortion.
-        kl: (D,) mean KL of each latent to N(0, 1) or a GaussianPrior, nats.
-        marginal_kl: (D,) KL(q(z_d) || N(0, 1)) of each latent's aggregate posterior; None for other priors.
-        active: (D,) bool, Burda et al.'s active units.
-        information: InformationTerms.
-        traversal: Traversal; None for conditional models too.
+        unit: what one latent is: "latent", "bit", "class", "latent" of a level or "code position".
+        kl: (D,) mean KL of each latent in nats, see kl_per_latent.
+        marginal_kl: (D,) KL(q(z_d) || N(0, 1)) of each latent's aggregate posterior, for Gaussians with prior N(0, I).
+        active: (D,) bool: Burda et al.'s active units for Gaussians, bits and classes; a mean KL above 0.01 nats for
+            hierarchies.
+        level_sizes: of hierarchies, how many of the D latents each level has, from the top down.
+        codes: CodeUsage of quantised models.
+        information: InformationTerms; None for hierarchies.
+        traversal: Traversal of Gaussians, bits and classes; None for conditional models.
+        level_images: (L + 1, V, *event) of hierarchies: V reconstructions with the uppermost 0 to L levels inferred
+            and those below at their priors' means.
         prediction: LinearOptimum of a linear model on these data, for Gaussian likelihoods with one sigma.
     """
 
     n_examples: int
     size: int
     point: RateDistortion
+    unit: str = "latent"
     kl: torch.Tensor | None = None
     marginal_kl: torch.Tensor | None = None
     active: torch.Tensor | None = None
+    level_sizes: tuple | None = None
+    codes: CodeUsage | None = None
     information: InformationTerms | None = None
     traversal: Traversal | None = None
+    level_images: torch.Tensor | None = None
     prediction: LinearOptimum | None = None
+
+    @property
+    def level_kl(self):
+        """[float] mean KL of each level of a hierarchy in nats, from the top down; None for other models."""
+        return None if self.level_sizes is None else [part.sum().item() for part in self.kl.split(self.level_sizes)]
 
     @property
     def bits_per_dim(self):
@@ -56,13 +81,20 @@ class Diagnosis:
         """A few lines of text."""
         point = self.point
         lines = [f"{self.n_examples} examples of {self.size} numbers",
-                 f"ELBO {point.elbo:.4g} +- {point.elbo_error:.2g} nats ({self.bits_per_dim:.4g} bits/dim): "
-                 f"rate {point.rate:.4g}, distortion {point.distortion:.4g}"]
-        if self.kl is not None:
+                 f"ELBO {point.elbo:.6g} +- {point.elbo_error:.2g} nats ({self.bits_per_dim:.4g} bits/dim): "
+                 f"rate {point.rate:.5g}, distortion {point.distortion:.6g}"]
+        if self.active is not None:
             active, total = int(self.active.sum()), len(self.kl)
+            lines.append(f"active units {active} of {total}" + (": posterior collapse" if active == 0 else ""))
+        if self.codes is not None:
+            lines.append(f"codes in use {self.codes.used} of {len(self.codes.counts)}, perplexity "
+                         f"{self.codes.perplexity:.4g}" + (": codebook collapse" if self.codes.used == 1 else ""))
+        if self.level_sizes is not None:
+            levels = ", ".join(f"{kl:.3g} in {n}" for kl, n in zip(self.level_kl, self.level_sizes, strict=True))
+            lines.append(f"KL of each level from the top down, nats in latents: {levels}")
+        elif self.kl is not None:
             top = ", ".join(f"{i}: {self.kl[i].item():.3g}" for i in self.kl.argsort(descending=True)[:8].tolist())
-            lines += [f"active units {active} of {total}" + (": posterior collapse" if active == 0 else ""),
-                      f"largest KLs, latent: nats: {top}"]
+            lines.append(f"largest KLs, {self.unit}: nats: {top}")
         if self.information is not None:
             terms = self.information
             lines.append(f"rate = mutual information {terms.mutual_information.item():.4g} + aggregate KL "
@@ -74,13 +106,15 @@ class Diagnosis:
 
 
 @torch.no_grad()
-def diagnose(model, x, context=None, *, beta=1.0, n_samples=1, n_dims=10, max_examples=2000, batch_size=1024,
-             generator=None):
+def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_dims=10, max_examples=2000,
+             batch_size=1024, generator=None):
     """Diagnosis of a model with ``elbo`` on data x (N, *event), as the model takes them; it runs in eval mode.
 
     Args:
         context: (N, ...) for a conditional model.
         beta: the KL weight that it was trained with, for the prediction of collapse.
+        constant: nats to add to the distortion, such as D log(n_bins) for images dequantised to a range of 1, so that
+            the ELBO bounds the log-probability of the integers.
         n_samples: draws of z for each example.
         n_dims: latents in the traversal.
         max_examples: only the first so many are used; the aggregate posterior takes time in their square.
@@ -96,33 +130,69 @@ def diagnose(model, x, context=None, *, beta=1.0, n_samples=1, n_dims=10, max_ex
     try:
         point = rate_distortion(model, x, context, n_samples=n_samples, batch_size=batch_size, beta=beta,
                                 generator=generator)
+        point = point._replace(distortion=point.distortion + constant, elbo=point.elbo - constant)
+        options = {"n_samples": n_samples, "n_dims": n_dims, "batch_size": batch_size, "generator": generator}
         latents = {}
         if hasattr(getattr(model, "posterior", None), "moments"):
-            latents = _latents(model, x, context, n_samples, n_dims, batch_size, generator)
+            latents = _gaussian(model, x, context, **options)
+        elif isinstance(model, DiscreteVAE):
+            latents = _discrete(model, x, **options)
+        elif isinstance(model, HierarchicalVAE):
+            latents = _hierarchical(model, x, batch_size, generator)
+        elif isinstance(model, QuantizedVAE):
+            latents = _quantized(model, x, batch_size)
         return Diagnosis(len(x), x[0].numel(), point, prediction=_prediction(model, x, beta, latents), **latents)
     finally:
         model.train(training)
 
 
-def _latents(model, x, context, n_samples, n_dims, batch_size, generator):
+def _gaussian(model, x, context, n_samples, n_dims, batch_size, generator):
     mean, log_sigma = posterior_moments(model, x, context, batch_size=batch_size)
-    found = {"active": active_units(mean)}
-    closed = not hasattr(model.prior, "given") and prior_moments(model.prior, mean) is not None
-    found["kl"] = dimension_kl(mean, log_sigma, model.prior if closed else None).mean(0)
+    prior = closed_prior(model, mean)
+    found = {"active": active_units(mean), "kl": dimension_kl(mean, log_sigma, prior).mean(0)}
     if model.prior is None:
         found["marginal_kl"] = marginal_kl(mean, log_sigma)
     if context is None:
         shape = model.encode(x[:1]).shape[1:]
-        log_prior = None if closed else lambda z: model._log_prior(z.view(1, -1, *shape))[0]
-        found["information"] = information(mean, log_sigma, model.prior if closed else None, n_samples=n_samples,
-                                           log_prior=log_prior, generator=generator)
+        log_prior = None
+        if prior is not model.prior:
+            def log_prior(z):
+                return model._log_prior(z.view(1, -1, *shape))[0]
+        found["information"] = information(mean, log_sigma, prior, n_samples=n_samples, log_prior=log_prior,
+                                           generator=generator)
         found["traversal"] = traversal_grid(model, x, n_dims)
     return found
 
 
+def _discrete(model, x, n_samples, n_dims, batch_size, generator):
+    posteriors = [model.posterior(batch) for batch in x.split(batch_size)]
+    q, p = type(posteriors[0])(torch.cat([part.logits for part in posteriors])), model.prior()
+    kl = site_kl(q, p).mean(0)
+    dims = kl.argsort(descending=True, stable=True)[:n_dims]
+    images = model.traverse(q.mode()[0], dims.tolist())
+    return {"unit": "bit" if model.n_classes == 2 else "class", "kl": kl, "active": active_sites(q),
+            "information": discrete_information(q, p, n_samples=n_samples, generator=generator),
+            "traversal": Traversal(dims, kl[dims], torch.arange(model.n_classes), images)}
+
+
+def _hierarchical(model, x, batch_size, generator):
+    kl = kl_per_latent(model, x, batch_size=batch_size, generator=generator)
+    sizes = tuple(part[0].numel() for part in model.latent_kl(x[:1]))
+    images = torch.stack([model.reconstruct(x[:LEVEL_IMAGES], n) for n in range(len(sizes) + 1)])
+    return {"kl": kl, "active": kl > ACTIVE_NATS, "level_sizes": sizes, "level_images": images}
+
+
+def _quantized(model, x, batch_size):
+    codes = torch.cat([model.codes(batch) for batch in x.split(batch_size)])
+    log_probs = torch.cat([model.code_log_probs(part) for part in codes.split(batch_size)])
+    return {"unit": "code position", "kl": -log_probs.mean(0), "codes": code_usage(codes, model.quantizer.n_codes),
+            "information": code_information(codes, log_probs.sum(1))}
+
+
 def _prediction(model, x, beta, latents):
     likelihood = getattr(model, "likelihood", None)
-    if not isinstance(likelihood, GaussianLikelihood) or likelihood.mode == "decoder":
+    if isinstance(model, (DiscreteVAE, HierarchicalVAE, QuantizedVAE)) or not beta > 0.0 \
+            or not isinstance(likelihood, GaussianLikelihood) or likelihood.mode == "decoder":
         return None
     sigma = math.exp(float(likelihood._log_scale(None)))
     return linear_optimum(data_eigenvalues(x), sigma, beta, len(latents["kl"]) if latents else None)

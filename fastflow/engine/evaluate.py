@@ -1,10 +1,10 @@
 """Figures and pictures of a model. Each draws from a seed of its own and leaves torch's generators as they were."""
 
-import contextlib
 import math
 
 import torch
 
+from fastflow.engine.aside import aside
 from fastflow.engine.distributed import unwrap
 from fastflow.engine.objectives import levels_of
 
@@ -16,17 +16,6 @@ BATCH = 256
 def is_vae(model):
     """Whether the model is one that encodes and decodes."""
     return hasattr(unwrap(model), "elbo")
-
-
-@contextlib.contextmanager
-def _aside(model, device, seed):
-    """Evaluation mode, no gradients, generators seeded inside and put back after."""
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        yield
-    model.train(was_training)
 
 
 def evaluate(model, objective, images, device, seed=0, poll=lambda: None):
@@ -45,7 +34,7 @@ def evaluate(model, objective, images, device, seed=0, poll=lambda: None):
         nats per row.
     """
     sums = {}
-    with _aside(model, device, seed):
+    with aside(model, device, seed):
         for batch in images.split(BATCH):
             poll()
             for name, values in objective.report(model, batch.to(device)).items():
@@ -64,7 +53,7 @@ def bound(model, objective, images, device, n_samples, seed=0, poll=lambda: None
         {"bound": in nats per example, "bound_samples": K}, of images "bound_bits_per_dim" too.
     """
     total = 0.0
-    with _aside(model, device, seed):
+    with aside(model, device, seed):
         for batch in images.split(BATCH):
             x, summed = batch.to(device), None
             for _ in range(n_samples):
@@ -92,7 +81,7 @@ def samples(model, n, n_bins, device, temperature=1.0, seed=0):
     """(images, n_broken): n images of integer levels, uint8, drawn from the model, from a VAE the likelihood's means
     without its noise; and how many of them hold a value that is not finite."""
     options = {"mean": True} if is_vae(model) else {}
-    with _aside(model, device, seed):
+    with aside(model, device, seed):
         x = model.sample(n, temperature=temperature, **options)
         return levels_of(model, x, n_bins), n - int(torch.isfinite(x).flatten(1).all(1).sum())
 
@@ -100,13 +89,13 @@ def samples(model, n, n_bins, device, temperature=1.0, seed=0):
 def sample_rows(model, n, device, temperature=1.0, seed=0):
     """(rows, n_broken): n rows (n, D) of a table drawn from the model, in the table's units; and how many of them hold
     a value that is not finite."""
-    with _aside(model, device, seed):
+    with aside(model, device, seed):
         x = model.sample(n, temperature=temperature)
         return x.cpu(), n - int(torch.isfinite(x).all(1).sum())
 
 
 def reconstructions(model, objective, images, device, seed=0):
     """What a VAE makes of images (N, C, H, W): integer levels, uint8."""
-    with _aside(model, device, seed):
+    with aside(model, device, seed):
         x, _ = objective.prepare(model, images.to(device))
         return levels_of(model, model.reconstruct(x), objective.n_bins)

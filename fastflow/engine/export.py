@@ -1,14 +1,16 @@
-"""Trained models as files that leave fastflow: weights with a description, or a compiled log-density.
+"""Trained models as files that leave fastflow: weights with a description, or a function as a graph or compiled.
 
 ============ ============= ===================================================================================
 format       suffix        what it holds, and what reading it takes
 ============ ============= ===================================================================================
 safetensors  .safetensors  the weights; fastflow and the model's settings, or a model of the same class
-torch_export .pt2          log_prob as a graph of torch.export; torch and the operators that it names
-aoti         .pt2          log_prob compiled by AOTInductor to a native library; the same, on the same platform
+torch_export .pt2          a function as a graph of torch.export; torch and the operators that it names
+aoti         .pt2          a function compiled by AOTInductor to a native library; the same, on the same platform
 ============ ============= ===================================================================================
 
-Beside each stands NAME.json: format, versions, shapes, operators, and the SHA-256 of the file.
+The functions are log_prob of a flow, and elbo, encode and decode of a VAE; elbo takes its noise as an input, so that it
+is reproduced to rounding, see :func:`fastflow.engine.programs.program`. Beside each file stands NAME.json: format,
+versions, function, inputs, operators, and the SHA-256 of the file.
 
 A graph calls fused operators, ``fastflow_cpu::spline_fwd`` for instance, which must be registered before it is loaded:
 :func:`load_exported` does that, and elsewhere ``fastflow.extension.load("cpu")``. ``backend="reference"`` makes one
@@ -25,10 +27,12 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from fastflow import backends, extension
 from fastflow.engine.errors import RunError
 from fastflow.engine.files import write_text
+from fastflow.engine.programs import default_function, program
 
 __all__ = ["FORMATS", "export", "load_exported"]
 
@@ -37,15 +41,19 @@ VERSION = 1
 MAX_DESCRIPTION_BYTES = 1 << 24
 
 
-def export(model, path, format="safetensors", *, example=None, backend=None, settings=None):
+def export(model, path, format="safetensors", *, function=None, n_samples=1, example=None, backend=None,
+           settings=None):
     """Writes the model to ``path``, whole or not at all, and its description beside it.
 
     Args:
-        model: a module; for "torch_export" and "aoti" a Flow, without context. It is exported in eval mode.
+        model: a module; for "torch_export" and "aoti" a Flow or a VAE, without context. It is exported in eval mode.
         path: with the suffix of the format, or another or none, which that one replaces.
         format: a key of ``FORMATS``.
-        example: (B, *event), B >= 2, data of the shape, dtype and device that log_prob is to take, with any number of
-            examples; None draws two from the model. "safetensors" needs none.
+        function: of those formats, "log_prob", "elbo", "encode" or "decode", see programs.program; None: log_prob of a
+            flow, elbo of a VAE.
+        n_samples: K draws of the latents for each x, fixed in an exported elbo.
+        example: (B, *event), B >= 2, data of the shape, dtype and device that the function is to take, with any number
+            of examples; None draws two from the model. "safetensors" needs none.
         backend: whose operators the graph is to call, "reference" for torch's own alone; None for the usual choice.
         settings: {section: {key: value}} of the run, kept in the description, with which :func:`load_exported` builds
             the model.
@@ -54,7 +62,7 @@ def export(model, path, format="safetensors", *, example=None, backend=None, set
         The path.
 
     Raises:
-        ValueError: an unknown format, or a model without log_prob for a compiled one.
+        ValueError: an unknown format, or a function that the model does not have.
         RunError: the file can't be written, or the model can't be exported; the message says why.
     """
     if format not in FORMATS:
@@ -68,7 +76,7 @@ def export(model, path, format="safetensors", *, example=None, backend=None, set
         if format == "safetensors":
             about["tensors"] = _write_weights(model, temporary)
         else:
-            about |= _write_program(model, temporary, format, example, backend)
+            about |= _write_program(model, temporary, format, function, n_samples, example, backend)
         about["sha256"] = _sha256(temporary)
         temporary.replace(path)
         write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
@@ -81,7 +89,8 @@ def export(model, path, format="safetensors", *, example=None, backend=None, set
 
 
 def load_exported(path, model=None):
-    """What :func:`export` wrote: a model with its weights, or the function log_prob(x) (B,), without gradients.
+    """What :func:`export` wrote: a model with its weights, or the function, without gradients, of the tensors that
+    programs.program lists.
 
     Args:
         path: the exported file.
@@ -102,15 +111,15 @@ def load_exported(path, model=None):
         except (RuntimeError, KeyError) as error:
             raise RunError(f"{path}: needs the operators of fastflow's backend {name!r} ({error})") from error
     if about["format"] == "torch_export":
-        program = torch.export.load(path).module()
+        loaded = torch.export.load(path).module()
     else:
-        program = torch._inductor.aoti_load_package(str(path))
+        loaded = torch._inductor.aoti_load_package(str(path))
 
     @torch.no_grad()  # a graph holds the operators of the forward direction, which have no gradients of their own
-    def log_prob(x):
-        return program(x)
+    def function(*inputs):
+        return loaded(*inputs)
 
-    return log_prob
+    return function
 
 
 def _write_weights(model, path):
@@ -152,32 +161,39 @@ def _read_weights(path, about, model):
     return model
 
 
-def _write_program(model, path, format, example, backend):
-    """Traces log_prob with any batch size and writes it; what the description says about it."""
-    if not hasattr(model, "log_prob"):
-        raise ValueError(f"model: {format} holds log_prob, which {type(model).__name__} does not have; use safetensors")
+def _write_program(model, path, format, function, n_samples, example, backend):
+    """Traces the function with any batch size and writes it; what the description says about it."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), contextlib.nullcontext() if backend is None else backends.use_backend(backend):
-            if example is None:
-                example = model.sample(2, generator=None)
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            function = default_function(model) if function is None else function
+            module, inputs = program(model, function, n_samples, example)
+            batch = torch.export.Dim("batch")
+            # Noise, the second input, is (K, B, ...).
+            shapes = tuple(tree_map(lambda t, dim=dim: {dim: batch}, value) for dim, value in enumerate(inputs))
+            exported = torch.export.export(module, inputs, dynamic_shapes=shapes)
             if format == "torch_export":
-                torch.export.save(program, path)
+                torch.export.save(exported, path)
             else:
-                _without_infinities(program.graph)
-                torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+                _without_infinities(exported.graph)
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
     except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.UserError, RuntimeError) as error:
-        raise RunError(f"{type(model).__name__} can't be exported to {format}: "
+        raise RunError(f"{function} of {type(model).__name__} can't be exported to {format}: "
                        f"{' '.join(str(error).split())[:300]}") from error
     finally:
         model.train(training)
-    operators = sorted({str(node.target).removesuffix(".default") for node in program.graph.nodes
+    operators = sorted({str(node.target).removesuffix(".default") for node in exported.graph.nodes
                         if node.op == "call_function" and str(node.target).startswith("fastflow_")})
-    return {"operators": operators, "event_shape": list(example.shape[1:]),
-            "dtype": str(example.dtype).removeprefix("torch."), "device": example.device.type,
+    described = [tree_map(lambda t, dim=dim: _about(t, dim), value) for dim, value in enumerate(inputs)]
+    return {"function": function, "inputs": described, "operators": operators,
             "backends": sorted({name.partition(".")[0].removeprefix("fastflow_") for name in operators})}
+
+
+def _about(tensor, batch_dim):
+    """{"shape", "dtype", "device"}; "B" stands for the batch."""
+    shape = ["B" if dim == batch_dim else size for dim, size in enumerate(tensor.shape)]
+    return {"shape": shape, "dtype": str(tensor.dtype).removeprefix("torch."), "device": tensor.device.type}
 
 
 def _without_infinities(graph):

@@ -1,10 +1,11 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and logs read though a kill may have cut them short."""
 
 import csv
 import io
+import json
 import os
 
-__all__ = ["write_rows", "write_text"]
+__all__ = ["read_log", "write_rows", "write_text"]
 
 
 def write_text(path, text):
@@ -23,3 +24,14 @@ def write_rows(path, rows, columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text.getvalue())
     return path
+
+
+def read_log(path):
+    """[dict] of a .jsonl file's lines, without those that are not whole; none for a missing file."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]

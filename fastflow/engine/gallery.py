@@ -1,44 +1,60 @@
-"""What a trainer draws: grids of samples, reconstructions, rows of a table."""
+"""The pictures of a run: samples, reconstructions, the diagnosis of a VAE, curves; of a table sampled rows."""
 
 import torch
 
+from fastflow.engine import charts
+from fastflow.engine.diagnosis import diagnose_images, write_diagnosis
 from fastflow.engine.evaluate import is_vae, reconstructions, sample_rows, samples
-from fastflow.engine.files import write_rows
+from fastflow.engine.files import read_log, write_rows
 from fastflow.engine.pictures import save_grid
 
-__all__ = ["draw"]
+__all__ = ["diagnosed", "draw", "draw_curves"]
 
-N_RECONSTRUCTED = 32
-COLUMNS = 8
+RECONSTRUCTED, COLUMNS = 32, 8
 
 
-def draw(model, objective, data, settings, folder, step, device):
-    """Writes what the model generates as ``folder``/step-NNNNNN.png, or .csv for the rows of a table, and for a VAE
-    held-out originals above their reconstructions.
+def draw(out, model, objective, settings, images, device, step, title, page=True):
+    """Writes OUT/samples/step-NNNNNN.png and, for a VAE, OUT/samples/reconstructions-step-NNNNNN.png, rows of held-out
+    images above rows of their reconstructions, and OUT/diagnosis/. Of a table OUT/samples/step-NNNNNN.csv.
 
     Args:
-        model: a Flow or a VAE, whole in this process.
-        objective: as from :func:`fastflow.engine.objectives.objective_for`.
-        data: the ImageData or TableData.
-        settings: a :class:`~fastflow.engine.settings.Settings`.
-        folder: where the files go.
-        step: training steps done.
-        device: where to compute.
+        out: the run's directory.
+        model, objective: the model as it is to be shown, and its objective.
+        settings: the run's.
+        images: its data.
+        device: where the model is.
+        step, title: for names and headings.
+        page: whether to diagnose a VAE.
 
     Returns:
-        {"samples": path, "broken_samples": how many are not finite, for a VAE "reconstructions": path}.
+        {name: path as text} of samples, reconstructions and diagnosis, and broken_samples, how many of the samples hold
+        values that are not finite.
     """
-    options, name = settings.sample, f"step-{step:06d}"
-    if hasattr(data, "columns"):
+    options, n_bins, name = settings.sample, objective.n_bins, f"step-{step:06d}.png"
+    if hasattr(images, "columns"):
         rows, n_broken = sample_rows(model, options.count, device, options.temperature)
-        return {"samples": str(write_rows(folder / f"{name}.csv", rows, data.columns)), "broken_samples": n_broken}
-    n_bins = objective.n_bins
+        path = write_rows((out / "samples" / name).with_suffix(".csv"), rows, images.columns)
+        return {"samples": str(path), "broken_samples": n_broken}
     drawn, n_broken = samples(model, options.count, n_bins, device, options.temperature)
-    found = {"samples": str(save_grid(folder / f"{name}.png", drawn, n_bins)), "broken_samples": n_broken}
+    found = {"samples": str(save_grid(out / "samples" / name, drawn, n_bins)), "broken_samples": n_broken}
     if is_vae(model):
-        original = data.test[:N_RECONSTRUCTED]
+        n = len(images.test)
+        original = images.test[::max(1, n // RECONSTRUCTED)][:min(RECONSTRUCTED, n // COLUMNS * COLUMNS)]
         made = reconstructions(model, objective, original, device).cpu()
         pairs = torch.stack([original.unflatten(0, (-1, COLUMNS)), made.unflatten(0, (-1, COLUMNS))], 1).flatten(0, 2)
-        path = save_grid(folder / f"reconstructions-{name}.png", pairs, n_bins, n_columns=COLUMNS)
-        found["reconstructions"] = str(path)
+        found["reconstructions"] = str(save_grid(out / "samples" / f"reconstructions-{name}", pairs, n_bins, COLUMNS))
+    if page and is_vae(model):
+        found["diagnosis"] = str(diagnosed(out, model, objective, settings, images, device, step, title)[1]["page"])
     return found
+
+
+def diagnosed(out, model, objective, settings, images, device, step, title):
+    """(diagnostics.Diagnosis of a VAE on the held-out images, {name: path} of what was written into OUT/diagnosis)."""
+    found = diagnose_images(model, objective, images.test, device, beta=getattr(settings.model, "beta", 1.0))
+    return found, write_diagnosis(out / "diagnosis", found, model, images.n_bins, f"{title}, step {step}")
+
+
+def draw_curves(out):
+    """Writes OUT/curves.png from OUT/metrics.jsonl; returns its path, None where there is too little to show."""
+    drawn = charts.curves(read_log(out / "metrics.jsonl"))
+    return None if drawn is None else charts.save(out / "curves.png", drawn)

@@ -4,28 +4,15 @@ import importlib.util
 import json
 
 from fastflow.engine.errors import RunError, SettingsError
-from fastflow.engine.files import write_text
+from fastflow.engine.files import read_log, write_text
 
-__all__ = ["RunLog", "check_tensorboard", "read_log"]
+__all__ = ["RunLog", "check_tensorboard"]
 
 
 def check_tensorboard():
     """Raises SettingsError if TensorBoard's writer is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise SettingsError("train.tensorboard: needs tensorboard, not installed: pip install 'fastflow[tensorboard]'")
-
-
-def read_log(path):
-    """The entries of a metrics.jsonl, dicts in order; lines that a kill cut short are left out, none without a file."""
-    entries = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-            entry["step"] = int(entry["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        entries.append(entry)
-    return entries
 
 
 class RunLog:
@@ -54,10 +41,14 @@ class RunLog:
             self._writer = SummaryWriter(str(self._folder), purge_step=self._step + 1)
         return self
 
-    def __exit__(self, *_):
-        for file in (self._file, self._writer):
-            if file is not None:
-                file.close()
+    def __exit__(self, kind, *_):
+        try:
+            for file in (self._file, self._writer):
+                if file is not None:
+                    file.close()
+        except OSError as error:  # what could not be written is tried once more
+            if kind is None:
+                raise self._failure(error) from error
 
     def write(self, step, figures):
         """{name: number} of that step.
@@ -75,8 +66,10 @@ class RunLog:
                     held_out = group in ("test", "validation")
                     self._writer.add_scalar(f"{group}/{rest}" if held_out else f"train/{name}", value, step)
         except OSError as error:
-            raise RunError(f"{self._path}: could not be written ({error.strerror or error}); "
-                           f"the checkpoints are intact") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error):
+        return RunError(f"{self._path}: could not be written ({error.strerror or error}); the checkpoints are intact")
 
     def picture(self, step, name, path):
         """Shows the PNG at ``path`` in TensorBoard."""

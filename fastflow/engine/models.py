@@ -53,6 +53,13 @@ def load_weights(model, loaded, stem):
         raise CheckpointError(f"{loaded.path / stem}.safetensors: is of another model ({reason})") from error
 
 
+def _likelihood():
+    """Gaussian, of the sigma that fits the errors: one to be learned from 1 begins so wide that latents collapse."""
+    from fastflow.vae import GaussianLikelihood
+
+    return GaussianLikelihood("optimal")
+
+
 def _glow(options, image_shape):
     from fastflow.flows import Glow
 
@@ -120,14 +127,14 @@ def _vae(options, image_shape):
     hidden = (options.hidden_features, options.hidden_features)
     return VAE(mlp_encoder(image_shape, options.latent_features, hidden),
                mlp_decoder(options.latent_features, image_shape, hidden),
-               likelihood="gaussian", latent_shape=options.latent_features)
+               likelihood=_likelihood(), latent_shape=options.latent_features)
 
 
 def _iwae(options, image_shape):
     from fastflow.vae import IWAE
 
     return IWAE(image_shape, options.latent_features, n_samples=options.n_importance, network=options.network,
-                likelihood="gaussian")
+                likelihood=_likelihood())
 
 
 def _vqvae(options, image_shape):
@@ -137,7 +144,8 @@ def _vqvae(options, image_shape):
     if image_shape[1] % factor or image_shape[2] % factor:
         raise SettingsError(f"model.channels: {len(options.channels)} halvings don't divide {image_shape[1]}x"
                             f"{image_shape[2]} images")
-    return VQVAE(image_shape, options.n_codes, options.features, options.channels)
+    return VQVAE(image_shape, options.n_codes, options.features, options.channels, likelihood=_likelihood(),
+                 restart_below=0.1)
 
 
 def _discrete_vae(options, image_shape):
@@ -146,14 +154,14 @@ def _discrete_vae(options, image_shape):
     hidden = (options.hidden_features, options.hidden_features)
     return DiscreteVAE(mlp_encoder(image_shape, options.latent_bits, hidden, n_params=options.latent_bits),
                        mlp_decoder(options.latent_bits, image_shape, hidden), options.latent_bits,
-                       estimator=options.estimator, likelihood="gaussian")
+                       estimator=options.estimator, likelihood=_likelihood())
 
 
 def _vdvae(options, image_shape):
     from fastflow.vae import VDVAE
 
     return VDVAE(image_shape, options.groups, channels=options.channels, latent_channels=options.latent_channels,
-                 likelihood="gaussian")
+                 likelihood=_likelihood())
 
 
 BUILDERS = {"glow": _glow, "jet": _jet, "tarflow": _tarflow, "realnvp": _realnvp, "maf": _maf, "nsf": _nsf, "vae": _vae,

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import torch
 
-__all__ = ["levels", "save_grid"]
+__all__ = ["levels", "save_grid", "save_picture", "tiled"]
 
 PADDING = 2
 TARGET_PIXELS = 768  # images are magnified by a whole number so that the grid comes near this width
@@ -23,10 +23,14 @@ def save_grid(path, images, n_bins, n_columns=None):
 
     n_columns: images per row, about the square root of N by default.
     """
-    from PIL import Image
+    grid = tiled(images, n_bins, n_columns or math.ceil(math.sqrt(len(images))))
+    save_picture(path, grid)
+    return path
 
+
+def tiled(images, n_bins, n_columns):
+    """The same grid as an array (height, width, 3), or (height, width) for one channel, uint8."""
     n, channels, height, width = images.shape
-    n_columns = n_columns or math.ceil(math.sqrt(n))
     n_rows = math.ceil(n / n_columns)
     zoom = max(1, TARGET_PIXELS // (n_columns * (width + PADDING)))
     grey = (images.cpu().numpy().astype(np.uint16) * 255 // (n_bins - 1)).astype(np.uint8)
@@ -36,8 +40,14 @@ def save_grid(path, images, n_bins, n_columns=None):
     for i, image in enumerate(large):
         top, left = pad + i // n_columns * (height + pad), pad + i % n_columns * (width + pad)
         grid[top:top + height, left:left + width] = image.transpose(1, 2, 0)
+    return grid[:, :, 0] if channels == 1 else grid
+
+
+def save_picture(path, pixels):
+    """Writes uint8 pixels as a PNG, whole or not at all; the folder is made if missing."""
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    Image.fromarray(grid[:, :, 0] if channels == 1 else grid).save(temporary, format="PNG")
+    Image.fromarray(pixels).save(temporary, format="PNG")
     temporary.replace(path)
-    return path

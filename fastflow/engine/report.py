@@ -2,36 +2,44 @@
 
 import base64
 import html
-import json
+import os
 import platform
+import statistics
 from pathlib import Path
 
 import torch
 
-from fastflow.engine.datasets import load_data
-from fastflow.engine.evaluate import _aside, evaluate, is_vae, reconstructions, samples
-from fastflow.engine.files import write_text
-from fastflow.engine.objectives import levels_of, objective_for
-from fastflow.engine.pictures import save_grid
+import fastflow
+from fastflow import backends
+from fastflow.diagnostics import inversion_error
+from fastflow.engine.aside import aside
+from fastflow.engine.datasets import levels_of_values, load_data
+from fastflow.engine.evaluate import evaluate
+from fastflow.engine.files import read_log, write_text
+from fastflow.engine.gallery import draw, draw_curves
+from fastflow.engine.objectives import objective_for
 from fastflow.engine.run import load_trained
 
-__all__ = ["curve", "kl_per_latent", "write_report"]
+__all__ = ["write_report"]
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 420, 200, 64, 24
-MAX_POINTS = 400  # of a curve; longer logs are averaged down
-TRAVERSED = 8
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:940px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse}td,th{padding:2px 14px 2px 0;text-align:left;vertical-align:top}
-figure{display:inline-block;margin:0 12px 12px 0}figcaption{font-weight:600}img{max-width:440px}"""
+INVERTED = 64  # images that a flow is run forth and back on
+UNITS = {"bits_per_dim": ("bits/dim", ""), "elbo": ("ELBO", "nats per image"), "rate": ("rate", "nats per image"),
+         "distortion": ("distortion", "nats per image")}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em;color:#222}
+h1{margin-bottom:0}h2{margin-top:2em;border-bottom:1px solid #ddd}
+table{border-collapse:collapse}td,th{padding:2px 18px 2px 0;text-align:left;vertical-align:top}
+td:first-child{color:#666;white-space:nowrap}.columns{columns:2;column-gap:3em}
+figure{display:inline-block;vertical-align:top;margin:0 16px 12px 0;max-width:100%}
+figcaption{font-weight:600;margin-bottom:4px}.small img{max-width:480px}img{max-width:100%}"""
 
 
-def write_report(directory, device, n_images=512):
-    """Writes DIR/report.html, without any reference to other files, from the newest checkpoint and the log.
+def write_report(directory, device):
+    """Writes DIR/report.html, without any reference to other files, from the newest checkpoint and the log; the
+    pictures in it are written anew beside it, as at the end of a training.
 
     Args:
         directory: a run's directory.
         device: torch.device to compute on.
-        n_images: held-out images, at most, that figures and diagnosis are computed from.
 
     Returns:
         The path.
@@ -44,128 +52,74 @@ def write_report(directory, device, n_images=512):
     trained = load_trained(directory, device)
     settings, model = trained.settings, trained.model
     images = load_data(settings)
-    objective = objective_for(model, n_bins=images.n_bins)
-    held_out = images.test[:n_images]
-    figures = evaluate(model, objective, held_out, device)
-    log = _read_log(directory / "metrics.jsonl")
-    parts = [f"<h1>{html.escape(directory.name)}</h1><p>{html.escape(settings.description)}</p>",
-             "<h2>Held out</h2>", _table({"step": trained.step, "images": len(held_out),
-                                          **{name: f"{value:.4f}" for name, value in figures.items()}}),
-             "<h2>Curves</h2>", *_curves(log), "<h2>Pictures</h2>", *_pictures(trained, objective, images, device)]
-    if hasattr(model, "posterior"):
-        with _aside(model, device, 0):
-            kl = kl_per_latent(model, objective.prepare(model, held_out.to(device))[0])
-        if kl is not None:
-            parts += ["<h2>Diagnosis</h2>", f"<p>{int((kl > 0.01).sum())} of {len(kl)} latents carry more than 0.01 "
-                      f"nats; together {kl.sum().item():.2f} nats per image.</p>", _bars(kl.sort(descending=True)[0])]
-    speeds = [line["images_per_second"] for line in log if "images_per_second" in line]
-    if speeds:
-        parts += ["<h2>Throughput</h2>", _table({"median images/s": f"{sorted(speeds)[len(speeds) // 2]:.0f}"})]
-    sections = {f"{section}.{key}" if isinstance(value, dict) else section: inner
+    objective = objective_for(model, n_bins=levels_of_values(settings))
+    figures = evaluate(model, objective, images.test, device)
+    log, name = read_log(directory / "metrics.jsonl"), directory.resolve().name
+    drawn = draw(directory, model, objective, settings, images, device, trained.step, name)
+    curves = draw_curves(directory)
+    parts = [f"<h1>{html.escape(name)}</h1><p>{html.escape(settings.description)}</p>",
+             "<h2>Held out</h2>", _figures(figures, trained.step, len(images.test))]
+    if curves:
+        parts += ["<h2>Curves</h2>", _picture("", curves)]
+    path = drawn["samples"]
+    parts.append('<h2>Samples</h2><div class="small">')
+    parts.append(_picture("samples", path) if path.endswith(".png") else f"<p>{html.escape(path)}</p>")
+    if "reconstructions" in drawn:
+        parts.append(_picture("held-out images, and below each its reconstruction", drawn["reconstructions"]))
+    parts.append("</div><h2>Diagnosis</h2>")
+    parts.append(_picture("", drawn["diagnosis"]) if "diagnosis" in drawn
+                 else _inversion(model, objective, images.test[:INVERTED], device))
+    unit = "rows" if images.test.is_floating_point() else "images"
+    if speeds := [line[f"{unit}_per_second"] for line in log if f"{unit}_per_second" in line]:
+        speed = statistics.median(speeds)
+        seconds = trained.step * settings.train.batch_size / speed
+        parts += ["<h2>Throughput</h2>", _table({f"median {unit}/s of the steps logged": f"{speed:.0f}",
+                                                 "so all steps together take about": f"{seconds:.0f} s"})]
+    sections = {f"{section}.{key}" if key else section: inner
                 for section, value in settings.model_dump().items() if section != "description"
                 for key, inner in (value.items() if isinstance(value, dict) else [("", value)])}
-    parts += ["<h2>Settings</h2>", _table(sections), "<h2>Environment of this report</h2>",
-              _table({"Python": platform.python_version(), "torch": torch.__version__, "device": device,
-                      "platform": platform.platform()})]
+    parts += ["<h2>Settings</h2>", f'<div class="columns">{_table(sections)}</div>',
+              "<h2>Environment of this report</h2>", _table(_environment(device))]
     path = directory / "report.html"
-    write_text(path, f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(directory.name)}'
-               f"</title><style>{STYLE}</style>\n" + "\n".join(parts) + "</html>\n")
+    write_text(path, f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'
+               f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
     return path
 
 
-def kl_per_latent(model, x):
-    """Mean over the batch of KL(q(z_d | x) || p(z_d)) in nats, (D,): of Gaussian posteriors against N(0, I) and of bits
-    against their prior; None for other models.
-
-    1/2 (mean^2 + exp(logvar) - 1 - logvar); Kingma and Welling 2014, appendix B.
-    """
-    if hasattr(model, "prior_logits"):
-        q, p = model.posterior(x), model.prior()
-        if model.n_classes != 2:
-            return None
-        posterior, prior = (torch.distributions.Bernoulli(logits=t.logits.expand_as(q.logits)) for t in (q, p))
-        return torch.distributions.kl_divergence(posterior, prior).flatten(1).mean(0)
-    from fastflow.vae import GaussianPosterior
-
-    if type(model.posterior) is not GaussianPosterior or model.prior is not None:
-        return None
-    mean, log_sigma = model.posterior.moments(model.encoder(x))
-    q = torch.distributions.Normal(mean, log_sigma.exp())
-    return torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).flatten(1).mean(0)
+def _figures(figures, step, n_images):
+    rows = {}
+    for name, value in figures.items():
+        label, unit = UNITS.get(name, (name.replace("_", " "), ""))
+        rows[label] = f"{value:.4f} {unit}"
+    return _table({"step": step, "images": n_images, **rows})
 
 
-def curve(title, points):
-    """An SVG line through points [(x, y)]; those that are not finite are left out."""
-    points = [(x, y) for x, y in points if abs(y) < float("inf")]
-    if len(points) < 2:
-        return ""
-    size = -(-len(points) // MAX_POINTS)
-    chunks = [points[i:i + size] for i in range(0, len(points), size)]
-    points = [(chunk[-1][0], sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    first, last = points[0][0], points[-1][0]
-    line = " ".join(f"{LEFT + (x - first) / max(last - first, 1) * (WIDTH - LEFT - 8):.1f},"
-                    f"{8 + (high - y) / ((high - low) or 1) * (HEIGHT - BOTTOM - 12):.1f}" for x, y in points)
-    labels = [(LEFT - 4, 16, "end", f"{high:.4g}"), (LEFT - 4, HEIGHT - BOTTOM, "end", f"{low:.4g}"),
-              (LEFT, HEIGHT - 6, "start", first), (WIDTH - 8, HEIGHT - 6, "end", f"step {last}")]
-    texts = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="12">{text}</text>'
-                    for x, y, anchor, text in labels)
-    return (f'<figure><figcaption>{html.escape(title)}</figcaption><svg xmlns="http://www.w3.org/2000/svg" '
-            f'width="{WIDTH}" height="{HEIGHT}"><path d="M{LEFT} 4V{HEIGHT - BOTTOM}H{WIDTH}" fill="none" '
-            f'stroke="#999"/><polyline points="{line}" fill="none" stroke="#06c" stroke-width="1.5"/>{texts}'
-            "</svg></figure>")
+def _inversion(model, objective, images, device):
+    """How exactly a flow inverts: images there and back."""
+    if not hasattr(model, "transform"):
+        return "<p>None for this kind of model.</p>"
+    with aside(model, device, 0):
+        found = inversion_error(model, objective.prepare(model, images.to(device))[0])
+    return _table({f"largest error of inverse(forward(x)), {len(images)} images": f"{found.absolute:.2e}",
+                   "the same over 1 + |x|": f"{found.relative:.2e}",
+                   "largest sum of the two log-determinants": f"{found.logdet:.2e} nats"})
 
 
-def _bars(values):
-    """KL of each latent, largest first."""
-    top, step = max(values.max().item(), 1e-9), (WIDTH - LEFT) / len(values)
-    bars = "".join(f'<rect x="{LEFT + i * step:.1f}" y="{HEIGHT - BOTTOM - h:.1f}" width="{0.8 * step:.1f}" '
-                   f'height="{h:.1f}" fill="#06c"/>'
-                   for i, h in enumerate(v / top * (HEIGHT - BOTTOM - 12) for v in values.tolist()))
-    return (f'<figure><figcaption>KL per latent, nats, largest first</figcaption><svg '
-            f'xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}">{bars}<text x="{LEFT - 4}" y="20" '
-            f'text-anchor="end" font-size="12">{top:.3g}</text></svg></figure>')
+def _environment(device):
+    found = {"fastflow": fastflow.__version__, "Python": platform.python_version(), "torch": torch.__version__,
+             "platform": platform.platform(), "CPUs": os.cpu_count(), "threads": torch.get_num_threads(),
+             "device": device}
+    if device.type == "cuda":
+        found["GPU"] = torch.cuda.get_device_name(device)
+    return found | {f"backend {name}": reason for name, reason in backends.status().items()}
 
 
-def _curves(log):
-    names = ("bits_per_dim", "elbo", "rate", "distortion", "grad_norm", "images_per_second")
-    names = [name for stem in names for name in (stem, f"test_{stem}")]
-    return [curve(name, [(line["step"], line[name]) for line in log if name in line]) for name in names]
-
-
-def _pictures(trained, objective, images, device):
-    model, options, folder = trained.model, trained.settings.sample, trained.path.parent.parent / "samples"
-    drawn, _ = samples(model, options.count, images.n_bins, device, options.temperature)
-    grids = [("samples", drawn, None)]
-    if is_vae(model):
-        original = images.test[:32]
-        made = reconstructions(model, objective, original, device).cpu()
-        pairs = torch.stack([original.unflatten(0, (-1, 8)), made.unflatten(0, (-1, 8))], 1).flatten(0, 2)
-        grids.append(("reconstructions", pairs, 8))
-    if hasattr(model, "traverse"):
-        with _aside(model, device, 0):
-            x, _ = objective.prepare(model, images.test[:64].to(device))
-            kl, z = kl_per_latent(model, x), model.encode(x[:1])[0]
-            if kl is not None:
-                rows = model.traverse(z, kl.argsort(descending=True)[:TRAVERSED].tolist())
-                grids.append(("traversals", levels_of(model, rows.flatten(0, 1), images.n_bins), rows.shape[1]))
-    for name, grid, columns in grids:
-        path = save_grid(folder / f"report-{name}.png", grid, images.n_bins, columns)
-        coded = base64.b64encode(path.read_bytes()).decode()
-        yield f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{coded}"></figure>'
+def _picture(caption, path):
+    coded = base64.b64encode(Path(path).read_bytes()).decode()
+    above = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f'<figure>{above}<img alt="{html.escape(Path(path).stem)}" src="data:image/png;base64,{coded}"></figure>'
 
 
 def _table(rows):
     return "<table>" + "".join(f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
                                for key, value in rows.items()) + "</table>"
-
-
-def _read_log(path):
-    """The log's lines; one that a kill cut short is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines

@@ -22,9 +22,9 @@ MAX_RECIPE_BYTES = 1 << 20
 # What may change between a run and its continuation: how long it goes on and what it reports, never what it computes.
 MAY_CHANGE = ("description", "minutes", "sample", "data.path", "data.verify", "data.source", "train.steps",
               "train.max_seconds", "train.device", "train.log_every", "train.tensorboard", "train.eval_every",
-              "train.bound_samples", "train.patience", "train.sample_every", "train.checkpoint_every",
-              "train.keep_checkpoints", "train.strategy", "train.memory", "train.process_timeout",
-              "train.skip_non_finite")
+              "train.bound_samples", "train.patience", "train.sample_every", "train.collapse_every",
+              "train.checkpoint_every", "train.keep_checkpoints", "train.strategy", "train.memory",
+              "train.process_timeout", "train.skip_non_finite")
 
 TABLE_KINDS = ("realnvp", "maf", "nsf")
 
@@ -44,6 +44,7 @@ class TrainSettings(Section):
                                                       "all else is float32")
     memory: Literal["auto", "none", "save_z", "invert"] = Field("auto", description="how a flow keeps less for "
                                                                 "backward, see TrainStep")
+    kl_warmup_steps: Count = Field(0, description="steps over which a VAE's weight of the rate rises linearly from 0")
     clip_grad_norm: float = Field(0.0, ge=0, description="scale larger gradients down to this norm; 0 for never")
     accumulate: Positive = Field(1, description="parts that a batch is cut into to save memory")
     strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="whole models or shards; auto is ddp")
@@ -60,6 +61,7 @@ class TrainSettings(Section):
     bound_samples: Count = Field(0, description="K of the held-out bound log(1/K sum of K weights), at the end; 0 for "
                                 "none")
     sample_every: Count = Field(0, description="steps between sample grids; 0 for the end only")
+    collapse_every: Count = Field(100, description="steps between looks for collapsed latents of a VAE; 0 for none")
     checkpoint_every: Count = Field(0, description="steps between checkpoints; 0 for the end only")
     keep_checkpoints: Count = Field(3, description="how many to keep; 0 for all")
 

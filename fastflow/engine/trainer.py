@@ -12,16 +12,16 @@ import torch
 
 from fastflow.data import TableData
 from fastflow.engine import checkpoint
-from fastflow.engine.curves import plot_curves
+from fastflow.engine.assembly import assemble
+from fastflow.engine.collapse import CollapseWatch
 from fastflow.engine.datasets import completed, levels_of_values, load_data
-from fastflow.engine.distributed import Processes, is_sharded, wrapped
+from fastflow.engine.distributed import Processes, is_sharded
 from fastflow.engine.errors import CheckpointError, NonFiniteError, RunError, SettingsError
-from fastflow.engine.evaluate import bound, describe, evaluate
+from fastflow.engine.evaluate import bound, describe, evaluate, is_vae
 from fastflow.engine.faults import explained
 from fastflow.engine.files import write_text
-from fastflow.engine.gallery import draw
-from fastflow.engine.layout import convolutions_to_channels_last
-from fastflow.engine.log import RunLog, check_tensorboard, read_log
+from fastflow.engine.gallery import draw, draw_curves
+from fastflow.engine.log import RunLog, check_tensorboard
 from fastflow.engine.models import build_model, load_weights, standardize
 from fastflow.engine.objectives import objective_for
 from fastflow.engine.progress import TrainProgress
@@ -29,13 +29,12 @@ from fastflow.engine.rate import LearningRate
 from fastflow.engine.signals import Interrupted, StopSignals
 from fastflow.engine.snapshot import check_continuation, restore, snapshot, weights
 from fastflow.engine.state import seed_host_random
-from fastflow.engine.train_step import TrainStep
 from fastflow.engine.watch import Watch, score
+from fastflow.vae import LinearSchedule
 
 __all__ = ["Trainer", "choose_device", "set_threads"]
 
 INITIAL_BATCH = 256  # images that the data-dependent layers are initialised with
-EMA_WARMUP = 10  # early on the average forgets faster: decay min(ema_decay, (1 + n)/(EMA_WARMUP + n)) after n updates
 
 
 def choose_device(name):
@@ -98,9 +97,14 @@ class Trainer:
             check_tensorboard()
         torch.manual_seed(train.seed)
         self.model = build_model(settings).to(self.device)
+        if train.kl_warmup_steps and not is_vae(self.model):
+            raise SettingsError(f"train.kl_warmup_steps: a model of kind {settings.model.kind!r} has no rate to weigh")
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
         self.watch, self._rate = Watch(train.patience), LearningRate(train)
+        self._collapse = CollapseWatch(0 if self.processes.rank else train.collapse_every, self.data.train, self.device)
+        beta = getattr(settings.model, "beta", 1.0)
+        self._rise = LinearSchedule(0.0, beta, train.kl_warmup_steps) if train.kl_warmup_steps else None
         self._order = (None, None)
         self._stop = StopSignals()
         self._saved, self._signal = None, 0
@@ -120,35 +124,20 @@ class Trainer:
         if hasattr(self.model, "initialize"):
             objective = objective_for(self.model, n_bins=self.n_bins)
             self.model.initialize(objective.prepare(self.model, first)[0])
-        self._prepare()
+        self._assemble()
         # The noise of each process is its own.
         seed_host_random(self.settings.train.seed + self.processes.rank)
         if self.processes.rank:
             torch.manual_seed(torch.initial_seed() + self.processes.rank)
+
+    def _assemble(self):
+        self.optimizer, self.train_step = assemble(self.model, self.settings, self.processes, self.device, self.n_bins)
 
     def _agree_on_start(self, step):
         steps = {int(t) for t in self.processes.gather(torch.tensor(step))}
         if len(steps) > 1:
             raise RunError(f"the processes would begin at different steps, {sorted(steps)}: {self.out} must be a "
                            f"directory that all of them share")
-
-    def _prepare(self):
-        """The optimizer and the train step for a model whose weights are in place."""
-        train, options, model = self.settings.train, self.settings.model, self.model
-        sharded = self.processes.count > 1 and train.strategy == "fsdp"
-        if sharded:
-            model = wrapped(model, "fsdp", self.device)
-        adam = torch.optim.AdamW if train.weight_decay else torch.optim.Adam
-        self.optimizer = adam(model.parameters(), lr=train.learning_rate, betas=(0.9, train.beta2),
-                              weight_decay=train.weight_decay, fused=not sharded)
-        if self.processes.count > 1 and not sharded:
-            convolutions_to_channels_last(model, self.optimizer, None)
-            model = wrapped(model, "ddp", self.device)
-        self.train_step = TrainStep(
-            model, self.optimizer, memory=train.memory, clip_grad_norm=train.clip_grad_norm or None,
-            conditioner_dtype=torch.bfloat16 if train.precision == "bfloat16" else None, accumulate=train.accumulate,
-            ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=self.n_bins,
-            n_samples=getattr(options, "n_samples", 1), beta=getattr(options, "beta", 1.0))
 
     def resume(self, loaded):
         """Continues from a :class:`~fastflow.engine.checkpoint.Checkpoint` exactly where it was saved.
@@ -160,7 +149,7 @@ class Trainer:
         check_continuation(self, loaded)
         self._agree_on_start(loaded.step)
         load_weights(self.model, loaded, "model")
-        self._prepare()
+        self._assemble()
         count = restore(self, loaded)
         if count != self.processes.count:
             torch.manual_seed((self.settings.train.seed + loaded.step * 1_000_003 + self.processes.rank) % 2**63)
@@ -226,11 +215,12 @@ class Trainer:
         over = self._advance(progress, log, deadline)
         if self._signal:
             raise _Stop(self._signal)
+        self._collapse(self.model, self.train_step.objective, self.step, progress.say)
         self._evaluate_if_due(progress, log)
         if train.checkpoint_every and self.step % train.checkpoint_every == 0:
             self.save()
         if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
-            self.draw(log)
+            self.draw(log, page=False)
         return over
 
     def _evaluate_if_due(self, progress, log):
@@ -263,10 +253,8 @@ class Trainer:
                    "checkpoint": str(self._saved), "diverged": self.watch.diverged, **self.draw(log)}
         if self.watch.over:
             results["best_step"] = self.watch.best_step
-        if self.processes.rank == 0:
-            entries = read_log(self.out / "metrics.jsonl")
-            if plot_curves(self.out / "curves.png", entries, self.title) is not None:
-                results["curves"] = str(self.out / "curves.png")
+        if self.processes.rank == 0 and (curves := draw_curves(self.out)) is not None:
+            results["curves"] = str(curves)
         return results
 
     def _advance(self, progress, log, deadline):
@@ -278,6 +266,8 @@ class Trainer:
         rate = self._rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self._rise is not None:
+            self.train_step.objective.beta = self._rise.at(self.step + 1)
         sums = {}
         try:
             for x in mine.chunk(train.accumulate) if train.accumulate > 1 else (mine,):
@@ -357,9 +347,9 @@ class Trainer:
         log.write(self.step, {f"{part}_{name}": value for name, value in figures.items()})
         return figures
 
-    def draw(self, log):
-        """Draws what the model generates and, for a VAE, reconstructs; see :func:`fastflow.engine.gallery.draw`. The
-        first process returns paths and how many samples are not finite, by name."""
+    def draw(self, log, page=True):
+        """Draws what the model generates, and with ``page`` the diagnosis of a VAE; see
+        :func:`fastflow.engine.gallery.draw`. The first process returns what that does."""
         with self._averaged():
             model = self.model
             if is_sharded(model):  # sampling goes past the forward that would gather the shards
@@ -368,8 +358,8 @@ class Trainer:
                 model.load_state_dict(state)
             if self.processes.rank:
                 return {}
-            found = draw(model, self.train_step.objective, self.data, self.settings, self.out / "samples", self.step,
-                         self.device)
+            found = draw(self.out, model, self.train_step.objective, self.settings, self.data, self.device, self.step,
+                         self.title, page)
         for name in ("samples", "reconstructions"):
             if found.get(name, "").endswith(".png"):
                 log.picture(self.step, name, found[name])

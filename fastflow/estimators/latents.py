@@ -88,6 +88,11 @@ class Bernoulli(Discrete):
         """(B, *event), the likeliest value."""
         return (self.logits > 0).to(self.logits.dtype)
 
+    def one_hot(self, b):
+        """(N, sites, 2) of b (N, *event), as :meth:`table` orders the classes."""
+        b = b.reshape(len(b), -1)
+        return torch.stack([1.0 - b, b], -1)
+
     def log_prob(self, b):
         """(K, B) nats of b (K, B, *event)."""
         return _sum(b * self.logits - F.softplus(self.logits), 2)
@@ -159,6 +164,10 @@ class Categorical(Discrete):
     def mode(self):
         """(B, *sites, C), the likeliest value."""
         return self.harden(self.logits)
+
+    def one_hot(self, b):
+        """(N, sites, C) of b (N, *event), as :meth:`table` orders the classes."""
+        return b.reshape(len(b), -1, self.n_classes)
 
     def log_prob(self, b):
         """(K, B) nats of b (K, B, *sites, C)."""

@@ -55,7 +55,7 @@ class DiscreteVAE(nn.Module):
     def posterior(self, x):
         """q(z | x), an estimators.Bernoulli (B, D, *S) or Categorical (B, D, *S, C)."""
         logits = self.encoder(x)
-        expected = [len(x), *self.latent_shape]
+        expected = [x.shape[0], *self.latent_shape]
         if self.n_classes == 2:
             checks.shape("encoder output", logits, expected)
             return estimators.Bernoulli(logits)
@@ -75,7 +75,7 @@ class DiscreteVAE(nn.Module):
         """log p(x | z) (N, B) of x (B, *event) at latents z (N, B, D, *S) or (N, B, D, *S, C). As f of an estimator, or
         of estimators.measure, its mean under :meth:`posterior` is minus the distortion."""
         output = self.decode(z.flatten(0, 1))
-        checks.shape("decoder output", output, (z.shape[0] * len(x), *x.shape[1:]))
+        checks.shape("decoder output", output, (z.shape[0] * x.shape[0], *x.shape[1:]))
         return self.likelihood.log_prob(x, output.unflatten(0, z.shape[:2]))
 
     def elbo(self, x, n_samples=1, beta=1.0, *, generator=None):
@@ -144,6 +144,32 @@ class DiscreteVAE(nn.Module):
     def reconstruct(self, x):
         """The likelihood's mean (B, *event) at the likeliest latents for each x."""
         return self.likelihood.mean(self.decode(self.posterior(x).mode()))
+
+    @torch.no_grad()
+    def traverse(self, z, dims=None):
+        """The likelihood's mean as single latents take each of their values while the others stay.
+
+        Args:
+            z: (D, *S) bits or (D, *S, C) one-hots, the point to leave from.
+            dims: indices into the flattened bits or classes; None for all.
+
+        Returns:
+            (len(dims), C, *event), 0 before 1 for bits.
+        """
+        checks.tensor("z", z)
+        checks.shape("z", z, self.prior_logits.shape[1:])
+        n_sites = math.prod(self.latent_shape)
+        dims = range(n_sites) if dims is None else dims
+        for dim in dims:
+            if not 0 <= dim < n_sites:
+                raise ValueError(f"dims: expected indices from 0 to {n_sites - 1}, got {dim}")
+        flat = z.reshape(n_sites, *z.shape[len(self.latent_shape):])
+        points = flat.expand(len(dims), self.n_classes, *flat.shape).clone()
+        values = self._family(self.prior_logits).from_index(torch.arange(self.n_classes, device=z.device)).to(z)
+        for row, dim in enumerate(dims):
+            points[row, :, dim] = values
+        output = self.decode(points.view(-1, *z.shape))
+        return self.likelihood.mean(output).unflatten(0, (len(dims), self.n_classes))
 
     def _family(self, logits):
         return (estimators.Bernoulli if self.n_classes == 2 else estimators.Categorical)(logits)

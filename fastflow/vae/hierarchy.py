@@ -1,5 +1,6 @@
 """Hierarchical VAEs: latents in levels, each with a prior that the levels above it make."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class Level(nn.Module):
         self.mode, self.scale = mode, scale
 
     def infer(self, h, d, **noise):
-        """(z (B, D, *S), kl and log q, each (B,) nats, the PriorParams of z, next h) for h (B, H, *S) and features d
+        """(z (B, D, *S), kl and log q, each (B,) nats, the LevelParams, next h) for h (B, H, *S) and features d
         (B, F, *S)."""
         prior = promoted(self.prior(h))
         mean_p, raw_p = prior.chunk(2, 1)
@@ -60,7 +61,7 @@ class Level(nn.Module):
             params, raw_p, scale = (mean, raw), log_sigma_p, "logstd"
         z, kl, log_q = functional.gaussian_sample_kl(params, scale=scale, prior=(mean_p, raw_p), return_logq=True,
                                                      **noise)
-        return z, kl, log_q, PriorParams(mean_p, raw_p, scale), self.merge(torch.cat([h, z.to(h.dtype)], 1))
+        return z, kl, log_q, LevelParams(params, mean_p, raw_p, scale), self.merge(torch.cat([h, z.to(h.dtype)], 1))
 
     def generate(self, h, noise, temperature=1.0):
         """(z, next h) from the prior, its standard deviation times ``temperature``; ``noise`` makes standard normals
@@ -77,9 +78,10 @@ class Level(nn.Module):
         return f"mode={self.mode!r}, scale={self.scale!r}"
 
 
-class PriorParams(NamedTuple):
-    """Mean and raw scale (B, D, *S) of p(z | h), and what the raw scale is."""
+class LevelParams(NamedTuple):
+    """q(z | h, d), packed (B, 2D, *S) or a pair; mean and raw scale (B, D, *S) of p(z | h); what raw scales are."""
 
+    posterior: torch.Tensor | tuple
     mean: torch.Tensor
     raw: torch.Tensor
     scale: str
@@ -151,7 +153,34 @@ class HierarchicalVAE(nn.Module):
             seed: int or 0-d int64 tensor; the levels take the counters of its stream one after the other.
             generator: torch.Generator that a seed is drawn from otherwise, None for torch's own.
         """
-        batch = x.shape[0]
+        levels, h = self._infer(x, n_samples, eps, seed, generator)
+        latents, params, log_q, kl = zip(*levels, strict=True)
+        output = self.decoder(h)
+        lead = (n_samples, x.shape[0])
+        checks.shape("decoder output", output, (math.prod(lead), *self.likelihood.output_shape(x.shape[1:])))
+        log_px_z = self.likelihood.log_prob(x, output.unflatten(0, lead))
+        return HierarchyTerms([z.unflatten(0, lead) for z in latents], log_px_z,
+                              *(torch.stack(t).unflatten(1, lead) for t in (_log_priors(latents, params), log_q, kl)))
+
+    @torch.no_grad()
+    def latent_kl(self, x, *, seed=None, generator=None):
+        """KL(q(z_d | x, z above) || p(z_d | z above)) of every latent at one sample of those above: a list of
+        (B, D, *S) nats, one for each level from the top down. It sums to what :meth:`terms` calls kl.
+
+        log(sigma_p / sigma_q) + (sigma_q^2 + (mean_q - mean_p)^2) / (2 sigma_p^2) - 1/2.
+        """
+        found = []
+        for _, (posterior, mean_p, raw_p, scale), _, _ in self._infer(x, 1, None, seed, generator)[0]:
+            mean, raw = posterior if isinstance(posterior, tuple) else posterior.chunk(2, 1)
+            log_sigma, log_sigma_p = (reference.sigma_and_log(r, scale)[1] for r in (raw, raw_p))
+            difference = 2.0 * (log_sigma - log_sigma_p)
+            squares = ((mean - mean_p) * torch.exp(-log_sigma_p)).square()
+            found.append(0.5 * (squares + (torch.expm1(difference) - difference).clamp_min(0.0)))
+        return found
+
+    def _infer(self, x, n_samples, eps, seed, generator):
+        """([(z (K*B, D, *S), LevelParams, log q, kl) of each level], the last h)."""
+        batch = x.shape[0]  # len() would fix it in a graph
         features = self._features(x)
         if eps is not None and len(eps) != len(self.levels):
             raise ValueError(f"eps: expected {len(self.levels)} tensors, got {len(eps)}")
@@ -162,16 +191,10 @@ class HierarchicalVAE(nn.Module):
         for index, (level, d) in enumerate(zip(self.levels, features, strict=True)):
             d = d if n_samples == 1 else d.expand(n_samples, *d.shape).flatten(0, 1)
             noise = {"seed": seed, "offset": offset} if eps is None else {"eps": eps[index].flatten(0, 1)}
-            z, kl, log_q, prior, h = level.infer(h, d, **noise)
+            z, kl, log_q, params, h = level.infer(h, d, **noise)
             offset += -(-z.numel() // 4)  # four normals come of one counter
-            found.append((z, prior, log_q, kl))
-        latents, priors, log_q, kl = zip(*found, strict=True)
-        output = self.decoder(h)
-        checks.shape("decoder output", output, (n_samples * batch, *self.likelihood.output_shape(x.shape[1:])))
-        lead = (n_samples, batch)
-        log_px_z = self.likelihood.log_prob(x, output.unflatten(0, lead))
-        return HierarchyTerms([z.unflatten(0, lead) for z in latents], log_px_z,
-                              *(torch.stack(t).unflatten(1, lead) for t in (_log_priors(latents, priors), log_q, kl)))
+            found.append((z, params, log_q, kl))
+        return found, h
 
     @torch.no_grad()
     def sample(self, n, *, generator=None, temperature=1.0, mean=False):
@@ -204,6 +227,23 @@ class HierarchicalVAE(nn.Module):
                 _, h = level.generate(h, _noise(generator), temperatures[index])
         return self.likelihood.mean(self.decoder(h))
 
+    def encode(self, x):
+        """The latents (B, D, *S) of each level from the top down, each at its posterior's mean given those above."""
+        h, latents = self.top.expand(x.shape[0], *self.top.shape[1:]), []
+        for level, d in zip(self.levels, self._features(x), strict=True):
+            z, _, _, _, h = level.infer(h, d, eps=_zeros(level, h))
+            latents.append(z)
+        return latents
+
+    def decode(self, latents):
+        """The decoder's output for the latents (B, D, *S) of each level from the top down."""
+        if len(latents) != len(self.levels):
+            raise ValueError(f"latents: expected {len(self.levels)} tensors, got {len(latents)}")
+        h = self.top.expand(latents[0].shape[0], *self.top.shape[1:])
+        for level, z in zip(self.levels, latents, strict=True):
+            h = level.merge(torch.cat([h, z.to(h.dtype)], 1))
+        return self.decoder(h)
+
     def _features(self, x):
         features = self.bottom_up(x)
         if not isinstance(features, (list, tuple)) or len(features) != len(self.levels):
@@ -223,7 +263,7 @@ def _log_priors(latents, priors):
     """log p(z | h), (B,) nats for each level. Levels of one shape go together: small tensors cost their launches."""
     alike, found = {}, [None] * len(latents)
     for index, (z, prior) in enumerate(zip(latents, priors, strict=True)):
-        alike.setdefault((z.shape, prior.scale), []).append(index)
+        alike.setdefault((z.shape[1:], prior.scale), []).append(index)
     for (_, scale), indices in alike.items():
         z = torch.stack([latents[i] for i in indices])
         mean, raw = (torch.stack([getattr(priors[i], name) for i in indices]) for name in ("mean", "raw"))

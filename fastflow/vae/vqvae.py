@@ -52,13 +52,24 @@ class QuantizedVAE(nn.Module):
         perplexity = torch.exp(-torch.special.xlogy(shares, shares).sum())
         return Objective(bound.elbo - loss, bound, {"quantizer_loss": loss.detach().mean(), "perplexity": perplexity})
 
-    def elbo(self, x, n_samples=1, beta=1.0):
-        """ELBO in nats; with n_samples = K the one sample is repeated."""
+    def elbo(self, x, n_samples=1, beta=1.0, *, generator=None):
+        """ELBO in nats; with n_samples = K the one sample is repeated. There is no noise for a generator to draw."""
         return self._bound(x, n_samples, beta)[0]
 
     def codes(self, x):
         """(B, *S) int64."""
         return self.quantizer(self.encoder(x)).codes
+
+    def code_log_probs(self, codes):
+        """(B, T) nats: log p(c_t | c_<t) of each of T codes (B, *S), row by row; their sum is minus the rate."""
+        if self.prior is not None:
+            return self.prior.log_probs(codes)
+        rows = codes.flatten(1) if codes.dim() > 1 else codes[:, None]
+        return torch.full_like(rows, -math.log(self.quantizer.n_codes), dtype=torch.float64)
+
+    def decode(self, codes):
+        """The decoder's output for codes (B, *S)."""
+        return self.decoder(self.quantizer.lookup(codes).to(next(self.decoder.parameters()).dtype))
 
     def reconstruct(self, x):
         """The likelihood's mean (B, *event) at the codes of each x."""
@@ -77,7 +88,7 @@ class QuantizedVAE(nn.Module):
             device = parameter.device if generator is None else generator.device
             codes = torch.randint(self.quantizer.n_codes, (n, *self.code_shape), generator=generator, device=device)
             codes = codes.to(parameter.device)
-        output = self.decoder(self.quantizer.lookup(codes).to(next(self.decoder.parameters()).dtype))
+        output = self.decode(codes)
         return self.likelihood.mean(output) if mean else self.likelihood.sample(output, generator=generator)
 
     def _bound(self, x, n_samples, beta):
@@ -85,12 +96,9 @@ class QuantizedVAE(nn.Module):
         if self.code_shape is None:
             self.code_shape = codes.shape[1:]
         output = self.decoder(z)
-        checks.shape("decoder output", output, (len(x), *self.likelihood.output_shape(x.shape[1:])))
+        checks.shape("decoder output", output, (x.shape[0], *self.likelihood.output_shape(x.shape[1:])))
         log_px_z = self.likelihood.log_prob(x, output)
-        if self.prior is None:
-            log_pz = torch.full_like(log_px_z, -math.prod(codes.shape[1:]) * math.log(self.quantizer.n_codes))
-        else:
-            log_pz = self.prior.log_prob(codes).to(log_px_z.dtype)
+        log_pz = self.code_log_probs(codes).sum(1).to(log_px_z.dtype)
         repeated = [t.expand(n_samples, *t.shape) for t in (log_px_z, log_pz, torch.zeros_like(log_pz))]
         return ELBO(*repeated, log_w=repeated[0] + repeated[1], kl=-log_pz, distortion=-log_px_z, rate=-log_pz,
                     elbo=log_px_z + beta * log_pz), loss, codes

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import resource
 import shutil
 
 import numpy
@@ -10,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastflow.engine import CheckpointError, NonFiniteError, RunError, checkpoint, load_settings, state, trainer
+from fastflow.engine import NonFiniteError, RunError, checkpoint, load_settings, state, trainer
 from fastflow.engine.trainer import Trainer
 
 STEPS = 9
@@ -29,8 +30,8 @@ def make(tmp_path, threads, monkeypatch):
     """make(name, *overrides): a trainer of a tiny Glow that neither evaluates nor draws; an epoch has 5 steps."""
     threads(torch.get_num_threads())
     monkeypatch.setattr(Trainer, "evaluate", lambda self, log: {"bits_per_dim": 3.0})
-    monkeypatch.setattr(Trainer, "draw", lambda self, log: {})
-    monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(Trainer, "draw", lambda self, log, page=True: {})
+    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
 
     def build(name, *overrides):
         made = Trainer(load_settings("glow-digits", [*TINY, *overrides]), tmp_path / name,
@@ -163,17 +164,39 @@ def test_out_of_memory_says_what_to_turn_on(make, error):
         made.run()
 
 
-def test_a_disk_that_is_full_stops_the_run_with_the_last_checkpoint_intact(make, monkeypatch):
+@pytest.fixture
+def full_disk():
+    """full_disk(n): from now on the kernel lets no file grow beyond n bytes, which stands for a disk without room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def fill_before(trainer, step, full_disk, n_bytes):
+    """The disk is full from that step on."""
+    batch = trainer.batch
+
+    def filling(now):
+        if now + 1 == step:
+            full_disk(n_bytes)
+        return batch(now)
+
+    trainer.batch = filling
+
+
+@pytest.mark.parametrize("n_bytes, said", [(5_000, "could not be written .*earlier checkpoints are intact"),
+                                           (100, "metrics.jsonl: could not be written .*the checkpoints are intact")])
+def test_a_disk_that_is_full_stops_the_run_with_the_last_checkpoint_intact(make, full_disk, n_bytes, said):
     made = make("run")
     made.start()
-    save = checkpoint.save
-
-    def full(directory, step, *rest):
-        if step == 3:
-            raise CheckpointError(f"{directory}: could not be written (No space left on device)")
-        return save(directory, step, *rest)
-
-    monkeypatch.setattr(checkpoint, "save", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    fill_before(made, 3, full_disk, n_bytes)
+    with pytest.raises(RunError, match=said):
         made.run()
+    full_disk(1 << 30)
     assert checkpoint.newest(made.out / "checkpoints", pytest.fail).step == 2
+    assert not [p for p in (made.out / "checkpoints").iterdir() if p.name.startswith(".")]
+    again = make("run")
+    again.resume(checkpoint.newest(made.out / "checkpoints", pytest.fail))
+    again.run()
+    assert [json.loads(line)["step"] for line in (made.out / "metrics.jsonl").read_text().splitlines()
+            if "loss" in line] == list(range(1, STEPS + 1))

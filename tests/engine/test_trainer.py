@@ -24,7 +24,7 @@ def trainer(tmp_path, threads, monkeypatch, request):
     before = torch.get_num_threads()
     threads(before)  # recipes set it; the fixture puts it back
     if not request.node.name.startswith("test_training_learns"):
-        monkeypatch.setattr(trainer_module, "plot_curves", lambda *_: None)
+        monkeypatch.setattr(trainer_module, "draw_curves", lambda *_: None)
 
     def make(name, steps, *overrides):
         settings = load_settings("glow-digits", [*SMALL, f"train.steps={steps}", *overrides])
@@ -85,8 +85,8 @@ def test_training_learns_and_writes_what_it_says(trainer):
     losses = [line["bits_per_dim"] for line in lines(made) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5 and abs(results["bits_per_dim"] - losses[-1]) < 0.5
     assert sorted(p.name for p in (made.out / "checkpoints").iterdir()) == ["step-000025", "step-000050", "step-000060"]
-    assert {p.name for p in made.out.iterdir()} == {"checkpoints", "samples", "metrics.jsonl", "results.json",
-                                                   "curves.png"}
+    assert {p.name for p in made.out.iterdir()} == {"checkpoints", "samples", "curves.png", "metrics.jsonl",
+                                                     "results.json"}
     assert results["samples"] == str(made.out / "samples" / "step-000060.png")
     assert results["checkpoint"] == str(made.out / "checkpoints" / "step-000060")
 

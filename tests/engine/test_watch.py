@@ -7,12 +7,12 @@ import signal
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
-from fastflow.engine import SettingsError, checkpoint, curves, load_settings, trainer
+from fastflow.engine import SettingsError, charts, checkpoint, load_settings, trainer
 from fastflow.engine.evaluate import bound, evaluate
-from fastflow.engine.log import RunLog, read_log
+from fastflow.engine.files import read_log
+from fastflow.engine.log import RunLog
 from fastflow.engine.rate import LearningRate
 from fastflow.engine.signals import Interrupted
 from fastflow.engine.watch import Watch, score
@@ -26,7 +26,7 @@ TINY = ["model.n_levels=1", "model.n_steps=1", "model.hidden_channels=2", "train
 def make(tmp_path, threads, monkeypatch):
     """make(name, *overrides, scores=...): a trainer of a tiny Glow; with scores evaluations take theirs from there."""
     threads(torch.get_num_threads())
-    monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
 
     def build(name, *overrides, scores=None):
         made = trainer.Trainer(load_settings("glow-digits", [*TINY, *overrides]), tmp_path / name,
@@ -260,17 +260,13 @@ def test_a_log_goes_on_after_the_step_that_it_is_resumed_from(tmp_path):
     assert read_log(tmp_path / "none.jsonl") == []
 
 
-def test_curves(tmp_path, monkeypatch):
+def test_curves_of_tables_and_validation_are_drawn():
     pytest.importorskip("matplotlib")
-    entries = [{"step": step, "bits_per_dim": 1e9 if step == 7 else 4.0 / step, "grad_norm": float("nan")}
-               for step in range(1, 400)] + [{"step": 300, "test_bits_per_dim": 2.0}]
-    path = curves.plot_curves(tmp_path / "curves.png", entries, "a run")
-    shown = Image.open(path).convert("RGB")
-    colours = {colour for _, colour in shown.getcolors(1 << 20)}
-    assert (31, 119, 180) in colours and (255, 127, 14) in colours  # a line of training and one of evaluations
-    low, high = curves._limits({"bits_per_dim": [(e["step"], e["bits_per_dim"]) for e in entries[:-1]]})
-    assert low < 4.0 / 399 and high < 10  # one spike does not flatten the rest
-    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
-    assert curves.plot_curves(path, [], "nothing") is None
-    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
-    assert curves.plot_curves(path, entries, "no library") is None
+    entries = [{"step": step, "log_prob": float(step), "learning_rate": 0.1} for step in range(1, 60)]
+    entries += [{"step": step, "validation_log_prob": step - 1.0} for step in (20, 40)]
+    entries += [{"step": 59, "test_log_prob": 50.0}]
+    drawn = charts.curves(entries)
+    titles = [at.get_title(loc="left") for at in drawn.axes if at.get_title(loc="left")]
+    assert titles == ["log-likelihood", "learning rate"]
+    assert [line.get_label() for line in drawn.axes[0].lines] == ["training", "validation", "held out"]
+    assert drawn.axes[0].lines[1].get_xdata().tolist() == [20, 40]

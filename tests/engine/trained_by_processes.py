@@ -29,7 +29,7 @@ def main(out, *overrides):
     build, prepare = trainer.build_model, Objective.prepare
     trainer.build_model = lambda settings: build(settings).double()
     Objective.prepare = without_noise if "NOISE" not in os.environ else prepare
-    trainer.plot_curves = lambda *_: None
+    trainer.draw_curves = lambda *_: None
     trainer.evaluate = lambda *_, poll, **__: poll() or {"bits_per_dim": 3.0}
     settings = load_settings("glow-digits", [*OVERRIDES, *overrides])
     loaded = checkpoint_to_resume(out, True, print)

@@ -103,12 +103,16 @@ class CodePrior(nn.Module):
 
     def log_prob(self, codes):
         """(N,) nats of codes (N, *shape) int64, taken in row-major order; (N,) is one code each."""
+        return self.log_probs(codes).sum(1)
+
+    def log_probs(self, codes):
+        """(N, T) nats: log p(c_t | c_<t) of each of the T codes that :meth:`log_prob` sums."""
         if not isinstance(codes, torch.Tensor) or codes.dtype != torch.int64:
             raise TypeError("codes: expected an int64 tensor")
         codes = codes.flatten(1) if codes.dim() > 1 else codes[:, None]
         start = torch.full_like(codes[:, :1], self.n_codes)
         logits = self._logits(torch.cat([start, codes[:, :-1]], 1))
-        return -F.cross_entropy(logits.mT, codes, reduction="none").sum(1)
+        return -F.cross_entropy(logits.mT, codes, reduction="none")
 
     @torch.no_grad()
     def sample(self, n, shape, *, generator=None, temperature=1.0):

@@ -1,0 +1,61 @@
+"""The KL of every single latent, for each kind of VAE."""
+
+import torch
+
+from fastflow import checks
+from fastflow.diagnostics.latents import dimension_kl, posterior_moments
+from fastflow.vae import DiscreteVAE, HierarchicalVAE, QuantizedVAE
+from fastflow.vae.posteriors.gaussian import prior_moments
+
+__all__ = ["kl_per_latent"]
+
+
+@torch.no_grad()
+def kl_per_latent(model, x, context=None, *, batch_size=1024, generator=None):
+    """Mean over x (N, *event) of the KL of each latent between posterior and prior, (D,) nats; None where the posterior
+    has no such terms. They sum to the mean rate. The model runs in the mode (train or eval) that it is in. What counts
+    as one latent:
+
+    ====================================  ==========================================================================
+    VAE with a GaussianPosterior          a dimension of the flattened z; against N(0, 1), for which the sum is no
+                                          longer the rate, where the prior is neither that nor a GaussianPrior
+    DiscreteVAE                           a bit or class
+    HierarchicalVAE                       a dimension of a level's z given the levels above, the top level's first
+    QuantizedVAE                          a position of the map of codes: -log p(c_t | c_<t), for q is certain
+    ====================================  ==========================================================================
+
+    Args:
+        context: (N, ...) for a conditional model.
+        generator: of a hierarchy's samples, or None.
+    """
+    checks.tensor("x", x, floating=False)
+    if len(x) < 1:
+        raise ValueError("x: expected at least one example, got none")
+    if hasattr(getattr(model, "posterior", None), "moments"):
+        mean, log_sigma = posterior_moments(model, x, context, batch_size=batch_size)
+        return dimension_kl(mean, log_sigma, closed_prior(model, mean)).mean(0)
+    if isinstance(model, HierarchicalVAE):
+        def of(batch):
+            return torch.cat([kl.flatten(1) for kl in model.latent_kl(batch, generator=generator)], 1)
+    elif isinstance(model, QuantizedVAE):
+        def of(batch):
+            return -model.code_log_probs(model.codes(batch))
+    elif isinstance(model, DiscreteVAE):
+        def of(batch):
+            return site_kl(model.posterior(batch), model.prior())
+    else:
+        return None
+    return torch.cat([of(batch) for batch in x.split(batch_size)]).mean(0)
+
+
+def closed_prior(model, mean):
+    """The model's GaussianPrior, None for N(0, I) and for priors to which the KL has no closed form."""
+    prior = model.prior
+    return prior if not hasattr(prior, "given") and prior_moments(prior, mean) is not None else None
+
+
+def site_kl(q, p):
+    """KL (B, sites) in nats of each element of q (B rows) to that of p (one row), estimators.Bernoulli or Categorical:
+    sum_c q_c (log q_c - log p_c) + p_c - q_c, whose terms are not negative."""
+    log_q, log_p = q.table().double(), p.table().double()
+    return (log_q.exp() * (log_q - log_p) + log_p.exp() - log_q.exp()).clamp_min(0.0).sum(2)

@@ -1,0 +1,37 @@
+"""The optimizer and the train step that settings describe, around a model whose weights are in place."""
+
+import torch
+
+from fastflow.engine.distributed import wrapped
+from fastflow.engine.layout import convolutions_to_channels_last
+from fastflow.engine.train_step import TrainStep
+
+__all__ = ["assemble"]
+
+EMA_WARMUP = 10  # early on the average forgets faster: decay min(ema_decay, (1 + n)/(EMA_WARMUP + n)) after n updates
+
+
+def assemble(model, settings, processes, device, n_bins):
+    """(optimizer, train_step), wrapped for as many processes as there are.
+
+    Args:
+        model: on ``device``; sharded in place under train.strategy "fsdp".
+        settings: a :class:`~fastflow.engine.settings.Settings`.
+        processes: the :class:`~fastflow.engine.distributed.Processes`.
+        device, n_bins: of the data, levels of integer images.
+    """
+    train, options = settings.train, settings.model
+    sharded = processes.count > 1 and train.strategy == "fsdp"
+    if sharded:
+        model = wrapped(model, "fsdp", device)
+    adam = torch.optim.AdamW if train.weight_decay else torch.optim.Adam
+    optimizer = adam(model.parameters(), lr=train.learning_rate, betas=(0.9, train.beta2),
+                     weight_decay=train.weight_decay, fused=not sharded)
+    if processes.count > 1 and not sharded:
+        convolutions_to_channels_last(model, optimizer, None)
+        model = wrapped(model, "ddp", device)
+    return optimizer, TrainStep(
+        model, optimizer, memory=train.memory, clip_grad_norm=train.clip_grad_norm or None,
+        conditioner_dtype=torch.bfloat16 if train.precision == "bfloat16" else None, accumulate=train.accumulate,
+        ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=n_bins,
+        n_samples=getattr(options, "n_samples", 1), beta=getattr(options, "beta", 1.0))

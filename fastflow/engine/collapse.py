@@ -1,0 +1,36 @@
+"""Warnings of collapse while a VAE trains."""
+
+from fastflow.diagnostics import CollapseMonitor
+from fastflow.engine.aside import aside
+from fastflow.engine.distributed import is_sharded
+from fastflow.engine.evaluate import is_vae
+
+__all__ = ["CollapseWatch"]
+
+IMAGES = 256  # that the latents are measured on
+LEAST_ACTIVE = 0.1  # of the latents or codes; fewer in three looks in a row are worth a warning
+
+
+class CollapseWatch:
+    """Looks at a VAE's latents every ``train.collapse_every`` steps, in the first process, and says when fewer than a
+    tenth of them, or of the codes, are used. It changes neither the model nor torch's generators; a model in shards,
+    which one process can't run alone, is not looked at.
+
+    Args:
+        every: steps between looks; 0 for none.
+        images: (N, C, H, W) uint8 of the training set.
+        device: of the model.
+    """
+
+    def __init__(self, every, images, device):
+        self.every, self.images, self.device = every, images[:IMAGES], device
+        self.monitor = CollapseMonitor(LEAST_ACTIVE)
+
+    def __call__(self, model, objective, step, say):
+        """A look, if one is due; ``say(warning)`` hears of a collapse."""
+        if not self.every or step % self.every or not is_vae(model) or is_sharded(model):
+            return
+        self.monitor.callback = say
+        with aside(model, self.device, 0):
+            x, _ = objective.prepare(model, self.images.to(self.device))
+            self.monitor.look(model, x, when=f"{step} steps")

@@ -1,0 +1,135 @@
+"""What an exported graph computes: a function of a model, of tensors alone, noise among them."""
+
+import torch
+from torch import nn
+
+from fastflow.vae import VAE, DiscreteVAE, HierarchicalVAE, QuantizedVAE
+
+__all__ = ["FUNCTIONS", "default_function", "program"]
+
+FUNCTIONS = ("log_prob", "elbo", "encode", "decode")
+KINDS = (VAE, DiscreteVAE, HierarchicalVAE, QuantizedVAE)
+
+
+def default_function(model):
+    """"elbo" for a VAE, "log_prob" for a flow.
+
+    Raises:
+        ValueError: the model is neither.
+    """
+    if isinstance(model, KINDS):
+        return "elbo"
+    if callable(getattr(model, "log_prob", None)):
+        return "log_prob"
+    raise ValueError(f"model: expected one with log_prob or a VAE, got {type(model).__name__}; use safetensors")
+
+
+def program(model, function, n_samples=1, example=None):
+    """(module, examples): a module that computes the function of tensors alone, and an example of each, whose batch
+    dimension of 2 may be any other.
+
+    ======== ============== ========================================================================================
+    function of             gives
+    ======== ============== ========================================================================================
+    log_prob x              log p(x) (B,) of a flow, nats
+    elbo     x, noise       {"elbo", "rate", "distortion": (B,), "log_w": (K, B)} of a VAE, nats; without noise where
+                            latents are quantised
+    encode   x              a Gaussian posterior's {"mean", "log_sigma"}; {"probs"} of bits and classes; {"codes"};
+                            {"latents"}, a list, at the posteriors' means for a hierarchy
+    decode   latents        the likelihood's mean (B, *event); of what encode gives as mean, codes, latents, or of bits
+    ======== ============== ========================================================================================
+
+    The noise is standard normal, (K, B, D, *S), a list of such for the levels of a hierarchy from the top down; for
+    bits and classes uniform on (0, 1), (K, B, D, *S) or (K, B, D, *S, C).
+
+    Args:
+        function: one of FUNCTIONS.
+        n_samples: K, fixed in the graph.
+        example: x (2, *event), None to draw from the model.
+
+    Raises:
+        ValueError: the model has no such function.
+    """
+    if function not in FUNCTIONS:
+        raise ValueError(f"function: expected one of {', '.join(FUNCTIONS)}, got {function!r}")
+    if function == "log_prob":
+        if not callable(getattr(model, "log_prob", None)):
+            raise ValueError(f"function: {type(model).__name__} has no log_prob; use elbo, encode or decode")
+        return model, (_example(model, example),)
+    kind = next((kind for kind in KINDS if isinstance(model, kind)), None)
+    if kind is None or type(model).elbo is not kind.elbo or (function == "encode" and kind is VAE
+                                                            and not hasattr(model.posterior, "moments")):
+        raise ValueError(f"function: {function} of a {type(model).__name__} can't be exported; use safetensors")
+    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+        raise ValueError(f"n_samples: expected a positive int, got {n_samples!r}")
+    x = _example(model, example)
+    if function == "elbo":
+        noise = _noise(model, x, n_samples)
+        return _ELBO(model), (x,) if noise is None else (x, noise)
+    encode = _Encode(model)
+    if function == "encode":
+        return encode, (x,)
+    found = encode(x)
+    latents = model.posterior(x).mode() if isinstance(model, DiscreteVAE) else next(iter(found.values()))
+    return _Decode(model), (latents,)
+
+
+def _example(model, example):
+    return model.sample(2, generator=None) if example is None else example
+
+
+def _noise(model, x, n_samples):
+    """The noise of n_samples draws for each x, None for quantised latents."""
+    if isinstance(model, QuantizedVAE):
+        return None
+    if isinstance(model, DiscreteVAE):
+        return model.posterior(x).noise(n_samples)
+    if isinstance(model, HierarchicalVAE):
+        return [torch.randn(n_samples, *z.shape, dtype=z.dtype, device=z.device) for z in model.latent_kl(x)]
+    return torch.randn_like(model.infer(x, n_samples).z)
+
+
+class _Function(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+class _ELBO(_Function):
+    def forward(self, x, noise=None):
+        model = self.model
+        if isinstance(model, DiscreteVAE):
+            return self._discrete(x, noise)
+        if noise is None:
+            bound = model.elbo(x)
+        else:
+            n_samples = (noise[0] if isinstance(noise, (list, tuple)) else noise).shape[0]
+            bound = model.elbo(x, n_samples, eps=noise)
+        return {name: getattr(bound, name) for name in ("elbo", "rate", "distortion", "log_w")}
+
+    def _discrete(self, x, noise):
+        """DiscreteVAE.elbo without gradients, at the samples that the noise makes."""
+        q, p = self.model.posterior(x), self.model.prior()
+        z = q.harden(q.perturb(noise))
+        log_px_z, rate = self.model.log_likelihood(x, z), q.kl(p)
+        distortion = -log_px_z.mean(0)
+        return {"elbo": -distortion - rate, "rate": rate, "distortion": distortion,
+                "log_w": log_px_z + p.log_prob(z) - q.log_prob(z)}
+
+
+class _Encode(_Function):
+    def forward(self, x):
+        model = self.model
+        if isinstance(model, DiscreteVAE):
+            return {"probs": model.posterior(x).probs}
+        if isinstance(model, QuantizedVAE):
+            return {"codes": model.codes(x)}
+        if isinstance(model, HierarchicalVAE):
+            return {"latents": model.encode(x)}
+        mean, log_sigma = model.posterior.moments(model.encoder(x))
+        return {"mean": mean, "log_sigma": log_sigma}
+
+
+class _Decode(_Function):
+    def forward(self, latents):
+        return self.model.likelihood.mean(self.model.decode(latents))
