@@ -263,7 +263,7 @@ def sweep(settings, out, title, resume):
         table.add_row(*(f"{row[column]:.4f}" if isinstance(row[column], float) and column != "beta" else
                         f"{row[column]}" for column in COLUMNS))
     Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
-    print(f"{'table':16}{path}" + ("" if picture is None else f"\n{'picture':16}{picture}"))
+    print(f"{'table':16}{path}\n{'picture':16}{picture}")
 
 
 def list_recipes():
