@@ -49,7 +49,7 @@ def _glow(options, image_shape):
 
 
 def _vae(options, image_shape):
-    from fastflow.vae import ConvVAE, MLPVAE
+    from fastflow.vae import MLPVAE, ConvVAE
 
     if options.network == "conv":
         return ConvVAE(image_shape, options.latent_features, likelihood=_likelihood())
