@@ -39,10 +39,14 @@ def read(path, size):
     held_out = next((f / "val_data.npz" for f in folders if (f / "val_data.npz").is_file()), None)
     if held_out is None:
         raise DataFileError(path / "val_data.npz", "is missing")
-    parts = [_part(f, size) for f in files]
-    images, labels = (np.concatenate(p) for p in zip(*parts, strict=True))
-    test, test_labels = _part(held_out, size)
-    return images, test, labels, test_labels
+    labels = [_labels(f) for f in files]  # first, so that the images find their place and are held once
+    images = np.empty((sum(map(len, labels)), 3, size, size), np.uint8)
+    end = 0
+    for file, those in zip(files, labels, strict=True):
+        begin, end = end, end + len(those)
+        images[begin:end] = _images(file, size, len(those))
+    test_labels = _labels(held_out)
+    return images, _images(held_out, size, len(test_labels)), np.concatenate(labels), test_labels
 
 
 def _number(path):
@@ -52,11 +56,17 @@ def _number(path):
     return int(digits)
 
 
-def _part(path, size):
-    arrays = read_npz(path, ("data", "labels"))
-    pixels, labels = arrays["data"], arrays["labels"]
+def _labels(path):
+    labels = read_npz(path, ("labels",))["labels"]
+    if labels.ndim != 1 or np.any((labels < 1) | (labels > 1000)):
+        raise DataFileError(path, "labels: expected one from 1 to 1000 for each image")
+    return labels.astype(np.int64) - 1
+
+
+def _images(path, size, n):
+    pixels = read_npz(path, ("data",))["data"]
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3 * size * size:
         raise DataFileError(path, f"data: expected uint8 (N, {3 * size * size}), got {pixels.dtype} {pixels.shape}")
-    if labels.shape != pixels.shape[:1] or np.any((labels < 1) | (labels > 1000)):
-        raise DataFileError(path, "labels: expected one from 1 to 1000 for each image")
-    return pixels.reshape(-1, 3, size, size), labels.astype(np.int64) - 1
+    if len(pixels) != n:
+        raise DataFileError(path, f"holds {len(pixels)} images and {n} labels")
+    return pixels.reshape(-1, 3, size, size)

@@ -98,10 +98,6 @@ class NegativeLogLikelihood(Objective):
             return {"bits_per_dim": (constant - model(x)) / (x[0].numel() * math.log(2.0))}
         return {"bits_per_dim": bits_per_dim(model(x), x[0].numel(), self.n_bins)}
 
-    def log_weight(self, model, x):
-        x, constant = self.prepare(model, x)
-        return model(x) - constant
-
 
 class NegativeELBO(Objective):
     """distortion + beta*rate, the loss of a VAE; of one with an objective of its own, minus that objective's value."""
@@ -144,11 +140,6 @@ class NegativeELBO(Objective):
         if len(log_w) > 1:
             found[f"iwae_{len(log_w)}"] = iwae(log_w) - constant
         return found
-
-    def log_weight(self, model, x):
-        x, constant = self.prepare(model, x)
-        found = model(x, n_samples=1, beta=1.0)
-        return iwae(getattr(found, "bound", found).log_w) - constant
 
 
 def _context(model, context):

@@ -24,7 +24,7 @@ __all__ = ["write_report"]
 
 INVERTED = 64  # images that a flow is run forth and back on
 UNITS = {"bits_per_dim": ("bits/dim", ""), "elbo": ("ELBO", "nats per image"), "rate": ("rate", "nats per image"),
-         "distortion": ("distortion", "nats per image")}
+         "distortion": ("distortion", "nats per image"), "log_prob": ("log-likelihood", "nats per row")}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em;color:#222}
 h1{margin-bottom:0}h2{margin-top:2em;border-bottom:1px solid #ddd}
 table{border-collapse:collapse}td,th{padding:2px 18px 2px 0;text-align:left;vertical-align:top}
@@ -54,12 +54,13 @@ def write_report(directory, device):
     images = load_data(settings)
     objective = objective_for(model, n_bins=levels_of_values(settings),
                               n_samples=getattr(settings.model, "n_samples", 1))
+    unit = "rows" if images.test.is_floating_point() else "images"
     figures = evaluate(model, objective, images.test, device)
     log, name = read_log(directory / "metrics.jsonl"), directory.resolve().name
     drawn = draw(directory, model, objective, settings, images, device, trained.step, name)
     curves = draw_curves(directory)
     parts = [f"<h1>{html.escape(name)}</h1><p>{html.escape(settings.description)}</p>",
-             "<h2>Held out</h2>", _figures(figures, trained.step, len(images.test))]
+             "<h2>Held out</h2>", _figures(figures, trained.step, len(images.test), unit)]
     if curves:
         parts += ["<h2>Curves</h2>", _picture("", curves)]
     path = drawn["samples"]
@@ -69,8 +70,7 @@ def write_report(directory, device):
         parts.append(_picture("held-out images, and below each its reconstruction", drawn["reconstructions"]))
     parts.append("</div><h2>Diagnosis</h2>")
     parts.append(_picture("", drawn["diagnosis"]) if "diagnosis" in drawn
-                 else _inversion(model, objective, images.test[:INVERTED], device))
-    unit = "rows" if images.test.is_floating_point() else "images"
+                 else _inversion(model, objective, images.test[:INVERTED], device, unit))
     if speeds := [line[f"{unit}_per_second"] for line in log if f"{unit}_per_second" in line]:
         speed = statistics.median(speeds)
         seconds = trained.step * settings.train.batch_size / speed
@@ -87,22 +87,22 @@ def write_report(directory, device):
     return path
 
 
-def _figures(figures, step, n_images):
+def _figures(figures, step, n_examples, unit):
     rows = {}
     for name, value in figures.items():
         bound = (f"importance-weighted bound of {name.removeprefix('iwae_')} samples", "nats per image")
-        label, unit = UNITS.get(name, bound)
-        rows[label] = f"{value:.4f} {unit}"
-    return _table({"step": step, "images": n_images, **rows})
+        label, measure = UNITS.get(name, bound if name.startswith("iwae_") else (name.replace("_", " "), ""))
+        rows[label] = f"{value:.4f} {measure}"
+    return _table({"step": step, unit: n_examples, **rows})
 
 
-def _inversion(model, objective, images, device):
-    """How exactly a flow inverts: images there and back."""
+def _inversion(model, objective, images, device, unit):
+    """How exactly a flow inverts: images or rows there and back."""
     if not hasattr(model, "transform"):
         return "<p>None for this kind of model.</p>"
     with aside(model, device, 0):
         found = inversion_error(model, objective.prepare(model, images.to(device))[0])
-    return _table({f"largest error of inverse(forward(x)), {len(images)} images": f"{found.absolute:.2e}",
+    return _table({f"largest error of inverse(forward(x)), {len(images)} {unit}": f"{found.absolute:.2e}",
                    "the same over 1 + |x|": f"{found.relative:.2e}",
                    "largest sum of the two log-determinants": f"{found.logdet:.2e} nats"})
 

@@ -1,7 +1,6 @@
 """A sweep over the weight of the rate: a model for each, and the curve of rate against distortion that they make."""
 
 import csv
-import importlib.util
 import io
 import math
 import os
@@ -9,6 +8,7 @@ import os
 import torch
 
 from fastflow.diagnostics import rate_distortion_sweep
+from fastflow.engine import charts
 from fastflow.engine.datasets import levels_of_values, load_data
 from fastflow.engine.errors import SettingsError
 from fastflow.engine.files import write_text
@@ -24,7 +24,7 @@ COLUMNS = ("beta", "rate", "distortion", "elbo", "elbo_error", "bits_per_dim", "
 
 def run_sweep(settings, out, train, device):
     """Trains a model with each of ``settings.sweep.beta``, measures all on the same held-out images, and writes
-    OUT/rate-distortion.csv and, with matplotlib, OUT/rate-distortion.png.
+    OUT/rate-distortion.csv and OUT/rate-distortion.png.
 
     Args:
         settings: with a section [sweep].
@@ -35,7 +35,7 @@ def run_sweep(settings, out, train, device):
     Returns:
         (rows, table, picture): for each beta {column: value}, the rate, the distortion and the ELBO with its standard
         error in nats per image, bits/dim, both those of integer images, and the number of active units; and both
-        paths (the picture's is None without matplotlib).
+        paths.
 
     Raises:
         SettingsError: it is started in several processes.
@@ -73,29 +73,16 @@ def run_sweep(settings, out, train, device):
 
 
 def _picture(path, rows):
-    """Distortion over rate, a point for each beta, with the line of all models of the best ELBO found; the path, or
-    None where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.add_subplot()
+    """Distortion over rate, a point for each beta, with the line of all models of the best ELBO found; the path."""
+    drawn = charts.figure(6.0, 4.2)
+    at = charts.axes(drawn.subplots(), "held-out images, by beta", "rate, nats per image", "distortion, nats per image")
     points = sorted((row["rate"], row["distortion"], row["beta"]) for row in rows)
-    axes.plot([rate for rate, _, _ in points], [distortion for _, distortion, _ in points], marker="o")
+    at.plot([rate for rate, _, _ in points], [distortion for _, distortion, _ in points], "o-", color=charts.BAR)
     for rate, distortion, beta in points:
-        axes.annotate(f"{beta:g}", (rate, distortion), xytext=(5, 5), textcoords="offset points")
-    best = max(rows, key=lambda row: row["elbo"])
-    axes.axline((0.0, -best["elbo"]), slope=-1.0, color="0.7", label=f"ELBO {best['elbo']:.4g}, the best")
-    axes.set(xlabel="rate, nats per image", ylabel="distortion, nats per image", title="held-out images, by beta",
-             ylim=_around([row["distortion"] for row in rows]), xlim=_around([row["rate"] for row in rows]))
-    axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
-    return path
-
-
-def _around(values):
-    margin = 0.08 * (max(values) - min(values)) or 1.0
-    return min(values) - margin, max(values) + margin
+        at.annotate(f"{beta:g}", (rate, distortion), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    limits = at.get_xlim(), at.get_ylim()
+    best = max(row["elbo"] for row in rows)
+    at.axline((0.0, -best), slope=-1.0, color=charts.FAINT, label=f"ELBO {best:.5g}, the best of these")
+    at.set(xlim=limits[0], ylim=limits[1])
+    at.legend(fontsize=8, frameon=False)
+    return charts.save(path, drawn)

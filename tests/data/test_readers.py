@@ -39,6 +39,15 @@ def test_imagenet_in_the_folders_of_its_archives(tmp_path):
         data.load(tmp_path, format="imagenet32")
 
 
+def test_imagenet_labels_are_checked(tmp_path):
+    (pixels, labels), *_ = imagenet(tmp_path)
+    path = tmp_path / "train_data_batch_1.npz"
+    for wrong, reason in ((labels[:3], "holds 4 images and 3 labels"), (labels * 0, "labels: expected one from 1 to")):
+        np.savez(path, data=pixels, labels=wrong)
+        with pytest.raises(data.DataFileError, match=f"train_data_batch_1.npz: {reason}"):
+            data.load(tmp_path, format="imagenet32")
+
+
 def test_damaged_npz_files_name_themselves(tmp_path):
     imagenet(tmp_path)
     path = tmp_path / "train_data_batch_2.npz"
@@ -123,6 +132,47 @@ def test_tables_with_a_split(tmp_path, suffix):
             data.load(tmp_path)
     np.savez(tmp_path / "both.npz", train=train, test=test)
     assert np.array_equal(data.load(tmp_path / "both.npz").test, test)
+    more = table(4)
+    write(tmp_path / f"test{suffix}", more)  # beside valid, which becomes the validation part
+    np.savez(tmp_path / "three.npz", train=train, val=test, test=more)
+    if suffix == ".csv":
+        write(tmp_path / "valid.csv", test)
+    for found in (data.load(tmp_path), data.load(tmp_path / "three.npz", validation_fraction=0.5)):
+        for part, rows in (("train", train), ("validation", test), ("test", more)):
+            assert np.array_equal(getattr(found, part), rows)
+
+
+@pytest.mark.parametrize("kind", ["table", "pictures"])
+def test_a_validation_part_is_taken_from_the_training_part(tmp_path, kind):
+    if kind == "table":
+        write(tmp_path / "t.npy", table(50))
+        path = tmp_path / "t.npy"
+    else:
+        path = tmp_path / "p"
+        pictures(path, [f"{i % 2}/{i:02}" for i in range(50)])
+    whole, found = (data.load(path, test_fraction=0.2, validation_fraction=share) for share in (0.0, 0.25))
+    assert whole.validation is None and [len(p) for p in (found.train, found.validation, found.test)] == [30, 10, 10]
+    assert torch.equal(whole.test, found.test) and whole.fingerprint() != found.fingerprint()
+    again = torch.cat([found.train, found.validation]).flatten(1)
+    assert {tuple(row) for row in again.tolist()} == {tuple(row) for row in whole.train.flatten(1).tolist()}
+    if kind == "pictures":
+        assert len(found.validation_labels) == 10 and len(found.train_labels) == 30
+    with pytest.raises(ValueError, match="validation_fraction: expected a number between 0 and 1"):
+        data.load(path, validation_fraction=1.5)
+
+
+def test_tables_that_ship():
+    pytest.importorskip("sklearn")
+    cells = data.load("breast-cancer")
+    assert (len(cells.train), len(cells.test)) == (455, 114) and cells.columns[0] == "mean_radius"
+    pytest.importorskip("skimage")
+    patches = data.load("patches")
+    assert patches.event_shape == data.TABLES["patches"] and len(patches.train) > 100_000
+    last = -patches.train.sum(1)  # what was left out: all 64 have mean 0
+    assert patches.train.abs().max() < 1.0 and last.abs().max() < 1.0
+    assert data.load("patches").fingerprint() == patches.fingerprint()
+    with pytest.raises(ValueError, match="test_fraction: patches has no such option"):
+        data.load("patches", test_fraction=0.5)
 
 
 def test_csv_without_names_and_what_is_no_number(tmp_path):
@@ -153,6 +203,10 @@ def test_folders_of_pictures(tmp_path, mode):
     assert np.array_equal(found.train, train) and np.array_equal(found.test, test)
     assert found.train_labels.tolist() == [0, 0, 1] and found.test_labels.tolist() == [0, 1]
     assert data.load(tmp_path, size=3).image_shape == (3 if mode == "RGB" else 1, 3, 3)
+    more = pictures(tmp_path / "test", ["cat/7"], mode)
+    found = data.load(tmp_path)  # val is the validation part now
+    assert np.array_equal(found.validation, test) and found.validation_labels.tolist() == [0, 1]
+    assert np.array_equal(found.test, more) and np.array_equal(found.train, train)
 
 
 def test_a_folder_without_a_split(tmp_path):
@@ -196,8 +250,12 @@ def test_hugging_face_pictures(tmp_path):
         saved(tmp_path / "d" / name, {"image": cells, "label": [3, 1, 2, 0]}, _split=name)
     (tmp_path / "d/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     found = data.load(tmp_path / "d")
-    assert np.array_equal(found.train, made) and np.array_equal(found.test, made)
+    assert np.array_equal(found.train, made) and np.array_equal(found.test, made) and found.validation is None
     assert found.test_labels.tolist() == [3, 1, 2, 0]
+    saved(tmp_path / "d" / "validation", {"image": cells[:2], "label": [3, 1]}, _split="validation")
+    (tmp_path / "d/dataset_dict.json").write_text('{"splits": ["validation", "train", "test"]}')
+    found = data.load(tmp_path / "d")
+    assert np.array_equal(found.validation, made[:2]) and found.validation_labels.tolist() == [3, 1]
     saved(tmp_path / "bare", {"image": [{"bytes": None, "path": "0.png"}]})
     with pytest.raises(data.DataFileError, match="bare, image 0: is not inside the dataset"):
         data.load(tmp_path / "bare")

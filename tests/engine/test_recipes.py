@@ -1,6 +1,7 @@
 """Every shipped recipe: it can be planned without its data, and at a reduced size it trains, evaluates and draws."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from data_files import extracted, imagenet
 
 from fastflow import cli, flows
 from fastflow.engine import SettingsError, build_model, load_settings
+from fastflow.engine.datasets import load_data
 from fastflow.engine.plan import parameter_count, plan
 from fastflow.engine.run import load_trained
 from fastflow.engine.settings import from_dict, recipes
@@ -89,6 +91,20 @@ def test_every_recipe_trains_evaluates_and_draws(recipe, tmp_path, fastflow):
         part = "validation" if settings.data.format == "table" else "test"
         log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in log if f"{part}_{figure}" in line][0] == 1
+
+
+def test_bits_of_images_at_a_path_count_every_constant(tmp_path, fastflow):
+    """What a run reports of uint8 files is the flow's own bits/dim: -log2 p of x/256 - 0.5 + U/256, plus 8 bits."""
+    settings = load_settings("glow-cifar10")
+    fastflow("train", "glow-cifar10", "--out", tmp_path / "run", *reduced(settings), *there(tmp_path, settings))
+    trained = load_trained(tmp_path / "run", "cpu")
+    test = load_data(trained.settings).test
+    torch.manual_seed(0)
+    noisy = (test + torch.rand(test.shape)) / 256 - 0.5
+    with torch.no_grad():
+        bits = 8.0 - trained.model.eval().log_prob(noisy) / (3072 * math.log(2.0))
+    reported = json.loads((tmp_path / "run" / "results.json").read_text())["bits_per_dim"]
+    assert abs(bits.mean().item() - reported) < 1e-4
 
 
 @pytest.mark.parametrize("recipe", but_for(recipes(), *PLANNED))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,9 @@ def test_a_run_keeps_what_it_needs_without_the_table(tmp_path, fastflow):
     fastflow("evaluate", out)
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert evaluation["log_prob"] == results["log_prob"] and evaluation["test_rows"] == 75
+    page = Path(fastflow("report", out).strip()).read_text()
+    assert f"<td>rows</td><td>75</td></tr><tr><td>log-likelihood</td><td>{results['log_prob']:.4f} nats per row" in page
+    assert "64 rows</td>" in page and "rows/s" in page and "bits/dim" not in page
     more = fastflow(*options, "--resume", "auto", "--set", "train.steps=70")
     assert "continuing after step 60" in more
     trained = load_trained(out, "cpu")
