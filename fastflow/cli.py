@@ -17,7 +17,7 @@ from pathlib import Path
 
 __all__ = ["main"]
 
-EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train",
+EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train", "matplotlib": "train",
           "PIL": "data", "sklearn": "data", "skimage": "data"}
 if sys.version_info < (3, 11):
     EXTRAS["tomli"] = "train"
@@ -130,6 +130,8 @@ def parser():
                                    "VAE also the diagnosis, into DIR/diagnosis.")
     evaluate.add_argument("directory", metavar="DIR", help="a run's directory")
     evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws")
+    evaluate.add_argument("--samples", type=_positive, metavar="K", help="of the latents per image, for the ELBO and "
+                          "the importance-weighted bound of a VAE (default: as trained)")
     evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     evaluate.set_defaults(command=run_evaluate)
 
@@ -228,7 +230,7 @@ def train(settings, out, title, resume):
         shape = "x".join(map(str, examples.event_shape))
         validation = "" if examples.validation is None else f", {len(examples.validation)} validation"
         print(f"{title}: {len(examples.train)} training{validation} and {len(examples.test)} held-out {trainer.unit} "
-              f"of {shape}, {trainer.n_parameters:,} parameters, {trainer.device}; in {out}", flush=True)
+              f"of {shape}, {trainer.n_parameters:,} parameters, {trainer.device}\n{'run':16}{out}", flush=True)
     if loaded is None:
         trainer.start()
     else:
@@ -239,7 +241,7 @@ def train(settings, out, title, resume):
     trainer.close()
     if not leads:
         return
-    print(f"held-out {describe(results)}, {len(examples.test)} {trainer.unit}, step {results['step']}")
+    print(f"held-out {describe(results)}\n{'':16}{len(examples.test)} {trainer.unit}, step {results['step']}")
     warn_of_broken(results["broken_samples"])
     for name in ("samples", "reconstructions", "diagnosis", "curves", "checkpoint"):
         if name in results:
@@ -251,8 +253,8 @@ def sweep(settings, out, title, resume):
     from rich.console import Console
     from rich.table import Table
 
+    from fastflow.engine.devices import choose_device
     from fastflow.engine.sweep import COLUMNS, run_sweep
-    from fastflow.engine.trainer import choose_device
 
     rows, path, picture = run_sweep(settings, out, lambda one, directory: train(
         one, directory, f"{title} {directory.name}", resume), choose_device(settings.train.device))
@@ -304,11 +306,11 @@ def list_settings():
 
 def run_sample(arguments):
     from fastflow.engine.datasets import is_table, levels_of_values
+    from fastflow.engine.devices import choose_device, set_threads
     from fastflow.engine.evaluate import sample_rows, samples
     from fastflow.engine.files import write_rows
     from fastflow.engine.pictures import save_grid
     from fastflow.engine.run import load_trained
-    from fastflow.engine.trainer import choose_device, set_threads
 
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
@@ -332,26 +334,28 @@ def run_sample(arguments):
 
 def run_evaluate(arguments):
     from fastflow.engine.datasets import levels_of_values, load_data
+    from fastflow.engine.devices import choose_device, set_threads
     from fastflow.engine.evaluate import describe, evaluate, is_vae
     from fastflow.engine.files import write_text
     from fastflow.engine.gallery import diagnosed
     from fastflow.engine.objectives import objective_for
     from fastflow.engine.run import load_trained
-    from fastflow.engine.trainer import choose_device, set_threads
 
     device = choose_device("auto")
     trained = load_trained(arguments.directory, device, arguments.step)
     set_threads(trained.settings)
+    if arguments.samples and not is_vae(trained.model):
+        fail(f"--samples: a model of kind {trained.settings.model.kind!r} has no latents to draw; leave it out")
+    n_samples = arguments.samples or getattr(trained.settings.model, "n_samples", 1)  # as at the end of the run
     examples = load_data(trained.settings)
     test = examples.test
     unit = "rows" if test.is_floating_point() else "images"
-    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings),
-                              n_samples=getattr(trained.settings.model, "n_samples", 1))  # as at the end of the run
+    objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings), n_samples=n_samples)
     figures = evaluate(trained.model, objective, test, device, arguments.seed)
     path = Path(arguments.directory) / "evaluation.json"
     record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}
     write_text(path, json.dumps(record, indent=1) + "\n")
-    print(f"held-out {describe(figures)}, {len(test)} {unit}, step {trained.step}")
+    print(f"held-out {describe(figures)}\n{'':16}{len(test)} {unit}, step {trained.step}")
     print(f"{'figures':16}{path}")
     if is_vae(trained.model):
         out = Path(arguments.directory)
@@ -379,8 +383,8 @@ def run_export(arguments):
 
 
 def run_report(arguments):
+    from fastflow.engine.devices import choose_device
     from fastflow.engine.report import write_report
-    from fastflow.engine.trainer import choose_device
 
     print(write_report(arguments.directory, choose_device("auto")))
 

@@ -3,6 +3,7 @@
 import torch
 
 from fastflow.engine.distributed import wrapped
+from fastflow.engine.errors import SettingsError
 from fastflow.engine.layout import convolutions_to_channels_last
 from fastflow.engine.train_step import TrainStep
 
@@ -19,6 +20,9 @@ def assemble(model, settings, processes, device, n_bins):
         settings: a :class:`~fastflow.engine.settings.Settings`.
         processes: the :class:`~fastflow.engine.distributed.Processes`.
         device, n_bins: of the data, levels of integer images.
+
+    Raises:
+        SettingsError: options that this model, device or number of processes doesn't have.
     """
     train, options = settings.train, settings.model
     sharded = processes.count > 1 and train.strategy == "fsdp"
@@ -30,8 +34,11 @@ def assemble(model, settings, processes, device, n_bins):
     if processes.count > 1 and not sharded:
         convolutions_to_channels_last(model, optimizer, None)
         model = wrapped(model, "ddp", device)
-    return optimizer, TrainStep(
-        model, optimizer, memory=train.memory, clip_grad_norm=train.clip_grad_norm or None,
-        conditioner_dtype=torch.bfloat16 if train.precision == "bfloat16" else None, accumulate=train.accumulate,
-        ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=n_bins,
-        n_samples=getattr(options, "n_samples", 1), beta=getattr(options, "beta", 1.0))
+    try:
+        return optimizer, TrainStep(
+            model, optimizer, memory=train.memory, capture=train.capture, clip_grad_norm=train.clip_grad_norm or None,
+            conditioner_dtype=torch.bfloat16 if train.precision == "bfloat16" else None, accumulate=train.accumulate,
+            ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=n_bins,
+            n_samples=getattr(options, "n_samples", 1), beta=getattr(options, "beta", 1.0))
+    except ValueError as error:
+        raise SettingsError(f"train.{error}") from error

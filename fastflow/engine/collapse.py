@@ -20,17 +20,17 @@ class CollapseWatch:
         every: steps between looks; 0 for none.
         images: (N, C, H, W) uint8 of the training set.
         device: of the model.
+        say: called with the warning.
     """
 
-    def __init__(self, every, images, device):
+    def __init__(self, every, images, device, say):
         self.every, self.images, self.device = every, images[:IMAGES], device
-        self.monitor = CollapseMonitor(LEAST_ACTIVE)
+        self.monitor = CollapseMonitor(LEAST_ACTIVE, callback=lambda message: say(
+            f"WARNING: {message} (train.kl_warmup_steps anneals; train.collapse_every=0 stops these looks)"))
 
-    def __call__(self, model, objective, step, say):
-        """A look, if one is due; ``say(warning)`` hears of a collapse."""
+    def __call__(self, model, objective, step):
         if not self.every or step % self.every or not is_vae(model) or is_sharded(model):
             return
-        self.monitor.callback = say
         with aside(model, self.device, 0):
             x, _ = objective.prepare(model, self.images.to(self.device))
             self.monitor.look(model, x, when=f"{step} steps")

@@ -130,9 +130,11 @@ def _below(diagnosis, model, n_bins):
         labels = [f"{diagnosis.unit} {dim}: {kl:.3g} nats"
                   for dim, kl in zip(found.dims.tolist(), found.kl.tolist(), strict=True)]
         ticks = [f"{value:g}" for value in values]
+        if 2 * len(values) < len(labels):  # as for bits: the values one below the other take less room
+            rows, ticks, labels = rows.transpose(0, 1), [label.replace(": ", "\n") for label in labels], ticks
     if rows is None or rows.dim() != 5 or rows.shape[2] not in (1, 3):
         return None, 0.0
-    across = min(0.6 * rows.shape[1], WIDTH - 2.5)
+    across = min((0.9 if ticks and "\n" in ticks[0] else 0.6) * rows.shape[1], WIDTH - 1.0)
     height = across / rows.shape[1] * len(rows) + 0.8
     return lambda panel: _images(panel.subplots(), levels_of(model, rows.flatten(0, 1), n_bins), n_bins, title, labels,
                                  ticks, rows.shape[1]), height

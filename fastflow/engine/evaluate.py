@@ -1,16 +1,15 @@
 """Figures and pictures of a model. Each draws from a seed of its own and leaves torch's generators as they were."""
 
-import math
-
 import torch
 
 from fastflow.engine.aside import aside
 from fastflow.engine.distributed import unwrap
 from fastflow.engine.objectives import levels_of
 
-__all__ = ["bound", "describe", "evaluate", "is_vae", "reconstructions", "sample_rows", "samples"]
+__all__ = ["describe", "evaluate", "is_vae", "reconstructions", "sample_rows", "samples"]
 
 BATCH = 256
+FEW_SAMPLES = 16  # of the latents, that a whole batch is evaluated with; with more of them batches are smaller
 
 
 def is_vae(model):
@@ -30,51 +29,27 @@ def evaluate(model, objective, images, device, seed=0, poll=lambda: None):
         poll: called between batches; may raise to stop.
 
     Returns:
-        {name: float}: bits_per_dim, for a VAE also elbo, rate and distortion in nats per image; of rows log_prob, in
-        nats per row.
+        {name: float}: bits_per_dim, for a VAE also elbo, rate and distortion in nats per image, and iwae_K with K > 1
+        samples of the latents; of rows log_prob, in nats per row.
     """
     sums = {}
+    n_samples = max(FEW_SAMPLES, getattr(objective, "n_samples", 1))
     with aside(model, device, seed):
-        for batch in images.split(BATCH):
+        for batch in images.split(max(1, BATCH * FEW_SAMPLES // n_samples)):
             poll()
             for name, values in objective.report(model, batch.to(device)).items():
                 sums[name] = sums.get(name, 0.0) + values.double().sum().item()
     return {name: total / len(images) for name, total in sums.items()}
 
 
-def bound(model, objective, images, device, n_samples, seed=0, poll=lambda: None):
-    """The mean of log(1/K sum of K weights), see :meth:`fastflow.engine.objectives.Objective.log_weight`, over all
-    images; arguments as for :func:`evaluate`.
-
-    Args:
-        n_samples: K, each a forward of its own.
-
-    Returns:
-        {"bound": in nats per example, "bound_samples": K}, of images "bound_bits_per_dim" too.
-    """
-    total = 0.0
-    with aside(model, device, seed):
-        for batch in images.split(BATCH):
-            x, summed = batch.to(device), None
-            for _ in range(n_samples):
-                poll()
-                weight = objective.log_weight(model, x).double()
-                summed = weight if summed is None else torch.logaddexp(summed, weight)
-            total += (summed - math.log(n_samples)).sum().item()
-    figures = {"bound": total / len(images), "bound_samples": n_samples}
-    if not images.is_floating_point():
-        figures["bound_bits_per_dim"] = -figures["bound"] / (images[0].numel() * math.log(2))
-    return figures
-
-
 def describe(figures):
-    """Held-out figures as text."""
-    units = {"bits_per_dim": "bits/dim", "elbo": "ELBO", "rate": "rate", "distortion": "distortion",
-             "log_prob": "log-likelihood"}
-    text = "  ".join(f"{unit} {figures[name]:.4f}" for name, unit in units.items() if name in figures)
-    if "bound" in figures:
-        text += f"  {figures['bound_samples']}-sample bound {figures['bound']:.4f}"
-    return text + (" (nats per image)" if "elbo" in figures else " nats per row" if "log_prob" in figures else "")
+    """Held-out figures as text: bits/dim, and the others in nats per image; of rows nats per row."""
+    if "log_prob" in figures:
+        return f"log-likelihood {figures['log_prob']:.4f} nats per row"
+    names = {"elbo": "ELBO", "rate": "rate", "distortion": "distortion"}
+    names |= {name: f"bound of {name.removeprefix('iwae_')} samples" for name in figures if name.startswith("iwae_")}
+    nats = [f"{label} {figures[name]:.2f}" for name, label in names.items() if name in figures]
+    return "  ".join([f"bits/dim {figures['bits_per_dim']:.4f}", *nats]) + (" nats" if nats else "")
 
 
 def samples(model, n, n_bins, device, temperature=1.0, seed=0):

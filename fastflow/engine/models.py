@@ -122,12 +122,12 @@ def _of_columns(flow):
 
 
 def _vae(options, image_shape):
-    from fastflow.vae import VAE, mlp_decoder, mlp_encoder
+    from fastflow.vae import MLPVAE, ConvVAE
 
+    if options.network == "conv":
+        return ConvVAE(image_shape, options.latent_features, likelihood=_likelihood())
     hidden = (options.hidden_features, options.hidden_features)
-    return VAE(mlp_encoder(image_shape, options.latent_features, hidden),
-               mlp_decoder(options.latent_features, image_shape, hidden),
-               likelihood=_likelihood(), latent_shape=options.latent_features)
+    return MLPVAE(image_shape, options.latent_features, hidden, likelihood=_likelihood())
 
 
 def _iwae(options, image_shape):
@@ -145,7 +145,7 @@ def _vqvae(options, image_shape):
         raise SettingsError(f"model.channels: {len(options.channels)} halvings don't divide {image_shape[1]}x"
                             f"{image_shape[2]} images")
     return VQVAE(image_shape, options.n_codes, options.features, options.channels, likelihood=_likelihood(),
-                 restart_below=0.1)
+                 restart_below=0.02)
 
 
 def _discrete_vae(options, image_shape):

@@ -71,13 +71,6 @@ def levels_of(model, x, n_bins):
     return levels(x - 0.5 if isinstance(likelihood, ContinuousBernoulliLikelihood) else x, n_bins)
 
 
-    def log_weight(self, model, x):
-        """(B,) nats, from fresh noise each time: the logarithm of an unbiased estimate of each example's likelihood.
-        The logarithm of the mean of K of them is a bound on log p(x) that rises with K (Burda et al. 2016,
-        arXiv:1509.00519): over z of a VAE, over the dequantisation noise of images."""
-        raise NotImplementedError
-
-
 class NegativeLogLikelihood(Objective):
     """-log p(x), the loss of a flow."""
 
@@ -98,10 +91,6 @@ class NegativeLogLikelihood(Objective):
         if not x.is_floating_point():
             return {"bits_per_dim": (constant - model(x)) / (x[0].numel() * math.log(2.0))}
         return {"bits_per_dim": bits_per_dim(model(x), x[0].numel(), self.n_bins)}
-
-    def log_weight(self, model, x):
-        x, constant = self.prepare(model, x)
-        return model(x) - constant
 
 
 class NegativeELBO(Objective):
@@ -127,17 +116,17 @@ class NegativeELBO(Objective):
         return constant - value.mean(), parts
 
     def report(self, model, x):
-        """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained."""
+        """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained; with K > 1
+        samples of the latents also "iwae_K", the importance-weighted bound of them."""
         x, constant = self.prepare(model, x)
         bound = model(x, n_samples=self.n_samples, beta=1.0)
         elbo = -bound.distortion - bound.rate - constant
-        return {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,
-                "bits_per_dim": -elbo / (x[0].numel() * math.log(2))}
-
-    def log_weight(self, model, x):
-        x, constant = self.prepare(model, x)
-        found = model(x, n_samples=1, beta=1.0)
-        return iwae(getattr(found, "bound", found).log_w) - constant
+        found = {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,
+                 "bits_per_dim": -elbo / (x[0].numel() * math.log(2))}
+        log_w = getattr(bound, "bound", bound).log_w
+        if len(log_w) > 1:
+            found[f"iwae_{len(log_w)}"] = iwae(log_w) - constant
+        return found
 
 
 def _context(model, context):

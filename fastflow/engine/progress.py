@@ -1,5 +1,6 @@
 """What the terminal shows during training: a bar where there is a terminal, a line now and then where there is none."""
 
+import math
 import time
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -44,7 +45,9 @@ class TrainProgress:
         """figures: {name: float} of this step; they and the speed, in units a second, are smoothed before they are
         shown."""
         for name, value in {**figures, f"{unit}/s": per_second}.items():
-            self._smooth[name] = SMOOTHING * self._smooth.get(name, value) + (1 - SMOOTHING) * value
+            before = self._smooth.get(name, value)
+            before = before if math.isfinite(before) else value  # one that is not finite is seen and forgotten
+            self._smooth[name] = SMOOTHING * before + (1 - SMOOTHING) * value
         now, last = time.perf_counter(), step == self._n_steps
         if now - self._shown < (REDRAW_SECONDS if self._console.is_terminal else LINE_SECONDS) and not last:
             return

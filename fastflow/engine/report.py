@@ -90,7 +90,8 @@ def write_report(directory, device):
 def _figures(figures, step, n_examples, unit):
     rows = {}
     for name, value in figures.items():
-        label, measure = UNITS.get(name, (name.replace("_", " "), ""))
+        bound = (f"importance-weighted bound of {name.removeprefix('iwae_')} samples", "nats per image")
+        label, measure = UNITS.get(name, bound if name.startswith("iwae_") else (name.replace("_", " "), ""))
         rows[label] = f"{value:.4f} {measure}"
     return _table({"step": step, unit: n_examples, **rows})
 

@@ -133,8 +133,9 @@ class NSFSettings(Section):
 
 class VAESettings(Section):
     kind: Literal["vae"]
+    network: Literal["mlp", "conv"] = Field("mlp", description="networks of encoder and decoder")
     latent_features: Positive = Field(16, description="dimensions of z")
-    hidden_features: Positive = Field(256, description="width of encoder and decoder")
+    hidden_features: Positive = Field(256, description="width of encoder and decoder, of mlp networks")
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
     n_samples: Positive = Field(1, description="draws of z per image")
 

@@ -45,6 +45,7 @@ class TrainSettings(Section):
     memory: Literal["auto", "none", "save_z", "invert"] = Field("auto", description="how a flow keeps less for "
                                                                 "backward, see TrainStep")
     kl_warmup_steps: Count = Field(0, description="steps over which a VAE's weight of the rate rises linearly from 0")
+    capture: bool = Field(False, description="record the step as a CUDA graph; needs a GPU, one process a model")
     clip_grad_norm: float = Field(0.0, ge=0, description="scale larger gradients down to this norm; 0 for never")
     accumulate: Positive = Field(1, description="parts that a batch is cut into to save memory")
     strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="whole models or shards; auto is ddp")
@@ -58,8 +59,8 @@ class TrainSettings(Section):
     tensorboard: bool = Field(False, description="write TensorBoard's event file too")
     eval_every: Count = Field(0, description="steps between evaluations on held-out images; 0 for the end only")
     patience: Count = Field(0, description="evaluations in a row without a better one that end the run; 0 for never")
-    bound_samples: Count = Field(0, description="K of the held-out bound log(1/K sum of K weights), at the end; 0 for "
-                                "none")
+    bound_samples: Count = Field(0, description="K of a VAE's importance-weighted bound, held out, at the end; 0 "
+                                "for as many samples as in training")
     sample_every: Count = Field(0, description="steps between sample grids; 0 for the end only")
     collapse_every: Count = Field(100, description="steps between looks for collapsed latents of a VAE; 0 for none")
     checkpoint_every: Count = Field(0, description="steps between checkpoints; 0 for the end only")
@@ -71,6 +72,8 @@ class TrainSettings(Section):
             raise combination("train.patience: counts evaluations, and train.eval_every=0 makes none on the way")
         if self.schedule == "constant" and (self.end_learning_rate or self.decay_steps):
             raise combination("train.end_learning_rate, train.decay_steps: train.schedule=constant has no end")
+        if self.capture and self.kl_warmup_steps:
+            raise combination("train.capture: a recorded step can't follow train.kl_warmup_steps")
         if self.schedule != "constant" and self.end_learning_rate > self.learning_rate:
             raise combination(f"train.end_learning_rate: {self.end_learning_rate:g} is more than "
                               f"train.learning_rate={self.learning_rate:g}")

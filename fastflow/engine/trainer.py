@@ -1,10 +1,8 @@
 """The trainer: a train step in a loop, with evaluation, pictures, checkpoints that resume bit for bit, and a log."""
 
 import contextlib
-import functools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -15,9 +13,10 @@ from fastflow.engine import checkpoint
 from fastflow.engine.assembly import assemble
 from fastflow.engine.collapse import CollapseWatch
 from fastflow.engine.datasets import completed, levels_of_values, load_data
+from fastflow.engine.devices import choose_device, set_threads
 from fastflow.engine.distributed import Processes, is_sharded
 from fastflow.engine.errors import CheckpointError, NonFiniteError, RunError, SettingsError
-from fastflow.engine.evaluate import bound, describe, evaluate, is_vae
+from fastflow.engine.evaluate import describe, evaluate, is_vae
 from fastflow.engine.faults import explained
 from fastflow.engine.files import write_text
 from fastflow.engine.gallery import draw, draw_curves
@@ -32,25 +31,9 @@ from fastflow.engine.state import seed_host_random
 from fastflow.engine.watch import Watch, score
 from fastflow.vae import LinearSchedule
 
-__all__ = ["Trainer", "choose_device", "set_threads"]
+__all__ = ["Trainer"]
 
 INITIAL_BATCH = 256  # images that the data-dependent layers are initialised with
-
-
-def choose_device(name):
-    """The torch.device that the setting "auto", "cpu" or "cuda" means here."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("train.device: cuda was asked for, and torch sees no GPU")
-    if name != "cpu" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", torch.cuda.current_device()) if name != "cpu" and torch.cuda.is_available() \
-        else torch.device("cpu")
-
-
-def set_threads(settings):
-    """Gives this process the CPU threads that the settings ask for, if they do."""
-    if settings.train.threads:
-        torch.set_num_threads(settings.train.threads)
 
 
 class Trainer:
@@ -97,17 +80,19 @@ class Trainer:
             check_tensorboard()
         torch.manual_seed(train.seed)
         self.model = build_model(settings).to(self.device)
-        if train.kl_warmup_steps and not is_vae(self.model):
-            raise SettingsError(f"train.kl_warmup_steps: a model of kind {settings.model.kind!r} has no rate to weigh")
+        for name in ("kl_warmup_steps", "bound_samples"):
+            if getattr(train, name) and not is_vae(self.model):
+                raise SettingsError(f"train.{name}: a model of kind {settings.model.kind!r} has no latents")
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
         self.watch, self._rate = Watch(train.patience), LearningRate(train)
-        self._collapse = CollapseWatch(0 if self.processes.rank else train.collapse_every, self.data.train, self.device)
+        looks = 0 if self.processes.rank else train.collapse_every
+        self._collapse = CollapseWatch(looks, self.data.train, self.device, lambda message: self._say(message))
         beta = getattr(settings.model, "beta", 1.0)
         self._rise = LinearSchedule(0.0, beta, train.kl_warmup_steps) if train.kl_warmup_steps else None
         self._order = (None, None)
         self._stop = StopSignals()
-        self._saved, self._signal = None, 0
+        self._saved, self._signal, self._say = None, 0, console.print
         self._checkpoints = self.out / "checkpoints"
 
     @property
@@ -178,11 +163,13 @@ class Trainer:
             checkpoint.clean(self._checkpoints)
         self.model.train()
         progress = TrainProgress(self.console, self.title, train.steps, self.step)
+        self._say = progress.say
         log = RunLog(self.out if first else None, train.tensorboard, self.step)
         with self._stop, log, progress, explained(self.settings, self.processes.count):
             try:
                 results = self._train(progress, log)
             except _Stop as stop:
+                self._settle()
                 self.save()
                 raise Interrupted(stop.number, f"stopped after step {self.step}, saved as {self._saved}") from None
         if first:
@@ -198,16 +185,17 @@ class Trainer:
         train = self.settings.train
         deadline = time.monotonic() + (train.max_seconds or float("inf"))
         over = self._exchange(deadline, ())[0]
-        self._evaluate_if_due(progress, log)
+        self._evaluate_if_due(log)
         while self.step < train.steps and not over and not self.watch.over:
             over = self._round(progress, log, deadline)
+        self._settle()
         if self.watch.over:
-            progress.say(f"step {self.step}: {self.watch.since} evaluations in a row were not better than that of step "
+            self._say(f"step {self.step}: {self.watch.since} evaluations in a row were not better than that of step "
                          f"{self.watch.best_step} (train.patience)")
         elif self.step < train.steps:
-            progress.say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
+            self._say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
         self.save()
-        return self._results(progress, log)
+        return self._results(log)
 
     def _round(self, progress, log, deadline):
         """A training step and what is due after it; returns whether the time is over."""
@@ -215,52 +203,53 @@ class Trainer:
         over = self._advance(progress, log, deadline)
         if self._signal:
             raise _Stop(self._signal)
-        self._collapse(self.model, self.train_step.objective, self.step, progress.say)
-        self._evaluate_if_due(progress, log)
-        if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+        if self._due(train.eval_every) or self._due(train.checkpoint_every):
+            self._settle()
+        self._collapse(self.model, self.train_step.objective, self.step)
+        self._evaluate_if_due(log)
+        if self._due(train.checkpoint_every):
             self.save()
-        if train.sample_every and self.step % train.sample_every == 0 and self.step < train.steps:
+        if self._due(train.sample_every) and self.step < train.steps:
             self.draw(log, page=False)
         return over
 
-    def _evaluate_if_due(self, progress, log):
+    def _due(self, every):
+        return every and self.step % every == 0
+
+    def _evaluate_if_due(self, log):
         """The evaluation of this step, if there is one on the way and it was not seen before the run was cut."""
         train = self.settings.train
-        if not train.eval_every or not 0 < self.step < train.steps or self.step % train.eval_every \
-                or self.watch.seen == self.step:
+        if not self._due(train.eval_every) or not 0 < self.step < train.steps or self.watch.seen == self.step:
             return
         part = "test" if self.data.validation is None else "validation"
         figures = self.evaluate(log, part)
-        progress.say(f"step {self.step}: {'held-out' if part == 'test' else part} {describe(figures)}")
-        self.watch.see(self.step, self._look(progress, figures))
+        self._say(f"step {self.step}: {'held-out' if part == 'test' else part} {describe(figures)}")
+        self.watch.see(self.step, self._look(figures))
         if train.patience and self.watch.best_step == self.step:
             self.save()
 
-    def _look(self, progress, figures):
+    def _look(self, figures):
         """The score of the figures, the same in all processes; a warning if it says that training has diverged."""
         value, = self.processes.mean([score(figures, self.data.train[0].numel())])  # devices may differ in rounding
         if warning := self.watch.warning(self.step, value):
-            progress.say(f"WARNING: {warning}")
+            self._say(f"WARNING: {warning}")
         return value
 
-    def _results(self, progress, log):
+    def _results(self, log):
         """The figures, curves and pictures at the end, by name."""
-        figures = self.evaluate(log)
-        self._look(progress, figures)
-        if self.settings.train.bound_samples:
-            figures |= self.evaluate(log, n_samples=self.settings.train.bound_samples)
+        figures = self.evaluate(log, n_samples=self.settings.train.bound_samples)
+        self._look(figures)
         results = {"step": self.step, **figures, f"test_{self.unit}": len(self.data.test),
                    "checkpoint": str(self._saved), "diverged": self.watch.diverged, **self.draw(log)}
-        if self.watch.over:
-            results["best_step"] = self.watch.best_step
+        results |= {"best_step": self.watch.best_step} if self.watch.over else {}
         if self.processes.rank == 0 and (curves := draw_curves(self.out)) is not None:
             results["curves"] = str(curves)
         return results
 
     def _advance(self, progress, log, deadline):
         """One training step; returns whether the time is over."""
-        train = self.settings.train
-        begin = time.perf_counter()
+        train, begin = self.settings.train, time.perf_counter()
+        self._settle()
         batch = self.batch(self.step)
         mine = batch if self.processes.count == 1 else batch.chunk(self.processes.count)[self.processes.rank]
         rate = self._rate(self.step)
@@ -274,26 +263,41 @@ class Trainer:
                 loss = self.train_step(x.to(self.device))
                 for name, value in {"loss": loss, **self.train_step.parts}.items():
                     if name != "grad_norm":
-                        sums[name] = sums[name] + value if name in sums else value
+                        sums[name] = value if train.accumulate == 1 else sums.get(name, 0.0) + value
         except NonFiniteError as error:
-            epoch, index = divmod(self.step, len(self.data.train) // train.batch_size)
-            where = f"step {self.step + 1} (epoch {epoch + 1}, batch {index + 1}, process {self.processes.rank})"
-            if self.skipped >= train.skip_non_finite:
-                raise NonFiniteError(f"{where}: {error}", error.module) from None
-            self.skipped += 1
+            self._leave_out(self.step, error)
             self.step += 1
-            progress.say(f"{where}: left out, {self.skipped} of at most {train.skip_non_finite}: {error}")
             return self._exchange(deadline, ())[0]
         self.step += 1
+        logged = self.step % train.log_every == 0 or self.step == train.steps
+        if self.train_step.check_finite == "late" and not logged:  # the host does not wait for the device
+            return self._exchange(deadline, ())[0]
         over, means = self._exchange(deadline, [value.item() / train.accumulate for value in sums.values()])
         figures = self._figures(dict(zip(sums, means, strict=True)), batch[0].numel())
         speed = len(batch) / (time.perf_counter() - begin)
         progress.update(self.step, {k: v for k, v in figures.items() if k != "elbo"}, speed, self.unit)
-        if self.step % train.log_every == 0 or self.step == train.steps:
+        if logged:
             log.write(self.step, {"loss": means[0], **{k.replace("/", "_per_"): v for k, v in figures.items()},
                                   "grad_norm": self.train_step.parts["grad_norm"].item(), "learning_rate": rate,
                                   "skipped": self.skipped, f"{self.unit}_per_second": speed})
         return over
+
+    def _settle(self):
+        """Hears whether the device skipped the last update, which a recorded step does not say before."""
+        try:
+            self.train_step.check()
+        except NonFiniteError as error:
+            self._leave_out(self.step - 1, error)
+
+    def _leave_out(self, step, error):
+        """Counts a step that changed nothing, the one after so many, or raises if there are too many."""
+        train = self.settings.train
+        epoch, index = divmod(step, len(self.data.train) // train.batch_size)
+        where = f"step {step + 1} (epoch {epoch + 1}, batch {index + 1}, process {self.processes.rank})"
+        if self.skipped >= train.skip_non_finite:
+            raise NonFiniteError(f"{where}: {error}", error.module) from None
+        self.skipped += 1
+        self._say(f"{where}: left out, {self.skipped} of at most {train.skip_non_finite}: {error}")
 
     def _figures(self, means, n_dims):
         """What is reported of a training step."""
@@ -337,13 +341,15 @@ class Trainer:
         """Inside, the model has the averaged weights, where there is an average."""
         return contextlib.nullcontext() if self.train_step.ema is None else self.train_step.ema.swapped_in()
 
-    def evaluate(self, log, part="test", n_samples=None):
+    def evaluate(self, log, part="test", n_samples=0):
         """Figures of the averaged weights, or of the weights where there is no average, on that part of the data,
-        "test" or "validation"; a line in the log. With ``n_samples`` the bound of so many samples."""
-        measure = evaluate if n_samples is None else functools.partial(bound, n_samples=n_samples)
+        "test" or "validation"; a line in the log. ``n_samples``: draws of a VAE's latents, 0 for as many as in
+        training."""
+        objective = self.train_step.objective
+        if n_samples:
+            objective = objective_for(self.model, n_bins=self.n_bins, n_samples=n_samples)
         with self._averaged():
-            figures = measure(self.model, self.train_step.objective, getattr(self.data, part), self.device,
-                              poll=self._check_stop)
+            figures = evaluate(self.model, objective, getattr(self.data, part), self.device, poll=self._check_stop)
         log.write(self.step, {f"{part}_{name}": value for name, value in figures.items()})
         return figures
 
@@ -353,8 +359,7 @@ class Trainer:
         with self._averaged():
             model = self.model
             if is_sharded(model):  # sampling goes past the forward that would gather the shards
-                state = weights(model)
-                model = build_model(self.settings).to(self.device)
+                state, model = weights(model), build_model(self.settings).to(self.device)
                 model.load_state_dict(state)
             if self.processes.rank:
                 return {}

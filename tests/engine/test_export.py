@@ -145,9 +145,17 @@ def test_what_export_refuses(tmp_path):
     model = perturbed("realnvp")
     with pytest.raises(ValueError, match="format: expected one of safetensors, torch_export, aoti, got 'onnx'"):
         export(model, tmp_path / "m", "onnx")
-    encoder, decoder = vae.mlp_encoder((4,), 2, (8,)), vae.mlp_decoder(2, (4,), (8,))
-    with pytest.raises(ValueError, match="model: torch_export holds log_prob, which VAE does not have"):
-        export(vae.VAE(encoder, decoder, likelihood="gaussian", latent_shape=2), tmp_path / "m", "torch_export")
+    plain = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="model: expected one with log_prob or a VAE, got Linear; use safetensors"):
+        export(plain, tmp_path / "m", "torch_export")
+    with pytest.raises(ValueError, match="function: MLPVAE has no log_prob; use elbo, encode or decode"):
+        export(vae.MLPVAE((4,), 2, (8,)), tmp_path / "m", "torch_export", function="log_prob")
+    with pytest.raises(ValueError, match="function: elbo of a RealNVP can't be exported"):
+        export(model, tmp_path / "m", "torch_export", function="elbo")
+    with pytest.raises(ValueError, match="function: expected one of log_prob, elbo, encode, decode, got 'loss'"):
+        export(model, tmp_path / "m", "torch_export", function="loss")
+    with pytest.raises(ValueError, match="n_samples: expected a positive int, got 0"):
+        export(vae.MLPVAE((4,), 2, (8,)), tmp_path / "m", "torch_export", n_samples=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="could not be written"):
         export(model, tmp_path / "file" / "m")

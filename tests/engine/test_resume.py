@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastflow.engine import NonFiniteError, RunError, checkpoint, load_settings, state, trainer
+from fastflow.engine import NonFiniteError, RunError, SettingsError, checkpoint, load_settings, state, trainer
 from fastflow.engine.trainer import Trainer
 
 STEPS = 9
@@ -29,7 +29,7 @@ class Killed(BaseException):
 def make(tmp_path, threads, monkeypatch):
     """make(name, *overrides): a trainer of a tiny Glow that neither evaluates nor draws; an epoch has 5 steps."""
     threads(torch.get_num_threads())
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, log: {"bits_per_dim": 3.0})
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, log, **_: {"bits_per_dim": 3.0})
     monkeypatch.setattr(Trainer, "draw", lambda self, log, page=True: {})
     monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
 
@@ -148,6 +148,43 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_bounded(make):
     again.resume(saved[7])
     assert again.skipped == 2 and again.train_step.ema.n_updates == 5
     again.run()
+
+
+def test_a_device_that_skips_by_itself_is_heard_one_step_later(make):
+    """As a recorded step does it: the same steps are left out, and all else is the same bit for bit."""
+    found = {}
+    for name in ("at once", "late"):
+        made = make(name, "train.skip_non_finite=3", "train.checkpoint_every=4")
+        made.start()
+        if name == "late":
+            made.train_step.check_finite = "late"
+        poison(made, 2, 4, STEPS)  # 4: just before a checkpoint; the last one: just before the end
+        made.run()
+        assert made.skipped == 3
+        said = made.console.file.getvalue()
+        assert [f"step {step} (epoch" in said for step in range(1, STEPS + 1)] == [s in (2, 4, STEPS) for s in
+                                                                                 range(1, STEPS + 1)]
+        found[name] = [contents(path) for _, path in checkpoint.find(made.out / "checkpoints")]
+    assert len(found["late"]) == 3
+    for first, second in zip(*found.values(), strict=True):
+        assert all(first[file] == second[file] for file in first if file.endswith(".safetensors"))
+
+
+def test_a_device_that_skips_by_itself_stops_the_run_naming_the_step(make):
+    made = make("run")
+    made.start()
+    made.train_step.check_finite = "late"
+    poison(made, 4)
+    with pytest.raises(NonFiniteError, match=r"^step 4 \(epoch 1, batch 4, process 0\): "):
+        made.run()
+    assert checkpoint.newest(made.out / "checkpoints", pytest.fail).step == 3
+
+
+def test_a_recorded_step_needs_a_gpu(make):
+    with pytest.raises(SettingsError, match="^train.capture: expected a model on a CUDA device, this one is on cpu"):
+        make("run", "train.capture=true").start()
+    with pytest.raises(SettingsError, match="^train.capture: a recorded step can't follow train.kl_warmup_steps"):
+        load_settings("vae-digits", ["train.capture=true", "train.kl_warmup_steps=5"])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(

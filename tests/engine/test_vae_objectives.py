@@ -66,6 +66,26 @@ def test_integers_go_to_the_likelihood_and_come_back(likelihood, scale, constant
     torch.testing.assert_close(report["bits_per_dim"], (report["rate"] + report["distortion"]) / (16 * math.log(2)))
 
 
+@pytest.mark.parametrize("make, n_samples, expected", [
+    (lambda: vae.MLPVAE(SHAPE, 2, (8,), likelihood="gaussian"), 3, 3),
+    (lambda: vae.IWAE(SHAPE, 2, n_samples=5, sizes=(8,), likelihood="gaussian"), 1, 5),
+    (lambda: vae.MLPVAE(SHAPE, 2, (8,), likelihood="gaussian"), 1, None),
+])
+def test_an_evaluation_reports_the_bound_of_its_samples(make, n_samples, expected):
+    torch.manual_seed(0)
+    model = make().eval()
+    torch.manual_seed(1)
+    report = NegativeELBO(8, n_samples).report(model, X)
+    names = [name for name in report if name.startswith("iwae_")]
+    assert names == ([] if expected is None else [f"iwae_{expected}"])
+    if expected:
+        torch.manual_seed(1)
+        x, constant = NegativeELBO(8).prepare(model, X)
+        log_w = model.elbo(x, expected).log_w
+        torch.testing.assert_close(report[names[0]], torch.logsumexp(log_w, 0) - math.log(expected) - constant)
+        assert (report[names[0]] >= report["elbo"] - 1.0).all()
+
+
 @pytest.mark.parametrize("make", [lambda: vae.NVAE((1, 8, 8), (1, 1), channels=4, latent_channels=2),
                                   lambda: vae.VQVAE((1, 8, 8), 4, 2, (4,))], ids=["nvae", "vq"])
 def test_networks_of_hierarchies_and_quantisers_run_in_bfloat16(make):

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 from fastflow.engine import SettingsError, charts, checkpoint, load_settings, trainer
-from fastflow.engine.evaluate import bound, evaluate
 from fastflow.engine.files import read_log
 from fastflow.engine.log import RunLog
 from fastflow.engine.rate import LearningRate
@@ -173,50 +172,25 @@ def test_watch():
     assert score({"log_prob": -3.0}, 2) == pytest.approx(1.5 / math.log(2)) and score({"bits_per_dim": 2.0}, 2) == 2.0
 
 
-class Known:
-    """An objective whose K weights for an image of mean m are exp(m), exp(2m), ..."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def log_weight(self, model, x):
-        self.calls += 1
-        return x.float().flatten(1).mean(1) * self.calls
-
-
-def test_a_bound_is_the_mean_logarithm_of_the_mean_weight():
-    images = torch.tensor([[[[1]]], [[[3]]]], dtype=torch.uint8)
-    figures = bound(torch.nn.Identity(), Known(), images, torch.device("cpu"), 3)
-    expected = [torch.logsumexp(m * torch.tensor([1.0, 2.0, 3.0]), 0) - math.log(3) for m in (1.0, 3.0)]
-    assert figures["bound"] == pytest.approx(sum(expected).item() / 2) and figures["bound_samples"] == 3
-    assert figures["bound_bits_per_dim"] == pytest.approx(-figures["bound"] / math.log(2))
-
-
-@pytest.mark.parametrize("recipe", ["glow-digits", "vae-digits", "iwae-digits", "dvae-digits", "vqvae-digits",
-                                    "vdvae-digits"])
-def test_more_samples_tighten_the_bound(recipe, threads):
-    threads(1)
-    settings = load_settings(recipe)
-    model = trainer.build_model(settings)
-    images = trainer.load_data(settings).test[:64]
-    objective = trainer.objective_for(model, n_bins=17)
-    if hasattr(model, "initialize"):
-        model.initialize(objective.prepare(model, images)[0])
-    one, many = (bound(model, objective, images, torch.device("cpu"), k) for k in (1, 16))
-    plain = evaluate(model, objective, images, torch.device("cpu"))["bits_per_dim"]
-    assert abs(one["bound_bits_per_dim"] - plain) < 0.2  # the same expectation, other draws
-    assert many["bound_bits_per_dim"] < one["bound_bits_per_dim"]  # dequantisation is random where z is not
-
-
 def test_what_is_asked_for_is_done(make):
-    made = make("run", "train.steps=4", "train.sample_every=2", "train.bound_samples=2", "train.precision=bfloat16",
-                "train.memory=save_z")
+    made = make("run", "train.steps=4", "train.sample_every=2", "train.precision=bfloat16", "train.memory=save_z")
+    made.start()
+    made.run()
+    assert {p.name for p in (made.out / "samples").iterdir()} == {"step-000002.png", "step-000004.png"}
+    assert made.train_step.conditioner_dtype == torch.bfloat16 and made.train_step.memory.mode == "save_z"
+
+
+def test_a_vae_ends_with_the_bound_of_many_samples(tmp_path, threads, monkeypatch):
+    threads(torch.get_num_threads())
+    monkeypatch.setattr(trainer, "draw", lambda *_: {"broken_samples": 0})
+    options = [o for o in TINY if not o.startswith("model")] + ["model.hidden_features=8", "train.steps=2"]
+    made = trainer.Trainer(load_settings("vae-digits", [*options, "train.bound_samples=5"]), tmp_path,
+                           Console(file=io.StringIO()), "test")
     made.start()
     results = made.run()
-    assert {p.name for p in (made.out / "samples").iterdir()} == {"step-000002.png", "step-000004.png"}
-    entries = read_log(made.out / "metrics.jsonl")
-    assert entries[-1]["test_bound"] == results["bound"] and results["bound_samples"] == 2
-    assert made.train_step.conditioner_dtype == torch.bfloat16 and made.train_step.memory.mode == "save_z"
+    assert results["elbo"] <= results["iwae_5"] == read_log(tmp_path / "metrics.jsonl")[-1]["test_iwae_5"]
+    with pytest.raises(SettingsError, match="^train.bound_samples: a model of kind 'glow' has no latents"):
+        trainer.Trainer(load_settings("glow-digits", ["train.bound_samples=5"]), tmp_path, Console(), "test")
 
 
 def test_tensorboard_holds_what_the_log_holds(make):
