@@ -288,7 +288,7 @@ def list_recipes():
                       f"{settings.minutes:g}" if settings.minutes else "", description)
     console = Console(width=None if sys.stdout.isatty() else 240)
     console.print(table, highlight=False)
-    print("\nminutes: about, on two CPU cores, where that is known")
+    print("minutes: about, on two CPU cores, where that is known")
 
 
 def list_settings():
