@@ -67,6 +67,7 @@ struct Work {
     job.rows = job.last + rounded(state);
     job.seen = std::max(job.seen, rounded(state));
     job.levels = levels.data();
+    job.linears = linears.data();
     job.count = static_cast<int64_t>(levels.size());
     job.groups = std::min(job.tiles(), most_groups);  // of the batch alone, and with it the order of every sum
   }
@@ -115,6 +116,7 @@ struct Work {
       linear.grad_weight = place(linear.out * linear.grad_ld);
       linear.grad_bias = place(linear.out);
       linears.push_back(linear);
+      job.largest = std::max(job.largest, rounded(linear.out) + linear.out * linear.grad_ld);
       job.widest = std::max(job.widest, linear.out);
       job.seen = std::max(job.seen, width);
       if (width <= thin || linear.out <= thin) job.lane_sums = std::max(job.lane_sums, width * linear.out);
@@ -216,21 +218,25 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> top_down_bwd(
     grad_features.push_back(empty(sizes_of(features[l]), dtype, h));
     work.levels[l].grad_d = grad_features.back().mutable_data_ptr();
   }
-  const Tensor partial = empty({need_params ? job.groups * job.partials : 0}, dtype, h);
-  job.partial = need_params ? partial.mutable_data_ptr() : nullptr;
+  std::vector<void*> pointers;
+  for (size_t p = 0; need_params && p < params.size(); ++p) {
+    grads.push_back(empty(sizes_of(params[p]), dtype, h));
+    pointers.push_back(grads.back().mutable_data_ptr());
+  }
+  if (need_params) job.gradients = pointers.data();
+  const bool summed = need_params && !job.at_once();
+  const Tensor partial = empty({summed ? job.groups * job.partials : 0}, dtype, h);
+  job.partial = summed ? partial.mutable_data_ptr() : nullptr;
+  // With no sample at all the gradients are zero, which the sums below write.
   work.run(job.groups, true, [&](void* scratch, int64_t begin, int64_t end) {
     FASTFLOW_ISA_CALL(top_down_backward, job, scratch, begin, end);
   });
-  if (!need_params) return {grad_h, grad_features, grads};
+  if (!summed) return {grad_h, grad_features, grads};
   std::vector<FlowGradient> gradients;
-  auto gradient_of = [&](const Tensor& of, int64_t rows, int64_t columns, int64_t at, int64_t ld) {
-    grads.push_back(empty(sizes_of(of), dtype, h));
-    gradients.push_back({grads.back().mutable_data_ptr(), rows, columns, at, ld});
-  };
   for (size_t l = 0; l < work.linears.size(); ++l) {
     const FlowLinear& linear = work.linears[l];
-    gradient_of(params[2 * l], linear.out, linear.in, linear.grad_weight, linear.grad_ld);
-    gradient_of(params[2 * l + 1], 1, linear.out, linear.grad_bias, 0);
+    gradients.push_back({pointers[2 * l], linear.out, linear.in, linear.grad_weight, linear.grad_ld});
+    gradients.push_back({pointers[2 * l + 1], 1, linear.out, linear.grad_bias, 0});
   }
   parallel_for(0, static_cast<int64_t>(gradients.size()), gradients_of_a_thread, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) FASTFLOW_ISA_CALL(mlp_flow_reduce, job, gradients[i]);

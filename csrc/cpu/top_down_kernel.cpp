@@ -18,7 +18,7 @@ struct TopDown {
   float* drawn;
   // Backward: gradients of the state that comes out, of a level's state and features, of its state and latents.
   T *grad_next, *grad_seen, *grad_joined, *grad_prior, *grad_posterior, *grad_hidden[2], *transposed_input;
-  T* rows_of_terms;
+  T *rows_of_terms, *sums_of_linear;
   LaneSums<T> sums;
   T* blocks = nullptr;
   int64_t first = 0, count = 0;  // samples of the tile
@@ -36,6 +36,7 @@ struct TopDown {
     grad_posterior = arena.take<T>(tile * wide);
     for (T*& buffer : grad_hidden) buffer = arena.take<T>(tile * wide);
     rows_of_terms = arena.take<T>(3 * tile);
+    sums_of_linear = arena.take<T>(job.at_once() ? job.largest : 0);
     sums.bias = arena.take<T>(wide * Simd<T>::lanes);
     sums.weight = arena.take<T>(job.lane_sums * Simd<T>::lanes);
   }
@@ -151,6 +152,28 @@ struct TopDown {
     store(blocks + job.last * tile, job.out, job.next);
   }
 
+  void add_gradients(const FlowLinear& linear, const T* x, const T* grad, T* partial) const {
+    sums.begin(linear);
+    sums.add(linear, lanes_used(), x, grad);
+    sums.finish(linear, partial);
+    if (!is_thin(linear)) weight_gradient(linear, count, x, grad, transposed_input, partial);
+  }
+
+  void write_gradients(const FlowLinear& linear, const T* x, const T* grad) const {
+    FlowLinear alone = linear;
+    alone.grad_bias = 0;
+    alone.grad_weight = padded(linear.out);
+    const int64_t used = alone.grad_weight + linear.out * linear.grad_ld;
+    for (int64_t i = 0; i < used; ++i) sums_of_linear[i] = T(0);
+    add_gradients(alone, x, grad, sums_of_linear);
+    void* const* to = job.gradients + 2 * (&linear - job.linears);
+    T *weight = static_cast<T*>(to[0]), *bias = static_cast<T*>(to[1]);
+    const T* from = sums_of_linear + alone.grad_weight;
+    for (int64_t i = 0; i < linear.out; ++i, from += linear.grad_ld, weight += linear.in)
+      for (int64_t j = 0; j < linear.in; ++j) weight[j] = from[j];
+    for (int64_t i = 0; i < linear.out; ++i) bias[i] = sums_of_linear[i];
+  }
+
   // Adds to `to` the gradient of the network's input x from that of its outputs, and to `partial` its parameters'.
   void network_backward(const LevelNetwork& net, T* block, const T* x, const T* grad, T* to, T* partial) const {
     const int64_t n = lanes_used(), last = net.count - 1;
@@ -162,12 +185,8 @@ struct TopDown {
       values -= below_rows;
       slopes -= below_rows;
       const T* const below = l == 0 ? x : values;
-      if (partial != nullptr) {
-        sums.begin(linear);
-        sums.add(linear, n, below, grad);
-        sums.finish(linear, partial);
-        if (!is_thin(linear)) weight_gradient(linear, count, below, grad, transposed_input, partial);
-      }
+      if (partial != nullptr) add_gradients(linear, below, grad, partial);
+      if (job.at_once()) write_gradients(linear, below, grad);
       if (l == 0) {
         input_backward(linear, 0, linear.in, n, grad, to);
         break;

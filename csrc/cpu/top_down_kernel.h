@@ -43,6 +43,8 @@ struct TopDownJob : PartialSums {
   int64_t widest, seen, latents, lane_sums;  // the most of: outputs, inputs, latents, sums over lanes of a linear
   uint64_t seed;
   FlowParameter h;  // (batch, state)
+  const FlowLinear* linears;  // of all levels, in the order of the parameters
+  int64_t largest;            // the most elements of the partial sums of a linear
   void* saved;      // rows of every tile, or null: its blocks are of two levels then, in turn
   void *next, *z;   // (batch, out); latents (batch, D) of level after level
   void *kl, *log_q, *log_p;  // (count, batch)
@@ -51,7 +53,11 @@ struct TopDownJob : PartialSums {
   FlowParameter grad_next, grad_kl, grad_log_q, grad_log_p;  // data may be null
   const void* grad_z;                                        // like z, or null
   void* grad_h;                                              // contiguous, or null
+  // Of each linear the gradients of weight and bias, contiguous, or null. Where one tile is all, they are written at
+  // once and there are no partial sums: a pass over all parameters less.
+  void* const* gradients;
 
+  bool at_once() const { return gradients != nullptr && tiles() == 1; }
   int64_t tiles() const { return (batch + tile - 1) / tile; }
 };
 

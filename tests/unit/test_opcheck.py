@@ -228,6 +228,34 @@ def bernoulli_backward_samples():
         yield r(logits.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32), x, logits
 
 
+def top_down_samples():
+    """(h, features, parameters, levels, noise) of a ladder's level with a residual merge and a residual level."""
+    sizes = ((5, 4), (4, 6), (6, 4), (7, 5), (5, 2), (8, 2), (6, 4))  # in and out of each linear
+    code = [2, 4, 1, 1, 0, 2, 1, 0, 1, 1, 1, 0, 4, 1, 1, 0, 1, 1, 0, 1, 1, 0]
+    for batch, dtype in ((3, torch.float32), (70, torch.float64), (0, torch.float32)):
+        params = [t for i, o in sizes for t in (r(o, i, dtype=dtype, layout=layouts.transposed), r(o, dtype=dtype))]
+        yield (r(batch, 5, dtype=dtype), [r(batch, 4, dtype=dtype), r(batch, 3, dtype=dtype, layout=layouts.padded)],
+               params, code, [r(batch, 2, dtype=dtype), r(batch, 1, dtype=dtype)])
+
+
+def top_down_forward_samples():
+    for h, features, params, code, eps in top_down_samples():
+        yield h, features, eps, None, 0, 0, params, code, True
+        yield h, features, [], None, 7, 3, params, code, False
+        yield h, features, [], torch.tensor(5), 0, 0, params, code, True
+
+
+def top_down_backward_samples():
+    for h, features, params, code, _ in top_down_samples():
+        batch, rows = len(h), 304  # csrc/cpu/top_down.cpp, Work: lines of the two blocks and of the last state
+        saved = r((batch + 63) // 64 * 64 * rows, dtype=h.dtype)
+        term = r(2, batch, dtype=h.dtype)
+        for needs in ((True, True, True), (False, False, True), (True, True, False)):
+            yield r(batch, 4, dtype=h.dtype), r(3 * batch, dtype=h.dtype), term, term, term, h, features, saved, params, \
+                code, *needs
+            yield None, None, term, None, None, h, features, saved, params, code, *needs
+
+
 SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backward_samples,
            "slogdet_fwd": slogdet_samples, "plu_weight_fwd": plu_samples, "plu_weight_bwd": plu_backward_samples,
            "gaussian_fwd": gaussian_samples, "gaussian_bwd": gaussian_backward_samples, "philox4x32": philox_samples,
@@ -236,7 +264,8 @@ SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backwa
            "mlp_fwd": mlp_samples, "mlp_bwd": mlp_backward_samples,
            "mlp_flow_fwd": flow_forward_samples, "mlp_flow_bwd": flow_backward_samples,
            "spline_fwd": spline_samples, "spline_bwd": spline_backward_samples,
-           "bernoulli_log_prob_fwd": bernoulli_samples, "bernoulli_log_prob_bwd": bernoulli_backward_samples}
+           "bernoulli_log_prob_fwd": bernoulli_samples, "bernoulli_log_prob_bwd": bernoulli_backward_samples,
+           "top_down_fwd": top_down_forward_samples, "top_down_bwd": top_down_backward_samples}
 
 
 def move(sample, device):
