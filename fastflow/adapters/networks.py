@@ -10,7 +10,7 @@ from fastflow.autograd import mlp
 from fastflow.flows.fused import ACTIVATIONS, MAX_FEATURES, MAX_HIDDEN
 
 __all__ = ["NETWORKS", "AffineAutoregressive", "Autoregressive", "covered", "evaluate", "fits_one_kernel",
-           "masked_weight", "residual_weights", "weights_of"]
+           "masked_weight", "residual_weights", "weights_of", "whole"]
 
 # {class of a host's network: function(network, context) that gives (weights, biases, activation, residual) as
 # functional.mlp takes them, or None}. The adapters add theirs.
@@ -58,18 +58,20 @@ def masked_weight(layer):
 def residual_weights(network, block, linear):
     """functional.mlp's arguments for a residual network as nflows' and normflows' are built, of blocks and Linear
     layers of exactly these classes, without batch norm and without dropout that does anything; else None."""
-    layers, activation = [network.initial_layer], None
-    for part in network.blocks:
-        if not plain(part, block) or part.use_batch_norm or not plain(part.dropout, nn.Dropout):
+    own, activation = network._modules, None
+    layers = [own["initial_layer"]]
+    for part in own["blocks"]._modules.values():
+        dropout = part._modules.get("dropout")
+        if not plain(part, block) or part.use_batch_norm or not plain(dropout, nn.Dropout):
             return None
-        if part.dropout.p and part.dropout.training:
+        if dropout.p and dropout.training:
             return None
         kind = _activation(part.activation)
         if kind is None or activation not in (None, kind):
             return None
         activation = kind
-        layers += part.linear_layers
-    layers.append(network.final_layer)
+        layers += part._modules["linear_layers"]._modules.values()
+    layers.append(own["final_layer"])
     if not all(plain(layer, linear) and layer._parameters["bias"] is not None for layer in layers):
         return None
     return (tuple(masked_weight(layer) for layer in layers), tuple(layer._parameters["bias"] for layer in layers),
@@ -84,6 +86,11 @@ def covered(network, x, context=None):
         return None
     found = describe(network, context)
     return found if found is not None and fusable(x, *found[0], *found[1]) else None
+
+
+def whole(network, x, context=None):
+    """As :func:`covered`, where a spline coupling of x goes into one operation with its network."""
+    return covered(network, x, context) if backends.prefers("spline", x)[0] == "cpu" else None
 
 
 def evaluate(network, x, context=None):

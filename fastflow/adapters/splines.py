@@ -4,7 +4,8 @@ import torch
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, order_of, remembered, reorder
-from fastflow.adapters.networks import Autoregressive, evaluate
+from fastflow.adapters.networks import Autoregressive, evaluate, whole
+from fastflow.autograd import mlp_spline
 
 __all__ = ["SplineAutoregressive", "SplineCDF", "SplineCoupling", "fit", "fit_coupling"]
 
@@ -54,6 +55,11 @@ class SplineCoupling:
         if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
             return (super().inverse if inverse else super().forward)(inputs, context)
         kept, indices, back = order(self)
+        gain = _gain(self.transform_net, "hidden_features", "hidden_channels")
+        network = whole(self.transform_net, inputs, context) if self.unconditional_transform is None else None
+        if network is not None:
+            return mlp_spline.run(inputs, indices, back, kept, network, (
+                self.tail_bound, self.min_bin_width, self.min_bin_height, self.min_derivative, gain, None), inverse)
         x = inputs if indices is None else reorder(inputs, indices, back)
         sizes = [kept, self.features - kept] if kept >= 0 else [self.features + kept, -kept]
         passive, active = x.split(sizes, 1) if kept >= 0 else x.split(sizes, 1)[::-1]
@@ -63,7 +69,6 @@ class SplineCoupling:
         params = evaluate(self.transform_net, passive, context)
         if own is not None and not inverse:
             passive, logdet = own(passive, context)
-        gain = _gain(self.transform_net, "hidden_features", "hidden_channels")
         y, logdet = transform(self, active, params.to(active.dtype), inverse, gain, logdet)
         y = torch.cat([passive, y] if kept >= 0 else [y, passive], 1)
         return (y if indices is None else reorder(y, back, indices)), logdet
