@@ -42,6 +42,12 @@ def _gain(net, *names):
     return 1.0
 
 
+def _constants(module, net):
+    """mlp_spline's constants of a module with this network, one of vectors."""
+    return (module.tail_bound, module.min_bin_width, module.min_bin_height, module.min_derivative,
+            _gain(net, "hidden_features"), None)
+
+
 class SplineCoupling:
     """A coupling whose active channels go through a spline, and the passive ones through one of their own or none."""
 
@@ -55,11 +61,9 @@ class SplineCoupling:
         if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
             return (super().inverse if inverse else super().forward)(inputs, context)
         kept, indices, back = order(self)
-        gain = _gain(self.transform_net, "hidden_features", "hidden_channels")
         network = whole(self.transform_net, inputs, context) if self.unconditional_transform is None else None
         if network is not None:
-            return mlp_spline.run(inputs, indices, back, kept, network, (
-                self.tail_bound, self.min_bin_width, self.min_bin_height, self.min_derivative, gain, None), inverse)
+            return mlp_spline.run(inputs, indices, back, kept, network, _constants(self, self.transform_net), inverse)
         x = inputs if indices is None else reorder(inputs, indices, back)
         sizes = [kept, self.features - kept] if kept >= 0 else [self.features + kept, -kept]
         passive, active = x.split(sizes, 1) if kept >= 0 else x.split(sizes, 1)[::-1]
@@ -69,6 +73,7 @@ class SplineCoupling:
         params = evaluate(self.transform_net, passive, context)
         if own is not None and not inverse:
             passive, logdet = own(passive, context)
+        gain = _gain(self.transform_net, "hidden_features", "hidden_channels")
         y, logdet = transform(self, active, params.to(active.dtype), inverse, gain, logdet)
         y = torch.cat([passive, y] if kept >= 0 else [y, passive], 1)
         return (y if indices is None else reorder(y, back, indices)), logdet
@@ -87,6 +92,12 @@ class SplineCDF:
 
 class SplineAutoregressive(Autoregressive):
     """A spline per feature with parameters from a masked network."""
+
+    def forward(self, inputs, context=None):
+        network = whole(self.autoregressive_net, inputs, context)
+        if network is None:
+            return super().forward(inputs, context)
+        return mlp_spline.run(inputs, None, None, 0, network, _constants(self, self.autoregressive_net))
 
     def _elementwise(self, inputs, autoregressive_params, inverse=False):
         if not fusable(inputs, autoregressive_params):

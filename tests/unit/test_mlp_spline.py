@@ -18,23 +18,24 @@ def network(passive, active, dtype, activation="relu", residual=True, hidden=9):
     weights = [torch.randn(o, i, generator=generator, dtype=torch.float64) / i**0.5
                for i, o in zip(sizes, sizes[1:], strict=False)]
     biases = [torch.randn(o, generator=generator, dtype=torch.float64) for o in sizes[1:]]
-    return tuple([t.to(dtype).requires_grad_() for t in ts] for ts in (weights, biases)) + (activation, residual)
+    return tuple([t.to(dtype).requires_grad_() for t in ts] for ts in (weights, biases)) + (activation, residual, ())
 
 
 def composed(x, order, kept, net, spline, inverse):
     """The operations one after the other, in the reference."""
-    weights, biases, activation, residual = net
+    weights, biases, activation, residual, masks = net
+    weights = [w * mask for w, mask in zip(weights, masks or [1.0] * len(weights), strict=True)]
     moved = x if order is None else x[:, order]
-    passive, active = (moved[:, :kept], moved[:, kept:]) if kept > 0 else (moved[:, kept:], moved[:, :kept])
+    passive, active = (moved[:, :kept], moved[:, kept:]) if kept > 0 else (moved[:, kept:], moved[:, :kept or None])
     raw = reference.mlp(passive, weights, biases, activation=activation, residual=residual)
     bound, width, height, derivative, gain, clamp = spline
     y, logdet = reference.spline(active, raw, tail_bound=bound, min_width=width, min_height=height,
                                  min_derivative=derivative, gain=gain, clamp=clamp, inverse=inverse)
-    y = torch.cat([passive, y] if kept > 0 else [y, passive], 1)
+    y = torch.cat([passive, y] if kept > 0 else [y, passive], 1) if kept else y
     return (y if order is None else y[:, torch.argsort(order)]), logdet
 
 
-ARRANGEMENTS = [(2, None), (-3, None), (3, [1, 3, 4, 0, 2]), (-2, [4, 0, 2, 1, 3])]
+ARRANGEMENTS = [(0, None), (2, None), (-3, None), (3, [1, 3, 4, 0, 2]), (-2, [4, 0, 2, 1, 3])]
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
@@ -45,7 +46,9 @@ def test_it_is_the_operations(options, kept, order, inverse):
     back, batch = order if order is None else torch.argsort(order), 120
     x = (2 * torch.randn(batch, 5, dtype=torch.float64)).requires_grad_()
     weights = torch.cos(torch.arange(batch * 5.0, dtype=torch.float64)).view(batch, 5)
-    net = network(abs(kept), 5 - abs(kept), torch.float64, **options)
+    net = network(abs(kept) or 5, 5 - abs(kept), torch.float64, **options)
+    if kept == 0:
+        net = (*net[:4], [(torch.rand_like(w) < 0.6).double() for w in net[0]])
     leaves = [x, *net[0], *net[1]]
     for spline in (SPLINE, (5.0, 0.0, 0.0, 0.0, 1.0, 6.9)):
         y, logdet = mlp_spline.run(x, order, back, kept, net, spline, inverse)
@@ -74,15 +77,17 @@ def test_gradients_that_are_not_wanted():
             torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("kept", "order"), [(1, [2, 0, 1]), (-1, None)], ids=str)
+@pytest.mark.parametrize(("kept", "order"), [(1, [2, 0, 1]), (-1, None), (0, None)], ids=str)
 def test_gradcheck_and_gradgradcheck(kept, order):
     order = order and torch.tensor(order)
     back = order if order is None else torch.argsort(order)
-    weights, biases, *rest = network(1, 2, torch.float64, "tanh", hidden=2)
+    weights, biases, *rest, masks = network(abs(kept) or 3, 3 - abs(kept), torch.float64, "tanh", hidden=2)
+    if kept == 0:
+        masks = [(torch.arange(w.numel()) % 3 > 0).view_as(w) for w in weights]
     x = 0.5 * torch.randn(2, 3, dtype=torch.float64)
 
     def function(x, *params):
-        return mlp_spline.run(x, order, back, kept, (params[:4], params[4:], *rest), SPLINE)
+        return mlp_spline.run(x, order, back, kept, (params[:4], params[4:], *rest, masks), SPLINE)
 
     operands = (x.requires_grad_(), *weights, *biases)
     assert torch.autograd.gradcheck(function, operands)
