@@ -15,12 +15,14 @@ def fusable(x, *others):
     """Whether x and the others are float32, or all are float64: in lower precision and under autocast a host's dtypes
     are its own affair."""
     dtype = x.dtype
-    return (dtype is torch.float32 or dtype is torch.float64) and all(t.dtype is dtype for t in others)
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return False
+    return not others or all(t.dtype is dtype for t in others)
 
 
 def worthwhile(x):
     """Whether x is large enough for a kernel to gain on the host's own operations."""
-    return x.numel() >= SMALL or x.device.type != "cpu" or verify.running()
+    return x.numel() >= SMALL or not x.is_cpu or verify.running()
 
 
 def plain(module, kind):

@@ -10,10 +10,10 @@ from fastflow.autograd import mlp
 from fastflow.flows.fused import ACTIVATIONS, MAX_FEATURES, MAX_HIDDEN
 
 __all__ = ["NETWORKS", "AffineAutoregressive", "Autoregressive", "covered", "evaluate", "fits_one_kernel",
-           "masked_weight", "residual_weights", "weights_of"]
+           "masks_of", "residual_weights", "weights_of", "whole"]
 
-# {class of a host's network: function(network, context) that gives (weights, biases, activation, residual) as
-# functional.mlp takes them, or None}. The adapters add theirs.
+# {class of a host's network: function(network, context) that gives (weights, biases, activation, residual, masks) as
+# autograd.mlp.run takes them, or None}. The adapters add theirs.
 NETWORKS = {}
 FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", torch.tanh: "tanh", F.tanh: "tanh"}
 
@@ -36,7 +36,7 @@ def weights_of(network, linear=nn.Linear, widest=MAX_HIDDEN):
         if index % 2 == 0:
             if not plain(layer, linear):
                 return None
-            weight, bias = masked_weight(layer), layer._parameters["bias"]
+            weight, bias = layer._parameters["weight"], layer._parameters["bias"]
             if bias is None or weight.dim() != 2 or (index < len(layers) - 1 and len(bias) > widest):
                 return None
             weights.append(weight)
@@ -49,41 +49,47 @@ def weights_of(network, linear=nn.Linear, widest=MAX_HIDDEN):
     return tuple(weights), tuple(biases), activation or "relu"
 
 
-def masked_weight(layer):
-    """The matrix that a Linear layer, or one with a mask, multiplies by."""
-    weight, mask = layer._parameters["weight"], layer._buffers.get("mask")
-    return weight if mask is None else weight * mask
+def masks_of(layers):
+    """The masks that layers multiply their weights by."""
+    return tuple(layer._buffers["mask"] for layer in layers)
 
 
 def residual_weights(network, block, linear):
-    """functional.mlp's arguments for a residual network as nflows' and normflows' are built, of blocks and Linear
+    """autograd.mlp.run's arguments for a residual network as nflows' and normflows' are built, of blocks and Linear
     layers of exactly these classes, without batch norm and without dropout that does anything; else None."""
-    layers, activation = [network.initial_layer], None
-    for part in network.blocks:
-        if not plain(part, block) or part.use_batch_norm or not plain(part.dropout, nn.Dropout):
+    own, activation = network._modules, None
+    layers = [own["initial_layer"]]
+    for part in own["blocks"]._modules.values():
+        dropout = part._modules.get("dropout")
+        if not plain(part, block) or part.use_batch_norm or not plain(dropout, nn.Dropout):
             return None
-        if part.dropout.p and part.dropout.training:
+        if dropout.p and dropout.training:
             return None
         kind = _activation(part.activation)
         if kind is None or activation not in (None, kind):
             return None
         activation = kind
-        layers += part.linear_layers
-    layers.append(network.final_layer)
+        layers += part._modules["linear_layers"]._modules.values()
+    layers.append(own["final_layer"])
     if not all(plain(layer, linear) and layer._parameters["bias"] is not None for layer in layers):
         return None
-    return (tuple(masked_weight(layer) for layer in layers), tuple(layer._parameters["bias"] for layer in layers),
-            activation or "relu", True)
+    weights, biases = (tuple(layer._parameters[name] for layer in layers) for name in ("weight", "bias"))
+    return weights, biases, activation or "relu", True, () if linear is nn.Linear else masks_of(layers)
 
 
 def covered(network, x, context=None):
-    """functional.mlp's arguments if a kernel computes network(x), or network(x, context), else None."""
+    """autograd.mlp.run's arguments if a kernel computes network(x), or network(x, context), else None."""
     describe = NETWORKS.get(type(network))
     if (describe is None or x.dim() != 2 or not plain(network, type(network)) or not backends.serves("mlp", x)
             or nn.modules.module._has_any_global_hook()):
         return None
     found = describe(network, context)
     return found if found is not None and fusable(x, *found[0], *found[1]) else None
+
+
+def whole(network, x, context=None):
+    """As :func:`covered`, where a spline coupling of x goes into one operation with its network."""
+    return covered(network, x, context) if backends.prefers("spline", x)[0] == "cpu" else None
 
 
 def evaluate(network, x, context=None):
@@ -117,7 +123,7 @@ class AffineAutoregressive(Autoregressive):
 
 def _sequential(network, context):
     found = weights_of(network, widest=float("inf"))
-    return None if found is None or context is not None else (*found, False)
+    return None if found is None or context is not None else (*found, False, ())
 
 
 NETWORKS[nn.Sequential] = _sequential

@@ -4,7 +4,8 @@ import torch
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, order_of, remembered, reorder
-from fastflow.adapters.networks import Autoregressive, evaluate
+from fastflow.adapters.networks import Autoregressive, evaluate, whole
+from fastflow.autograd import mlp_spline
 
 __all__ = ["SplineAutoregressive", "SplineCDF", "SplineCoupling", "fit", "fit_coupling"]
 
@@ -41,6 +42,12 @@ def _gain(net, *names):
     return 1.0
 
 
+def _constants(module, net):
+    """mlp_spline's constants of a module with this network, one of vectors."""
+    return (module.tail_bound, module.min_bin_width, module.min_bin_height, module.min_derivative,
+            _gain(net, "hidden_features"), None)
+
+
 class SplineCoupling:
     """A coupling whose active channels go through a spline, and the passive ones through one of their own or none."""
 
@@ -54,6 +61,9 @@ class SplineCoupling:
         if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
             return (super().inverse if inverse else super().forward)(inputs, context)
         kept, indices, back = order(self)
+        network = whole(self.transform_net, inputs, context) if self.unconditional_transform is None else None
+        if network is not None:
+            return mlp_spline.run(inputs, indices, back, kept, network, _constants(self, self.transform_net), inverse)
         x = inputs if indices is None else reorder(inputs, indices, back)
         sizes = [kept, self.features - kept] if kept >= 0 else [self.features + kept, -kept]
         passive, active = x.split(sizes, 1) if kept >= 0 else x.split(sizes, 1)[::-1]
@@ -82,6 +92,12 @@ class SplineCDF:
 
 class SplineAutoregressive(Autoregressive):
     """A spline per feature with parameters from a masked network."""
+
+    def forward(self, inputs, context=None):
+        network = whole(self.autoregressive_net, inputs, context)
+        if network is None:
+            return super().forward(inputs, context)
+        return mlp_spline.run(inputs, None, None, 0, network, _constants(self, self.autoregressive_net))
 
     def _elementwise(self, inputs, autoregressive_params, inverse=False):
         if not fusable(inputs, autoregressive_params):

@@ -21,12 +21,16 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
          "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
-_state = threading.local()
+class _State(threading.local):
+    running = False
+
+
+_state = _State()
 
 
 def running():
     """Whether a layer is being verified now, so that it takes its fused form however small the call is."""
-    return getattr(_state, "running", False)
+    return _state.running
 
 
 def tensors(value):

@@ -16,7 +16,7 @@ from zuko.utils import broadcast, unpack
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, remembered, reorder
-from fastflow.adapters.networks import NETWORKS, evaluate, fits_one_kernel, weights_of
+from fastflow.adapters.networks import NETWORKS, evaluate, fits_one_kernel, masks_of, weights_of
 from fastflow.adapters.swap import PREFIX, swap
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
@@ -24,14 +24,17 @@ from fastflow.functional import ScaleMap
 EXAMPLES = {lazy.Flow: lambda flow, x, c=None: flow(c).log_prob(x)}
 
 
-def _layers(linear):
-    def describe(network, context):
-        found = weights_of(network, linear, widest=math.inf)
-        return None if found is None else (*found, False)
-    return describe
+def _mlp(network, context):
+    found = weights_of(network, Linear, widest=math.inf)
+    return None if found is None else (*found, False, ())
 
 
-NETWORKS |= {MLP: _layers(Linear), MaskedMLP: _layers(MaskedLinear)}
+def _masked_mlp(network, context):
+    found = weights_of(network, MaskedLinear, widest=math.inf)
+    return None if found is None else (*found, False, masks_of(tuple(network)[::2]))
+
+
+NETWORKS |= {MLP: _mlp, MaskedMLP: _masked_mlp}
 
 
 def _fit(module, fix):

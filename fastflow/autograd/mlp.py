@@ -41,43 +41,62 @@ def forward(backend, x, params, activation, residual, keep=False):
     return extension.kernel(backend, "mlp_fwd")(x, params, activation, residual, keep)
 
 
+def masked(params, masks):
+    """The parameters, every weight times its mask where there are masks."""
+    params = list(params)
+    if masks:
+        params[::2] = torch._foreach_mul(params[::2], list(masks))
+    return params
+
+
+def gradients(found, masks, needs):
+    """The kernel's gradients of masked parameters as those of the parameters themselves, None where not needed."""
+    if not any(needs):
+        return [None] * len(needs)
+    return [g if need else None for g, need in zip(masked(found, masks), needs, strict=True)]
+
+
 class MLPFunction(torch.autograd.Function):
-    """y of x and the parameters, weight and bias of every layer in turn. Saves them and the hidden activations."""
+    """y of x and ``count`` parameters, weight and bias of every layer in turn, and masks of the weights or none behind
+    them. Saves them and the hidden activations."""
 
     @staticmethod
-    def forward(ctx, x, backend, activation, residual, *params):
-        y, kept = forward(backend, x, list(params), activation, residual, True)
-        ctx.save_for_backward(x, kept, *params)
-        ctx.consts = backend, activation, residual
+    def forward(ctx, x, backend, activation, residual, count, *tensors):
+        params, masks = tensors[:count], tensors[count:]
+        y, kept = forward(backend, x, masked(params, masks), activation, residual, True)
+        ctx.save_for_backward(x, kept, *tensors)
+        ctx.consts = backend, activation, residual, count
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, kept, *params = ctx.saved_tensors
-        backend, activation, residual = ctx.consts
-        need_x, need_params = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        needs = (need_x, *need_params)
+        x, kept, *tensors = ctx.saved_tensors
+        backend, activation, residual, count = ctx.consts
+        params, masks = tensors[:count], tensors[count:]
+        need_x, need_params = ctx.needs_input_grad[0], ctx.needs_input_grad[5:5 + count]
         if differentiable.wanted((grad,)):
             def again(x, *params):
+                params = masked(params, masks)
                 return (reference.mlp(x, params[::2], params[1::2], activation=reference.ACTIVATIONS[activation],
                                       residual=residual),)
-            grads = differentiable.reference_grads(again, (x, *params), needs, (grad,))
+            grad_x, *found = differentiable.reference_grads(again, (x, *params), (need_x, *need_params), (grad,))
         else:
-            grad_x, of_params = extension.kernel(backend, "mlp_bwd")(grad, x, kept, params, activation, residual,
-                                                                     need_x, any(need_params))
-            found = (grad_x, *(of_params if any(need_params) else [None] * len(params)))
-            grads = [g if need else None for g, need in zip(found, needs, strict=True)]
-        return (grads[0], None, None, None, *grads[1:])
+            grad_x, found = extension.kernel(backend, "mlp_bwd")(grad, x, kept, masked(params, masks), activation,
+                                                                 residual, need_x, any(need_params))
+            grad_x, found = grad_x if need_x else None, gradients(found, masks, need_params)
+        return (grad_x, None, None, None, None, *found, *[None] * len(masks))
 
 
-def run(x, weights, biases, activation="relu", residual=False):
-    """functional.mlp without its checks, for layers whose operands fit by construction."""
+def run(x, weights, biases, activation="relu", residual=False, masks=()):
+    """functional.mlp without its checks, for layers whose operands fit by construction; every weight times its mask if
+    there are masks."""
     params = [t for pair in zip(weights, biases, strict=True) for t in pair]
     backend = backends.choose("mlp", x, *params)
     if backend == "reference":
-        return reference.mlp(x, weights, biases, activation=activation, residual=residual)
+        params = masked(params, masks)
+        return reference.mlp(x, params[::2], params[1::2], activation=activation, residual=residual)
     kind = reference.ACTIVATIONS.index(activation)
     if differentiable.needs_grad(x, *params):
-        x, *params = differentiable.distinct(x, *params)
-        return MLPFunction.apply(x, backend, kind, residual, *params)
-    return forward(backend, x, params, kind, residual)[0]
+        x, *tensors = differentiable.distinct(x, *params, *masks)
+        return MLPFunction.apply(x, backend, kind, residual, len(params), *tensors)
+    return forward(backend, x, masked(params, masks), kind, residual)[0]

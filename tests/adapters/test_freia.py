@@ -202,3 +202,10 @@ def test_a_sequence_runs_hooks_and_tells_whether_it_gives_a_tuple():
     same(tuples, [lambda t, x, rev=rev: t(x, rev=rev) for rev in (False, True)], [x], 3)
     _, report = accelerated(chain(PLAIN))
     assert "no two of its blocks" in report.skipped[""]
+
+
+def test_a_sequence_compiles_whole():
+    net, x = chain(PLAIN, PLAIN), torch.randn(4, 6)
+    fused, _ = accelerated(net, verify=False)
+    for got, want in zip(torch.compile(fused, fullgraph=True, backend="eager")(x), net(x), strict=True):
+        close(got, want, 1e-5)
