@@ -103,14 +103,14 @@ class NegativeELBO(Objective):
         if not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"beta: expected a finite number, not negative, got {beta!r}")
         self.n_samples, self.beta = n_samples, beta
+        self._asked = None, {}  # the last model, and what its forward is asked for
 
     def __call__(self, model, x, context=None):
         """(loss, parts): 0-d tensors; parts holds the mean rate and distortion, and what the objective adds."""
         x, constant = self.prepare(model, x)
-        options = _context(model, context)
-        if type(unwrap(model)).forward is VAE.forward:
-            options["loss_only"] = True
-        bound = model(x, n_samples=self.n_samples, beta=self.beta, **options)
+        if self._asked[0] is not model:
+            self._asked = model, {"loss_only": True} if type(unwrap(model)).forward is VAE.forward else {}
+        bound = model(x, n_samples=self.n_samples, beta=self.beta, **self._asked[1], **_context(model, context))
         rate, distortion = bound.rate.mean(), bound.distortion.mean()
         distortion = distortion + constant if constant else distortion
         if isinstance(bound, LossTerms):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from fastflow.reference.philox import philox4x32, philox_normal, to_int64  # noqa: F401 (to_int64 for other modules)
 
 __all__ = ["SCALES", "SPLINES", "ChannelAffine", "MLPCoupling", "ScaleMap", "activated_conv", "affine_coupling",
-           "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp_flow", "philox4x32", "philox_normal", "plu_weight",
-           "slogdet", "slogdet_inverse", "spline", "spline_bins", "spline_params"]
+           "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp_flow", "philox4x32", "philox_normal",
+           "plu_weight", "slogdet", "slogdet_inverse", "spline", "spline_bins", "spline_params"]
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
 SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")
