@@ -4,6 +4,7 @@ A case builds {variant: callable}; each callable runs one whole forward and back
 baselines are careful plain PyTorch, never a crippled one. Variant "fastflow" is compared with every other.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -177,6 +178,27 @@ def _conv_net(batch, channels, size, hidden):
     return Case(f"conv_net {widths} channels, batch {batch}, {size}x{size}, forward+backward", "conv_net", build)
 
 
+# a VAE's convolutions
+
+def _activated_conv(batch, channels, size, out, transposed):
+    """SiLU and a 4x4 convolution of stride 2, in channels_last, which is eager's faster format, too."""
+    def build(device):
+        torch.manual_seed(0)
+        layer = (torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d)(channels, out, 4, stride=2, padding=1)
+        x = _leaf(batch, channels, size, size, device=device).detach()
+        inputs = (x.contiguous(memory_format=torch.channels_last).requires_grad_(), *layer.to(device).parameters())
+        options = {"stride": 2, "padding": 1, "transposed": transposed, "activation": "silu", "channels_last": True}
+        sides = 2 * size if transposed else size // 2
+        grad = torch.randn(batch, out, sides, sides, device=device).contiguous(memory_format=torch.channels_last)
+        eager = functools.partial(reference.activated_conv, **options)
+        return {"fastflow": _step(functools.partial(functional.activated_conv, **options), inputs, grad),
+                "eager": _step(eager, inputs, grad),
+                "compile": _step(torch.compile(eager, dynamic=False), inputs, grad)}
+    kind = "transposed " if transposed else ""
+    return Case(f"activated_conv {kind}{channels}-{out} channels, batch {batch}, {size}x{size}, forward+backward",
+                "activated_conv", build)
+
+
 # whole tabular flows
 
 def _eager_flow(layers, x):
@@ -257,5 +279,6 @@ OP_CASES = (
     *(_gaussian(shape) for shape in ((4096, 256), (1024, 1024), (16, 4, 64, 64), (128, 64))),
     _bernoulli(128, 784), _bernoulli(128, 784, 50),
     *(_conv_net(32, channels, size, hidden) for hidden in (64, 128) for channels, size in ((6, 16), (12, 8), (24, 4))),
+    *(_activated_conv(128, *sizes) for sizes in ((32, 14, 64, False), (64, 7, 32, True), (32, 14, 1, True))),
     *(_spline(batch, features, 8) for batch, features in ((4096, 64), (256, 8))),
 )

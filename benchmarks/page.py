@@ -109,8 +109,8 @@ def _device(device):
 
     where = "" if device == "cpu" else f", {device}"
     operations = newest(device, lambda row: row["group"] == "slogdet")
-    groups = ("affine_coupling", "gaussian_sample_kl", "bernoulli_log_prob", "conv_net", "mlp_flow", "spline",
-              "slogdet")
+    groups = ("affine_coupling", "gaussian_sample_kl", "bernoulli_log_prob", "conv_net", "activated_conv", "mlp_flow",
+              "spline", "slogdet")
     parts = [
         _section(f"Glow beside other libraries{where}", GLOW.format(fastest=", ".join(peers.FASTEST_GLOW)), of("glow"),
                  ratios("glow"), _differences(peers.GLOW_DIFFERENCES)),

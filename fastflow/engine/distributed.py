@@ -7,8 +7,8 @@ import os
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Processes", "agree", "is_sharded", "local", "placed_like", "replicas", "synchronized", "unwrap", "whole",
-           "wrapped"]
+__all__ = ["Processes", "agree", "is_sharded", "local", "placed_like", "replicas", "synchronized", "synchronizes",
+           "unwrap", "whole", "wrapped"]
 
 
 def layers_of(model):
@@ -36,6 +36,11 @@ def replicas(model):
 def is_sharded(model):
     """Whether parameters are spread over processes, as by FSDP2's fully_shard."""
     return any(hasattr(p, "placements") for p in unwrap(model).parameters())
+
+
+def synchronizes(model):
+    """Whether :func:`synchronized` has a say in the model's backward."""
+    return replicas(model) is not None or hasattr(unwrap(model), "set_requires_gradient_sync")
 
 
 @contextlib.contextmanager

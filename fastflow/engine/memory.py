@@ -155,7 +155,7 @@ class Memory:
         self.saved = self.drift = self._flow_mode = None
         self._first = True
         inner = unwrap(model)
-        steps = any(getattr(module, "saves_memory", False) for module in inner.modules())
+        self._holds_steps = steps = any(getattr(module, "saves_memory", False) for module in inner.modules())
         self.why = "asked for"
         if mode in ("save_z", "invert"):
             if not steps:
@@ -167,11 +167,14 @@ class Memory:
         elif mode == "auto" and not steps:
             self.mode, self.why = "none", f"'auto': {type(inner).__name__} holds no sequence of flow steps"
 
-    @contextlib.contextmanager
     def applied(self, x, context=None):
         """The mode, for the forward pass inside; its backward may run outside. x and context are the step's batch."""
         if self.mode == "auto":
             self._choose(x, context)
+        return self._applied() if self._holds_steps else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _applied(self):
         mode = self._flow_mode
         with flow_memory.saving(mode):
             if not self._first or mode is None or self.compiled:

@@ -60,12 +60,6 @@ class Objective:
         shift = 0.5 if isinstance(likelihood, ContinuousBernoulliLikelihood) else 0.0
         return dequantize(x, self.n_bins, dtype=dtype) + shift, x[0].numel() * math.log(self.n_bins)
 
-    def log_weight(self, model, x):
-        """(B,) nats, from fresh noise each time: the logarithm of an unbiased estimate of each example's likelihood.
-        The logarithm of the mean of K of them is a bound on log p(x) that rises with K (Burda et al. 2016,
-        arXiv:1509.00519): over z of a VAE, over the dequantisation noise of images."""
-        raise NotImplementedError
-
 
 def levels_of(model, x, n_bins):
     """Integer levels, uint8, of what the model generates: the way back from :meth:`Objective.prepare`."""
@@ -111,14 +105,14 @@ class NegativeELBO(Objective):
         if not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"beta: expected a finite number, not negative, got {beta!r}")
         self.n_samples, self.beta = n_samples, beta
+        self._asked = None, {}  # the last model, and what its forward is asked for
 
     def __call__(self, model, x, context=None):
         """(loss, parts): 0-d tensors; parts holds the mean rate and distortion, and what the objective adds."""
         x, constant = self.prepare(model, x)
-        options = _context(model, context)
-        if type(unwrap(model)).forward is VAE.forward:
-            options["loss_only"] = True
-        bound = model(x, n_samples=self.n_samples, beta=self.beta, **options)
+        if self._asked[0] is not model:
+            self._asked = model, {"loss_only": True} if type(unwrap(model)).forward is VAE.forward else {}
+        bound = model(x, n_samples=self.n_samples, beta=self.beta, **self._asked[1], **_context(model, context))
         rate, distortion = bound.rate.mean(), bound.distortion.mean()
         distortion = distortion + constant if constant else distortion
         if isinstance(bound, LossTerms):

@@ -6,7 +6,7 @@ import torch
 
 from fastflow.engine import capture as capturing
 from fastflow.engine import explain
-from fastflow.engine.distributed import is_sharded, replicas, synchronized, unwrap
+from fastflow.engine.distributed import is_sharded, replicas, synchronized, synchronizes, unwrap
 from fastflow.engine.ema import EMA
 from fastflow.engine.errors import NonFiniteError
 from fastflow.engine.layout import convolutions_to_channels_last
@@ -14,10 +14,11 @@ from fastflow.engine.memory import DRIFT_BOUND, Memory
 from fastflow.engine.nonfinite import Replay, diagnose
 from fastflow.engine.objectives import objective_for
 from fastflow.engine.precision import Lowered
-from fastflow.engine.update import Update, can_skip
+from fastflow.engine.update import Update, can_skip, clear_gradients
 
 __all__ = ["TrainStep"]
 
+UNCHANGED = contextlib.nullcontext()
 ADVICE = "(try a lower learning rate, warm-up or clipping)"
 
 
@@ -111,6 +112,7 @@ class TrainStep:
         self.layout = convolutions_to_channels_last(model, optimizer, channels_last)
         self._lowered = contextlib.nullcontext if conditioner_dtype is None else Lowered(unwrap(model),
                                                                                         conditioner_dtype)
+        self._synchronizes = synchronizes(model)
         self._loss = self._compiled() if compile else self.objective
         self.ema = None if ema_decay is None else EMA(unwrap(model), ema_decay, ema_warmup)
         self._update = Update(model, optimizer, self._parameters, clip_grad_norm, bool(self.check_finite), self.ema)
@@ -186,8 +188,8 @@ class TrainStep:
     def _step(self, x, context, last, late):
         """(loss, parts, flag) of one call; ``late`` leaves a flag for later instead of raising."""
         if self._calls == 0 and not self._keeps_gradients:
-            self.optimizer.zero_grad(set_to_none=True)
-        with synchronized(self.model, last), self._lowered():
+            clear_gradients(self.optimizer)
+        with synchronized(self.model, last) if self._synchronizes else UNCHANGED, self._lowered():
             with self.memory.applied(x, context):
                 loss, parts = self._loss(self.model, x, context)
             (loss if self.accumulate == 1 else loss * len(x)).backward()

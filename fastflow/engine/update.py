@@ -1,10 +1,13 @@
 """From gradients to new parameters, without a word to the host: clipping, the check, the optimizer, the average."""
 
+import inspect
+
 import torch
+from torch.optim import optimizer as optim
 
 from fastflow.engine.distributed import agree, whole
 
-__all__ = ["Update", "can_skip", "is_fused"]
+__all__ = ["Update", "can_skip", "clear_gradients", "is_fused", "take_step"]
 
 
 def is_fused(optimizer):
@@ -15,6 +18,33 @@ def is_fused(optimizer):
 def can_skip(optimizer):
     """Whether the optimizer leaves everything, its step count included, as it was where a device flag says so."""
     return is_fused(optimizer) and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def clear_gradients(optimizer):
+    """optimizer.zero_grad(set_to_none=True), without the profiler's record of torch's own."""
+    if type(optimizer).zero_grad is not torch.optim.Optimizer.zero_grad or "zero_grad" in vars(optimizer):
+        return optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def take_step(optimizer):
+    """optimizer.step(), without the bookkeeping around torch's own that has nothing to do: hooks, where there are none,
+    a record for the profiler, where none runs, gradients through the update, where they are not asked for. It costs as
+    much as the update of a small model."""
+    kind = type(optimizer)
+    if (not kind.__module__.startswith("torch.optim.") or "step" in vars(optimizer) or _watched(optimizer)
+            or any(group.get("differentiable") for group in optimizer.param_groups)):
+        return optimizer.step()
+    with torch.no_grad():
+        return inspect.unwrap(kind.step)(optimizer)
+
+
+def _watched(optimizer):
+    return (torch.autograd._profiler_enabled() or optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks or optim._global_optimizer_pre_hooks
+            or optim._global_optimizer_post_hooks)
 
 
 class Update:
@@ -52,7 +82,7 @@ class Update:
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad_norm, norm)
         if skip is None:
-            self.optimizer.step()
+            take_step(self.optimizer)
         else:
             self.optimizer.found_inf, self.optimizer.grad_scale = skip, None
             try:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from stand_in_models import Affine
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastflow import flows
 from fastflow.engine import TrainStep
@@ -161,3 +162,55 @@ def test_arguments_that_cannot_be_are_named(arguments, kind, message):
     model = Affine()
     with pytest.raises(kind, match=message):
         TrainStep(model, adam(model), **arguments)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+def test_the_optimizer_takes_its_own_steps(kind):
+    """Bit for bit, with hooks, a scheduler, the profiler or an optimizer of the user's own, which are all heard."""
+    one, many = Affine(), Affine()
+    by_hand, optimizer, x = kind(many.parameters(), 0.05), kind(one.parameters(), 0.05), torch.randn(6, 1, 2, 2)
+    step, heard = TrainStep(one, optimizer), []
+
+    def both():
+        by_hand.zero_grad()
+        (-many.log_prob(x).mean()).backward()
+        by_hand.step()
+        step(x)
+        for p, q in zip(one.parameters(), many.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+    both()
+    handle = optimizer.register_step_post_hook(lambda *_: heard.append("hook"))
+    both()
+    handle.remove()
+    both()
+    handle = register_optimizer_step_pre_hook(
+        lambda this, *_: heard.append("global") if this is optimizer else None)
+    both()
+    handle.remove()
+    assert heard == ["hook", "global"]
+    with torch.profiler.profile() as seen:
+        both()
+    name = f"Optimizer.step#{kind.__name__}.step"
+    assert sum(event.count for event in seen.key_averages() if event.key == name) == 2
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    both()
+    assert optimizer._opt_called
+
+
+def test_an_optimizer_with_its_own_methods_is_asked():
+    class Own(torch.optim.SGD):
+        calls = []
+
+        def step(self, closure=None):
+            self.calls.append("step")
+            return super().step(closure)
+
+        def zero_grad(self, set_to_none=True):
+            self.calls.append("zero_grad")
+            super().zero_grad(set_to_none)
+
+    model = Affine()
+    step = TrainStep(model, Own(model.parameters(), 0.1))
+    step(torch.randn(3, 1, 2, 2))
+    assert Own.calls == ["zero_grad", "step"]

@@ -60,7 +60,8 @@ def test_figures_are_those_of_the_results_file():
     rows = [line for line in README.splitlines()
             if re.match(r"\| (\w+_\w+|spline|slogdet|Glow|RealNVP) ", line)]
     measured = [line for groups, baselines in (
-        (("affine_coupling", "gaussian_sample_kl", "bernoulli_log_prob", "conv_net"), ("eager", "compile")),
+        (("affine_coupling", "gaussian_sample_kl", "bernoulli_log_prob", "conv_net", "activated_conv"),
+         ("eager", "compile")),
         (("mlp_flow",), ("eager",)), (("spline",), ("eager", "compile", "nflows", "zuko")),
         (("slogdet",), ("torch batched", "torch loop")),
         (("glow", "realnvp"), ("eager", FASTEST))) for line in markdown(results, groups, baselines)]
