@@ -85,11 +85,11 @@ def normal_log_prob(z, mean, log_sigma):
     return -0.5 * (((z - mean) * torch.exp(-log_sigma)).square() + math.log(2.0 * math.pi)) - log_sigma
 
 
-def top_down(h, features, levels, *, eps=None, seed=None, offset=0):
+def top_down(h, features, levels, *, eps=None, seed=None, offset=0, generator=None):
     """The levels one after the other; see functional.top_down."""
     latents, terms = [], []
     if eps is None and seed is None:
-        seed = reference.draw_seed(h.device)
+        seed = reference.draw_seed(h.device, generator)
     with reference.full_precision(h.device.type):
         for index, (level, d) in enumerate(zip(levels, features, strict=True)):
             params = level.posterior(d if level.mode == "ladder" else torch.cat([h, d], 1))
