@@ -251,8 +251,8 @@ def top_down_backward_samples():
         saved = r((batch + 63) // 64 * 64 * rows, dtype=h.dtype)
         term = r(2, batch, dtype=h.dtype)
         for needs in ((True, True, True), (False, False, True), (True, True, False)):
-            yield (r(batch, 4, dtype=h.dtype), r(3 * batch, dtype=h.dtype), term, term, term, h, features, saved, params,
-                   code, *needs)
+            yield r(batch, 4, dtype=h.dtype), r(3 * batch, dtype=h.dtype), term, term, term, h, features, saved, \
+                params, code, *needs
             yield None, None, term, None, None, h, features, saved, params, code, *needs
 
 

@@ -74,22 +74,33 @@ def evaluate(module, problem, dtype, which=("h", "z", "kl", "log_q", "log_p"), *
     params = [p for level in levels for b in level.networks for p in b.parameters]
     grads = torch.autograd.grad(loss, [h, *features, *params], allow_unused=True)
     return ({n: t.detach() for n, t in results.items()},
-            {i: torch.zeros(()) if g is None else g for i, g in enumerate(grads)})
+            {i: torch.zeros_like(t) if g is None else g
+             for i, (g, t) in enumerate(zip(grads, [h, *features, *params], strict=True))})
 
 
-def assert_close_to_truth(problem, dtype, **options):
+def assert_exact(problem, **options):
+    """In float64 to 1e-10."""
     truth = evaluate(reference, problem, torch.float64, **options)
-    got = evaluate(functional, problem, dtype, **options)
-    if dtype == torch.float64:
-        for part in (0, 1):
-            for name, exact in truth[part].items():
-                torch.testing.assert_close(got[part][name], exact, rtol=1e-10, atol=1e-10 * (1 + exact.abs().max()))
-        return
-    eager = evaluate(reference, problem, dtype, **options)
-    for part, factor in ((0, VALUE_FACTOR), (1, GRADIENT_FACTOR)):
-        errors = [max(((r[part][name].double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
-                      for name, exact in truth[part].items() if exact.numel()) for r in (got, eager)]
-        assert errors[0] <= factor * errors[1] + 8 * torch.finfo(dtype).eps, f"part {part}: fused, eager {errors}"
+    got = evaluate(functional, problem, torch.float64, **options)
+    for part in (0, 1):
+        for name, exact in truth[part].items():
+            torch.testing.assert_close(got[part][name], exact, rtol=1e-10, atol=1e-10 * (1 + exact.abs().max()))
+
+
+def assert_as_accurate_as_eager(problems):
+    """In float32, by the error-ratio rule over all problems together: the largest error of one small tensor says
+    little about either side."""
+    errors = torch.zeros(2, 2)  # of results and gradients, fused and eager
+    for problem in problems:
+        truth = evaluate(reference, problem, torch.float64)
+        for side, module in enumerate((functional, reference)):
+            got = evaluate(module, problem, torch.float32)
+            for part in (0, 1):
+                for name, exact in truth[part].items():
+                    error = (got[part][name].double() - exact).abs().max() / exact.abs().max().clamp(min=1)
+                    errors[part, side] = max(errors[part, side], error)
+    for (fused, eager), factor in zip(errors.tolist(), (VALUE_FACTOR, GRADIENT_FACTOR), strict=True):
+        assert fused <= factor * eager + 8 * torch.finfo(torch.float32).eps, errors
 
 
 @pytest.fixture(autouse=True)
@@ -101,10 +112,10 @@ def kernel():
 @pytest.mark.parametrize("mode", reference.LEVEL_MODES)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"{len(s)} levels of {s[0][0]}")
 def test_sizes_and_batches(sizes, mode):
-    for batch in BATCHES:
-        case = problem(sizes, batch, mode)
-        assert_close_to_truth(case, torch.float64)
-        assert_close_to_truth(case, torch.float32)
+    problems = [problem(sizes, batch, mode) for batch in BATCHES]
+    for case in problems:
+        assert_exact(case)
+    assert_as_accurate_as_eager(problems)
 
 
 @pytest.mark.parametrize("scale", reference.SCALES)
@@ -112,16 +123,16 @@ def test_scales_modes_and_activations(scale):
     for mode, activation in itertools.product(reference.LEVEL_MODES, reference.ACTIVATIONS):
         if scale == "std" and mode == "residual":
             continue  # the sum of two standard deviations says nothing that "absolute" does not
-        case = problem(SIZES[0], 70, mode, scale, activation)
-        assert_close_to_truth(case, torch.float64)
+        problems = [problem(SIZES[0], 70, mode, scale, activation, seed) for seed in range(2)]
+        assert_exact(problems[0])
         if activation != "relu":  # whose kinks a rounding may cross
-            assert_close_to_truth(case, torch.float32)
+            assert_as_accurate_as_eager(problems)
 
 
 @pytest.mark.parametrize("which", [("kl",), ("h",), ("z",), ("log_q", "log_p"), ("h", "kl")], ids=str)
 def test_gradients_of_some_results_alone(which):
     for mode in reference.LEVEL_MODES:
-        assert_close_to_truth(problem(SIZES[0], 9, mode), torch.float64, which=which)
+        assert_exact(problem(SIZES[0], 9, mode), which=which)
 
 
 def test_drawn_noise_is_the_stream_of_gaussian_sample_kl():
@@ -228,12 +239,12 @@ SCRIPT = """
 import sys
 sys.path[:0] = sys.argv[1:]
 import torch
-from test_top_down import SIZES, assert_close_to_truth, problem
+from test_top_down import SIZES, assert_as_accurate_as_eager, assert_exact, problem
 torch.set_num_threads(1)
 for sizes in SIZES[:2]:
     for mode in ("residual", "absolute", "ladder"):
-        for dtype in (torch.float32, torch.float64):
-            assert_close_to_truth(problem(sizes, 75, mode), dtype)
+        assert_exact(problem(sizes, 75, mode))
+        assert_as_accurate_as_eager([problem(sizes, batch, mode, seed=seed) for batch in (30, 75) for seed in (0, 1)])
 print("right")
 """
 

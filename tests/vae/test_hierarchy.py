@@ -8,7 +8,7 @@ from gaussian_models import linear, randn
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from fastflow import vae
+from fastflow import backends, vae
 
 # z2 ~ N(0, 1), z1 | z2 ~ N(A z2 + c, diag(S1)), x | z1 ~ N(W z1 + b, s2 I), the columns of W orthogonal, so that both
 # conditionals of the posterior are diagonal.
@@ -208,3 +208,71 @@ def test_ready_hierarchies(make):
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def small(mode, n_levels=4, hidden=12):
+    """An HVAE away from the zeros that it starts from, in float64, and images."""
+    torch.manual_seed(0)
+    model = vae.HVAE((1, 4, 4), tuple(range(2, 2 + n_levels)), hidden, mode=mode).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, (torch.rand(70, 1, 4, 4) > 0.5).double()
+
+
+def figures(model, x, eps):
+    """The terms of two samples, and the gradient of a loss that takes all of them."""
+    terms = model.terms(x, 2, eps=eps)
+    weights = torch.linspace(0.5, 1.5, terms.kl.numel(), dtype=x.dtype).view_as(terms.kl)
+    loss = terms.log_px_z.sum() + (weights * (terms.kl + terms.log_pz - terms.log_qz)).sum()
+    loss = loss + sum(z.square().sum() for z in terms.latents)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return [*terms.latents, *terms[1:], *grads]
+
+
+@pytest.mark.parametrize("mode", ["residual", "absolute", "ladder"])
+def test_levels_together_are_the_levels_one_by_one(mode):
+    """Terms, latents and gradients of every parameter, the levels in one kernel, in two runs with a level between that
+    has a hook or an activation that no kernel knows, and all in eager PyTorch."""
+    model, x = small(mode)
+    eps = [torch.randn(2, 70, d, dtype=torch.float64) for d in (2, 3, 4, 5)]
+    assert model.explain(x) == "4 of 4 levels in 1 kernel on cpu"
+    together = figures(model, x, eps)
+    with backends.use_backend("reference"):
+        assert model.explain(x).startswith("level by level: ")
+        alone = figures(model, x, eps)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    seen = []
+    handle = model.levels[2].merge.network[1].register_forward_hook(lambda *call: seen.append(1))
+    assert model.explain(x) == "3 of 4 levels in 2 kernels on cpu; not 2: it has a hook or a method of its own"
+    torch.testing.assert_close(figures(model, x, eps), alone, rtol=1e-10, atol=1e-10)
+    assert seen == [1]
+    handle.remove()
+    model.levels[0].prior[1] = nn.GELU()
+    assert model.explain(x) == ("3 of 4 levels in 1 kernel on cpu; not 0: a network's activation GELU is none of one "
+                                "kind among ReLU, SiLU, Tanh")
+    changed = figures(model, x, eps)
+    with backends.use_backend("reference"):
+        torch.testing.assert_close(changed, figures(model, x, eps), rtol=1e-10, atol=1e-10)
+
+
+def test_noise_is_the_same_however_the_levels_run():
+    """Up to the rounding of the normals, which are float32."""
+    model, x = small("residual")
+    together = model.elbo(x, 3, seed=5)
+    model.levels[1].prior.register_forward_hook(lambda *call: None)
+    torch.testing.assert_close(model.elbo(x, 3, seed=5), together, rtol=1e-12, atol=1e-12)
+
+
+def test_explain_says_why_no_level_fits():
+    model, x = small("residual")
+    assert "autocast" in _explained(model, x, torch.autocast("cpu", torch.bfloat16))
+    wide = vae.HVAE((1, 4, 4), (2, 2), 300)
+    assert wide.explain(x.float()) == ("0 of 2 levels in no kernel; not 0, 1: a network of it has a layer of more than "
+                                       "256")
+    assert vae.NVAE((1, 8, 8), (1, 1)).explain(torch.zeros(2, 1, 8, 8)).startswith("level by level: the state")
+
+
+def _explained(model, x, context):
+    with context:
+        return model.explain(x)
