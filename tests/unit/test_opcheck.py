@@ -194,8 +194,9 @@ def flow_backward_samples():
             True, True, True
 
 
-RQ, SOFT = (0, False, 3.0, 1e-3, 1e-3, 1e-3, 1.0, 0.0), (0, True, 5.0, 0.0, 0.0, 0.0, 1.0, 6.9)
-LINEAR = (1, False, 1.0, 0.0, 1e-3, 1e-3, 0.5, 0.0)  # kind, inverse, bound, the three minima, gain, clamp
+# Kind, inverse, bound, the three minima, gain, clamp, end derivative.
+RQ, SOFT = (0, False, 3.0, 1e-3, 1e-3, 1e-3, 1.0, 0.0, 1.0), (0, True, 5.0, 0.0, 0.0, 0.0, 1.0, 6.9, 0.999)
+LINEAR = (1, False, 1.0, 0.0, 1e-3, 1e-3, 0.5, 0.0, 1.0)
 
 
 def spline_samples():
