@@ -65,7 +65,8 @@ def wanted(model, x, *eps):
     return {"elbo": bound.elbo, "rate": bound.rate, "distortion": bound.distortion, "log_w": bound.log_w}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gaussian", "bits", "hierarchy", "codes", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("iwae", "learned prior", "classes"))])
 def test_a_graph_gives_the_models_own_terms(tmp_path, name):
     model = made(name)
     path = export(model, tmp_path / "m", "torch_export", n_samples=K)
@@ -80,6 +81,12 @@ def test_a_graph_gives_the_models_own_terms(tmp_path, name):
         assert set(found) == set(want)
         for term in want:
             torch.testing.assert_close(found[term], want[term], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "bits", "codes", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("classes", "hierarchy"))])
+def test_graphs_encode_and_decode(tmp_path, name):
+    model = made(name)
     x = torch.rand(4, 1, 4, 4).round()
     encode = load_exported(export(model, tmp_path / "e", "torch_export", function="encode"))(x)
     decode = load_exported(export(model, tmp_path / "d", "torch_export", function="decode"))
