@@ -245,3 +245,25 @@ def test_a_batch_larger_than_the_data_is_refused(trainer):
 def test_sizes_that_do_not_fit_are_refused(trainer):
     with pytest.raises(SettingsError, match="^model: image_shape: .*divisible"):
         trainer("run", 1, "model.n_levels=4")
+
+
+def test_the_rate_is_weighed_up_to_beta_step_by_step(tmp_path, threads):
+    threads(torch.get_num_threads())
+    small = ["model.hidden_features=8", "model.latent_features=2", "model.beta=2.0", "train.batch_size=500",
+             "train.kl_warmup_steps=4", "train.device=cpu", "train.eval_every=0", "train.checkpoint_every=0"]
+    weights = []
+    for steps in (3, 6):  # the second goes on from the first
+        made = Trainer(load_settings("vae-digits", [*small, f"train.steps={steps}"]), tmp_path, Console(quiet=True))
+        found = checkpoint.newest(made.out / "checkpoints", pytest.fail)
+        made.start() if found is None else made.resume(found)
+        step = made.train_step.__class__.__call__
+
+        def noted(self, x, step=step):
+            weights.append(self.objective.beta)
+            return step(self, x)
+
+        made.train_step.__class__ = type("Noted", (made.train_step.__class__,), {"__call__": noted})
+        made.run()
+    assert weights == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    with pytest.raises(SettingsError, match="^train.kl_warmup_steps: a model of kind 'glow' has no rate"):
+        Trainer(load_settings("glow-digits", ["train.kl_warmup_steps=3"]), tmp_path, Console(quiet=True))

@@ -188,6 +188,9 @@ def test_optimal_sigma():
     gradient, = torch.autograd.grad(log_prob.sum(), mean)
     torch.testing.assert_close(gradient, *torch.autograd.grad(fixed.log_prob(x, mean).sum(), mean))
     torch.testing.assert_close(likelihood.mean_square, 0.9 + 0.1 * square.detach())
+    before = likelihood.mean_square.clone()
+    assert likelihood.log_prob(x, torch.full_like(mean, float("nan"))).isnan().all()
+    assert torch.equal(likelihood.mean_square, before)  # a batch that is not finite leaves no trace
     likelihood.eval()
     torch.testing.assert_close(likelihood.log_prob(x, mean),
                                GaussianLikelihood(likelihood.mean_square.sqrt().item()).log_prob(x, mean))

@@ -79,7 +79,9 @@ class GaussianLikelihood(LocationScale):
         if self.mode == "optimal" and self.training:
             mean_square = squares.mean()
             with torch.no_grad():
-                self.mean_square.lerp_(mean_square.to(self.mean_square.dtype), self.MOMENTUM)
+                seen = mean_square.to(self.mean_square.dtype)
+                # A batch that is not finite, whose step a trainer leaves out, may not spoil the average for good.
+                self.mean_square.lerp_(torch.where(seen.isfinite(), seen, self.mean_square), self.MOMENTUM)
             log_sigma = 0.5 * torch.log(mean_square)
         else:
             log_sigma = self._log_scale(None)
