@@ -186,11 +186,10 @@ def version(package):
 def run_train(arguments):
     from fastflow.engine import settings as settings_module
 
-    if arguments.list:
-        list_recipes()
-        return
-    if arguments.settings:
-        list_settings()
+    if arguments.list or arguments.settings:
+        from fastflow.engine.listing import list_recipes, list_settings
+
+        list_recipes() if arguments.list else list_settings()
         return
     if arguments.recipe is None:
         fail(f"train: expected a recipe, one of {', '.join(settings_module.recipes())} or a .toml file")
@@ -264,44 +263,6 @@ def sweep(settings, out, title, resume):
                         f"{row[column]}" for column in COLUMNS))
     Console(width=None if sys.stdout.isatty() else 120).print(table, highlight=False)
     print(f"{'table':16}{path}\n{'picture':16}{picture}")
-
-
-def list_recipes():
-    """A table of the recipes: what each trains on what, what it needs, how large it is, how long it takes."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from fastflow.engine.plan import parameter_count
-    from fastflow.engine.settings import load_settings, recipes
-
-    table = Table(box=None, pad_edge=False)
-    for heading, right in (("recipe", False), ("model", False), ("data", False), ("needs", False),
-                           ("parameters", True), ("minutes", True), ("what", False)):
-        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "what")
-    for name, description in recipes().items():
-        settings = load_settings(name)
-        chosen = settings.data
-        shape = "x".join(map(str, chosen.known_shape()))
-        table.add_row(name, settings.model.kind, f"{chosen.name or chosen.format or 'any'} {shape}",
-                      "ships" if chosen.name else f"your data: {chosen.path}",
-                      f"{parameter_count(settings):,}" if shape else "",
-                      f"{settings.minutes:g}" if settings.minutes else "", description)
-    console = Console(width=None if sys.stdout.isatty() else 240)
-    console.print(table, highlight=False)
-    print("minutes: about, on two CPU cores, where that is known")
-
-
-def list_settings():
-    """A table of the settings: what --set takes, what holds without, what it means."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from fastflow.engine.settings import described
-
-    table = Table("setting", "default", "what", box=None, pad_edge=False)
-    for row in described():
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
 
 
 def run_sample(arguments):
