@@ -1,8 +1,8 @@
-"""The learning rate of every step."""
+"""The learning rate, and a VAE's weight of the rate, of every step."""
 
 from fastflow.vae import CosineSchedule, LinearSchedule
 
-__all__ = ["LearningRate"]
+__all__ = ["LearningRate", "kl_weight"]
 
 DECAYS = {"cosine": CosineSchedule, "linear": LinearSchedule}
 
@@ -30,3 +30,12 @@ class LearningRate:
     def __call__(self, step):
         rate = self.base if self._decay is None else self._decay.at(step)
         return rate * min(1.0, (step + 1) / self.warmup) if self.warmup else rate
+
+
+def kl_weight(settings):
+    """``weight(step)``: what a VAE's rate is weighed with in the update after that many steps, which rises linearly to
+    the model's beta over ``train.kl_warmup_steps``; None where it does not change."""
+    if not settings.train.kl_warmup_steps:
+        return None
+    rise = LinearSchedule(0.0, getattr(settings.model, "beta", 1.0), settings.train.kl_warmup_steps)
+    return lambda step: rise.at(step + 1)

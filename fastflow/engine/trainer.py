@@ -24,12 +24,11 @@ from fastflow.engine.log import RunLog, check_tensorboard
 from fastflow.engine.models import build_model, load_weights, standardize
 from fastflow.engine.objectives import objective_for
 from fastflow.engine.progress import TrainProgress
-from fastflow.engine.rate import LearningRate
+from fastflow.engine.rate import LearningRate, kl_weight
 from fastflow.engine.signals import Interrupted, StopSignals
 from fastflow.engine.snapshot import check_continuation, restore, snapshot, weights
 from fastflow.engine.state import seed_host_random
 from fastflow.engine.watch import Watch, score
-from fastflow.vae import LinearSchedule
 
 __all__ = ["Trainer"]
 
@@ -85,11 +84,9 @@ class Trainer:
                 raise SettingsError(f"train.{name}: a model of kind {settings.model.kind!r} has no latents")
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
-        self.watch, self._rate = Watch(train.patience), LearningRate(train)
+        self.watch, self._rate, self._kl_weight = Watch(train.patience), LearningRate(train), kl_weight(settings)
         looks = 0 if self.processes.rank else train.collapse_every
         self._collapse = CollapseWatch(looks, self.data.train, self.device, lambda message: self._say(message))
-        beta = getattr(settings.model, "beta", 1.0)
-        self._rise = LinearSchedule(0.0, beta, train.kl_warmup_steps) if train.kl_warmup_steps else None
         self._order = (None, None)
         self._stop = StopSignals()
         self._saved, self._signal, self._say = None, 0, console.print
@@ -255,8 +252,8 @@ class Trainer:
         rate = self._rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if self._rise is not None:
-            self.train_step.objective.beta = self._rise.at(self.step + 1)
+        if self._kl_weight is not None:
+            self.train_step.objective.beta = self._kl_weight(self.step)
         sums = {}
         try:
             for x in mine.chunk(train.accumulate) if train.accumulate > 1 else (mine,):

@@ -265,5 +265,5 @@ def test_the_rate_is_weighed_up_to_beta_step_by_step(tmp_path, threads):
         made.train_step.__class__ = type("Noted", (made.train_step.__class__,), {"__call__": noted})
         made.run()
     assert weights == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    with pytest.raises(SettingsError, match="^train.kl_warmup_steps: a model of kind 'glow' has no rate"):
+    with pytest.raises(SettingsError, match="^train.kl_warmup_steps: a model of kind 'glow' has no latents"):
         Trainer(load_settings("glow-digits", ["train.kl_warmup_steps=3"]), tmp_path, Console(quiet=True))
