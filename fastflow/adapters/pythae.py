@@ -16,16 +16,14 @@ from fastflow.adapters.swap import swap
 from fastflow.autograd.gaussian import sample_kl
 
 
-def _reconstruction(module, recon_x, x, reduction="sum"):
-    """Losses in nats, summed by PyTorch, or with "none" those of each sample; shapes are those of pythae's
-    loss_function."""
+def _reconstruction(module, recon_x, x):
+    """(the loss of every number, what it is multiplied with to be nats); the shapes are those of pythae's
+    loss_function. Backward of PyTorch's own reduction takes longer than that of a sum of these does."""
     if recon_x.shape != x.shape:
         recon_x, x = torch.broadcast_tensors(recon_x, x)
-    mse = module.model_config.reconstruction_loss == "mse"
-    loss = (F.mse_loss if mse else F.binary_cross_entropy)(recon_x, x, reduction=reduction)
-    if reduction == "none":
-        loss = loss.sum(-1)
-    return 0.5 * loss if mse else loss
+    if module.model_config.reconstruction_loss == "mse":
+        return F.mse_loss(recon_x, x, reduction="none"), 0.5
+    return F.binary_cross_entropy(recon_x, x, reduction="none"), 1.0
 
 
 def _fit(module, fix):
@@ -59,7 +57,8 @@ class _Head:
 
     def _fastflow_output(self, x, z, kl, beta=1.0):
         recon_x = self.decoder(z)["reconstruction"]
-        recon_loss = _reconstruction(self, recon_x.reshape(len(x), -1), x.reshape(len(x), -1)) / max(len(x), 1)
+        losses, factor = _reconstruction(self, recon_x.reshape(len(x), -1), x.reshape(len(x), -1))
+        recon_loss = losses.sum() * (factor / len(x))
         reg_loss = kl.mean(0)
         return ModelOutput(recon_loss=recon_loss, reg_loss=reg_loss, loss=torch.add(recon_loss, reg_loss, alpha=beta),
                            recon_x=recon_x, z=z)
@@ -102,7 +101,8 @@ class IWAE(_Head, models.IWAE):
         z, _, logq = functional.gaussian_sample_kl((mean, logvar), eps=eps, n_samples=count, return_logq=True)
         z, logq = z.transpose(0, 1).contiguous(), _without_constant(logq.mT, features)
         recon_x = self.decoder(z.view(-1, features))["reconstruction"].reshape(batch, count, -1)
-        recon_loss = _reconstruction(self, recon_x, x.reshape(batch, 1, -1), "none")
+        losses, factor = _reconstruction(self, recon_x, x.reshape(batch, 1, -1))
+        recon_loss = losses.sum(-1) * factor
         kl = logq + 0.5 * z.square().sum(-1)
         log_w = -(recon_loss + kl)
         loss = -(log_w.detach().softmax(1) * log_w).sum(1)
