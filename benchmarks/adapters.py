@@ -99,11 +99,11 @@ def zuko(kind, features, hidden, n_layers, **options):
     return getattr(library.flows, kind)(features, transforms=n_layers, hidden_features=(hidden, hidden), **options)
 
 
-def torchflows(kind, features, n_layers=4, **conditioner):
+def torchflows(kind, features, depth=4, **conditioner):
     from torchflows import flows
     from torchflows.bijections.finite.autoregressive import architectures
 
-    bijection = getattr(architectures, kind)(features, n_layers=n_layers, conditioner_kwargs=conditioner)
+    bijection = getattr(architectures, kind)(features, n_layers=depth, conditioner_kwargs=conditioner)
     model = flows.Flow(bijection)
     model.log_prob(torch.randn(256, features))  # its ActNorms take their statistics from the first batch
     return model
