@@ -15,9 +15,7 @@ def fusable(x, *others):
     """Whether x and the others are float32, or all are float64: in lower precision and under autocast a host's dtypes
     are its own affair."""
     dtype = x.dtype
-    if dtype is not torch.float32 and dtype is not torch.float64:
-        return False
-    return not others or all(t.dtype is dtype for t in others)
+    return (dtype is torch.float32 or dtype is torch.float64) and all(t.dtype is dtype for t in others)
 
 
 def worthwhile(x):
