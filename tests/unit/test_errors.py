@@ -132,6 +132,24 @@ ACTIVATED = {
 }
 
 
+def network(**changes):
+    operands = {"x": r(2, 3), "weights": [r(4, 3), r(2, 4)], "biases": [r(4), r(2)]}
+    return functional.mlp(**{**operands, **changes})
+
+
+NETWORK = {
+    "x of one dimension": (ValueError, "x", lambda: network(x=r(3))),
+    "x of whole numbers": (TypeError, "x", lambda: network(x=r(2, 3, dtype=LONG))),
+    "no layers": (ValueError, "biases", lambda: network(weights=[], biases=[])),
+    "a bias too few": (ValueError, "biases", lambda: network(biases=[r(4)])),
+    "a weight that does not follow": (ValueError, "weights[1]", lambda: network(weights=[r(4, 3), r(2, 5)])),
+    "a bias of another size": (ValueError, "biases[0]", lambda: network(biases=[r(3), r(2)])),
+    "a weight in float64": (TypeError, "weights[0]", lambda: network(weights=[r(4, 3, dtype=DOUBLE), r(2, 4)])),
+    "a bias elsewhere": (ValueError, "biases[1]", lambda: network(biases=[r(4), r(2, **META)])),
+    "another activation": (ValueError, "activation", lambda: network(activation="none")),
+}
+
+
 CONV = {
     "x a matrix": (ValueError, "x", lambda: conv(x=r(3, 4))),
     "x of integers": (TypeError, "x", lambda: conv(x=r(2, 3, 4, 4, dtype=LONG))),
@@ -276,9 +294,9 @@ SPLINE = {
 }
 
 
-@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *ACTIVATED, *FLOW, *GAUSSIAN, *SPLINE])
+@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *ACTIVATED, *NETWORK, *FLOW, *GAUSSIAN, *SPLINE])
 def test_refused_and_named(name):
-    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **ACTIVATED, **FLOW, **GAUSSIAN, **SPLINE}[name]
+    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **ACTIVATED, **NETWORK, **FLOW, **GAUSSIAN, **SPLINE}[name]
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)

@@ -1,0 +1,13 @@
+"""A fully connected network, in eager PyTorch."""
+
+import torch.nn.functional as F
+
+__all__ = ["mlp"]
+
+
+def mlp(x, weights, biases, *, activation="silu"):
+    """Linear layers with an activation between two of them; see functional.mlp."""
+    rectify = F.relu if activation == "relu" else F.silu
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = F.linear(rectify(x) if index else x, weight, bias)
+    return x
