@@ -11,7 +11,7 @@ from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 from fastflow import functional, reference
 from fastflow.functional import ScaleMap
 
-FULL_PRECISION = ("plu_weight", "conv_net", "activated_conv", "mlp", "mlp_flow")  # ops whose kernels take no half precision
+FULL_PRECISION = ("plu_weight", "conv_net", "activated_conv", "mlp", "mlp_flow")  # no half precision
 NOT_DIFFERENTIABLE = ("eps", "seed", "sign_s", "perm")
 
 
@@ -215,7 +215,7 @@ BERNOULLI_CASES = (
     Case("bernoulli_image", "bernoulli_log_prob", {"x": (3, 4, 2, 5), "logits": (3, 4, 2, 5)}),
     Case("bernoulli_samples", "bernoulli_log_prob", {"x": (3, 7), "logits": (2, 3, 7)}),
 )
-CPU_CASES = CASES + CONV_CASES + ACTIVATED_CASES + MLP_CASES + BERNOULLI_CASES  # with the operations that have no kernel on a GPU
+CPU_CASES = (*CASES, *CONV_CASES, *ACTIVATED_CASES, *MLP_CASES, *BERNOULLI_CASES)  # also those of the CPU alone
 
 
 @contextlib.contextmanager

@@ -142,10 +142,10 @@ NETWORK = {
     "x of whole numbers": (TypeError, "x", lambda: network(x=r(2, 3, dtype=LONG))),
     "no layers": (ValueError, "biases", lambda: network(weights=[], biases=[])),
     "a bias too few": (ValueError, "biases", lambda: network(biases=[r(4)])),
-    "a weight that does not follow": (ValueError, "weights[1]", lambda: network(weights=[r(4, 3), r(2, 5)])),
-    "a bias of another size": (ValueError, "biases[0]", lambda: network(biases=[r(3), r(2)])),
-    "a weight in float64": (TypeError, "weights[0]", lambda: network(weights=[r(4, 3, dtype=DOUBLE), r(2, 4)])),
-    "a bias elsewhere": (ValueError, "biases[1]", lambda: network(biases=[r(4), r(2, **META)])),
+    "a weight that does not follow": (ValueError, r"weights\[1\]", lambda: network(weights=[r(4, 3), r(2, 5)])),
+    "a bias of another size": (ValueError, r"biases\[0\]", lambda: network(biases=[r(3), r(2)])),
+    "a weight in float64": (TypeError, r"weights\[0\]", lambda: network(weights=[r(4, 3, dtype=DOUBLE), r(2, 4)])),
+    "a bias elsewhere": (ValueError, r"biases\[1\]", lambda: network(biases=[r(4), r(2, **META)])),
     "another activation": (ValueError, "activation", lambda: network(activation="none")),
 }
 
@@ -296,7 +296,8 @@ SPLINE = {
 
 @pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *ACTIVATED, *NETWORK, *FLOW, *GAUSSIAN, *SPLINE])
 def test_refused_and_named(name):
-    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **ACTIVATED, **NETWORK, **FLOW, **GAUSSIAN, **SPLINE}[name]
+    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **ACTIVATED, **NETWORK, **FLOW, **GAUSSIAN,
+                             **SPLINE}[name]
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)

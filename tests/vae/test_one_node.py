@@ -1,4 +1,4 @@
-"""The MLP VAE's loss as one node of autograd is that of its parts, and every model that is another one keeps to them."""
+"""The MLP VAE's loss as one node of autograd is that of its parts, and any other model keeps to its own."""
 
 import copy
 
