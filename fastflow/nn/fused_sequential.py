@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import nn
 
 from fastflow import backends, functional
@@ -36,7 +37,7 @@ class FusedSequential(nn.Sequential):
 
 def _linears(layers, at, x):
     """(how many layers, their answer to x) of the Linear layers from ``at`` on, two at least, else (0, None)."""
-    if x.dim() != 2:
+    if x.dim() != 2 or torch.compiler.is_compiling():  # compilers fuse these themselves
         return 0, None
     weights, biases, activation = chain(layers, at, x.shape[1], x.dtype)
     if len(weights) < 2:
