@@ -22,7 +22,7 @@ SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
 # reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
 # that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
-# the convolutions of conv_net and activated_conv are cuDNN's, and bernoulli_log_prob is the reference's.
+# the layers of conv_net, activated_conv and mlp are torch's, and bernoulli_log_prob is the reference's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",

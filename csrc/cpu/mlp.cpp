@@ -15,7 +15,7 @@ constexpr int64_t grain = 16384;  // elements that are worth a thread
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
-// x W^T + b, activated in place; the slopes, where they are wanted, or an undefined tensor's stand-in.
+// x W^T + b, activated in place, and its slopes where they are wanted.
 Tensor layer(const Tensor& x, const Tensor& weight, const Tensor& bias, LayerActivation activation, Tensor* slopes) {
   Tensor out = torch::stable::matmul(x, transposed(weight));
   const int64_t rows = out.size(0), columns = out.size(1);

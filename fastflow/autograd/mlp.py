@@ -31,7 +31,7 @@ class MLPFunction(torch.autograd.Function):
         if differentiable.wanted((grad,)):
             def network(x, *params):
                 return (reference.mlp(x, params[:layers], params[layers:],
-                                      activation=reference.CONV_ACTIVATIONS[activation]),)
+                                      activation=reference.LAYER_ACTIVATIONS[activation]),)
             grads = differentiable.reference_grads(network, (x, *params), needs, (grad,))
         else:
             grad_x, found = extension.kernel(backend, "mlp_bwd")(grad, x, params[:layers], kept, activation, needs[0],

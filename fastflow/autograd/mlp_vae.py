@@ -64,7 +64,7 @@ def _networks(params, layers):
 def _reference(x, eps, consts, params):
     layers, activations, (_, _, _, scale, flags, _) = consts
     encoder, decoder = _networks(params, layers)
-    first, second = (reference.CONV_ACTIVATIONS[activation] for activation in activations)
+    first, second = (reference.LAYER_ACTIVATIONS[activation] for activation in activations)
     z, kl = reference.gaussian_sample_kl(
         reference.mlp(x, *encoder, activation=first), scale=reference.SCALES[scale],
         layout="interleave" if flags & 1 else "chunk", order="scale_mean" if flags & 2 else "mean_scale", eps=eps)

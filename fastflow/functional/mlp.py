@@ -54,7 +54,7 @@ def mlp(x, weights, biases, *, activation="silu"):
 
 def run_mlp(backend, x, weights, biases, activation):
     """:func:`mlp` on a kernel's backend, for callers that know that the operands fit."""
-    kind = reference.CONV_ACTIVATIONS.index(activation)
+    kind = reference.LAYER_ACTIVATIONS.index(activation)
     if needs_grad(x, *weights, *biases):
         x, *params = distinct(x, *weights, *biases)
         return _mlp.MLPFunction.apply(x, backend, kind, *params)

@@ -23,7 +23,7 @@ def run_mlp_vae(backend, x, encoder, decoder, *, scale, layout, order, seed=None
     flags = ((gaussian.INTERLEAVED if layout == "interleave" else 0)
              | (gaussian.SCALE_IN_FRONT if order == "scale_mean" else 0))
     noise = reference.to_int64(seed) if is_int else 0, 0, None, reference.SCALES.index(scale), flags, 0
-    activations = [reference.CONV_ACTIVATIONS.index(kind) for *_, kind in (encoder, decoder)]
+    activations = [reference.LAYER_ACTIVATIONS.index(kind) for *_, kind in (encoder, decoder)]
     consts = (len(encoder[0]), len(decoder[0])), activations, noise
     return MLPVAEFunction.apply(x, None if is_int else seed, backend, consts, *encoder[0], *encoder[1], *decoder[0],
                                 *decoder[1])

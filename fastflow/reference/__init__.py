@@ -403,7 +403,7 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
 
 
 # Built on what stands above.
-from fastflow.reference.activated_conv import CONV_ACTIVATIONS, activated_conv  # noqa: E402, F401
+from fastflow.reference.activated_conv import LAYER_ACTIVATIONS, activated_conv  # noqa: E402, F401
 from fastflow.reference.bernoulli_log_prob import bernoulli_log_prob  # noqa: E402
 from fastflow.reference.mlp import mlp  # noqa: E402
 from fastflow.reference.mlp_flow import ACTIVATIONS, ChannelAffine, MLPCoupling, mlp_flow  # noqa: E402, F401
