@@ -27,8 +27,8 @@ FASTFLOW_LIBRARY {
   m.impl("conv_net_bwd", TORCH_BOX(&fastflow::conv_net_bwd));
   m.impl("activated_conv_fwd", TORCH_BOX(&fastflow::activated_conv_fwd));
   m.impl("activated_conv_bwd", TORCH_BOX(&fastflow::activated_conv_bwd));
-  m.impl("mlp_fwd", TORCH_BOX(&fastflow::mlp_fwd));
-  m.impl("mlp_bwd", TORCH_BOX(&fastflow::mlp_bwd));
+  m.impl("wide_mlp_fwd", TORCH_BOX(&fastflow::wide_mlp_fwd));
+  m.impl("wide_mlp_bwd", TORCH_BOX(&fastflow::wide_mlp_bwd));
   m.impl("bernoulli_log_prob_fwd", TORCH_BOX(&fastflow::bernoulli_log_prob_fwd));
   m.impl("bernoulli_log_prob_bwd", TORCH_BOX(&fastflow::bernoulli_log_prob_bwd));
 #endif

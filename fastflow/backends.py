@@ -25,7 +25,7 @@ from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp_flow",
-       "spline", "bernoulli_log_prob", "activated_conv", "mlp")
+       "spline", "bernoulli_log_prob", "activated_conv", "wide_mlp")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -38,7 +38,7 @@ PREFERENCE = {
     ("mlp_flow", "cpu"): ("cpu",),
     ("spline", "cpu"): ("cpu",),
     ("activated_conv", "cpu"): ("cpu",),
-    ("mlp", "cpu"): ("cpu",),
+    ("wide_mlp", "cpu"): ("cpu",),
     ("bernoulli_log_prob", "cpu"): ("cpu",),  # no GPU kernel yet: on CUDA tensors the reference runs
     ("affine_coupling", "cuda"): ("triton", "cuda"),
     ("gaussian_sample_kl", "cuda"): ("triton", "cuda"),
@@ -167,7 +167,7 @@ def refusal(backend, op, tensors):
     reason = _status_of(backend)
     if not reason.startswith("available"):
         return reason
-    if op in ("conv_net", "activated_conv", "mlp"):
+    if op in ("conv_net", "activated_conv", "wide_mlp"):
         return _network_refusal(op, backend, tensors[0], tensors[1:])
     if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
         return f"{op} has no Triton kernel"
@@ -185,7 +185,7 @@ def _network_refusal(op, backend, x, weights):
         return f"the cpu kernel takes float32 and float64, not {x.dtype}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses the dtype of networks"
-    if op != "mlp" and weights and (weights[0].shape[0] % CONV_NET_CHANNELS or weights[0].shape[0] == 0):
+    if op != "wide_mlp" and weights and (weights[0].shape[0] % CONV_NET_CHANNELS or weights[0].shape[0] == 0):
         return f"the cpu kernel takes channels in multiples of {CONV_NET_CHANNELS}, not {weights[0].shape[0]}"
     if op == "activated_conv" and weights and weights[0].numel() > ACTIVATED_CONV_WEIGHTS:
         return f"a weight of {weights[0].numel()} elements does not stay in the cache (limit {ACTIVATED_CONV_WEIGHTS})"

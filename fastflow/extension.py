@@ -22,7 +22,7 @@ SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
 # reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
 # that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
-# the layers of conv_net, activated_conv and mlp are torch's, and bernoulli_log_prob is the reference's.
+# the layers of conv_net, activated_conv and wide_mlp are torch's, and bernoulli_log_prob is the reference's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -61,15 +61,15 @@ SCHEMAS = (
     "activated_conv_bwd(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool transposed, "
     "int activation, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor)",
     # kept: of each hidden layer its activations and, of silu, their slopes. grads: of each layer weight and bias.
-    "mlp_fwd(Tensor x, Tensor[] weights, Tensor[] biases, int activation, bool keep) -> (Tensor, Tensor[])",
-    "mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor[] kept, int activation, bool need_x, bool need_params)"
-    " -> (Tensor, Tensor[])",
+    "wide_mlp_fwd(Tensor x, Tensor[] weights, Tensor[] biases, int activation, bool keep) -> (Tensor, Tensor[])",
+    "wide_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor[] kept, int activation, bool need_x, "
+    "bool need_params) -> (Tensor, Tensor[])",
     # x (B, *event), logits (N, *event) with N a multiple of B; results (N,) and like logits.
     "bernoulli_log_prob_fwd(Tensor x, Tensor logits) -> Tensor",
     "bernoulli_log_prob_bwd(Tensor grad, Tensor x, Tensor logits) -> Tensor",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "mlp_fwd", "mlp_bwd",
+CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "wide_mlp_fwd", "wide_mlp_bwd",
              "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}

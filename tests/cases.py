@@ -11,7 +11,7 @@ from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 from fastflow import functional, reference
 from fastflow.functional import ScaleMap
 
-FULL_PRECISION = ("plu_weight", "conv_net", "activated_conv", "mlp", "mlp_flow")  # no half precision
+FULL_PRECISION = ("plu_weight", "conv_net", "activated_conv", "wide_mlp", "mlp_flow")  # no half precision
 NOT_DIFFERENTIABLE = ("eps", "seed", "sign_s", "perm")
 
 
@@ -34,7 +34,7 @@ class Case:
     @property
     def outputs(self):
         return {"affine_coupling": ("y", "logdet"), "mlp_flow": ("z", "logdet"), "conv_net": ("y",),
-                "activated_conv": ("y",), "mlp": ("y",),
+                "activated_conv": ("y",), "wide_mlp": ("y",),
                 "spline": ("y", "logdet"), "bernoulli_log_prob": ("log_prob",),
                 "slogdet": ("sign", "logabsdet"), "plu_weight": ("weight",),
                 "slogdet_inverse": ("sign", "logabsdet", "inverse"),
@@ -52,7 +52,7 @@ class Case:
 
     def batch_dim(self, name):
         """The dim of the operand that is the batch; None: it has none."""
-        if self.op in ("mlp", "mlp_flow") and name not in ("x", "context"):
+        if self.op in ("wide_mlp", "mlp_flow") and name not in ("x", "context"):
             return None
         if self.op == "bernoulli_log_prob":
             return len(self.shapes[name]) - len(self.shapes["x"])
@@ -66,7 +66,7 @@ class Case:
             return value.sign()
         if name == "weight" and self.op != "activated_conv":
             return value + 2.0 * torch.eye(shape[-1], dtype=torch.float64)
-        if self.op in ("mlp", "mlp_flow") and len(shape) == 2 and name not in ("x", "context"):
+        if self.op in ("wide_mlp", "mlp_flow") and len(shape) == 2 and name not in ("x", "context"):
             return value / max(shape[1], 1) ** 0.5
         if self.op == "spline" and name == "params":
             return 0.4 * value  # sharp splines are ill-conditioned: the largest of their errors says little
@@ -89,9 +89,9 @@ class Case:
             return (getattr(module, self.op)(**t, **options),)
         if self.op == "mlp_flow":
             return self._call_mlp_flow(t, module)
-        if self.op == "mlp":  # operands "w<layer>" and "b<layer>"
+        if self.op == "wide_mlp":  # operands "w<layer>" and "b<layer>"
             weights, biases = ([t[f"{kind}{i}"] for i in range(len(t) // 2)] for kind in "wb")
-            return (module.mlp(t["x"], weights, biases, **options),)
+            return (module.wide_mlp(t["x"], weights, biases, **options),)
         return getattr(module, self.op)(**t, **options)
 
     def _call_mlp_flow(self, t, module):
@@ -202,20 +202,21 @@ ACTIVATED_CASES = (
 )
 
 
-def mlp_case(name, batch, sizes, **options):
-    """A call of mlp on x (batch, sizes[0])."""
+def wide_mlp_case(name, batch, sizes, **options):
+    """A call of wide_mlp on x (batch, sizes[0])."""
     shapes = {"x": (batch, sizes[0])}
     for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
         shapes |= {f"w{layer}": (outputs, inputs), f"b{layer}": (outputs,)}
-    return Case(name, "mlp", shapes, options)
+    return Case(name, "wide_mlp", shapes, options)
 
 
-MLP_CASES = (mlp_case("mlp_silu", 3, (5, 7, 4)), mlp_case("mlp_relu", 3, (4, 6, 5, 2), activation="relu"))
+WIDE_MLP_CASES = (wide_mlp_case("wide_silu", 3, (5, 7, 4)),
+                  wide_mlp_case("wide_relu", 3, (4, 6, 5, 2), activation="relu"))
 BERNOULLI_CASES = (
     Case("bernoulli_image", "bernoulli_log_prob", {"x": (3, 4, 2, 5), "logits": (3, 4, 2, 5)}),
     Case("bernoulli_samples", "bernoulli_log_prob", {"x": (3, 7), "logits": (2, 3, 7)}),
 )
-CPU_CASES = (*CASES, *CONV_CASES, *ACTIVATED_CASES, *MLP_CASES, *BERNOULLI_CASES)  # also those of the CPU alone
+CPU_CASES = (*CASES, *CONV_CASES, *ACTIVATED_CASES, *WIDE_MLP_CASES, *BERNOULLI_CASES)  # also those of the CPU alone
 
 
 @contextlib.contextmanager

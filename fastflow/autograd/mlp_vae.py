@@ -18,10 +18,10 @@ class MLPVAEFunction(torch.autograd.Function):
     def forward(ctx, x, seed, backend, consts, *params):
         layers, activations, noise = consts
         encoder, decoder = _networks(params, layers)
-        encoded, kept_encoder = extension.kernel(backend, "mlp_fwd")(x, *encoder, activations[0], True)
+        encoded, kept_encoder = extension.kernel(backend, "wide_mlp_fwd")(x, *encoder, activations[0], True)
         z, kl, _, eps = extension.kernel(backend, "gaussian_fwd")(encoded, None, None, None, None, seed, *noise, False,
                                                                   True)
-        logits, kept_decoder = extension.kernel(backend, "mlp_fwd")(z, *decoder, activations[1], True)
+        logits, kept_decoder = extension.kernel(backend, "wide_mlp_fwd")(z, *decoder, activations[1], True)
         ctx.save_for_backward(x, seed, encoded, z, eps, logits, *params, *kept_encoder, *kept_decoder)
         ctx.consts = backend, consts, len(kept_encoder)
         return extension.kernel(backend, "bernoulli_log_prob_fwd")(x, logits), kl
@@ -40,11 +40,11 @@ class MLPVAEFunction(torch.autograd.Function):
             return (None, None, None, None, *grads)
         encoder, decoder = _networks(params, layers)
         grad_logits = extension.kernel(backend, "bernoulli_log_prob_bwd")(grad_log_px, x, logits)
-        grad_z, of_decoder = extension.kernel(backend, "mlp_bwd")(grad_logits, z, decoder[0], kept[in_encoder:],
+        grad_z, of_decoder = extension.kernel(backend, "wide_mlp_bwd")(grad_logits, z, decoder[0], kept[in_encoder:],
                                                                   activations[1], True, True)
         grad_encoded = extension.kernel(backend, "gaussian_bwd")(
             grad_z, grad_kl, None, encoded, None, None, None, eps, seed, *noise, True, False, False, False)[0]
-        _, of_encoder = extension.kernel(backend, "mlp_bwd")(grad_encoded, x, encoder[0], kept[:in_encoder],
+        _, of_encoder = extension.kernel(backend, "wide_mlp_bwd")(grad_encoded, x, encoder[0], kept[:in_encoder],
                                                              activations[0], False, True)
         grads = of_encoder[0::2] + of_encoder[1::2] + of_decoder[0::2] + of_decoder[1::2]
         if not all(needs):
@@ -66,6 +66,6 @@ def _reference(x, eps, consts, params):
     encoder, decoder = _networks(params, layers)
     first, second = (reference.LAYER_ACTIVATIONS[activation] for activation in activations)
     z, kl = reference.gaussian_sample_kl(
-        reference.mlp(x, *encoder, activation=first), scale=reference.SCALES[scale],
+        reference.wide_mlp(x, *encoder, activation=first), scale=reference.SCALES[scale],
         layout="interleave" if flags & 1 else "chunk", order="scale_mean" if flags & 2 else "mean_scale", eps=eps)
-    return reference.bernoulli_log_prob(x, reference.mlp(z, *decoder, activation=second)), kl
+    return reference.bernoulli_log_prob(x, reference.wide_mlp(z, *decoder, activation=second)), kl

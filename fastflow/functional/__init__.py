@@ -16,15 +16,15 @@ from fastflow.autograd.differentiable import needs_grad as _needs_grad
 from fastflow.extension import kernel
 from fastflow.functional.activated_conv import activated_conv
 from fastflow.functional.bernoulli_log_prob import bernoulli_log_prob
-from fastflow.functional.mlp import mlp, run_mlp  # noqa: F401 (for the layers above)
 from fastflow.functional.mlp_flow import mlp_flow
 from fastflow.functional.mlp_vae import run_mlp_vae  # noqa: F401 (for the layers above)
 from fastflow.functional.spline import check_spline_constants, spline, spline_params  # noqa: F401 (for the layers above)
+from fastflow.functional.wide_mlp import run_wide_mlp, wide_mlp  # noqa: F401 (for the layers above)
 from fastflow.reference import SCALES, ChannelAffine, MLPCoupling, ScaleMap, full_precision  # noqa: F401 (for layers)
 
 __all__ = ["ChannelAffine", "MLPCoupling", "ScaleMap", "activated_conv", "affine_coupling", "bernoulli_log_prob",
-           "conv_net", "gaussian_sample_kl", "mlp", "mlp_flow", "plu_weight", "slogdet", "slogdet_inverse", "spline",
-           "spline_params"]
+           "conv_net", "gaussian_sample_kl", "mlp_flow", "plu_weight", "slogdet", "slogdet_inverse", "spline",
+           "spline_params", "wide_mlp"]
 
 LAYOUTS = ("chunk", "interleave")
 REDUCTIONS = ("sample", "channel", "none")

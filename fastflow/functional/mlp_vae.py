@@ -8,13 +8,13 @@ __all__ = ["run_mlp_vae"]
 
 
 def run_mlp_vae(backend, x, encoder, decoder, *, scale, layout, order, seed=None, generator=None):
-    """(log p(x | z), KL(q(z | x) || N(0, I))), each (B,), with gradients for the networks' parameters: mlp,
-    gaussian_sample_kl, mlp and bernoulli_log_prob as one node of autograd, on a kernel's backend, for callers that know
-    that the operands fit.
+    """(log p(x | z), KL(q(z | x) || N(0, I))), each (B,), with gradients for the networks' parameters: wide_mlp,
+    gaussian_sample_kl, wide_mlp and bernoulli_log_prob as one node of autograd, on a kernel's backend, for callers that
+    know that the operands fit.
 
     Args:
         x: (B, N) bits in the parameters' dtype.
-        encoder, decoder: (weights, biases, activation) as for mlp, from N to 2D and from D to N features.
+        encoder, decoder: (weights, biases, activation) as for wide_mlp, from N to 2D and from D to N features.
         scale, layout, order, seed, generator: as for gaussian_sample_kl.
     """
     if seed is None:

@@ -17,7 +17,7 @@ class FusedSequential(nn.Sequential):
     """An ``nn.Sequential``, its parameters under the same names, that computes the same in fewer passes where there are
     kernels, which is on a CPU:
 
-    - Linear layers with ReLU, or with SiLU, between them by functional.mlp, as one layer.
+    - Linear layers with ReLU, or with SiLU, between them by functional.wide_mlp, as one layer.
     - Each Conv2d and ConvTranspose2d, with the ReLU or SiLU in front of it, by functional.activated_conv: layers
       without dilation, groups, output padding or padding other than zeros, with equal strides and paddings in both
       dimensions and, as inputs of a ConvTranspose2d or outputs of a Conv2d, channels in multiples of 16. Between two
@@ -42,10 +42,10 @@ def _linears(layers, at, x):
     weights, biases, activation = chain(layers, at, x.shape[1], x.dtype)
     if len(weights) < 2:
         return 0, None
-    backend, _ = backends.prefers("mlp", x, *weights, *biases)
+    backend, _ = backends.prefers("wide_mlp", x, *weights, *biases)
     if backend == "reference":
         return 0, None
-    return 2 * len(weights) - 1, functional.run_mlp(backend, x, weights, biases, activation)
+    return 2 * len(weights) - 1, functional.run_wide_mlp(backend, x, weights, biases, activation)
 
 
 def chain(layers, at, features, dtype):

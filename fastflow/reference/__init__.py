@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from fastflow.reference.philox import philox4x32, philox_normal, to_int64  # noqa: F401 (to_int64 for other modules)
 
 __all__ = ["SCALES", "SPLINES", "ChannelAffine", "MLPCoupling", "ScaleMap", "activated_conv", "affine_coupling",
-           "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp", "mlp_flow", "philox4x32", "philox_normal",
-           "plu_weight", "slogdet", "slogdet_inverse", "spline", "spline_bins", "spline_params"]
+           "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp_flow", "philox4x32", "philox_normal",
+           "plu_weight", "slogdet", "slogdet_inverse", "spline", "spline_bins", "spline_params", "wide_mlp"]
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
 SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")
@@ -405,6 +405,6 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
 # Built on what stands above.
 from fastflow.reference.activated_conv import LAYER_ACTIVATIONS, activated_conv  # noqa: E402, F401
 from fastflow.reference.bernoulli_log_prob import bernoulli_log_prob  # noqa: E402
-from fastflow.reference.mlp import mlp  # noqa: E402
 from fastflow.reference.mlp_flow import ACTIVATIONS, ChannelAffine, MLPCoupling, mlp_flow  # noqa: E402, F401
 from fastflow.reference.spline import SPLINES, spline, spline_bins, spline_params  # noqa: E402
+from fastflow.reference.wide_mlp import wide_mlp  # noqa: E402

@@ -30,7 +30,7 @@ def one_node(model, x, *, seed=None, generator=None, eps=None):
     if decoding is None:
         return None
     parameters = (*encoding[0], *encoding[1], *decoding[0], *decoding[1])
-    backend, _ = backends.prefers("mlp", x, *parameters)
+    backend, _ = backends.prefers("wide_mlp", x, *parameters)
     if backend == "reference" or not any(p.requires_grad for p in parameters):
         return None
     if model.latent_shape is None:

@@ -14,9 +14,9 @@ from cases import (
     conv_case,
     cotangents_of,
     evaluate,
-    mlp_case,
     noise_of_the_backend,
     subsets,
+    wide_mlp_case,
 )
 from tolerances import assert_bitwise
 
@@ -147,7 +147,7 @@ TINY = (
     activated_conv_case("activated_conv", (1, 1, 3, 2), 16, (2, 2), stride=2, padding=1, activation="silu"),
     activated_conv_case("activated_conv_transposed", (1, 16, 1, 2), 1, (3, 2), stride=2, padding=1, transposed=True,
                         activation="silu"),
-    mlp_case("mlp", 2, (2, 3, 2)),
+    wide_mlp_case("wide_mlp", 2, (2, 3, 2)),
     Case("rq", "spline", {"x": (2, 2), "params": (2, 10), "logdet": (2,)}),
     Case("rq_soft_inverse", "spline", {"x": (2, 2), "params": (2, 10)}, {"inverse": True, "clamp": 5.0}),
     Case("linear_spline_inverse", "spline", {"x": (2, 1, 2), "params": (2, 3, 2)}, {"kind": "linear", "inverse": True}),

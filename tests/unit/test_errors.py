@@ -134,7 +134,7 @@ ACTIVATED = {
 
 def network(**changes):
     operands = {"x": r(2, 3), "weights": [r(4, 3), r(2, 4)], "biases": [r(4), r(2)]}
-    return functional.mlp(**{**operands, **changes})
+    return functional.wide_mlp(**{**operands, **changes})
 
 
 NETWORK = {

@@ -126,5 +126,5 @@ def test_the_training_step_runs_it():
     model = vae.MLPVAE(SHAPE, 3, (16,))
     step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1))
     ran = kernels_run(lambda: step(bits(torch.float32)))
-    assert {"fastflow_cpu::mlp_fwd", "fastflow_cpu::mlp_bwd", "fastflow_cpu::bernoulli_log_prob_bwd"} <= ran
+    assert {"fastflow_cpu::wide_mlp_fwd", "fastflow_cpu::wide_mlp_bwd", "fastflow_cpu::bernoulli_log_prob_bwd"} <= ran
     assert model.latent_shape == (3,)

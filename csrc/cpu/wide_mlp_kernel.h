@@ -1,4 +1,4 @@
-// What the host code of mlp hands to its kernels: the passes between matrix products.
+// What the host code of wide_mlp hands to its kernels: the passes between matrix products.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace fastflow {
 enum class LayerActivation : int64_t { none, relu, silu };
 
 // values (rows, columns) += bias, activated in place; slopes, if wanted, of silu alone.
-struct MlpForward {
+struct WideMlpForward {
   int64_t columns;
   LayerActivation activation;
   bool is_double;
@@ -19,7 +19,7 @@ struct MlpForward {
 };
 
 // grad (rows, columns) times the activation's slope, in place, and its sums over the rows.
-struct MlpBackward {
+struct WideMlpBackward {
   int64_t rows, columns;
   LayerActivation activation;
   bool is_double;
@@ -30,7 +30,7 @@ struct MlpBackward {
   int64_t blocks() const { return (columns + block - 1) / block; }
 };
 
-FASTFLOW_EACH_ISA(void mlp_forward(const MlpForward& job, int64_t begin, int64_t end);   // rows
-                  void mlp_backward(const MlpBackward& job, int64_t begin, int64_t end);)  // blocks
+FASTFLOW_EACH_ISA(void wide_mlp_forward(const WideMlpForward& job, int64_t begin, int64_t end);   // rows
+                  void wide_mlp_backward(const WideMlpBackward& job, int64_t begin, int64_t end);)  // blocks
 
 }  // namespace fastflow

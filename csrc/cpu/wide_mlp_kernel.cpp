@@ -1,5 +1,5 @@
-// mlp between its matrix products, for one instruction set.
-#include "mlp_kernel.h"
+// wide_mlp between its matrix products, for one instruction set.
+#include "wide_mlp_kernel.h"
 
 #include "../common/math.h"
 
@@ -7,7 +7,7 @@ namespace fastflow::FASTFLOW_ISA {
 namespace {
 
 template <class T>
-void forward(const MlpForward& job, int64_t begin, int64_t end) {
+void forward(const WideMlpForward& job, int64_t begin, int64_t end) {
   const int64_t count = job.columns;
   const T* const bias = static_cast<const T*>(job.bias);
   for (int64_t row = begin; row < end; ++row) {
@@ -41,12 +41,12 @@ void forward(const MlpForward& job, int64_t begin, int64_t end) {
 
 // The columns [first, first + count): sums of 32 rows each are added up, which rounds less than one long sum.
 template <class T, LayerActivation activation>
-void columns(const MlpBackward& job, int64_t first, int64_t count) {
+void columns(const WideMlpBackward& job, int64_t first, int64_t count) {
   constexpr int64_t together = 32;
-  T totals[MlpBackward::block] = {};
+  T totals[WideMlpBackward::block] = {};
   for (int64_t begin = 0; begin < job.rows; begin += together) {
     const int64_t end = begin + together < job.rows ? begin + together : job.rows;
-    T sums[MlpBackward::block] = {};
+    T sums[WideMlpBackward::block] = {};
     for (int64_t row = begin; row < end; ++row) {
       const int64_t at = row * job.columns + first;
       T* const __restrict grad = static_cast<T*>(job.grad) + at;
@@ -79,10 +79,10 @@ void columns(const MlpBackward& job, int64_t first, int64_t count) {
 }
 
 template <class T>
-void backward(const MlpBackward& job, int64_t begin, int64_t end) {
+void backward(const WideMlpBackward& job, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * MlpBackward::block, left = job.columns - first;
-    const int64_t count = left < MlpBackward::block ? left : MlpBackward::block;
+    const int64_t first = block * WideMlpBackward::block, left = job.columns - first;
+    const int64_t count = left < WideMlpBackward::block ? left : WideMlpBackward::block;
     switch (job.activation) {
       case LayerActivation::none: columns<T, LayerActivation::none>(job, first, count); break;
       case LayerActivation::relu: columns<T, LayerActivation::relu>(job, first, count); break;
@@ -93,11 +93,11 @@ void backward(const MlpBackward& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void mlp_forward(const MlpForward& job, int64_t begin, int64_t end) {
+void wide_mlp_forward(const WideMlpForward& job, int64_t begin, int64_t end) {
   job.is_double ? forward<double>(job, begin, end) : forward<float>(job, begin, end);
 }
 
-void mlp_backward(const MlpBackward& job, int64_t begin, int64_t end) {
+void wide_mlp_backward(const WideMlpBackward& job, int64_t begin, int64_t end) {
   job.is_double ? backward<double>(job, begin, end) : backward<float>(job, begin, end);
 }
 

@@ -1,6 +1,6 @@
 // A fully connected network on the CPU: torch's matrix products, and one pass of ours between two of them, where eager
 // PyTorch takes one each for the bias, the activation, its slope and the bias's gradient.
-#include "mlp_kernel.h"
+#include "wide_mlp_kernel.h"
 
 #include <algorithm>
 
@@ -20,7 +20,7 @@ Tensor layer(const Tensor& x, const Tensor& weight, const Tensor& bias, LayerAct
   Tensor out = torch::stable::matmul(x, transposed(weight));
   const int64_t rows = out.size(0), columns = out.size(1);
   const Tensor biases = torch::stable::contiguous(bias);
-  MlpForward job{columns, activation, out.scalar_type() == ScalarType::Double, out.mutable_data_ptr(), nullptr,
+  WideMlpForward job{columns, activation, out.scalar_type() == ScalarType::Double, out.mutable_data_ptr(), nullptr,
                  biases.data_ptr()};
   if (slopes != nullptr) {
     *slopes = empty({rows, columns}, out.scalar_type(), out);
@@ -28,13 +28,13 @@ Tensor layer(const Tensor& x, const Tensor& weight, const Tensor& bias, LayerAct
   }
   if (columns > 0)
     parallel_for(0, rows, std::max<int64_t>(1, grain / columns),
-                 [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(mlp_forward, job, begin, end); });
+                 [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(wide_mlp_forward, job, begin, end); });
   return out;
 }
 
 }  // namespace
 
-std::tuple<Tensor, std::vector<Tensor>> mlp_fwd(const Tensor& x, std::vector<Tensor> weights,
+std::tuple<Tensor, std::vector<Tensor>> wide_mlp_fwd(const Tensor& x, std::vector<Tensor> weights,
                                                 std::vector<Tensor> biases, int64_t activation, bool keep) {
   const auto kind = static_cast<LayerActivation>(activation);
   std::vector<Tensor> kept;
@@ -50,7 +50,7 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_fwd(const Tensor& x, std::vector<Ten
   return {h, kept};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> mlp_bwd(const Tensor& grad, const Tensor& x, std::vector<Tensor> weights,
+std::tuple<Tensor, std::vector<Tensor>> wide_mlp_bwd(const Tensor& grad, const Tensor& x, std::vector<Tensor> weights,
                                                 std::vector<Tensor> kept, int64_t activation, bool need_x,
                                                 bool need_params) {
   const auto kind = static_cast<LayerActivation>(activation);
@@ -58,7 +58,7 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_bwd(const Tensor& grad, const Tensor
   std::vector<Tensor> grads(need_params ? 2 * weights.size() : 0, x);
   Tensor g = torch::stable::contiguous(grad);
   for (int64_t i = layers - 1; i >= 0; --i) {
-    MlpBackward job{};
+    WideMlpBackward job{};
     job.rows = g.size(0);
     job.columns = g.size(1);
     job.is_double = g.scalar_type() == ScalarType::Double;
@@ -71,9 +71,9 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_bwd(const Tensor& grad, const Tensor
     Tensor sums = need_params ? empty({job.columns}, g.scalar_type(), g) : nothing(g);
     job.sums = need_params ? sums.mutable_data_ptr() : nullptr;
     if (need_params || job.activation != LayerActivation::none) {
-      const int64_t block = std::max<int64_t>(1, job.rows * MlpBackward::block);
+      const int64_t block = std::max<int64_t>(1, job.rows * WideMlpBackward::block);
       parallel_for(0, job.blocks(), std::max<int64_t>(1, grain / block),
-                   [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(mlp_backward, job, begin, end); });
+                   [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(wide_mlp_backward, job, begin, end); });
     }
     if (need_params) {
       grads[2 * i] = torch::stable::matmul(transposed(g), i == 0 ? x : kept[(i - 1) * stride]);

@@ -8,10 +8,10 @@ from fastflow.autograd import differentiable
 
 def forward(backend, x, weights, biases, activation, keep=False):
     """The kernel's (out, kept), without a graph."""
-    return extension.kernel(backend, "mlp_fwd")(x, weights, biases, activation, keep)
+    return extension.kernel(backend, "wide_mlp_fwd")(x, weights, biases, activation, keep)
 
 
-class MLPFunction(torch.autograd.Function):
+class WideMLPFunction(torch.autograd.Function):
     """The output for x and the layers' weights, then their biases. Saves them and the hidden activations."""
 
     @staticmethod
@@ -30,12 +30,12 @@ class MLPFunction(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         if differentiable.wanted((grad,)):
             def network(x, *params):
-                return (reference.mlp(x, params[:layers], params[layers:],
+                return (reference.wide_mlp(x, params[:layers], params[layers:],
                                       activation=reference.LAYER_ACTIVATIONS[activation]),)
             grads = differentiable.reference_grads(network, (x, *params), needs, (grad,))
         else:
-            grad_x, found = extension.kernel(backend, "mlp_bwd")(grad, x, params[:layers], kept, activation, needs[0],
-                                                                 any(needs[1:]))
+            grad_x, found = extension.kernel(backend, "wide_mlp_bwd")(grad, x, params[:layers], kept, activation,
+                                                                      needs[0], any(needs[1:]))
             grads = (grad_x, *(found[0::2] + found[1::2] or [None] * (2 * layers)))
             grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
         return (grads[0], None, None, *grads[1:])

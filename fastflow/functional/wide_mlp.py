@@ -1,13 +1,13 @@
 """A fully connected network."""
 
 from fastflow import backends, checks, reference
-from fastflow.autograd import mlp as _mlp
+from fastflow.autograd import wide_mlp as _wide_mlp
 from fastflow.autograd.differentiable import distinct, needs_grad
 
-__all__ = ["mlp"]
+__all__ = ["wide_mlp"]
 
 
-def mlp(x, weights, biases, *, activation="silu"):
+def wide_mlp(x, weights, biases, *, activation="silu"):
     """Linear layers with an activation between two of them: W_n a(... a(W_1 x + b_1) ...) + b_n.
 
     The matrix products are torch's; on a CPU bias and activation are one pass over a product in the cache, as are, on
@@ -46,16 +46,16 @@ def mlp(x, weights, biases, *, activation="silu"):
             checks.same_device(name, value, "x", x)
             if value.dtype != x.dtype:
                 raise TypeError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
-    backend = backends.choose("mlp", x, *weights, *biases)
+    backend = backends.choose("wide_mlp", x, *weights, *biases)
     if backend == "reference":
-        return reference.mlp(x, weights, biases, activation=activation)
-    return run_mlp(backend, x, weights, biases, activation)
+        return reference.wide_mlp(x, weights, biases, activation=activation)
+    return run_wide_mlp(backend, x, weights, biases, activation)
 
 
-def run_mlp(backend, x, weights, biases, activation):
-    """:func:`mlp` on a kernel's backend, for callers that know that the operands fit."""
+def run_wide_mlp(backend, x, weights, biases, activation):
+    """:func:`wide_mlp` on a kernel's backend, for callers that know that the operands fit."""
     kind = reference.LAYER_ACTIVATIONS.index(activation)
     if needs_grad(x, *weights, *biases):
         x, *params = distinct(x, *weights, *biases)
-        return _mlp.MLPFunction.apply(x, backend, kind, *params)
-    return _mlp.forward(backend, x, weights, biases, kind)[0]
+        return _wide_mlp.WideMLPFunction.apply(x, backend, kind, *params)
+    return _wide_mlp.forward(backend, x, weights, biases, kind)[0]
