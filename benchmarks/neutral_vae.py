@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastflow.nn import ConvSequential
+from fastflow.nn import FusedSequential
 
 
 def log_bernoulli(x, logits):
@@ -24,7 +24,7 @@ def plain(module):
     """A copy whose sequences of layers are torch's own."""
     found = copy.deepcopy(module)
     for part in found.modules():
-        if isinstance(part, ConvSequential):
+        if isinstance(part, FusedSequential):
             part.__class__ = nn.Sequential
     return found
 

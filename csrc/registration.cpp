@@ -29,6 +29,8 @@ FASTFLOW_LIBRARY {
   m.impl("activated_conv_bwd", TORCH_BOX(&fastflow::activated_conv_bwd));
   m.impl("mlp_fwd", TORCH_BOX(&fastflow::mlp_fwd));
   m.impl("mlp_bwd", TORCH_BOX(&fastflow::mlp_bwd));
+  m.impl("wide_mlp_fwd", TORCH_BOX(&fastflow::wide_mlp_fwd));
+  m.impl("wide_mlp_bwd", TORCH_BOX(&fastflow::wide_mlp_bwd));
   m.impl("bernoulli_log_prob_fwd", TORCH_BOX(&fastflow::bernoulli_log_prob_fwd));
   m.impl("bernoulli_log_prob_bwd", TORCH_BOX(&fastflow::bernoulli_log_prob_bwd));
   m.impl("top_down_fwd", TORCH_BOX(&fastflow::top_down_fwd));

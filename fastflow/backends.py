@@ -25,7 +25,7 @@ from fastflow import extension
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp",
-       "mlp_flow", "spline", "bernoulli_log_prob", "activated_conv", "top_down")
+       "mlp_flow", "spline", "bernoulli_log_prob", "activated_conv", "wide_mlp", "top_down")
 
 # The table. For each op and device the backends in order of preference; a rule may refuse by shape class.
 PREFERENCE = {
@@ -39,6 +39,7 @@ PREFERENCE = {
     ("mlp_flow", "cpu"): ("cpu",),
     ("spline", "cpu"): ("cpu",),
     ("activated_conv", "cpu"): ("cpu",),
+    ("wide_mlp", "cpu"): ("cpu",),
     ("bernoulli_log_prob", "cpu"): ("cpu",),  # no GPU kernel yet: on CUDA tensors the reference runs
     ("top_down", "cpu"): ("cpu",),  # nor one for this
     ("affine_coupling", "cuda"): ("triton", "cuda"),
@@ -168,10 +169,8 @@ def refusal(backend, op, tensors):
     reason = _status_of(backend)
     if not reason.startswith("available"):
         return reason
-    if op == "mlp":
-        return _network_refusal(backend, tensors[0])
-    if op in ("conv_net", "activated_conv"):
-        return _conv_refusal(op, backend, tensors[0], tensors[1:])
+    if op in ("conv_net", "activated_conv", "mlp", "wide_mlp"):
+        return _network_refusal(op, backend, tensors[0], tensors[1:])
     if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
         return f"{op} has no Triton kernel"
     if f"{op}_fwd" in extension.CPU_ALONE and backend != "cpu":
@@ -181,19 +180,14 @@ def refusal(backend, op, tensors):
     return None
 
 
-def _network_refusal(backend, x):
+def _network_refusal(op, backend, x, weights):
     if backend != "cpu":
-        return f"the {backend} backend leaves a network's products to PyTorch"
+        return f"the {backend} backend leaves networks to PyTorch"
     if x.dtype not in (torch.float32, torch.float64):
         return f"the cpu kernel takes float32 and float64, not {x.dtype}"
-    return "autocast chooses the dtype of a network's products" if torch.is_autocast_enabled("cpu") else None
-
-
-def _conv_refusal(op, backend, x, weights):
-    reason = _network_refusal(backend, x)
-    if reason is not None:
-        return reason
-    if weights and (weights[0].shape[0] % CONV_NET_CHANNELS or weights[0].shape[0] == 0):
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses the dtype of networks"
+    if "conv" in op and weights and (weights[0].shape[0] % CONV_NET_CHANNELS or weights[0].shape[0] == 0):
         return f"the cpu kernel takes channels in multiples of {CONV_NET_CHANNELS}, not {weights[0].shape[0]}"
     if op == "activated_conv" and weights and weights[0].numel() > ACTIVATED_CONV_WEIGHTS:
         return f"a weight of {weights[0].numel()} elements does not stay in the cache (limit {ACTIVATED_CONV_WEIGHTS})"

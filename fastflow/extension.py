@@ -22,8 +22,7 @@ SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
 # reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
 # that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
-# the convolutions of conv_net and activated_conv are cuDNN's, mlp's products cuBLAS's, and bernoulli_log_prob is the
-# reference's.
+# the layers of conv_net, activated_conv, mlp and wide_mlp are torch's, and the rest is the reference's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -65,6 +64,10 @@ SCHEMAS = (
     "int activation, bool channels_last) -> Tensor",
     "activated_conv_bwd(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool transposed, "
     "int activation, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor)",
+    # kept: of each hidden layer its activations and, of silu, their slopes. grads: of each layer weight and bias.
+    "wide_mlp_fwd(Tensor x, Tensor[] weights, Tensor[] biases, int activation, bool keep) -> (Tensor, Tensor[])",
+    "wide_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor[] kept, int activation, bool need_x, "
+    "bool need_params) -> (Tensor, Tensor[])",
     # x (B, *event), logits (N, *event) with N a multiple of B; results (N,) and like logits.
     "bernoulli_log_prob_fwd(Tensor x, Tensor logits) -> Tensor",
     "bernoulli_log_prob_bwd(Tensor grad, Tensor x, Tensor logits) -> Tensor",
@@ -77,8 +80,9 @@ SCHEMAS = (
     "bool need_params) -> (Tensor, Tensor[], Tensor[])",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "bernoulli_log_prob_fwd",
-             "bernoulli_log_prob_bwd", "mlp_fwd", "mlp_bwd", "top_down_fwd", "top_down_bwd")
+CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "mlp_fwd", "mlp_bwd",
+             "wide_mlp_fwd", "wide_mlp_bwd", "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd", "top_down_fwd",
+             "top_down_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
@@ -335,6 +339,16 @@ def _fake_activated_conv_bwd(grad, x, weight, stride, padding, transposed, activ
     return (_empty_in_format_of(x, x.shape, x.dtype) if need_x else _nothing(x),
             _empty_in_format_of(weight, weight.shape, weight.dtype) if need_weights else _nothing(x),
             x.new_empty((grad.shape[1],)) if need_weights else _nothing(x))
+
+
+def _fake_mlp_fwd(x, weights, biases, activation, keep):
+    hidden = [x.new_empty((x.shape[0], w.shape[0])) for w in weights[:-1] for _ in range(activation)]
+    return x.new_empty((x.shape[0], weights[-1].shape[0])), hidden if keep else []
+
+
+def _fake_mlp_bwd(grad, x, weights, kept, activation, need_x, need_params):
+    grads = [x.new_empty(shape) for w in weights for shape in (w.shape, w.shape[:1])]
+    return x.new_empty(x.shape) if need_x else _nothing(x), grads if need_params else []
 
 
 def _fake_bernoulli_log_prob_fwd(x, logits):

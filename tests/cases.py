@@ -12,7 +12,8 @@ from fastflow import functional, reference
 from fastflow.functional import ScaleMap
 
 # Ops whose kernels take no half precision.
-FULL_PRECISION = ("plu_weight", "conv_net", "activated_conv", "mlp", "mlp_flow")
+FULL_PRECISION = ("plu_weight", "conv_net", "activated_conv", "mlp", "wide_mlp", "mlp_flow")
+NETWORKS = ("mlp", "wide_mlp", "mlp_flow")  # ops on x and the parameters of layers
 NOT_DIFFERENTIABLE = ("eps", "seed", "sign_s", "perm")
 
 
@@ -35,7 +36,7 @@ class Case:
     @property
     def outputs(self):
         return {"affine_coupling": ("y", "logdet"), "mlp_flow": ("z", "logdet"), "conv_net": ("y",),
-                "activated_conv": ("y",), "mlp": ("y",),
+                "activated_conv": ("y",), "mlp": ("y",), "wide_mlp": ("y",),
                 "spline": ("y", "logdet"), "bernoulli_log_prob": ("log_prob",),
                 "slogdet": ("sign", "logabsdet"), "plu_weight": ("weight",),
                 "slogdet_inverse": ("sign", "logabsdet", "inverse"),
@@ -53,7 +54,7 @@ class Case:
 
     def batch_dim(self, name):
         """The dim of the operand that is the batch; None: it has none."""
-        if self.op in ("mlp", "mlp_flow") and name not in ("x", "context"):
+        if self.op in NETWORKS and name not in ("x", "context"):
             return None
         if self.op == "bernoulli_log_prob":
             return len(self.shapes[name]) - len(self.shapes["x"])
@@ -67,7 +68,7 @@ class Case:
             return value.sign()
         if name == "weight" and self.op != "activated_conv":
             return value + 2.0 * torch.eye(shape[-1], dtype=torch.float64)
-        if self.op in ("mlp", "mlp_flow") and len(shape) == 2 and name not in ("x", "context"):
+        if self.op in NETWORKS and len(shape) == 2 and name not in ("x", "context"):
             return value / max(shape[1], 1) ** 0.5
         if self.op == "spline" and name == "params":
             return 0.4 * value  # sharp splines are ill-conditioned: the largest of their errors says little
@@ -88,9 +89,9 @@ class Case:
             return module.gaussian_sample_kl(params, **t, **options)
         if self.op in ("plu_weight", "conv_net", "activated_conv", "bernoulli_log_prob"):
             return (getattr(module, self.op)(**t, **options),)
-        if self.op == "mlp":
+        if self.op in ("mlp", "wide_mlp"):
             weights, biases = (tuple(t[f"{kind}{i}"] for i in range(len(t) // 2)) for kind in "wb")
-            return (module.mlp(t["x"], weights, biases, **options),)
+            return (getattr(module, self.op)(t["x"], weights, biases, **options),)
         if self.op == "mlp_flow":
             return self._call_mlp_flow(t, module)
         return getattr(module, self.op)(**t, **options)
@@ -203,22 +204,26 @@ ACTIVATED_CASES = (
     activated_conv_case("up_narrow", (3, 16, 3, 4), 2, (4, 3), stride=2, padding=1, transposed=True,
                         activation="relu"),
 )
+
+
 BERNOULLI_CASES = (
     Case("bernoulli_image", "bernoulli_log_prob", {"x": (3, 4, 2, 5), "logits": (3, 4, 2, 5)}),
     Case("bernoulli_samples", "bernoulli_log_prob", {"x": (3, 7), "logits": (2, 3, 7)}),
 )
 
 
-def mlp_case(name, sizes, *, batch=3, **options):
+def mlp_case(name, sizes, *, op="mlp", batch=3, **options):
     """A network of layers between these sizes; parameters are named "w<layer>" and "b<layer>"."""
     shapes = {"x": (batch, sizes[0])}
     for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
         shapes |= {f"w{layer}": (outputs, inputs), f"b{layer}": (outputs,)}
-    return Case(name, "mlp", shapes, options)
+    return Case(name, op, shapes, options)
 
 
 MLP_CASES = (mlp_case("mlp", (5, 19, 8, 7), activation="tanh"),
-             mlp_case("mlp_residual", (4, 17, 17, 17, 6), residual=True))
+             mlp_case("mlp_residual", (4, 17, 17, 17, 6), residual=True),
+             mlp_case("wide_silu", (5, 7, 4), op="wide_mlp", activation="silu"),
+             mlp_case("wide_relu", (4, 6, 5, 2), op="wide_mlp", activation="relu"))
 # With the operations that have no kernel on a GPU.
 CPU_CASES = CASES + CONV_CASES + ACTIVATED_CASES + BERNOULLI_CASES + MLP_CASES
 

@@ -27,7 +27,7 @@ class ActivatedConvFunction(torch.autograd.Function):
         needs = [need and t is not None for need, t in zip(ctx.needs_input_grad, (x, weight, bias), strict=False)]
         if differentiable.wanted((grad,)):
             options = {"stride": stride, "padding": padding, "transposed": transposed,
-                       "activation": reference.CONV_ACTIVATIONS[activation]}
+                       "activation": reference.LAYER_ACTIVATIONS[activation]}
             grads = differentiable.reference_grads(lambda *operands: (reference.activated_conv(*operands, **options),),
                                                    (x, weight, bias), needs, (grad,))
         else:

@@ -110,9 +110,7 @@ class NegativeELBO(Objective):
     def __call__(self, model, x, context=None):
         """(loss, parts): 0-d tensors; parts holds the mean rate and distortion, and what the objective adds."""
         x, constant = self.prepare(model, x)
-        if self._asked[0] is not model:
-            self._asked = model, {"loss_only": True} if type(unwrap(model)).forward is VAE.forward else {}
-        bound = model(x, n_samples=self.n_samples, beta=self.beta, **self._asked[1], **_context(model, context))
+        bound = model(x, n_samples=self.n_samples, beta=self.beta, **self._asks(model), **_context(model, context))
         rate, distortion = bound.rate.mean(), bound.distortion.mean()
         distortion = distortion + constant if constant else distortion
         if isinstance(bound, LossTerms):
@@ -121,6 +119,15 @@ class NegativeELBO(Objective):
         value = bound.value if hasattr(bound, "value") else bound.elbo
         parts = {"rate": rate.detach(), "distortion": distortion.detach()} | getattr(bound, "parts", {})
         return constant - value.mean(), parts
+
+    def _asks(self, model):
+        """What the model's forward is asked for, beyond the ELBO's arguments."""
+        if self._asked[0] is model:
+            return self._asked[1]
+        asks = {"loss_only": True} if type(unwrap(model)).forward is VAE.forward else {}
+        if not torch.compiler.is_compiling():  # what a graph changes, it is compiled anew for
+            self._asked = model, asks
+        return asks
 
     def report(self, model, x):
         """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained; with K > 1

@@ -18,8 +18,10 @@ from fastflow.functional.activated_conv import activated_conv
 from fastflow.functional.bernoulli_log_prob import bernoulli_log_prob
 from fastflow.functional.mlp import mlp
 from fastflow.functional.mlp_flow import mlp_flow
+from fastflow.functional.mlp_vae import run_mlp_vae  # noqa: F401 (for the layers above)
 from fastflow.functional.spline import check_spline_constants, spline, spline_params  # noqa: F401 (for the layers above)
 from fastflow.functional.top_down import top_down
+from fastflow.functional.wide_mlp import run_wide_mlp, wide_mlp  # noqa: F401 (for the layers above)
 from fastflow.reference import (  # noqa: F401 (some for layers)
     SCALES,
     ChannelAffine,
@@ -33,7 +35,7 @@ from fastflow.reference import (  # noqa: F401 (some for layers)
 
 __all__ = ["ChannelAffine", "LatentLevel", "MLPBlock", "MLPCoupling", "Permutation", "ScaleMap", "activated_conv",
            "affine_coupling", "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp", "mlp_flow", "plu_weight",
-           "slogdet", "slogdet_inverse", "spline", "spline_params", "top_down"]
+           "slogdet", "slogdet_inverse", "spline", "spline_params", "top_down", "wide_mlp"]
 
 LAYOUTS = ("chunk", "interleave")
 REDUCTIONS = ("sample", "channel", "none")

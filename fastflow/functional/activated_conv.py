@@ -45,7 +45,7 @@ def activated_conv(x, weight, bias=None, *, stride=1, padding=0, transposed=Fals
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
-    checks.choice("activation", activation, reference.CONV_ACTIVATIONS)
+    checks.choice("activation", activation, reference.LAYER_ACTIVATIONS)
     for size, taps in zip(x.shape[2:], weight.shape[2:], strict=True):
         if (size - 1) * stride - 2 * padding + taps < 1 if transposed else size + 2 * padding < taps:
             raise ValueError(f"padding: expected one that leaves an output for x of shape {tuple(x.shape)} and kernel "
@@ -65,7 +65,7 @@ def activated_conv(x, weight, bias=None, *, stride=1, padding=0, transposed=Fals
                                         activation=activation, channels_last=channels_last)
     if channels_last is None:
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    consts = stride, padding, bool(transposed), reference.CONV_ACTIVATIONS.index(activation), bool(channels_last)
+    consts = stride, padding, bool(transposed), reference.LAYER_ACTIVATIONS.index(activation), bool(channels_last)
     if needs_grad(x, weight, bias):
         return _activated.ActivatedConvFunction.apply(*distinct(x, weight, bias), backend, consts)
     return _activated.forward(backend, x, weight, bias, consts)

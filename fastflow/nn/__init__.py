@@ -9,7 +9,7 @@ from fastflow.nn.affine_coupling import AffineCoupling
 from fastflow.nn.context import ContextShift
 from fastflow.nn.conv_net import ConvNet
 from fastflow.nn.conv_resnet import ConvResNet
-from fastflow.nn.conv_sequential import ConvSequential
+from fastflow.nn.fused_sequential import FusedSequential
 from fastflow.nn.gated_attention import GatedAttentionNet
 from fastflow.nn.gaussian_sample import GaussianSample
 from fastflow.nn.invertible_conv import InvertibleConv1x1
@@ -18,6 +18,6 @@ from fastflow.nn.mlp import MLP
 from fastflow.nn.spline_coupling import SplineCoupling
 from fastflow.nn.weight_bank import WeightBank
 
-__all__ = ["MLP", "ActNorm", "AffineCoupling", "ContextShift", "ConvNet", "ConvResNet", "ConvSequential",
+__all__ = ["MLP", "ActNorm", "AffineCoupling", "ContextShift", "ConvNet", "ConvResNet", "FusedSequential",
            "GatedAttentionNet", "GaussianSample", "InvertibleConv1x1", "MixtureCoupling", "SplineCoupling",
            "WeightBank"]

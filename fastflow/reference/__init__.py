@@ -17,7 +17,7 @@ from fastflow.reference.philox import philox4x32, philox_normal, to_int64  # noq
 __all__ = ["SCALES", "SPLINES", "ChannelAffine", "LatentLevel", "MLPBlock", "MLPCoupling", "Permutation", "ScaleMap",
            "activated_conv", "affine_coupling", "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp",
            "mlp_flow", "philox4x32", "philox_normal", "plu_weight", "slogdet", "slogdet_inverse", "spline",
-           "spline_bins", "spline_params", "top_down"]
+           "spline_bins", "spline_params", "top_down", "wide_mlp"]
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
 SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")
@@ -404,7 +404,7 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
 
 
 # Built on what stands above.
-from fastflow.reference.activated_conv import CONV_ACTIVATIONS, activated_conv  # noqa: E402, F401
+from fastflow.reference.activated_conv import LAYER_ACTIVATIONS, activated_conv  # noqa: E402, F401
 from fastflow.reference.bernoulli_log_prob import bernoulli_log_prob  # noqa: E402
 from fastflow.reference.mlp import mlp  # noqa: E402
 from fastflow.reference.mlp_flow import ACTIVATIONS, ChannelAffine, MLPCoupling, Permutation, mlp_flow  # noqa: E402, F401
@@ -417,3 +417,4 @@ from fastflow.reference.top_down import (  # noqa: E402, F401
     normal_log_prob,
     top_down,
 )
+from fastflow.reference.wide_mlp import wide_mlp  # noqa: E402

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-__all__ = ["CONV_ACTIVATIONS", "activated_conv"]
+__all__ = ["LAYER_ACTIVATIONS", "activated_conv"]
 
-CONV_ACTIVATIONS = ("none", "relu", "silu")
+LAYER_ACTIVATIONS = ("none", "relu", "silu")
 
 
 def activated_conv(x, weight, bias=None, *, stride=1, padding=0, transposed=False, activation="none",

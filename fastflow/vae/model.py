@@ -17,6 +17,7 @@ from fastflow.vae.likelihoods import (
     LaplaceLikelihood,
     PoissonLikelihood,
 )
+from fastflow.vae.one_node import one_node
 from fastflow.vae.posteriors import FullGaussianPosterior, GaussianPosterior, LowRankGaussianPosterior
 from fastflow.vae.posteriors.gaussian import has_closed_kl
 
@@ -126,6 +127,8 @@ class VAE(Generation, nn.Module):
         if replaced or kl != "auto" or type(self.posterior) is not GaussianPosterior or not has_closed_kl(prior):
             return self.elbo(x, n_samples, beta, context=context, kl=kl, **noise)
         single = n_samples == 1 and noise.get("eps") is None
+        if single and context is None and prior is None and (terms := one_node(self, x, **noise)) is not None:
+            return LossTerms(-terms[0], terms[1], beta)
         params = self._encoded(x, context)
         z, _, rate = self.posterior(params, prior, None if single else n_samples, want_log_qz=False, **noise)
         lead = () if single else z.shape[:1]

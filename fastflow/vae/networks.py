@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from fastflow.nn import ConvSequential
+from fastflow.nn import FusedSequential
 
 __all__ = ["LogCounts", "Rescale", "conv_decoder", "conv_encoder", "conv_feature_decoder", "conv_feature_encoder",
            "mlp_decoder", "mlp_discriminator", "mlp_encoder"]
@@ -14,18 +14,18 @@ __all__ = ["LogCounts", "Rescale", "conv_decoder", "conv_encoder", "conv_feature
 def mlp_encoder(event_shape, latent_features, hidden=(256, 256), activation=nn.SiLU, *, n_params=None):
     """Fully connected network from x (B, *event_shape) to params (B, n_params), by default 2 * latent_features."""
     n_params = 2 * latent_features if n_params is None else n_params
-    return nn.Sequential(nn.Flatten(), *_mlp(math.prod(event_shape), hidden, n_params, activation))
+    return FusedSequential(nn.Flatten(), *_mlp(math.prod(event_shape), hidden, n_params, activation))
 
 
 def mlp_decoder(latent_features, event_shape, hidden=(256, 256), activation=nn.SiLU):
     """Fully connected network from z (B, latent_features) to (B, *event_shape)."""
-    return nn.Sequential(*_mlp(latent_features, hidden, math.prod(event_shape), activation),
-                         nn.Unflatten(1, tuple(event_shape)))
+    return FusedSequential(*_mlp(latent_features, hidden, math.prod(event_shape), activation),
+                           nn.Unflatten(1, tuple(event_shape)))
 
 
 def mlp_discriminator(features, hidden=(256, 256), activation=nn.SiLU):
     """Fully connected network from z (B, features) to logits (B, 1)."""
-    return nn.Sequential(*_mlp(features, hidden, 1, activation))
+    return FusedSequential(*_mlp(features, hidden, 1, activation))
 
 
 def conv_encoder(image_shape, latent_features, channels=(32, 64), activation=nn.SiLU, *, n_params=None):
@@ -41,7 +41,7 @@ def conv_encoder(image_shape, latent_features, channels=(32, 64), activation=nn.
     for size in channels:
         layers += [nn.Conv2d(width, size, 4, stride=2, padding=1), activation()]
         width = size
-    return ConvSequential(*layers, nn.Flatten(), nn.Linear(width * height_out * width_out, n_params))
+    return FusedSequential(*layers, nn.Flatten(), nn.Linear(width * height_out * width_out, n_params))
 
 
 def conv_decoder(latent_features, image_shape, channels=(64, 32), activation=nn.SiLU):
@@ -51,7 +51,7 @@ def conv_decoder(latent_features, image_shape, channels=(64, 32), activation=nn.
     sizes = (*channels, image_shape[0])
     for size, following in zip(sizes, sizes[1:], strict=False):
         layers += [activation(), nn.ConvTranspose2d(size, following, 4, stride=2, padding=1)]
-    return ConvSequential(*layers)
+    return FusedSequential(*layers)
 
 
 def conv_feature_encoder(image_shape, out_channels, channels=(32, 64), activation=nn.SiLU):
@@ -65,7 +65,7 @@ def conv_feature_encoder(image_shape, out_channels, channels=(32, 64), activatio
     for size in channels:
         layers += [nn.Conv2d(width, size, 4, stride=2, padding=1), activation()]
         width = size
-    return ConvSequential(*layers, nn.Conv2d(width, out_channels, 1))
+    return FusedSequential(*layers, nn.Conv2d(width, out_channels, 1))
 
 
 def conv_feature_decoder(in_channels, image_shape, channels=(64, 32), activation=nn.SiLU):
@@ -75,7 +75,7 @@ def conv_feature_decoder(in_channels, image_shape, channels=(64, 32), activation
     sizes = (*channels, image_shape[0])
     for size, following in zip(sizes, sizes[1:], strict=False):
         layers += [activation(), nn.ConvTranspose2d(size, following, 4, stride=2, padding=1)]
-    return ConvSequential(*layers)
+    return FusedSequential(*layers)
 
 
 class Rescale(nn.Module):

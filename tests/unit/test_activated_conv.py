@@ -32,7 +32,7 @@ def scaled(tensors):
     return {n: t / (t[0].numel() ** 0.5 if n == "weight" else 1.0) for n, t in tensors.items()}
 
 
-@pytest.mark.parametrize("activation", reference.CONV_ACTIVATIONS)
+@pytest.mark.parametrize("activation", reference.LAYER_ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sizes(dtype, activation):
     for case in cases(activation):

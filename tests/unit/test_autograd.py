@@ -149,6 +149,7 @@ TINY = (
                         activation="silu"),
     mlp_case("mlp_silu", (2, 3, 2), batch=2, activation="silu"),
     mlp_case("mlp_residual_tanh", (2, 2, 2, 2, 1), batch=2, activation="tanh", residual=True),
+    mlp_case("wide_mlp", (2, 3, 2), op="wide_mlp", batch=2, activation="silu"),
     Case("rq", "spline", {"x": (2, 2), "params": (2, 10), "logdet": (2,)}),
     Case("rq_soft_inverse", "spline", {"x": (2, 2), "params": (2, 10)}, {"inverse": True, "clamp": 5.0}),
     Case("linear_spline_inverse", "spline", {"x": (2, 1, 2), "params": (2, 3, 2)}, {"kind": "linear", "inverse": True}),

@@ -14,7 +14,8 @@ KERNELS = {"affine_coupling": ("affine_coupling_fwd", "affine_coupling_bwd"), "s
            "slogdet_inverse": ("slogdet_fwd",), "plu_weight": ("plu_weight_fwd", "plu_weight_bwd"),
            "gaussian_sample_kl": ("gaussian_fwd", "gaussian_bwd"), "conv_net": ("conv_net_fwd", "conv_net_bwd"),
            "activated_conv": ("activated_conv_fwd", "activated_conv_bwd"),
-           "mlp": ("mlp_fwd", "mlp_bwd"), "mlp_flow": ("mlp_flow_fwd", "mlp_flow_bwd"),
+           "mlp": ("mlp_fwd", "mlp_bwd"), "wide_mlp": ("wide_mlp_fwd", "wide_mlp_bwd"),
+           "mlp_flow": ("mlp_flow_fwd", "mlp_flow_bwd"),
            "spline": ("spline_fwd", "spline_bwd"),
            "bernoulli_log_prob": ("bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd")}
 by_case = pytest.mark.parametrize("case", CPU_CASES, ids=str)

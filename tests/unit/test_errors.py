@@ -132,6 +132,24 @@ ACTIVATED = {
 }
 
 
+def wide(**changes):
+    operands = {"x": r(2, 3), "weights": [r(4, 3), r(2, 4)], "biases": [r(4), r(2)]}
+    return functional.wide_mlp(**{**operands, **changes})
+
+
+WIDE = {
+    "wide: x of one dimension": (ValueError, "x", lambda: wide(x=r(3))),
+    "wide: x of whole numbers": (TypeError, "x", lambda: wide(x=r(2, 3, dtype=LONG))),
+    "wide: no layers": (ValueError, "biases", lambda: wide(weights=[], biases=[])),
+    "wide: a bias too few": (ValueError, "biases", lambda: wide(biases=[r(4)])),
+    "wide: a weight that does not follow": (ValueError, r"weights\[1\]", lambda: wide(weights=[r(4, 3), r(2, 5)])),
+    "wide: a bias of another size": (ValueError, r"biases\[0\]", lambda: wide(biases=[r(3), r(2)])),
+    "wide: a weight in float64": (TypeError, r"weights\[0\]", lambda: wide(weights=[r(4, 3, dtype=DOUBLE), r(2, 4)])),
+    "wide: a bias elsewhere": (ValueError, r"biases\[1\]", lambda: wide(biases=[r(4), r(2, **META)])),
+    "wide: another activation": (ValueError, "activation", lambda: wide(activation="none")),
+}
+
+
 CONV = {
     "x a matrix": (ValueError, "x", lambda: conv(x=r(3, 4))),
     "x of integers": (TypeError, "x", lambda: conv(x=r(2, 3, 4, 4, dtype=LONG))),
@@ -309,9 +327,12 @@ SPLINE = {
 }
 
 
-@pytest.mark.parametrize("name", [*AFFINE, *SLOGDET, *PLU, *CONV, *ACTIVATED, *MLP, *FLOW, *GAUSSIAN, *SPLINE])
+REFUSED = {**AFFINE, **SLOGDET, **PLU, **CONV, **ACTIVATED, **MLP, **WIDE, **FLOW, **GAUSSIAN, **SPLINE}
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_refused_and_named(name):
-    error, argument, call = {**AFFINE, **SLOGDET, **PLU, **CONV, **ACTIVATED, **MLP, **FLOW, **GAUSSIAN, **SPLINE}[name]
+    error, argument, call = REFUSED[name]
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)

@@ -164,6 +164,22 @@ def mlp_backward_samples():
                    r(x.shape[0], kept, dtype=dtype), params, activation, residual, *needs)
 
 
+def wide_mlp_samples():
+    for sizes, dtype in (((5, 33, 4), torch.float32), ((3, 8, 6, 2), torch.float64), ((4, 2), torch.float32)):
+        weights = [r(b, a, dtype=dtype, layout=layouts.transposed) for a, b in zip(sizes, sizes[1:], strict=False)]
+        for batch in (7, 0):
+            for activation, keep in ((1, True), (2, True), (2, False)):
+                yield (r(batch, sizes[0], dtype=dtype, layout=layouts.padded), weights,
+                       [r(size, dtype=dtype) for size in sizes[1:]], activation, keep)
+
+
+def wide_mlp_backward_samples():
+    for x, weights, biases, activation, _ in wide_mlp_samples():
+        kept = [r(len(x), w.shape[0], dtype=x.dtype) for w in weights[:-1] for _ in range(activation)]
+        for needs in ((True, True), (True, False), (False, True)):
+            yield r(len(x), len(biases[-1]), dtype=x.dtype), x, weights, kept, activation, *needs
+
+
 def flow_samples():
     for batch, features, context, dtype in ((3, 4, None, torch.float32), (70, 5, 2, torch.float64), (0, 2, None,
                                                                                                  torch.float32)):
@@ -263,6 +279,7 @@ SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backwa
            "conv_net_fwd": conv_net_samples, "conv_net_bwd": conv_net_backward_samples,
            "activated_conv_fwd": activated_conv_samples, "activated_conv_bwd": activated_conv_backward_samples,
            "mlp_fwd": mlp_samples, "mlp_bwd": mlp_backward_samples,
+           "wide_mlp_fwd": wide_mlp_samples, "wide_mlp_bwd": wide_mlp_backward_samples,
            "mlp_flow_fwd": flow_forward_samples, "mlp_flow_bwd": flow_backward_samples,
            "spline_fwd": spline_samples, "spline_bwd": spline_backward_samples,
            "bernoulli_log_prob_fwd": bernoulli_samples, "bernoulli_log_prob_bwd": bernoulli_backward_samples,

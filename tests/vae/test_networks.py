@@ -9,7 +9,7 @@ from cases import kernels_run
 from torch import nn
 
 from fastflow import vae
-from fastflow.nn import ConvSequential
+from fastflow.nn import FusedSequential
 from fastflow.vae.networks import conv_feature_decoder, conv_feature_encoder
 
 FUSED = {"fastflow_cpu::activated_conv_fwd", "fastflow_cpu::activated_conv_bwd"}
@@ -51,7 +51,7 @@ def test_they_compute_what_plain_modules_compute(index):
 
 
 def test_second_derivatives():
-    network = ConvSequential(nn.SiLU(), nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.SiLU(),
+    network = FusedSequential(nn.SiLU(), nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.SiLU(),
                              nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1)).double()
     x = torch.randn(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(network, (x,))
@@ -69,14 +69,14 @@ ODD = {"dilated": lambda: nn.Conv2d(16, 16, 3, dilation=2), "grouped": lambda: n
 @pytest.mark.parametrize("kind", ODD)
 def test_layers_that_the_kernel_does_not_know_are_called(kind):
     torch.manual_seed(0)
-    network = ConvSequential(nn.ReLU(), ODD[kind](), nn.ReLU(inplace=True), nn.Flatten())
+    network = FusedSequential(nn.ReLU(), ODD[kind](), nn.ReLU(inplace=True), nn.Flatten())
     x = torch.randn(2, 16, 6, 7)
     assert not kernels_run(lambda: network(x))
     torch.testing.assert_close(network(x), plain(network)(x))
 
 
 def test_hooks_see_every_layer():
-    network = ConvSequential(nn.Conv2d(1, 16, 3), nn.SiLU(), nn.Conv2d(16, 16, 3))
+    network = FusedSequential(nn.Conv2d(1, 16, 3), nn.SiLU(), nn.Conv2d(16, 16, 3))
     x, seen = torch.randn(2, 1, 6, 6), []
     want = network(x)
     for index in range(3):
@@ -88,7 +88,7 @@ def test_hooks_see_every_layer():
 
 
 def test_bad_inputs_raise_what_the_layer_raises():
-    network = ConvSequential(nn.Conv2d(1, 16, 5), nn.SiLU())
+    network = FusedSequential(nn.Conv2d(1, 16, 5), nn.SiLU())
     for x in (torch.randn(2, 3, 8, 8), torch.randn(2, 1, 4, 8), torch.randn(2, 1, 8, 8, dtype=torch.float64)):
         with pytest.raises(RuntimeError) as plainly:
             plain(network)(x)
@@ -105,7 +105,7 @@ def test_a_model_trains_alike(tmp_path):
     model = vae.ConvVAE((1, 8, 8), 3, (16, 16))
     other = copy.deepcopy(model)
     for part in other.modules():
-        if type(part) is ConvSequential:
+        if type(part) is FusedSequential:
             part.__class__ = nn.Sequential
     x, eps = torch.bernoulli(torch.rand(6, 1, 8, 8)), torch.randn(1, 6, 3)
     for trained in (model, other):

@@ -1,0 +1,36 @@
+// What the host code of wide_mlp hands to its kernels: the passes between matrix products.
+#pragma once
+
+#include <cstdint>
+
+#include "each_isa.h"
+
+namespace fastflow {
+
+enum class LayerActivation : int64_t { none, relu, silu };
+
+// values (rows, columns) += bias, activated in place; slopes, if wanted, of silu alone.
+struct WideMlpForward {
+  int64_t columns;
+  LayerActivation activation;
+  bool is_double;
+  void *values, *slopes;  // slopes or null
+  const void* bias;
+};
+
+// grad (rows, columns) times the activation's slope, in place, and its sums over the rows.
+struct WideMlpBackward {
+  int64_t rows, columns;
+  LayerActivation activation;
+  bool is_double;
+  void* grad;
+  const void *values, *slopes;  // of the activation; values of relu, slopes of silu
+  void* sums;                   // or null
+  static constexpr int64_t block = 64;  // columns that are taken together
+  int64_t blocks() const { return (columns + block - 1) / block; }
+};
+
+FASTFLOW_EACH_ISA(void wide_mlp_forward(const WideMlpForward& job, int64_t begin, int64_t end);   // rows
+                  void wide_mlp_backward(const WideMlpBackward& job, int64_t begin, int64_t end);)  // blocks
+
+}  // namespace fastflow

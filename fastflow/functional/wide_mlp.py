@@ -1,0 +1,45 @@
+"""A fully connected network."""
+
+from fastflow import backends, checks, reference
+from fastflow.autograd import mlp as _mlp
+from fastflow.autograd import wide_mlp as _wide_mlp
+from fastflow.autograd.differentiable import distinct, needs_grad
+
+__all__ = ["wide_mlp"]
+
+
+def wide_mlp(x, weights, biases, *, activation="silu"):
+    """A fully connected network as :func:`mlp` computes it, of layers too wide for its kernel's caches.
+
+    The matrix products are torch's; on a CPU bias and activation are one pass over a product in the cache, as are, on
+    the way back, the activation's slope and the bias's gradient, and the whole network is one node of autograd.
+
+    Args:
+        x: (B, features), any strides.
+        weights: at least one (out, in), as of torch.nn.Linear.
+        biases: as many (out,).
+        activation: "relu" or "silu".
+
+    Returns:
+        (B, out features) in the dtype that all operands share.
+
+    Raises:
+        ValueError: a shape, a device, the number of biases or the activation does not fit; the message names the
+            argument.
+        TypeError: not a tensor, or a dtype that is not floating or not x's.
+    """
+    checks.choice("activation", activation, ("relu", "silu"))
+    _mlp.check(x, weights, biases, activation, False)
+    backend = backends.choose("wide_mlp", x, *weights, *biases)
+    if backend == "reference":
+        return reference.wide_mlp(x, weights, biases, activation=activation)
+    return run_wide_mlp(backend, x, weights, biases, activation)
+
+
+def run_wide_mlp(backend, x, weights, biases, activation):
+    """:func:`wide_mlp` on a kernel's backend, for callers that know that the operands fit."""
+    kind = reference.LAYER_ACTIVATIONS.index(activation)
+    if needs_grad(x, *weights, *biases):
+        x, *params = distinct(x, *weights, *biases)
+        return _wide_mlp.WideMLPFunction.apply(x, backend, kind, *params)
+    return _wide_mlp.forward(backend, x, weights, biases, kind)[0]
