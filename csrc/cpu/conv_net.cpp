@@ -128,7 +128,9 @@ Flags flags(int64_t count, bool value) {
   return result;
 }
 
-bool any(const Flags& flags, int64_t count) { return std::find(flags.get(), flags.get() + count, true) != flags.get() + count; }
+bool any(const Flags& flags, int64_t count) {
+  return std::any_of(flags.get(), flags.get() + count, [](bool flag) { return flag; });
+}
 
 // f(begin, end) of every run of set flags.
 template <class F>
@@ -222,7 +224,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
   const int64_t width = shape.is_double ? 8 : 4;
   const int64_t rows = need_weights ? std::max<int64_t>(1, job.groups()) : 0;
   const Scratch partials = make_scratch(rows * job.partial_values() * width);
-  if (shape.batch * shape.pixels() == 0) std::fill_n(static_cast<char*>(partials.get()), rows * job.partial_values() * width, 0);
+  if (shape.batch * shape.pixels() == 0)
+    std::fill_n(static_cast<char*>(partials.get()), rows * job.partial_values() * width, 0);
   job.partials = partials.get();
   if (shape.batch * shape.pixels() > 0) {
     job.grad = image_of(grad);

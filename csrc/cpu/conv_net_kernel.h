@@ -11,10 +11,12 @@ struct ConvShape {
   bool is_double;
   double slope;
 
-  // Whether the 3x3 convolutions run in Winograd's form: float32 images of even height and width. float64 keeps the
+  // Whether the 3x3 convolutions run in Winograd's form: float32 images of even height and width, from where it was
+  // measured to be faster: with fewer channels, or fewer tiles, its transforms cost what they save. float64 keeps the
   // plain sums, whose error is smaller.
   bool winograd() const {
-    return !is_double && height % 2 == 0 && width % 2 == 0 && in > 0 && out > 0;
+    return !is_double && height % 2 == 0 && width % 2 == 0 && height > 2 && width > 2 && in > 0 && out > 0 &&
+           in + out >= 12;
   }
   int64_t pixels() const { return height * width; }
   int64_t size1() const { return 9 * in * hidden; }

@@ -13,119 +13,15 @@
 #pragma once
 
 #include "conv_tiles.h"
+#include "winograd_points.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
 
-constexpr int points = 16;
-
-// Samples of rows x columns tiles, two pixels by two, that are worked on together.
-struct Tiles {
-  int64_t samples, rows, columns;
-  int64_t of_sample() const { return rows * columns; }
-  int64_t count() const { return samples * of_sample(); }
-  int64_t width() const { return 2 * columns; }
-};
-
-// For each tile in turn: f(tile, number of its first pixel in maps (sample, row, column)).
-template <class F>
-inline void for_each_tile(const Tiles& tiles, int64_t begin, int64_t end, const F& f) {
-  int64_t row = begin / tiles.columns, column = begin % tiles.columns;
-  for (int64_t t = begin; t < end; ++t) {
-    f(t, 2 * (row * tiles.width() + column));
-    if (++column == tiles.columns) column = 0, ++row;
-  }
-}
-
-// One array per point, `step` values apart: an odd number of cache lines, or all points would meet in the same sets.
-template <class T>
-inline int64_t point_step(int64_t values) {
-  constexpr int64_t line = 64 / sizeof(T);
-  return (values + line - 1) / line * line | line;
-}
-
-// Points of taps: to[16][n] = G from[9][n] G^T.
-template <class T>
-inline void tap_points(int64_t n, const T* from, T* to) {
-  constexpr int W = Simd<T>::lanes;
-  for (int64_t i = 0; i < n; i += W) {
-    Vec<T> half[4][3];
-    for (int c = 0; c < 3; ++c) {
-      const Vec<T> g0 = load(from + c * n + i), g1 = load(from + (3 + c) * n + i), g2 = load(from + (6 + c) * n + i);
-      half[0][c] = g0;
-      half[1][c] = T(0.5) * ((g0 + g2) + g1);
-      half[2][c] = T(0.5) * ((g0 + g2) - g1);
-      half[3][c] = g2;
-    }
-    for (int r = 0; r < 4; ++r) {
-      const Vec<T> outer = half[r][0] + half[r][2];
-      store(to + (4 * r) * n + i, half[r][0]);
-      store(to + (4 * r + 1) * n + i, T(0.5) * (outer + half[r][1]));
-      store(to + (4 * r + 2) * n + i, T(0.5) * (outer - half[r][1]));
-      store(to + (4 * r + 3) * n + i, half[r][2]);
-    }
-  }
-}
-
-// The adjoint: to[9][n] = G^T from[16][n] G.
-template <class T>
-inline void taps_of_points(int64_t n, const T* from, T* to) {
-  constexpr int W = Simd<T>::lanes;
-  const auto adjoint = [](Vec<T> u0, Vec<T> u1, Vec<T> u2, Vec<T> u3, Vec<T>* g) {
-    const Vec<T> sum = T(0.5) * (u1 + u2);
-    g[0] = u0 + sum;
-    g[1] = T(0.5) * (u1 - u2);
-    g[2] = sum + u3;
-  };
-  for (int64_t i = 0; i < n; i += W) {
-    Vec<T> half[4][3];
-    for (int r = 0; r < 4; ++r)
-      adjoint(load(from + 4 * r * n + i), load(from + (4 * r + 1) * n + i), load(from + (4 * r + 2) * n + i),
-              load(from + (4 * r + 3) * n + i), half[r]);
-    for (int c = 0; c < 3; ++c) {
-      Vec<T> g[3];
-      adjoint(half[0][c], half[1][c], half[2][c], half[3][c], g);
-      for (int r = 0; r < 3; ++r) store(to + (3 * r + c) * n + i, g[r]);
-    }
-  }
-}
-
-// Points of inputs, v[16][tile][channels], of samples with channels innermost, in whole vectors, and a border of one.
-template <class T>
-inline void input_points(const Tiles& tiles, int64_t channels, const T* bordered, T* v, int64_t step) {
-  constexpr int W = Simd<T>::lanes;
-  const int64_t row = (tiles.width() + 2) * channels, sample = (2 * tiles.rows + 2) * row;
-  for (int64_t s = 0, t = 0; s < tiles.samples; ++s)
-    for (int64_t y = 0; y < tiles.rows; ++y)
-      for (int64_t x = 0; x < tiles.columns; ++x, ++t)
-        for (int64_t c = 0; c < channels; c += W) {
-          const T* const from = bordered + s * sample + 2 * y * row + 2 * x * channels + c;
-          T* const to = v + t * channels + c;
-          Vec<T> half[4][4];
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
-            const T* const at = from + j * channels;
-            const Vec<T> d0 = load(at), d1 = load(at + row), d2 = load(at + 2 * row), d3 = load(at + 3 * row);
-            half[0][j] = d0 - d2;
-            half[1][j] = d1 + d2;
-            half[2][j] = d2 - d1;
-            half[3][j] = d3 - d1;
-          }
-#pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r) {
-            const Vec<T>* const d = half[r];
-            store(to + (4 * r) * step, d[0] - d[2]);
-            store(to + (4 * r + 1) * step, d[1] + d[2]);
-            store(to + (4 * r + 2) * step, d[2] - d[1]);
-            store(to + (4 * r + 3) * step, d[3] - d[1]);
-          }
-        }
-}
-
 // Output tiles out[pixel][j] = A^T m A of `length` adjacent j, with m[16][tile][j] of tiles [begin, end).
 template <bool Biased, class T>
-__attribute__((noinline)) void put_tiles(const int64_t* at, int64_t begin, int64_t end, const T* m, int64_t length, const Finish<T>& how,
-                      int64_t row, int64_t column, T* out) {
+__attribute__((noinline)) void put_tiles(const int64_t* at, int64_t begin, int64_t end, const T* m, int64_t length,
+                                         const Finish<T>& how, int64_t row, int64_t column, T* out) {
   constexpr int W = Simd<T>::lanes;
   const Finish<T> finish = how;  // a copy, which stores can't change
   const int64_t size = (end - begin) * length;
@@ -197,7 +93,8 @@ inline void expand_points(const Tiles& tiles, const int64_t* at, int64_t channel
 // that it takes, the second one's sign before them.
 constexpr int point_terms[4] = {1, 2, -2, 1};
 
-// to[r][j] += (if fresh, =) sum over k < count of factors[k][r] (A y A^T)[k][j], the first pixel of y[k] that counts at y + at[k].
+// to[r][j] += (if fresh, =) sum over k < count of factors[k][r] (A y A^T)[k][j]; the first pixel of y[k] that counts is
+// at y + at[k].
 template <int R, int N, int Rows, int Columns, class T>
 inline void mixed_tile(int64_t count, const T* factors, int64_t factor_step, const T* y, int64_t down, int64_t right,
                        const int64_t* at, bool fresh, T* to, int64_t to_step) {
@@ -261,8 +158,8 @@ inline void mixed_products(int64_t rows, int64_t count, const T* factors, int64_
   row(Count<3>{});
 }
 
-// Adjoint towards the taps: to[16][channels][j] += (if fresh, =) sum over tiles of v[tile][channel] (A y A^T)[tile][j], for maps
-// y[pixel][j]; at[tile] is where a tile's first pixel lies in them.
+// Adjoint towards the taps: to[16][channels][j] += (if fresh, =) sum over tiles of v[tile][channel] (A y A^T)[tile][j],
+// for maps y[pixel][j]; at[tile] is where a tile's first pixel lies in them.
 template <class T>
 inline void outer_points(const Tiles& tiles, const int64_t* at, int64_t channels, const T* v, int64_t v_step,
                          int64_t v_channels, const T* y, int64_t hidden, bool fresh, T* to) {
@@ -283,8 +180,7 @@ inline void outer_points(const Tiles& tiles, const int64_t* at, int64_t channels
 }
 
 // Adjoint towards the input, first half: many channels to a few, to[16][channel][tile] = sum over j of
-// (A y A^T)[tile][j] u[16][j][channel], for maps y[pixel][j]. Vectors run along tiles; `padded` is their number in whole
-// vectors.
+// (A y A^T)[tile][j] u[16][j][channel], for maps y[pixel][j]. Vectors run along tiles, `padded` in whole vectors.
 template <class T>
 inline void reduce_points(const Tiles& tiles, const int64_t* at, int64_t padded, const T* y, int64_t hidden, const T* u,
                           int64_t channels, const T* zeros, T* to, int64_t step) {

@@ -153,7 +153,10 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
 
     out = conv(r(conv(r(conv(x, w1) + b1), w2) + b2), w3) + b3 with r(h) = max(h, 0) + negative_slope * min(h, 0). The
     CPU kernel takes a sample through all three while its hidden maps lie in the cache, for hidden channels in multiples
-    of 16; for others, on other devices, in half precision and under autocast the convolutions are PyTorch's.
+    of 16; for others, on other devices, in half precision and under autocast the convolutions are PyTorch's. In
+    float32, for images of even height and width above 2 and I + O >= 12, its 3x3 convolutions run in Winograd's form
+    F(2x2, 3x3), within the same bound on the error; samples with a result that is not finite, and gradients of weights
+    that are not, are computed again from plain sums.
 
     Args:
         x: (B, I, H, W), any strides.
@@ -170,7 +173,8 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
         TypeError: not a tensor, or a dtype that is not floating or not x's.
 
     References:
-        Kingma and Dhariwal, "Glow", 2018, arXiv:1807.03039, section 5.
+        Kingma and Dhariwal, "Glow", 2018, arXiv:1807.03039, section 5. Lavin and Gray, "Fast Algorithms for
+        Convolutional Neural Networks", 2016, arXiv:1509.09308.
     """
     checks.tensor("x", x)
     if x.dim() != 4:

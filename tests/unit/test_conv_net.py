@@ -12,9 +12,11 @@ from tolerances import assert_bitwise, assert_same_nonfinite
 from fastflow import backends, functional, reference
 from fastflow.nn import ConvNet
 
-# (B, I, H, W), hidden, O: Glow's own; odd everything; one pixel; a row; a column; more than a chunk of small images.
+# (B, I, H, W), hidden, O: Glow's own; odd everything; one pixel; a row; a column; more than a chunk of small images;
+# images larger than a chunk, of few channels and of many; a number of tiles that fills no vector.
 SIZES = [((3, 6, 16, 16), 64, 12), ((5, 12, 8, 8), 32, 24), ((40, 7, 4, 4), 16, 9), ((2, 1, 1, 1), 16, 1),
-         ((1, 3, 1, 9), 48, 5), ((2, 5, 7, 1), 80, 3), ((2, 3, 13, 5), 96, 6), ((1, 2, 20, 20), 16, 2)]
+         ((1, 3, 1, 9), 48, 5), ((2, 5, 7, 1), 80, 3), ((2, 3, 13, 5), 96, 6), ((1, 2, 20, 20), 16, 2),
+         ((2, 17, 20, 20), 16, 19), ((3, 9, 6, 10), 80, 5)]
 KERNELS = {"fastflow_cpu::conv_net_fwd", "fastflow_cpu::conv_net_bwd"}
 
 
@@ -61,8 +63,9 @@ def test_every_subset_of_gradients():
             torch.testing.assert_close(grad, full[name], rtol=1e-12, atol=1e-12)
 
 
-def test_samples_do_not_depend_on_their_neighbours_nor_results_on_threads(threads):
-    case = conv_case("batch", (37, 3, 4, 4), 32, 5)
+@pytest.mark.parametrize(("channels", "out"), [(3, 5), (6, 12)])
+def test_samples_do_not_depend_on_their_neighbours_nor_results_on_threads(threads, channels, out):
+    case = conv_case("batch", (37, channels, 4, 4), 32, out)
     tensors = case.tensors(torch.float32)
     cotangents = cotangents_of(case, tensors)
     threads(1)
@@ -82,9 +85,11 @@ def test_samples_do_not_depend_on_their_neighbours_nor_results_on_threads(thread
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("slope", [0.0, 0.1])
-def test_non_finite_inputs(value, slope):
-    """A rectifier without slope turns -Inf to 0 and keeps NaN, forward and backward, as torch's does."""
-    case = conv_case("nonfinite", (2, 3, 6, 5), 16, 4, negative_slope=slope)
+@pytest.mark.parametrize("width", [5, 4])
+def test_non_finite_inputs(value, slope, width):
+    """A rectifier without slope turns -Inf to 0 and keeps NaN, forward and backward, as torch's does; Winograd's form
+    (of even images) would make NaN of infinities."""
+    case = conv_case("nonfinite", (2, 6, 6, width), 16, 8, negative_slope=slope)
     tensors = case.tensors(torch.float32)
     for name, index in (("x", (1, 2, 3, 1)), ("b1", (5,)), ("b2", (2,)), ("b3", (1,))):
         spoilt = {n: t.clone() for n, t in tensors.items()}
@@ -94,6 +99,33 @@ def test_non_finite_inputs(value, slope):
         for part in (0, 1):
             for key, t in got[part].items():
                 assert_same_nonfinite(t, want[part][key], f"{name}={value}: {key}", gradient=True)
+
+
+@pytest.mark.parametrize("name", ["x", "cotangent"])
+def test_an_infinity_leaves_other_samples_alone(name):
+    """In Winograd's form, too, whose results a sample that is not finite does not use."""
+    case = conv_case("infinity", (20, 6, 4, 4), 32, 12)
+    tensors = case.tensors(torch.float32)
+    cotangents = cotangents_of(case, tensors)
+    results, grads = evaluate(case, tensors, cotangents=cotangents)
+    spoilt = {n: t.clone() for n, t in tensors.items()}, {n: t.clone() for n, t in cotangents.items()}
+    (spoilt[0]["x"] if name == "x" else spoilt[1]["y"])[3, 1, 2, 2] = float("inf")
+    again, again_grads = evaluate(case, spoilt[0], cotangents=spoilt[1])
+    others = torch.arange(20) != 3
+    assert_bitwise(again["y"][others], results["y"][others])
+    assert_bitwise(again_grads["x"][others], grads["x"][others])
+    assert not torch.isfinite(again_grads["w1"]).all()
+    assert not torch.isfinite(again["y"][3] if name == "x" else again_grads["x"][3]).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 16, 16), (4, 12, 8, 8), (4, 24, 4, 4)], ids=str)
+def test_winograds_form_at_glows_scales(shape):
+    """Inputs whose channels differ a hundredfold and have a mean, where sums and differences of pixels lose digits."""
+    case = conv_case("scales", shape, 128, 2 * shape[1])
+    tensors = case.tensors(torch.float32)
+    tensors = {n: t / (t[0].numel() ** 0.5 if n[0] == "w" else 1.0) for n, t in tensors.items()}
+    tensors["x"] = (tensors["x"] + 3.0) * torch.logspace(-1, 1, shape[1])[:, None, None]
+    check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors))
 
 
 def test_what_the_kernel_does_not_take_goes_to_the_reference_and_says_so():
