@@ -169,15 +169,23 @@ struct LaneSums {
   }
 };
 
-// partial += grad x^T over `count` samples, for a layer that is not thin; scratch holds x^T.
-template <class T>
-void weight_gradient(const FlowLinear& linear, int64_t count, const T* x, const T* grad, T* scratch, T* partial) {
+// finish(i, j, vector) of grad x^T over `count` samples, for a layer that is not thin; scratch holds x^T. Vectors reach
+// past the layer's last input.
+template <class T, class Finish>
+void weight_product(const FlowLinear& linear, int64_t count, const T* x, const T* grad, T* scratch,
+                    const Finish& finish) {
   const int64_t columns = padded(linear.in);
   transpose_tile(columns, padded(count), x, tile, scratch, columns);
-  T* to = partial + linear.grad_weight;
   matmul(linear.out, columns, count, Strided<T>{grad, tile, 1}, scratch, columns,
-         [](int64_t, int64_t) { return Vec<T>{}; },
-         [&](int64_t i, int64_t j, Vec<T> value) { vec(to + i * linear.grad_ld + j) += value; });
+         [](int64_t, int64_t) { return Vec<T>{}; }, finish);
+}
+
+// partial += grad x^T.
+template <class T>
+void weight_gradient(const FlowLinear& linear, int64_t count, const T* x, const T* grad, T* scratch, T* partial) {
+  T* to = partial + linear.grad_weight;
+  weight_product(linear, count, x, grad, scratch,
+                 [&](int64_t i, int64_t j, Vec<T> value) { vec(to + i * linear.grad_ld + j) += value; });
 }
 
 }  // namespace

@@ -116,10 +116,11 @@ struct Work {
       linear.grad_weight = place(linear.out * linear.grad_ld);
       linear.grad_bias = place(linear.out);
       linears.push_back(linear);
-      job.largest = std::max(job.largest, rounded(linear.out) + linear.out * linear.grad_ld);
+      const bool is_thin = width <= thin || linear.out <= thin;
+      job.largest = std::max(job.largest, rounded(linear.out) + (is_thin ? linear.out * linear.grad_ld : 0));
       job.widest = std::max(job.widest, linear.out);
       job.seen = std::max(job.seen, width);
-      if (width <= thin || linear.out <= thin) job.lane_sums = std::max(job.lane_sums, width * linear.out);
+      if (is_thin) job.lane_sums = std::max(job.lane_sums, width * linear.out);
       width = linear.out;
       rows += l + 1 < count || stored ? rounded(width) : 0;
     }

@@ -160,18 +160,29 @@ struct TopDown {
   }
 
   void write_gradients(const FlowLinear& linear, const T* x, const T* grad) const {
+    void* const* to = job.gradients + 2 * (&linear - job.linears);
+    T *weight = static_cast<T*>(to[0]), *bias = static_cast<T*>(to[1]);
     FlowLinear alone = linear;
     alone.grad_bias = 0;
     alone.grad_weight = padded(linear.out);
-    const int64_t used = alone.grad_weight + linear.out * linear.grad_ld;
+    const int64_t used = alone.grad_weight + (is_thin(linear) ? linear.out * linear.grad_ld : 0);
     for (int64_t i = 0; i < used; ++i) sums_of_linear[i] = T(0);
-    add_gradients(alone, x, grad, sums_of_linear);
-    void* const* to = job.gradients + 2 * (&linear - job.linears);
-    T *weight = static_cast<T*>(to[0]), *bias = static_cast<T*>(to[1]);
+    sums.begin(alone);
+    sums.add(alone, lanes_used(), x, grad);
+    sums.finish(alone, sums_of_linear);
+    for (int64_t i = 0; i < linear.out; ++i) bias[i] = sums_of_linear[i];
+    if (!is_thin(linear)) {
+      weight_product(linear, count, x, grad, transposed_input, [&](int64_t i, int64_t j, Vec<T> value) {
+        T* const at = weight + i * linear.in + j;
+        const int64_t left = linear.in - j;
+        if (left >= Simd<T>::lanes) return ::fastflow::FASTFLOW_ISA::store(at, value);
+        for (int64_t k = 0; k < left; ++k) at[k] = value[k];
+      });
+      return;
+    }
     const T* from = sums_of_linear + alone.grad_weight;
     for (int64_t i = 0; i < linear.out; ++i, from += linear.grad_ld, weight += linear.in)
       for (int64_t j = 0; j < linear.in; ++j) weight[j] = from[j];
-    for (int64_t i = 0; i < linear.out; ++i) bias[i] = sums_of_linear[i];
   }
 
   // Adds to `to` the gradient of the network's input x from that of its outputs, and to `partial` its parameters'.

@@ -44,7 +44,7 @@ struct TopDownJob : PartialSums {
   uint64_t seed;
   FlowParameter h;  // (batch, state)
   const FlowLinear* linears;  // of all levels, in the order of the parameters
-  int64_t largest;            // the most elements of the partial sums of a linear
+  int64_t largest;            // the most elements of a linear's bias, and of a thin one's weight, in whole lines
   void* saved;      // rows of every tile, or null: its blocks are of two levels then, in turn
   void *next, *z;   // (batch, out); latents (batch, D) of level after level
   void *kl, *log_q, *log_p;  // (count, batch)

@@ -112,12 +112,13 @@ def _network(network, width, dtype):
     if is_hooked(network):
         return HOOKED
     weights, biases, activation, last = [], [], None, width
-    for index, layer in enumerate((network,) if kind is nn.Linear else network._modules.values()):
-        if is_hooked(layer):
-            return HOOKED
+    layers = (network,) if kind is nn.Linear else network._modules.values()
+    if any(map(is_hooked, layers)):
+        return HOOKED
+    for index, layer in enumerate(layers):
         kind = type(layer)
         if index % 2:
-            if kind not in ACTIVATIONS or activation not in (None, kind):
+            if kind is not activation and (activation is not None or kind not in ACTIVATIONS):
                 return f"a network's activation {kind.__name__} is none of one kind among ReLU, SiLU, Tanh"
             activation = kind
             continue
@@ -126,11 +127,12 @@ def _network(network, width, dtype):
             return "a network of it is not Linear layers, each with a bias, with activations between"
         if weight.dtype is not dtype or bias.dtype is not dtype:
             return f"its parameters are not {dtype}"
-        if weight.shape[1] != last:
+        outputs, inputs = weight.shape
+        if inputs != last:
             return "a network of it takes another number of features"
-        last = weight.shape[0]
-        if max(weight.shape) > 2 * MAX_WIDTH or last > MAX_WIDTH:
+        if inputs > 2 * MAX_WIDTH or outputs > MAX_WIDTH:
             return f"a network of it has a layer of more than {MAX_WIDTH}"
+        last = outputs
         weights.append(weight)
         biases.append(bias)
     if not weights or index % 2:
