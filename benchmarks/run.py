@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -51,9 +52,13 @@ def _processor():
 
 
 def save(folder, name, content):
-    """Write a record, its key "machine" that of :func:`machine`, under ``folder`` as NAME-DATE.json."""
+    """Write a record, its key "machine" that of :func:`machine`, under ``folder`` as NAME-DATE.json; where that is the
+    record of another processor, as NAME-DATE-2.json, and so on."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{content['machine']['date'][:10]}.json"
+    stem = f"{name}-{content['machine']['date'][:10]}"
+    paths = (folder / f"{stem}{suffix}.json" for suffix in itertools.chain([""], map("-{}".format, itertools.count(2))))
+    path = next(p for p in paths if not p.exists() or
+                json.loads(p.read_text())["machine"]["processor"] == content["machine"]["processor"])
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
 

@@ -341,12 +341,12 @@ def _fake_activated_conv_bwd(grad, x, weight, stride, padding, transposed, activ
             x.new_empty((grad.shape[1],)) if need_weights else _nothing(x))
 
 
-def _fake_mlp_fwd(x, weights, biases, activation, keep):
+def _fake_wide_mlp_fwd(x, weights, biases, activation, keep):
     hidden = [x.new_empty((x.shape[0], w.shape[0])) for w in weights[:-1] for _ in range(activation)]
     return x.new_empty((x.shape[0], weights[-1].shape[0])), hidden if keep else []
 
 
-def _fake_mlp_bwd(grad, x, weights, kept, activation, need_x, need_params):
+def _fake_wide_mlp_bwd(grad, x, weights, kept, activation, need_x, need_params):
     grads = [x.new_empty(shape) for w in weights for shape in (w.shape, w.shape[:1])]
     return x.new_empty(x.shape) if need_x else _nothing(x), grads if need_params else []
 
