@@ -121,13 +121,13 @@ def gaussian_bwd(batch):
 
 def spline_fwd(batch):
     calls.spline.spline_fwd(torch.zeros(batch, 6), torch.zeros(batch, 6 * 23), None, 0, False, 3.0, 1e-3, 1e-3, 1e-3,
-                            1.0, 0.0)
+                            1.0, 0.0, 1.0)
 
 
 def spline_bwd(batch):
     x = torch.zeros(batch, 6)
     calls.spline.spline_bwd(x, x[:, 0], x, torch.zeros(batch, 6 * 23), True, True, 0, False, 3.0, 1e-3, 1e-3, 1e-3, 1.0,
-                            0.0)
+                            0.0, 1.0)
 
 
 def slogdet(batch):
