@@ -12,6 +12,8 @@ from fastflow.autograd.spline import NO_CLAMP
 
 __all__ = ["run"]
 
+END_DERIVATIVE = 1.0  # the slope at the ends that the splines of nflows, normflows and zuko have
+
 
 def run(x, order, back, kept, network, spline, inverse=False):
     """(y, logdet) of a coupling of x (B, D) on the CPU, for layers whose operands fit by construction.
@@ -26,7 +28,7 @@ def run(x, order, back, kept, network, spline, inverse=False):
     weights, biases, activation, residual, masks = network
     params = [t for pair in zip(weights, biases, strict=True) for t in pair]
     *constants, clamp = spline
-    consts = (0, inverse, *map(float, constants), NO_CLAMP if clamp is None else float(clamp))
+    consts = (0, inverse, *map(float, constants), NO_CLAMP if clamp is None else float(clamp), END_DERIVATIVE)
     how = order, back, kept, (reference.ACTIVATIONS.index(activation), residual), consts
     if differentiable.needs_grad(x, *params):
         x, *tensors = differentiable.distinct(x, *params, *masks)
@@ -105,7 +107,7 @@ def _gradient(through, grad_passive, grad_active, kept, back):
 
 def _reference(x, params, order, back, kept, network, consts):
     activation, residual = network
-    _, inverse, bound, min_width, min_height, min_derivative, gain, clamp = consts
+    _, inverse, bound, min_width, min_height, min_derivative, gain, clamp, _ = consts
     passive, active = _parts(x if order is None else x.index_select(1, order), kept)
     raw = reference.mlp(passive, params[::2], params[1::2], activation=reference.ACTIVATIONS[activation],
                         residual=residual)

