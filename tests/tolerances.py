@@ -8,8 +8,9 @@ import torch
 
 VALUE_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
-# The float64 truth is eager float64 itself, so its own error is unknown: allow this many roundings instead.
-FLOAT64_ROUNDINGS = 16.0
+# The float64 truth is eager float64 itself, so its own error is unknown and depends on the processor's BLAS, as in the
+# gradients of a chain of couplings: allow this many roundings instead.
+FLOAT64_ROUNDINGS = 32.0
 # The largest of a few errors says little about eager's accuracy: below this many elements allow a few roundings.
 FEW_ELEMENTS, FEW_ROUNDINGS = 64, 4.0
 
