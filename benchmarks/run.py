@@ -63,9 +63,9 @@ def save(folder, name, content):
     print(f"written to {path}")
 
 
-def measure(case, device, rounds, one_thread=False):
+def measure(case, device, rounds, one_thread=False, without=()):
     """Rows of one case: under one thread in CPU time and, unless ``one_thread``, all threads in wall time; or on the
-    GPU.
+    GPU. The variants named in ``without`` are left out.
 
     Per variant a row holds median and quartiles over the rounds, in microseconds, or under "failed" what it raised;
     where the case names peers, also the fastest of them, and the setting in which each contender ran.
@@ -78,7 +78,7 @@ def measure(case, device, rounds, one_thread=False):
         torch.compiler.reset()
         variants = {}
         try:
-            variants = case.build(device)
+            variants = {name: call for name, call in case.build(device).items() if name not in without}
             samples, failed = timing.interleave(variants, clock, rounds)
         except Exception as error:  # nothing of the case can run
             samples, failed = {}, {"fastflow": timing.first_line(error)}
@@ -134,6 +134,8 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--one-thread", action="store_true",
                         help="leave out all threads in wall time, which means little on a machine that others use")
+    parser.add_argument("--without", action="append", default=[], metavar="BASELINE",
+                        help="a baseline to leave out, for instance compile, which costs seconds of compilation a case")
     parser.add_argument("--results", type=Path, help="folder for the JSON; none is written without it")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -146,7 +148,7 @@ def main(argv=None):
     print("Medians of fastflow, and how many times faster it is than each baseline (interleaved in one run).")
     rows = []
     for case in chosen:
-        for row in measure(case, args.device, args.rounds, args.one_thread):
+        for row in measure(case, args.device, args.rounds, args.one_thread, args.without):
             show(row)
             rows.append(row)
     if args.results:

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside this file
 
 GPU_SKIP = "no CUDA device"
+# After one of these every later call on the GPU fails in that process.
+STICKY = ("an illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure",
+          "an illegal instruction", "invalid address space", "hardware stack error")
+_broken = []  # tests of this process that ended in one
 POISON = 0x7F  # 0x7f7f7f7f is 3.4e38 as a float32, 1.4e306 as a float64, NaN as a float16
 
 
@@ -34,6 +39,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=GPU_SKIP))
         elif "slow" in item.keywords and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed and any(error in str(report.longrepr) for error in STICKY):
+        _broken.append(item.nodeid)
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    """A worker of pytest-xdist whose GPU context is broken ends once that is reported; another one takes over."""
+    if _broken and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 
 
 def pytest_terminal_summary(terminalreporter):
