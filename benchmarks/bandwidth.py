@@ -76,7 +76,18 @@ def copy_rate(size=2**30):
     """Bytes per second of a device-to-device copy, read and written."""
     source = torch.randn(size // 4, device="cuda")
     target = torch.empty_like(source)
-    return 2 * size / seconds_of(lambda: target.copy_(source))
+    return 2 * size / min(timed(lambda: target.copy_(source), 10) for _ in range(ROUNDS))
+
+
+def timed(call, repeats):
+    """Seconds of one of ``repeats`` calls, by CUDA events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 def seconds_of(call):
@@ -91,16 +102,7 @@ def seconds_of(call):
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
             call()
-    samples = []
-    for _ in range(ROUNDS + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) / 1e3 / REPLAYS / CALLS)
-    return statistics.median(samples[1:])
+    return statistics.median([timed(graph.replay, REPLAYS) for _ in range(ROUNDS + 1)][1:]) / CALLS
 
 
 def main(argv=None):
