@@ -89,6 +89,22 @@ class _Shape:
         self.calls, self.replay, self.outputs = 0, None, None
 
 
+def held(parameters):
+    """Index of the first parameter that belongs to an autograd graph which something still refers to, or None."""
+    def node(parameter):
+        return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+
+    with torch.enable_grad():
+        for index, parameter in enumerate(parameters):
+            if not parameter.requires_grad:
+                continue
+            token = object()
+            node(parameter).metadata["fastflow"] = token  # it dies at once, unless a graph holds it
+            if node(parameter).metadata.get("fastflow") is token:
+                return index
+    return None
+
+
 class CapturedSteps:
     """``steps(x, context, last)`` runs ``body(x, context, last)`` by replaying what it launched.
 
@@ -132,6 +148,10 @@ class CapturedSteps:
         shape.x.copy_(x, non_blocking=True)
         if context is not None:
             shape.context.copy_(context, non_blocking=True)
+        if shape.calls == 0 and (index := held(self.parameters)) is not None:
+            raise RuntimeError(f"capture: parameter {index} of the optimizer is part of an autograd graph from before, "
+                               "which a graph of the GPU can't follow; delete the loss or output that still refers to "
+                               "it, or detach what you keep")
         if shape.calls < WARM_UP:
             shape.calls += 1
             self.eager += 1

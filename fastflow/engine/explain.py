@@ -21,6 +21,7 @@ def choices(step):
         f"optimizer: {_optimizer(step)}",
         f"precision: {_precision(step, inner)}",
         f"layout: {step.layout}",
+        step._convolutions.explain(),
         f"memory: {step.memory.explain()}",
         f"compile: {_compile(step)}",
         f"capture: {_capture(step)}",
@@ -87,6 +88,8 @@ def _precision(step, model):
 def _compile(step):
     if not step.compile:
         return "off"
+    if step.compile == "conditioners":
+        return f"{len(step._lowered.modules)} conditioners, one graph for all of one shape"
     backend = "inductor" if step.compile is True else step.compile
     if replicas(step.model) is not None:
         return f"torch.compile on the loss ({backend}), cut where DistributedDataParallel's buckets end"

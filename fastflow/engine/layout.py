@@ -1,11 +1,47 @@
-"""The memory format of convolution weights."""
+"""How convolutions are run: the memory format of their weights, the choice of algorithms."""
+
+import contextlib
 
 import torch
 
 from fastflow.engine.distributed import is_sharded, replicas, unwrap
 from fastflow.flows import Flow
 
-__all__ = ["convolutions_to_channels_last"]
+__all__ = ["Benchmarked", "convolutions_to_channels_last"]
+
+UNCHANGED = contextlib.nullcontext()
+
+
+class Benchmarked:
+    """A context in which cuDNN tries its algorithms for each new shape of convolution and keeps the fastest
+    (torch.backends.cudnn.benchmark): a flow repeats few shapes many times. Nothing where the model has no 2-D
+    convolution on a GPU, where it is on already, or where determinism is asked for.
+    """
+
+    def __init__(self, model, device):
+        self.serves = device.type == "cuda" and any(isinstance(m, torch.nn.Conv2d) for m in unwrap(model).modules())
+
+    def __call__(self):
+        cudnn = torch.backends.cudnn
+        if not self.serves or cudnn.benchmark or cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+            return UNCHANGED
+        return _benchmarking()
+
+    def explain(self):
+        if not self.serves:
+            return "convolutions: none on a GPU"
+        if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+            return "convolutions: deterministic algorithms, as asked for"
+        return "convolutions: the fastest of cuDNN's algorithms, found at each shape's first call"
+
+
+@contextlib.contextmanager
+def _benchmarking():
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
 
 
 def convolutions_to_channels_last(model, optimizer, wanted):

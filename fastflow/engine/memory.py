@@ -39,7 +39,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
             self.storages[_key(tensor)] = tensor.untyped_storage().nbytes()
         else:
             self.storages[id(tensor)] = tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach() if tensor.grad_fn is not None else tensor  # an output that holds its node lives forever
 
     @property
     def total(self):
@@ -169,8 +169,7 @@ class Memory:
 
     def applied(self, x, context=None):
         """The mode, for the forward pass inside; its backward may run outside. x and context are the step's batch."""
-        if self.mode == "auto":
-            self._choose(x, context)
+        self.choose(x, context)
         return self._applied() if self._holds_steps else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -203,7 +202,10 @@ class Memory:
             self._flow_mode.drifts = None
         self._first = False
 
-    def _choose(self, x, context):
+    def choose(self, x, context=None):
+        """Ends "auto", if that is the mode: the choice for batches like this one."""
+        if self.mode != "auto":
+            return
         self.mode = "none"
         inner = unwrap(self.model)
         rate, rest = per_image(lambda x, context: self.objective(inner, x, context)[0], inner, x, context)

@@ -1,6 +1,7 @@
-"""Conditioners in a lower precision than the flow around them."""
+"""Conditioners in a lower precision than the flow around them, or compiled one by one."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -8,7 +9,7 @@ from fastflow.flows import Split, TarFlowBlock
 from fastflow.nn.coupling import Coupling
 from fastflow.vae import VAE, HierarchicalVAE, QuantizedVAE
 
-__all__ = ["Lowered", "conditioners"]
+__all__ = ["Conditioners", "conditioners"]
 
 
 def conditioners(model):
@@ -31,23 +32,30 @@ def conditioners(model):
     return list({id(m): m for m in found if isinstance(m, torch.nn.Module)}.values())
 
 
-class Lowered:
-    """A context in which the conditioners of a model run under autocast, and nothing else does.
+class Conditioners:
+    """A context in which the conditioners of a model run under autocast or compiled, and nothing else does.
 
     Parameters stay as they are, and so does the model outside the context: what a conditioner's ``forward`` is inside
     is an attribute of the instance for as long.
+
+    Args:
+        model: a Flow or a VAE.
+        dtype: what autocast lowers to, or None.
+        compiled: whether torch.compile makes a graph of each conditioner; those of one class and shape share it.
 
     Raises:
         ValueError: the model has no conditioner.
     """
 
-    def __init__(self, model, dtype):
+    def __init__(self, model, dtype=None, compiled=False):
         self.modules = conditioners(model)
         if not self.modules:
-            raise ValueError(f"conditioner_dtype: expected None for {type(model).__name__}, in which no network is "
-                             "known to be a conditioner; use torch.autocast around what may be lowered")
+            asked = "conditioner_dtype: expected None" if dtype is not None else "compile: expected a bool"
+            raise ValueError(f"{asked} for {type(model).__name__}, in which no network is known to be a conditioner; "
+                             "use torch.autocast or torch.compile around what may be lowered or compiled")
+        run = torch.compile(_forward, dynamic=False) if compiled else None
         # Made once, for torch.compile guards on them.
-        self.forwards = [_under_autocast(module.forward, dtype) for module in self.modules]
+        self.forwards = [_changed(module, dtype, run) for module in self.modules]
 
     @contextlib.contextmanager
     def __call__(self):
@@ -58,6 +66,16 @@ class Lowered:
         finally:
             for module in self.modules:
                 del module.forward
+
+
+def _forward(module, x, *args, **kwargs):
+    return type(module).forward(module, x, *args, **kwargs)
+
+
+def _changed(module, dtype, run):
+    # The module is an argument of the compiled function, which is not compiled anew for another one of its kind.
+    forward = module.forward if run is None or "forward" in module.__dict__ else functools.partial(run, module)
+    return forward if dtype is None else _under_autocast(forward, dtype)
 
 
 def _under_autocast(forward, dtype):

@@ -9,11 +9,11 @@ from fastflow.engine import explain
 from fastflow.engine.distributed import is_sharded, replicas, synchronized, synchronizes, unwrap
 from fastflow.engine.ema import EMA
 from fastflow.engine.errors import NonFiniteError
-from fastflow.engine.layout import convolutions_to_channels_last
+from fastflow.engine.layout import Benchmarked, convolutions_to_channels_last
 from fastflow.engine.memory import DRIFT_BOUND, Memory
 from fastflow.engine.nonfinite import Replay, diagnose
 from fastflow.engine.objectives import objective_for
-from fastflow.engine.precision import Lowered
+from fastflow.engine.precision import Conditioners
 from fastflow.engine.update import Update, can_skip, clear_gradients
 
 __all__ = ["TrainStep"]
@@ -43,7 +43,8 @@ class TrainStep:
         drift_bound: under "invert", the largest error of a recovered z, relative to its largest element, that the
             first step may show. Gradients err about as much.
         compile: run the loss through torch.compile as one graph for all batch sizes of 2 and more; True or the name of
-            a backend. The first call compiles, which takes minutes for a deep flow.
+            a backend. The first call compiles, which takes minutes for a deep flow. "conditioners" compiles those
+            alone, one graph for all of one shape, which takes seconds and fuses what is between their convolutions.
         capture: record the whole step as one CUDA graph per batch shape (up to four, further ones run eagerly) and
             replay it, with fresh noise each time. The first two calls of a shape (three at the very start) run eagerly
             and the next is recorded; all are training steps. The learning rate becomes a tensor on the device, which
@@ -99,7 +100,7 @@ class TrainStep:
         if capture and memory in ("save_z", "invert"):
             raise ValueError(f"memory: {memory!r} can't be combined with capture; use 'none'")
         self.memory = Memory(model, self.objective, "none" if capture and memory == "auto" else memory, keep_every,
-                             drift_bound, compiled=bool(compile))
+                             drift_bound, compiled=bool(compile) and compile != "conditioners")
         self.clip_grad_norm, self.accumulate, self.conditioner_dtype = clip_grad_norm, accumulate, conditioner_dtype
         self.check_finite = "late" if capture and check_finite else check_finite
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -110,10 +111,13 @@ class TrainStep:
         if self.check_finite == "late":
             self._refuse_late()
         self.layout = convolutions_to_channels_last(model, optimizer, channels_last)
-        self._lowered = contextlib.nullcontext if conditioner_dtype is None else Lowered(unwrap(model),
-                                                                                        conditioner_dtype)
+        parts = compile == "conditioners"
+        self._lowered = contextlib.nullcontext
+        if parts or conditioner_dtype is not None:
+            self._lowered = Conditioners(unwrap(model), conditioner_dtype, parts)
+        self._convolutions = Benchmarked(model, self._device)
         self._synchronizes = synchronizes(model)
-        self._loss = self._compiled() if compile else self.objective
+        self._loss = self._compiled() if compile and not parts else self.objective
         self.ema = None if ema_decay is None else EMA(unwrap(model), ema_decay, ema_warmup)
         self._update = Update(model, optimizer, self._parameters, clip_grad_norm, bool(self.check_finite), self.ema)
         self.parts = {}
@@ -146,10 +150,11 @@ class TrainStep:
         # The first update makes the optimizer's state, which a skipped one would leave half made: the host checks it.
         late = self.check_finite == "late" and self._updates > 0
         try:
-            if self._steps is None or (self.check_finite and not late):
-                loss, parts, flag = self._step(x, context, last, late)
-            else:
-                loss, parts, flag = self._steps(x, context, last)
+            with self._convolutions():
+                if self._steps is None or (self.check_finite and not late):
+                    loss, parts, flag = self._step(x, context, last, late)
+                else:
+                    loss, parts, flag = self._steps(x, context, last)
         except BaseException:
             self._drop()
             raise
@@ -189,6 +194,8 @@ class TrainStep:
         """(loss, parts, flag) of one call; ``late`` leaves a flag for later instead of raising."""
         if self._calls == 0 and not self._keeps_gradients:
             clear_gradients(self.optimizer)
+        if self.compile == "conditioners":
+            self.memory.choose(x, context)  # its probe needs no graphs for its own batch sizes
         with synchronized(self.model, last) if self._synchronizes else UNCHANGED, self._lowered():
             with self.memory.applied(x, context):
                 loss, parts = self._loss(self.model, x, context)

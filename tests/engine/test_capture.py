@@ -328,3 +328,50 @@ def test_on_a_gpu_a_replay_does_not_wait(on_gpu):
         step(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_from_before_is_named(recorder):
+    """Its nodes belong to another stream, on which a captured backward would wait."""
+    model = glow()
+    kept = model(torch.rand(4, 3, 8, 8) - 0.5)
+    step = TrainStep(model, adam(model), capture=True, check_finite=False)
+    x = torch.rand(4, 3, 8, 8) - 0.5
+    with pytest.raises(RuntimeError, match="capture: parameter 0 of the optimizer is part of an autograd graph from"):
+        step(x)
+    del kept
+    step(x)
+
+
+def test_a_step_with_a_probe_leaves_no_graph_behind():
+    """The probe of memory="auto" runs the model's forward without its backward."""
+    model = glow()
+    TrainStep(model, adam(model))(torch.rand(4, 3, 8, 8) - 0.5)
+    assert capture.held(list(model.parameters())) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"compile": "conditioners"},
+                                     {"compile": "conditioners", "conditioner_dtype": torch.bfloat16}])
+def test_on_a_gpu_compiled_conditioners_are_captured(options):
+    captured, eager = pair(options, lambda: glow().cuda())
+    eager = TrainStep(eager.model, eager.optimizer, conditioner_dtype=options.get("conditioner_dtype"))
+    for i in range(6):
+        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
+        losses = []
+        for step in (captured, eager):
+            torch.manual_seed(i)
+            losses.append(step(x))
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-2)
+    assert captured._steps.recorded == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_model_that_ran_before_is_captured(on_gpu):
+    x = torch.rand(4, 3, 8, 8, device="cuda") - 0.5
+    eager = TrainStep(on_gpu, adam(on_gpu))
+    for _ in range(2):
+        eager(x)
+    step = TrainStep(on_gpu, adam(on_gpu), capture=True)
+    for _ in range(5):
+        step(x)
+    assert step._steps.recorded == 1

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastflow import flows, nn
 from fastflow.engine import TrainStep
-from fastflow.engine.precision import Lowered, conditioners
+from fastflow.engine.precision import Conditioners, conditioners
 from fastflow.vae import VAE, mlp_decoder, mlp_encoder
 
 
@@ -27,7 +27,7 @@ def test_z_and_logdet_stay_in_float32_and_close():
     seen = []
     for module in conditioners(model):
         module.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
-    with Lowered(model, torch.bfloat16)():
+    with Conditioners(model, torch.bfloat16)():
         low_z, low_logdet = model.transform(x)
     assert seen == [(torch.float32, torch.bfloat16)] * 5  # four couplings, one prior
     assert low_z.dtype == low_logdet.dtype == torch.float32
@@ -47,7 +47,7 @@ def test_couplings_of_every_kind_have_conditioners(make, count):
         module.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
     x = torch.randn(8, 4)
     expected = model(x)
-    with Lowered(model, torch.bfloat16)():
+    with Conditioners(model, torch.bfloat16)():
         low = model(x)
     assert seen == [torch.float32] * count + [torch.bfloat16] * count
     for a, b in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (low, expected)), strict=True):

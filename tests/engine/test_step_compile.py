@@ -77,3 +77,31 @@ def test_glow_of_32_steps_traces_whole():
 @pytest.mark.parametrize("parametrization", ["plain", "plu"])
 def test_glow_through_inductor(parametrization):
     check(glow(1, parametrization=parametrization), (3, 16, 16), backend="inductor", exact=False, integer=False)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_conditioners_of_one_shape_share_a_graph(dtype):
+    """Three couplings of each of two levels and one split: three graphs, and the steps of the plain model."""
+    model = flows.Glow((3, 8, 8), 2, 3, hidden_channels=8)
+    model.initialize(torch.rand(8, 3, 8, 8) - 0.5)
+    twin = copy.deepcopy(model)
+    steps = [TrainStep(m, torch.optim.Adam(m.parameters(), 1e-3, fused=True), compile=c, conditioner_dtype=dtype)
+             for m, c in ((model, "conditioners"), (twin, False))]
+    for i in range(3):
+        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+        losses = []
+        for step in steps:
+            torch.manual_seed(i)
+            losses.append(step(x))
+        torch.testing.assert_close(*losses, rtol=1e-3 if dtype else 1e-5, atol=1e-3)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 if dtype else 5e-4)
+    assert counters["stats"]["unique_graphs"] == 3 and counters["graph_break"].total() == 0, dict(counters["stats"])
+    assert "compile: 7 conditioners, one graph for all of one shape" in steps[0].explain()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_without_conditioners_is_refused():
+    model = flows.Flow(flows.Planar(2), flows.StandardNormal((2,)))
+    with pytest.raises(ValueError, match="compile: expected a bool for Flow, in which no network"):
+        TrainStep(model, torch.optim.Adam(model.parameters(), fused=True), compile="conditioners")
