@@ -81,12 +81,14 @@ __device__ __forceinline__ void store_values(const Operand& to, int64_t at, cons
   else store<T>(to, at, values[0]);
 }
 
-// f<V, D>(): one element at a time, or vectors of operands that are dense and all float32, or of others.
+// f<V, D>(): one element at a time, or vectors of operands that are dense and all float32 or all bfloat16, or of other
+// ones.
 template <class T, class F>
 void with_access(bool vector, bool dense, int dtype, F&& f) {
   if constexpr (sizeof(T) == 4) {
-    constexpr int float32 = static_cast<int>(Dtype::float32);
+    constexpr int float32 = static_cast<int>(Dtype::float32), bfloat16 = static_cast<int>(Dtype::bfloat16);
     if (vector && dense && dtype == float32) return f.template operator()<kVector, float32>();
+    if (vector && dense && dtype == bfloat16) return f.template operator()<kVector, bfloat16>();
     if (vector) return f.template operator()<kVector, kMixed>();
   }
   f.template operator()<1, kMixed>();

@@ -229,6 +229,7 @@ void backward(const Wanted& to, const optional<Tensor>& grad_z, const optional<T
     if (p.layout.elements > 0) {
       std::array<Operand, P::kOperands> operands;
       std::copy(p.operand, p.operand + P::kOperands, operands.begin());
+      if (p.kl_spread) operands[P::kGradKl] = {};
       const bool dense_all = vector && is_dense<P::kOperands>(p.layout, dense);
       with_access<T>(vector, dense_all, common_dtype(operands), [&]<int V, int D>() {
         const auto gaussian_bwd_kernel = gaussian_backward<T, V, D>;
