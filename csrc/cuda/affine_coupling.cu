@@ -27,27 +27,29 @@ struct Forward {
   double* partial;  // (rows, chunks), null where a row is one chunk
 };
 
-template <class T, int V>
-__global__ void __launch_bounds__(kBlock, 2) coupling_forward(const __grid_constant__ Forward<T> p) {
+template <class T, int V, int D>
+__global__ void __launch_bounds__(kBlock, D == kMixed ? 2 : 3) coupling_forward(const __grid_constant__ Forward<T> p) {
   using P = Forward<T>;
   const Place place = place_of(p.tiles);
   double total = 0;
   for (int64_t item = place.first; item < place.last; item += place.step) {
     int64_t at[P::kOperands];
-    locate(p.layout, item * V, at);
+    locate_item<D != kMixed, V>(p.layout, item, at);
 #pragma unroll
     for (int n = 0; n < P::kOperands; ++n) at[n] += place.row * p.operand[n].batch;
-    if (p.pairing.paired) at[P::kShift] += V;
+    if (D == kMixed && p.pairing.paired) at[P::kShift] += V;
     T in[3][V], y[V];
-    load_all<T, V>({&p.operand[P::kX], &p.operand[P::kRaw], &p.operand[P::kShift]},
-                            {at[P::kX], at[P::kRaw], at[P::kShift]}, in);
-    separate(p.pairing, in[1], in[2]);
+    load_all<T, V, D>({&p.operand[P::kX], &p.operand[P::kRaw], &p.operand[P::kShift]},
+                      {at[P::kX], at[P::kRaw], at[P::kShift]}, in);
+    if constexpr (D == kMixed) separate(p.pairing, in[1], in[2]);
     Scale<T> scale[V];
     scales(p.map, in[1], scale);
+    with_order(p.map.inverse, p.map.shift_first, [&]<bool Inverse, bool ShiftFirst>() {
 #pragma unroll
-    for (int e = 0; e < V; ++e)
-      y[e] = coupled(p.map.constants, scale[e].s, in[0][e], in[2][e], p.map.inverse, p.map.shift_first);
-    store_one<T>(p.operand[P::kY], at[P::kY], y);
+      for (int e = 0; e < V; ++e)
+        y[e] = coupled(p.map.constants, scale[e].s, in[0][e], in[2][e], Inverse, ShiftFirst);
+    });
+    store_one<T, V, D>(p.operand[P::kY], at[P::kY], y);
 #pragma unroll
     for (int e = 0; e < V; ++e) total += scale[e].log_s;
   }
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kBlock, 2) coupling_forward(const __grid_const
     else p.logdet[place.row] =
         static_cast<T>(p.running.data ? load<T>(p.running, place.row * p.running.batch) + total : total);
   }
-  copy_passive<T, V>(p.passive, p.tiles, place);
+  copy_passive<T, V, D>(p.passive, p.tiles, place);
 }
 
 template <class T>
@@ -100,9 +102,13 @@ void forward(const Tensor& x, const Tensor& params, const optional<Tensor>& shif
     partial = empty({rows, p.tiles.chunks}, ScalarType::Double, x);
     p.partial = static_cast<double*>(partial->data_ptr());
   }
-  constexpr int kWide = sizeof(T) == 4 ? kVector : 1;
-  const auto affine_coupling_fwd_kernel = vector ? coupling_forward<T, kWide> : coupling_forward<T, 1>;
-  FASTFLOW_LAUNCH(affine_coupling_fwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
+  const std::array<Operand, 6> operands{p.operand[P::kX], p.operand[P::kRaw], p.operand[P::kShift], p.operand[P::kY],
+                                        p.passive.to, p.passive.from};
+  const bool dense = vector && is_dense<4>(p.layout, views) && p.passive.dense;
+  with_access<T>(vector, dense, common_dtype(operands), [&]<int V, int D>() {
+    const auto affine_coupling_fwd_kernel = coupling_forward<T, V, D>;
+    FASTFLOW_LAUNCH(affine_coupling_fwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
+  });
   if (!partial) return;
   const PartialSums sums{p.partial, rows, p.tiles.chunks};
   FASTFLOW_LAUNCH(finish_logdet<T>, finish_grid(sums), kBlock, 0, stream, sums, p.running, p.logdet);

@@ -7,7 +7,7 @@
 
 namespace fastflow {
 
-constexpr int kVector = 8;  // elements of a vector access: 16 bytes of a 16-bit dtype, twice 16 of float32
+constexpr int kVector = 4;  // elements of a vector access: 16 bytes of float32, which a warp then reads in one run
 
 enum Flag : int64_t { kInterleaved = 1, kShiftInFront = 2, kShiftFirst = 4, kInverse = 8 };
 
@@ -38,6 +38,13 @@ __device__ __forceinline__ void with_kind(Kind kind, F&& f) {
     case Kind::rational: return f.template operator()<Kind::rational>();
     case Kind::additive: return f.template operator()<Kind::additive>();
   }
+}
+
+// f<inverse, shift_first>(), chosen once for all elements of a thread.
+template <class F>
+__device__ __forceinline__ void with_order(bool inverse, bool shift_first, F&& f) {
+  if (inverse) return shift_first ? f.template operator()<true, true>() : f.template operator()<true, false>();
+  return shift_first ? f.template operator()<false, true>() : f.template operator()<false, false>();
 }
 
 // The eps and bounds of a map, on the scales or on their slopes.
@@ -76,17 +83,17 @@ __device__ __forceinline__ void separate(const Pairing& pairing, T (&raw)[V], T 
 }
 
 // Loads element or vector `at` of every operand that is there, zeros for the others.
-template <class T, int V, int N>
+template <class T, int V, int D, int N>
 __device__ __forceinline__ void load_all(const Operand* const (&from)[N], const int64_t (&at)[N], T (&values)[N][V]) {
   if constexpr (V > 1) {
     Packet<V> packets[N];
 #pragma unroll
     for (int n = 0; n < N; ++n)
-      if (from[n]->data) packets[n] = fetch<V>(*from[n], at[n]);
+      if (from[n]->data) packets[n] = fetch<V, D>(*from[n], at[n]);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       if (from[n]->data) {
-        decode(packets[n], from[n]->dtype, values[n]);
+        decode<V, D>(packets[n], from[n]->dtype, values[n]);
       } else {
 #pragma unroll
         for (int e = 0; e < V; ++e) values[n][e] = T(0);
@@ -98,9 +105,9 @@ __device__ __forceinline__ void load_all(const Operand* const (&from)[N], const 
   }
 }
 
-template <class T, int V>
+template <class T, int V, int D>
 __device__ __forceinline__ void store_one(const Operand& to, int64_t at, const T (&values)[V]) {
-  if constexpr (V > 1) store_vector(to, at, values);
+  if constexpr (V > 1) store_vector<V, D>(to, at, values);
   else store<T>(to, at, values[0]);
 }
 
@@ -123,6 +130,7 @@ struct Passive {
   Operand to, from;
   Layout<2> layout;
   int64_t items = 0;
+  bool dense = true;
 };
 
 // `vector`: whether the transformed part is accessed in vectors; false afterwards if the passive part can't be.
@@ -132,24 +140,40 @@ inline Passive passive_of(const View& from, const View& to, const Dims& sizes, b
   passive.layout = layout_of<2>(sizes, pair);
   Layout<2> dense = passive.layout;
   vector = vector && (passive.layout.elements == 0 || vectorise<2>(dense, pair, {1, 1}, kVector));
-  if (vector) passive.layout = dense;
+  if (vector) {
+    passive.layout = dense;
+    passive.dense = is_dense<2>(dense, pair);
+  }
   passive.items = passive.layout.elements / (vector ? kVector : 1);
   return passive;
 }
 
 // This thread's share; chunks of a row take equal parts.
-template <class T, int V>
+template <class T, int V, int D>
 __device__ __forceinline__ void copy_passive(const Passive& passive, const Tiles& tiles, const Place& place) {
   if (!place.inside) return;
   const int64_t share = (passive.items + tiles.chunks - 1) / tiles.chunks, begin = place.chunk * share;
   const int64_t end = begin + share < passive.items ? begin + share : passive.items;
   for (int64_t item = begin + (place.first - place.chunk * tiles.chunk_items); item < end; item += place.step) {
     int64_t at[2];
-    locate(passive.layout, item * V, at);
+    locate_item<D != kMixed, V>(passive.layout, item, at);
     T value[1][V];
-    load_all<T, V>({&passive.from}, {at[1] + place.row * passive.from.batch}, value);
-    store_one<T>(passive.to, at[0] + place.row * passive.to.batch, value[0]);
+    load_all<T, V, D>({&passive.from}, {at[1] + place.row * passive.from.batch}, value);
+    store_one<T, V, D>(passive.to, at[0] + place.row * passive.to.batch, value[0]);
   }
+}
+
+// f<V, D>(): one element at a time, or vectors of operands that are dense and all float32 or all bfloat16, or of other
+// ones.
+template <class T, class F>
+void with_access(bool vector, bool dense, int dtype, F&& f) {
+  if constexpr (sizeof(T) == 4) {
+    constexpr int float32 = static_cast<int>(Dtype::float32), bfloat16 = static_cast<int>(Dtype::bfloat16);
+    if (vector && dense && dtype == float32) return f.template operator()<kVector, float32>();
+    if (vector && dense && dtype == bfloat16) return f.template operator()<kVector, bfloat16>();
+    if (vector) return f.template operator()<kVector, kMixed>();
+  }
+  f.template operator()<1, kMixed>();
 }
 
 // Whether the halves alternate in memory along the layout's dense axis.

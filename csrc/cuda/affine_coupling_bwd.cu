@@ -4,13 +4,20 @@
 namespace fastflow {
 namespace {
 
-template <class T, int V>
+// Separate: the map has bounds, or is softplus.
+template <bool Separate, class T, int V>
 __device__ __forceinline__ void slopes(const Map<T>& map, const T (&raw)[V], ScaleSlope<T> (&scale)[V]) {
   with_kind(map.kind, [&]<Kind K>() {
+    if constexpr (Separate || K != Kind::softplus) {
 #pragma unroll
-    for (int e = 0; e < V; ++e) scale[e] = scale_slope<K, false, false>(map.constants, raw[e]);
+      for (int e = 0; e < V; ++e) scale[e] = scale_slope<K, false, false>(map.constants, raw[e]);
+    }
   });
-  limit(map, scale);
+  if constexpr (Separate) return limit(map, scale);
+  if (map.eps) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) scale[e] = with_eps(map.constants, scale[e]);
+  }
 }
 
 template <class T, int V>
@@ -41,47 +48,57 @@ struct Backward {
   Passive passive;
 };
 
-template <class T, int V>
-__global__ void __launch_bounds__(kBlock, 2) coupling_backward(const __grid_constant__ Backward<T> p) {
+template <class T, int V, int D>
+__global__ void __launch_bounds__(kBlock, D == kMixed ? 2 : 3)
+    coupling_backward(const __grid_constant__ Backward<T> p) {
   using P = Backward<T>;
   const Place place = place_of(p.tiles);
   if (!place.inside) return;
-  copy_passive<T, V>(p.passive, p.tiles, place);  // before the loop below: after it sm_100 spills
+  copy_passive<T, V, D>(p.passive, p.tiles, place);  // before the loop below: after it sm_100 spills
   const bool separate_slope = p.map.bounds || p.map.kind == Kind::softplus;
   const T gl = p.grad_logdet.data ? load<T>(p.grad_logdet, place.row * p.grad_logdet.batch) : T(0);
   for (int64_t item = place.first; item < place.last; item += place.step) {
     int64_t at[P::kOperands];
-    locate(p.layout, item * V, at);
+    locate_item<D != kMixed, V>(p.layout, item, at);
 #pragma unroll
     for (int n = 0; n < P::kOperands; ++n) at[n] += place.row * p.operand[n].batch;
-    if (p.pairing.paired) {
+    if (D == kMixed && p.pairing.paired) {
       at[P::kShift] += V;
       at[P::kGradShift] += V;
     }
     T in[4][V], grad[3][V];
-    load_all<T, V>({&p.operand[P::kX], &p.operand[P::kRaw], &p.operand[P::kShift], &p.operand[P::kGradY]},
-                            {at[P::kX], at[P::kRaw], at[P::kShift], at[P::kGradY]}, in);
-    separate(p.pairing, in[1], in[2]);
-    ScaleSlope<T> scale[V];
-    slopes(p.map, in[1], scale);
+    load_all<T, V, D>({&p.operand[P::kX], &p.operand[P::kRaw], &p.operand[P::kShift], &p.operand[P::kGradY]},
+                      {at[P::kX], at[P::kRaw], at[P::kShift], at[P::kGradY]}, in);
+    if constexpr (D == kMixed) separate(p.pairing, in[1], in[2]);
+    auto through_map = [&]<bool Separate>() {
+      ScaleSlope<T> scale[V];
+      slopes<Separate>(p.map, in[1], scale);
+      if (!p.operand[P::kGradY].data) {  // y is not used: exact zeros
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      CoupledGradient<T> g;
-      if (p.operand[P::kGradY].data)
-        g = coupled_gradient(p.map.constants, scale[e], in[3][e], gl, in[0][e], in[2][e], p.map.inverse,
-                             p.map.shift_first, separate_slope);
-      else
-        g = {T(0), log_gradient(scale[e], gl, p.map.inverse), T(0)};  // y is not used: exact zeros
-      grad[0][e] = g.x;
-      grad[1][e] = g.raw;
-      grad[2][e] = g.shift;
-    }
-    alternate(p.pairing, grad[1], grad[2]);
+        for (int e = 0; e < V; ++e) {
+          grad[0][e] = grad[2][e] = T(0);
+          grad[1][e] = log_gradient(scale[e], gl, p.map.inverse);
+        }
+        return;
+      }
+      with_order(p.map.inverse, p.map.shift_first, [&]<bool Inverse, bool ShiftFirst>() {
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          const CoupledGradient<T> g = coupled_gradient(p.map.constants, scale[e], in[3][e], gl, in[0][e], in[2][e],
+                                                        Inverse, ShiftFirst, Separate);
+          grad[0][e] = g.x;
+          grad[1][e] = g.raw;
+          grad[2][e] = g.shift;
+        }
+      });
+    };
+    if (separate_slope) through_map.template operator()<true>();
+    else through_map.template operator()<false>();
+    if constexpr (D == kMixed) alternate(p.pairing, grad[1], grad[2]);
 #pragma unroll
     for (int n = 0; n < 3; ++n)
-      if (p.operand[P::kGradX + n].data) store_one<T>(p.operand[P::kGradX + n], at[P::kGradX + n], grad[n]);
+      if (p.operand[P::kGradX + n].data) store_one<T, V, D>(p.operand[P::kGradX + n], at[P::kGradX + n], grad[n]);
   }
-  copy_passive<T, V>(p.passive, p.tiles, place);
 }
 
 template <class T>
@@ -128,12 +145,18 @@ void backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_logde
   if (!p.pairing.paired && map.inverse == map.shift_first) p.operand[P::kShift] = {};  // these gradients don't read it
   if (grad_logdet) p.grad_logdet = {grad_logdet->data_ptr(), grad_logdet->stride(0), dtype_of(*grad_logdet)};
   const int width = vector ? kVector : 1;
-  p.tiles = tile_rows(x.size(0), std::max(p.layout.elements / width, passes ? int64_t{1} : int64_t{0}), width);
+  p.tiles = tile_rows(x.size(0), std::max(p.layout.elements / width, passes ? int64_t{1} : int64_t{0}), width, false);
   p.tiles.items = p.layout.elements / width;
   const Stream stream(x);
-  constexpr int kWide = sizeof(T) == 4 ? kVector : 1;
-  const auto affine_coupling_bwd_kernel = vector ? coupling_backward<T, kWide> : coupling_backward<T, 1>;
-  FASTFLOW_LAUNCH(affine_coupling_bwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
+  std::array<Operand, P::kOperands + 2> operands;
+  std::copy(p.operand, p.operand + P::kOperands, operands.begin());
+  operands[P::kOperands] = p.passive.to;
+  operands[P::kOperands + 1] = p.passive.from;
+  const bool dense = vector && is_dense<7>(p.layout, views) && p.passive.dense;
+  with_access<T>(vector, dense, common_dtype(operands), [&]<int V, int D>() {
+    const auto affine_coupling_bwd_kernel = coupling_backward<T, V, D>;
+    FASTFLOW_LAUNCH(affine_coupling_bwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
+  });
 }
 
 }  // namespace

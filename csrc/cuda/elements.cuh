@@ -32,6 +32,27 @@ struct Operand {
   Dtype dtype = Dtype::float32;
 };
 
+// A kernel is compiled for operands of any layout and dtypes (kMixed), and for such as are dense and all of one dtype,
+// which then takes neither registers nor instructions.
+constexpr int kMixed = -1;
+
+template <int D>
+__device__ __forceinline__ Dtype known_dtype(Dtype dtype) {
+  return D == kMixed ? dtype : static_cast<Dtype>(D);
+}
+
+// The dtype of all operands that are there, or kMixed.
+template <class Operands>
+int common_dtype(const Operands& operands) {
+  int common = kMixed;
+  for (const Operand& operand : operands) {
+    if (operand.data == nullptr) continue;
+    if (common != kMixed && common != static_cast<int>(operand.dtype)) return kMixed;
+    common = static_cast<int>(operand.dtype);
+  }
+  return common;
+}
+
 // Element i. In double everything is float64: functional.py refuses mixtures.
 template <class T>
 __device__ __forceinline__ T load(const Operand& from, int64_t i) {
@@ -56,10 +77,10 @@ struct Packet {
   uint4 bits[V / 4];
 };
 
-template <int V>
+template <int V, int D = kMixed>
 __device__ __forceinline__ Packet<V> fetch(const Operand& from, int64_t i) {
   Packet<V> packet;
-  if (from.dtype == Dtype::float32) {
+  if (known_dtype<D>(from.dtype) == Dtype::float32) {
     const uint4* at = reinterpret_cast<const uint4*>(static_cast<const float*>(from.data) + i);
 #pragma unroll
     for (int part = 0; part < V / 4; ++part) packet.bits[part] = at[part];
@@ -76,8 +97,9 @@ __device__ __forceinline__ Packet<V> fetch(const Operand& from, int64_t i) {
   return packet;
 }
 
-template <int V>
-__device__ __forceinline__ void decode(const Packet<V>& packet, Dtype dtype, float (&values)[V]) {
+template <int V, int D = kMixed>
+__device__ __forceinline__ void decode(const Packet<V>& packet, Dtype of, float (&values)[V]) {
+  const Dtype dtype = known_dtype<D>(of);
   if (dtype == Dtype::float32) {
     __builtin_memcpy(values, packet.bits, sizeof(values));
     return;
@@ -91,10 +113,11 @@ __device__ __forceinline__ void decode(const Packet<V>& packet, Dtype dtype, flo
 }
 
 // Through the intrinsic __stwb, since nvcc takes some plain stores of vectors apart.
-template <int V>
+template <int V, int D = kMixed>
 __device__ __forceinline__ void store_vector(const Operand& to, int64_t i, const float (&values)[V]) {
   Packet<V> packet;
-  if (to.dtype == Dtype::float32) {
+  const Dtype dtype = known_dtype<D>(to.dtype);
+  if (dtype == Dtype::float32) {
     __builtin_memcpy(packet.bits, values, sizeof(values));
     uint4* at = reinterpret_cast<uint4*>(static_cast<float*>(to.data) + i);
 #pragma unroll
@@ -102,7 +125,7 @@ __device__ __forceinline__ void store_vector(const Operand& to, int64_t i, const
   } else {
     uint16_t halves[V];
 #pragma unroll
-    for (int e = 0; e < V; ++e) halves[e] = to.dtype == Dtype::float16 ? Half(values[e]).x : BFloat16(values[e]).x;
+    for (int e = 0; e < V; ++e) halves[e] = dtype == Dtype::float16 ? Half(values[e]).x : BFloat16(values[e]).x;
     __builtin_memcpy(packet.bits, halves, sizeof(halves));
     Half* at = static_cast<Half*>(to.data) + i;
     if constexpr (V == 8) __stwb(reinterpret_cast<uint4*>(at), packet.bits[0]);

@@ -22,8 +22,8 @@ struct Forward {
   double *kl_partial, *logq_partial;
 };
 
-template <class T, int V>
-__global__ void __launch_bounds__(kBlock, 2) gaussian_forward(const __grid_constant__ Forward<T> p) {
+template <class T, int V, int D>
+__global__ void __launch_bounds__(kBlock, D == kMixed ? 2 : 3) gaussian_forward(const __grid_constant__ Forward<T> p) {
   using P = Forward<T>;
   const Place place = place_of(p.tiles);
   const int64_t pair = p.rows_per_sample == 1 ? place.row : place.row / p.rows_per_sample;  // (k, b)
@@ -37,30 +37,36 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_forward(const __grid_const
   double kl_total = 0, logq_total = 0;
   for (int64_t item = place.first; item < place.last; item += place.step) {
     int64_t at[P::kOperands];
-    locate(p.layout, item * V, at);
+    locate_item<D != kMixed, V>(p.layout, item, at);
     const int64_t index = place.row * p.layout.elements + item * V;
-    T in[4][V], eps[V], z[V], kl[V], logq[V];
+    T in[4][V], eps[V], z[V], kl[V] = {}, logq[V] = {};
 #pragma unroll
-    for (int n = 0; n < 4; ++n) load_values<T>(p.operand[n], base[n] + at[n], in[n]);
-    if (p.operand[P::kEps].data) load_values<T>(p.operand[P::kEps], base[P::kEps] + at[P::kEps], eps);
+    for (int n = 0; n < 2; ++n) load_values<T, D>(p.operand[n], base[n] + at[n], in[n]);
+    if (p.operand[P::kEps].data) load_values<T, D>(p.operand[P::kEps], base[P::kEps] + at[P::kEps], eps);
     else draw(static_cast<uint64_t>(index), p.noise.offset, seed, eps);
+#pragma unroll
+    for (int n = 2; n < 4; ++n) load_values<T, D>(p.operand[n], base[n] + at[n], in[n]);
     with_scale(p.scale, [&]<int S>() {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         const auto sigma = gaussian::sigma_of<S>(in[1][e]);
         z[e] = math::fma(sigma.value, eps[e], in[0][e]);
-        logq[e] = -(T(gaussian::half_log_two_pi) + math::fma(T(0.5) * eps[e], eps[e], sigma.log));
+        if (wants_logq) logq[e] = -(T(gaussian::half_log_two_pi) + math::fma(T(0.5) * eps[e], eps[e], sigma.log));
+        if (!wants_kl) continue;
         if (has_prior) kl[e] = gaussian::kl_prior(in[0][e], sigma.log, in[2][e], gaussian::sigma_of<S>(in[3][e]));
         else kl[e] = gaussian::kl_standard(in[0][e], sigma.log);
       }
     });
-    if (p.z.data) store_values<T>(p.z, index, z);
-    if (p.drawn.data) store_values<T>(p.drawn, index, eps);
-    if (p.kl.data && wants_kl) store_values<T>(p.kl, index, kl);
+    if (p.z.data) store_values<T, D>(p.z, index, z);
+    if (p.drawn.data) store_values<T, D>(p.drawn, index, eps);
+    if (p.kl.data && wants_kl) store_values<T, D>(p.kl, index, kl);
+    if (wants_kl) {
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      kl_total += kl[e];
-      logq_total += logq[e];
+      for (int e = 0; e < V; ++e) kl_total += kl[e];
+    }
+    if (wants_logq) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) logq_total += logq[e];
     }
   }
   if (p.kl_sum || p.kl_partial) {
@@ -171,9 +177,13 @@ void forward(const Results& to, const Tensor& params, const optional<Tensor>& ra
       p.logq = nullptr;
     }
   }
-  constexpr int kWide = sizeof(T) == 4 ? kVector : 1;
-  const auto gaussian_fwd_kernel = vector ? gaussian_forward<T, kWide> : gaussian_forward<T, 1>;
-  FASTFLOW_LAUNCH(gaussian_fwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
+  std::array<Operand, P::kOperands + 3> operands{p.z, p.drawn, p.kl};
+  std::copy(p.operand, p.operand + P::kOperands, operands.begin() + 3);
+  const bool dense = vector && is_dense<P::kOperands>(p.layout, views);
+  with_access<T>(vector, dense, common_dtype(operands), [&]<int V, int D>() {
+    const auto gaussian_fwd_kernel = gaussian_forward<T, V, D>;
+    FASTFLOW_LAUNCH(gaussian_fwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
+  });
   if (!split_kl) kl_sums.results = 0;
   if (!split_logq) logq_sums.results = 0;
   const int64_t results = kl_sums.results + logq_sums.results;

@@ -63,22 +63,35 @@ __device__ __forceinline__ void draw(uint64_t index, uint64_t offset, uint64_t s
 }
 
 // Loads element or vector `at`; zeros where the operand is not there.
-template <class T, int V>
+template <class T, int D, int V>
 __device__ __forceinline__ void load_values(const Operand& from, int64_t at, T (&values)[V]) {
   if (!from.data) {
 #pragma unroll
     for (int e = 0; e < V; ++e) values[e] = T(0);
   } else if constexpr (V > 1) {
-    decode(fetch<V>(from, at), from.dtype, values);
+    decode<V, D>(fetch<V, D>(from, at), from.dtype, values);
   } else {
     values[0] = load<T>(from, at);
   }
 }
 
-template <class T, int V>
+template <class T, int D, int V>
 __device__ __forceinline__ void store_values(const Operand& to, int64_t at, const T (&values)[V]) {
-  if constexpr (V > 1) store_vector(to, at, values);
+  if constexpr (V > 1) store_vector<V, D>(to, at, values);
   else store<T>(to, at, values[0]);
+}
+
+// f<V, D>(): one element at a time, or vectors of operands that are dense and all float32 or all bfloat16, or of other
+// ones.
+template <class T, class F>
+void with_access(bool vector, bool dense, int dtype, F&& f) {
+  if constexpr (sizeof(T) == 4) {
+    constexpr int float32 = static_cast<int>(Dtype::float32), bfloat16 = static_cast<int>(Dtype::bfloat16);
+    if (vector && dense && dtype == float32) return f.template operator()<kVector, float32>();
+    if (vector && dense && dtype == bfloat16) return f.template operator()<kVector, bfloat16>();
+    if (vector) return f.template operator()<kVector, kMixed>();
+  }
+  f.template operator()<1, kMixed>();
 }
 
 // A host view of a tensor (K, B, D, *S) or, without a sample axis, (B, D, *S), and its stride along K.

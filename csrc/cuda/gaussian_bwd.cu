@@ -40,8 +40,9 @@ __device__ __forceinline__ ElementGradient<T> through_kl(T gkl, T mean, const ga
   return {gkl * slopes.mean, gkl * slopes.raw, gkl * slopes.prior_mean, gkl * slopes.prior_raw};
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_constant__ Backward<T> p) {
+template <class T, int V, int D>
+__global__ void __launch_bounds__(kBlock, D == kMixed ? 2 : 3)
+    gaussian_backward(const __grid_constant__ Backward<T> p) {
   using P = Backward<T>;
   const Place place = place_of(p.tiles);
   if (!place.inside) return;
@@ -54,18 +55,21 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_cons
       glogq += load<T>(p.grad_logq, k * p.grad_logq_sample + place.row * p.grad_logq.batch);
   for (int64_t item = place.first; item < place.last; item += place.step) {
     int64_t at[P::kOperands];
-    locate(p.layout, item * V, at);
+    locate_item<D != kMixed, V>(p.layout, item, at);
 #pragma unroll
     for (int n = 0; n < P::kOperands; ++n) at[n] += place.row * p.operand[n].batch;
+    T in[4][V], gkl[V], grad[4][V];  // on their way while the noise is drawn
+#pragma unroll
+    for (int n = 0; n < 4; ++n) load_values<T, D>(p.operand[n], at[n], in[n]);
     T gz_sum[V], gz_eps[V];
 #pragma unroll
     for (int e = 0; e < V; ++e) gz_sum[e] = gz_eps[e] = T(0);
     for (int64_t k = 0; has_z && k < p.samples; ++k) {
       T gz[V], eps[V];
-      load_values<T>(p.operand[P::kGradZ], at[P::kGradZ] + k * p.grad_z_sample, gz);
+      load_values<T, D>(p.operand[P::kGradZ], at[P::kGradZ] + k * p.grad_z_sample, gz);
       if (needs_eps) {
         const int64_t index = (k * p.batch + place.row) * p.layout.elements + item * V;
-        if (p.operand[P::kEps].data) load_values<T>(p.operand[P::kEps], at[P::kEps] + k * p.eps_sample, eps);
+        if (p.operand[P::kEps].data) load_values<T, D>(p.operand[P::kEps], at[P::kEps] + k * p.eps_sample, eps);
         else draw(static_cast<uint64_t>(index), p.noise.offset, seed, eps);
       }
 #pragma unroll
@@ -74,15 +78,13 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_cons
         if (needs_eps) gz_eps[e] += gz[e] * eps[e];
       }
     }
-    T in[4][V], gkl[V], grad[4][V];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) load_values<T>(p.operand[n], at[n], in[n]);
     if (has_kl && p.kl_spread) {
-      const T one = load<T>(p.operand[P::kGradKl], at[P::kGradKl]);
+      const Operand& kl = p.operand[P::kGradKl];
+      const T one = load<T>(kl, D == kMixed ? at[P::kGradKl] : place.row * kl.batch);
 #pragma unroll
       for (int e = 0; e < V; ++e) gkl[e] = one;
     } else {
-      load_values<T>(p.operand[P::kGradKl], at[P::kGradKl], gkl);
+      load_values<T, D>(p.operand[P::kGradKl], at[P::kGradKl], gkl);
     }
     with_scale(p.scale, [&]<int S>() {
 #pragma unroll
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_cons
 #pragma unroll
     for (int n = 0; n < 4; ++n)
       if (p.operand[P::kGradMean + n].data)
-        store_values<T>(p.operand[P::kGradMean + n], at[P::kGradMean + n], grad[n]);
+        store_values<T, D>(p.operand[P::kGradMean + n], at[P::kGradMean + n], grad[n]);
   }
 }
 
@@ -223,11 +225,16 @@ void backward(const Wanted& to, const optional<Tensor>& grad_z, const optional<T
                         vectorise<P::kOperands>(p.layout, dense, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, kVector);
     for (int n = 0; n < P::kOperands; ++n) p.operand[n] = views[n]->operand;
     const int width = vector ? kVector : 1;
-    p.tiles = tile_rows(batch, p.layout.elements / width, width);
+    p.tiles = tile_rows(batch, p.layout.elements / width, width, false);
     if (p.layout.elements > 0) {
-      constexpr int kWide = sizeof(T) == 4 ? kVector : 1;
-      const auto gaussian_bwd_kernel = vector ? gaussian_backward<T, kWide> : gaussian_backward<T, 1>;
-      FASTFLOW_LAUNCH(gaussian_bwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
+      std::array<Operand, P::kOperands> operands;
+      std::copy(p.operand, p.operand + P::kOperands, operands.begin());
+      if (p.kl_spread) operands[P::kGradKl] = {};
+      const bool dense_all = vector && is_dense<P::kOperands>(p.layout, dense);
+      with_access<T>(vector, dense_all, common_dtype(operands), [&]<int V, int D>() {
+        const auto gaussian_bwd_kernel = gaussian_backward<T, V, D>;
+        FASTFLOW_LAUNCH(gaussian_bwd_kernel, p.tiles.grid(), p.tiles.block, 0, stream, p);
+      });
     }
   }
   if (!shared_prior || (!to.prior_mean && !to.prior_raw)) return;

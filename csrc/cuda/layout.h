@@ -95,7 +95,7 @@ Layout<N> layout_of(const Dims& sizes, const std::array<const View*, N>& views, 
 }
 
 // Whether vector accesses serve: at most an outer and an inner axis, the inner one a whole number of vectors and dense
-// (`inner` elements apart: 2 for the halves of interleaved params, read as pairs), everything aligned to 16 bytes.
+// (`inner` elements apart: 2 for the halves of interleaved params, read as pairs), everything aligned to an access.
 // Then the layout gets exactly two axes.
 template <int N>
 bool vectorise(Layout<N>& layout, const std::array<const View*, N>& views, const std::array<int, N>& inner,
@@ -108,8 +108,9 @@ bool vectorise(Layout<N>& layout, const std::array<const View*, N>& views, const
     if (!operand.data) continue;
     const int64_t bytes = bytes_of(operand.dtype);
     const int64_t outer = layout.rank == 2 ? layout.stride[n][0] : 0;
-    if (layout.stride[n][last] != inner[n] || operand.batch * bytes % 16 != 0 || outer * bytes % 16 != 0 ||
-        reinterpret_cast<uintptr_t>(operand.data) % 16 != 0)
+    const int64_t access = std::min<int64_t>(16, width * bytes);
+    if (layout.stride[n][last] != inner[n] || operand.batch * bytes % access != 0 || outer * bytes % access != 0 ||
+        reinterpret_cast<uintptr_t>(operand.data) % static_cast<uintptr_t>(access) != 0)
       return false;
   }
   if (layout.rank == 1) {
@@ -150,6 +151,22 @@ __device__ __forceinline__ void locate(const Layout<N>& layout, int64_t i, int64
     }
     step(0, rest);
   }
+}
+
+// The same of vector `item` of V elements. Dense: see is_dense.
+template <bool Dense, int V, int N>
+__device__ __forceinline__ void locate_item(const Layout<N>& layout, int64_t item, int64_t (&offsets)[N]) {
+  if constexpr (!Dense) return locate(layout, item * V, offsets);
+#pragma unroll
+  for (int n = 0; n < N; ++n) offsets[n] = item * V;
+}
+
+// Whether a layout that `vectorise` made is one axis along which the elements of all operands are neighbours.
+template <int N>
+bool is_dense(const Layout<N>& layout, const std::array<const View*, N>& views) {
+  bool dense = layout.elements == 0 || layout.size[0] == 1;
+  for (int n = 0; n < N; ++n) dense = dense && (!views[n]->operand.data || layout.stride[n][1] == 1);
+  return dense;
 }
 
 }  // namespace fastflow

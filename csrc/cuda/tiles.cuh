@@ -18,21 +18,26 @@ constexpr int64_t kLeastChunk = 4096, kEnoughBlocks = 1024;
 struct Tiles {
   int64_t rows, items;
   int64_t chunks, chunk_items;
-  int group, block;  // threads of a row (a power of two), threads of a block
+  int group, block;  // threads of a row (a power of two), threads of a block (another)
+  int group_log2 = 0;
   int64_t grid() const {
     const int64_t rows_per_block = block / group;
     return (rows + rows_per_block - 1) / rows_per_block * chunks;
   }
 };
 
-inline Tiles tile_rows(int64_t rows, int64_t items, int64_t item_elements) {
+// `sums`: whether a row is summed, so that a split costs a second launch.
+inline Tiles tile_rows(int64_t rows, int64_t items, int64_t item_elements, bool sums = true) {
   Tiles tiles{rows, items, 1, std::max<int64_t>(kRowElements / item_elements, 1), 1, kBlock};
   while (tiles.group < kBlock && tiles.group < items) tiles.group *= 2;
   auto chunks = [&] { return std::max<int64_t>((items + tiles.chunk_items - 1) / tiles.chunk_items, 1); };
-  if (chunks() > 1)
+  if (!sums)
+    while (tiles.chunk_items > tiles.group && rows * chunks() < kEnoughBlocks) tiles.chunk_items /= 2;
+  else if (chunks() > 1)
     while (tiles.chunk_items * item_elements > kLeastChunk && rows * chunks() < kEnoughBlocks) tiles.chunk_items /= 2;
   tiles.chunks = chunks();
   while (tiles.block > 64 && tiles.block > tiles.group && tiles.grid() < 128) tiles.block /= 2;  // use more processors
+  while (1 << tiles.group_log2 < tiles.group) ++tiles.group_log2;
   return tiles;
 }
 
@@ -48,7 +53,7 @@ __device__ __forceinline__ Place place_of(const Tiles& tiles) {
   const int64_t block = static_cast<int64_t>(blockIdx.x);
   const int64_t row_block = tiles.chunks == 1 ? block : block / tiles.chunks;
   const int member = static_cast<int>(threadIdx.x) & (tiles.group - 1);
-  place.row = row_block * (tiles.block / tiles.group) + static_cast<int>(threadIdx.x) / tiles.group;
+  place.row = row_block * (tiles.block >> tiles.group_log2) + (static_cast<int>(threadIdx.x) >> tiles.group_log2);
   place.chunk = block - row_block * tiles.chunks;
   place.step = tiles.group;
   place.inside = place.row < tiles.rows;
