@@ -130,7 +130,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="folder for the JSON; none is written without it")
     parser.add_argument("--budget", type=float, default=150.0, help="seconds after which no further case begins")
-    parser.add_argument("--case-limit", type=float, default=60.0, help="seconds that a single case may take")
+    parser.add_argument("--case-limit", type=float, default=90.0, help="seconds that a single case may take")
     parser.add_argument("--only", action="append", default=[], metavar="PART",
                         help="only the cases whose name holds this, in the order given")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and end")

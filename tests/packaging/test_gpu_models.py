@@ -12,8 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import glow, gpu_models, page, realnvp, timing  # noqa: E402
-from benchmarks.gpu import measuring, tokens  # noqa: E402
 from benchmarks.gpu import glow as gpu_glow  # noqa: E402
+from benchmarks.gpu import measuring, tokens  # noqa: E402
 from benchmarks.gpu.unfused import UnfusedGlow  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -66,7 +66,8 @@ def test_a_case_that_raises_or_takes_too_long_is_reported_and_the_budget_kept(mo
     saved = []
     record = gpu_models.measure(["broken", "endless", "sound"], "cpu", True, 100, 0.2,
                                 lambda record: saved.append(json.loads(json.dumps(record))))
-    assert record["failed"] == {"broken": "RuntimeError: no such size", "endless": "TimeoutError: not done within 0.2 s"}
+    assert record["failed"] == {"broken": "RuntimeError: no such size",
+                                "endless": "TimeoutError: not done within 0.2 s"}
     assert [len(each["rows"]) for each in saved] == [0, 1, 2]
     assert record["rows"][1]["failed"] == {"eager": "No module named 'peer'"}
     none = gpu_models.measure(["broken", "sound"], "cpu", True, -1, 1, saved.append)
