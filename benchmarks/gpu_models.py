@@ -124,6 +124,11 @@ def show(row):
     sys.stdout.flush()
 
 
+def _named(part):
+    """The case of that name, or else all whose name holds it."""
+    return [part] if part in CASES else [name for name in CASES if part in name]
+
+
 def main(argv=None):
     """Run the cases; the exit status is 1 where fastflow itself raised."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_models", description=__doc__,
@@ -132,7 +137,7 @@ def main(argv=None):
     parser.add_argument("--budget", type=float, default=150.0, help="seconds after which no further case begins")
     parser.add_argument("--case-limit", type=float, default=90.0, help="seconds that a single case may take")
     parser.add_argument("--only", action="append", default=[], metavar="PART",
-                        help="only the cases whose name holds this, in the order given")
+                        help="only the case of this name, or else those whose name holds it, in the order given")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and end")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="small models, for a rehearsal")
@@ -146,7 +151,7 @@ def main(argv=None):
     if args.device == "cpu" and not args.tiny:
         print("gpu_models: --device cpu: these models are for a GPU; add --tiny for a rehearsal", file=sys.stderr)
         return 1
-    names = list(dict.fromkeys(name for part in args.only or [""] for name in CASES if part in name))
+    names = list(dict.fromkeys(name for part in args.only or [""] for name in _named(part)))
     if not names:
         print(f"gpu_models: --only {' '.join(args.only)} matches no case; see --list", file=sys.stderr)
         return 1

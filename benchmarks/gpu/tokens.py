@@ -79,7 +79,9 @@ class NeutralTokenFlow(nn.Module):
                                     for part in (_jet_coupling, _tarflow_coupling))
 
     def _params(self, network, x):
-        with torch.autocast(x.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        if self.dtype is None:
+            return network(x)
+        with torch.autocast(x.device.type, dtype=self.dtype):
             return network(x)
 
     def forward(self, x):
