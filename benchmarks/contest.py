@@ -10,14 +10,15 @@ from fastflow import engine
 LEARNING_RATE = 1e-5  # small, so that a model is much the same after some hundred timed steps
 
 
-def fused_adam(model, learning_rate=LEARNING_RATE):
+def fused_adam(model, learning_rate=LEARNING_RATE, **options):
     """The optimiser that every contender gets."""
-    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=learning_rate, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(parameters, lr=learning_rate, fused=True, **options)
 
 
-def training_step(model, x):
-    """A training step of any model whose call is log p(x), as a user writes it."""
-    optimizer = fused_adam(model)
+def training_step(model, x, **options):
+    """A training step of any model whose call is log p(x), as a user writes it; ``options`` are Adam's."""
+    optimizer = fused_adam(model, **options)
 
     def step():
         optimizer.zero_grad(set_to_none=True)

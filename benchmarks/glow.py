@@ -60,12 +60,13 @@ def settings(name):
             for setting, options in own.items() for name, memory_format in FORMATS.items()}
 
 
-def fastest_step(name, construct, x):
-    """A training step on x of the fastest setting of a peer; ``construct(**options)`` builds its model."""
+def fastest_step(name, construct, x, tries=5):
+    """A training step on x of the fastest setting of a peer, timed ``tries`` times each; ``construct(**options)``
+    builds its model."""
     def build(options, memory_format):
         model = construct(**options).to(memory_format=memory_format)
         return contest.training_step(model, x.contiguous(memory_format=memory_format))
-    return contest.best({setting: lambda c=choice: build(*c) for setting, choice in settings(name).items()})
+    return contest.best({setting: lambda c=choice: build(*c) for setting, choice in settings(name).items()}, tries)
 
 
 def _glow(n_steps, hidden_channels, batch):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import peers, table, toy2d
+from benchmarks.gpu import table as gpu_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
@@ -61,6 +62,13 @@ A training step of Glow 3x32x32, 3 levels x {n_steps} steps. A launch is a dispa
 nor an allocation, fastflow's own counted as the kernels that they declare: a lower bound of what a GPU launches, exact
 on any machine. "Of the flow" leaves out the conditioners and the optimiser. "MB kept" is what a forward pass keeps for
 backward, per image, on the CPU, parameters excluded, without recomputation. `python -m benchmarks.peer_launches`
+"""
+
+GPU_MODELS = """\
+float32 with TF32 matrix products and convolutions for everybody, or bfloat16 conditioners where that is said; the same
+fused Adam; medians of interleaved rounds in CUDA events. "Captured": the whole call as one CUDA graph. MFU is the
+model's FLOPs over the time and the peak of an H200 (494 TFLOP/s in TF32, 989 in bfloat16).
+`python -m benchmarks.gpu_models`
 """
 
 OPERATIONS = """\
@@ -138,6 +146,16 @@ def _no_gain(device, used):
     return [f"## No gain{where}", "", f"Every ratio above that is below {NO_GAIN}:", "", *(found or ["- none"]), ""]
 
 
+def _gpu_models():
+    """The section of the newest record of benchmarks.gpu_models; nothing where there is none."""
+    record = next(iter(records("cuda-gpu-models-*.json")), None)
+    if record is None:
+        return []
+    losses = gpu_table.no_gain(record, NO_GAIN)
+    lines = _section("Whole models on a GPU", GPU_MODELS, record, gpu_table.markdown)[:-1]
+    return [*lines, f"### No gain among these, every ratio below {NO_GAIN}", "", *(losses or ["- none"]), ""]
+
+
 def _arguments(record):
     return ", ".join(f"{key} {value}" for key, value in record["arguments"].items()) if record else ""
 
@@ -148,8 +166,8 @@ def render():
         next(iter(records(f"cpu-{name}-*.json")), None)
         for name in ("equal-time", "equal-steps", "toy2d", "peer-launches"))
     lines = [HEAD]
-    gpu = newest("cuda", lambda row: True)
-    if gpu is None:
+    gpu, models = newest("cuda", lambda row: "speedup_over" in row), _gpu_models()
+    if gpu is None and not models:
         lines += ["Nothing on this page has been measured on a GPU. Launches are counts, not times.", ""]
     lines += _section("Equal wall time", EQUAL_TIME.format(arguments=_arguments(equal_time)), equal_time,
                       table.equal_time)
@@ -161,6 +179,7 @@ def render():
                       table.launches)
     for device in ("cpu",) if gpu is None else ("cpu", "cuda"):
         lines += _device(device)
+    lines += models
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -29,8 +29,11 @@ def select(what, pattern):
 
 def machine(device):
     """What the figures were measured on, for the JSON's head."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
-                            cwd=Path(__file__).parent).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False,
+                                cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
     info = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": commit,
             "python": platform.python_version(), "torch": torch.__version__, "system": platform.platform(),
             "processor": _processor(), "cores": os.cpu_count(), "device": device}
@@ -59,7 +62,9 @@ def save(folder, name, content):
     paths = (folder / f"{stem}{suffix}.json" for suffix in itertools.chain([""], map("-{}".format, itertools.count(2))))
     path = next(p for p in paths if not p.exists() or
                 json.loads(p.read_text())["machine"]["processor"] == content["machine"]["processor"])
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    temporary = path.with_suffix(".tmp")  # a record that is written again is never half there
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
     print(f"written to {path}")
 
 

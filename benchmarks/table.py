@@ -100,7 +100,8 @@ def launches(results):
 def machine(results):
     """On what a file was measured, in a sentence."""
     info = results["machine"]
-    return (f"{info['processor']}, {info['cores']} cores, torch {info['torch']}, Python {info['python']}, "
+    gpu = f"{info['gpu']}, " if "gpu" in info else ""
+    return (f"{gpu}{info['processor']}, {info['cores']} cores, torch {info['torch']}, Python {info['python']}, "
             f"{info['date'][:10]}, commit {info['commit'][:10]}")
 
 

@@ -35,18 +35,22 @@ def _cuda_seconds(call, repeats):
 _MEASURES = {"cpu": _cpu_seconds, "wall": _wall_seconds, "cuda": _cuda_seconds}
 
 
-def interleave(variants, clock, rounds=15, warmup=3):
+def interleave(variants, clock, rounds=15, warmup=3, round_seconds=None):
     """Seconds per call of each variant, in every round. One that raises is left out from then on.
 
     Args:
         variants: {name: callable without arguments}.
         clock: "cpu" (process CPU time, for one thread on a shared machine), "wall" or "cuda".
+        rounds: that count; one more warms up.
+        warmup: calls of each variant before any is timed.
+        round_seconds: how long a variant is repeated within a round; None for ROUND_SECONDS.
 
     Returns:
         {name: [seconds, one per round]} of those that ran to the end, {name: what it raised, in a line} of the rest.
     """
     measure = _MEASURES[clock]
     repeats, samples, failed = {}, {name: [] for name in variants}, {}
+    round_seconds = ROUND_SECONDS if round_seconds is None else round_seconds
     for _ in range(rounds + 1):  # the first warms up and finds the repeats
         for name in list(samples):
             try:
@@ -56,7 +60,7 @@ def interleave(variants, clock, rounds=15, warmup=3):
                 for _ in range(warmup):
                     variants[name]()
                 seconds = measure(variants[name], 1)
-                repeats[name] = max(1, min(1000, int(ROUND_SECONDS / max(seconds, 1e-7))))
+                repeats[name] = max(1, min(1000, int(round_seconds / max(seconds, 1e-7))))
             except Exception as error:  # a baseline may lack a size, a library, memory: the others are still measured
                 failed[name] = first_line(error)
                 del samples[name]
