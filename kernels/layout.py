@@ -13,13 +13,16 @@ ONE_PROGRAM_UP_TO = 16384  # elements of a sample that one program adds up in it
 CHUNK = 8192  # elements of a program where a sample is shared among several
 REDUCE_BLOCK = 1024
 INT32_LIMIT = 2**31 - 2**16  # indices below it stay in 32 bits, a tile's padding included
+# Of every launch. Products and sums are fused where a kernel says so and nowhere else: which of them a compiler would
+# fuse differs between variants of one kernel, and would undo sums that keep their roundings.
+OPTIONS = {"enable_fp_fusion": False}
 
 
 def launch(kernel, programs, like, *args, **meta):
     """Run ``kernel`` as ``programs`` programs on grid axis 0, on ``like``'s device and its current stream."""
     if programs:
         with torch.cuda.device_of(like):
-            kernel[(programs,)](*args, **meta)
+            kernel[(programs,)](*args, **meta, **OPTIONS)
 
 
 def registers(count):
