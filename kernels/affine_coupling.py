@@ -77,7 +77,7 @@ def affine_coupling_fwd_kernel(
             target = offsets_of(rows, index, passive_sizes, passive_y_strides, passive_y_base, PASSIVE_RANK,
                                 PASSIVE_UNIT)
             tl.store(y_ptr + target, tl.load(passive_ptr + source, mask=inside, other=0.0), mask=inside)
-    sums = tl.sum(total, 1)[:, None]
+    sums = layout.row_sum(total, ROWS, BLOCK)
     if CHUNK:
         tl.store(out_ptr + rows * parts + part, sums, mask=rows < n_rows)
     else:

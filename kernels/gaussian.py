@@ -101,9 +101,9 @@ def gaussian_fwd_kernel(
         else:
             kl_total += tl.where(inside, kl, 0.0)
     if not ELEMENTWISE:
-        tl.store(kl_ptr + rows * parts + part, tl.sum(kl_total, 1)[:, None], mask=(rows < n_rows) & (k == 0))
+        tl.store(kl_ptr + rows * parts + part, layout.row_sum(kl_total, ROWS, BLOCK), mask=(rows < n_rows) & (k == 0))
     if logq_ptr is not None:
-        tl.store(logq_ptr + drawn_rows * parts + part, tl.sum(logq_total, 1)[:, None],
+        tl.store(logq_ptr + drawn_rows * parts + part, layout.row_sum(logq_total, ROWS, BLOCK),
                  mask=(rows < n_rows) & (k < n_samples))
 
 

@@ -169,10 +169,10 @@ def shared_prior_bwd_kernel(
         raw_total -= tl.where(inside, gkl * prior_pull, 0.0)
     if gprior_mean_ptr is not None:
         tl.store(gprior_mean_ptr + offsets_of(chunk, index, sizes, gprior_mean_strides, 0, RANK, UNIT),
-                 tl.sum(mean_total, 0)[None, :], mask=column_inside)
+                 layout.column_sum(mean_total, ROWS, BLOCK), mask=column_inside)
     if gprior_raw_ptr is not None:
         tl.store(gprior_raw_ptr + offsets_of(chunk, index, sizes, gprior_raw_strides, 0, RANK, UNIT),
-                 tl.sum(raw_total, 0)[None, :], mask=column_inside)
+                 layout.column_sum(raw_total, ROWS, BLOCK), mask=column_inside)
 
 
 @triton.jit(do_not_specialize=["n", "n_rows"])
@@ -199,8 +199,8 @@ def _column_sum(in_ptr, out_ptr, strides, out_strides, sizes, index, column_insi
         total += tl.load(in_ptr + offsets_of(rows, index, sizes, strides, 0, RANK, UNIT),
                          mask=(rows < n_rows) & column_inside, other=0.0)
     one = tl.zeros([1, 1], tl.int64)
-    tl.store(out_ptr + offsets_of(one, index, sizes, out_strides, 0, RANK, UNIT), tl.sum(total, 0)[None, :],
-             mask=column_inside)
+    tl.store(out_ptr + offsets_of(one, index, sizes, out_strides, 0, RANK, UNIT),
+             layout.column_sum(total, ROWS, BLOCK), mask=column_inside)
 
 
 def noise_arguments(eps, seed):

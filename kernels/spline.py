@@ -164,7 +164,7 @@ def spline_fwd_kernel(x_ptr, params_ptr, y_ptr, logdet_ptr, out_ptr, x_strides, 
         y = tl.where(outside, x, spline_map.confined(result, MAP[3]))
         tl.store(y_ptr + offsets_of(rows, index, sizes, y_strides, 0, RANK, UNIT), y, mask=inside)
         total += tl.where(inside & (outside == 0), maths.log(slope), 0.0)
-    sums = tl.sum(total, 1)[:, None]
+    sums = layout.row_sum(total, ROWS, BLOCK)
     if CHUNK:
         tl.store(out_ptr + rows * parts + part, sums, mask=rows < n_rows)
     else:
