@@ -125,6 +125,9 @@ def requested():
 def use_backend(name):
     """Run every operation inside on ``name``; one that can't raises RuntimeError and says why. None: choose freely.
 
+    The request is of the thread that makes it. What autograd computes again on a GPU in a thread of its own, as
+    reentrant activation checkpointing does, chooses freely unless the function computed again makes the request itself.
+
     Raises:
         ValueError: ``name`` is not a backend.
     """

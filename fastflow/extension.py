@@ -86,6 +86,7 @@ CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_co
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
+_LAUNCHABLE = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
 _libraries = {}  # keeps torch.library.Library objects, and with them the registrations, alive
 
 
@@ -164,12 +165,26 @@ def launchers():
 
 
 def kernel(backend, name):
-    """What runs op ``name`` on ``backend``: Triton's launcher itself in eager mode, else the operator."""
+    """What runs op ``name`` on ``backend``: for Triton in eager mode its launcher, where the operands have memory of
+    their own, else the operator."""
     if torch.compiler.is_compiling():
         _load_while_tracing(backend)
         return getattr(getattr(torch.ops, f"fastflow_{backend}"), name).default
-    found = launchers()[name] if backend == "triton" else load(backend)[name]
+    found = _launcher_or_operator(name) if backend == "triton" else load(backend)[name]
     return _observed(name, found) if observers else found
+
+
+@functools.cache
+def _launcher_or_operator(name):
+    """Triton's launcher, past the dispatcher and its cost; but the operator where a dispatch mode is active or an
+    argument is of another type than those that a launch takes, as a FakeTensor, which names a GPU and has no memory
+    there."""
+    launcher, operator = launchers()[name], load("triton")[name]
+
+    def call(*args):
+        plain = _LAUNCHABLE.issuperset(map(type, args)) and not torch._C._len_torch_dispatch_stack()
+        return (launcher if plain else operator)(*args)
+    return call
 
 
 def _observed(name, found):

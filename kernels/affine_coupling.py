@@ -56,7 +56,7 @@ def affine_coupling_fwd_kernel(
         t = scale_map.shift_of(t, MAP)
         s, log_s = scale_map.scale_and_log(r, MAP)
         if ORDER == 0:
-            y = x * s + t
+            y = tl.fma(x, s, t)
         elif ORDER == 4:
             y = (x + t) * s
         elif ORDER == 8:
@@ -77,7 +77,7 @@ def affine_coupling_fwd_kernel(
             target = offsets_of(rows, index, passive_sizes, passive_y_strides, passive_y_base, PASSIVE_RANK,
                                 PASSIVE_UNIT)
             tl.store(y_ptr + target, tl.load(passive_ptr + source, mask=inside, other=0.0), mask=inside)
-    sums = tl.sum(total, 1)[:, None]
+    sums = layout.row_sum(total, ROWS, BLOCK)
     if CHUNK:
         tl.store(out_ptr + rows * parts + part, sums, mask=rows < n_rows)
     else:
@@ -110,10 +110,15 @@ def affine_coupling_bwd_kernel(
     if raw_ptr is not None:
         r = tl.load(raw_ptr + offsets_of(rows, index, sizes, raw_strides, raw_base, RANK, UNIT), mask=inside,
                     other=0.0).to(dtype)
-    s, slope = scale_map.scale_and_slope(r, MAP)
+    s, own_slope, slope, in_bounds = scale_map.scale_and_slopes(r, MAP)
+    gl = zero
+    if gl_ptr is not None:
+        gl = gl + tl.load(gl_ptr + rows * gl_stride, mask=rows < n_rows, other=0.0).to(dtype)
+        if ORDER >= 8:
+            gl = -gl
     gx = zero
     gshift = zero
-    pull = zero  # the part of the gradient of log s that comes through y
+    graw = zero
     if gy_ptr is not None:
         gy = tl.load(gy_ptr + offsets_of(rows, index, sizes, gy_strides, gy_base, RANK, UNIT), mask=inside,
                      other=0.0).to(dtype)
@@ -131,21 +136,29 @@ def affine_coupling_bwd_kernel(
             gshift = gy
             if ORDER == 4:
                 gshift = gx
-            pull = gy * (x + t) * s
+            scaled = x + t  # what s multiplies
+            if MAP[14]:
+                graw = scale_map.gradient_of_both(gy * scaled, gl, own_slope, slope, in_bounds, MAP)
+            else:
+                graw = tl.fma(gx, scaled, gl) * slope
         else:
             gx = scale_map.maths.div(gy, s)
             gshift = -gx
             if ORDER == 12:
                 gshift = -gy
-            pull = -gy * scale_map.maths.div(x - t, s)
+            scaled = x - t  # what s divides
+            if MAP[14]:
+                through_s = -gx * scale_map.maths.div(scaled, s)
+                graw = scale_map.gradient_of_both(through_s, gl, own_slope, slope, in_bounds, MAP)
+            else:
+                # The zero is NaN at an infinite s, as the quotient's gradient is.
+                graw = tl.fma(-gx, scaled, tl.fma(s, zero, gl)) * slope
+    elif MAP[13]:
+        graw = tl.where(in_bounds, gl, 0.0) * slope
+    else:
+        graw = gl * slope
     if graw_ptr is not None:
-        if gl_ptr is not None:
-            gl = tl.load(gl_ptr + rows * gl_stride, mask=rows < n_rows, other=0.0).to(dtype)
-            if ORDER >= 8:
-                gl = -gl
-            pull = pull + gl
-        tl.store(graw_ptr + offsets_of(rows, index, sizes, graw_strides, graw_base, RANK, UNIT), pull * slope,
-                 mask=inside)
+        tl.store(graw_ptr + offsets_of(rows, index, sizes, graw_strides, graw_base, RANK, UNIT), graw, mask=inside)
     if gx_ptr is not None:
         tl.store(gx_ptr + offsets_of(rows, index, sizes, gx_strides, gx_base, RANK, UNIT), gx, mask=inside)
     if gshift_ptr is not None:

@@ -79,11 +79,11 @@ def gaussian_fwd_kernel(
         sigma, log_sigma = terms.sigma_and_log(raw, SCALE)
         target = drawn_rows * n * UNIT + index
         wanted = inside & (k < n_samples)
-        tl.store(z_ptr + target, mean + sigma * eps, mask=wanted)
+        tl.store(z_ptr + target, tl.fma(sigma, eps, mean), mask=wanted)
         if drawn_ptr is not None:
             tl.store(drawn_ptr + target, eps, mask=wanted)
         if logq_ptr is not None:
-            logq_total -= tl.where(inside, HALF_LOG_TWO_PI + 0.5 * eps * eps + log_sigma, 0.0)
+            logq_total -= tl.where(inside, HALF_LOG_TWO_PI + tl.fma(0.5 * eps, eps, log_sigma), 0.0)
         if prior_mean_ptr is not None:
             prior_mean = tl.load(prior_mean_ptr + offsets_within(
                 _row_starts(rows, channels, prior_mean_strides, 0, LEAD), index, sizes, prior_mean_strides, LEAD, RANK,
@@ -95,15 +95,15 @@ def gaussian_fwd_kernel(
             mean = maths.div(mean - prior_mean, prior_sigma)
             log_sigma = log_sigma - prior_log
         _, excess = maths.expm1_and_excess(2.0 * log_sigma)
-        kl = 0.5 * (mean * mean + excess)
+        kl = 0.5 * tl.fma(mean, mean, excess)
         if ELEMENTWISE:
             tl.store(kl_ptr + rows * n * UNIT + index, kl, mask=inside & (k == 0))
         else:
             kl_total += tl.where(inside, kl, 0.0)
     if not ELEMENTWISE:
-        tl.store(kl_ptr + rows * parts + part, tl.sum(kl_total, 1)[:, None], mask=(rows < n_rows) & (k == 0))
+        tl.store(kl_ptr + rows * parts + part, layout.row_sum(kl_total, ROWS, BLOCK), mask=(rows < n_rows) & (k == 0))
     if logq_ptr is not None:
-        tl.store(logq_ptr + drawn_rows * parts + part, tl.sum(logq_total, 1)[:, None],
+        tl.store(logq_ptr + drawn_rows * parts + part, layout.row_sum(logq_total, ROWS, BLOCK),
                  mask=(rows < n_rows) & (k < n_samples))
 
 

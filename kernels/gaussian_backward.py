@@ -74,41 +74,46 @@ def gaussian_bwd_kernel(
                                   mask=inside, other=0.0).to(dtype)
                 else:
                     eps = terms.noise(k * n_rows + rows, start, end, offset, seed, ALIGNED, BLOCK).to(dtype)
-                through_sigma, lost_sigma = _add(through_sigma, lost_sigma, gz * eps, MANY)
+                if MANY:
+                    through_sigma, lost_sigma = _add(through_sigma, lost_sigma, gz * eps, MANY)
+                else:
+                    through_sigma = tl.fma(gz, eps, through_sigma)
     raw = tl.load(raw_ptr + offsets_of(rows, index, sizes, raw_strides, raw_base, RANK, UNIT), mask=inside,
                   other=0.0).to(dtype)
     _, log_sigma, sigma_slope, log_slope = terms.with_slopes(raw, SCALE)
     gmean = through_mean
-    graw = through_sigma * sigma_slope
+    graw = tl.zeros([ROWS, BLOCK], dtype)
+    if gz_ptr is not None:
+        graw = through_sigma * sigma_slope
     if glogq_ptr is not None:
         total = tl.zeros([ROWS, 1], dtype)
         lost = total
         for count in range(n_samples):
             at = rows * glogq_stride + tl.cast(count, tl.int64) * glogq_step
             total, lost = _add(total, lost, tl.load(glogq_ptr + at, mask=rows < n_rows, other=0.0).to(dtype), MANY)
-        graw = graw - total * log_slope
+        graw = tl.fma(-total, log_slope, graw)
     if gkl_ptr is not None:
         gkl = tl.load(gkl_ptr + offsets_of(rows, index, sizes, gkl_strides, 0, RANK, UNIT, True), mask=inside,
                       other=0.0).to(dtype)
         distance = tl.load(mean_ptr + offsets_of(rows, index, sizes, mean_strides, mean_base, RANK, UNIT), mask=inside,
                            other=0.0).to(dtype)
         if prior_mean_ptr is None:
-            gmean = gmean + gkl * distance
-            graw = graw + gkl * maths.expm1(2.0 * log_sigma) * log_slope
+            gmean = tl.fma(gkl, distance, gmean)
+            graw = tl.fma(gkl, maths.expm1(2.0 * log_sigma) * log_slope, graw)
         else:
             prior_mean = tl.load(prior_mean_ptr + offsets_of(rows, index, sizes, prior_mean_strides, 0, RANK, UNIT),
                                  mask=inside, other=0.0).to(dtype)
             prior_raw = tl.load(prior_raw_ptr + offsets_of(rows, index, sizes, prior_raw_strides, 0, RANK, UNIT),
                                 mask=inside, other=0.0).to(dtype)
-            pull, prior_pull, growth = prior_terms(gkl, distance, log_sigma, prior_mean, prior_raw, SCALE)
-            gmean = gmean + pull
-            graw = graw + gkl * growth * log_slope
+            pull, prior_pull, growth = prior_terms(distance, log_sigma, prior_mean, prior_raw, SCALE)
+            gmean = tl.fma(gkl, pull, gmean)
+            graw = tl.fma(gkl, growth * log_slope, graw)
             if gprior_mean_ptr is not None:
-                tl.store(gprior_mean_ptr + offsets_of(rows, index, sizes, gprior_mean_strides, 0, RANK, UNIT), -pull,
-                         mask=inside)
+                tl.store(gprior_mean_ptr + offsets_of(rows, index, sizes, gprior_mean_strides, 0, RANK, UNIT),
+                         -gkl * pull, mask=inside)
             if gprior_raw_ptr is not None:
-                tl.store(gprior_raw_ptr + offsets_of(rows, index, sizes, gprior_raw_strides, 0, RANK, UNIT), prior_pull,
-                         mask=inside)
+                tl.store(gprior_raw_ptr + offsets_of(rows, index, sizes, gprior_raw_strides, 0, RANK, UNIT),
+                         -gkl * prior_pull, mask=inside)
     if gmean_ptr is not None:
         tl.store(gmean_ptr + offsets_of(rows, index, sizes, gmean_strides, gmean_base, RANK, UNIT), gmean, mask=inside)
     if graw_ptr is not None:
@@ -116,12 +121,16 @@ def gaussian_bwd_kernel(
 
 
 @triton.jit
-def prior_terms(gkl, mean, log_sigma, prior_mean, prior_raw, SCALE: tl.constexpr):
-    """(gradient of mean through the KL, of prior_raw, expm1(2 log(sigma / sigma_p)))."""
-    prior_sigma, prior_log, _, prior_slope = terms.with_slopes(prior_raw, SCALE)
+def prior_terms(mean, log_sigma, prior_mean, prior_raw, SCALE: tl.constexpr):
+    """Slopes of the KL: (by the mean, the negative of that by prior_raw, by log sigma = expm1(2 log(sigma / sigma_p))).
+
+    Non-finite values come out as in csrc/common/gaussian_map.h, kl_prior_slopes.
+    """
+    prior_sigma, prior_log, sigma_slope, log_slope = terms.with_slopes(prior_raw, SCALE)
     distance = maths.div(mean - prior_mean, prior_sigma)
+    pull = maths.div(distance, prior_sigma)
     growth = maths.expm1(2.0 * (log_sigma - prior_log))
-    return maths.div(gkl * distance, prior_sigma), -gkl * (distance * distance + growth) * prior_slope, growth
+    return pull, tl.fma(distance * pull, sigma_slope, growth * log_slope), growth
 
 
 @triton.jit(do_not_specialize=["mean_base", "raw_base", "n", "n_rows", "column_blocks"])
@@ -155,15 +164,15 @@ def shared_prior_bwd_kernel(
         gkl = tl.load(gkl_ptr + offsets_of(rows, index, sizes, gkl_strides, 0, RANK, UNIT, True), mask=inside,
                       other=0.0).to(dtype)
         _, log_sigma = terms.sigma_and_log(raw, SCALE)
-        pull, prior_pull, _ = prior_terms(gkl, mean, log_sigma, prior_mean, prior_raw, SCALE)
-        mean_total -= tl.where(inside, pull, 0.0)
-        raw_total += tl.where(inside, prior_pull, 0.0)
+        pull, prior_pull, _ = prior_terms(mean, log_sigma, prior_mean, prior_raw, SCALE)
+        mean_total -= tl.where(inside, gkl * pull, 0.0)
+        raw_total -= tl.where(inside, gkl * prior_pull, 0.0)
     if gprior_mean_ptr is not None:
         tl.store(gprior_mean_ptr + offsets_of(chunk, index, sizes, gprior_mean_strides, 0, RANK, UNIT),
-                 tl.sum(mean_total, 0)[None, :], mask=column_inside)
+                 layout.column_sum(mean_total, ROWS, BLOCK), mask=column_inside)
     if gprior_raw_ptr is not None:
         tl.store(gprior_raw_ptr + offsets_of(chunk, index, sizes, gprior_raw_strides, 0, RANK, UNIT),
-                 tl.sum(raw_total, 0)[None, :], mask=column_inside)
+                 layout.column_sum(raw_total, ROWS, BLOCK), mask=column_inside)
 
 
 @triton.jit(do_not_specialize=["n", "n_rows"])
@@ -190,8 +199,8 @@ def _column_sum(in_ptr, out_ptr, strides, out_strides, sizes, index, column_insi
         total += tl.load(in_ptr + offsets_of(rows, index, sizes, strides, 0, RANK, UNIT),
                          mask=(rows < n_rows) & column_inside, other=0.0)
     one = tl.zeros([1, 1], tl.int64)
-    tl.store(out_ptr + offsets_of(one, index, sizes, out_strides, 0, RANK, UNIT), tl.sum(total, 0)[None, :],
-             mask=column_inside)
+    tl.store(out_ptr + offsets_of(one, index, sizes, out_strides, 0, RANK, UNIT),
+             layout.column_sum(total, ROWS, BLOCK), mask=column_inside)
 
 
 def noise_arguments(eps, seed):

@@ -13,13 +13,16 @@ ONE_PROGRAM_UP_TO = 16384  # elements of a sample that one program adds up in it
 CHUNK = 8192  # elements of a program where a sample is shared among several
 REDUCE_BLOCK = 1024
 INT32_LIMIT = 2**31 - 2**16  # indices below it stay in 32 bits, a tile's padding included
+# Of every launch. Products and sums are fused where a kernel says so and nowhere else: which of them a compiler would
+# fuse differs between variants of one kernel, and would undo sums that keep their roundings.
+OPTIONS = {"enable_fp_fusion": False}
 
 
 def launch(kernel, programs, like, *args, **meta):
     """Run ``kernel`` as ``programs`` programs on grid axis 0, on ``like``'s device and its current stream."""
     if programs:
         with torch.cuda.device_of(like):
-            kernel[(programs,)](*args, **meta)
+            kernel[(programs,)](*args, **meta, **OPTIONS)
 
 
 def registers(count):
@@ -186,6 +189,32 @@ def offsets_within(outer, index, sizes, strides, LEAD: tl.constexpr, RANK: tl.co
     return outer + inner.to(tl.int64) * strides[LEAD + RANK - 1]
 
 
+@triton.jit
+def row_sum(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile [ROWS, BLOCK] summed along its rows: [ROWS, 1].
+
+    The order of tl.sum is the compiler's: it depends on how a tile lies in registers, and so on the width of loads,
+    which differs with strides and alignment. So neighbours are added two by two. The sums of 128 elements, which lie in
+    several warps, are added at once: in float64, which holds a sum of a few float32 whatever its order.
+    """
+    AT_ONCE: tl.constexpr = BLOCK >> 7 if tile.dtype == tl.float32 and BLOCK > 128 else 1
+    for level in tl.static_range(12):
+        if BLOCK >> level > AT_ONCE:
+            tile = tl.sum(tl.reshape(tile, [ROWS, BLOCK >> (level + 1), 2]), 2)
+    if AT_ONCE > 1:
+        tile = tl.sum(tile.to(tl.float64), 1).to(tl.float32)[:, None]
+    return tile
+
+
+@triton.jit
+def column_sum(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same of few rows along the columns: [1, BLOCK]."""
+    for level in tl.static_range(12):
+        if ROWS >> level > 1:
+            tile = tl.sum(tl.reshape(tile, [ROWS >> (level + 1), 2, BLOCK]), 1)
+    return tile
+
+
 @triton.jit(do_not_specialize=["carried_stride", "n_rows", "length"])
 def row_sums_kernel(partial_ptr, carried_ptr, carried_stride, out_ptr, n_rows, length,
                     NEGATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
@@ -196,7 +225,7 @@ def row_sums_kernel(partial_ptr, carried_ptr, carried_stride, out_ptr, n_rows, l
     for start in range(0, length, BLOCK):
         inside = (rows < n_rows) & (start + columns < length)
         total += tl.load(partial_ptr + (rows * length + start + columns), mask=inside, other=0.0)
-    store_row_totals(tl.sum(total, 1)[:, None], carried_ptr, carried_stride, out_ptr, rows, n_rows, NEGATE)
+    store_row_totals(row_sum(total, ROWS, BLOCK), carried_ptr, carried_stride, out_ptr, rows, n_rows, NEGATE)
 
 
 @triton.jit

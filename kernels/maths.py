@@ -1,12 +1,64 @@
 """Elementary functions for the kernels, float32 and float64, accurate to about 2 ulp.
 
-They use only IEEE additions, multiplications, correctly rounded divisions and bit casts, which Triton's interpreter
-and every GPU compute alike; none of the GPU's approximate units. NaN goes in and comes out; comparisons are written so
-that no clamp drops it. Polynomials are near-minimax fits, low-order coefficient first.
+They use only IEEE additions, multiplications, correctly rounded divisions, bit casts and fused multiply-adds where they
+are written (layout.launch keeps the compiler from fusing others, and Triton's interpreter rounds these twice); none of
+the GPU's approximate units. NaN goes in and comes out; comparisons are written so that no clamp drops it. Polynomials
+are near-minimax fits, low-order coefficient first.
 """
 
 import triton
 import triton.language as tl
+
+
+def _coefficients(*lowest_first):
+    """(degree, coefficients with the highest first) of a polynomial."""
+    return tl.constexpr((len(lowest_first) - 1, *lowest_first[::-1]))
+
+
+# x / log(2) + 1.5*2^52 or 1.5*2^23: the addition rounds to an integer, which the low bits then hold.
+ROUNDED_DOUBLE = _coefficients(6755399441055744.0, 1.4426950408889634)
+ROUNDED = _coefficients(12582912.0, 1.4426950408889634)
+EXP_DOUBLE = _coefficients(0.5, 0.16666666666666682, 0.04166666666666641, 0.008333333333318406, 0.0013888888889034138,
+                           0.0001984126989365887, 2.4801587024602334e-05, 2.7557237126052946e-06, 2.755752633769534e-07,
+                           2.511136404622323e-08, 2.0838614550920667e-09)
+EXP = _coefficients(0.5, 0.1666666567325592, 0.041666459292173386, 0.00833358708769083, 0.0013935324968770146,
+                    0.00019733213412109762)
+LOG_DOUBLE = _coefficients(0.6666666666666666, 0.399999999999992, 0.285714285717034, 0.22222222176039108,
+                           0.18181822566933334, 0.15384364411323728, 0.13342151152745754, 0.11579339042878495,
+                           0.12641946677973448)
+LOG = _coefficients(0.33333325386047363, -0.24999970197677612, 0.2000075876712799, -0.16669444739818573,
+                    0.1426442414522171, -0.12412004917860031, 0.11293134838342667, -0.11106569319963455,
+                    0.09506648778915405, -0.042166635394096375)
+ATAN_DOUBLE = _coefficients(-0.33333333333333326, 0.1999999999999769, -0.14285714285390586, 0.11111111088340106,
+                            -0.09090908150430978, 0.07692282892981459, -0.06666228751661067, 0.05877041419032631,
+                            -0.05218531224000396, 0.045040671351029994, -0.033486552238691646, 0.015207478168289466)
+ATAN = _coefficients(-0.33333316445350647, 0.19998487830162048, -0.14243824779987335, 0.10595833510160446,
+                     -0.060830339789390564)
+SINE = _coefficients(3.1415927410125732, -5.167712688446045, 2.5501625537872314, -0.5992020964622498,
+                     0.08100184798240662)
+COSINE = _coefficients(1.0, -4.934802055358887, 4.0587077140808105, -1.3350584506988525, 0.231429323554039)
+
+
+@triton.jit
+def polynomial(z, COEFFICIENTS: tl.constexpr):
+    """c0 + z*(c1 + z*(...)), each step rounded once."""
+    DEGREE: tl.constexpr = COEFFICIENTS[0]
+    p = tl.full([], COEFFICIENTS[1], z.dtype)
+    for i in tl.static_range(DEGREE):
+        p = tl.fma(z, p, tl.full([], COEFFICIENTS[i + 2], z.dtype))
+    return p
+
+
+@triton.jit
+def plus_multiple(c, a, FACTOR: tl.constexpr):
+    """c + a*FACTOR, rounded once."""
+    return tl.fma(a, tl.full([], FACTOR, a.dtype), c)
+
+
+@triton.jit
+def one_plus_multiple(a, FACTOR: tl.constexpr):
+    """1 + a*FACTOR, rounded once."""
+    return plus_multiple(tl.full([], 1.0, a.dtype), a, FACTOR)
 
 
 @triton.jit
@@ -38,43 +90,38 @@ def power_of_two(n, dtype: tl.constexpr):
 
 @triton.jit
 def exp_parts(x):
-    """(n, r, q): exp(x) = 2**n * (1 + r + q) with |r| <= log(2)/2 and q = exp(r) - 1 - r; n is int32."""
+    """(n, r, q): exp(x) = 2**n * (1 + r + q) with |r| <= log(2)/2 and q = exp(r) - 1 - r; n is int32.
+
+    The high part of n*log(2) is exact, fused or not, and so is its difference from x.
+    """
     if x.dtype == tl.float64:
-        shifted = x * 1.4426950408889634 + 6755399441055744.0  # adding 1.5*2^52 rounds to an integer
+        shifted = polynomial(x, ROUNDED_DOUBLE)
         n = (shifted.to(tl.int64, bitcast=True) - 0x4338000000000000).to(tl.int32)
         k = shifted - 6755399441055744.0
-        r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10
-        p = 2.511136404622323e-08 + r * 2.0838614550920667e-09
-        p = 2.755752633769534e-07 + r * p
-        p = 2.7557237126052946e-06 + r * p
-        p = 2.4801587024602334e-05 + r * p
-        p = 0.0001984126989365887 + r * p
-        p = 0.0013888888889034138 + r * p
-        p = 0.008333333333318406 + r * p
-        p = 0.04166666666666641 + r * p
-        p = 0.16666666666666682 + r * p
+        r = plus_multiple(plus_multiple(x, k, -6.93147180369123816490e-01), k, -1.90821492927058770002e-10)
+        p = polynomial(r, EXP_DOUBLE)
     else:
-        shifted = x * 1.4426950408889634 + 12582912.0  # 1.5*2^23
+        shifted = polynomial(x, ROUNDED)
         n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
         k = shifted - 12582912.0
-        r = (x - k * 0.693359375) - k * -2.12194440e-4
-        p = 0.0013935324968770146 + r * 0.00019733213412109762
-        p = 0.00833358708769083 + r * p
-        p = 0.041666459292173386 + r * p
-        p = 0.1666666567325592 + r * p
-    return n, r, r * r * (0.5 + r * p)
+        r = plus_multiple(plus_multiple(x, k, -0.693359375), k, 2.12194440e-4)
+        p = polynomial(r, EXP)
+    return n, r, r * r * p
 
 
 @triton.jit
 def exp(x):
     """exp(x), with gradual underflow."""
     if x.dtype == tl.float64:
-        inner = tl.where(x > 710.0, 710.0, tl.where(x < -750.0, -750.0, x))
+        n, r, q = exp_parts(tl.where(x < -750.0, -750.0, x))
+        beyond = x > 710.0
     else:
-        inner = tl.where(x > 89.0, 89.0, tl.where(x < -105.0, -105.0, x))
-    n, r, q = exp_parts(inner)
+        n, r, q = exp_parts(tl.where(x < -105.0, -105.0, x))
+        beyond = x > 89.0
     half = n >> 1
-    return (1.0 + (r + q)) * power_of_two(half, x.dtype) * power_of_two(n - half, x.dtype)
+    result = (1.0 + (r + q)) * power_of_two(half, x.dtype) * power_of_two(n - half, x.dtype)
+    # Chosen, not left to the products: a GPU's multiplication may take a factor of 1/2 behind it before it overflows.
+    return tl.where(beyond, float("inf"), result)
 
 
 @triton.jit
@@ -91,7 +138,7 @@ def expm1_parts(x):
     base = p - 1.0
     part = p * r
     partial = base + part
-    rest = p * q + tl.where(n > 1, base - (partial - part), part - (partial - base))
+    rest = tl.fma(p, q, tl.where(n > 1, base - (partial - part), part - (partial - base)))
     e = partial + rest
     return n, r, q, p, e, rest - (e - partial)
 
@@ -120,30 +167,15 @@ def log_parts(f, k):
     if f.dtype == tl.float64:
         s = f / (2.0 + f)
         z = s * s
-        p = 0.11579339042878495 + z * 0.12641946677973448
-        p = 0.13342151152745754 + z * p
-        p = 0.15384364411323728 + z * p
-        p = 0.18181822566933334 + z * p
-        p = 0.22222222176039108 + z * p
-        p = 0.285714285717034 + z * p
-        p = 0.399999999999992 + z * p
-        p = z * (0.6666666666666666 + z * p)
+        p = polynomial(z, LOG_DOUBLE)
         square = 0.5 * f * f
-        low = s * (square + p) + k * 1.90821492927058770002e-10
-        return k * 6.93147180369123816490e-01 - ((square - low) - f)
+        low = plus_multiple(s * tl.fma(z, p, square), k, 1.90821492927058770002e-10)
+        return plus_multiple(f - (square - low), k, 6.93147180369123816490e-01)
     else:
         z = f * f
-        p = 0.09506648778915405 + f * -0.042166635394096375
-        p = -0.11106569319963455 + f * p
-        p = 0.11293134838342667 + f * p
-        p = -0.12412004917860031 + f * p
-        p = 0.1426442414522171 + f * p
-        p = -0.16669444739818573 + f * p
-        p = 0.2000075876712799 + f * p
-        p = -0.24999970197677612 + f * p
-        p = 0.33333325386047363 + f * p
-        low = f * z * p + k * -2.12194440e-4
-        return f + (low - 0.5 * z) + k * 0.693359375
+        p = polynomial(f, LOG)
+        low = tl.fma(f * z, p, k * -2.12194440e-4)
+        return plus_multiple(f + plus_multiple(low, z, -0.5), k, 0.693359375)
 
 
 @triton.jit
@@ -172,7 +204,7 @@ def log1p(x):
     # log((1 + x)/2) + log 2 above 1/2 and log(2(1 + x)) - log 2 below -1/4: no rounding in forming the argument.
     high = x >= 0.5
     low = x < -0.25
-    f = tl.where(high, 0.5 * (x - 1.0), tl.where(low, 1.0 + 2.0 * x, x))
+    f = tl.where(high, 0.5 * (x - 1.0), tl.where(low, 1.0 + 2.0 * x, x))  # exact
     return log_parts(f, tl.where(high, 1.0, tl.where(low, -1.0, 0.0)).to(x.dtype))
 
 
@@ -206,7 +238,7 @@ def tanh_and_slope(x):
     t = div(-e, denominator)
     # First-order corrections for the tail of e and the rounding of the denominator, whose inverse is w = (1 + t)/2.
     w = 0.5 + 0.5 * t
-    t = t - w * (t * (e - (denominator - 2.0)) + 2.0 * w * tail)
+    t = tl.fma(-w, tl.fma(t, e - (denominator - 2.0), 2.0 * w * tail), t)
     ratio = div(1.0 + e, denominator)
     return tl.where(x < 0.0, -t, t), 4.0 * div(ratio, denominator)
 
@@ -222,28 +254,15 @@ def atan(x):
     v = div(top.to(x.dtype), bottom)
     z = v * v
     if x.dtype == tl.float64:
-        p = -0.033486552238691646 + z * 0.015207478168289466
-        p = 0.045040671351029994 + z * p
-        p = -0.05218531224000396 + z * p
-        p = 0.05877041419032631 + z * p
-        p = -0.06666228751661067 + z * p
-        p = 0.07692282892981459 + z * p
-        p = -0.09090908150430978 + z * p
-        p = 0.11111111088340106 + z * p
-        p = -0.14285714285390586 + z * p
-        p = 0.1999999999999769 + z * p
-        p = -0.33333333333333326 + z * p
+        p = polynomial(z, ATAN_DOUBLE)
         quarter = tl.full([], 0.7853981633974483, tl.float64)
         rest = tl.full([], 3.061616997868383e-17, tl.float64)
     else:
-        p = 0.10595833510160446 + z * -0.060830339789390564
-        p = -0.14243824779987335 + z * p
-        p = 0.19998487830162048 + z * p
-        p = -0.33333316445350647 + z * p
+        p = polynomial(z, ATAN)
         quarter = tl.full([], 0.7853981852531433, tl.float32)
         rest = tl.full([], -2.185569414336896e-08, tl.float32)
     turns = tl.where(high, 2.0, tl.where(middle, 1.0, 0.0)).to(x.dtype)
-    result = turns * quarter + (v + (v * z * p + turns * rest))
+    result = tl.fma(turns, quarter, v + tl.fma(v * z, p, turns * rest))
     return tl.where(x < 0.0, -result, result)
 
 
@@ -254,13 +273,8 @@ def cos_sin_turns(k):
     quadrant = (m + 0x400000) >> 23
     theta = (m - (quadrant << 23)).to(tl.float32) * 5.9604644775390625e-08
     z = theta * theta
-    p = -0.5992020964622498 + z * 0.08100184798240662
-    p = 2.5501625537872314 + z * p
-    p = -5.167712688446045 + z * p
-    s = theta * (3.1415927410125732 + z * p)
-    p = -1.3350584506988525 + z * 0.231429323554039
-    p = 4.0587077140808105 + z * p
-    c = 1.0 + z * (-4.934802055358887 + z * p)
+    s = theta * polynomial(z, SINE)
+    c = polynomial(z, COSINE)
     odd = (quadrant & 1) == 1
     cosine = tl.where(odd, s, c)
     sine = tl.where(odd, c, s)

@@ -45,9 +45,10 @@ def plu_weight_fwd_kernel(lower_ptr, upper_ptr, log_s_ptr, sign_s_ptr, perm_ptr,
         part = tl.zeros([TILE, TILE], out_ptr.dtype.element_ty)
         for term in range(start, tl.minimum(start + TERMS, size)):
             k = tl.zeros([1, 1], tl.int64) + term
-            part += _lower(lower_ptr, n, row, k, lower_strides, (i < size) & (k < size)) * _upper(
-                upper_ptr, log_s_ptr, sign_s_ptr, n, k, j, upper_strides, log_s_strides, sign_s_strides,
-                (k < size) & (j < size))
+            lower = _lower(lower_ptr, n, row, k, lower_strides, (i < size) & (k < size))
+            upper = _upper(upper_ptr, log_s_ptr, sign_s_ptr, n, k, j, upper_strides, log_s_strides, sign_s_strides,
+                           (k < size) & (j < size))
+            part = tl.fma(lower, upper, part)
         total += part
     tl.store(out_ptr + (n * size + i) * size + j, total, mask=(i < size) & (j < size))
 
@@ -73,12 +74,14 @@ def plu_weight_bwd_kernel(grad_ptr, lower_ptr, upper_ptr, log_s_ptr, sign_s_ptr,
             there = k < size
             g = tl.load(grad_ptr + n * grad_strides[0] + i * grad_strides[1] + k * grad_strides[2],
                         mask=(i < size) & there, other=0.0)
-            lower_part += g * _upper(upper_ptr, log_s_ptr, sign_s_ptr, n, j, k, upper_strides, log_s_strides,
-                                     sign_s_strides, there & (j < size))
+            upper = _upper(upper_ptr, log_s_ptr, sign_s_ptr, n, j, k, upper_strides, log_s_strides, sign_s_strides,
+                           there & (j < size))
+            lower_part = tl.fma(g, upper, lower_part)
             source = tl.load(perm_ptr + n * perm_strides[0] + k * perm_strides[1], mask=there, other=0)
             g = tl.load(grad_ptr + n * grad_strides[0] + k * grad_strides[1] + j * grad_strides[2],
                         mask=there & (j < size), other=0.0)
-            upper_part += _lower(lower_ptr, n, source, i, lower_strides, there & (i < size)) * g
+            lower = _lower(lower_ptr, n, source, i, lower_strides, there & (i < size))
+            upper_part = tl.fma(lower, g, upper_part)
         lower_total += lower_part
         upper_total += upper_part
     inside = (i < size) & (j < size)

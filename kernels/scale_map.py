@@ -1,4 +1,6 @@
-"""The scale maps of an affine coupling: s and log s of a raw conditioner output, and the slope of log s."""
+"""The scale maps of an affine coupling: s and log s of a raw conditioner output, and their slopes. Counterpart of
+csrc/common/scale_map.h.
+"""
 
 import functools
 import math
@@ -13,13 +15,16 @@ EXP, SIGMOID, TANH, ATAN, SOFTPLUS, RATIONAL, ADDITIVE = (tl.constexpr(i) for i 
 
 @functools.lru_cache(maxsize=256)
 def constants(kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain):
-    """The tuple MAP that a kernel is specialised for: the map's parameters and the logarithms that they need."""
+    """The tuple MAP that a kernel is specialised for: the map's parameters, the logarithms that they need, [13] whether
+    there are hard bounds, [14] whether ds/dr may differ from s * d log s/dr: with these, and for softplus where s or
+    d log s leaves the range."""
     log_gain = math.log(out_gain) if out_gain > 0 else 0.0
     log_eps = math.log(eps) if eps > 0 else 0.0
     log_min = math.log(hard_min) if hard_min > 0 else -math.inf
     log_max = math.log(hard_max) if 0 < hard_max < math.inf else math.inf
+    has_bounds = hard_min > -math.inf or hard_max < math.inf
     return (kind, gain, offset, out_gain, log_gain, clamp, eps, log_eps, hard_min, hard_max, log_min, log_max,
-            shift_gain)
+            shift_gain, has_bounds, has_bounds or kind == SOFTPLUS.value)
 
 
 @triton.jit
@@ -32,7 +37,7 @@ def shift_of(t, MAP: tl.constexpr):
 @triton.jit
 def _argument(r, MAP: tl.constexpr):
     if MAP[1] != 1.0 or MAP[2] != 0.0:
-        r = r * MAP[1] + MAP[2]
+        r = tl.fma(r, tl.full([], MAP[1], r.dtype), tl.full([], MAP[2], r.dtype))
     return r
 
 
@@ -87,15 +92,16 @@ def scale_and_log(r, MAP: tl.constexpr):
         s = s + EPS
         gap = log_s - MAP[7]
         log_s = tl.where(gap > 0.0, log_s, tl.full([], MAP[7], u.dtype)) + maths.log1p(maths.exp(-tl.abs(gap)))
-    if MAP[8] > float("-inf") or MAP[9] < float("inf"):
+    if MAP[13]:
         s = _bounded(s, MAP[8], MAP[9])
         log_s = _bounded(log_s, MAP[10], MAP[11])
     return s, log_s
 
 
 @triton.jit
-def scale_and_slope(r, MAP: tl.constexpr):
-    """(s, d log s / dr): the slope is that of log s after eps and bounds, 0 outside the bounds."""
+def scale_and_slopes(r, MAP: tl.constexpr):
+    """(s, ds/dr, d log s / dr, inside): the slopes are those before the hard bounds, ``inside`` says whether the bounds
+    let gradients through. Non-finite values come out where differentiating step by step gives them."""
     KIND: tl.constexpr = MAP[0]
     OUT_GAIN: tl.constexpr = MAP[3]
     CLAMP: tl.constexpr = MAP[5]
@@ -109,9 +115,11 @@ def scale_and_slope(r, MAP: tl.constexpr):
         if OUT_GAIN != 1.0:
             s = s * OUT_GAIN
     elif KIND == SOFTPLUS:
-        near, _, tail = maths.sigmoid_parts(u)
+        own_slope, _, tail = maths.sigmoid_parts(u)
         s = tl.where(u > 0.0, u, 0.0) + tail
-        slope = tl.where(u < -20.0, 1.0 - 0.5 * s, maths.div(near, s))
+        slope = tl.where(u < -20.0, 1.0 - 0.5 * s, maths.div(own_slope, s))
+        if MAP[1] != 1.0:
+            own_slope = own_slope * MAP[1]
     else:
         if KIND == EXP:
             log_s = u
@@ -131,20 +139,30 @@ def scale_and_slope(r, MAP: tl.constexpr):
                 log_s, slope = maths.tanh_and_slope(v)
             else:
                 log_s = maths.atan(v)
-                slope = maths.div(tl.full([], 1.0, u.dtype), 1.0 + v * v)
+                one = tl.full([], 1.0, u.dtype)
+                slope = maths.div(one, tl.fma(v, v, one))
             slope = slope * OUT_GAIN
             log_s = log_s * (CLAMP * OUT_GAIN)
         s = maths.exp(log_s)
-    lost = 0.0 * s  # the zero gradient of a bound; NaN where s overflowed, as in eager
-    if EPS != 0.0:
-        slope = maths.div(slope, 1.0 + maths.div(tl.full([], EPS, u.dtype), s))
-        s = s + EPS
-    if MAP[8] > float("-inf") or MAP[9] < float("inf"):
-        if KIND == SOFTPLUS:
-            lost = tl.zeros_like(s)
-        outside = (s < tl.full([], MAP[8], u.dtype)) | (s > tl.full([], MAP[9], u.dtype))
-        slope = tl.where(outside, lost, slope)
-        s = _bounded(s, MAP[8], MAP[9])
     if MAP[1] != 1.0:
         slope = slope * MAP[1]
-    return s, slope
+    if KIND != SOFTPLUS:
+        own_slope = s * slope
+    if EPS != 0.0:
+        share = maths.div(s, s + EPS)
+        slope = slope * tl.where(s == float("inf"), 1.0, share)
+        s = s + EPS
+    inside = s == s
+    if MAP[13]:
+        inside = ((s < tl.full([], MAP[8], u.dtype)) | (s > tl.full([], MAP[9], u.dtype))) == 0
+        s = _bounded(s, MAP[8], MAP[9])
+    return s, own_slope, slope, inside
+
+
+@triton.jit
+def gradient_of_both(to_s, to_log, own_slope, slope, inside, MAP: tl.constexpr):
+    """The gradient of r from those of s and of log s where MAP[14]."""
+    if MAP[13]:
+        to_s = tl.where(inside, to_s, 0.0)
+        to_log = tl.where(inside, to_log, 0.0)
+    return tl.fma(to_s, own_slope, to_log * slope)

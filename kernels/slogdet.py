@@ -48,11 +48,11 @@ def slogdet_kernel(weight_ptr, sign_ptr, logabsdet_ptr, inverse_ptr, matrix_stri
         if inverse_ptr is not None:
             pivot_row = tl.where(rows == step, 1.0, pivot_row).to(tl.float64)
             scaled = pivot_row / pivot
-            rest = tl.where(column == step, 0.0, a).to(tl.float64) - at[:, None] * scaled[None, :]
+            rest = tl.fma(-at[:, None], scaled[None, :], tl.where(column == step, 0.0, a).to(tl.float64))
             a = tl.where(is_pivot[:, None], tl.broadcast_to(scaled[None, :], [SIZE, SIZE]), rest)
         else:
             factor = tl.where(position <= step, 0.0, at).to(tl.float64) / pivot
-            a = a - factor[:, None] * pivot_row[None, :]
+            a = tl.fma(-factor[:, None], pivot_row[None, :], a)
     negative = (tl.sum((pivots < 0.0).to(tl.int32), 0) + swaps) & 1
     total = tl.sum(maths.log(tl.abs(pivots)), 0)
     sign = tl.where(negative == 1, -1.0, 1.0)

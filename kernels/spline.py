@@ -68,9 +68,9 @@ def _locate(params_ptr, offsets, step, value, inside, outside, MAP: tl.constexpr
     for k in range(BINS):
         h = _share(params_ptr, offsets, step, heights + k, h_peak, inside, outside, MAP)
         if MAP[1]:
-            knot = MAP[7] * h_inverse * h_sum + (position * MAP[6] - MAP[3])
+            knot = spline_map.knot(position, h_inverse, h_sum, MAP[7], MAP[6], MAP[3])
         elif RQ:
-            knot = MAP[5] * w_inverse * w_sum + (position * MAP[4] - MAP[3])
+            knot = spline_map.knot(position, w_inverse, w_sum, MAP[5], MAP[4], MAP[3])
         else:
             knot = tl.zeros_like(value) + (position * (2.0 * MAP[3] / BINS) - MAP[3])
         beyond = (value >= knot) | (k == 0)  # NaN: the first bin
@@ -101,15 +101,15 @@ def _place(number, widths, heights, raw0, raw1, MAP: tl.constexpr):
     _, h_inverse, h_own, h_before = heights
     BINS: tl.constexpr = MAP[2]
     position = number.to(h_own.dtype)
-    height = MAP[7] * h_inverse * h_own + MAP[6]
-    bottom = MAP[7] * h_inverse * h_before + (position * MAP[6] - MAP[3])
+    height = tl.fma(MAP[7] * h_inverse, h_own, tl.full([], MAP[6], h_own.dtype))
+    bottom = spline_map.knot(position, h_inverse, h_before, MAP[7], MAP[6], MAP[3])
     one = tl.full(height.shape, 1.0, height.dtype)
     if MAP[0] == spline_map.LINEAR:
         WIDTH: tl.constexpr = 2.0 * MAP[3] / BINS
         return position * WIDTH - MAP[3], one * WIDTH, bottom, height, one, one
     else:
-        width = MAP[5] * w_inverse * w_own + MAP[4]
-        left = MAP[5] * w_inverse * w_before + (position * MAP[4] - MAP[3])
+        width = tl.fma(MAP[5] * w_inverse, w_own, tl.full([], MAP[4], w_own.dtype))
+        left = spline_map.knot(position, w_inverse, w_before, MAP[5], MAP[4], MAP[3])
         end = one * MAP[11]
         d0 = tl.where(number == 0, end, spline_map.derivative_of(raw0, MAP))
         d1 = tl.where(number == BINS - 1, end, spline_map.derivative_of(raw1, MAP))
@@ -150,7 +150,7 @@ def spline_fwd_kernel(x_ptr, params_ptr, y_ptr, logdet_ptr, out_ptr, x_strides, 
         left, width, bottom, height, d0, d1 = _place(number, widths, heights, raw0, raw1, MAP)
         if MAP[0] == spline_map.LINEAR:
             slope = maths.div(height, width)
-            result = left + maths.div(value - bottom, slope) if MAP[1] else bottom + (value - left) * slope
+            result = left + maths.div(value - bottom, slope) if MAP[1] else tl.fma(value - left, slope, bottom)
         else:
             if MAP[1]:
                 theta = spline_map.theta_of_y(value, left, width, bottom, height, d0, d1)
@@ -158,13 +158,13 @@ def spline_fwd_kernel(x_ptr, params_ptr, y_ptr, logdet_ptr, out_ptr, x_strides, 
                 theta = maths.div(value - left, width)
             theta, s, _, denominator, _, slope = spline_map.point_at(theta, left, width, bottom, height, d0, d1)
             if MAP[1]:
-                result = left + theta * width
+                result = tl.fma(theta, width, left)
             else:
-                result = bottom + height * spline_map.share_at(theta, s, denominator, d0)
+                result = tl.fma(height, spline_map.share_at(theta, s, denominator, d0), bottom)
         y = tl.where(outside, x, spline_map.confined(result, MAP[3]))
         tl.store(y_ptr + offsets_of(rows, index, sizes, y_strides, 0, RANK, UNIT), y, mask=inside)
         total += tl.where(inside & (outside == 0), maths.log(slope), 0.0)
-    sums = tl.sum(total, 1)[:, None]
+    sums = layout.row_sum(total, ROWS, BLOCK)
     if CHUNK:
         tl.store(out_ptr + rows * parts + part, sums, mask=rows < n_rows)
     else:
@@ -177,7 +177,7 @@ def _store_size_gradients(params_ptr, offsets, step, gparams_ptr, goffsets, gste
     """Gradients of the raw sizes from parameter ``first`` on: softmax's, times the span. of_start: the gradient of what
     lies below the bin chosen, of_size: that of its size."""
     peak, inverse_sum, own, before = axis
-    mean = (of_start * before + of_size * own) * inverse_sum
+    mean = tl.fma(of_start, before, of_size * own) * inverse_sum
     factor = SPAN * inverse_sum
     for k in range(MAP[2]):
         raw = _raw(params_ptr, offsets, step, first + k, inside, outside, peak.dtype)
@@ -233,7 +233,7 @@ def spline_bwd_kernel(gy_ptr, gl_ptr, x_ptr, params_ptr, gx_ptr, gparams_ptr, x_
             theta = maths.div(value - left, width)
             operand = incoming * slope
             of_bottom = incoming
-        of_height = of_bottom * theta + maths.div(incoming_log, height)
+        of_height = tl.fma(of_bottom, theta, maths.div(incoming_log, height))
         of_left = zero
         of_width = zero
         of_d0 = zero

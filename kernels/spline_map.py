@@ -35,12 +35,19 @@ def exp_share(x):
 
 
 @triton.jit
+def knot(position, inverse_sum, before, SPAN: tl.constexpr, LEAST: tl.constexpr, BOUND: tl.constexpr):
+    """Where bin ``position`` begins: ``before`` is the sum of the exponentials of those before it."""
+    start = tl.fma(position, tl.full([], LEAST, position.dtype), tl.full([], -BOUND, position.dtype))
+    return tl.fma(SPAN * inverse_sum, before, start)
+
+
+@triton.jit
 def bounded_size(raw, MAP: tl.constexpr):
     """A raw width or height as softmax takes it."""
     if MAP[9] != 1.0:
         raw = raw * MAP[9]
     if MAP[10] != 0.0:
-        raw = maths.div(raw, 1.0 + tl.abs(raw) * (2.0 * MAP[10]))
+        raw = maths.div(raw, maths.one_plus_multiple(tl.abs(raw), 2.0 * MAP[10]))
     return raw
 
 
@@ -49,7 +56,8 @@ def bounded_size_slope(raw, MAP: tl.constexpr):
     """d bounded_size / d raw."""
     slope = tl.full(raw.shape, MAP[9], raw.dtype)
     if MAP[10] != 0.0:
-        inverse = maths.div(tl.full(raw.shape, 1.0, raw.dtype), 1.0 + tl.abs(raw * MAP[9]) * (2.0 * MAP[10]))
+        inverse = maths.div(tl.full(raw.shape, 1.0, raw.dtype),
+                            maths.one_plus_multiple(tl.abs(raw * MAP[9]), 2.0 * MAP[10]))
         slope = slope * inverse * inverse
     return slope
 
@@ -58,7 +66,7 @@ def bounded_size_slope(raw, MAP: tl.constexpr):
 def derivative_of(raw, MAP: tl.constexpr):
     """The slope at a knot of this raw slope."""
     if MAP[10] != 0.0:
-        return MAP[8] + maths.exp(maths.div(raw, 1.0 + tl.abs(raw) * MAP[10]))
+        return MAP[8] + maths.exp(maths.div(raw, maths.one_plus_multiple(tl.abs(raw), MAP[10])))
     else:
         return MAP[8] + maths.softplus(raw)
 
@@ -67,7 +75,7 @@ def derivative_of(raw, MAP: tl.constexpr):
 def derivative_slope(raw, MAP: tl.constexpr):
     """d derivative_of / d raw."""
     if MAP[10] != 0.0:
-        inverse = maths.div(tl.full(raw.shape, 1.0, raw.dtype), 1.0 + tl.abs(raw) * MAP[10])
+        inverse = maths.div(tl.full(raw.shape, 1.0, raw.dtype), maths.one_plus_multiple(tl.abs(raw), MAP[10]))
         return maths.exp(raw * inverse) * inverse * inverse
     else:
         near, _, _ = maths.sigmoid_parts(raw)
@@ -77,11 +85,11 @@ def derivative_slope(raw, MAP: tl.constexpr):
 @triton.jit
 def point_at(theta, left, width, bottom, height, d0, d1):
     s = maths.div(height, width)
-    bend = (d0 + d1) - 2.0 * s
+    bend = maths.plus_multiple(d0 + d1, s, -2.0)
     rest = 1.0 - theta
     both = theta * rest
-    denominator = s + bend * both
-    numerator = d1 * theta * theta + 2.0 * s * both + d0 * rest * rest
+    denominator = tl.fma(bend, both, s)
+    numerator = tl.fma(d1 * theta, theta, tl.fma(2.0 * s, both, d0 * rest * rest))
     ratio = maths.div(s, denominator)
     return theta, s, bend, denominator, numerator, numerator * ratio * ratio
 
@@ -89,7 +97,7 @@ def point_at(theta, left, width, bottom, height, d0, d1):
 @triton.jit
 def share_at(theta, s, denominator, d0):
     """f within its bin as a share of the height."""
-    return maths.div(s * theta * theta + d0 * (theta * (1.0 - theta)), denominator)
+    return maths.div(tl.fma(s * theta, theta, d0 * (theta * (1.0 - theta))), denominator)
 
 
 @triton.jit
@@ -97,9 +105,9 @@ def theta_of_y(y, left, width, bottom, height, d0, d1):
     """Where f takes the value y."""
     eta = maths.div(y - bottom, height)
     s = maths.div(height, width)
-    bend = (d0 + d1) - 2.0 * s
-    b = d0 - eta * bend
-    square = b * b + 4.0 * ((s - d0) + eta * bend) * s * eta
+    bend = maths.plus_multiple(d0 + d1, s, -2.0)
+    b = tl.fma(-eta, bend, d0)
+    square = tl.fma(b, b, 4.0 * tl.fma(eta, bend, s - d0) * s * eta)
     # Not negative but by rounding; NaN stays.
     return maths.div(2.0 * s * eta, b + maths.sqrt(tl.where(square < 0.0, 0.0, square)))
 
@@ -125,22 +133,24 @@ def rational_quadratic_gradient(place, point, incoming, incoming_log, INVERSE: t
     per_numerator = maths.div(one, numerator)
     per_width = maths.div(one, width)
     middle = 1.0 - 2.0 * t  # d a / d t
-    log_theta = 2.0 * ((d1 * t + (s * middle - d0 * u)) * per_numerator - bend * middle * per_denominator)
+    log_theta = 2.0 * (tl.fma(d1, t, tl.fma(s, middle, -d0 * u)) * per_numerator - bend * middle * per_denominator)
     if INVERSE:
-        operand = maths.div(incoming + incoming_log * (log_theta * per_width), slope)
+        operand = maths.div(tl.fma(incoming_log, log_theta * per_width, incoming), slope)
         of_f = -operand
         of_theta = -incoming * width
     else:
         of_f = incoming
-        of_theta = incoming * slope * width + incoming_log * log_theta
+        of_theta = tl.fma(incoming * slope, width, incoming_log * log_theta)
         operand = of_theta * per_width
     of_share = of_f * height * per_denominator * per_denominator
     log_both = 2.0 * a * per_denominator
     log_s = maths.div(2.0, s) + 2.0 * (a * per_numerator - (1.0 - 2.0 * a) * per_denominator)
-    of_s = of_share * a * (d1 * t * t - d0 * u * u) + incoming_log * log_s
+    of_s = tl.fma(of_share * a, d1 * t * t - d0 * u * u, incoming_log * log_s)
     # Numerator and denominator side by side, so that infinite slopes give the NaN that they are.
-    of_d0 = of_share * a * (s * u * u + d1 * a) + incoming_log * ((u * u - log_both * numerator) * per_numerator)
-    of_d1 = incoming_log * ((t * t - log_both * numerator) * per_numerator) - of_share * a * (s * t * t + d0 * a)
-    of_width = -(of_theta * t + of_s * s) * per_width
-    of_height = of_f * share_at(t, s, denominator, d0) + of_s * per_width
+    of_d0 = tl.fma(of_share * a, tl.fma(s * u, u, d1 * a),
+                   incoming_log * (tl.fma(-log_both, numerator, u * u) * per_numerator))
+    of_d1 = tl.fma(-of_share * a, tl.fma(s * t, t, d0 * a),
+                   incoming_log * (tl.fma(-log_both, numerator, t * t) * per_numerator))
+    of_width = -tl.fma(of_theta, t, of_s * s) * per_width
+    of_height = tl.fma(of_f, share_at(t, s, denominator, d0), of_s * per_width)
     return operand, -of_theta * per_width, of_width, of_f, of_height, of_d0, of_d1

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 
-from fastflow import functional, reference
+from fastflow import backends, functional, reference
 from fastflow.functional import ScaleMap
 
 # Ops whose kernels take no half precision.
@@ -226,6 +226,18 @@ MLP_CASES = (mlp_case("mlp", (5, 19, 8, 7), activation="tanh"),
              mlp_case("wide_relu", (4, 6, 5, 2), op="wide_mlp", activation="relu"))
 # With the operations that have no kernel on a GPU.
 CPU_CASES = CASES + CONV_CASES + ACTIVATED_CASES + BERNOULLI_CASES + MLP_CASES
+
+
+def no_kernel(backend, op, size=0):
+    """Why ``backend`` has no kernel of ``op`` on a GPU (for slogdet: of matrices of this size), or None."""
+    if backend not in ("triton", "cuda"):
+        return None
+    served = backends.PREFERENCE.get((op, "cuda"), ())
+    if backend not in served:
+        return f"{op} has no {backend} kernel" if served else f"{op} has no kernel on a GPU"
+    if backend == "triton" and op.startswith("slogdet") and size > backends.TRITON_MAX:
+        return f"the Triton kernel refuses {size}x{size} matrices, which do not fit in registers"
+    return None
 
 
 @contextlib.contextmanager

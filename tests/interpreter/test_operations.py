@@ -1,9 +1,12 @@
 """The public operations on the Triton backend: every case of tests/cases.py, with autograd around the kernels."""
 
+import contextlib
+
 import cases
 import layouts
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastflow import backends
 
@@ -23,6 +26,28 @@ def test_values_and_gradients(case, dtype):
     tensors = case.tensors(dtype)
     assert backends.explain(case.op, *tensors.values()).startswith("triton")
     cases.check_by_ratio(case, tensors, cotangents=cases.cotangents_of(case, tensors))
+
+
+@pytest.mark.parametrize("case", cases.TRITON_CASES, ids=str)
+def test_fake_tensors_are_planned_and_no_kernel_reads_them(case, launches):
+    """Inside their mode and outside it, forward and backward."""
+    tensors = case.tensors(torch.float32)
+    results, grads = cases.evaluate(case, tensors, cotangents=cases.cotangents_of(case, tensors))
+    mode, planned = FakeTensorMode(), []
+    launches.clear()
+    fake = {name: mode.from_tensor(t) for name, t in tensors.items()}
+    for context in (mode, contextlib.nullcontext()):
+        with context:
+            leaves = {name: t.detach().requires_grad_(name in case.differentiable) for name, t in fake.items()}
+            out = dict(zip(case.outputs, case.call(leaves), strict=True))
+            found = torch.autograd.grad([t.sum() for t in out.values() if t.requires_grad],
+                                        [leaves[name] for name in case.differentiable])
+        planned.append((out, dict(zip(case.differentiable, found, strict=True))))
+    assert not launches
+    for plan, real in ((p, r) for pair in planned for p, r in zip(pair, (results, grads), strict=True)):
+        for name, t in plan.items():
+            assert isinstance(t, FakeTensor) and t.shape == real[name].shape and t.dtype == real[name].dtype
+            assert real is grads or t.stride() == real[name].stride(), name
 
 
 @pytest.mark.parametrize("case", cases.AFFINE_CASES + cases.GAUSSIAN_CASES, ids=str)

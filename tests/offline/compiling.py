@@ -53,7 +53,8 @@ def launches_of(call):
     """The (kernel, args, meta) of every launch that ``call()`` makes; nothing runs."""
     recorded = []
     real = layout.launch
-    layout.launch = lambda kernel, programs, like, *args, **meta: recorded.append((kernel, args, meta))
+    layout.launch = lambda kernel, programs, like, *args, **meta: recorded.append(
+        (kernel, args, {**meta, **layout.OPTIONS}))
     try:
         call()
     finally:

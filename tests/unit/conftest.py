@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import no_kernel
 
 from fastflow import backends
 
@@ -20,9 +21,15 @@ def one_thread():
 
 
 def _enter(request):
-    name, case = request.param, getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
-    if name in ("triton", "cuda") and case is not None and (case.op, "cuda") not in backends.PREFERENCE:
-        pytest.skip(f"{case.op} has no kernel on a GPU")
+    """Choose the backend, unless it has no kernel for the test's case, or for the one op that a module is about, its
+    OP, at the test's ``size``."""
+    name, params = request.param, request.node.callspec.params
+    case, op, size = params.get("case"), getattr(request.module, "OP", None), params.get("size", 0)
+    if case is not None:
+        op, size = case.op, case.shapes["weight"][-1] if case.op.startswith("slogdet") else 0
+    reason = op and no_kernel(name, op, size)
+    if reason:
+        pytest.skip(reason)
     if not backends.available()[name]:
         pytest.skip(f"{name}: {backends.status()[name]}")
     return backends.use_backend(name)

@@ -3,9 +3,10 @@
 import itertools
 
 import pytest
+import range_checks
 import torch
 from cases import Case, check_by_ratio, cotangents_of, evaluate, upcast
-from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_bitwise, assert_by_ratio, assert_elementwise
+from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_bitwise, assert_by_ratio
 
 from fastflow import reference
 from fastflow.functional import ScaleMap, affine_coupling
@@ -148,43 +149,10 @@ def test_own_channels_pass_as_a_tensor_in_front_or_behind(dtype, memory, backend
                 assert_bitwise(out, expected, f"gradient for passive={kept}, {used}")
 
 
-EDGES = [0.0, 1e-30, 1e-6, 1e-3, 0.1, 0.5, 1.0, 2.0, 5.0, 9.0, 11.0, 16.6, 20.0, 30.0, 50.0, 80.0, 86.0, 87.3, 88.7,
-         89.0, 95.0, 103.0, 104.0, 200.0, 1e4, 1e30]
-
-
-def sweep(dtype, device):
-    """Raw values one per batch entry: the edges of both signs and a dense range."""
-    grid = torch.cat([torch.tensor(EDGES), -torch.tensor(EDGES), torch.linspace(-30, 30, 4001),
-                      torch.logspace(-8, 2, 500), -torch.logspace(-8, 2, 500)])
-    return grid.double().to(device, dtype)[:, None]
-
-
-@pytest.mark.parametrize("scale", [MAPS[name] for name in ("exp", "sigmoid", "tanh", "atan", "softplus", "rational",
-                                                           "sigmoid_eps", "exp_eps")],
-                         ids=lambda s: s if isinstance(s, str) else s.kind + "_eps")
+@pytest.mark.parametrize("scale", range_checks.MAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scale_log_scale_and_derivatives_over_the_whole_range(scale, dtype, fused, device):
-    """With x = 1 and t = 0, y is s and the log-det log s, element by element; so are the two parts of the gradient. s
-    within a few roundings of itself, however small; log s and its derivative of themselves or 1, s's derivative of
-    s."""
-    raw = sweep(dtype, device).requires_grad_()
-    wide = raw.detach().double().requires_grad_()
-
-    def run(function, r, inverse):
-        one = torch.ones_like(r)
-        y, logdet = function(one, (r, torch.zeros_like(one)), scale=scale, inverse=inverse)
-        by_logdet, by_y = (torch.autograd.grad(o.sum(), r, retain_graph=True)[0] for o in (logdet, y))
-        return {"y": y[:, 0], "logdet": logdet, "d logdet": by_logdet[:, 0], "d y": by_y[:, 0]}
-
-    for inverse in (False, True):
-        got, eager = run(affine_coupling, raw, inverse), run(reference.affine_coupling, raw, inverse)
-        truth = run(reference.affine_coupling, wide, inverse)
-        relative_to = {"y": 0.0, "logdet": 1.0, "d logdet": 1.0, "d y": truth["y"].detach().abs()}
-        for name, out in got.items():
-            gradient = name.startswith("d ")
-            assert_elementwise(out.detach(), eager[name].detach(), truth[name].detach(), what=f"{scale} {name}",
-                               factor=GRADIENT_FACTOR if gradient else VALUE_FACTOR, roundings=8.0 if gradient else 4.0,
-                               scale=relative_to[name])
+    range_checks.check_scale_map(range_checks.MAPS[scale], dtype, device)
 
 
 def test_tanh_keeps_small_values_and_never_exceeds_its_clamp(fused, device):

@@ -21,6 +21,7 @@ from cases import (
 from tolerances import assert_bitwise
 
 from fastflow import functional, reference
+from fastflow.backends import use_backend
 
 by_case = pytest.mark.parametrize("case", CPU_CASES, ids=str)
 
@@ -233,10 +234,14 @@ def test_one_tensor_in_several_roles(fused, device):
 def test_activation_checkpointing_gives_the_same_gradients(case, reentrant, fused, device):
     """The recomputed forward draws the same noise, even without torch's RNG state being kept."""
     tensors = case.tensors(torch.float64, device)
-    grads = []
+    function, grads = as_function(case), []
+
+    def run(*leaves):
+        with use_backend(fused):  # also where autograd runs it again, in a thread of its own
+            return function(*leaves)
+
     for checkpointed in (False, True):
         leaves = [t.detach().requires_grad_() for t in tensors.values()]
-        run = as_function(case)
         out = torch.utils.checkpoint.checkpoint(run, *leaves, use_reentrant=reentrant, preserve_rng_state=False) \
             if checkpointed else run(*leaves)
         grads.append(torch.autograd.grad(sum(o.sin().sum() for o in out), leaves) if not reentrant or not checkpointed

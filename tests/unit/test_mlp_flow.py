@@ -17,6 +17,7 @@ from fastflow import extension, functional, reference
 from fastflow.autograd import mlp_flow
 from fastflow.functional import ScaleMap
 
+OP = "mlp_flow"
 # Features, hidden layers, context: thin and wide inputs and outputs, sizes that fill no vector, no hidden layer at all.
 SIZES = ((2, (64, 64), None), (3, (5,), 2), (10, (32, 20), None), (64, (128,), 3), (33, (17, 40, 9), 1),
          (1, (7,), None), (1, (), 2), (9, (), None))

@@ -5,6 +5,7 @@ import torch
 
 from fastflow.functional import slogdet, slogdet_inverse
 
+OP = "slogdet"
 CONDITIONS = [1e1, 1e3, 1e5, 1e7]
 
 
@@ -40,8 +41,6 @@ def measure(size, condition, dtype, device):
 @pytest.mark.parametrize("size", [3, 12, 24, 48, 64, 96, pytest.param(192, marks=pytest.mark.slow)])
 def test_median_error_is_at_most_one_and_a_half_times_torch_s(size, condition, backend, device):
     """In float32; up to 48, where float64 inside costs little, far below torch's wherever rounding leaves room."""
-    if backend == "triton" and size > 32:
-        pytest.skip("the Triton kernel refuses what does not fit in registers")
     if backend == "reference" and size > 48:
         pytest.skip("the reference is torch.linalg in the same dtype there")
     ours, with_inverse, torchs = measure(size, condition, torch.float32, device)
