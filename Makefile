@@ -37,10 +37,13 @@ bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python -m benchmarks.peer_launches --results $(RESULTS)
 	$(BIN)/python -m benchmarks.equal_time --results $(RESULTS)
 
-# On a GPU machine: that Python's own torch as found, no network, no isolation.
+# On a GPU machine: that Python's own torch as found, no network, no isolation. GPU_WORKERS processes share the GPU.
+GPU_WORKERS ?= 8
 gpu:
 	FASTFLOW_BUILD=1 $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
-	$(PYTHON) -m pytest -p no:cacheprovider -m gpu tests --ignore=tests/interpreter
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PYTHON) -m pytest -p no:cacheprovider -n $(GPU_WORKERS) -m gpu tests --ignore=tests/interpreter
+	$(PYTHON) -m benchmarks.bandwidth --results $(RESULTS)
+	$(PYTHON) -m benchmarks.gpu_models --results $(RESULTS)
 	$(PYTHON) -m fastflow.cli bench all --device cuda --results $(RESULTS)
 
 $(VENV)/.torch:

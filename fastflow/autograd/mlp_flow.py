@@ -188,12 +188,16 @@ def run_steps(x, steps, context, inverse, save=SAVE_ACTIVATIONS):
 
     With ``save=SAVE_OVERWRITTEN`` backward has no more than what the steps overwrite.
     """
-    params, code, constants = program(steps)
+    return run_program(x, *program(steps), context, inverse, save)
+
+
+def run_program(x, params, code, constants, context, inverse, save):
+    """The same of steps that :func:`program` took apart."""
     backend = backends.choose("mlp_flow", x, context, *params)
     if backend == "cuda" and PERMUTATION in code[::6]:
-        return _in_pieces(x, steps, context, inverse, save)
+        return _in_pieces(x, steps_of(params, code, constants), context, inverse, save)
     if backend == "reference":
-        return reference.mlp_flow(x, steps, context=context, inverse=inverse)
+        return reference.mlp_flow(x, steps_of(params, code, constants), context=context, inverse=inverse)
     if differentiable.needs_grad(x, context, *params):
         operands = differentiable.distinct(x, context, *params)
         return MLPFlowFunction.apply(*operands[:2], backend, code, constants, inverse, save, *operands[2:])

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastflow import backends, functional
 from fastflow.autograd.mlp_flow import SAVE_ACTIVATIONS, SAVE_OVERWRITTEN, run_steps
+from fastflow.flows import plan
 from fastflow.nn import MLP, ActNorm, AffineCoupling
 
 __all__ = ["MAX_FEATURES", "MAX_HIDDEN", "explain", "runs"]
@@ -41,9 +42,15 @@ def runs(transforms, x, context=None, save_memory=False):
     """
     if len(transforms) < 1 or _refusal(x, context) is not None:
         return transforms
+    save = SAVE_OVERWRITTEN if save_memory else SAVE_ACTIVATIONS
+    lasting = type(transforms) is nn.ModuleList and not torch.compiler.is_compiling()
+    if lasting and (found := plan.kept(transforms, x, context, save)) is not None:
+        return [found]
     pieces = []
     for steps, members in _grouped(transforms, [_step(t, x, context) for t in transforms]):
-        pieces += members if steps is None else [Run(steps, SAVE_OVERWRITTEN if save_memory else SAVE_ACTIVATIONS)]
+        pieces += members if steps is None else [Run(steps, save)]
+    if lasting and len(pieces) == 1 and isinstance(pieces[0], Run):
+        plan.keep(transforms, pieces[0].steps, x, context, save)
     return pieces
 
 

@@ -1,11 +1,17 @@
 """Which layers of a tabular flow go through one kernel, that it gives what they give, and what it leaves alone."""
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from cases import kernels_run
 from torch import nn
 
-from fastflow import backends, flows
+from fastflow import backends, flows, functional
+from fastflow.flows import plan
 from fastflow.nn import MLP, ActNorm, AffineCoupling
 
 pytestmark = pytest.mark.skipif(not backends.available()["cpu"], reason="the cpu library is not built")
@@ -108,9 +114,9 @@ def break_split(flow):
     (break_bias, "bias"), (break_parametrization, "Linear"), (break_width, "300|more than 128"),
     (break_layer, "Reverse is no"), (break_split, "split is 'checkerboard'")], ids=lambda c: getattr(c, "__name__", ""))
 def test_a_layer_that_does_not_fit_is_called_by_itself(change, reason):
-    flow = realnvp()
+    flow, x = realnvp(), torch.randn(9, 5)
+    flow.transform(x)  # what is kept of this call must not outlive the change
     change(flow)
-    x = torch.randn(9, 5)
     got, want = flow.transform(x), layer_by_layer(flow.transform, x)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     kinds = [type(run).__name__ for run in flows.fused.runs(flow.transform.transforms, x)]
@@ -122,8 +128,70 @@ def test_a_layer_that_does_not_fit_is_called_by_itself(change, reason):
     torch.testing.assert_close(back, x, rtol=1e-3, atol=1e-3)
 
 
+def test_what_was_found_out_is_kept_between_calls():
+    flow, x = realnvp(), torch.randn(9, 5)
+    layers = flow.transform.transforms
+    assert type(flows.fused.runs(layers, x)[0]) is flows.fused.Run
+    first, again = flows.fused.runs(layers, x)[0], flows.fused.runs(layers, x)[0]
+    assert type(first) is plan.Call and first.plan is again.plan
+    assert torch.equal(first(x)[0], flow.transform(x)[0])
+    for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        assert torch.equal(twin(x), flow(x))
+        assert flows.fused.runs(twin.transform.transforms, x)[0].plan is not first.plan
+    gone = weakref.ref(layers)
+    del flow, twin, layers, first, again
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("flip", True), ("shift_first", True), ("order", "shift_scale"),
+                                             ("layout", "interleave"), ("scale", functional.ScaleMap("sigmoid"))])
+def test_attributes_may_change_between_calls(name, value):
+    flow, x = scattered(flows.RealNVP(6, n_layers=3, hidden=(16,))), torch.randn(9, 6)
+    before = flow.transform(x)
+    layer = flow.transform.transforms[3 if name == "flip" else 2]
+    value = not layer.flip if name == "flip" else value
+    assert getattr(layer, name) != value
+    setattr(layer, name, value)
+    got, want = flow.transform(x), layer_by_layer(flow.transform, x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got[0], before[0])
+
+
+@pytest.mark.parametrize("change", [
+    lambda layers: layers.__setitem__(2, scattered(AffineCoupling(MLP(3, 4, (16,)), flip=True))),
+    lambda layers: layers.append(scattered(ActNorm(5))), lambda layers: layers.__delitem__(4),
+    lambda layers: layers[1].conditioner.layers.__setitem__(0, scattered(nn.Linear(2, 16))),
+    lambda layers: setattr(layers[1].conditioner.layers[0], "weight", nn.Parameter(torch.randn(16, 2))),
+    lambda layers: setattr(layers[1].conditioner.layers[0].weight, "data", torch.randn(16, 2)),
+    lambda layers: layers[2].double()])
+def test_layers_may_change_between_calls(change):
+    flow, x = realnvp(), torch.randn(9, 5)
+    before = flow.transform(x)[0]
+    change(flow.transform.transforms)
+    if flow.transform.transforms[2].conditioner.layers[0].weight.dtype == torch.float64:
+        with pytest.raises(RuntimeError, match="dtype"):
+            flow.transform(x)
+        return
+    got, want = flow.transform(x), layer_by_layer(flow.transform, x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got[0], before)
+
+
+def test_a_parameter_that_two_layers_share_may_stop_being_shared():
+    flow, x = scattered(flows.RealNVP(6, n_layers=4, hidden=(16,))), torch.randn(9, 6)
+    first, third = (flow.transform.transforms[i].conditioner.layers[0] for i in (1, 3))
+    own = third.weight
+    third.weight = first.weight
+    for _ in range(2):
+        torch.testing.assert_close(flow.transform(x), layer_by_layer(flow.transform, x), rtol=1e-5, atol=1e-5)
+    third.weight = own
+    torch.testing.assert_close(flow.transform(x), layer_by_layer(flow.transform, x), rtol=1e-5, atol=1e-5)
+
+
 def test_hooks_are_run():
     flow, seen = realnvp(), []
+    flow(torch.randn(2, 5))
     flow.transform.transforms[3].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     flow(torch.randn(2, 5))
     assert seen == [(2, 5)]

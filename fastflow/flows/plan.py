@@ -1,0 +1,106 @@
+"""What :mod:`fastflow.flows.fused` found out about a sequence of layers, kept from call to call.
+
+Looking at every layer anew costs more than a small flow itself takes. What is kept is checked at each call against
+everything that it was read from: the modules and their classes, their hooks and attributes, and where each parameter
+stands. The parameters themselves are read anew each time, so that functional_call, an optimiser or load_state_dict have
+nothing to invalidate.
+"""
+
+import operator
+import weakref
+
+from fastflow.autograd.mlp_flow import program, run_program
+from fastflow.functional import ScaleMap
+from fastflow.nn import MLP, ActNorm, AffineCoupling
+
+__all__ = ["Call", "Plan", "keep", "kept"]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+READ = {AffineCoupling: operator.attrgetter("split", "flip", "scale", "layout", "order", "shift_first"),
+        MLP: operator.attrgetter("context_features"), ActNorm: operator.attrgetter("channels")}
+_plans = weakref.WeakKeyDictionary()  # {nn.ModuleList: {what the operands are: Plan}}
+
+
+class Plan:
+    """One kernel for all ``transforms``, as long as :meth:`holds`.
+
+    Args:
+        transforms: nn.ModuleList of couplings and ActNorms.
+        steps: what they are to functional.mlp_flow.
+        dtype: of every parameter.
+        save: what forward keeps, see :func:`fastflow.autograd.mlp_flow.run_steps`.
+    """
+
+    def __init__(self, transforms, steps, dtype, save):
+        self.dtype, self.save = dtype, save
+        params, self.code, self.constants = program(steps)
+        found = list(transforms.modules())
+        self.modules = found[1:]
+        self.kinds = list(map(type, self.modules))
+        self.owns = [m.__dict__ for m in self.modules]
+        self.sizes = list(map(len, self.owns))
+        self.hooks = [own[name] for own in self.owns for name in HOOKS]
+        self.families = [m._modules for m in found]
+        self.children = self._children()
+        self.read = [(READ[type(m)], m, READ[type(m)](m)) for m in self.modules if type(m) in READ]
+        slots = {id(p): (m._parameters, name) for m in self.modules for name, p in m._parameters.items()}
+        self.slots = [slots[id(p)] for p in params]
+        # A parameter that two layers share may stop being shared; then one place would stand for both.
+        self.certain = len({id(p) for p in params}) == len(params)
+
+    def _children(self):
+        return [child for family in self.families for child in family.values()]
+
+    def holds(self):
+        """Whether the layers still are what the plan was made from."""
+        # Modules have no equality of their own, so that == asks whether they are the same ones.
+        return (self._children() == self.children and list(map(type, self.modules)) == self.kinds
+                and not any(self.hooks) and list(map(len, self.owns)) == self.sizes
+                and all(get(module) == value for get, module, value in self.read))
+
+    def parameters(self):
+        """Those of the steps in order, or None where one is missing or of another dtype."""
+        params = [parameters.get(name) for parameters, name in self.slots]
+        dtype = self.dtype
+        return params if all(p is not None and p.dtype is dtype for p in params) else None
+
+
+class Call:
+    """A Plan with the parameters of one call: a transform."""
+
+    saves_memory = True
+
+    def __init__(self, plan, params):
+        self.plan, self.params = plan, params
+
+    def __call__(self, x, context=None):
+        plan = self.plan
+        return run_program(x, self.params, plan.code, plan.constants, context, False, plan.save)
+
+    def inverse(self, z, context=None):
+        plan = self.plan
+        return run_program(z, self.params, plan.code, plan.constants, context, True, plan.save)
+
+
+def _key(x, context, save):
+    return x.dtype, x.device.type, x.shape[1], None if context is None else context.shape[1], save
+
+
+def kept(transforms, x, context, save):
+    """Such a call by a Plan that still holds, or None."""
+    plans = _plans.get(transforms)
+    plan = None if plans is None else plans.get(_key(x, context, save))
+    if plan is None or not plan.holds():
+        return None
+    params = plan.parameters()
+    return None if params is None else Call(plan, params)
+
+
+def keep(transforms, steps, x, context, save):
+    """Makes a Plan for calls like this one, unless it could not tell later whether it holds."""
+    plan = Plan(transforms, steps, x.dtype, save)
+    if not plan.certain or any(type(step.scale) is not ScaleMap for step in steps if hasattr(step, "scale")):
+        return
+    if len(plans := _plans.setdefault(transforms, {})) >= 8:
+        plans.clear()
+    plans[_key(x, context, save)] = plan
