@@ -42,6 +42,7 @@ gpu:
 	FASTFLOW_BUILD=1 $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
 	$(PYTHON) -m pytest -p no:cacheprovider -m gpu tests --ignore=tests/interpreter
 	$(PYTHON) -m fastflow.cli bench all --device cuda --results $(RESULTS)
+	$(PYTHON) -m benchmarks.gpu_models --results $(RESULTS)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
