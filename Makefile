@@ -45,6 +45,7 @@ gpu:
 	$(PYTHON) -m benchmarks.bandwidth --results $(RESULTS)
 	$(PYTHON) -m benchmarks.gpu_models --results $(RESULTS)
 	$(PYTHON) -m fastflow.cli bench all --device cuda --results $(RESULTS)
+	$(PYTHON) -m benchmarks.gpu_models --results $(RESULTS)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -97,8 +97,13 @@ def measure(names, device, tiny, budget, case_limit, save):
             print(f"{name} failed: {record['failed'][name]}", flush=True)
         record["seconds"][name] = round(time.perf_counter() - began, 1)
         save(record)
-        with contextlib.suppress(Exception):  # of a device that no longer answers: the next case will say so
+        try:
             measuring.release()
+        except RuntimeError as error:  # after an illegal access every call fails: the rest needs a new process
+            record["failed"]["device"] = f"after {name}: {timing.first_line(error)}"
+            print(f"the device no longer answers, {record['failed']['device']}", flush=True)
+            save(record)
+            break
     return record
 
 

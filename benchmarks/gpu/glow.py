@@ -123,7 +123,7 @@ def profiled(call, device, warm_up=3):
             torch.cuda.synchronize()
     events = found.events()
     on_device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA
-                 and not event.is_user_annotation]
+                 and not getattr(event, "is_user_annotation", False)]  # torch 2.10 may lack it
     launching = sum(event.name.startswith(LAUNCHING) for event in events)
     moved = sum(name.startswith(("Memcpy", "Memset")) for name in on_device)
     return {"launch calls": launching, "kernels": len(on_device) - moved, "copies and fills": moved}

@@ -110,7 +110,8 @@ def compile_layers(model, backend):
 def training(kind, construct, batch):
     """``construct(tiny)`` is jet or tarflow."""
     def case(device, tiny):
-        flow, n = construct(tiny).to(device), 2 if tiny else batch
+        with torch.device(device):
+            flow, n = construct(tiny), 2 if tiny else batch
         x = torch.rand(n, *flow.image_shape, device=device) - 0.5
         backend = "aot_eager" if tiny else "inductor"
         options = {"conditioner_dtype": torch.bfloat16}
@@ -171,7 +172,8 @@ def published_inverse(flow, z):
 
 
 def sampling(device, tiny):
-    flow, n = tarflow(tiny, image_shape=SAMPLED_SHAPE).to(device), 2 if tiny else 16
+    with torch.device(device):
+        flow, n = tarflow(tiny, image_shape=SAMPLED_SHAPE), 2 if tiny else 16
     tokens = flow.transform.transforms[0].token_shape
 
     def published():

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import glow, gpu_models, page, realnvp, timing  # noqa: E402
+from benchmarks import contest, glow, gpu_models, page, realnvp, timing  # noqa: E402
 from benchmarks.gpu import glow as gpu_glow  # noqa: E402
 from benchmarks.gpu import measuring, tokens  # noqa: E402
 from benchmarks.gpu.unfused import UnfusedGlow  # noqa: E402
@@ -27,8 +27,10 @@ def short(monkeypatch, threads):
 
 
 def test_every_kind_of_case_runs_on_small_models(short, tmp_path, capsys):
-    """Cases that differ in their full sizes alone are the same here."""
-    names = [name for name in gpu_models.CASES if "512" not in name and (name[:5] != "depth" or name == "depth-48")]
+    """Cases that differ in their full sizes or precision alone are the same here."""
+    names = ["glow-64", "realnvp-training", "realnvp-log-prob", "realnvp-sampling", "glow-64-unfused", "vae", "kernels",
+             "depth-48", "tarflow-sampling", "jet"]
+    assert {name.split("-")[0] for name in names} == {name.split("-")[0] for name in gpu_models.CASES}
     only = [word for name in names for word in ("--only", name)]
     before = torch.backends.cuda.matmul.allow_tf32
     assert gpu_models.main(["--device", "cpu", "--tiny", "--budget", "1000", "--case-limit", "1000",
@@ -77,6 +79,45 @@ def test_a_case_that_raises_or_takes_too_long_is_reported_and_the_budget_kept(mo
     assert gpu_models.main(["--device", "cpu", "--tiny", "--only", "sound", "--results", str(tmp_path)]) == 0
     assert gpu_models.main(["--device", "cpu", "--tiny", "--only", "broken"]) == 1
     assert "broken failed: RuntimeError: no such size" in capsys.readouterr().out
+
+
+def test_a_device_that_no_longer_answers_ends_the_run(monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def case(device, tiny):
+        yield {"case": "case", "group": "x", "failed": {}}
+    monkeypatch.setattr(gpu_models, "CASES", {"one": case, "two": case})
+    monkeypatch.setattr(measuring, "release", lost)
+    saved = []
+    record = gpu_models.measure(["one", "two"], "cpu", True, 100, 10, saved.append)
+    assert record["left_out"] == ["two"] and len(record["rows"]) == 1 and saved[-1] is record
+    assert record["failed"] == {"device": "after one: CUDA error: an illegal memory access was encountered"}
+
+
+@pytest.mark.gpu
+def test_small_models_are_captured_on_a_gpu(short, tmp_path):
+    assert gpu_models.main(["--tiny", "--budget", "1000", "--case-limit", "1000", "--results", str(tmp_path)]) == 0
+    written, = tmp_path.iterdir()
+    rows = json.loads(written.read_text())["rows"]
+    kernels, = (row["profiled"]["fastflow"] for row in rows if row["group"] == "launches")
+    assert kernels["launch calls"] > 0 and kernels["kernels"] > 0
+    assert all(row["peak_bytes"] > 0 for row in rows if row["group"] == "depth" and not row["failed"])
+
+
+@pytest.mark.gpu
+def test_a_captured_step_trains_as_the_same_step_does():
+    neutral = glow.neutral_glow(glow.fastflow_glow(2, 2, 8, (3, 8, 8))).cuda()
+    x = torch.rand(8, 3, 8, 8, device="cuda") - 0.5
+    one, other = copy.deepcopy(neutral), copy.deepcopy(neutral)
+    models = [UnfusedGlow(model.cpu(), backend=None).cuda() for model in (one, other)]
+    captured, eager = measuring.captured_training_step(models[0], x, "cuda"), contest.training_step(models[1], x)
+    for _ in range(3):  # that came before the recording
+        eager()
+    for _ in range(4):
+        torch.testing.assert_close(captured(), eager())
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("arguments", [["--device", "cpu"], ["--device", "cpu", "--tiny", "--only", "no such case"]])
