@@ -45,7 +45,6 @@ gpu:
 	$(PYTHON) -m benchmarks.bandwidth --results $(RESULTS)
 	$(PYTHON) -m benchmarks.gpu_models --results $(RESULTS)
 	$(PYTHON) -m fastflow.cli bench all --device cuda --results $(RESULTS)
-	$(PYTHON) -m benchmarks.gpu_models --results $(RESULTS)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
