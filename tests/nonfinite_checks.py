@@ -45,10 +45,10 @@ def _poisoned(t, bad):
     return flat.reshape(t.shape)
 
 
-def check_poison_in_operands(case, device="cpu"):
-    """One bad number in one operand of every other sample: the same non-finite places in every result and gradient as
-    eager's, and the samples between keep their bits."""
-    bad = [(poison, place) for poison in POISONS for place in range(4)]
+def check_poison_in_operands(case, device="cpu", places=range(4)):
+    """One bad number in one operand of every other sample, at each of these _places: the same non-finite places in
+    every result and gradient as eager's, and the samples between keep their bits."""
+    bad = [(poison, place) for poison in POISONS for place in places]
     tensors = case.tensors(torch.float32, device, batch=2 * len(bad) + 1)
     cotangents = cotangents_of(case, tensors)
     clean = evaluate(case, tensors, cotangents=cotangents)
