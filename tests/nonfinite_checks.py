@@ -45,10 +45,10 @@ def _poisoned(t, bad):
     return flat.reshape(t.shape)
 
 
-def check_poison_in_operands(case, device="cpu"):
-    """One bad number in one operand of every other sample: the same non-finite places in every result and gradient as
-    eager's, and the samples between keep their bits."""
-    bad = [(poison, place) for poison in POISONS for place in range(4)]
+def check_poison_in_operands(case, device="cpu", places=range(4)):
+    """One bad number in one operand of every other sample, at each of these _places: the same non-finite places in
+    every result and gradient as eager's, and the samples between keep their bits."""
+    bad = [(poison, place) for poison in POISONS for place in places]
     tensors = case.tensors(torch.float32, device, batch=2 * len(bad) + 1)
     cotangents = cotangents_of(case, tensors)
     clean = evaluate(case, tensors, cotangents=cotangents)
@@ -85,9 +85,9 @@ def _check_one(out, eager, clean, label, gradient):
 EXTREMES = (0.0, 1e-6, 5.0, 11.0, 50.0, 80.0, 120.0, 200.0, 1e4, 1e38, math.inf, math.nan)
 
 
-def check_extremes(case, device="cpu"):
+def check_extremes(case, device="cpu", extremes=EXTREMES):
     """Every pair of extreme x and extreme raw: overflow, underflow, 0 * inf and inf - inf as eager has them."""
-    grid = torch.tensor([*EXTREMES, *(-v for v in EXTREMES)])
+    grid = torch.tensor([*extremes, *(-v for v in extremes)])
     raw, x = (t.flatten()[:, None].to(device) for t in torch.meshgrid(grid, grid, indexing="ij"))
     scale = ScaleMap.of(case.options["scale"])
     found = []

@@ -3,6 +3,8 @@
 The interpreter's numbers are numpy's, and these are IEEE's.
 """
 
+import math
+
 import nonfinite_checks
 import pytest
 import range_checks
@@ -21,17 +23,17 @@ def on_triton(triton):
 
 @every_case
 def test_poison_comes_out_where_eager_has_it(case):
-    nonfinite_checks.check_poison_in_operands(case)
+    nonfinite_checks.check_poison_in_operands(case, places=(3,))
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in nonfinite_checks.WIDE if c.op != "spline"], ids=str)
 def test_poison_in_an_incoming_gradient(case):
     nonfinite_checks.check_poison_in_incoming_gradients(case)
 
 
 @pytest.mark.parametrize("case", [c for c in nonfinite_checks.WIDE if c.op == "affine_coupling"], ids=str)
 def test_extreme_raw_scales_meet_extreme_x(case):
-    nonfinite_checks.check_extremes(case)
+    nonfinite_checks.check_extremes(case, extremes=(0.0, 5.0, 120.0, 1e38, math.inf, math.nan))
 
 
 @both_dtypes

@@ -3,8 +3,10 @@
 import layouts
 import pytest
 import torch
-from cases import CASES, cotangents_of, evaluate
+from cases import CASES, cotangents_of, evaluate, no_kernel
 from tolerances import assert_bitwise, assert_by_ratio, assert_elementwise, assert_same_nonfinite
+
+from fastflow import backends, extension
 
 
 @pytest.fixture
@@ -134,3 +136,14 @@ def test_every_case_has_finite_results_and_gradients_that_depend_on_the_cotangen
     assert set(grads) == set(case.differentiable)
     for name, t in {**results, **grads}.items():
         assert torch.isfinite(t).all() and t.abs().max() > 0, name
+
+
+def test_only_pairs_without_a_kernel_are_skipped():
+    for op in backends.OPS:
+        name = f"{op.removesuffix('_inverse')}_fwd"
+        assert (no_kernel("cuda", op) is not None) == (name in extension.CPU_ALONE), op
+        assert (no_kernel("triton", op) is not None) == (
+            name in (*extension.CPU_ALONE, *extension.WITHOUT_TRITON)), op
+        assert no_kernel("cpu", op) is None and no_kernel("reference", op) is None
+    assert no_kernel("triton", "slogdet", 32) is None and no_kernel("cuda", "slogdet", 33) is None
+    assert "33x33" in no_kernel("triton", "slogdet_inverse", 33)
