@@ -71,6 +71,11 @@ SCHEMAS = (
     # x (B, *event), logits (N, *event) with N a multiple of B; results (N,) and like logits.
     "bernoulli_log_prob_fwd(Tensor x, Tensor logits) -> Tensor",
     "bernoulli_log_prob_bwd(Tensor grad, Tensor x, Tensor logits) -> Tensor",
+    # The taps of a 3x3 convolution: kernels/taps.py.
+    "gather_taps(Tensor x, int sign, bool channel_major, int columns) -> Tensor",
+    "sum_taps(Tensor z, Tensor? bias, int batch, int channels, int height, int width, int sign, bool channel_major)"
+    " -> Tensor",
+    "rectified_sum(Tensor grad, Tensor h) -> (Tensor, Tensor)",
     # levels: see csrc/cpu/top_down.cpp. Results: next h, latents of all levels in one vector, kl, log q and log p
     # (L, B), and with `save` what backward needs.
     "top_down_fwd(Tensor h, Tensor[] features, Tensor[] eps, Tensor? seed, int seed_value, int offset, "
@@ -84,6 +89,7 @@ CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_co
              "wide_mlp_fwd", "wide_mlp_bwd", "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd", "top_down_fwd",
              "top_down_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
+TRITON_ALONE = ("gather_taps", "sum_taps", "rectified_sum")  # elsewhere reference/taps.py
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
 _LAUNCHABLE = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
@@ -153,9 +159,9 @@ def triton_modules():
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed")
-    from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet, spline
+    from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet, spline, taps
 
-    return affine_coupling, gaussian, plu_weight, slogdet, spline
+    return affine_coupling, gaussian, plu_weight, slogdet, spline, taps
 
 
 @functools.cache
@@ -285,6 +291,18 @@ def _fake_conv_net_bwd(grad, x, w1, w2, w3, h1, h2, slope, need_x, need_weights)
     def bias(t):
         return t.new_empty(t.shape[:1]) if need_weights else _nothing(x)
     return like(x, need_x), *(f(w) for w in (w1, w2, w3) for f in (lambda w: like(w, need_weights), bias))
+
+
+def _fake_gather_taps(x, sign, channel_major, columns):
+    return x.new_empty((x.shape[0] * x.shape[2] * x.shape[3], columns))
+
+
+def _fake_sum_taps(z, bias, batch, channels, height, width, sign, channel_major):
+    return z.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+
+
+def _fake_rectified_sum(grad, h):
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape[1:], dtype=_compute_dtype(grad.dtype))
 
 
 def _fake_mlp_fwd(x, params, activation, residual, keep):

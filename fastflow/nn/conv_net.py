@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import backends, functional
+from fastflow.autograd import conv_products
 from fastflow.nn.context import ContextShift
 
 __all__ = ["ConvNet"]
@@ -11,8 +12,9 @@ __all__ = ["ConvNet"]
 
 class ConvNet(nn.Module):
     """Convolutions 3x3, 1x1 and 3x3 with ReLU between, and plain biases; the last one starts at zero, so that a
-    coupling starts simple. It answers in the memory format of its input. Where functional.conv_net has a kernel for
-    them (on a CPU, hidden channels in multiples of 16) the three run in it, unless one of them is hooked or replaced.
+    coupling starts simple. It answers in the memory format of its input. Where functional.conv_net has its own way with
+    them (hidden channels in multiples of 16 on a CPU, 128 or more on a GPU) the three run in it, unless one of them is
+    hooked or replaced.
 
     Args:
         in_channels, out_channels: channels of input and output.
@@ -41,7 +43,8 @@ class ConvNet(nn.Module):
         layers = self.conv1, self.conv2, self.conv3
         if shift is None and all(type(layer) is nn.Conv2d and untouched(layer) for layer in layers):
             operands = (x, *(p for layer in layers for p in (layer.weight, layer.bias)))
-            if backends.serves("conv_net", *operands):
+            if (conv_products.serves(x, self.conv1.weight, self.conv3.weight, 0.0)
+                    or backends.serves("conv_net", *operands)):
                 return functional.conv_net(*operands)
         h = self.conv1(x)
         h = F.relu(h if shift is None else h + shift, inplace=True)  # a convolution does not keep its own output

@@ -1,0 +1,125 @@
+"""Glow's conditioner on a GPU as matrix products over the pixels.
+
+Its 3x3 convolutions have few channels on one side, and a library's kernels for them reach a fraction of the speed at
+which the hidden maps come from memory. Here the first is a product with the nine taps of every pixel as columns, and
+the last a product whose columns are then added up where they belong; with the 1x1 in the middle all the work is in
+torch's matrix products, two of which add the bias and rectify.
+"""
+
+import torch
+
+from fastflow import backends, extension, reference
+from fastflow.autograd import differentiable
+from fastflow.reference import taps
+
+__all__ = ["ConvNetProducts", "serves"]
+
+MOST_CHANNELS = 64  # of input and output: beyond them the columns outweigh the hidden maps
+LEAST_HIDDEN = 128
+ALIGNED = 8  # columns: rows of every dtype begin at 16 bytes
+
+
+def serves(x, w1, w3, slope):
+    """Whether a call of functional.conv_net with these operands runs as products: on a GPU, in a pass of torch's own
+    autograd, with as many hidden channels and as few others as make it worth it."""
+    return (x.is_cuda and slope == 0.0 and not torch.compiler.is_compiling()
+            and w1.shape[0] >= LEAST_HIDDEN and max(x.shape[1], w3.shape[0]) <= MOST_CHANNELS and x.numel() > 0
+            and backends.requested() is None and backends.needs_reference((x, w1, w3)) is None)
+
+
+def _tool(name, t):
+    """The Triton kernel of this name, or the reference where there is none for t."""
+    if backends.refusal("triton", "affine_coupling", (t,)) is None:
+        return extension.kernel("triton", name)
+    return getattr(taps, name)
+
+
+def _columns(channels):
+    return -(-9 * channels // ALIGNED) * ALIGNED
+
+
+def _padded(weight, rows=0, columns=0):
+    return torch.nn.functional.pad(weight, (0, columns, 0, rows)) if rows or columns else weight
+
+
+def _first(w1, columns):
+    """(N, columns): w1 (N, I, 3, 3), taps before channels."""
+    matrix = w1.permute(0, 2, 3, 1).reshape(len(w1), -1)
+    return _padded(matrix, columns=columns - matrix.shape[1])
+
+
+def _last(w3, columns):
+    """(columns, N): w3 (O, N, 3, 3), channels before taps."""
+    matrix = w3.permute(0, 2, 3, 1).reshape(-1, w3.shape[1])
+    return _padded(matrix, rows=columns - len(matrix))
+
+
+_keeps_nan = {}  # {size of a product: whether its kernel does}
+
+
+def _rectified(bias, rows, weight):
+    """max(rows @ weight.T + bias, 0), NaN kept.
+
+    torch._addmm_activation leaves both to the product's kernel, and what that does with NaN is its own affair: it is
+    asked once for each size, where the device may be asked, which it may not while a graph is recorded.
+    """
+    size = rows.device, rows.dtype, *rows.shape, len(weight)
+    keeps = _keeps_nan.get(size)
+    if keeps is None and not (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+        keeps = _keeps_nan[size] = _epilogue_keeps_nan(bias, rows, weight)
+    if keeps:
+        return torch._addmm_activation(bias, rows, weight.t())
+    return torch.addmm(bias, rows, weight.t()).relu_()
+
+
+def _epilogue_keeps_nan(bias, rows, weight):
+    rows = torch.ones_like(rows)
+    rows[len(rows) // 2] = float("nan")
+    result = torch._addmm_activation(torch.ones_like(bias), rows, torch.ones_like(weight).t())
+    return bool(result[len(rows) // 2].isnan().all())
+
+
+class ConvNetProducts(torch.autograd.Function):
+    """The output for x, w1, b1, w2, b2, w3, b3, computed in ``dtype``. Saves the input's taps and both hidden maps."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, w3, b3, dtype):
+        batch, channels, height, width = x.shape
+        out, inner = len(w3), _columns(channels)
+        with reference.full_precision(x.device.type):
+            first, second, last = _first(w1.to(dtype), inner), w2.to(dtype).flatten(1), _last(w3.to(dtype),
+                                                                                              _columns(out))
+            columns = _tool("gather_taps", x)(x.to(dtype), 1, False, inner)
+            h1 = _rectified(b1.to(dtype), columns, first)
+            h2 = _rectified(b2.to(dtype), h1, second)
+            y = _tool("sum_taps", x)(h2 @ last.t(), b3, batch, out, height, width, 1, True)
+        ctx.save_for_backward(x, w1, b1, w2, b2, w3, b3, columns, h1, h2)
+        ctx.dtype = dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        *inputs, columns, h1, h2 = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:7]
+        if differentiable.wanted((grad,)):
+            grads = differentiable.reference_grads(lambda *operands: (reference.conv_net(*operands),), inputs, needs,
+                                                   (grad,))
+            return (*grads, None)
+        x, w1, b1, w2, b2, w3, b3 = inputs
+        dtype = ctx.dtype
+        batch, channels, height, width = x.shape
+        out, hidden = len(w3), len(w1)
+        with reference.full_precision(x.device.type):
+            gathered = _tool("gather_taps", x)(grad.to(dtype), -1, True, _columns(out))
+            g_w3 = (gathered.t() @ h2)[:9 * out].view(out, 3, 3, hidden).permute(0, 3, 1, 2)
+            g_b3 = grad.sum((0, 2, 3))
+            grad_h, g_b2 = _tool("rectified_sum", x)(gathered @ _last(w3.to(dtype), _columns(out)), h2)
+            g_w2 = (grad_h.t() @ h1).view_as(w2)
+            grad_h, g_b1 = _tool("rectified_sum", x)(grad_h @ w2.to(dtype).flatten(1), h1)
+            g_w1 = (grad_h.t() @ columns)[:, :9 * channels].view(hidden, 3, 3, channels).permute(0, 3, 1, 2)
+            g_x = None
+            if needs[0]:
+                g_x = _tool("sum_taps", x)(grad_h @ _first(w1.to(dtype), _columns(channels)), None, batch, channels,
+                                           height, width, -1, False)
+        grads = (g_x, g_w1, g_b1, g_w2, g_b2, g_w3, g_b3)
+        return (*(g.to(t.dtype) if need else None for g, t, need in zip(grads, inputs, needs, strict=True)), None)
