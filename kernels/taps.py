@@ -41,7 +41,7 @@ def gather_taps_kernel(x_ptr, out_ptr, strides, pixels, height, width, CHANNELS:
     at = (sample * strides[0] + channel.to(tl.int64) * strides[1] + (source // width) % height * strides[2]
           + source % width * strides[3])
     value = tl.load(x_ptr + at, mask=inside, other=0.0)
-    tl.store(out_ptr + pixel * COLUMNS + column, value, mask=(pixel < pixels) & (column < COLUMNS))
+    tl.store(out_ptr + (pixel * COLUMNS + column), value, mask=(pixel < pixels) & (column < COLUMNS))
 
 
 @triton.jit(do_not_specialize=["pixels", "height", "width"])
@@ -54,15 +54,14 @@ def sum_taps_kernel(z_ptr, bias_ptr, out_ptr, row_stride, pixels, height, width,
     there = (pixel < pixels) & (channel < CHANNELS)
     total = tl.zeros([ROWS, BLOCK], dtype)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + channel, mask=channel < CHANNELS, other=0.0).to(dtype)
+        total += tl.load(bias_ptr + channel.to(tl.int64), mask=channel < CHANNELS, other=0.0).to(dtype)
     for tap in tl.static_range(9):
         source, inside = _away(pixel, tap, height, width, SIGN)
+        column = tap * CHANNELS + channel
         if CHANNEL_MAJOR:
             column = channel * 9 + tap
-        else:
-            column = tap * CHANNELS + channel
-        total += tl.load(z_ptr + source * row_stride + column, mask=there & inside, other=0.0).to(dtype)
-    tl.store(out_ptr + pixel * CHANNELS + channel, total, mask=there)
+        total += tl.load(z_ptr + (source * row_stride + column), mask=there & inside, other=0.0).to(dtype)
+    tl.store(out_ptr + (pixel * CHANNELS + channel), total, mask=there)
 
 
 @triton.jit(do_not_specialize=["rows", "chunk"])
@@ -84,7 +83,7 @@ def rectified_sum_kernel(grad_ptr, h_ptr, out_ptr, partial_ptr, rows, columns, c
         grad = tl.where(h <= 0.0, 0.0, grad.to(dtype))  # NaN lets it through, as in eager
         tl.store(out_ptr + at, grad, mask=inside)
         total += grad
-    tl.store(partial_ptr + part.to(tl.int64) * columns + column, tl.sum(total, 0)[None, :], mask=column < columns)
+    tl.store(partial_ptr + (part.to(tl.int64) * columns + column), tl.sum(total, 0)[None, :], mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -93,8 +92,8 @@ def column_sums_kernel(partial_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, 
     total = tl.zeros([ROWS, COLUMNS], partial_ptr.dtype.element_ty)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        total += tl.load(partial_ptr + row * columns + column, mask=(row < rows) & (column < columns), other=0.0)
-    tl.store(out_ptr + column, tl.sum(total, 0)[None, :], mask=column < columns)
+        total += tl.load(partial_ptr + (row * columns + column), mask=(row < rows) & (column < columns), other=0.0)
+    tl.store(out_ptr + column.to(tl.int64), tl.sum(total, 0)[None, :], mask=column < columns)
 
 
 def _rows_of(block):

@@ -118,6 +118,12 @@ def operator_calls(device, batches, events, mixed_priors=False):
             priors = [zeros(n, channels, *s) for n in own]
             consts = 1, 0, samples, 0, 0, reduce
             yield "gaussian_bwd", (z, incoming, None, mean, mean, *priors, None, None, *consts, *needs)
+    for batch, channels, side in itertools.product(batches, (0, 3), (0, 1, 4)):
+        columns = 9 * channels + 5
+        yield "gather_taps", (zeros(batch, channels, side, side), 1, True, columns)
+        yield "gather_taps", (zeros(batch, channels, side, side), 1, False, 0)
+        yield "sum_taps", (zeros(batch * side * side, columns), None, batch, channels, side, side, 1, False)
+        yield "rectified_sum", (zeros(batch, channels), zeros(batch, channels))
     yield from flow_calls(device, batches)
     for count in (0, 1, 300):
         yield "philox4x32", (zeros(count, 4, dtype=torch.int64), zeros(count, 2, dtype=torch.int64))

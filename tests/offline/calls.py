@@ -4,7 +4,7 @@ The tensors are small and on the CPU; only their dtypes, strides and alignment m
 """
 
 import torch
-from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet, spline
+from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet, spline, taps
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
 SPLINES = ("rq", "linear")
@@ -121,6 +121,20 @@ def matrix_calls(size, dtype):
     return calls
 
 
+def taps_calls(dtypes, channels=6):
+    """Both ways between pixels and their taps, and the gradient of a rectifier with a bias."""
+    dtype, _ = DTYPES[dtypes]
+    columns = (9 * channels + 7) // 8 * 8
+    x = torch.zeros(4, channels, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    z, h = torch.zeros(1024, columns, dtype=dtype), torch.zeros(1024, 512, dtype=dtype)
+    name = f"{dtypes}-{channels}"
+    return {f"gather_taps-{name}": lambda: taps.gather_taps(x, 1, False, columns),
+            f"gather_taps_back-{name}": lambda: taps.gather_taps(x, -1, True, columns),
+            f"sum_taps-{name}": lambda: taps.sum_taps(z, x[0, :, 0, 0], 4, channels, 16, 16, 1, True),
+            f"sum_taps_back-{name}": lambda: taps.sum_taps(z, None, 4, channels, 16, 16, -1, False),
+            f"rectified_sum-{dtypes}": lambda: taps.rectified_sum(h, h)}
+
+
 def wide_calls():
     """Calls whose tensors are contiguous and aligned, so that every big access must be 16 bytes wide."""
     calls = {}
@@ -141,6 +155,7 @@ def quick_calls():
     calls |= spline_calls("linear", 8, "bf16_f32", shape=(600, 1))
     for scale in SCALES:
         calls |= gaussian_calls(scale, "f32", scale == "softplus")
+    calls |= taps_calls("f32") | taps_calls("bf16", 24) | taps_calls("f64", 12)
     calls |= matrix_calls(3, torch.float32) | matrix_calls(24, torch.float32) | matrix_calls(32, torch.float64)
     return calls
 

@@ -87,6 +87,13 @@ def test_aligned_accesses_of_splines_are_16_bytes_wide(name):
     assert stores.count(16) >= (1 if "fwd" in name else 4) and len(stores) - stores.count(16) <= 1, stores
 
 
+@pytest.mark.parametrize("dtypes", ["f32", "bf16"])
+def test_accesses_to_hidden_maps_are_16_bytes_wide(dtypes):
+    first, _ = compiling.launches_of(calls.taps_calls(dtypes)[f"rectified_sum-{dtypes}"])
+    loads, stores = compiling.compiled(first, 90).global_accesses()
+    assert set(loads) == {16} and 16 in stores, (loads, stores)
+
+
 def test_a_misaligned_view_compiles_narrow():
     """The same call one element further in memory must not use the wide kernel."""
     buffer = torch.zeros(4 * 2048 + 1)

@@ -9,7 +9,7 @@ from launch_cases import LAUNCH_CASES, operator_calls
 from plugin import operators
 from tolerances import assert_bitwise
 
-from fastflow import functional, reference
+from fastflow import extension, functional, reference
 from fastflow.launches import CUDA, count
 
 OPS = operators()
@@ -40,6 +40,8 @@ def test_launches_are_those_declared(row, emulator):
 
 def test_launches_of_every_operator_are_those_declared(emulator):
     for name, args in operator_calls("cpu", (0, 1, 3, 65), ((2,), (2, 0), (2, 5), (3, 1))):
+        if name in extension.TRITON_ALONE:
+            continue
         counted, _ = launches(emulator, lambda: OPS[name](*args))  # noqa: B023
         shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
         assert counted == CUDA[name](*args), (name, shapes)
