@@ -223,7 +223,7 @@ def affine_coupling_fwd(x, params, shift, logdet, passive, kept, flags, kind, ga
            MAP=scale_map.constants(kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain),
            ORDER=flags & (SHIFT_FIRST | INVERSE), **plan.meta(), PASSIVE_RANK=beside.rank, PASSIVE_UNIT=beside.unit,
            PASSIVE_WIDE=beside.wide, CHUNK=layout.CHUNK if parts > 1 else 0, ROWS=rows, BLOCK=block, num_warps=warps,
-           **layout.registers(112))
+           **layout.registers(128))
     if parts > 1:
         layout.row_sums(sums, out, logdet, bool(flags & INVERSE))
     return y, out
@@ -274,7 +274,7 @@ def affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, kept, need_x, nee
                MAP=scale_map.constants(kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain),
                ORDER=flags & (SHIFT_FIRST | INVERSE), DOUBLE=x.dtype.itemsize == 8, **plan.meta(), PASSIVE=copies,
                PASSIVE_RANK=beside.rank, PASSIVE_UNIT=beside.unit, PASSIVE_WIDE=beside.wide, ROWS=rows, BLOCK=block,
-               num_warps=warps, **layout.registers(112))
+               num_warps=warps, **layout.registers(128))
     return tuple(layout.nothing(x) if g is None else g for g in (gx, gparams, gsecond))
 
 
