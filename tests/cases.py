@@ -336,8 +336,9 @@ def check_together(case, dtype, device="cpu", size=0.5):
             assert all(t.dtype == dtype and t.shape == exact.shape for t, exact in pairs)
             errors[which] = max(((t.double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
                                 for t, exact in pairs if t.numel())
-        few = next(iter(tensors.values())).shape[0] < 64  # then eager may happen to hit a result
-        roundings = 64 if dtype == torch.float64 else 16 if few else 4
+        # With few samples eager may happen to hit a result, and a GPU's eager sums are often nearly exact.
+        lucky = next(iter(tensors.values())).shape[0] < 64 or device == "cuda"
+        roundings = 64 if dtype == torch.float64 else 16 if lucky else 4
         allowed = factor * errors["eager"] + roundings * torch.finfo(dtype).eps
         assert errors["fused"] <= allowed, f"{case} {dtype} part {part}: {errors} {allowed}"
 

@@ -87,39 +87,37 @@ class ConvNetProducts(torch.autograd.Function):
         batch, channels, height, width = x.shape
         out, inner = len(w3), _columns(channels)
         with reference.full_precision(x.device.type):
-            first, second, last = _first(w1.to(dtype), inner), w2.to(dtype).flatten(1), _last(w3.to(dtype),
-                                                                                              _columns(out))
+            first, second = _first(w1.to(dtype), inner), w2.to(dtype).flatten(1)
+            last = _last(w3.to(dtype), _columns(out))
             columns = _tool("gather_taps", x)(x.to(dtype), 1, False, inner)
             h1 = _rectified(b1.to(dtype), columns, first)
             h2 = _rectified(b2.to(dtype), h1, second)
             y = _tool("sum_taps", x)(h2 @ last.t(), b3, batch, out, height, width, 1, True)
-        ctx.save_for_backward(x, w1, b1, w2, b2, w3, b3, columns, h1, h2)
+        ctx.save_for_backward(x, w1, b1, w2, b2, w3, b3, columns, h1, h2, first, second, last)
         ctx.dtype = dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        *inputs, columns, h1, h2 = ctx.saved_tensors
+        *inputs, columns, h1, h2, first, second, last = ctx.saved_tensors
         needs = ctx.needs_input_grad[:7]
         if differentiable.wanted((grad,)):
             grads = differentiable.reference_grads(lambda *operands: (reference.conv_net(*operands),), inputs, needs,
                                                    (grad,))
             return (*grads, None)
-        x, w1, b1, w2, b2, w3, b3 = inputs
-        dtype = ctx.dtype
+        x, w1, _, w2, _, w3, b3 = inputs
         batch, channels, height, width = x.shape
         out, hidden = len(w3), len(w1)
         with reference.full_precision(x.device.type):
-            gathered = _tool("gather_taps", x)(grad.to(dtype), -1, True, _columns(out))
+            gathered = _tool("gather_taps", x)(grad.to(ctx.dtype), -1, True, _columns(out))
             g_w3 = (gathered.t() @ h2)[:9 * out].view(out, 3, 3, hidden).permute(0, 3, 1, 2)
-            g_b3 = grad.sum((0, 2, 3))
-            grad_h, g_b2 = _tool("rectified_sum", x)(gathered @ _last(w3.to(dtype), _columns(out)), h2)
+            g_b3 = grad.sum((0, 2, 3), dtype=b3.dtype)
+            grad_h, g_b2 = _tool("rectified_sum", x)(gathered @ last, h2)
             g_w2 = (grad_h.t() @ h1).view_as(w2)
-            grad_h, g_b1 = _tool("rectified_sum", x)(grad_h @ w2.to(dtype).flatten(1), h1)
+            grad_h, g_b1 = _tool("rectified_sum", x)(grad_h @ second, h1)
             g_w1 = (grad_h.t() @ columns)[:, :9 * channels].view(hidden, 3, 3, channels).permute(0, 3, 1, 2)
             g_x = None
             if needs[0]:
-                g_x = _tool("sum_taps", x)(grad_h @ _first(w1.to(dtype), _columns(channels)), None, batch, channels,
-                                           height, width, -1, False)
+                g_x = _tool("sum_taps", x)(grad_h @ first, None, batch, channels, height, width, -1, False)
         grads = (g_x, g_w1, g_b1, g_w2, g_b2, g_w3, g_b3)
         return (*(g.to(t.dtype) if need else None for g, t, need in zip(grads, inputs, needs, strict=True)), None)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import types
 
 import torch
 
@@ -53,7 +54,7 @@ class Conditioners:
             asked = "conditioner_dtype: expected None" if dtype is not None else "compile: expected a bool"
             raise ValueError(f"{asked} for {type(model).__name__}, in which no network is known to be a conditioner; "
                              "use torch.autocast or torch.compile around what may be lowered or compiled")
-        run = torch.compile(_forward, dynamic=False) if compiled else None
+        run = torch.compile(_own_copy(_forward), dynamic=False) if compiled else None
         # Made once, for torch.compile guards on them.
         self.forwards = [_changed(module, dtype, run) for module in self.modules]
 
@@ -70,6 +71,11 @@ class Conditioners:
 
 def _forward(module, x, *args, **kwargs):
     return type(module).forward(module, x, *args, **kwargs)
+
+
+def _own_copy(function):
+    """The function with code of its own: Dynamo counts all graphs of one code towards its limit."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def _changed(module, dtype, run):

@@ -105,3 +105,14 @@ def test_a_model_without_conditioners_is_refused():
     model = flows.Flow(flows.Planar(2), flows.StandardNormal((2,)))
     with pytest.raises(ValueError, match="compile: expected a bool for Flow, in which no network"):
         TrainStep(model, torch.optim.Adam(model.parameters(), fused=True), compile="conditioners")
+
+
+def test_many_steps_with_compiled_conditioners_in_one_process():
+    """Each has graphs of its own, and none is refused for those of the others."""
+    for _ in range(5):
+        model = glow(1)
+        step = TrainStep(model, torch.optim.Adam(model.parameters(), 1e-3, fused=True), compile="conditioners",
+                         memory="none")
+        with torch._dynamo.config.patch(recompile_limit=6):
+            step(torch.rand(2, 3, 16, 16) - 0.5)
+    assert counters["recompile_limit"].total() == 0 and counters["stats"]["unique_graphs"] == 25
