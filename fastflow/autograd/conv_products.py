@@ -6,6 +6,8 @@ the last a product whose columns are then added up where they belong; with the 1
 torch's matrix products, two of which add the bias and rectify.
 """
 
+import contextlib
+
 import torch
 
 from fastflow import backends, extension, reference
@@ -54,6 +56,25 @@ def _last(w3, columns):
     return _padded(matrix, rows=columns - len(matrix))
 
 
+@contextlib.contextmanager
+def _as_convolutions(device):
+    """Products outside autocast, in TF32 where, and only where, convolutions may be."""
+    with reference.full_precision(device.type):
+        matmul = torch.backends.cuda.matmul
+        try:
+            before, wanted = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        except RuntimeError:  # set by torch's newer names, which the older ones refuse to read
+            before = wanted = None
+        if before == wanted or device.type != "cuda":
+            yield
+            return
+        matmul.allow_tf32 = wanted
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
+
+
 _keeps_nan = {}  # {size of a product: whether its kernel does}
 
 
@@ -86,7 +107,7 @@ class ConvNetProducts(torch.autograd.Function):
     def forward(ctx, x, w1, b1, w2, b2, w3, b3, dtype):
         batch, channels, height, width = x.shape
         out, inner = len(w3), _columns(channels)
-        with reference.full_precision(x.device.type):
+        with _as_convolutions(x.device):
             first, second = _first(w1.to(dtype), inner), w2.to(dtype).flatten(1)
             last = _last(w3.to(dtype), _columns(out))
             columns = _tool("gather_taps", x)(x.to(dtype), 1, False, inner)
@@ -108,7 +129,7 @@ class ConvNetProducts(torch.autograd.Function):
         x, w1, _, w2, _, w3, b3 = inputs
         batch, channels, height, width = x.shape
         out, hidden = len(w3), len(w1)
-        with reference.full_precision(x.device.type):
+        with _as_convolutions(x.device):
             gathered = _tool("gather_taps", x)(grad.to(ctx.dtype), -1, True, _columns(out))
             g_w3 = (gathered.t() @ h2)[:9 * out].view(out, 3, 3, hidden).permute(0, 3, 1, 2)
             g_b3 = grad.sum((0, 2, 3), dtype=b3.dtype)

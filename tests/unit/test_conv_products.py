@@ -92,11 +92,15 @@ def on_gpu(size):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(3, 6, 12, 5, 7, 128), (2, 12, 24, 4, 4, 160), (9, 24, 48, 8, 8, 512)], ids=str)
-def test_on_a_gpu(size, dtype):
+def test_on_a_gpu(size, dtype, tf32, monkeypatch):
+    """In TF32 where convolutions are; products have a switch of their own, which stays as it was."""
     assert on_gpu(size)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     check(functional.conv_net, size, dtype, "cuda", factor=2.0 if dtype == torch.bfloat16 else 1.0)
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.gpu
