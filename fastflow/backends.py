@@ -62,6 +62,7 @@ ACTIVATED_CONV_WEIGHTS = 2**17
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+_PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
 _state = threading.local()
 
 
@@ -154,6 +155,8 @@ def needs_reference(tensors):
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
+    if not torch.compiler.is_compiling() and _PLAIN_OR_NONE.issuperset(map(type, tensors)):
+        return None
     for t in tensors:
         if t is not None and type(t) not in _PLAIN:
             return f"{type(t).__name__} is a tensor subclass"

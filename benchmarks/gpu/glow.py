@@ -1,6 +1,8 @@
 """Glow as for CIFAR-10 (3 levels x 32 steps, 512 hidden channels, 3x32x32): a training step, and its kernels."""
 
 import copy
+import math
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -9,12 +11,14 @@ from benchmarks import contest, glow, step_launches, timing
 from benchmarks.gpu import measuring
 from benchmarks.gpu.unfused import UnfusedGlow
 from benchmarks.neutral_glow import NeutralGlow
+from fastflow.autograd import conv_products
 from fastflow.engine import TrainStep
 
 FULL = {"n_levels": 3, "n_steps": 32, "hidden_channels": 512, "image_shape": (3, 32, 32)}
 TINY = {"n_levels": 2, "n_steps": 2, "hidden_channels": 8, "image_shape": (3, 8, 8)}
 PEERS = ("nflows", "normflows")
 TRIES = 2  # of each of a peer's settings
+LIBRARY = "fastflow, captured, library convolutions"  # in place of matrix products
 LAUNCHING = ("cudaLaunchKernel", "cuLaunchKernel")
 
 
@@ -40,6 +44,15 @@ def flops(batch, sizes):
         return batch * measuring.training_flops(model, torch.empty(1, *shape))
 
 
+def _with_library_convolutions(construct):
+    """A captured step, recorded while conditioners leave their convolutions to torch."""
+    with mock.patch.object(conv_products, "LEAST_HIDDEN", math.inf):
+        step = construct()
+        for _ in range(5):
+            step()
+    return step
+
+
 def against_peers(batch):
     """fastflow uncaptured and captured against eager models."""
     def case(device, tiny):
@@ -50,6 +63,8 @@ def against_peers(batch):
             "fastflow, captured": lambda: measuring.fastflow_step(copy.deepcopy(fused), x, device, capture=True),
             "fastflow, captured, bf16": lambda: measuring.fastflow_step(copy.deepcopy(fused), x, device, capture=True,
                                                                         conditioner_dtype=torch.bfloat16),
+            LIBRARY: lambda: _with_library_convolutions(
+                lambda: measuring.fastflow_step(copy.deepcopy(fused), x, device, capture=True)),
             "eager": lambda: glow.fastest_step("eager", lambda: glow.neutral_glow(fused), x, TRIES)}
         for name in PEERS:
             variants[name] = lambda n=name: glow.fastest_step(

@@ -6,6 +6,7 @@ stands. The parameters themselves are read anew each time, so that functional_ca
 nothing to invalidate.
 """
 
+import itertools
 import operator
 import weakref
 
@@ -18,6 +19,7 @@ __all__ = ["Call", "Plan", "keep", "kept"]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 READ = {AffineCoupling: operator.attrgetter("split", "flip", "scale", "layout", "order", "shift_first"),
         MLP: operator.attrgetter("context_features"), ActNorm: operator.attrgetter("channels")}
+_DTYPE = operator.attrgetter("dtype")
 _plans = weakref.WeakKeyDictionary()  # {nn.ModuleList: {what the operands are: Plan}}
 
 
@@ -40,7 +42,7 @@ class Plan:
         self.owns = [m.__dict__ for m in self.modules]
         self.sizes = list(map(len, self.owns))
         self.hooks = [own[name] for own in self.owns for name in HOOKS]
-        self.families = [m._modules for m in found]
+        self.families = [m._modules for m in found if m._modules]
         self.children = self._children()
         self.read = [(READ[type(m)], m, READ[type(m)](m)) for m in self.modules if type(m) in READ]
         slots = {id(p): (m._parameters, name) for m in self.modules for name, p in m._parameters.items()}
@@ -49,7 +51,7 @@ class Plan:
         self.certain = len({id(p) for p in params}) == len(params)
 
     def _children(self):
-        return [child for family in self.families for child in family.values()]
+        return list(itertools.chain.from_iterable(map(dict.values, self.families)))
 
     def holds(self):
         """Whether the layers still are what the plan was made from."""
@@ -60,9 +62,11 @@ class Plan:
 
     def parameters(self):
         """Those of the steps in order, or None where one is missing or of another dtype."""
-        params = [parameters.get(name) for parameters, name in self.slots]
-        dtype = self.dtype
-        return params if all(p is not None and p.dtype is dtype for p in params) else None
+        try:
+            params = [parameters[name] for parameters, name in self.slots]
+            return params if set(map(_DTYPE, params)) == {self.dtype} else None
+        except (KeyError, AttributeError):
+            return None
 
 
 class Call:
