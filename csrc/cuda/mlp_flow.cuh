@@ -16,7 +16,7 @@ namespace fastflow {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kGroups = 8;  // of threads that share a sample's features; the same for every R, and so are the results
 constexpr int kMostSteps = 32, kMostLinears = 64, kMostMaps = 4;  // of a launch
-constexpr int64_t kSlotBytes = 64 * 132 * 4, kLeastSlotBytes = kSlotBytes / 4;  // of a piece of a weight
+constexpr int64_t kSlotBytes = 64 * 132 * 4, kLeastSlotBytes = kSlotBytes / 8;  // of a piece of a weight
 constexpr int kMostSlots = 4;                                                   // 2 at least
 constexpr int64_t kSmallBatch = 2048;  // up to which tiles of 16 samples occupy more processors than tiles of 32
 

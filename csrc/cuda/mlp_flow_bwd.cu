@@ -41,15 +41,18 @@ __device__ __forceinline__ void channel_backward(const FlowProgram<T>& p, const 
   });
   __syncthreads();
   for (int f = static_cast<int>(threadIdx.x); partial != nullptr && f < p.features; f += kThreads) {
-    const T scale = math::exp(p.inverse ? -channel.weight[f] : channel.weight[f]), bias = channel.bias[f];
+    // In double throughout: the two parts of log_scale's gradient may cancel.
+    const double scale = math::exp(static_cast<double>(p.inverse ? -channel.weight[f] : channel.weight[f]));
+    const double bias = p.inverse ? 0. : static_cast<double>(channel.bias[f]);
     double to_bias = 0, to_scale = 0, through_logdet = 0;
     for (int i = 0; i < rows; ++i) {
-      const T g = grad[f * kLine<R> + i], x = state[f * kLine<R> + i];
-      to_bias += static_cast<double>(p.inverse ? g : g * scale);
-      to_scale += static_cast<double>(g * (p.inverse ? x : x + bias));
+      const double g = static_cast<double>(grad[f * kLine<R> + i]), x = static_cast<double>(state[f * kLine<R> + i]);
+      to_bias += g;
+      to_scale += g * (x + bias);
       through_logdet += static_cast<double>(grad_logdet[i]);
     }
-    const double total = to_scale * static_cast<double>(scale) + through_logdet;
+    if (!p.inverse) to_bias *= scale;
+    const double total = to_scale * scale + through_logdet;
     put(fresh, partial + channel.grad + f, static_cast<T>(p.inverse ? -to_bias : to_bias));
     put(fresh, partial + channel.grad + p.features + f, static_cast<T>(p.inverse ? -total : total));
   }

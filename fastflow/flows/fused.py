@@ -187,7 +187,7 @@ def _shared_bytes(x, context_features, biases, activation):
     seen = x.shape[1] + 3 * context_features if context_features else 0
     kept = 2 if activation is nn.SiLU else 1  # of a hidden layer: its activations, their slopes
     lines = 2 * x.shape[1] + seen + kept * sum(outputs[:-1]) + 2 * max(outputs) + 1
-    return 4096 + 2 * 8448 + 20 * lines * x.element_size()
+    return 4096 + 2 * 4224 + 20 * lines * x.element_size()
 
 
 def own_parameters(module, *names):
