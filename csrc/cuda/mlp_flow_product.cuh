@@ -92,20 +92,33 @@ class Weights {
     filled_ = filled_ + 1 == slots_count_ ? 0 : filled_ + 1;
   }
 
+  // N elements at a time: 16 threads to a row.
+  template <int N>
+  static __device__ __forceinline__ void copy_rows(const T* from, int in, int rows, T* to, int line) {
+    constexpr int across = 16, high = kThreads / across;
+    const int first = static_cast<int>(threadIdx.x) / across;
+#pragma unroll 1
+    for (int c = static_cast<int>(threadIdx.x) % across * N; c < in; c += across * N) {
+      const T* source = from + first * in + c;
+      T* target = to + first * line + c;
+#pragma unroll 4
+      for (int r = first; r < rows; r += high) {
+        copy_async<N * sizeof(T)>(target, source);
+        source += high * in;
+        target += high * line;
+      }
+    }
+  }
+
   __device__ __forceinline__ void copy(const FlowLinear<T>& linear, T* to) {
-    constexpr int across = 16, vector = 16 / static_cast<int>(sizeof(T));
+    constexpr int vector = 16 / static_cast<int>(sizeof(T));
     const int in = linear.in, line = linear.line, left = linear.out - row_;
     const int rows = left < linear.piece ? left : linear.piece;
     const T* const from = linear.weight + static_cast<int64_t>(row_) * in;
-    const bool vectors = in % vector == 0 && reinterpret_cast<uintptr_t>(linear.weight) % 16 == 0;
-    const int column = static_cast<int>(threadIdx.x) % across, step = vectors ? vector : 1;
-#pragma unroll 1
-    for (int r = static_cast<int>(threadIdx.x) / across; r < rows; r += kThreads / across)
-#pragma unroll 1
-      for (int c = column * step; c < in; c += across * step) {
-        if (vectors) copy_async<16>(to + r * line + c, from + r * in + c);
-        else copy_async<sizeof(T)>(to + r * line + c, from + r * in + c);
-      }
+    if (in % vector == 0 && reinterpret_cast<uintptr_t>(linear.weight) % 16 == 0)
+      copy_rows<vector>(from, in, rows, to, line);
+    else
+      copy_rows<1>(from, in, rows, to, line);
     if (down_) return;
 #pragma unroll 1
     for (int r = static_cast<int>(threadIdx.x); r < rows; r += kThreads)

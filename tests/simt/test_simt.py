@@ -42,7 +42,8 @@ SUITES = {
     "kernels": [build.HERE / "cases" / "check_kernels.py"],
     "layouts": [UNIT / "test_layouts.py"],
     "affine_coupling": [UNIT / "test_affine_coupling.py", UNIT / "test_dialects.py", UNIT / "test_nonfinite.py"],
-    "mlp_flow": [UNIT / "test_mlp_flow.py", "--deselect", UNIT / "test_mlp_flow.py::test_on_older_processors"],
+    "mlp_flow": [build.HERE / "cases" / "check_mlp_flow.py", UNIT / "test_mlp_flow.py", "--deselect",
+                 UNIT / "test_mlp_flow.py::test_on_older_processors"],
     "spline": [UNIT / "test_spline.py", "-k", "not sharp_splines or 10.0"],
     "gaussian": [UNIT / "test_gaussian_sample_kl.py", UNIT / "test_gaussian_noise.py"],
 }
