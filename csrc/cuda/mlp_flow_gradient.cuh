@@ -54,7 +54,7 @@ __device__ __forceinline__ void weight_gradient(int out, int in, int rows, const
           if (inside(a, b)) before[a][b] = to[4 * a * in + 8 * b];
     }
     int r = 0;
-    constexpr int ahead = sizeof(T) == 4 ? 2 : 1;  // as far as the registers go
+    [[maybe_unused]] constexpr int ahead = sizeof(T) == 4 ? 2 : 1;  // as far as the registers go
 #pragma unroll ahead
     for (; r + 4 <= rows; r += 4) {
       Elements<T, 4> left[S];

@@ -233,9 +233,10 @@ void barrier(const char* file, int line) {
 }
 
 void begin_copy(void* to, const void* from, size_t bytes) {
-  if ((reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) && failure.empty())
+  if (reinterpret_cast<uintptr_t>(to) % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0)
+    running->copies.push_back({to, from, bytes});
+  else if (failure.empty())
     failure = "a copy of " + std::to_string(bytes) + " bytes at an address that is no multiple of them";
-  running->copies.push_back({to, from, bytes});
 }
 
 void commit_copies() { running->groups.push_back(std::exchange(running->copies, {})); }
