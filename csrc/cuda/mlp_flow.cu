@@ -94,13 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1) flow_forward(const __grid_constan
       T* const y = hidden + (l % 2) * p.widest * kLine<R>;
       int row = 0;
       do {
-        const T* const weight = weights.next();
-        const int out = linear.out - row < linear.piece ? linear.out - row : linear.piece;
-        product<R, false>(
-            out, linear.in, weight, linear.line, x, false, [&](int j) { return y + (row + j) * kLine<R>; },
-            [&]<int N>(int, int, T(&values)[N]) {
-              if (l + 1 < step.count) activate(step.activation, values, static_cast<T*>(nullptr));
-            });
+        linear_forward<R>(linear, row, weights.next(), x, step.activation, l + 1 == step.count, static_cast<T*>(nullptr), y);
       } while ((row += linear.piece) < linear.out);
       x = y;
     }

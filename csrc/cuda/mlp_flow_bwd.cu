@@ -162,16 +162,10 @@ __global__ void __launch_bounds__(kThreads, 1) flow_backward(const __grid_consta
         const bool last = l + 1 == step.count;
         const T* const from = l == 0 ? x : hidden + (depth - linear.in) * kLine<R>;
         T* const to = last ? outputs : hidden + depth * kLine<R>;
-        T* const slope = slopes + depth * kLine<R>;
+        T* const slope = silu ? slopes + depth * kLine<R> : nullptr;
         int row = 0;
         do {
-          const T* const weight = weights.next();
-          const int out = linear.out - row < linear.piece ? linear.out - row : linear.piece;
-          product<R, false>(
-              out, linear.in, weight, linear.line, from, false, [&](int j) { return to + (row + j) * kLine<R>; },
-              [&]<int N>(int j, int r, T(&values)[N]) {
-                if (!last) activate(step.activation, values, silu ? slope + (row + j) * kLine<R> + r : nullptr);
-              });
+          linear_forward<R>(linear, row, weights.next(), from, step.activation, last, slope, to);
         } while ((row += linear.piece) < linear.out);
         if (!last) depth += linear.out;
       }
@@ -185,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 1) flow_backward(const __grid_consta
         const FlowLinear<T>& linear = linears[l];
         if (l > 0) depth -= linear.in;
         const T* const from = l == 0 ? x : hidden + depth * kLine<R>;
-        const T* const slope = slopes + depth * kLine<R>;
+        const T* const kept = (silu ? slopes : hidden) + depth * kLine<R>;
         int row = 0;
         do {
           const T* const weight = weights.next();
@@ -200,9 +194,9 @@ __global__ void __launch_bounds__(kThreads, 1) flow_backward(const __grid_consta
                                          : grad_context + (j - split.passive) * kLine<R>;
               },
               [&]<int N>(int j, int r, T(&values)[N]) {
-                if (l > 0 && last)
-                  activation_gradient(step.activation, from + j * kLine<R> + r, slope + j * kLine<R> + r, values);
-              });
+                if (l > 0 && last) activation_gradient(step.activation, kept + j * kLine<R> + r, values);
+              },
+              false, [](auto&&...) {});
         } while ((row += linear.piece) < linear.out);
         T* const done = above;
         above = below;

@@ -174,12 +174,13 @@ __device__ __forceinline__ void add_parts(int part, const T (&sum)[4], T (&total
 }
 
 // For every j < out and sample r: to(j)[r] = sum over k of w(j, k) x[k * kLine + r], plus w(j, in), the bias, unless
-// Transposed, plus what is there if `add`; then finish(j, r, values) of the samples from r, to be stored.
+// Transposed, plus what is there if `add`, and on these finish(j, r, values) of the samples from r; and if `again` costly
+// on what finish left, whose code is there once and not for every feature of a thread.
 // w(j, k) is weight[j * line + k], or weight[k * line + j] if Transposed. F features to a thread; the inputs are summed in
 // Parts, each in a lane of its own.
-template <int R, int F, int Parts, bool Transposed, class T, class To, class Finish>
+template <int R, int F, int Parts, bool Transposed, class T, class To, class Finish, class Costly>
 __device__ __forceinline__ void product_of(int out, int in, const T* weight, int line, const T* x, bool add, const To& to,
-                                           const Finish& finish) {
+                                           const Finish& finish, bool again, const Costly& costly) {
   using Lane = LaneOf<R, Parts>;
   constexpr int across = Lane::across, features = across * F, N = 4 / Parts;
   // A thread's features lie side by side where a vector of the weight holds them, else the lanes' features do.
@@ -247,64 +248,80 @@ __device__ __forceinline__ void product_of(int out, int in, const T* weight, int
 #pragma unroll
         for (int s = 0; s < N; ++s) total.value[s] += there.value[s];
       }
+      finish(j, r, total.value);
       set_elements(to(j) + r, total);
     }
-    // Read again, so that the code of `finish` is there once.
+    if (!again) continue;
 #pragma unroll 1
     for (int f = 0, j = first; f < F && j < out; ++f, j += stride) {
       Elements<T, N> value = elements_at<N>(to(j) + r);
-      finish(j, r, value.value);
+      costly(j, r, value.value);
       set_elements(to(j) + r, value);
     }
   }
 }
 
 // A feature's sum is made in the same order whatever R.
-template <int R, bool Transposed, class T, class To, class Finish>
+template <int R, bool Transposed, class T, class To, class Finish, class Costly>
 __device__ __forceinline__ void product(int out, int in, const T* weight, int line, const T* x, bool add, const To& to,
-                                        const Finish& finish) {
+                                        const Finish& finish, bool again, const Costly& costly) {
   constexpr int two = R / 16, four = R / 8;  // features to a thread, so that all warps have some
-  if (out <= 8) product_of<R, 1, 4, Transposed>(out, in, weight, line, x, add, to, finish);
-  else if (out <= 32) product_of<R, two, 2, Transposed>(out, in, weight, line, x, add, to, finish);
-  else if (out <= 64) product_of<R, four, 2, Transposed>(out, in, weight, line, x, add, to, finish);
-  else product_of<R, four, 1, Transposed>(out, in, weight, line, x, add, to, finish);
+  auto run = [&]<int F, int Parts>() {
+    product_of<R, F, Parts, Transposed>(out, in, weight, line, x, add, to, finish, again, costly);
+  };
+  if (out <= 8) run.template operator()<1, 4>();
+  else if (out <= 32) run.template operator()<two, 2>();
+  else if (out <= 64) run.template operator()<four, 2>();
+  else run.template operator()<four, 1>();
 }
 
-// The values become their activations, NaN stays. slopes: where it is not null, the derivatives.
+// The values become their activations by silu or tanh. slopes: where it is not null, silu's derivatives.
 template <class T, int N>
 __device__ __forceinline__ void activate(int activation, T (&values)[N], T* slopes) {
-  switch (static_cast<Activation>(activation)) {
-    case Activation::relu:
+  if (static_cast<Activation>(activation) == Activation::silu) {
 #pragma unroll
-      for (int e = 0; e < N; ++e) values[e] = values[e] < T(0) ? T(0) : values[e];
-      return;
-    case Activation::silu:
+    for (int e = 0; e < N; ++e) {
+      const T p = values[e], s = math::sigmoid(p);
+      values[e] = p * s;
+      if (slopes != nullptr) slopes[e] = math::fma(values[e], T(1) - s, s);
+    }
+  } else {
 #pragma unroll
-      for (int e = 0; e < N; ++e) {
-        const T p = values[e], s = math::sigmoid(p);
-        values[e] = p * s;
-        if (slopes != nullptr) slopes[e] = math::fma(values[e], T(1) - s, s);
-      }
-      return;
-    case Activation::tanh:
-#pragma unroll
-      for (int e = 0; e < N; ++e) values[e] = math::tanh(values[e]);
-      return;
+    for (int e = 0; e < N; ++e) values[e] = math::tanh(values[e]);
   }
 }
 
-// The gradients of activations become those of what they were made of, from the activations or silu's slopes.
+// The gradients of activations become those of what they were made of. kept: silu's slopes, else the activations.
 template <class T, int N>
-__device__ __forceinline__ void activation_gradient(int activation, const T* activations, const T* slopes,
-                                                    T (&grads)[N]) {
+__device__ __forceinline__ void activation_gradient(int activation, const T* kept, T (&grads)[N]) {
+  const bool relu = static_cast<Activation>(activation) == Activation::relu;
+  const bool silu = static_cast<Activation>(activation) == Activation::silu;
+  const Elements<T, N> at = elements_at<N>(kept);
 #pragma unroll
   for (int e = 0; e < N; ++e) {
-    switch (static_cast<Activation>(activation)) {
-      case Activation::relu: grads[e] = activations[e] <= T(0) ? T(0) : grads[e]; break;
-      case Activation::silu: grads[e] *= slopes[e]; break;
-      case Activation::tanh: grads[e] *= T(1) - activations[e] * activations[e]; break;
-    }
+    const T y = at.value[e], slope = silu ? y : T(1) - y * y;
+    grads[e] = relu ? (y <= T(0) ? T(0) : grads[e]) : grads[e] * slope;
   }
+}
+
+// A linear's outputs for a piece of its rows from `row`, and their activations unless it is a network's last. slopes:
+// where silu's derivatives go, or null.
+template <int R, class T>
+__device__ __forceinline__ void linear_forward(const FlowLinear<T>& linear, int row, const T* piece, const T* x,
+                                               int activation, bool last, T* slopes, T* y) {
+  const int out = linear.out - row < linear.piece ? linear.out - row : linear.piece;
+  const bool relu = !last && static_cast<Activation>(activation) == Activation::relu;  // keeps NaN
+  y += row * kLine<R>;
+  product<R, false>(
+      out, linear.in, piece, linear.line, x, false, [&](int j) { return y + j * kLine<R>; },
+      [&]<int N>(int, int, T(&values)[N]) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) values[e] = relu && values[e] < T(0) ? T(0) : values[e];
+      },
+      !last && !relu,
+      [&]<int N>(int j, int r, T(&values)[N]) {
+        activate(activation, values, slopes == nullptr ? nullptr : slopes + (row + j) * kLine<R> + r);
+      });
 }
 
 }  // namespace fastflow
