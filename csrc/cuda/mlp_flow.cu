@@ -22,8 +22,8 @@ __host__ __device__ int lines_of(const FlowProgram<T>& p) {
 // This and the next return this thread's part of the sample's log-determinant. saved: null, or where the overwritten
 // features of the first sample go.
 template <int R, class T>
-__device__ __forceinline__ double channel_tile(const FlowProgram<T>& p, const FlowLinear<T>& channel, int rows, T* saved,
-                                               T* state) {
+__device__ __forceinline__ double channel_tile(const FlowProgram<T>& p, const FlowLinear<T>& channel, int rows,
+                                               T* saved, T* state) {
   const int r = static_cast<int>(threadIdx.x) % R;
   double logdet = 0;
   each_feature<R>(p.features, [&](int f) {
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kThreads, 1) flow_forward(const __grid_constan
       T* const y = hidden + (l % 2) * p.widest * kLine<R>;
       int row = 0;
       do {
-        linear_forward<R>(linear, row, weights.next(), x, step.activation, l + 1 == step.count, static_cast<T*>(nullptr), y);
+        linear_forward<R>(linear, row, weights.next(), x, step.activation, l + 1 == step.count,
+                          static_cast<T*>(nullptr), y);
       } while ((row += linear.piece) < linear.out);
       x = y;
     }
@@ -113,8 +114,9 @@ __global__ void __launch_bounds__(kThreads, 1) flow_forward(const __grid_constan
 static_assert(sizeof(Forward<double>) <= 4096);  // of a kernel's parameters
 
 template <class T>
-void forward(const Program& program, const Tensor& x, const optional<Tensor>& context, const std::vector<Tensor>& params,
-             bool inverse, const Tensor& z, const Tensor& logdet, const Tensor* saved, const Stream& stream) {
+void forward(const Program& program, const Tensor& x, const optional<Tensor>& context,
+             const std::vector<Tensor>& params, bool inverse, const Tensor& z, const Tensor& logdet,
+             const Tensor* saved, const Stream& stream) {
   std::vector<FlowProgram<T>> pieces = flow_programs<T>(program, params, inverse);
   if (pieces.empty()) pieces.push_back({.features = static_cast<int>(program.features), .batch = program.batch});
   for (size_t i = 0; i < pieces.size(); ++i) {

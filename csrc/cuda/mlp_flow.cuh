@@ -1,4 +1,5 @@
-// What the kernels of mlp_flow_fwd and mlp_flow_bwd share: the program, its plan of a block's shared memory, tiles of samples.
+// What the kernels of mlp_flow_fwd and mlp_flow_bwd share: the program, the plan of a block's shared memory, tiles of
+// samples.
 //
 // A block takes R samples through every step. Activations lie in shared memory feature by feature; the weights stream
 // through it piece by piece, several pieces ahead of their use (mlp_flow_product.cuh).
@@ -24,7 +25,7 @@ constexpr int64_t kSmallBatch = 2048;  // up to which tiles of 16 samples occupy
 template <int R>
 constexpr int kLine = R + 4;
 
-// From one row of a weight to the next in shared memory; its bias lies behind it. A multiple of four, an odd one, so that
+// From one row of a weight to the next in shared memory; its bias lies behind it. An odd multiple of four, so that
 // consecutive rows fall on different banks.
 inline int64_t weight_line(int64_t in) { return (in + 4) / 4 % 2 == 1 ? (in + 4) / 4 * 4 : (in + 8) / 4 * 4; }
 
@@ -188,8 +189,9 @@ std::vector<FlowProgram<T>> flow_programs(const Program& program, const std::vec
     }
     if (known() == maps.end()) {
       const double* c = from.constants;
-      piece.tables.maps[maps.size()] = make_map<T>((inverse ? kInverse : 0) | (from.flags & Program::shift_first), from.kind,
-                                            c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]);
+      piece.tables.maps[maps.size()] =
+          make_map<T>((inverse ? kInverse : 0) | (from.flags & Program::shift_first), from.kind, c[0], c[1], c[2], c[3],
+                      c[4], c[5], c[6], c[7]);
       maps.push_back(map);
     }
     step.map = static_cast<int>(known() - maps.begin());
@@ -238,21 +240,21 @@ struct FlowPlan {
 template <class T>
 FlowPlan plan_of(FlowProgram<T>& program, int64_t lines, int64_t sums, int64_t limit) {
   FlowTables<T>& tables = program.tables;
-  auto bytes_of_lines = [&](int64_t rows) {
-    return static_cast<int64_t>(sizeof(tables)) + lines * (rows + 4) * static_cast<int64_t>(sizeof(T)) + sums * rows * 8;
-  };
+  constexpr int64_t element = sizeof(T);
   auto cut = [&](int64_t slot_bytes) {
     program.slot = 0;
     for (int s = 0; s < program.count; ++s)
       for (int l = 0; tables.steps[s].coupling && l < tables.steps[s].count; ++l) {
         FlowLinear<T>& linear = tables.linears[tables.steps[s].first + l];
-        const int64_t most = std::max<int64_t>(slot_bytes / static_cast<int64_t>(sizeof(T)) / linear.line, 1);
-        linear.piece = static_cast<uint16_t>(std::clamp<int64_t>(most < linear.out ? most / 4 * 4 : linear.out, 1, most));
+        const int64_t most = std::max<int64_t>(slot_bytes / element / linear.line, 1);
+        const int64_t piece = most < linear.out ? most / 4 * 4 : linear.out;
+        linear.piece = static_cast<uint16_t>(std::max<int64_t>(piece, 1));
         program.slot = std::max(program.slot, linear.piece * linear.line);
       }
   };
   auto bytes_of = [&](int64_t rows, int64_t slots) {
-    return bytes_of_lines(rows) + slots * program.slot * static_cast<int64_t>(sizeof(T));
+    return static_cast<int64_t>(sizeof(tables)) + sums * rows * 8 +
+           (lines * (rows + 4) + slots * program.slot) * element;
   };
   int64_t slot_bytes = kSlotBytes;
   cut(slot_bytes);
@@ -261,8 +263,8 @@ FlowPlan plan_of(FlowProgram<T>& program, int64_t lines, int64_t sums, int64_t l
   program.slots = kMostSlots;
   while (program.slots > 2 && bytes_of(rows, program.slots) > limit) --program.slots;
   const int64_t bytes = bytes_of(rows, program.slots);
-  STD_TORCH_CHECK(bytes <= limit, "mlp_flow: the widths need ", bytes, " bytes of shared memory in a block, the device has ",
-                  limit);
+  STD_TORCH_CHECK(bytes <= limit, "mlp_flow: the widths need ", bytes,
+                  " bytes of shared memory in a block, the device has ", limit);
   return {rows, bytes};
 }
 

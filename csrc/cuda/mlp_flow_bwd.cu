@@ -71,8 +71,10 @@ struct Held {
   __device__ __forceinline__ Held(const FlowProgram<T>& p, const FlowSplit& split, int rows, const T* saved) {
     const int r = static_cast<int>(threadIdx.x) % R, f = static_cast<int>(threadIdx.x) / R;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      value[i] = f < kGroups && r < rows && f + i * kGroups < split.active ? saved[(f + i * kGroups) * p.batch + r] : T(0);
+    for (int i = 0; i < kHeld; ++i) {
+      const bool there = f < kGroups && r < rows && f + i * kGroups < split.active;
+      value[i] = there ? saved[(f + i * kGroups) * p.batch + r] : T(0);
+    }
   }
 
   // As each_feature shares the features out.

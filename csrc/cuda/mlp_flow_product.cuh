@@ -31,22 +31,23 @@ template <bool Backward, class T>
 class Weights {
  public:
   // Begins to copy; the tables must be there.
-  __device__ __forceinline__ Weights(const FlowProgram<T>& program, const FlowTables<T>& tables, T* slots, int64_t passes)
-      : tables_(tables), slots_(slots), size_(program.slot), slots_count_(program.slots), steps_(program.count),
+  __device__ __forceinline__ Weights(const FlowProgram<T>& program, const FlowTables<T>& tables, T* slots,
+                                     int64_t passes)
+      : tables_(tables), slots_(slots), size_(program.slot), slot_count_(program.slots), steps_(program.count),
         passes_(passes), step_(Backward ? program.count : -1) {
     if (passes_ > 0) next_step();
-    for (int n = 1; n < slots_count_; ++n) fetch();
+    for (int n = 1; n < slot_count_; ++n) fetch();
   }
 
   // The next piece. A barrier: what was written before the call can be read after it, the last piece can't any more.
   __device__ __forceinline__ const T* next() {
-    if (slots_count_ == 4) wait_for_copies<2>();
-    else if (slots_count_ == 3) wait_for_copies<1>();
+    if (slot_count_ == 4) wait_for_copies<2>();
+    else if (slot_count_ == 3) wait_for_copies<1>();
     else wait_for_copies<0>();
     __syncthreads();
     fetch();
     const T* const piece = slots_ + used_ * size_;
-    used_ = used_ + 1 == slots_count_ ? 0 : used_ + 1;
+    used_ = used_ + 1 == slot_count_ ? 0 : used_ + 1;
     return piece;
   }
 
@@ -89,7 +90,7 @@ class Weights {
       advance(linear);
     }
     commit_copies();
-    filled_ = filled_ + 1 == slots_count_ ? 0 : filled_ + 1;
+    filled_ = filled_ + 1 == slot_count_ ? 0 : filled_ + 1;
   }
 
   // N elements at a time: 16 threads to a row.
@@ -127,7 +128,7 @@ class Weights {
 
   const FlowTables<T>& tables_;
   T* const slots_;
-  const int size_, slots_count_, steps_;
+  const int size_, slot_count_, steps_;
   int64_t passes_;
   int step_, linear_ = 0, row_ = 0;  // of the piece to be copied next
   bool down_ = false;
@@ -135,8 +136,8 @@ class Weights {
 };
 
 // What a lane of a warp has to do: four samples from r, feature `own` of `across` or F of them, part of the inputs.
-// Bit 0 tells features apart, the next ones samples, the highest parts: so that of the lanes i, i ^ 1 and i ^ 2 two read
-// the same address, whatever they read, and a vector load takes half the cycles that it takes otherwise.
+// Bit 0 tells features apart, the next ones samples, the highest parts: whatever they read, of the lanes i, i ^ 1 and
+// i ^ 2 two read the same address, so that half-warps and not quarters of a warp are what a vector load is split into.
 template <int R, int Parts>
 struct LaneOf {
   static constexpr int quads = R / 4, across = 32 / (quads * Parts), pair = across > 1 ? 2 : 1, pairs = across / pair;
@@ -151,7 +152,7 @@ struct LaneOf {
   }
 };
 
-// Sums of four samples over the parts of the inputs; this lane is left with N = 4 / Parts of them, from sample N * part.
+// Sums of four samples over the parts of the inputs; this lane is left with N = 4 / Parts of them, from N * part.
 template <int Parts, class T>
 __device__ __forceinline__ void add_parts(int part, const T (&sum)[4], T (&total)[4 / Parts]) {
   if constexpr (Parts == 1) {
@@ -174,13 +175,13 @@ __device__ __forceinline__ void add_parts(int part, const T (&sum)[4], T (&total
 }
 
 // For every j < out and sample r: to(j)[r] = sum over k of w(j, k) x[k * kLine + r], plus w(j, in), the bias, unless
-// Transposed, plus what is there if `add`, and on these finish(j, r, values) of the samples from r; and if `again` costly
-// on what finish left, whose code is there once and not for every feature of a thread.
-// w(j, k) is weight[j * line + k], or weight[k * line + j] if Transposed. F features to a thread; the inputs are summed in
-// Parts, each in a lane of its own.
+// Transposed, plus what is there if `add`; what finish(j, r, values) makes of these for one, two or four samples from r;
+// if `again`, what costly, whose code is there once and not for each feature of a thread, makes of that.
+// w(j, k) is weight[j * line + k], or weight[k * line + j] if Transposed. F features to a thread; the inputs are summed
+// in Parts, each in a lane of its own.
 template <int R, int F, int Parts, bool Transposed, class T, class To, class Finish, class Costly>
-__device__ __forceinline__ void product_of(int out, int in, const T* weight, int line, const T* x, bool add, const To& to,
-                                           const Finish& finish, bool again, const Costly& costly) {
+__device__ __forceinline__ void product_of(int out, int in, const T* weight, int line, const T* x, bool add,
+                                           const To& to, const Finish& finish, bool again, const Costly& costly) {
   using Lane = LaneOf<R, Parts>;
   constexpr int across = Lane::across, features = across * F, N = 4 / Parts;
   // A thread's features lie side by side where a vector of the weight holds them, else the lanes' features do.

@@ -59,7 +59,7 @@ __global__ void collective(unsigned* out, int fault) {
   out[threadIdx.x] = value;
 }
 
-// out[i] = in[n - 1 - i] through shared memory, with or without waiting for the copy, or from where no copy of 16 bytes is.
+// The same by asynchronous copies: right, not waited for, from a misaligned address.
 __global__ void copied(const float* in, float* out, int fault) {
   FASTFLOW_SHARED(float, tile, kThreads);
   const int i = 4 * static_cast<int>(threadIdx.x);
