@@ -175,8 +175,8 @@ __device__ __forceinline__ void add_parts(int part, const T (&sum)[4], T (&total
 }
 
 // For every j < out and sample r: to(j)[r] = sum over k of w(j, k) x[k * kLine + r], plus w(j, in), the bias, unless
-// Transposed, plus what is there if `add`; what finish(j, r, values) makes of these for one, two or four samples from r;
-// if `again`, what costly, whose code is there once and not for each feature of a thread, makes of that.
+// Transposed, plus what is there if `add`; what finish(j, r, values) makes of these for one, two or four samples from
+// r; if `again`, what costly, whose code is there once and not for each feature of a thread, makes of that.
 // w(j, k) is weight[j * line + k], or weight[k * line + j] if Transposed. F features to a thread; the inputs are summed
 // in Parts, each in a lane of its own.
 template <int R, int F, int Parts, bool Transposed, class T, class To, class Finish, class Costly>

@@ -59,7 +59,7 @@ __global__ void collective(unsigned* out, int fault) {
   out[threadIdx.x] = value;
 }
 
-// The same by asynchronous copies: right, not waited for, from a misaligned address.
+// out[i] = in[n - 1 - i] by asynchronous copies: right, not waited for, from a misaligned address.
 __global__ void copied(const float* in, float* out, int fault) {
   FASTFLOW_SHARED(float, tile, kThreads);
   const int i = 4 * static_cast<int>(threadIdx.x);
