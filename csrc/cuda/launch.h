@@ -37,6 +37,31 @@
 
 namespace fastflow {
 
+// Begins to copy 4, 8 or 16 bytes, aligned to as many, from device memory to shared memory. They are there once this
+// thread has waited for their group, and for other threads after a barrier.
+template <int Bytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (Bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(Bytes) : "memory");
+}
+
+// Ends a group: the copies since the last call, maybe none.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all groups of this thread but the last Pending.
+template <int Pending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// Copies 8 bytes of a kernel's __grid_constant__ parameter as from device memory: any thread any address.
+__device__ __forceinline__ void load_parameter(const void* from, void* to) {
+  unsigned long long bits;
+  asm volatile("ld.u64 %0, [%1];" : "=l"(bits) : "l"(from) : "memory");
+  *static_cast<unsigned long long*>(to) = bits;
+}
+
 inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastflow: ", what, ": ", cudaGetErrorString(error));
 }

@@ -1,5 +1,5 @@
 // mlp_flow_fwd: every step of a flow in one launch (one for 32 steps, 64 layers, 4 scale maps).
-#include "mlp_flow.cuh"
+#include "mlp_flow_product.cuh"
 
 namespace fastflow {
 namespace {
@@ -19,99 +19,108 @@ __host__ __device__ int lines_of(const FlowProgram<T>& p) {
   return p.features + seen + 2 * p.widest;
 }
 
-template <class T>
-__device__ __forceinline__ double channel_forward(const FlowProgram<T>& p, const FlowLinear<T>& channel, T* state) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  for (int f = warp; f < p.features; f += kWarps) {
-    const T scale = math::exp(p.inverse ? -channel.weight[f] : channel.weight[f]), bias = channel.bias[f];
-    T& x = state[f * kLine + lane];
+// This and the next return this thread's part of the sample's log-determinant. saved: null, or where the overwritten
+// features of the first sample go.
+template <int R, class T>
+__device__ __forceinline__ double channel_tile(const FlowProgram<T>& p, const FlowLinear<T>& channel, int rows,
+                                               T* saved, T* state) {
+  const int r = static_cast<int>(threadIdx.x) % R;
+  double logdet = 0;
+  each_feature<R>(p.features, [&](int f) {
+    const T log_scale = p.inverse ? -channel.weight[f] : channel.weight[f], bias = channel.bias[f];
+    const T scale = math::exp(log_scale);
+    T& x = state[f * kLine<R> + r];
+    if (saved != nullptr && r < rows) saved[f * p.batch + r] = x;
     x = p.inverse ? x * scale - bias : (x + bias) * scale;
-  }
-  double total = 0;
-  for (int f = 0; f < p.features; ++f) total += static_cast<double>(channel.weight[f]);
-  __syncthreads();
-  return p.inverse ? -total : total;
+    logdet += static_cast<double>(log_scale);
+  });
+  return logdet;
 }
 
-// The active features of the state become y; returns this thread's part of the sample's sum of log s.
-template <class T>
-__device__ __forceinline__ T couple_tile(const FlowStep& step, const Map<T>& map, const FlowSplit& split,
-                                         const T* params, T* state) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+// The active features of the state become y.
+template <int R, class T>
+__device__ __forceinline__ double couple_tile(const FlowProgram<T>& p, const FlowStep& step, const Map<T>& map,
+                                              const FlowSplit& split, const T* params, int rows, T* saved, T* state) {
+  const int r = static_cast<int>(threadIdx.x) % R;
   const bool additive = map.kind == Kind::additive;
-  T sum = 0;
-  for (int f = warp; f < split.active; f += kWarps) {
-    const ParamRows rows = param_rows(step, additive, split.active, f);
-    const T raw[1] = {additive ? T(0) : params[rows.raw * kLine + lane]};
+  double sum = 0;
+  each_feature<R>(split.active, [&](int f) {
+    const ParamRows of = param_rows(step, additive, split.active, f);
+    const T raw[1] = {additive ? T(0) : params[of.raw * kLine<R> + r]};
     Scale<T> scale[1];
     with_kind(map.kind, [&]<Kind K>() { scale[0] = scale_of<K, false, false>(map.constants, raw[0]); });
     limit(map, scale);
-    T& x = state[(split.active_begin + f) * kLine + lane];
-    x = coupled(map.constants, scale[0].s, x, params[rows.shift * kLine + lane], map.inverse, map.shift_first);
-    sum += scale[0].log_s;
-  }
+    T& x = state[(split.active_begin + f) * kLine<R> + r];
+    if (saved != nullptr && r < rows) saved[f * p.batch + r] = x;
+    x = coupled(map.constants, scale[0].s, x, params[of.shift * kLine<R> + r], map.inverse, map.shift_first);
+    sum += static_cast<double>(scale[0].log_s);
+  });
   return map.inverse ? -sum : sum;
 }
 
-template <class T>
+template <int R, class T>
 __global__ void __launch_bounds__(kThreads, 1) flow_forward(const __grid_constant__ Forward<T> job) {
-  FASTFLOW_DYNAMIC_SHARED(T, shared);
-  FASTFLOW_SHARED(T, sums, kWarps * kRows);
+  FASTFLOW_DYNAMIC_SHARED(unsigned char, shared);
   const FlowProgram<T>& p = job.program;
-  T* const stage = shared;
-  T* const state = stage + kStage * kStageLine;
-  T* const context = state + p.features * kLine;
-  T* const input = context + p.context_features * kLine;
-  T* const hidden = input + (p.context_features == 0 ? 0 : p.features + p.context_features) * kLine;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
-  const int rows = p.batch - first < kRows ? static_cast<int>(p.batch - first) : kRows;
-  load_tile(job.x, first, rows, p.features, state);
-  load_tile(job.context, first, rows, p.context_features, context);
-  double logdet = job.adds && warp == 0 && lane < rows ? static_cast<double>(job.logdet[first + lane]) : 0.;
+  const FlowTables<T>& tables = shared_tables(p.tables, shared);
+  double* const sums = reinterpret_cast<double*>(shared + sizeof(FlowTables<T>));
+  T* const slots = reinterpret_cast<T*>(sums + kGroups * R);
+  T* const state = slots + p.slots * p.slot;
+  T* const context = state + p.features * kLine<R>;
+  T* const input = context + p.context_features * kLine<R>;
+  T* const hidden = input + (p.context_features == 0 ? 0 : p.features + p.context_features) * kLine<R>;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * R;
+  const int rows = p.batch - first < R ? static_cast<int>(p.batch - first) : R;
+  load_tile<R>(job.x, first, rows, p.features, state);
+  load_tile<R>(job.context, first, rows, p.context_features, context);
   __syncthreads();
+  Weights<false, T> weights(p, tables, slots, 1);
+  double logdet = 0;
+#pragma unroll 1
   for (int s = 0; s < p.count; ++s) {
-    const FlowStep& step = p.steps[s];
+    const FlowStep& step = tables.steps[s];
     const FlowSplit split = split_of(step, p.features);
-    for (int f = warp; job.saved != nullptr && f < split.active; f += kWarps)
-      if (lane < rows)
-        job.saved[(step.saved + f) * p.batch + first + lane] = state[(split.active_begin + f) * kLine + lane];
-    const FlowLinear<T>* linears = p.linears + step.first;
+    const FlowLinear<T>* linears = tables.linears + step.first;
+    T* const saved = job.saved == nullptr ? nullptr : job.saved + step.saved * p.batch + first;
     if (!step.coupling) {
       __syncthreads();
-      logdet += channel_forward(p, linears[0], state);
+      logdet += channel_tile<R>(p, linears[0], rows, saved, state);
       continue;
     }
-    const T* x = input_of(split, p.context_features, state, context, input);
+    const T* x = input_of<R>(split, p.context_features, state, context, input);
+#pragma unroll 1
     for (int l = 0; l < step.count; ++l) {
       const FlowLinear<T>& linear = linears[l];
-      T* const y = hidden + (l % 2) * p.widest * kLine;
-      const bool last = l == step.count - 1;
-      product<false>(linear.out, linear.in, linear.weight, linear.in, x, stage, [&](int j, T sum) {
-        const T value = sum + linear.bias[j];
-        y[j * kLine + lane] = last ? value : activate(step.activation, value);
-      });
+      T* const y = hidden + (l % 2) * p.widest * kLine<R>;
+      int row = 0;
+      do {
+        linear_forward<R>(linear, row, weights.next(), x, step.activation, l + 1 == step.count,
+                          static_cast<T*>(nullptr), y);
+      } while ((row += linear.piece) < linear.out);
       x = y;
     }
-    sums[warp * kRows + lane] = couple_tile(step, p.maps[step.map], split, x, state);
     __syncthreads();
-    T total = 0;
-    for (int w = 0; w < kWarps; ++w) total += sums[w * kRows + lane];
-    logdet += static_cast<double>(total);
-    __syncthreads();
+    logdet += couple_tile<R>(p, step, tables.maps[step.map], split, x, rows, saved, state);
   }
-  store_tile(state, first, rows, p.features, job.z);
-  if (warp == 0 && lane < rows) job.logdet[first + lane] = static_cast<T>(logdet);
+  if (static_cast<int>(threadIdx.x) < kGroups * R) sums[threadIdx.x] = logdet;
+  __syncthreads();
+  store_tile<R>(state, first, rows, p.features, job.z);
+  if (static_cast<int>(threadIdx.x) >= rows) return;
+  logdet = job.adds ? static_cast<double>(job.logdet[first + threadIdx.x]) : 0.;
+  for (int group = 0; group < kGroups; ++group) logdet += sums[group * R + static_cast<int>(threadIdx.x)];
+  job.logdet[first + threadIdx.x] = static_cast<T>(logdet);
 }
 
 static_assert(sizeof(Forward<double>) <= 4096);  // of a kernel's parameters
 
 template <class T>
-void forward(const Program& program, const Tensor& x, const optional<Tensor>& context, const std::vector<Tensor>& params,
-             bool inverse, const Tensor& z, const Tensor& logdet, const Tensor* saved, const Stream& stream) {
+void forward(const Program& program, const Tensor& x, const optional<Tensor>& context,
+             const std::vector<Tensor>& params, bool inverse, const Tensor& z, const Tensor& logdet,
+             const Tensor* saved, const Stream& stream) {
   std::vector<FlowProgram<T>> pieces = flow_programs<T>(program, params, inverse);
   if (pieces.empty()) pieces.push_back({.features = static_cast<int>(program.features), .batch = program.batch});
   for (size_t i = 0; i < pieces.size(); ++i) {
+    const FlowPlan plan = plan_of(pieces[i], lines_of(pieces[i]), kGroups, stream.shared_limit());
     Forward<T> job{pieces[i],
                    matrix_of<T>(i == 0 ? x : z),
                    matrix_of<T>(context),
@@ -119,9 +128,9 @@ void forward(const Program& program, const Tensor& x, const optional<Tensor>& co
                    static_cast<T*>(logdet.data_ptr()),
                    saved == nullptr ? nullptr : static_cast<T*>(saved->data_ptr()),
                    i > 0};
-    const int64_t bytes = (kStage * kStageLine + lines_of(job.program) * kLine) * static_cast<int64_t>(sizeof(T));
-    check_shared(bytes, stream);
-    FASTFLOW_LAUNCH(flow_forward<T>, tiles_of(program.batch), kThreads, bytes, stream, job);
+    const int64_t tiles = tiles_of(program.batch, plan.rows);
+    if (plan.rows == 16) FASTFLOW_LAUNCH((flow_forward<16, T>), tiles, kThreads, plan.bytes, stream, job);
+    else FASTFLOW_LAUNCH((flow_forward<32, T>), tiles, kThreads, plan.bytes, stream, job);
   }
 }
 

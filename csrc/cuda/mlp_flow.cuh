@@ -1,8 +1,8 @@
-// What the kernels of mlp_flow_fwd and mlp_flow_bwd share: the program, and products on a tile of samples.
+// What the kernels of mlp_flow_fwd and mlp_flow_bwd share: the program, the plan of a block's shared memory, tiles of
+// samples.
 //
-// A block takes 32 samples, one to a lane, through every step. Activations lie in shared memory feature by feature;
-// weights come through it piece by piece, read by a whole warp at once. A processor is given one block at a time, so
-// that no register spills.
+// A block takes R samples through every step. Activations lie in shared memory feature by feature; the weights stream
+// through it piece by piece, several pieces ahead of their use (mlp_flow_product.cuh).
 #pragma once
 
 #include <algorithm>
@@ -14,19 +14,30 @@
 
 namespace fastflow {
 
-constexpr int kRows = 32, kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kLine = kRows + 1;  // from one feature to the next, so that no column of a tile falls on one bank
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kGroups = 8;  // of threads that share a sample's features; the same for every R, and so are the results
 constexpr int kMostSteps = 32, kMostLinears = 64, kMostMaps = 4;  // of a launch
-constexpr int kStage = 16;                                        // columns of a weight that are staged at once
-constexpr int kStageLine = 8 * kWarps + 4;
+constexpr int64_t kSlotBytes = 64 * 132 * 4, kLeastSlotBytes = kSlotBytes / 8;  // of a piece of a weight
+constexpr int kMostSlots = 4;                                                   // 2 at least
+constexpr int64_t kSmallBatch = 2048;  // up to which tiles of 16 samples occupy more processors than tiles of 32
+
+// From one feature to the next. Eight features in a row, four samples of each, fall on all 32 banks.
+template <int R>
+constexpr int kLine = R + 4;
+
+// From one row of a weight to the next in shared memory; its bias lies behind it. An odd multiple of four, so that
+// consecutive rows fall on different banks.
+inline int64_t weight_line(int64_t in) { return (in + 4) / 4 % 2 == 1 ? (in + 4) / 4 * 4 : (in + 8) / 4 * 4; }
 
 enum class Activation : int { relu, silu, tanh };
 
+// Widths fit 16 bits, since a sample's activations fit shared memory.
 template <class T>
 struct FlowLinear {
   const T *weight, *bias;  // contiguous
-  int in, out;
-  int64_t grad;  // where its gradients begin in a block's partial sums: the weight's, then the bias's
+  int64_t grad;            // where its gradients begin in a block's partial sums: the weight's, then the bias's
+  uint16_t in, out;
+  uint16_t line, piece;  // of the weight in shared memory: from row to row, and the rows of a piece
 };
 
 struct FlowStep {
@@ -36,12 +47,20 @@ struct FlowStep {
   int64_t saved;
 };
 
+// In the order of execution.
 template <class T>
-struct FlowProgram {
-  FlowStep steps[kMostSteps];  // in the order of execution
+struct FlowTables {
+  FlowStep steps[kMostSteps];
   FlowLinear<T> linears[kMostLinears];
   Map<T> maps[kMostMaps];
-  int count, features, context_features, widest, deepest;  // deepest: the most outputs that a step's linears have together
+};
+
+template <class T>
+struct FlowProgram {
+  FlowTables<T> tables;
+  int count, features, context_features;
+  int widest, deepest, sloped;  // the most outputs: of a linear; of a step's hidden layers together; of those with silu
+  int slot, slots;              // elements of a piece's place in shared memory, and how many there are
   bool inverse;
   int64_t batch;
 };
@@ -74,113 +93,52 @@ __device__ __forceinline__ ParamRows param_rows(const FlowStep& step, bool addit
   return step.shift_in_front ? ParamRows{second, first} : ParamRows{first, second};
 }
 
-// NaN stays.
+// The tables in shared memory, since the constant bank is slow at what it is asked for the first time. The block must
+// wait at a barrier before it reads them.
 template <class T>
-__device__ __forceinline__ T activate(int activation, T p) {
-  switch (static_cast<Activation>(activation)) {
-    case Activation::relu: return p < T(0) ? T(0) : p;
-    case Activation::silu: return p * math::sigmoid(p);
-    default: return math::tanh(p);
-  }
+__device__ __forceinline__ const FlowTables<T>& shared_tables(const FlowTables<T>& from, unsigned char* shared) {
+  static_assert(sizeof(FlowTables<T>) % 16 == 0 && alignof(FlowTables<T>) == 8);
+  constexpr int words = static_cast<int>(sizeof(FlowTables<T>) / 8);
+  for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads)
+    load_parameter(reinterpret_cast<const unsigned char*>(&from) + 8 * i, shared + 8 * i);
+  return *reinterpret_cast<const FlowTables<T>*>(shared);
 }
 
-// The gradient of p from that of its activation.
-template <class T>
-__device__ __forceinline__ T activation_gradient(int activation, T p, T grad) {
-  switch (static_cast<Activation>(activation)) {
-    case Activation::relu: return p <= T(0) ? T(0) : grad;
-    case Activation::silu: {
-      const T s = math::sigmoid(p);
-      return grad * math::fma(p * s, T(1) - s, s);
-    }
-    default: {
-      const T y = math::tanh(p);
-      return grad * (T(1) - y * y);
-    }
-  }
-}
-
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T value[4];
-};
-
-// store(j, sum over k of w(j, k) x[k]) for every j < out and this thread's sample, F features to a warp at a time.
-// w(j, k) is weight[j * ld + k], or weight[k * ld + j] if Transposed. The whole block must call; ends with a barrier.
-template <int F, bool Transposed, class T, class Store>
-__device__ __forceinline__ void product_of(int out, int in, const T* weight, int ld, const T* x, T* stage,
-                                           const Store& store) {
-  constexpr int block = kWarps * F;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  for (int j0 = 0; j0 < out; j0 += block) {
-    T sum[F] = {};
-    for (int k0 = 0; k0 < in; k0 += kStage) {
-      __syncthreads();  // x is there, and the last piece has been read
-      for (int i = static_cast<int>(threadIdx.x); i < kStage * block; i += kThreads) {
-        const int j = Transposed ? i % block : i / kStage, k = Transposed ? i / block : i % kStage;
-        const bool there = j0 + j < out && k0 + k < in;
-        const int64_t at = Transposed ? static_cast<int64_t>(k0 + k) * ld + j0 + j
-                                      : static_cast<int64_t>(j0 + j) * ld + k0 + k;
-        stage[k * kStageLine + j] = there ? weight[at] : T(0);
-      }
-      __syncthreads();
-      const int n = in - k0 < kStage ? in - k0 : kStage;
-      for (int k = 0; k < n; ++k) {
-        const T value = x[(k0 + k) * kLine + lane];
-        const T* row = stage + k * kStageLine + warp * F;
-        if constexpr (F % 4 == 0) {
-#pragma unroll
-          for (int f = 0; f < F; f += 4) {
-            const Four<T> four = *reinterpret_cast<const Four<T>*>(row + f);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sum[f + e] = math::fma(four.value[e], value, sum[f + e]);
-          }
-        } else {
-#pragma unroll
-          for (int f = 0; f < F; ++f) sum[f] = math::fma(row[f], value, sum[f]);
-        }
-      }
-    }
-#pragma unroll
-    for (int f = 0; f < F; ++f)
-      if (j0 + warp * F + f < out) store(j0 + warp * F + f, sum[f]);
-  }
-  __syncthreads();
-}
-
-template <bool Transposed, class T, class Store>
-__device__ __forceinline__ void product(int out, int in, const T* weight, int ld, const T* x, T* stage,
-                                        const Store& store) {
-  if (out <= kWarps) product_of<1, Transposed>(out, in, weight, ld, x, stage, store);
-  else if (out <= 4 * kWarps) product_of<4, Transposed>(out, in, weight, ld, x, stage, store);
-  else product_of<8, Transposed>(out, in, weight, ld, x, stage, store);
+// Calls f(feature) for this thread's share of `features` of sample threadIdx.x % R, kGroups threads to a sample.
+template <int R, class F>
+__device__ __forceinline__ void each_feature(int features, const F& f) {
+  static_assert(kGroups * R <= kThreads);
+  if (static_cast<int>(threadIdx.x) >= kGroups * R) return;
+#pragma unroll 1
+  for (int feature = static_cast<int>(threadIdx.x) / R; feature < features; feature += kGroups) f(feature);
 }
 
 // to[f] of this block's samples from a matrix; zeros past the end, or where there is none.
-template <class T>
+template <int R, class T>
 __device__ __forceinline__ void load_tile(const FlowMatrix<T>& from, int64_t first, int rows, int features, T* to) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  for (int f = warp; f < features; f += kWarps)
-    to[f * kLine + lane] = lane < rows && from.data ? from.data[(first + lane) * from.row + f * from.column] : T(0);
+  const int r = static_cast<int>(threadIdx.x) % R;
+  for (int f = static_cast<int>(threadIdx.x) / R; f < features; f += kThreads / R)
+    to[f * kLine<R> + r] = r < rows && from.data ? from.data[(first + r) * from.row + f * from.column] : T(0);
 }
 
 // to (batch, features), contiguous.
-template <class T>
+template <int R, class T>
 __device__ __forceinline__ void store_tile(const T* from, int64_t first, int rows, int features, T* to) {
   for (int i = static_cast<int>(threadIdx.x); i < rows * features; i += kThreads)
-    to[first * features + i] = from[i % features * kLine + i / features];
+    to[first * features + i] = from[i % features * kLine<R> + i / features];
 }
 
-// What the network of a step sees: the passive features, and behind them, in `input`, the context.
-template <class T>
+// What the network of a step sees: the passive features, and behind them, in `input`, the context. With a context the
+// whole block must call; what it sees is there after the next barrier.
+template <int R, class T>
 __device__ __forceinline__ const T* input_of(const FlowSplit& split, int context_features, const T* state,
                                              const T* context, T* input) {
-  if (context_features == 0) return state + split.passive_begin * kLine;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  for (int f = warp; f < split.passive + context_features; f += kWarps)
-    input[f * kLine + lane] = f < split.passive ? state[(split.passive_begin + f) * kLine + lane]
-                                                : context[(f - split.passive) * kLine + lane];
+  if (context_features == 0) return state + split.passive_begin * kLine<R>;
   __syncthreads();
+  const int r = static_cast<int>(threadIdx.x) % R;
+  for (int f = static_cast<int>(threadIdx.x) / R; f < split.passive + context_features; f += kThreads / R)
+    input[f * kLine<R> + r] = f < split.passive ? state[(split.passive_begin + f) * kLine<R> + r]
+                                                : context[(f - split.passive) * kLine<R> + r];
   return input;
 }
 
@@ -219,21 +177,21 @@ std::vector<FlowProgram<T>> flow_programs(const Program& program, const std::vec
       piece.batch = program.batch;
     }
     FlowProgram<T>& piece = pieces.back();
-    FlowStep& step = piece.steps[piece.count++];
+    FlowStep& step = piece.tables.steps[piece.count++];
     step.first = linears;
     step.count = count;
     step.coupling = from.coupling;
     step.saved = saved;
     saved += from.active;
     if (!from.coupling) {
-      piece.linears[linears++] = {data_of(from.log_scale), data_of(from.bias), 1, static_cast<int>(from.active),
-                                  offset[from.parameter]};
+      piece.tables.linears[linears++] = {data_of(from.log_scale), data_of(from.bias), offset[from.parameter]};
       continue;
     }
     if (known() == maps.end()) {
       const double* c = from.constants;
-      piece.maps[maps.size()] = make_map<T>((inverse ? kInverse : 0) | (from.flags & Program::shift_first), from.kind,
-                                            c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]);
+      piece.tables.maps[maps.size()] =
+          make_map<T>((inverse ? kInverse : 0) | (from.flags & Program::shift_first), from.kind, c[0], c[1], c[2], c[3],
+                      c[4], c[5], c[6], c[7]);
       maps.push_back(map);
     }
     step.map = static_cast<int>(known() - maps.begin());
@@ -241,15 +199,17 @@ std::vector<FlowProgram<T>> flow_programs(const Program& program, const std::vec
     step.flip = from.flip;
     step.interleaved = from.flags & Program::interleaved;
     step.shift_in_front = from.flags & Program::shift_in_front;
-    int outputs = 0;
+    int hidden = 0;
     for (size_t l = 0; l < from.linears.size(); ++l) {
       const ProgramLinear& linear = from.linears[l];
-      piece.linears[linears++] = {data_of(linear.weight), data_of(linear.bias), static_cast<int>(linear.in),
-                                  static_cast<int>(linear.out), offset[from.parameter + 2 * l]};
+      piece.tables.linears[linears++] = {data_of(linear.weight), data_of(linear.bias), offset[from.parameter + 2 * l],
+                                         static_cast<uint16_t>(linear.in), static_cast<uint16_t>(linear.out),
+                                         static_cast<uint16_t>(weight_line(linear.in))};
       piece.widest = std::max(piece.widest, static_cast<int>(linear.out));
-      outputs += static_cast<int>(linear.out);
+      if (l + 1 < from.linears.size()) hidden += static_cast<int>(linear.out);
     }
-    piece.deepest = std::max(piece.deepest, outputs);
+    piece.deepest = std::max(piece.deepest, hidden);
+    if (static_cast<Activation>(step.activation) == Activation::silu) piece.sloped = std::max(piece.sloped, hidden);
   }
   return pieces;
 }
@@ -266,11 +226,46 @@ FlowMatrix<T> matrix_of(const optional<Tensor>& t) {
   return {static_cast<const T*>(t->data_ptr()), t->stride(0), t->dim() > 1 ? t->stride(1) : 0};
 }
 
-inline int64_t tiles_of(int64_t batch) { return (batch + kRows - 1) / kRows; }
+inline int64_t tiles_of(int64_t batch, int rows) { return (batch + rows - 1) / rows; }
 
-inline void check_shared(int64_t bytes, const Stream& stream) {
-  STD_TORCH_CHECK(bytes <= stream.shared_limit(), "mlp_flow: the widths need ", bytes,
-                  " bytes of shared memory in a block, the device has ", stream.shared_limit());
+// How a block is laid out: its samples, its bytes of shared memory.
+struct FlowPlan {
+  int rows;
+  int64_t bytes;
+};
+
+// Chooses the pieces of the weights, the number of their slots and the samples of a tile. lines: features of shared
+// memory; sums: doubles of it to a sample. What a sample's sums are made of, and so its result, depends on the pieces:
+// these are chosen by the program alone.
+template <class T>
+FlowPlan plan_of(FlowProgram<T>& program, int64_t lines, int64_t sums, int64_t limit) {
+  FlowTables<T>& tables = program.tables;
+  constexpr int64_t element = sizeof(T);
+  auto cut = [&](int64_t slot_bytes) {
+    program.slot = 0;
+    for (int s = 0; s < program.count; ++s)
+      for (int l = 0; tables.steps[s].coupling && l < tables.steps[s].count; ++l) {
+        FlowLinear<T>& linear = tables.linears[tables.steps[s].first + l];
+        const int64_t most = std::max<int64_t>(slot_bytes / element / linear.line, 1);
+        const int64_t piece = most < linear.out ? most / 4 * 4 : linear.out;
+        linear.piece = static_cast<uint16_t>(std::max<int64_t>(piece, 1));
+        program.slot = std::max(program.slot, linear.piece * linear.line);
+      }
+  };
+  auto bytes_of = [&](int64_t rows, int64_t slots) {
+    return static_cast<int64_t>(sizeof(tables)) + sums * rows * 8 +
+           (lines * (rows + 4) + slots * program.slot) * element;
+  };
+  int64_t slot_bytes = kSlotBytes;
+  cut(slot_bytes);
+  while (bytes_of(16, 2) > limit && slot_bytes > kLeastSlotBytes) cut(slot_bytes /= 2);
+  const int rows = program.batch <= kSmallBatch || bytes_of(32, 2) > limit ? 16 : 32;
+  program.slots = kMostSlots;
+  while (program.slots > 2 && bytes_of(rows, program.slots) > limit) --program.slots;
+  const int64_t bytes = bytes_of(rows, program.slots);
+  STD_TORCH_CHECK(bytes <= limit, "mlp_flow: the widths need ", bytes,
+                  " bytes of shared memory in a block, the device has ", limit);
+  return {rows, bytes};
 }
 
 }  // namespace fastflow

@@ -1,14 +1,14 @@
 // mlp_flow_bwd: the gradients from what every step overwrote, the networks' activations computed again in the tile; the
 // parameters' as partial sums of each block, which a second kernel adds up.
-#include "mlp_flow.cuh"
+#include "mlp_flow_gradient.cuh"
 
 namespace fastflow {
 namespace {
 
-constexpr int kMostBlocks = 128;                        // that keep partial sums
-constexpr int64_t kMostPartials = int64_t(1) << 24;     // elements of all of them, unless that leaves too few blocks
+constexpr int kMostBlocks = 128;                     // that keep partial sums
+constexpr int64_t kMostPartials = int64_t(1) << 24;  // elements of all of them, unless that leaves too few blocks
 constexpr int64_t kLeastBlocks = 16;
-constexpr int kMostParameters = 192;  // of a launch of the second kernel
+constexpr int kHeld = 4;                             // saved features that a thread reads ahead
 
 template <class T>
 struct Backward {
@@ -21,231 +21,199 @@ struct Backward {
   int64_t partials, tiles;
 };
 
-// Features of shared memory: state, gradient and context, twice, what a network sees, its layers' values before their
-// activations, one layer's after it.
+// Features of shared memory: state, gradient and context, twice, what a network sees, its hidden layers' activations,
+// their slopes where silu needs them, the gradients of two layers' outputs, that of the log-determinant.
 template <class T>
 __host__ __device__ int lines_of(const FlowProgram<T>& p) {
   const int seen = p.context_features == 0 ? 0 : p.features + 3 * p.context_features;
-  return 2 * p.features + seen + p.deepest + p.widest;
+  return 2 * p.features + seen + p.deepest + p.sloped + 2 * p.widest + 1;
 }
 
-// to = value, or to += value after a block's first tile.
-template <class T>
-__device__ __forceinline__ void put(bool fresh, T* to, T value) {
-  *to = fresh ? value : *to + value;
-}
-
-// The gradients of a layer's weight and bias over the tile's samples: a square of 4 x 4 elements to a thread.
-template <class T>
-__device__ __forceinline__ void parameter_gradient(const FlowLinear<T>& linear, int rows, const T* x, const T* grad,
-                                                   bool fresh, T* partial) {
-  const int across = (linear.in + 3) / 4, squares = (linear.out + 3) / 4 * across;
-  for (int square = static_cast<int>(threadIdx.x); square < squares; square += kThreads) {
-    const int j0 = square / across * 4, k0 = square % across * 4;
-    T sum[4][4] = {};
-    for (int r = 0; r < rows; ++r) {
-      T g[4], value[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        g[e] = grad[(j0 + e < linear.out ? j0 + e : j0) * kLine + r];
-        value[e] = x[(k0 + e < linear.in ? k0 + e : k0) * kLine + r];
-      }
-#pragma unroll
-      for (int a = 0; a < 4; ++a)
-#pragma unroll
-        for (int b = 0; b < 4; ++b) sum[a][b] = math::fma(g[a], value[b], sum[a][b]);
-    }
-#pragma unroll
-    for (int a = 0; a < 4; ++a)
-#pragma unroll
-      for (int b = 0; b < 4; ++b)
-        if (j0 + a < linear.out && k0 + b < linear.in)
-          put(fresh, partial + linear.grad + static_cast<int64_t>(j0 + a) * linear.in + k0 + b, sum[a][b]);
-  }
-  T* const bias = partial + linear.grad + static_cast<int64_t>(linear.out) * linear.in;
-  for (int j = static_cast<int>(threadIdx.x); j < linear.out; j += kThreads) {
-    T sum = 0;
-    for (int r = 0; r < rows; ++r) sum += grad[j * kLine + r];
-    put(fresh, bias + j, sum);
-  }
-}
-
-// partial holds the gradient of bias, then that of log_scale.
-template <class T>
+// partial holds the gradient of bias, then that of log_scale. A barrier comes first and last.
+template <int R, class T>
 __device__ __forceinline__ void channel_backward(const FlowProgram<T>& p, const FlowLinear<T>& channel, int rows,
-                                                 const T* grad_logdet, const T* state, bool fresh, T* grad, T* partial) {
+                                                 const T* saved, const T* grad_logdet, bool fresh, T* state, T* grad,
+                                                 T* partial) {
+  const int r = static_cast<int>(threadIdx.x) % R;
+  __syncthreads();
+  each_feature<R>(p.features, [&](int f) {
+    if (r < rows) state[f * kLine<R> + r] = saved[f * p.batch + r];
+  });
   __syncthreads();
   for (int f = static_cast<int>(threadIdx.x); partial != nullptr && f < p.features; f += kThreads) {
-    const T scale = math::exp(p.inverse ? -channel.weight[f] : channel.weight[f]), bias = channel.bias[f];
+    // In double throughout: the two parts of log_scale's gradient may cancel.
+    const double scale = math::exp(static_cast<double>(p.inverse ? -channel.weight[f] : channel.weight[f]));
+    const double bias = p.inverse ? 0. : static_cast<double>(channel.bias[f]);
     double to_bias = 0, to_scale = 0, through_logdet = 0;
-    for (int r = 0; r < rows; ++r) {
-      const T g = grad[f * kLine + r], x = state[f * kLine + r];
-      to_bias += static_cast<double>(p.inverse ? g : g * scale);
-      to_scale += static_cast<double>(g * (p.inverse ? x : x + bias));
-      through_logdet += static_cast<double>(grad_logdet[r]);
+    for (int i = 0; i < rows; ++i) {
+      const double g = static_cast<double>(grad[f * kLine<R> + i]), x = static_cast<double>(state[f * kLine<R> + i]);
+      to_bias += g;
+      to_scale += g * (x + bias);
+      through_logdet += static_cast<double>(grad_logdet[i]);
     }
-    const double total = to_scale * static_cast<double>(scale) + through_logdet;
+    if (!p.inverse) to_bias *= scale;
+    const double total = to_scale * scale + through_logdet;
     put(fresh, partial + channel.grad + f, static_cast<T>(p.inverse ? -to_bias : to_bias));
     put(fresh, partial + channel.grad + p.features + f, static_cast<T>(p.inverse ? -total : total));
   }
   __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  for (int f = warp; f < p.features; f += kWarps)
-    grad[f * kLine + lane] *= math::exp(p.inverse ? -channel.weight[f] : channel.weight[f]);
+  each_feature<R>(p.features, [&](int f) {
+    grad[f * kLine<R> + r] *= math::exp(p.inverse ? -channel.weight[f] : channel.weight[f]);
+  });
   __syncthreads();
 }
 
+// What a step overwrote: read before it is needed.
+template <int R, class T>
+struct Held {
+  T value[kHeld];
+
+  __device__ __forceinline__ Held(const FlowProgram<T>& p, const FlowSplit& split, int rows, const T* saved) {
+    const int r = static_cast<int>(threadIdx.x) % R, f = static_cast<int>(threadIdx.x) / R;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const bool there = f < kGroups && r < rows && f + i * kGroups < split.active;
+      value[i] = there ? saved[(f + i * kGroups) * p.batch + r] : T(0);
+    }
+  }
+
+  // As each_feature shares the features out.
+  __device__ __forceinline__ void restore(const FlowProgram<T>& p, const FlowSplit& split, int rows, const T* saved,
+                                          T* state) const {
+    const int r = static_cast<int>(threadIdx.x) % R, f = static_cast<int>(threadIdx.x) / R;
+    if (f >= kGroups || r >= rows) return;
+    T* const to = state + split.active_begin * kLine<R> + r;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (f + i * kGroups < split.active) to[(f + i * kGroups) * kLine<R>] = value[i];
+#pragma unroll 1
+    for (int i = f + kHeld * kGroups; i < split.active; i += kGroups) to[i * kLine<R>] = saved[i * p.batch + r];
+  }
+};
+
 // The params become their gradients, the gradient of y that of x.
-template <class T>
+template <int R, class T>
 __device__ __forceinline__ void uncouple_tile(const FlowStep& step, const Map<T>& map, const FlowSplit& split,
                                               const T* state, const T* grad_logdet, T* params, T* grad) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int r = static_cast<int>(threadIdx.x) % R;
   const bool additive = map.kind == Kind::additive;
   const bool separate = map.bounds || map.kind == Kind::softplus;
-  for (int f = warp; f < split.active; f += kWarps) {
-    const ParamRows rows = param_rows(step, additive, split.active, f);
-    T& raw = params[rows.raw * kLine + lane];
-    T& shift = params[rows.shift * kLine + lane];
-    T& g = grad[(split.active_begin + f) * kLine + lane];
+  each_feature<R>(split.active, [&](int f) {
+    const ParamRows of = param_rows(step, additive, split.active, f);
+    T& raw = params[of.raw * kLine<R> + r];
+    T& shift = params[of.shift * kLine<R> + r];
+    const int at = (split.active_begin + f) * kLine<R> + r;
     ScaleSlope<T> scale[1];
     with_kind(map.kind, [&]<Kind K>() {
       scale[0] = scale_slope<K, false, false>(map.constants, additive ? T(0) : raw);
     });
     limit(map, scale);
-    const CoupledGradient<T> out =
-        coupled_gradient(map.constants, scale[0], g, grad_logdet[lane], state[(split.active_begin + f) * kLine + lane],
-                         shift, map.inverse, map.shift_first, separate);
-    g = out.x;
+    const CoupledGradient<T> out = coupled_gradient(map.constants, scale[0], grad[at], grad_logdet[r], state[at], shift,
+                                                    map.inverse, map.shift_first, separate);
+    grad[at] = out.x;
     if (!additive) raw = out.raw;
     shift = out.shift;
-  }
-  __syncthreads();
+  });
 }
 
-template <class T>
+template <int R, class T>
 __global__ void __launch_bounds__(kThreads, 1) flow_backward(const __grid_constant__ Backward<T> job) {
-  FASTFLOW_DYNAMIC_SHARED(T, shared);
-  FASTFLOW_SHARED(T, grad_logdet, kRows);
+  FASTFLOW_DYNAMIC_SHARED(unsigned char, shared);
   const FlowProgram<T>& p = job.program;
-  T* const stage = shared;
-  T* const state = stage + kStage * kStageLine;
-  T* const grad = state + p.features * kLine;
-  T* const context = grad + p.features * kLine;
-  T* const grad_context = context + p.context_features * kLine;
-  T* const input = grad_context + p.context_features * kLine;
-  T* const values = input + (p.context_features == 0 ? 0 : p.features + p.context_features) * kLine;
-  T* const active = values + p.deepest * kLine;  // a layer's activations
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const FlowTables<T>& tables = shared_tables(p.tables, shared);
+  T* const slots = reinterpret_cast<T*>(shared + sizeof(FlowTables<T>));
+  T* const state = slots + p.slots * p.slot;
+  T* const grad = state + p.features * kLine<R>;
+  T* const context = grad + p.features * kLine<R>;
+  T* const grad_context = context + p.context_features * kLine<R>;
+  T* const input = grad_context + p.context_features * kLine<R>;
+  T* const hidden = input + (p.context_features == 0 ? 0 : p.features + p.context_features) * kLine<R>;
+  T* const slopes = hidden + p.deepest * kLine<R>;
+  T* const outputs = slopes + p.sloped * kLine<R>;  // their gradients; those of the layer below behind them
+  T* const grad_logdet = outputs + 2 * p.widest * kLine<R>;
   T* const partial = job.partial == nullptr ? nullptr : job.partial + static_cast<int64_t>(blockIdx.x) * job.partials;
+  __syncthreads();
+  Weights<true, T> weights(p, tables, slots, (job.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
+#pragma unroll 1
   for (int64_t tile = blockIdx.x; tile < job.tiles; tile += gridDim.x) {
     const bool fresh = tile == static_cast<int64_t>(blockIdx.x);
-    const int64_t first = tile * kRows;
-    const int rows = p.batch - first < kRows ? static_cast<int>(p.batch - first) : kRows;
-    load_tile(job.z, first, rows, p.features, state);
-    load_tile(job.grad_z, first, rows, p.features, grad);
-    load_tile(job.context, first, rows, p.context_features, context);
-    load_tile(job.grad_context_in, first, rows, p.context_features, grad_context);
-    load_tile(job.grad_logdet, first, rows, 1, grad_logdet);
+    const int64_t first = tile * R;
+    const int rows = p.batch - first < R ? static_cast<int>(p.batch - first) : R;
+    load_tile<R>(job.z, first, rows, p.features, state);
+    load_tile<R>(job.grad_z, first, rows, p.features, grad);
+    load_tile<R>(job.context, first, rows, p.context_features, context);
+    load_tile<R>(job.grad_context_in, first, rows, p.context_features, grad_context);
+    load_tile<R>(job.grad_logdet, first, rows, 1, grad_logdet);
+#pragma unroll 1
     for (int s = p.count - 1; s >= 0; --s) {
-      const FlowStep& step = p.steps[s];
+      const FlowStep& step = tables.steps[s];
       const FlowSplit split = split_of(step, p.features);
-      const FlowLinear<T>* linears = p.linears + step.first;
-      __syncthreads();
-      for (int f = warp; f < split.active; f += kWarps)
-        if (lane < rows)
-          state[(split.active_begin + f) * kLine + lane] = job.saved[(step.saved + f) * p.batch + first + lane];
+      const FlowLinear<T>* linears = tables.linears + step.first;
+      const T* const saved = job.saved + step.saved * p.batch + first;
       if (!step.coupling) {
-        channel_backward(p, linears[0], rows, grad_logdet, state, fresh, grad, partial);
+        channel_backward<R>(p, linears[0], rows, saved, grad_logdet, fresh, state, grad, partial);
         continue;
       }
-      const T* const x = input_of(split, p.context_features, state, context, input);
-      T* value = values;  // of the layer at hand
+      const Held<R, T> held(p, split, rows, saved);
+      const T* const x = input_of<R>(split, p.context_features, state, context, input);
+      const bool silu = static_cast<Activation>(step.activation) == Activation::silu;
+      int depth = 0;  // lines of the hidden layers below
+#pragma unroll 1
       for (int l = 0; l < step.count; ++l) {
         const FlowLinear<T>& linear = linears[l];
-        const bool last = l == step.count - 1;
-        product<false>(linear.out, linear.in, linear.weight, linear.in, l == 0 ? x : active, stage, [&](int j, T sum) {
-          value[j * kLine + lane] = sum + linear.bias[j];
-        });
-        if (last) break;
-        for (int j = warp; j < linear.out; j += kWarps)
-          active[j * kLine + lane] = activate(step.activation, value[j * kLine + lane]);
-        value += linear.out * kLine;
+        const bool last = l + 1 == step.count;
+        const T* const from = l == 0 ? x : hidden + (depth - linear.in) * kLine<R>;
+        T* const to = last ? outputs : hidden + depth * kLine<R>;
+        T* const slope = silu ? slopes + depth * kLine<R> : nullptr;
+        int row = 0;
+        do {
+          linear_forward<R>(linear, row, weights.next(), from, step.activation, last, slope, to);
+        } while ((row += linear.piece) < linear.out);
+        if (!last) depth += linear.out;
       }
-      uncouple_tile(step, p.maps[step.map], split, state, grad_logdet, value, grad);
+      held.restore(p, split, rows, saved, state);
+      __syncthreads();
+      uncouple_tile<R>(step, tables.maps[step.map], split, state, grad_logdet, outputs, grad);
+      T* above = outputs;
+      T* below = outputs + p.widest * kLine<R>;
+#pragma unroll 1
       for (int l = step.count - 1; l >= 0; --l) {
         const FlowLinear<T>& linear = linears[l];
-        T* const below = l == 0 ? nullptr : value - linear.in * kLine;
-        for (int j = warp; l > 0 && j < linear.in; j += kWarps)
-          active[j * kLine + lane] = activate(step.activation, below[j * kLine + lane]);
-        __syncthreads();
-        if (partial != nullptr)
-          parameter_gradient(linear, rows, l == 0 ? x : active, value, fresh, partial);
-        if (l > 0)
-          product<true>(linear.in, linear.out, linear.weight, linear.in, value, stage, [&](int j, T sum) {
-            T& at = below[j * kLine + lane];
-            at = activation_gradient(step.activation, at, sum);
-          });
-        else
-          product<true>(linear.in, linear.out, linear.weight, linear.in, value, stage, [&](int j, T sum) {
-            T& at = j < split.passive ? grad[(split.passive_begin + j) * kLine + lane]
-                                      : grad_context[(j - split.passive) * kLine + lane];
-            at += sum;
-          });
-        value = below;
+        if (l > 0) depth -= linear.in;
+        const T* const from = l == 0 ? x : hidden + depth * kLine<R>;
+        const T* const kept = (silu ? slopes : hidden) + depth * kLine<R>;
+        int row = 0;
+        do {
+          const T* const weight = weights.next();
+          if (row == 0 && partial != nullptr) parameter_gradient<R>(linear, rows, from, above, fresh, partial);
+          const int out = linear.out - row < linear.piece ? linear.out - row : linear.piece;
+          const bool last = row + linear.piece >= linear.out;
+          product<R, true>(
+              linear.in, out, weight, linear.line, above + row * kLine<R>, l == 0 || row > 0,
+              [&](int j) {
+                if (l > 0) return below + j * kLine<R>;
+                return j < split.passive ? grad + (split.passive_begin + j) * kLine<R>
+                                         : grad_context + (j - split.passive) * kLine<R>;
+              },
+              [&]<int N>(int j, int r, T(&values)[N]) {
+                if (l > 0 && last) activation_gradient(step.activation, kept + j * kLine<R> + r, values);
+              },
+              false, [](auto&&...) {});
+        } while ((row += linear.piece) < linear.out);
+        T* const done = above;
+        above = below;
+        below = done;
       }
     }
     __syncthreads();
-    if (job.grad_x != nullptr) store_tile(grad, first, rows, p.features, job.grad_x);
-    if (job.state != nullptr) store_tile(state, first, rows, p.features, job.state);
-    if (job.grad_context != nullptr) store_tile(grad_context, first, rows, p.context_features, job.grad_context);
+    if (job.grad_x != nullptr) store_tile<R>(grad, first, rows, p.features, job.grad_x);
+    if (job.state != nullptr) store_tile<R>(state, first, rows, p.features, job.state);
+    if (job.grad_context != nullptr) store_tile<R>(grad_context, first, rows, p.context_features, job.grad_context);
     __syncthreads();
   }
 }
 
-template <class T>
-struct Reduction {
-  T* to[kMostParameters];
-  int64_t begin[kMostParameters + 1];  // in a block's partial sums
-  int count;
-  const T* partial;
-  int64_t partials, blocks;
-};
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) add_partials(const __grid_constant__ Reduction<T> job) {
-  const int64_t at = job.begin[0] + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= job.begin[job.count]) return;
-  int low = 0, high = job.count - 1;  // the last parameter that begins at or before `at`
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (job.begin[middle] <= at) low = middle;
-    else high = middle - 1;
-  }
-  double sum = 0;
-  for (int64_t b = 0; b < job.blocks; ++b) sum += static_cast<double>(job.partial[b * job.partials + at]);
-  job.to[low][at - job.begin[low]] = static_cast<T>(sum);
-}
-
-static_assert(sizeof(Backward<double>) <= 4096 && sizeof(Reduction<double>) <= 4096);  // of a kernel's parameters
-
-template <class T>
-void reduce(const std::vector<Tensor>& grads, const Tensor& partial, int64_t partials, int64_t blocks,
-            const Stream& stream) {
-  int64_t begin = 0;
-  for (size_t p = 0; p < grads.size();) {
-    Reduction<T> job{};
-    job.partial = static_cast<const T*>(partial.data_ptr());
-    job.partials = partials;
-    job.blocks = blocks;
-    for (; p < grads.size() && job.count < kMostParameters; ++p) {
-      job.to[job.count] = static_cast<T*>(grads[p].data_ptr());
-      job.begin[job.count++] = begin;
-      begin += grads[p].numel();
-    }
-    job.begin[job.count] = begin;
-    FASTFLOW_LAUNCH(add_partials<T>, (begin - job.begin[0] + kThreads - 1) / kThreads, kThreads, 0, stream, job);
-  }
-}
+static_assert(sizeof(Backward<double>) <= 4096);  // of a kernel's parameters
 
 template <class T>
 void backward(const Program& program, const optional<Tensor>& grad_z, const optional<Tensor>& grad_logdet,
@@ -256,11 +224,14 @@ void backward(const Program& program, const optional<Tensor>& grad_z, const opti
   if (pieces.empty()) pieces.push_back({.features = static_cast<int>(program.features), .batch = program.batch});
   int64_t partials = 0;
   for (const Tensor& t : grads) partials += t.numel();
-  const int64_t tiles = tiles_of(program.batch);
-  int64_t blocks = tiles;
+  std::vector<FlowPlan> plans;
+  for (FlowProgram<T>& piece : pieces) plans.push_back(plan_of(piece, lines_of(piece), 0, stream.shared_limit()));
+  // Every piece of the flow adds to the partial sums of all blocks, so that they have the same number of them.
+  int64_t blocks = tiles_of(program.batch, plans.front().rows);
+  for (const FlowPlan& plan : plans) blocks = std::min(blocks, tiles_of(program.batch, plan.rows));
   if (!grads.empty())
-    blocks = std::min(tiles, std::clamp<int64_t>(kMostPartials / std::max<int64_t>(partials, 1), kLeastBlocks,
-                                                 kMostBlocks));
+    blocks = std::min(blocks, std::clamp<int64_t>(kMostPartials / std::max<int64_t>(partials, 1), kLeastBlocks,
+                                                  kMostBlocks));
   const Tensor partial = empty({grads.empty() ? 0 : blocks * partials}, z.scalar_type(), z);
   optional<Tensor> state, carried;  // from one piece to the one before it
   auto data_of = [](const Tensor* t) { return t == nullptr ? nullptr : static_cast<T*>(t->data_ptr()); };
@@ -283,10 +254,9 @@ void backward(const Program& program, const optional<Tensor>& grad_z, const opti
     job.grad_context = data_of(grad_context);
     job.partial = grads.empty() ? nullptr : static_cast<T*>(partial.data_ptr());
     job.partials = partials;
-    job.tiles = tiles;
-    const int64_t bytes = (kStage * kStageLine + lines_of(job.program) * kLine) * static_cast<int64_t>(sizeof(T));
-    check_shared(bytes, stream);
-    FASTFLOW_LAUNCH(flow_backward<T>, blocks, kThreads, bytes, stream, job);
+    job.tiles = tiles_of(program.batch, plans[i].rows);
+    if (plans[i].rows == 16) FASTFLOW_LAUNCH((flow_backward<16, T>), blocks, kThreads, plans[i].bytes, stream, job);
+    else FASTFLOW_LAUNCH((flow_backward<32, T>), blocks, kThreads, plans[i].bytes, stream, job);
   }
   reduce<T>(grads, partial, partials, blocks, stream);
 }

@@ -176,7 +176,7 @@ def _linears(network, transform, x, context_features):
         return "its conditioner does not end with a Linear layer"
     if any(bias.shape[0] > MAX_HIDDEN for bias in biases[:-1]):
         return f"its conditioner has a layer of more than {MAX_HIDDEN}"
-    if x.is_cuda and _shared_bytes(x, context_features, biases) > SHARED_BYTES:
+    if x.is_cuda and _shared_bytes(x, context_features, biases, activation) > SHARED_BYTES:
         return "its layers together need more shared memory than a block has"
     passive = (x.shape[1] + 1) // 2 if transform.flip else x.shape[1] // 2
     if weights[0].shape[1] != passive + context_features:
@@ -188,11 +188,13 @@ def _linears(network, transform, x, context_features):
                                   transform.scale, transform.layout, transform.order, transform.shift_first)
 
 
-def _shared_bytes(x, context_features, biases):
-    """What the backward kernel needs in a block: csrc/cuda/mlp_flow_bwd.cu, lines_of."""
+def _shared_bytes(x, context_features, biases, activation):
+    """The least that the backward kernel needs in a block: csrc/cuda/mlp_flow.cuh, plan_of."""
     outputs = [bias.shape[0] for bias in biases]
     seen = x.shape[1] + 3 * context_features if context_features else 0
-    return (33 * (2 * x.shape[1] + seen + sum(outputs) + max(outputs)) + 16 * 68) * x.element_size()
+    kept = 2 if activation is nn.SiLU else 1  # of a hidden layer: its activations, their slopes
+    lines = 2 * x.shape[1] + seen + kept * sum(outputs[:-1]) + 2 * max(outputs) + 1
+    return 4096 + 2 * 4224 + 20 * lines * x.element_size()
 
 
 def own_parameters(module, *names):

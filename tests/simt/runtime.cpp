@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -43,6 +44,12 @@ struct Context {
 #endif
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber : Context {
   State state = State::finished;
   Index index{0};
@@ -52,6 +59,8 @@ struct Fiber : Context {
   unsigned mask = 0;
   uint64_t value = 0;
   int operand = 0;
+  std::vector<Copy> copies;              // of the group that is not committed yet
+  std::deque<std::vector<Copy>> groups;  // committed, not waited for
 };
 
 struct SharedBlock {
@@ -195,6 +204,8 @@ void run_block(std::mt19937_64& random, int64_t shared_bytes) {
   for (int t = 0; t < threads; ++t) {
     order[t] = t;
     fibers[t]->state = State::ready;
+    fibers[t]->copies.clear();
+    fibers[t]->groups.clear();
     fibers[t]->index.x = static_cast<unsigned>(t);
   }
   std::shuffle(order.begin(), order.end(), random);
@@ -219,6 +230,20 @@ void barrier(const char* file, int line) {
   running->state = State::barrier;
   if (++at_barrier == alive) release_barrier();
   pause();
+}
+
+void begin_copy(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0)
+    running->copies.push_back({to, from, bytes});
+  else if (failure.empty())
+    failure = "a copy of " + std::to_string(bytes) + " bytes at an address that is no multiple of them";
+}
+
+void commit_copies() { running->groups.push_back(std::exchange(running->copies, {})); }
+
+void wait_for_copies(size_t pending) {
+  for (; running->groups.size() > pending; running->groups.pop_front())
+    for (const Copy& copy : running->groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
 uint64_t collective(Collective kind, unsigned mask, uint64_t value, int operand) {

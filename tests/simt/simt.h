@@ -46,6 +46,10 @@ enum class Collective { sync, shuffle, ballot, maximum, minimum };
 extern Index thread_index, block_index, block_size, grid_size;
 
 void barrier(const char* file, int line);
+// A copy happens when its thread waits for it, as late as a device may make it.
+void begin_copy(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(size_t pending);
 // Waits for the lanes of `mask` and returns what the collective gives this lane; `operand` is a shuffle's source lane.
 uint64_t collective(Collective kind, unsigned mask, uint64_t value, int operand);
 void* dynamic_shared();
@@ -134,6 +138,20 @@ struct Stream {
   explicit Stream(const Tensor&) {}
   int64_t shared_limit() const { return simt::shared_limit(); }
 };
+
+template <int Bytes>
+void copy_async(void* to, const void* from) {
+  simt::begin_copy(to, from, Bytes);
+}
+
+inline void commit_copies() { simt::commit_copies(); }
+
+template <int Pending>
+void wait_for_copies() {
+  simt::wait_for_copies(Pending);
+}
+
+inline void load_parameter(const void* from, void* to) { std::memcpy(to, from, 8); }
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t grid, int block, int64_t shared_bytes,

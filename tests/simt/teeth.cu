@@ -59,6 +59,18 @@ __global__ void collective(unsigned* out, int fault) {
   out[threadIdx.x] = value;
 }
 
+// out[i] = in[n - 1 - i] by asynchronous copies: right, not waited for, from a misaligned address.
+__global__ void copied(const float* in, float* out, int fault) {
+  FASTFLOW_SHARED(float, tile, kThreads);
+  const int i = 4 * static_cast<int>(threadIdx.x);
+  if (i < kThreads) fastflow::copy_async<16>(tile + i, in + i + (fault == 2 ? 1 : 0));
+  fastflow::commit_copies();
+  if (fault == 1) fastflow::wait_for_copies<1>();
+  else fastflow::wait_for_copies<0>();
+  __syncthreads();
+  out[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
+}
+
 __global__ void never_written(float* out) {
   FASTFLOW_SHARED(float, tile, kThreads);
   out[threadIdx.x] = tile[threadIdx.x];
@@ -89,6 +101,7 @@ TOOTH(tooth_global, (float* out, int extra), write_past, 1, kThreads, 0, out, ex
 TOOTH(tooth_dynamic, (float* out, int extra), dynamic_past, 1, kThreads, kThreads * 4, out, extra)
 TOOTH(tooth_static, (float* out, int extra), static_past, 1, kThreads, 0, out, extra)
 TOOTH(tooth_misaligned, (const float* in, float* out, int shift), misaligned, 1, 8, 0, in, out, shift)
+TOOTH(tooth_copied, (const float* in, float* out, int fault), copied, 1, kThreads, 0, in, out, fault)
 TOOTH(tooth_collective, (unsigned* out, int fault, int block), collective, 1, block, 0, out, fault)
 TOOTH(tooth_unwritten, (float* out), never_written, 1, kThreads, 0, out)
 TOOTH(tooth_block, (float* out, int block), write_past, 1, block, 0, out, 0)

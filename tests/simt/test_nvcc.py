@@ -67,8 +67,8 @@ def test_aligned_operands_move_in_16_bytes(stem, width, operands, results, tmp_p
     assert not re.search(r"\.approx|\.ftz", ptx)
 
 
-@pytest.mark.parametrize("stem", ["spline", "spline_bwd"])
-def test_splines_use_no_fast_approximation(stem, tmp_path):
+@pytest.mark.parametrize("stem", ["spline", "spline_bwd", "mlp_flow", "mlp_flow_bwd"])
+def test_no_fast_approximation(stem, tmp_path):
     assert not re.search(r"\.approx|\.ftz", ptx_of(ROOT / "csrc" / "cuda" / f"{stem}.cu", tmp_path / "kernels.ptx"))
 
 

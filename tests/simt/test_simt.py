@@ -42,7 +42,8 @@ SUITES = {
     "kernels": [build.HERE / "cases" / "check_kernels.py"],
     "layouts": [UNIT / "test_layouts.py"],
     "affine_coupling": [UNIT / "test_affine_coupling.py", UNIT / "test_dialects.py", UNIT / "test_nonfinite.py"],
-    "mlp_flow": [UNIT / "test_mlp_flow.py", "--deselect", UNIT / "test_mlp_flow.py::test_on_older_processors"],
+    "mlp_flow": [build.HERE / "cases" / "check_mlp_flow.py", UNIT / "test_mlp_flow.py", "--deselect",
+                 UNIT / "test_mlp_flow.py::test_on_older_processors"],
     "spline": [UNIT / "test_spline.py", "-k", "not sharp_splines or 10.0"],
     "gaussian": [UNIT / "test_gaussian_sample_kl.py", UNIT / "test_gaussian_noise.py"],
 }
@@ -57,7 +58,7 @@ def test_kernels_under_sanitizers(suite, operators):
 
 
 RIGHT = [("tooth_reverse", 1), ("tooth_skip", 0), ("tooth_global", 0), ("tooth_dynamic", 0), ("tooth_static", 0),
-         ("tooth_misaligned", 0), ("tooth_collective", 0, 64)]
+         ("tooth_misaligned", 0), ("tooth_copied", 0), ("tooth_collective", 0, 64)]
 WRONG = [
     (("tooth_reverse", 0), "wrong"),  # the missing barrier shows as NaN read from shared memory
     (("tooth_unwritten",), "wrong"),
@@ -68,6 +69,8 @@ WRONG = [
     (("tooth_dynamic", -1), "heap-buffer-overflow"),
     (("tooth_static", 1), "runtime error: index 64 out of bounds"),
     (("tooth_misaligned", 1), "misaligned address"),
+    (("tooth_copied", 1), "wrong"),
+    (("tooth_copied", 2), "a copy of 16 bytes"),
     (("tooth_collective", 1, 64), "a lane that is not there"),
     (("tooth_collective", 2, 64), "outside its mask"),
     (("tooth_collective", 0, 48), "a lane that is not there"),

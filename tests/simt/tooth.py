@@ -18,14 +18,14 @@ def main(library, name, *numbers):
         memory[0][i], memory[1][i] = i, -1.0
     function = getattr(teeth, name)
     function.restype = ctypes.c_char_p
-    pointers = memory if name in ("tooth_reverse", "tooth_misaligned") else memory[1:]
+    pointers = memory if name in ("tooth_reverse", "tooth_misaligned", "tooth_copied") else memory[1:]
     message = None
     for seed in range(4):  # thread orders
         teeth.simt_set_order(ctypes.c_uint64(seed))
         message = message or function(*pointers, *map(int, numbers))
     if message:
         print(message.decode())
-    elif name == "tooth_reverse":
+    elif name in ("tooth_reverse", "tooth_copied"):
         print("right" if memory[1][:THREADS] == [THREADS - 1.0 - i for i in range(THREADS)] else "wrong")
     elif name == "tooth_unwritten":
         print("wrong" if any(v != v for v in memory[1][:THREADS]) else "right")
