@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastflow import flows
-from fastflow.engine.precision import Lowered
+from fastflow.engine.precision import Conditioners
 from fastflow.functional import ScaleMap
 from fastflow.nn import MLP, AffineCoupling, SplineCoupling
 
@@ -116,7 +116,7 @@ def measure(scale, depth, gain, lowered=False):
     for seed in range(SEEDS):
         flow = build(scale, depth, gain, seed)
         x = torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(100 + seed))
-        with Lowered(flow, torch.bfloat16)() if lowered else contextlib.nullcontext():
+        with Conditioners(flow, torch.bfloat16)() if lowered else contextlib.nullcontext():
             z = flow(x)[0]
             worst = max(worst, (flow.inverse(z)[0] - x).abs().nan_to_num(math.inf).max().item())
     return worst

@@ -7,6 +7,7 @@ torch's matrix products, two of which add the bias and rectify.
 """
 
 import contextlib
+import threading
 
 import torch
 
@@ -14,17 +15,35 @@ from fastflow import backends, extension, reference
 from fastflow.autograd import differentiable
 from fastflow.reference import taps
 
-__all__ = ["ConvNetProducts", "serves"]
+__all__ = ["ConvNetProducts", "recorded", "serves"]
 
 MOST_CHANNELS = 64  # of input and output: beyond them the columns outweigh the hidden maps
 LEAST_HIDDEN = 128
+# Elements of a hidden map from which on the GPU, not its host, takes the time; below it only a recorded graph gains,
+# for there are more calls to make than with a library's convolutions.
+LARGE_MAP = 2**25
 ALIGNED = 8  # columns: rows of every dtype begin at 16 bytes
+
+
+_state = threading.local()
+
+
+@contextlib.contextmanager
+def recorded():
+    """What runs inside is recorded as a CUDA graph, or warms up for it: then calls cost their host nothing later."""
+    before = getattr(_state, "recorded", False)
+    _state.recorded = True
+    try:
+        yield
+    finally:
+        _state.recorded = before
 
 
 def serves(x, w1, w3, slope):
     """Whether a call of functional.conv_net with these operands runs as products: on a GPU, in a pass of torch's own
-    autograd, with as many hidden channels and as few others as make it worth it."""
+    autograd, with as many hidden channels and as few others as make it worth it, for a graph or with large maps."""
     return (x.is_cuda and slope == 0.0 and not torch.compiler.is_compiling()
+            and (getattr(_state, "recorded", False) or x.numel() // max(x.shape[1], 1) * w1.shape[0] >= LARGE_MAP)
             and w1.shape[0] >= LEAST_HIDDEN and max(x.shape[1], w3.shape[0]) <= MOST_CHANNELS and x.numel() > 0
             and backends.requested() is None and backends.needs_reference((x, w1, w3)) is None)
 

@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from fastflow.autograd.conv_products import recorded
 from fastflow.engine import capture as capturing
 from fastflow.engine import explain
 from fastflow.engine.distributed import is_sharded, replicas, synchronized, synchronizes, unwrap
@@ -150,7 +151,7 @@ class TrainStep:
         # The first update makes the optimizer's state, which a skipped one would leave half made: the host checks it.
         late = self.check_finite == "late" and self._updates > 0
         try:
-            with self._convolutions():
+            with self._convolutions(), recorded() if self.capture else UNCHANGED:
                 if self._steps is None or (self.check_finite and not late):
                     loss, parts, flag = self._step(x, context, last, late)
                 else:

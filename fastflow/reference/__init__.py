@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from fastflow.extension import constant_under_compile
 from fastflow.reference.philox import philox4x32, philox_normal, to_int64  # noqa: F401 (to_int64 for other modules)
 
 __all__ = ["SCALES", "SPLINES", "ChannelAffine", "LatentLevel", "MLPBlock", "MLPCoupling", "Permutation", "ScaleMap",
@@ -310,9 +309,11 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
     return F.conv2d(rectify(F.conv2d(h, w2, b2)), w3, b3, padding=1)
 
 
-@constant_under_compile  # not every Dynamo traces it
 def _knows_autocast(device_type):
     return torch.amp.is_autocast_available(device_type)
+
+
+_knows_autocast._dynamo_marked_constant = True  # asked at trace time: not every Dynamo traces it
 
 
 def full_precision(device_type):

@@ -101,11 +101,12 @@ def test_report_of_a_gaussian_vae():
     assert found.bits_per_dim == pytest.approx(-found.point.elbo / (3 * math.log(2.0)))
 
 
-@pytest.mark.parametrize("options", [{"posterior": "full"}, {"prior": vae.MixturePrior((2,), 3)}])
+@pytest.mark.parametrize("options", [{"posterior": lambda: "full"}, {"prior": lambda: vae.MixturePrior((2,), 3)}],
+                         ids=["posterior", "prior"])
 def test_report_of_other_models(options):
     torch.manual_seed(0)
-    model = vae.MLPVAE((6,), 2, (8,), **options)
-    x = torch.randint(0, 2, (40, 6)).float()
+    model = vae.MLPVAE((6,), 2, (8,), **{name: make() for name, make in options.items()})
+    x = torch.randint(0, 2, (400, 6)).float()
     found = diagnostics.diagnose(model, x)
     assert math.isfinite(found.point.elbo) and found.summary()
     assert (found.kl is None) == ("posterior" in options)
@@ -113,7 +114,7 @@ def test_report_of_other_models(options):
         # The rate estimated with these z's: a normalised aggregate and the mixture prior.
         assert found.information.kl.item() == pytest.approx(found.point.rate, abs=0.5)
     conditional = vae.ConditionalVAE((6,), 2, 3)
-    labels = torch.arange(40) % 3
+    labels = torch.arange(len(x)) % 3
     found = diagnostics.diagnose(conditional, x, labels)
     assert found.kl is not None and found.traversal is None
     with pytest.raises(ValueError, match="^x: expected at least 2"):

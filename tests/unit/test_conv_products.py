@@ -87,34 +87,57 @@ def test_on_a_cpu_the_convolutions_have_their_own_kernel():
     assert not conv_products.serves(x, w1, w3, 0.0)
 
 
+@pytest.fixture
+def recorded():
+    with conv_products.recorded():
+        yield
+
+
 def on_gpu(size):
     return conv_products.serves(*(operands(size, torch.float32, "cuda")[i] for i in (0, 1, 5)), 0.0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_small_maps_are_left_to_the_library_unless_recorded():
+    assert not on_gpu((4, 6, 12, 8, 8, 128))
+    assert on_gpu((512, 3, 6, 16, 16, 256))
+    with conv_products.recorded():
+        assert on_gpu((4, 6, 12, 8, 8, 128))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(3, 6, 12, 5, 7, 128), (2, 12, 24, 4, 4, 160), (9, 24, 48, 8, 8, 512)], ids=str)
-def test_on_a_gpu(size, dtype, tf32, monkeypatch):
+def test_on_a_gpu(size, dtype, tf32, monkeypatch, recorded):
     """In TF32 where convolutions are; products have a switch of their own, which stays as it was."""
     assert on_gpu(size)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    check(functional.conv_net, size, dtype, "cuda", factor=2.0 if dtype == torch.bfloat16 else 1.0)
+    if tf32 and dtype == torch.float32:  # its errors turn a rectifier here and there: held to in the mean
+        inputs = operands(size, dtype, "cuda")
+        mine, exact = [t.clone().requires_grad_() for t in inputs], [t.double().requires_grad_() for t in inputs]
+        y, truth = functional.conv_net(*mine), reference.conv_net(*exact)
+        pairs = [(y, truth), *zip(*(torch.autograd.grad(o.square().sum(), i) for o, i in ((y, mine), (truth, exact))),
+                                  strict=True)]
+        assert all((got - want).norm() < 0.02 * want.norm() for got, want in pairs)
+    else:
+        check(functional.conv_net, size, dtype, "cuda", factor=2.0 if dtype == torch.bfloat16 else 1.0)
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", range(7))
-def test_on_a_gpu_nan_comes_through(place):
+def test_on_a_gpu_nan_comes_through(place, recorded):
     inputs = operands((64, 6, 12, 16, 16, 512), torch.float32, "cuda")
     inputs[place][(0,) * inputs[place].dim()] = float("nan")
-    got, want = functional.conv_net(*inputs), reference.conv_net(*inputs)
-    assert got.isnan()[want.isnan()].all() and want.isnan().any()
-    assert place in (1, 5) or torch.equal(got.isnan(), want.isnan())  # a weight that is NaN meets the border's zeros
+    got, want = (f(*inputs).isnan() for f in (functional.conv_net, reference.conv_net))
+    if place in (1, 5):  # whether a weight that is NaN meets the border's zeros is the library's choice
+        got, want = got[..., 1:-1, 1:-1], want[..., 1:-1, 1:-1]
+    assert torch.equal(got, want) and want.any()
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_autocast_and_capture():
+def test_on_a_gpu_autocast_and_capture(recorded):
     net = nn.ConvNet(6, 12, 128).cuda()
     torch.nn.init.normal_(net.conv3.weight, std=0.1)
     x = torch.randn(4, 6, 8, 8, device="cuda")
