@@ -71,6 +71,11 @@ model's FLOPs over the time and the peak of an H200 (494 TFLOP/s in TF32, 989 in
 `python -m benchmarks.gpu_models`
 """
 
+BANDWIDTH = """\
+Forward and backward captured in a CUDA graph, so that no launch gap counts: the bytes that must move over the time, and
+that over the rate of a plain copy in the same run. `python -m benchmarks.bandwidth`
+"""
+
 OPERATIONS = """\
 Forward and backward unless said otherwise, beside careful eager PyTorch, torch.compile, torch's batched call and a
 loop. `fastflow bench ops`
@@ -156,6 +161,13 @@ def _gpu_models():
     return [*lines, f"### No gain among these, every ratio below {NO_GAIN}", "", *(losses or ["- none"]), ""]
 
 
+def _bandwidth():
+    """The section of the newest record of benchmarks.bandwidth; nothing where there is none."""
+    record = next(iter(records("cuda-bandwidth-*.json")), None)
+    return [] if record is None else _section("Kernels and the speed of memory", BANDWIDTH, record,
+                                              gpu_table.bandwidth)
+
+
 def _arguments(record):
     return ", ".join(f"{key} {value}" for key, value in record["arguments"].items()) if record else ""
 
@@ -179,7 +191,7 @@ def render():
                       table.launches)
     for device in ("cpu",) if gpu is None else ("cpu", "cuda"):
         lines += _device(device)
-    lines += models
+    lines += models + _bandwidth()
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -22,6 +22,17 @@ def markdown(record):
     return lines
 
 
+def bandwidth(record):
+    """The table of a record of benchmarks.bandwidth."""
+    lines = [f"A copy moves {record['copy_tb_per_s']:.2f} TB/s, read and written.", "",
+             "| case | backend | us | TB/s | of a copy |", "|---|---|---|---|---|"]
+    for row in record["rows"]:
+        figures = (f"failed: {row['failed']} | | " if "failed" in row else
+                   f"{row['us']:.1f} | {row['tb_per_s']:.2f} | {row['of_copy']:.2f}")
+        lines.append(f"| {row['case'].replace('torch.', '')} | {row['backend']} | {figures} |")
+    return lines
+
+
 def no_gain(record, least):
     """A line for every ratio below ``least``."""
     return [f"- {row['case']}: {own} {ratio:.2f} over {other}" for row in record["rows"]
