@@ -1,9 +1,9 @@
 """Linear maps y = L U x + b as nflows and normflows, which took them from the same paper's code, both lay them out."""
 
 import torch
-import torch.nn.functional as F
 
 from fastflow.adapters.layers import fusable, remembered
+from fastflow.autograd import lu_linear
 
 __all__ = ["LULinear", "fit", "remember", "solve", "weight"]
 
@@ -14,7 +14,8 @@ def fit(module, fix):
 
 
 def remember(module):
-    """Where each entry of a flat matrix stands among the entries below the diagonal, above it and on it."""
+    """(where each entry of a flat matrix stands among the entries below the diagonal, above it and on it; the inverse
+    of that)."""
     device = module.bias.device
     return remembered(module, f"places_{device}", lambda: _places(module.features, device))
 
@@ -24,14 +25,13 @@ def _places(features, device):
     upper = torch.triu_indices(features, features, 1, device=device)
     diagonal = torch.arange(features, device=device).expand(2, -1)
     rows, columns = torch.cat([lower, upper, diagonal], 1)
-    return torch.argsort(rows * features + columns)
+    places = rows * features + columns
+    return torch.argsort(places), places
 
 
 def _factors(module):
-    """(a matrix with L below its diagonal and U on and above it, U's diagonal)."""
-    diagonal = F.softplus(module.unconstrained_upper_diag) + module.eps
-    entries = torch.cat([module.lower_entries, module.upper_entries, diagonal])
-    return entries.index_select(0, remember(module)).view(module.features, module.features), diagonal
+    return lu_linear.factors(module.lower_entries, module.upper_entries, module.unconstrained_upper_diag, module.eps,
+                             remember(module)[0])
 
 
 def weight(module):
@@ -54,8 +54,8 @@ class LULinear:
     def forward(self, inputs, context=None):
         if not self._fastflow_fits(inputs):
             return super().forward(inputs, context)
-        matrix, logabsdet = weight(self)
-        return F.linear(inputs, matrix, self.bias), logabsdet.repeat(inputs.shape[0])
+        return lu_linear.run(inputs, self.lower_entries, self.upper_entries, self.unconstrained_upper_diag, self.bias,
+                             self.eps, *remember(self))
 
     def inverse(self, inputs, context=None):
         if not self._fastflow_fits(inputs):
