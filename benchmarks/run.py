@@ -68,9 +68,9 @@ def save(folder, name, content):
     print(f"written to {path}")
 
 
-def measure(case, device, rounds, one_thread=False, without=()):
+def measure(case, device, rounds, one_thread=False, without=(), round_seconds=None):
     """Rows of one case: under one thread in CPU time and, unless ``one_thread``, all threads in wall time; or on the
-    GPU. The variants named in ``without`` are left out.
+    GPU. The variants named in ``without`` are left out; each of the others runs about ``round_seconds`` at a time.
 
     Per variant a row holds median and quartiles over the rounds, in microseconds, or under "failed" what it raised;
     where the case names peers, also the fastest of them, and the setting in which each contender ran.
@@ -84,7 +84,7 @@ def measure(case, device, rounds, one_thread=False, without=()):
         variants = {}
         try:
             variants = {name: call for name, call in case.build(device).items() if name not in without}
-            samples, failed = timing.interleave(variants, clock, rounds)
+            samples, failed = timing.interleave(variants, clock, rounds, round_seconds=round_seconds)
         except Exception as error:  # nothing of the case can run
             samples, failed = {}, {"fastflow": timing.first_line(error)}
         quartiles = {name: _quartiles(seconds) for name, seconds in samples.items()}

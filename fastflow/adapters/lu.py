@@ -14,8 +14,8 @@ def fit(module, fix):
 
 
 def remember(module):
-    """(where each entry of a flat matrix stands among the entries below the diagonal, above it and on it; the inverse
-    of that)."""
+    """(where each entry of a flat matrix stands among the entries below the diagonal, above it and on it; where those
+    stand in lu_linear.run's pair of matrices)."""
     device = module.bias.device
     return remembered(module, f"places_{device}", lambda: _places(module.features, device))
 
@@ -26,7 +26,7 @@ def _places(features, device):
     diagonal = torch.arange(features, device=device).expand(2, -1)
     rows, columns = torch.cat([lower, upper, diagonal], 1)
     places = rows * features + columns
-    return torch.argsort(places), places
+    return torch.argsort(places), places + features**2 * (columns >= rows)
 
 
 def _factors(module):

@@ -28,7 +28,8 @@ def run(x, lower, upper, raw, bias, eps, order, places):
         raw: (D,), see :func:`factors`.
         bias: (D,).
         order: see :func:`factors`.
-        places: the inverse of ``order``: where in the flat matrix each of (lower, upper, diagonal) stands.
+        places: where each of (lower, upper, diagonal) stands in two flat matrices, one behind the other: the entries
+            below the diagonal in the first, the others in the second.
     """
     operands = x, lower, upper, raw, bias
     if torch.compiler.is_compiling() or not differentiable.needs_grad(*operands):
@@ -38,9 +39,9 @@ def run(x, lower, upper, raw, bias, eps, order, places):
 
 def _forward(x, lower, upper, raw, bias, eps, order):
     matrix, diagonal = factors(lower, upper, raw, eps, order)
-    top = torch.triu(matrix)
-    weight = torch.addmm(top, torch.tril(matrix, -1), top)
-    return torch.addmm(bias, x, weight.t()), torch.log(diagonal).sum().repeat(len(x)), matrix, weight
+    top, below = torch.triu(matrix), torch.tril(matrix, -1)
+    weight = torch.addmm(top, below, top)
+    return torch.addmm(bias, x, weight.t()), torch.log(diagonal).sum().repeat(len(x)), diagonal, top, below, weight
 
 
 class LULinearFunction(torch.autograd.Function):
@@ -49,14 +50,14 @@ class LULinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lower, upper, raw, bias, eps, order, places):
         ctx.set_materialize_grads(False)
-        y, logabsdet, matrix, weight = _forward(x, lower, upper, raw, bias, eps, order)
-        ctx.save_for_backward(x, lower, upper, raw, bias, order, places, matrix, weight)
+        y, logabsdet, *made = _forward(x, lower, upper, raw, bias, eps, order)
+        ctx.save_for_backward(x, lower, upper, raw, bias, order, places, *made)
         ctx.eps = eps
         return y, logabsdet
 
     @staticmethod
     def backward(ctx, grad_y, grad_logabsdet):
-        *inputs, order, places, matrix, weight = ctx.saved_tensors
+        *inputs, order, places, diagonal, top, below, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         nothing = None, None, None
         if differentiable.wanted((grad_y, grad_logabsdet)):
@@ -69,17 +70,16 @@ class LULinearFunction(torch.autograd.Function):
             grad_x = grad_y @ weight if needs[0] else None
             grad_bias = grad_y.sum(0) if needs[4] else None
             if any(needs[1:4]):
-                of_weight, below = grad_y.t() @ x, torch.tril(matrix, -1)
+                of_weight = grad_y.t() @ x
                 # W = (1 + below) top: dL = dW top^T, dU = dW + below^T dW.
-                of_top = torch.triu(torch.addmm(of_weight, below.t(), of_weight))
-                of_below = torch.tril(of_weight @ torch.triu(matrix).t(), -1)
-                flat = (of_top + of_below).view(-1).index_select(0, places)
+                both = torch.cat([of_weight @ top.t(), torch.addmm(of_weight, below.t(), of_weight)])
+                flat = both.view(-1).index_select(0, places)
         if flat is None:
             flat = torch.zeros_like(order, dtype=raw.dtype)
         of_lower, of_upper, of_diagonal = flat.split((len(lower), len(upper), len(raw)))
         if needs[3]:
             if grad_logabsdet is not None:
-                of_diagonal = of_diagonal + grad_logabsdet.sum() / torch.diagonal(matrix)
+                of_diagonal = of_diagonal + grad_logabsdet.sum() / diagonal
             of_diagonal = of_diagonal * torch.sigmoid(raw)
         grads = (grad_x, of_lower, of_upper, of_diagonal, grad_bias)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing)
