@@ -1,0 +1,51 @@
+"""y = L U x + b as one node of autograd: against float64 finite differences, and the plain formula."""
+
+import pytest
+import torch
+
+from fastflow.adapters.lu import _places
+from fastflow.autograd import lu_linear
+
+NAMES = ("x", "lower", "upper", "raw", "bias")
+
+
+def operands(features, batch=7):
+    n = features * (features - 1) // 2
+    shapes = (batch, features), (n,), (n,), (features,), (features,)
+    return [(0.5 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in shapes]
+
+
+def run(features):
+    order, places = _places(features, "cpu")
+    return lambda *tensors: lu_linear.run(*tensors, 1e-3, order, places)
+
+
+@pytest.mark.parametrize("features", [1, 2, 5, 8])
+def test_it_is_the_product_of_its_factors(features):
+    x, lower, upper, raw, bias = tensors = operands(features)
+    y, logabsdet = run(features)(*tensors)
+    below, above = torch.eye(features, dtype=torch.float64), torch.zeros(features, features, dtype=torch.float64)
+    below[torch.tril_indices(features, features, -1).unbind()] = lower.detach()
+    above[torch.triu_indices(features, features, 1).unbind()] = upper.detach()
+    above.diagonal().copy_(torch.nn.functional.softplus(raw.detach()) + 1e-3)
+    torch.testing.assert_close(y, x @ (below @ above).T + bias)
+    torch.testing.assert_close(logabsdet, torch.linalg.slogdet(below @ above)[1].expand(len(x)))
+
+
+@pytest.mark.parametrize("features", [1, 2, 5])
+def test_first_and_second_derivatives(features):
+    assert torch.autograd.gradcheck(run(features), operands(features))
+    assert torch.autograd.gradgradcheck(run(features), operands(features))
+
+
+@pytest.mark.parametrize("wanted", range(5), ids=NAMES)
+@pytest.mark.parametrize("result", [0, 1])
+def test_gradients_asked_singly_of_one_result(wanted, result):
+    tensors = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(operands(4))]
+    out = run(4)(*tensors)[result]
+    if result == 1 and NAMES[wanted] != "raw":
+        grad, = torch.autograd.grad(out.sum(), tensors[wanted], allow_unused=True)
+        assert grad is None or not grad.any()
+    else:
+        assert torch.autograd.gradcheck(lambda t: run(4)(*tensors[:wanted], t, *tensors[wanted + 1:])[result],
+                                        [tensors[wanted]])
