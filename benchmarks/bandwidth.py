@@ -23,7 +23,8 @@ def _operand(*shape, dtype):
 
 
 def _affine(kind, shape, dtype, passive=None):
-    """(call, bytes): x, params and grad_y are read, y, grad_x and grad_params written; x and params read twice."""
+    """(call, bytes): forward reads x and params and writes y; backward reads grad_y, x and the raw scales (of a passive
+    half nothing, for a shift that comes first the shift too) and writes both gradients."""
     x, params = _operand(*shape, dtype=dtype), _operand(shape[0], 2 * shape[1], *shape[2:], dtype=dtype)
     options = {"scale": kind}
     elements = x.numel()
@@ -32,8 +33,7 @@ def _affine(kind, shape, dtype, passive=None):
         options |= {"passive": passive, "shift_first": True}
     grads = torch.randn_like(x), torch.randn(shape[0], device="cuda")
     call = lambda: torch.autograd.grad(functional.affine_coupling(x, params, **options), (x, params), grads)  # noqa: E731
-    # Of a whole x (its second half active): 2 halves in and out, and the params' two halves, both ways.
-    moved = elements * (8 if passive else 11) - (elements // 2 if passive else 0)
+    moved = elements * 10 if not passive else elements * 15 // 2
     return call, moved * x.element_size()
 
 

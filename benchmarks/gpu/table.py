@@ -30,6 +30,8 @@ def bandwidth(record):
         figures = (f"failed: {row['failed']} | | " if "failed" in row else
                    f"{row['us']:.1f} | {row['tb_per_s']:.2f} | {row['of_copy']:.2f}")
         lines.append(f"| {row['case'].replace('torch.', '')} | {row['backend']} | {figures} |")
+    if record.get("left_out"):
+        lines += ["", f"Left out for want of time: {', '.join(record['left_out'])}."]
     return lines
 
 

@@ -7,7 +7,6 @@ torch's matrix products, two of which add the bias and rectify.
 """
 
 import contextlib
-import threading
 
 import torch
 
@@ -25,25 +24,25 @@ LARGE_MAP = 2**25
 ALIGNED = 8  # columns: rows of every dtype begin at 16 bytes
 
 
-_state = threading.local()
+_recorded = 0  # how many are inside recorded(), of all threads: backward may recompute in one of its own
 
 
 @contextlib.contextmanager
 def recorded():
     """What runs inside is recorded as a CUDA graph, or warms up for it: then calls cost their host nothing later."""
-    before = getattr(_state, "recorded", False)
-    _state.recorded = True
+    global _recorded
+    _recorded += 1
     try:
         yield
     finally:
-        _state.recorded = before
+        _recorded -= 1
 
 
 def serves(x, w1, w3, slope):
     """Whether a call of functional.conv_net with these operands runs as products: on a GPU, in a pass of torch's own
     autograd, with as many hidden channels and as few others as make it worth it, for a graph or with large maps."""
-    return (x.is_cuda and slope == 0.0 and not torch.compiler.is_compiling()
-            and (getattr(_state, "recorded", False) or x.numel() // max(x.shape[1], 1) * w1.shape[0] >= LARGE_MAP)
+    return (x.is_cuda and slope == 0.0 and not torch.compiler.is_compiling() and x.dtype == w1.dtype == w3.dtype
+            and (_recorded > 0 or x.numel() // max(x.shape[1], 1) * w1.shape[0] >= LARGE_MAP)
             and w1.shape[0] >= LEAST_HIDDEN and max(x.shape[1], w3.shape[0]) <= MOST_CHANNELS and x.numel() > 0
             and backends.requested() is None and backends.needs_reference((x, w1, w3)) is None)
 
@@ -77,7 +76,7 @@ def _last(w3, columns):
 
 @contextlib.contextmanager
 def _as_convolutions(device):
-    """Products outside autocast, in TF32 where, and only where, convolutions may be."""
+    """Products outside autocast, in TF32 where convolutions may be, as torch's older names for both say."""
     with reference.full_precision(device.type):
         matmul = torch.backends.cuda.matmul
         try:
@@ -94,7 +93,7 @@ def _as_convolutions(device):
             matmul.allow_tf32 = before
 
 
-_keeps_nan = {}  # {size of a product: whether its kernel does}
+_keeps_nan = {}  # {size of a product, and whether in TF32: whether its kernel does}
 
 
 def _rectified(bias, rows, weight):
@@ -103,13 +102,21 @@ def _rectified(bias, rows, weight):
     torch._addmm_activation leaves both to the product's kernel, and what that does with NaN is its own affair: it is
     asked once for each size, where the device may be asked, which it may not while a graph is recorded.
     """
-    size = rows.device, rows.dtype, *rows.shape, len(weight)
+    size = rows.device, rows.dtype, *rows.shape, len(weight), _tf32()
     keeps = _keeps_nan.get(size)
-    if keeps is None and not (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if keeps is None and type(rows) is torch.Tensor and not (rows.is_cuda
+                                                             and torch.cuda.is_current_stream_capturing()):
         keeps = _keeps_nan[size] = _epilogue_keeps_nan(bias, rows, weight)
     if keeps:
         return torch._addmm_activation(bias, rows, weight.t())
     return torch.addmm(bias, rows, weight.t()).relu_()
+
+
+def _tf32():
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # set by torch's newer names
+        return None
 
 
 def _epilogue_keeps_nan(bias, rows, weight):
@@ -135,7 +142,8 @@ class ConvNetProducts(torch.autograd.Function):
             y = _tool("sum_taps", x)(h2 @ last.t(), b3, batch, out, height, width, 1, True)
         ctx.save_for_backward(x, w1, b1, w2, b2, w3, b3, columns, h1, h2, first, second, last)
         ctx.dtype = dtype
-        return y
+        # In the memory format of x, of which a slice of channels has the strides.
+        return y if x.stride(1) == 1 or channels == 1 else y.contiguous()
 
     @staticmethod
     def backward(ctx, grad):
@@ -150,13 +158,17 @@ class ConvNetProducts(torch.autograd.Function):
         out, hidden = len(w3), len(w1)
         with _as_convolutions(x.device):
             gathered = _tool("gather_taps", x)(grad.to(ctx.dtype), -1, True, _columns(out))
-            g_w3 = (gathered.t() @ h2)[:9 * out].view(out, 3, 3, hidden).permute(0, 3, 1, 2)
-            g_b3 = grad.sum((0, 2, 3), dtype=b3.dtype)
+            g_x = g_w1 = g_w2 = g_w3 = g_b3 = None
+            if needs[5]:
+                g_w3 = (gathered.t() @ h2)[:9 * out].view(out, 3, 3, hidden).permute(0, 3, 1, 2)
+            if needs[6]:
+                g_b3 = grad.sum((0, 2, 3), dtype=b3.dtype)
             grad_h, g_b2 = _tool("rectified_sum", x)(gathered @ last, h2)
-            g_w2 = (grad_h.t() @ h1).view_as(w2)
+            if needs[3]:
+                g_w2 = (grad_h.t() @ h1).view_as(w2)
             grad_h, g_b1 = _tool("rectified_sum", x)(grad_h @ second, h1)
-            g_w1 = (grad_h.t() @ columns)[:, :9 * channels].view(hidden, 3, 3, channels).permute(0, 3, 1, 2)
-            g_x = None
+            if needs[1]:
+                g_w1 = (grad_h.t() @ columns)[:, :9 * channels].view(hidden, 3, 3, channels).permute(0, 3, 1, 2)
             if needs[0]:
                 g_x = _tool("sum_taps", x)(grad_h @ first, None, batch, channels, height, width, -1, False)
         grads = (g_x, g_w1, g_b1, g_w2, g_b2, g_w3, g_b3)

@@ -7,6 +7,7 @@ prepare.
 import torch
 import torch.nn.functional as F
 
+from fastflow import backends
 from fastflow.autograd import differentiable
 
 __all__ = ["factors", "run"]
@@ -32,7 +33,8 @@ def run(x, lower, upper, raw, bias, eps, order, places):
             below the diagonal in the first, the others in the second.
     """
     operands = x, lower, upper, raw, bias
-    if torch.compiler.is_compiling() or not differentiable.needs_grad(*operands):
+    if (not differentiable.needs_grad(*operands) or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(x.device.type) or backends.needs_reference(operands) is not None):
         return _forward(*operands, eps, order)[:2]
     return LULinearFunction.apply(*operands, eps, order, places)
 

@@ -35,11 +35,12 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def _pack(self, tensor):
+        kept = tensor.detach() if tensor.grad_fn is not None else tensor  # an output that holds its node lives forever
         if _has_storage(tensor):
             self.storages[_key(tensor)] = tensor.untyped_storage().nbytes()
         else:
-            self.storages[id(tensor)] = tensor.numel() * tensor.element_size()
-        return tensor.detach() if tensor.grad_fn is not None else tensor  # an output that holds its node lives forever
+            self.storages[id(kept)] = tensor.numel() * tensor.element_size()
+        return kept
 
     @property
     def total(self):

@@ -28,7 +28,8 @@ class TrainStep:
 
     The loss is the mean over the batch, in nats, of the negative log-likelihood of a Flow or of the negative ELBO of a
     VAE: anything with ``log_prob`` or ``elbo`` as its ``forward``, wrapped by torch.compile, DistributedDataParallel or
-    FSDP2 or not. Integer images are dequantised inside, x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss
+    FSDP2 or not. On a GPU, cuDNN tries its algorithms at the first convolution of each shape, unless determinism is
+    asked for. Integer images are dequantised inside, x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss
     is that of the integers (D*log(n_bins) included, so that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli
     likelihood they become x/(n_bins - 1) instead. Floating x is taken as it is.
 
@@ -113,9 +114,11 @@ class TrainStep:
             self._refuse_late()
         self.layout = convolutions_to_channels_last(model, optimizer, channels_last)
         parts = compile == "conditioners"
-        self._lowered = contextlib.nullcontext
-        if parts or conditioner_dtype is not None:
-            self._lowered = Conditioners(unwrap(model), conditioner_dtype, parts)
+        self._lowered = self._probed = contextlib.nullcontext
+        if conditioner_dtype is not None:
+            self._lowered = self._probed = Conditioners(unwrap(model), conditioner_dtype)
+        if parts:
+            self._lowered = Conditioners(unwrap(model), conditioner_dtype, True)
         self._convolutions = Benchmarked(model, self._device)
         self._synchronizes = synchronizes(model)
         self._loss = self._compiled() if compile and not parts else self.objective
@@ -196,7 +199,8 @@ class TrainStep:
         if self._calls == 0 and not self._keeps_gradients:
             clear_gradients(self.optimizer)
         if self.compile == "conditioners":
-            self.memory.choose(x, context)  # its probe needs no graphs for its own batch sizes
+            with self._probed():
+                self.memory.choose(x, context)  # its probe needs no graphs for its own batch sizes
         with synchronized(self.model, last) if self._synchronizes else UNCHANGED, self._lowered():
             with self.memory.applied(x, context):
                 loss, parts = self._loss(self.model, x, context)

@@ -154,8 +154,9 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
 
     out = conv(r(conv(r(conv(x, w1) + b1), w2) + b2), w3) + b3 with r(h) = max(h, 0) + negative_slope * min(h, 0). The
     CPU kernel takes a sample through all three while its hidden maps lie in the cache, for hidden channels in multiples
-    of 16. On a GPU, with 128 hidden channels or more and at most 64 others, they are matrix products over the pixels, a
-    3x3 kernel's nine taps side by side, under autocast in its dtype. Else the convolutions are PyTorch's. In
+    of 16. On a GPU, with 128 hidden channels or more and at most 64 others, where TrainStep records a graph or the
+    hidden maps have 2^25 elements, they are matrix products over the pixels, a 3x3 kernel's nine taps side by side,
+    under autocast in its dtype. Else the convolutions are PyTorch's. In
     float32, for images of even height and width above 2 and I + O >= 12, its 3x3 convolutions run in Winograd's form
     F(2x2, 3x3), within the same bound on the error; samples with a result that is not finite, and gradients of weights
     that are not, are computed again from plain sums.
@@ -196,7 +197,8 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
             raise TypeError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
     operands = (x, w1, b1, w2, b2, w3, b3)
     if _conv_products.serves(x, w1, w3, negative_slope):
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        lowered = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype("cuda") if lowered else x.dtype
         return _conv_products.ConvNetProducts.apply(*operands, dtype)
     backend = backends.choose("conv_net", *operands)
     if backend == "reference":

@@ -13,8 +13,8 @@ __all__ = ["ConvNet"]
 class ConvNet(nn.Module):
     """Convolutions 3x3, 1x1 and 3x3 with ReLU between, and plain biases; the last one starts at zero, so that a
     coupling starts simple. It answers in the memory format of its input. Where functional.conv_net has its own way with
-    them (hidden channels in multiples of 16 on a CPU, 128 or more on a GPU) the three run in it, unless one of them is
-    hooked or replaced.
+    them (hidden channels in multiples of 16 on a CPU, 128 or more in large maps or recorded steps on a GPU) the three
+    run in it, unless one of them is hooked or replaced.
 
     Args:
         in_channels, out_channels: channels of input and output.
@@ -41,7 +41,7 @@ class ConvNet(nn.Module):
     def forward(self, x, context=None):
         shift = self.context(x, context)
         layers = self.conv1, self.conv2, self.conv3
-        if shift is None and all(type(layer) is nn.Conv2d and untouched(layer) for layer in layers):
+        if shift is None and all(map(_as_made, layers, (1, 0, 1))):
             operands = (x, *(p for layer in layers for p in (layer.weight, layer.bias)))
             if (conv_products.serves(x, self.conv1.weight, self.conv3.weight, 0.0)
                     or backends.serves("conv_net", *operands)):
@@ -49,6 +49,12 @@ class ConvNet(nn.Module):
         h = self.conv1(x)
         h = F.relu(h if shift is None else h + shift, inplace=True)  # a convolution does not keep its own output
         return self.conv3(F.relu(self.conv2(h), inplace=True))
+
+
+def _as_made(layer, padding):
+    return (type(layer) is nn.Conv2d and untouched(layer) and layer.padding == (padding, padding)
+            and layer.padding_mode == "zeros" and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
+            and layer.bias is not None)
 
 
 def untouched(module):

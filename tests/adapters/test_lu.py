@@ -49,3 +49,16 @@ def test_gradients_asked_singly_of_one_result(wanted, result):
     else:
         assert torch.autograd.gradcheck(lambda t: run(4)(*tensors[:wanted], t, *tensors[wanted + 1:])[result],
                                         [tensors[wanted]])
+
+
+def test_under_autocast_and_torch_func():
+    x, *weights = (t.detach().float() for t in operands(4))
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = run(4)(leaf, *(w.requires_grad_() for w in weights))
+    assert y.dtype == torch.bfloat16
+    grads = torch.autograd.grad(y.float().sum(), [leaf, *weights], allow_unused=True)
+    assert all(g is None or g.dtype == torch.float32 for g in grads)
+    jacobian = torch.func.jacrev(lambda t: run(4)(t, *weights)[0].sum(0))(x)
+    weight = torch.autograd.functional.jacobian(lambda t: run(4)(t[None], *weights)[0][0], x[0])
+    torch.testing.assert_close(jacobian[:, 0], weight)

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -176,6 +177,45 @@ def test_layers_may_change_between_calls(change):
     got, want = flow.transform(x), layer_by_layer(flow.transform, x)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(got[0], before)
+
+
+def test_hooks_and_methods_count_however_they_came():
+    flow, x = realnvp(), torch.randn(9, 5)
+    flow(x)
+    layer, seen = flow.transform.transforms[2].conditioner.layers[0], []
+    layer.__setstate__(dict(layer.__dict__, _forward_hooks=OrderedDict(layer._forward_hooks)))
+    handle = layer.register_forward_hook(lambda *args: seen.append(1))
+    flow(x)
+    assert seen == [1]
+    handle.remove()
+    layer.note = 1
+    flow(x)
+    del layer.note
+    layer.forward = lambda h: seen.append(2) or nn.Linear.forward(layer, h)
+    flow(x)
+    assert seen == [1, 2]
+
+
+def test_a_network_that_grew_is_looked_at_anew():
+    flow, x = realnvp(), torch.randn(9, 5)
+    flow(x)
+    first, _, second = flow.transform.transforms[2].conditioner.layers[:3]
+    first.weight, first.bias = nn.Parameter(torch.randn(300, 3)), nn.Parameter(torch.randn(300))
+    second.weight = nn.Parameter(0.05 * torch.randn(12, 300))
+    assert "more than 128" in flow.transform.explain(x)
+    assert LAYER in kernels_run(lambda: flow(x))
+    torch.testing.assert_close(flow.transform(x), layer_by_layer(flow.transform, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_plan_that_no_longer_holds_is_dropped():
+    flow, x = realnvp(), torch.randn(9, 5)
+    flow(x)
+    layers = flow.transform.transforms
+    old = weakref.ref(layers[2])
+    layers[2] = flows.Reverse()
+    flow(x)
+    gc.collect()
+    assert old() is None
 
 
 def test_a_parameter_that_two_layers_share_may_stop_being_shared():

@@ -30,7 +30,8 @@ def check(call, size, dtype, device="cpu", channels_last=True, factor=1.0):
     exact = [t.detach().double().requires_grad_() for t in plain]
     eager = [t.detach().requires_grad_() for t in plain]
     y, want, truth = call(*leaves), reference.conv_net(*eager), reference.conv_net(*exact)
-    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     assert_by_ratio(y, want, truth, factor=2.0 * factor, what="y")
     grad = torch.randn(truth.shape, dtype=torch.float64, device=device).to(dtype)
     for name, got, plain, true in zip(NAMES, *(torch.autograd.grad(o, i, grad.to(o.dtype)) for o, i in (
@@ -80,6 +81,12 @@ def test_nan_comes_through(place):
     got, want = ConvNetProducts.apply(*inputs, torch.float32), reference.conv_net(*inputs)
     assert got.isnan()[want.isnan()].all() and want.isnan().any()
     assert place in (1, 5) or torch.equal(got.isnan(), want.isnan())  # a weight that is NaN meets the border's zeros
+
+
+def test_frozen_weights_get_no_gradient_and_x_gets_its_own():
+    x, *weights = operands(SIZES[0])
+    grad, = torch.autograd.grad(ConvNetProducts.apply(x.requires_grad_(), *weights, torch.float64).sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(reference.conv_net(x, *weights).sum(), x)[0])
 
 
 def test_on_a_cpu_the_convolutions_have_their_own_kernel():
