@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import run
+from benchmarks import run, timing
 from fastflow import backends, functional
 
 ROUNDS, REPLAYS, CALLS = 7, 3, 4  # a graph holds CALLS calls
@@ -76,18 +76,7 @@ def copy_rate(size=2**30):
     """Bytes per second of a device-to-device copy, read and written."""
     source = torch.randn(size // 4, device="cuda")
     target = torch.empty_like(source)
-    return 2 * size / min(timed(lambda: target.copy_(source), 10) for _ in range(ROUNDS))
-
-
-def timed(call, repeats):
-    """Seconds of one of ``repeats`` calls, by CUDA events."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
+    return 2 * size / min(timing.cuda_seconds(lambda: target.copy_(source), 10) for _ in range(ROUNDS))
 
 
 def seconds_of(call):
@@ -102,7 +91,7 @@ def seconds_of(call):
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
             call()
-    return statistics.median([timed(graph.replay, REPLAYS) for _ in range(ROUNDS + 1)][1:]) / CALLS
+    return statistics.median([timing.cuda_seconds(graph.replay, REPLAYS) for _ in range(ROUNDS + 1)][1:]) / CALLS
 
 
 def main(argv=None):

@@ -22,7 +22,8 @@ def _wall_seconds(call, repeats):
     return (time.perf_counter() - start) / repeats
 
 
-def _cuda_seconds(call, repeats):
+def cuda_seconds(call, repeats):
+    """Seconds of one of ``repeats`` calls, by CUDA events."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(repeats):
@@ -32,7 +33,7 @@ def _cuda_seconds(call, repeats):
     return start.elapsed_time(end) / 1e3 / repeats
 
 
-_MEASURES = {"cpu": _cpu_seconds, "wall": _wall_seconds, "cuda": _cuda_seconds}
+_MEASURES = {"cpu": _cpu_seconds, "wall": _wall_seconds, "cuda": cuda_seconds}
 
 
 def interleave(variants, clock, rounds=15, warmup=3, round_seconds=None):

@@ -42,8 +42,8 @@ PREFERENCE = {
     ("wide_mlp", "cpu"): ("cpu",),
     ("bernoulli_log_prob", "cpu"): ("cpu",),  # no GPU kernel yet: on CUDA tensors the reference runs
     ("top_down", "cpu"): ("cpu",),  # nor one for this
-    # On an H200 a call of the cuda backend costs its caller 0.2 ms less than Triton's launcher does; its kernels take
-    # 4 to 26 % longer than Triton's in float32.
+    # A call of the cuda backend costs its caller less than Triton's launcher does; its kernels take 4 to 26 % longer than
+    # Triton's on an H200 in float32.
     ("affine_coupling", "cuda"): ("cuda", "triton"),
     ("gaussian_sample_kl", "cuda"): ("cuda", "triton"),
     ("slogdet", "cuda"): ("cuda", "triton"),
@@ -51,11 +51,11 @@ PREFERENCE = {
     ("plu_weight", "cuda"): ("cuda", "triton"),
     ("mlp_flow", "cuda"): ("cuda",),
     # cuda brings the parameters of an element, side by side in memory, through shared memory; triton reads them in
-    # place, and compiles anew for every number of bins; it takes 1.3 to 1.6 times as long on an H200.
+    # place, and compiles anew for every number of bins.
     ("spline", "cuda"): ("cuda", "triton"),
 }
 # Largest matrix for which each backend is preferred to torch.linalg. cpu: faster at every size measured, up to this
-# one. triton: what fits in registers. cuda: what fits in shared memory, 1.8 to 6 times as fast on an H200.
+# one. triton: what fits in registers. cuda: what fits in shared memory.
 SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
 CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide it
 ACTIVATED_CONV_WEIGHTS = 2**17

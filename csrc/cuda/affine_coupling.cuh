@@ -7,8 +7,6 @@
 
 namespace fastflow {
 
-constexpr int kVector = 4;  // elements of a vector access: 16 bytes of float32, which a warp then reads in one run
-
 enum Flag : int64_t { kInterleaved = 1, kShiftInFront = 2, kShiftFirst = 4, kInverse = 8 };
 
 // What the maps need besides their constants; the kernels choose among them at run time, uniformly over the grid.
@@ -161,19 +159,6 @@ __device__ __forceinline__ void copy_passive(const Passive& passive, const Tiles
     load_all<T, V, D>({&passive.from}, {at[1] + place.row * passive.from.batch}, value);
     store_one<T, V, D>(passive.to, at[0] + place.row * passive.to.batch, value[0]);
   }
-}
-
-// f<V, D>(): one element at a time, or vectors of operands that are dense and all float32 or all bfloat16, or of other
-// ones.
-template <class T, class F>
-void with_access(bool vector, bool dense, int dtype, F&& f) {
-  if constexpr (sizeof(T) == 4) {
-    constexpr int float32 = static_cast<int>(Dtype::float32), bfloat16 = static_cast<int>(Dtype::bfloat16);
-    if (vector && dense && dtype == float32) return f.template operator()<kVector, float32>();
-    if (vector && dense && dtype == bfloat16) return f.template operator()<kVector, bfloat16>();
-    if (vector) return f.template operator()<kVector, kMixed>();
-  }
-  f.template operator()<1, kMixed>();
 }
 
 // Whether the halves alternate in memory along the layout's dense axis.

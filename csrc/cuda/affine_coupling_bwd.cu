@@ -13,8 +13,9 @@ __device__ __forceinline__ void slopes(const Map<T>& map, const T (&raw)[V], Sca
       for (int e = 0; e < V; ++e) scale[e] = scale_slope<K, false, false>(map.constants, raw[e]);
     }
   });
-  if constexpr (Separate) return limit(map, scale);
-  if (map.eps) {
+  if constexpr (Separate) {
+    limit(map, scale);
+  } else if (map.eps) {
 #pragma unroll
     for (int e = 0; e < V; ++e) scale[e] = with_eps(map.constants, scale[e]);
   }

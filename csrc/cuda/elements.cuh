@@ -53,6 +53,22 @@ int common_dtype(const Operands& operands) {
   return common;
 }
 
+// Elements of a vector access: 16 bytes of float32, which a warp then reads in one run, and one block of the generator.
+constexpr int kVector = 4;
+
+// f<V, D>(): one element at a time, or vectors of operands that are dense and all float32 or all bfloat16, or of other
+// ones.
+template <class T, class F>
+void with_access(bool vector, bool dense, int dtype, F&& f) {
+  if constexpr (sizeof(T) == 4) {
+    constexpr int float32 = static_cast<int>(Dtype::float32), bfloat16 = static_cast<int>(Dtype::bfloat16);
+    if (vector && dense && dtype == float32) return f.template operator()<kVector, float32>();
+    if (vector && dense && dtype == bfloat16) return f.template operator()<kVector, bfloat16>();
+    if (vector) return f.template operator()<kVector, kMixed>();
+  }
+  f.template operator()<1, kMixed>();
+}
+
 // Element i. In double everything is float64: functional.py refuses mixtures.
 template <class T>
 __device__ __forceinline__ T load(const Operand& from, int64_t i) {

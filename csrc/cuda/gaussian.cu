@@ -23,7 +23,7 @@ struct Forward {
 };
 
 template <class T, int V, int D>
-__global__ void __launch_bounds__(kBlock, D == kMixed ? 2 : 3) gaussian_forward(const __grid_constant__ Forward<T> p) {
+__global__ void __launch_bounds__(kBlock, 2) gaussian_forward(const __grid_constant__ Forward<T> p) {
   using P = Forward<T>;
   const Place place = place_of(p.tiles);
   const int64_t pair = p.rows_per_sample == 1 ? place.row : place.row / p.rows_per_sample;  // (k, b)

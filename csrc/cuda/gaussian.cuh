@@ -8,8 +8,6 @@
 
 namespace fastflow {
 
-constexpr int kVector = 4;  // elements of a vector access: 16 bytes of float32, and one block of the generator
-
 enum GaussianFlag : int64_t { kInterleaved = 1, kScaleInFront = 2 };
 enum class Reduce : int64_t { sample, channel, none };
 
@@ -79,19 +77,6 @@ template <class T, int D, int V>
 __device__ __forceinline__ void store_values(const Operand& to, int64_t at, const T (&values)[V]) {
   if constexpr (V > 1) store_vector<V, D>(to, at, values);
   else store<T>(to, at, values[0]);
-}
-
-// f<V, D>(): one element at a time, or vectors of operands that are dense and all float32 or all bfloat16, or of other
-// ones.
-template <class T, class F>
-void with_access(bool vector, bool dense, int dtype, F&& f) {
-  if constexpr (sizeof(T) == 4) {
-    constexpr int float32 = static_cast<int>(Dtype::float32), bfloat16 = static_cast<int>(Dtype::bfloat16);
-    if (vector && dense && dtype == float32) return f.template operator()<kVector, float32>();
-    if (vector && dense && dtype == bfloat16) return f.template operator()<kVector, bfloat16>();
-    if (vector) return f.template operator()<kVector, kMixed>();
-  }
-  f.template operator()<1, kMixed>();
 }
 
 // A host view of a tensor (K, B, D, *S) or, without a sample axis, (B, D, *S), and its stride along K.

@@ -156,9 +156,12 @@ __device__ __forceinline__ void locate(const Layout<N>& layout, int64_t i, int64
 // The same of vector `item` of V elements. Dense: see is_dense.
 template <bool Dense, int V, int N>
 __device__ __forceinline__ void locate_item(const Layout<N>& layout, int64_t item, int64_t (&offsets)[N]) {
-  if constexpr (!Dense) return locate(layout, item * V, offsets);
+  if constexpr (Dense) {
 #pragma unroll
-  for (int n = 0; n < N; ++n) offsets[n] = item * V;
+    for (int n = 0; n < N; ++n) offsets[n] = item * V;
+  } else {
+    locate(layout, item * V, offsets);
+  }
 }
 
 // Whether a layout that `vectorise` made is one axis along which the elements of all operands are neighbours.
