@@ -42,8 +42,8 @@ PREFERENCE = {
     ("wide_mlp", "cpu"): ("cpu",),
     ("bernoulli_log_prob", "cpu"): ("cpu",),  # no GPU kernel yet: on CUDA tensors the reference runs
     ("top_down", "cpu"): ("cpu",),  # nor one for this
-    # A call of the cuda backend costs its caller less than Triton's launcher does; its kernels take 4 to 26 % longer than
-    # Triton's on an H200 in float32.
+    # A call of the cuda backend costs its caller less than Triton's launcher does; its kernels take 4 to 26 % longer on
+    # an H200 in float32.
     ("affine_coupling", "cuda"): ("cuda", "triton"),
     ("gaussian_sample_kl", "cuda"): ("cuda", "triton"),
     ("slogdet", "cuda"): ("cuda", "triton"),

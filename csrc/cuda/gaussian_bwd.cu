@@ -41,8 +41,7 @@ __device__ __forceinline__ ElementGradient<T> through_kl(T gkl, T mean, const ga
 }
 
 template <class T, int V, int D>
-__global__ void __launch_bounds__(kBlock, D == kMixed ? 2 : 3)
-    gaussian_backward(const __grid_constant__ Backward<T> p) {
+__global__ void __launch_bounds__(kBlock, 2) gaussian_backward(const __grid_constant__ Backward<T> p) {
   using P = Backward<T>;
   const Place place = place_of(p.tiles);
   if (!place.inside) return;
@@ -121,7 +120,7 @@ __device__ __forceinline__ void store_prior(const Backward<T>& p, const int64_t 
 
 // A prior shared by the batch: an element to a thread, a run of samples to a block. Partial sums are (chunks, 2, n).
 template <class T>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 1)
     prior_backward(const __grid_constant__ Backward<T> p, int64_t chunks, int64_t chunk_samples, double* partial) {
   using P = Backward<T>;
   const int64_t tile = blockIdx.x / chunks, chunk = blockIdx.x - tile * chunks;

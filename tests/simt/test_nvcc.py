@@ -58,8 +58,8 @@ def test_compiles_without_spills_or_warnings(source, compiled):
 @pytest.mark.parametrize(("stem", "operands", "results"), [
     ("affine_coupling", 4, 2), ("affine_coupling_bwd", 4, 3), ("gaussian", 5, 3), ("gaussian_bwd", 5, 4)])
 def test_aligned_operands_move_in_16_bytes(stem, operands, results, tmp_path):
-    """In PTX: every operand and result of the float32 vector kernels, those for dense operands (D = 0) and for any
-    (-1), and nowhere a fast approximation."""
+    """In PTX: every operand and result of the float32 vector kernels, for dense operands (D = 0) and for any (-1), and
+    nowhere a fast approximation."""
     ptx = ptx_of(ROOT / "csrc" / "cuda" / f"{stem}.cu", tmp_path / "kernels.ptx")
     entries = re.split(r"\.entry ", ptx)[1:]
     vectors = [e for e in entries if re.match(r"\S*(?:forward|backward)IfLi4ELi(?:0|n1)E", e)]
