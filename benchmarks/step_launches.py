@@ -35,7 +35,7 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
         "_unsafe_view", "_reshape_alias", "lift_fresh", "_record_function_enter_new", "_record_function_exit",
         "_local_scalar_dense", "resize_"}
 GEMM = {"convolution", "convolution_backward", "addmm", "mm", "bmm", "baddbmm"}
-UPDATES = ("engine/update.py", "engine/ema.py")
+UPDATES = ("engine/adam.py", "engine/update.py", "engine/ema.py")
 MOVES = {"cat", "stack", "copy_", "clone", "slice_backward", "select_backward", "_to_copy"}
 
 
