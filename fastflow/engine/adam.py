@@ -10,7 +10,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class FusedAdam:
-    """The step of a torch.optim.Adam or AdamW with fused=True, by the same kernel on the same tensors, to the same bits.
+    """The step of a torch.optim.Adam or AdamW with fused=True, by the same kernel on the same tensors, bit for bit.
 
     torch adds 1 to each parameter's step count in an operation of its own, which takes as long as the update of a small
     parameter. Here the counts lie in one tensor, of which each state's "step" is an element, and one addition serves
