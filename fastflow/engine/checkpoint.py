@@ -7,6 +7,7 @@ complete. Reading checks every byte against the manifest before it is parsed. Te
 than the row-major one, such as channels-last weights, are stored row-major and come back in their own order.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 
 from fastflow.engine.errors import CheckpointError
 
-__all__ = ["Checkpoint", "clean", "find", "load", "newest", "path_of", "save", "step_of"]
+__all__ = ["Checkpoint", "clean", "find", "load", "newest", "path_of", "put_back", "save", "step_of"]
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{1,12})")
@@ -63,14 +64,23 @@ def path_of(directory, step):
     return Path(directory) / f"step-{step:06d}"
 
 
-def clean(directory):
-    """Removes what interrupted writers left behind, and puts back a checkpoint that one was about to replace."""
+def put_back(directory):
+    """Gives a checkpoint that an interrupted writer was about to replace its name again. Several processes may do it at
+    once, but no writer may be at work."""
     directory = Path(directory)
-    for path in directory.iterdir() if directory.is_dir() else ():
+    for path in list(directory.iterdir()) if directory.is_dir() else ():
         match = TEMPORARY.fullmatch(path.name)
         if match and match[2] == "old" and not (directory / match[1]).exists():
-            path.rename(directory / match[1])
-        elif match:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                path.rename(directory / match[1])
+
+
+def clean(directory):
+    """Removes what interrupted writers left behind, after :func:`put_back`."""
+    put_back(directory)
+    directory = Path(directory)
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -82,7 +92,8 @@ def save(directory, step, tensors, state, keep=0, spare=None):
         step: how many training steps it holds.
         tensors: {file stem: {name: tensor}}; copied to the CPU; a stem is a letter, then a-z, 0-9, _.
         state: what JSON can hold, without the keys "format", "step" and "memory_order".
-        keep: afterwards delete all but this many of the newest checkpoints; 0 keeps all.
+        keep: afterwards delete the older checkpoints but the keep - 1 newest of them; 0 keeps all. What states a later
+            step stays: this one was written after a bad checkpoint of that step was passed over.
         spare: the step of one to keep in any case.
 
     Raises:
@@ -127,7 +138,8 @@ def save(directory, step, tensors, state, keep=0, spare=None):
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{final}: could not be written ({error.strerror or error}); "
                               f"earlier checkpoints are intact") from error
-    for old, path in find(directory)[:-keep] if keep else ():
+    older = [pair for pair in find(directory) if pair[0] < step]
+    for old, path in older[:len(older) - keep + 1] if keep and len(older) >= keep else ():
         if old != spare:
             _remove(path)
     return final

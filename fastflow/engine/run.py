@@ -45,6 +45,7 @@ def checkpoint_to_resume(out, resume, warn):
     if out.exists() and not out.is_dir():
         raise RunError(f"--out: {out} is not a directory")
     if resume:
+        checkpoint.put_back(out / "checkpoints")
         return checkpoint.newest(out / "checkpoints", warn)
     if checkpoint.find(out / "checkpoints"):
         raise RunError(f"--out: {out} already holds a run; continue it with --resume auto or choose another directory")

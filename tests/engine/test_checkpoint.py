@@ -86,6 +86,19 @@ def test_only_the_last_are_kept(tmp_path):
     assert [step for step, _ in checkpoint.find(tmp_path)] == [4, 5]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_just_saved_is_kept_beside_a_bad_one_of_a_later_step(tmp_path, keep):
+    for step in (400, 500, 1000):
+        path = checkpoint.save(tmp_path, step, {"model": {"w": torch.tensor(step)}}, {})
+    (path / "model.safetensors").write_bytes(b"")
+    bad = []
+    assert checkpoint.newest(tmp_path, bad.append).step == 500 and len(bad) == 1
+    for step in (600, 700):
+        checkpoint.save(tmp_path, step, {"model": {"w": torch.tensor(step)}}, {}, keep=keep)
+        assert checkpoint.newest(tmp_path, bad.append).step == step
+    assert [step for step, _ in checkpoint.find(tmp_path)] == [600, 700, 1000][2 - keep:]
+
+
 def test_the_same_step_again_replaces_the_old_one(tmp_path):
     for value in (1, 2):
         path = checkpoint.save(tmp_path, 3, {"model": {"w": torch.tensor(value)}}, {})

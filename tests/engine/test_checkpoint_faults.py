@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastflow.engine import CheckpointError, SettingsError, checkpoint, load_settings
+from fastflow.engine.run import checkpoint_to_resume
 
 STEP = "step-000005"
 
@@ -286,8 +287,9 @@ def test_50_kills_during_saving_leave_a_newest_that_can_be_read(tmp_path):
         seen_temporary += any(p.name.startswith(".") for p in tmp_path.iterdir())
         for _, path in checkpoint.find(tmp_path):
             checkpoint.load(path)
-        checkpoint.clean(tmp_path)
+        checkpoint.put_back(tmp_path)
         newest = checkpoint.newest(tmp_path, pytest.fail)
+        checkpoint.clean(tmp_path)
         assert newest.step >= promised > last
         assert torch.equal(newest.tensors["model"]["w"], weights(newest.step)["w"])
         assert 1 <= len(list(tmp_path.iterdir())) <= 3
@@ -299,9 +301,14 @@ def test_a_checkpoint_about_to_be_replaced_is_put_back(tmp_path):
     path = checkpoint.save(tmp_path, 3, {"model": weights(3)}, {})
     path.rename(tmp_path / ".step-000003.old-0123")
     (tmp_path / ".step-000003.tmp-4567").mkdir()
-    assert checkpoint.newest(tmp_path, pytest.fail) is None
     checkpoint.clean(tmp_path)
     assert checkpoint.newest(tmp_path, pytest.fail).step == 3 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_goes_on_from_one_that_was_about_to_be_replaced(tmp_path):
+    path = checkpoint.save(tmp_path / "checkpoints", 3, {"model": weights(3)}, {})
+    path.rename(path.with_name(".step-000003.old-0123"))
+    assert checkpoint_to_resume(tmp_path, True, pytest.fail).step == 3
 
 
 def test_a_disk_that_is_full_in_the_midst_of_a_file(tmp_path):
