@@ -189,10 +189,14 @@ class AffineCouplingOneSided(coupling_layers.AffineCouplingOneSided):
 
 def _order(matrix):
     """(order, its inverse) with W x = x[order] if W is a permutation matrix, else None."""
-    flat = matrix.flatten(1)
-    order = flat.argmax(1)
-    if not torch.equal(flat, F.one_hot(order, len(flat)).to(flat.dtype)) or len(order.unique()) != len(order):
-        return None
+    order, back = _hard(matrix)
+    one_hot = F.one_hot(order, len(order)).to(matrix.dtype)
+    return (order, back) if torch.equal(matrix.flatten(1), one_hot) and len(order.unique()) == len(order) else None
+
+
+def _hard(matrix):
+    """(order, its inverse) of a permutation matrix."""
+    order = matrix.flatten(1).argmax(1)
     return order, torch.argsort(order)
 
 
@@ -213,7 +217,7 @@ def _scalings(blocks):
 
 
 def _order_of(module):
-    return None if module.householder else remembered(module, "order", _order, module.w_perm)
+    return None if module.householder else remembered(module, "order", _order, module.w_perm, traced=_hard)
 
 
 @swap(all_in_one_block.AllInOneBlock, methods=("forward",), fit=_fit_all_in_one, opposite=_reverse)

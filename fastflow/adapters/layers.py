@@ -6,7 +6,7 @@ from fastflow import backends, functional
 from fastflow.adapters import verify
 from fastflow.adapters.swap import PREFIX
 
-__all__ = ["couple", "fusable", "order_of", "plain", "remembered", "reorder", "worthwhile"]
+__all__ = ["couple", "fusable", "order", "order_of", "plain", "remembered", "reorder", "worthwhile"]
 
 SMALL = 4096  # elements below which, on a CPU, a host's own few operations cost what a kernel and its call do
 
@@ -31,20 +31,33 @@ def plain(module, kind):
         or "forward" in own)
 
 
-def remembered(module, name, compute, *tensors):
+def remembered(module, name, compute, *tensors, traced=None):
     """compute(*tensors), computed again only when one of the module's tensors was exchanged or written to.
 
-    Under torch.compile what is known is trusted: layers compute it when they are swapped.
+    torch.compile can't look at values. There ``traced(*tensors)`` puts into the graph what compute gives, unless that
+    is known to be None. Without ``traced`` the known value is trusted; layers find it out when they are swapped and
+    when they load a state dict.
     """
     known = module.__dict__.get(PREFIX + name)
     if torch.compiler.is_compiling():
-        return compute(*tensors) if known is None else known[1]
+        value = compute(*tensors) if known is None else known[1]
+        return value if traced is None or value is None else traced(*tensors)
     stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
     if known is None or known[0] != stamp:
         # The aliases keep the memory, so that no other tensor can come to lie there.
         known = stamp, compute(*tensors), tuple(t.detach() for t in tensors)
         module.__dict__[PREFIX + name] = known
     return known[1]
+
+
+def order(module, passive, active):
+    """What :func:`order_of` says of two index buffers of the module; under torch.compile the order always moves."""
+    return remembered(module, "order", order_of, passive, active, traced=_moving)
+
+
+def _moving(passive, active):
+    indices = torch.cat([passive, active])
+    return len(passive), indices, torch.argsort(indices)
 
 
 def order_of(passive, active):

@@ -7,7 +7,7 @@ from nflows.transforms import autoregressive, conv, coupling, lu, made, nonlinea
 
 from fastflow.adapters import lu as lu_maps
 from fastflow.adapters import splines
-from fastflow.adapters.layers import couple, fusable, order_of, remembered, reorder, worthwhile
+from fastflow.adapters.layers import couple, fusable, order, remembered, reorder, worthwhile
 from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, covered, residual_weights
 from fastflow.adapters.swap import swap
 from fastflow.autograd import mlp
@@ -33,7 +33,7 @@ NETWORKS |= {resnet.ResidualNet: _residual_net, made.MADE: _made}
 def _fit_coupling(module, fix):
     if module.unconditional_transform is not None:
         return "it transforms the passive features too"
-    remembered(module, "order", order_of, module.identity_features, module.transform_features)
+    order(module, module.identity_features, module.transform_features)
     return None
 
 
@@ -56,11 +56,11 @@ class _Coupling:
         kernel = covered(network, inputs, context)
         if kernel is None and not worthwhile(inputs):
             return None
-        kept, order, back = remembered(self, "order", order_of, self.identity_features, self.transform_features)
-        x = inputs if order is None else reorder(inputs, order, back)
+        kept, indices, back = order(self, self.identity_features, self.transform_features)
+        x = inputs if indices is None else reorder(inputs, indices, back)
         y, logdet = couple(x, kept, (lambda passive: network(passive, context)) if kernel is None else
                            (lambda passive: mlp.run(passive, *kernel)), inverse, **self.DIALECT)
-        return (y if order is None else reorder(y, back, order)), logdet
+        return (y if indices is None else reorder(y, back, indices)), logdet
 
 
 @swap(coupling.AffineCouplingTransform, fit=_fit_coupling)
@@ -108,7 +108,7 @@ class LULinear(lu_maps.LULinear, lu.LULinear):
 
 def _back(module):
     """The inverse of a convolution's permutation."""
-    return remembered(module, "back", torch.argsort, module.permutation._permutation)
+    return remembered(module, "back", torch.argsort, module.permutation._permutation, traced=torch.argsort)
 
 
 def _fit_conv(module, fix):

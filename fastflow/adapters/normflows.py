@@ -120,7 +120,11 @@ class AffineCouplingBlock(coupling.AffineCouplingBlock):
 
 def _active(b):
     """1 - b of a mask of zeros and ones, or None."""
-    return 1 - b if torch.equal(b, (b != 0).to(b.dtype)) else None
+    return _rest(b) if torch.equal(b, (b != 0).to(b.dtype)) else None
+
+
+def _rest(b):
+    return 1 - b
 
 
 def _fit_masked(module, fix):
@@ -128,7 +132,7 @@ def _fit_masked(module, fix):
 
 
 def _mask_of(module):
-    return remembered(module, "active", _active, module.b)
+    return remembered(module, "active", _active, module.b, traced=_rest)
 
 
 @swap(coupling.MaskedAffineFlow, fit=_fit_masked)
@@ -156,7 +160,7 @@ def _permutation(matrix):
 
 
 def _perm(conv):
-    return remembered(conv, "perm", _permutation, conv.P)
+    return remembered(conv, "perm", _permutation, conv.P, traced=_permutation)
 
 
 def _fit_conv(module, fix):

@@ -3,7 +3,7 @@
 import torch
 
 from fastflow import functional
-from fastflow.adapters.layers import fusable, order_of, remembered, reorder
+from fastflow.adapters.layers import fusable, order, reorder
 from fastflow.adapters.networks import Autoregressive, evaluate, whole
 from fastflow.autograd import mlp_spline
 
@@ -19,12 +19,7 @@ def fit(module, fix):
 
 def fit_coupling(module, fix):
     """As :func:`fit`, of a coupling; finds out the order of its channels."""
-    return fit(module, fix) or order(module) and None
-
-
-def order(module):
-    """The order of a coupling's channels, see order_of."""
-    return remembered(module, "order", order_of, module.identity_features, module.transform_features)
+    return fit(module, fix) or order(module, module.identity_features, module.transform_features) and None
 
 
 def transform(module, x, params, inverse, gain=1.0, logdet=None):
@@ -60,7 +55,7 @@ class SplineCoupling:
     def _fastflow_couple(self, inputs, context, inverse):
         if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
             return (super().inverse if inverse else super().forward)(inputs, context)
-        kept, indices, back = order(self)
+        kept, indices, back = order(self, self.identity_features, self.transform_features)
         network = whole(self.transform_net, inputs, context) if self.unconditional_transform is None else None
         if network is not None:
             return mlp_spline.run(inputs, indices, back, kept, network, _constants(self, self.transform_net), inverse)

@@ -54,6 +54,7 @@ def swap(host, *, methods=("forward", "inverse"), fit=None, opposite=None, obser
         body |= {"__module__": fused.__module__, "__qualname__": f"{fused.__qualname__}.Checked",
                  "__doc__": f"{fused.__name__} until its first call, which verifies it."}
         fused.Checked = type(fused.__name__, (fused,), body)  # where pickle finds it
+        fused._load_from_state_dict = _loading(fused)
         SWAPS[host] = fused._fastflow_swap = Swap(host, fused, fused.Checked, fit or (lambda module, fix: None),
                                                   opposite or _exchange, observe or _everything)
         return fused
@@ -79,6 +80,16 @@ def undo(module):
     _RECORDS.pop(module, None)
     for key in [key for key in module.__dict__ if key.startswith(PREFIX)]:
         del module.__dict__[key]
+
+
+def _loading(fused):
+    """The method by which a layer takes its tensors from a state dict: what ``fit`` finds out of them is found anew."""
+    inherited = fused._load_from_state_dict
+
+    def method(self, *args, **kwargs):
+        inherited(self, *args, **kwargs)
+        swap_of(self).fit(self, False)
+    return method
 
 
 def _verifying(fused, name):

@@ -191,7 +191,7 @@ class FusedCoupling(OneCall, transforms.CouplingTransform):
         layer, c = self.layer, self.c
         if c is not None and c.shape[:-1] != x.shape[:-1]:
             x, c = broadcast(x, c, ignore=1)
-        flip, first, order, back = remembered(layer, "arrangement", _arrangement, layer.mask)
+        flip, first, order, back = remembered(layer, f"arrangement_{x.device}", _arrangement, layer.mask)
         batch = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
         c = c if c is None else c.reshape(-1, c.shape[-1])
