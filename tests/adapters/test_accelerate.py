@@ -41,6 +41,10 @@ class Fused(Stand):
         y = super().forward(x)
         if Fused.wrong == "output":
             return y + 1e-3
+        if Fused.wrong == "float32":
+            return y + 1e-3 * (y.dtype is torch.float32)
+        if Fused.wrong == "float64":
+            return y * (1 + 1e-8)
         if Fused.wrong == "gradient":
             return y + 1e-2 * (self.weight - self.weight.detach()).sum()
         if Fused.wrong == "error":
@@ -54,7 +58,7 @@ def known():
     """Stand is known while the test runs."""
     swap.swap(Stand, methods=("forward",))(Fused)
     yield
-    del swap.SWAPS[Stand], Fused._fastflow_swap, Fused.Checked
+    del swap.SWAPS[Stand], Fused._fastflow_swap, Fused.Checked, Fused._load_from_state_dict
     Fused.wrong = None
 
 
@@ -116,6 +120,53 @@ def test_a_layer_that_differs_becomes_its_original_again(known, wrong, mode):
                 assert torch.equal(layer(x), x * layer.weight)
     assert type(layer) is Stand and not report.swapped and not report.verified
     assert ("raises RuntimeError: no such luck" if wrong == "error" else "differs by") in report.skipped["0"]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize(("wrong", "dtype"), [("float32", torch.float32), ("float64", torch.float64)])
+def test_a_layer_that_is_wrong_in_one_precision_alone(known, wrong, dtype, mode):
+    """Also where it draws random numbers, which are others in float64."""
+    Fused.wrong = wrong
+    layer, x = Stand().to(dtype).train(mode), torch.randn(64, 2, dtype=dtype)
+    report = fastflow.accelerate(layer)
+    with pytest.warns(RuntimeWarning, match="keeps its original form"):
+        layer(x)
+    assert type(layer) is Stand and "differs by" in report.skipped[""]
+
+
+class Kinked(Stand):
+    """Gradients jump where x is 1, and the result is the small difference of large numbers."""
+
+    def forward(self, x):
+        return nn.functional.relu(x * self.weight - self.weight) + ((x + 1e4) * self.weight - 1e4 * self.weight)
+
+
+class FusedKinked(Kinked):
+    """The same but for the order of its roundings; on demand, with a mistake."""
+
+    wrong = 0.0
+
+    def forward(self, x):
+        return nn.functional.relu((x - 1) * self.weight) + x * self.weight * (1 + self.wrong)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_where_rounding_matters_the_original_is_the_measure(dtype, wrong, monkeypatch):
+    swap.swap(Kinked, methods=("forward",))(FusedKinked)
+    monkeypatch.setattr(FusedKinked, "wrong", wrong)
+    try:
+        layer, x = Kinked().to(dtype), torch.randn(64, 2, dtype=dtype)
+        x[:4] = 1 + 1.5 * torch.finfo(dtype).eps * torch.tensor([[-1.0, 1], [1, -1], [0, 0], [-1, 0]])
+        report = fastflow.accelerate(layer)
+        if wrong:
+            with pytest.warns(RuntimeWarning, match="differs by"):
+                layer(x)
+        else:
+            layer(x)
+        assert bool(report.verified) == (not wrong)
+    finally:
+        del swap.SWAPS[Kinked], FusedKinked._fastflow_swap, FusedKinked.Checked, FusedKinked._load_from_state_dict
 
 
 def test_a_wrong_layer_is_kept_without_verification(known):
