@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.metadata
 import sys
 
 import torch
@@ -25,7 +26,8 @@ def accelerate(model, *, verify=True, example=None, fix=False):
     A swapped layer stays the same object: its ``__class__`` becomes a subclass of its own under fastflow.adapters.
     Parameters, buffers, hooks, state-dict keys, train or eval mode, device and dtype are untouched; the model can be
     wrapped (DDP, torch.compile), copied, pickled, trained and saved before and after. Only layers of exactly a known
-    class are swapped, and of them those whose options have a fused form.
+    class are swapped, and of them those whose options have a fused form; of a library in a version that the adapter does
+    not fit, none.
 
     Args:
         model: a torch.nn.Module with layers of nflows, normflows, FrEIA, zuko, torchflows, Pyro, pythae or
@@ -56,8 +58,8 @@ def accelerate(model, *, verify=True, example=None, fix=False):
             continue
         known = swaps.SWAPS.get(type(module))
         if known is None:
-            reason = _unknown(type(module), adapters)
-            if reason is not None and not _inside(name, report.swapped):
+            reason = _unknown(type(module), adapters, _inside(name, report.swapped))
+            if reason is not None:
                 report.skipped[name] = reason
             continue
         constants = known.fit(module, fix)
@@ -88,25 +90,42 @@ def restore(model):
 
 
 def _adapters():
-    """{host: adapter} of the libraries that the program has imported."""
-    return {host: importlib.import_module(f"fastflow.adapters.{file}") for host, file in HOSTS.items()
-            if host in sys.modules}
+    """{host: adapter} of the libraries that the program has imported; of one that the adapter does not fit, why."""
+    return {host: _adapter(host, f"fastflow.adapters.{file}") for host, file in HOSTS.items() if host in sys.modules}
+
+
+def _adapter(host, name):
+    try:
+        return importlib.import_module(name)
+    except (ImportError, AttributeError) as error:
+        for kind in [kind for kind, known in swaps.SWAPS.items() if known.fused.__module__ == name]:
+            del swaps.SWAPS[kind]
+        return f"the adapter does not fit {host} {_version(host)}: {error}"
+
+
+def _version(host):
+    packages = importlib.metadata.packages_distributions().get(host)
+    return importlib.metadata.version(packages[0]) if packages else getattr(sys.modules[host], "__version__", "unknown")
 
 
 def _title(kind):
     return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
 
 
-def _unknown(kind, adapters):
-    """Why a layer of no known class stays as it is; None where it is no layer of a host."""
+def _unknown(kind, adapters, inside):
+    """Why a layer of no known class stays as it is; None where it is no layer of a host, or ``inside`` a swapped one
+    whose fused form answers for it."""
     for base in kind.__mro__:
         if base in swaps.SWAPS:
             return f"{kind.__name__} is a subclass of {_title(base)}"
-    return f"{_title(kind)} has no fused form" if kind.__module__.partition(".")[0] in adapters else None
+    adapter = adapters.get(kind.__module__.partition(".")[0])
+    if isinstance(adapter, str):
+        return f"{_title(kind)}: {adapter}"
+    return None if adapter is None or inside else f"{_title(kind)} has no fused form"
 
 
 def _inside(name, swapped):
-    """Whether a layer is part of a swapped one, whose fused form answers for it."""
+    """Whether a layer is part of a swapped one."""
     parts = name.split(".")
     return "" in swapped or any(".".join(parts[:n]) in swapped for n in range(1, len(parts)))
 

@@ -1,6 +1,7 @@
 """accelerate and restore themselves: what is kept, when and how verification runs, copies, wrappers, the report."""
 
 import copy
+import importlib
 import io
 import pickle
 import subprocess
@@ -278,6 +279,27 @@ def test_report_is_readable():
 def test_what_is_no_module_is_an_error(function):
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got list"):
         function([coupling()])
+
+
+def test_a_library_that_its_adapter_does_not_fit_is_reported(tmp_path, monkeypatch):
+    """Its layers stay as they are, all of them, and those of other libraries are swapped."""
+    for name, body in {
+            "oldhost": "import torch\n__version__ = '0.3'\nclass Known(torch.nn.Identity): pass\n",
+            "oldhost_adapter": "import oldhost\nfrom fastflow.adapters.swap import swap\n"
+                               "@swap(oldhost.Known)\nclass Known(oldhost.Known):\n    inverse = None\n"
+                               "oldhost.Missing\n"}.items():
+        (tmp_path / f"{name}.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(fastflow.adapters, "__path__", [*fastflow.adapters.__path__, str(tmp_path)])
+    monkeypatch.setitem(core.HOSTS, "oldhost", "oldhost_adapter")
+    library = importlib.import_module("oldhost")
+    try:
+        for _ in range(2):
+            report = fastflow.accelerate(nn.ModuleList([library.Known(), coupling()]))
+            assert list(report.swapped) == ["1"] and "has no attribute 'Missing'" in report.skipped["0"]
+            assert "the adapter does not fit oldhost 0.3" in report.skipped["0"]
+    finally:
+        del sys.modules["oldhost"]
 
 
 def test_adapters_are_imported_only_for_libraries_in_use():

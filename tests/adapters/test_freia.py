@@ -204,6 +204,15 @@ def test_a_sequence_runs_hooks_and_tells_whether_it_gives_a_tuple():
     assert "no two of its blocks" in report.skipped[""]
 
 
+def test_a_subclass_in_a_sequence_is_reported():
+    class Mine(modules.AllInOneBlock):
+        pass
+
+    _, report = accelerated(chain(PLAIN, PLAIN, (Mine, None, {})))
+    assert report.skipped == {"module_list.2": "Mine is a subclass of FrEIA AllInOneBlock"}
+    assert list(report.swapped) == ["", "module_list.0", "module_list.1"]
+
+
 def test_a_sequence_compiles_whole():
     net, x = chain(PLAIN, PLAIN), torch.randn(4, 6)
     fused, _ = accelerated(net, verify=False)
