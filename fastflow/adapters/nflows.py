@@ -156,16 +156,19 @@ class ActNorm(normalization.ActNorm):
     """y = x * exp(log_scale) + shift per channel."""
 
     def forward(self, inputs, context=None):
-        if self.training and not _ready(self) or inputs.dim() not in (2, 4):
+        if self.training and not _ready(self) or not self._fastflow_fits(inputs):
             return super().forward(inputs, context)
         scale, shift = self._broadcastable_scale_shift(inputs)
         return torch.addcmul(shift, inputs, scale), self._fastflow_logabsdet(inputs)
 
     def inverse(self, inputs, context=None):
-        if inputs.dim() not in (2, 4):
+        if not self._fastflow_fits(inputs):
             return super().inverse(inputs, context)
         scale, shift = self._broadcastable_scale_shift(inputs)
         return (inputs - shift) / scale, -self._fastflow_logabsdet(inputs)
+
+    def _fastflow_fits(self, inputs):
+        return inputs.dim() in (2, 4) and fusable(inputs, self.log_scale)
 
     def _fastflow_logabsdet(self, inputs):
         positions = inputs.shape[2] * inputs.shape[3] if inputs.dim() == 4 else 1

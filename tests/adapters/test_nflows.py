@@ -92,6 +92,16 @@ def test_actnorm_initialises_from_its_first_batch():
     assert torch.equal(fused.shift, layer.shift) and torch.equal(fused.log_scale, layer.log_scale)
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (2, 4, 3, 5)])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_actnorm_of_data_in_another_precision_has_the_hosts_dtypes(dtypes, shape):
+    layer, x = scattered(transforms.ActNorm(4)).to(dtypes[0]).eval(), torch.randn(*shape, dtype=dtypes[1])
+    fused, _ = accelerated(layer, verify=False)
+    for call in BOTH:
+        for got, want in zip(call(fused, x), call(layer, x), strict=True):
+            close(got, want, 1e-10)
+
+
 def test_what_has_no_fused_form_is_left_alone():
     class Mine(transforms.AffineCouplingTransform):
         pass
