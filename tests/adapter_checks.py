@@ -31,7 +31,8 @@ def close_or_truer(got, want, truth, tolerance):
         close(got, want, tolerance)
     except AssertionError:
         own, error = ((t.detach().double() - truth.detach()).abs().max() for t in (want, got))
-        assert error <= 2 * own + tolerance * (1 + truth.detach().abs().max()), f"{error:.1e} from the truth, the original {own:.1e}"
+        limit = 2 * own + tolerance * (1 + truth.detach().abs().max())
+        assert error <= limit, f"{error:.1e} from the truth, the original {own:.1e}"
 
 
 def scattered(model, size=0.2):

@@ -26,8 +26,8 @@ def accelerate(model, *, verify=True, example=None, fix=False):
     A swapped layer stays the same object: its ``__class__`` becomes a subclass of its own under fastflow.adapters.
     Parameters, buffers, hooks, state-dict keys, train or eval mode, device and dtype are untouched; the model can be
     wrapped (DDP, torch.compile), copied, pickled, trained and saved before and after. Only layers of exactly a known
-    class are swapped, and of them those whose options have a fused form; of a library in a version that the adapter does
-    not fit, none.
+    class are swapped, and of them those whose options have a fused form; of a library in a version that its adapter
+    does not fit, none.
 
     Args:
         model: a torch.nn.Module with layers of nflows, normflows, FrEIA, zuko, torchflows, Pyro, pythae or

@@ -18,8 +18,8 @@ NO_TEST = object()  # a call that proves nothing: it raises, or its tensors hold
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Where it is larger, what rounding does to the original is the measure: how far it is from its own result in float64,
 # and how far it goes when arguments and parameters move by some units in the last place, be it badly conditioned or a
-# value at the kink of a ReLU, whose gradient jumps. So many times are they moved, by so many units, and the error may be
-# so many times the largest of the changes.
+# value at the kink of a ReLU, whose gradient jumps. So many times are they moved, by so many units, and the error may
+# be so many times the largest of the changes.
 TRIALS, UNITS, MARGIN = 8, 4.0, 4.0
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
          "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
