@@ -20,9 +20,10 @@ from fastflow.adapters.swap import PREFIX, swap
 
 NAMES = ("AsymmetricAutoencoderKL", "AutoencoderKL", "AutoencoderKLAllegro", "AutoencoderKLCogVideoX",
          "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLHunyuanImageRefiner",
-         "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15", "AutoencoderKLLTX2Video", "AutoencoderKLLTXVideo",
-         "AutoencoderKLMagvit", "AutoencoderKLMochi", "AutoencoderKLQwenImage", "AutoencoderKLTemporalDecoder",
-         "AutoencoderKLWan")
+         "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15", "AutoencoderKLKVAE", "AutoencoderKLKVAEVideo",
+         "AutoencoderKLLTX2Video", "AutoencoderKLLTXVideo", "AutoencoderKLMagvit", "AutoencoderKLMiniMaxH3",
+         "AutoencoderKLMochi", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLTemporalDecoder",
+         "AutoencoderKLWan", "AutoencoderVidTok", "ConsistencyDecoderVAE", "Kandinsky6SRVAE")
 
 
 class Posterior(vae.DiagonalGaussianDistribution):
@@ -114,6 +115,8 @@ class _Autoencoder:
 
 
 def _fit(module, fix):
+    if getattr(module, "regularizer", "kl") != "kl":
+        return "its latents are codes, not Gaussian"
     return "its encode is another function than its class's" if "encode" in module.__dict__ else {PREFIX + "fix": fix}
 
 

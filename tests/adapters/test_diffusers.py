@@ -13,7 +13,10 @@ import fastflow
 from fastflow.adapters import layers as adapter_layers
 
 autoencoders = pytest.importorskip("diffusers.models.autoencoders")
+import diffusers  # noqa: E402
 from diffusers.models.autoencoders import vae as vaes  # noqa: E402
+
+from fastflow.adapters import diffusers as adapter  # noqa: E402
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -36,10 +39,10 @@ def every_call_goes_to_the_kernel(monkeypatch):
     monkeypatch.setattr(adapter_layers, "SMALL", 0)
 
 
-def results(model, x, generator=None):
+def results(model, x, generator=None, tuples=True):
     """Sample, divergences, likelihood of a posterior and gradients of its moments and of the encoder."""
     posterior = model.encode(x).latent_dist
-    other = model.encode(x.flip(0), return_dict=False)[0]
+    other = model.encode(x.flip(0), **({"return_dict": False} if tuples else {}))[0]
     torch.manual_seed(3)
     z = posterior.sample(generator() if generator else None)
     found = [z, posterior.kl(), posterior.kl(other), posterior.nll(z.detach()), posterior.mode()]
@@ -63,6 +66,51 @@ def test_posteriors(kind, dtype):
     assert isinstance(fused.encode(x).latent_dist, vaes.DiagonalGaussianDistribution)
     assert fastflow.restore(fused) == [""] and type(fused) is type(model)
     assert type(fused.encode(x).latent_dist) is vaes.DiagonalGaussianDistribution
+
+
+class Moments(torch.nn.Module):
+    """An encoder that hands its input on, as every autoencoder calls its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def make_cache(self):
+        return None
+
+    def forward(self, x, *cache, **options):
+        return x * self.weight
+
+
+def bare(kind, **attributes):
+    """An autoencoder of the class without its networks."""
+    model = kind.__new__(kind)
+    torch.nn.Module.__init__(model)
+    model._internal_dict = {}
+    model.encoder, model.quant_conv = Moments(), torch.nn.Identity()
+    for name, value in ({"use_slicing": False, "use_tiling": False, "_encode": model.encoder} | attributes).items():
+        object.__setattr__(model, name, value)
+    return model
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 5), (2, 4, 3, 5, 6)], ids=["images", "video"])
+@pytest.mark.parametrize("name", adapter.NAMES)
+def test_the_posterior_of_every_autoencoder(name, shape):
+    kind = getattr(autoencoders, name, None)
+    if kind is None:
+        pytest.skip(f"not in diffusers {diffusers.__version__}")
+    model, x = bare(kind, regularizer="kl"), torch.randn(*shape, dtype=torch.float64)
+    fused = bare(kind, regularizer="kl")
+    report = fastflow.accelerate(fused)
+    found = [results(m.double(), x, tuples=name != "AutoencoderVidTok") for m in (fused, model)]
+    for got, want in zip(*found, strict=True):
+        close(got, want, 1e-10)
+    assert report.verified == {""} and isinstance(fused.encode(x).latent_dist, adapter.Posterior)
+
+
+def test_codes_are_left_alone():
+    report = fastflow.accelerate(bare(autoencoders.AutoencoderVidTok, regularizer="fsq"))
+    assert "codes, not Gaussian" in report.skipped[""] and not report.swapped
 
 
 def test_moments_beyond_the_clamp_pass_no_gradient():
@@ -120,8 +168,6 @@ def test_deterministic_posteriors_and_half_precision_are_the_hosts():
 
 
 def test_a_posterior_that_differs_is_put_back(monkeypatch):
-    from fastflow.adapters import diffusers as adapter
-
     monkeypatch.setattr(adapter.Posterior, "sample", lambda self, generator=None: self.mean + 1e-3)
     model = images().eval()
     report = fastflow.accelerate(model)
