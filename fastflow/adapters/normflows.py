@@ -13,7 +13,7 @@ from fastflow import backends, functional
 from fastflow.adapters import lu, splines
 from fastflow.adapters.layers import couple, fusable, plain, remembered, worthwhile
 from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, fits_one_kernel, residual_weights, weights_of
-from fastflow.adapters.swap import swap
+from fastflow.adapters.swap import PREFIX, swap
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
@@ -45,12 +45,15 @@ def _dialect(module):
 
 
 def _fit_affine(module, fix):
-    return f"an unknown scale_map {module.scale_map!r}" if module.scale and module.scale_map not in DIALECTS else None
+    if module.scale and module.scale_map not in DIALECTS:
+        return f"an unknown scale_map {module.scale_map!r}"
+    return {PREFIX + "fix": fix}
 
 
 @swap(coupling.AffineCoupling, fit=_fit_affine)
 class AffineCoupling(coupling.AffineCoupling):
-    """[z1, z2 * s(z1) + t(z1)] of a list [z1, z2]."""
+    """[z1, z2 * s(z1) + t(z1)] of a list [z1, z2]. normflows takes the logarithm of a sigmoid, infinite where that
+    underflows; the kernel does not, and with ``fix=True`` small calls go to it too."""
 
     def forward(self, z):
         return self._fastflow_couple(z, False)
@@ -60,7 +63,7 @@ class AffineCoupling(coupling.AffineCoupling):
 
     def _fastflow_couple(self, z, inverse):
         z1, z2 = z
-        if not (worthwhile(z2) and fusable(z2, z1)):
+        if not ((self._fastflow_fix or worthwhile(z2)) and fusable(z2, z1)):
             return (super().inverse if inverse else super().forward)(z)
         z2, log_det = functional.affine_coupling(z2, self.param_map(z1), inverse=inverse, **_dialect(self))
         return [z1, z2], log_det

@@ -1,9 +1,13 @@
 """normflows under accelerate: couplings, Glow, linear layers and splines, both directions, scale maps and splits."""
 
+from unittest import mock
+
 import pytest
 import torch
 from adapter_checks import accelerated, close, same, same_training, scattered
 from torch import nn
+
+from fastflow.adapters import layers as adapter_layers
 
 nf = pytest.importorskip("normflows")
 
@@ -44,6 +48,45 @@ def test_coupling_of_a_list(dtype):
     layer = scattered(nf.flows.AffineCoupling(nf.nets.MLP([2, 8, 6]))).to(dtype)
     calls = (lambda t, a, b: t([a, b]), lambda t, a, b: t.inverse([a, b]))
     same(layer, calls, [torch.randn(7, 2, dtype=dtype), torch.randn(7, 3, dtype=dtype)], 1)
+
+
+class Raw(nn.Module):
+    """A conditioner whose raw scale is one number."""
+
+    def __init__(self, raw):
+        super().__init__()
+        self.raw = nn.Parameter(torch.tensor(raw))
+
+    def forward(self, z):
+        return torch.stack([0.1 * z, self.raw + 0 * z], 2).flatten(1)
+
+
+@pytest.mark.parametrize("fix", [False, True])
+@pytest.mark.parametrize("scale_map", ["sigmoid", "sigmoid_inv"])
+@pytest.mark.parametrize("block", [False, True])
+def test_the_logarithm_of_a_sigmoid_that_underflows(block, scale_map, fix):
+    """The host's value where it is finite, in float64; in float32, where it is not, the right one: by default where a
+    kernel gains, always with fix=True."""
+    layer = nf.flows.AffineCoupling(Raw(-120.0), True, scale_map)
+    z = [torch.full((2, 3), 0.5), torch.full((2, 3), 0.7)]
+    if block:
+        layer, z = nf.flows.AffineCouplingBlock(layer.param_map, True, scale_map), torch.cat(z, 1)
+    fused, _ = accelerated(layer, fix=fix)
+    signs = (1, -1) if scale_map == "sigmoid" else (-1, 1)
+    for call, sign in zip(BOTH, signs, strict=True):
+        assert not torch.isfinite(call(layer, z)[1]).any()
+        call(fused, z)  # which verifies
+        with mock.patch.object(adapter_layers, "SMALL", adapter_layers.SMALL if fix else 0):
+            logdet = call(fused, z)[1]
+        close(logdet, torch.full((2,), 3 * 118.0 * sign), 1e-6)
+        (grad,) = torch.autograd.grad(logdet.sum(), list(fused.parameters()))
+        assert torch.isfinite(grad)
+    double = layer.double()
+    fused, _ = accelerated(double, fix=fix)
+    z = z.double() if block else [t.double() for t in z]
+    for call in BOTH:
+        close(call(fused, z)[1], call(double, z)[1], 1e-12)
+        assert torch.isfinite(call(double, z)[1]).all()
 
 
 @DTYPES
