@@ -27,7 +27,7 @@ test: $(VENV)/.test $(VENV)/.built
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -m "not slow" tests/interpreter
 	$(PYTEST) -n $(WORKERS) -m "not slow" tests --ignore=tests/interpreter
 
-test-long: $(VENV)/.test $(VENV)/.built
+test-long: $(VENV)/.long $(VENV)/.built
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -m "slow or not slow" tests/interpreter
 	$(PYTEST) -n $(WORKERS) -m "slow or not slow" tests --ignore=tests/interpreter
 
@@ -59,6 +59,10 @@ $(VENV)/.test: $(VENV)/.torch requirements/train.txt requirements/test.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-build-isolation -r requirements/train.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-build-isolation -r requirements/test.txt
 	touch $@ $(VENV)/.train
+
+$(VENV)/.long: $(VENV)/.test requirements/long.txt
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-build-isolation -r requirements/long.txt
+	touch $@
 
 $(VENV)/.built: $(SOURCES) | $(VENV)/.torch
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
