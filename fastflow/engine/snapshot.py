@@ -32,7 +32,7 @@ def snapshot(trainer):
 
 
 def check_continuation(trainer, loaded):
-    """Whether the trainer's settings and data may go on from a checkpoint.
+    """The settings that a checkpoint was saved with, if the trainer's settings and data may go on from it.
 
     Raises:
         SettingsError: the settings differ in what a continuation may not change.
@@ -40,14 +40,13 @@ def check_continuation(trainer, loaded):
     """
     old, new = settings_module.from_dict(loaded.state.get("settings")), trainer.settings
     changed = settings_module.differences(old, new)
-    if new.train.schedule != "constant" and not new.train.decay_steps and old.train.steps != new.train.steps:
-        changed.append("train.steps (the learning rate decays until then; train.decay_steps sets that apart)")
     if changed:
         raise SettingsError(f"{', '.join(changed)}: may not change on resume")
     if new.train.steps < loaded.step:
         raise SettingsError(f"train.steps: {new.train.steps} is less than the {loaded.step} steps done")
     if loaded.state.get("data") != trainer.data.fingerprint():
         raise CheckpointError(f"{loaded.path}: was trained on other {trainer.unit} than {trainer.data.name} holds")
+    return old
 
 
 def restore(trainer, loaded):

@@ -128,8 +128,11 @@ class Trainer:
             SettingsError: the settings differ in what a continuation may not change.
             CheckpointError: it does not fit this model or these data.
         """
-        check_continuation(self, loaded)
+        steps, train = check_continuation(self, loaded).train.steps, self.settings.train
         self._agree_on_start(loaded.step)
+        if train.schedule != "constant" and not train.decay_steps and steps != train.steps:
+            self.console.print(f"train.steps: {steps} before, {train.steps} now, and the learning rate decays until "
+                               f"then (train.decay_steps sets that apart)", highlight=False, soft_wrap=True)
         load_weights(self.model, loaded, "model")
         self._assemble()
         count = restore(self, loaded)

@@ -110,7 +110,7 @@ def test_a_run_keeps_what_it_needs_without_the_table(tmp_path, fastflow):
     rows = table()
     folder, out = parts(tmp_path / "rows", rows, ("a", "b, with a comma", "c")), tmp_path / "run"
     options = ("train", "maf-breast-cancer", "--out", out, "--set", f"data.path={folder}",
-               "--set", "data.validation_fraction=0", "--set", "train.schedule=constant")
+               "--set", "data.validation_fraction=0")
     said = fastflow(*options, "--set", "train.steps=60", "--set", "train.eval_every=20", "--set", "sample.count=5")
     assert "150 training, 75 validation and 75 held-out rows of 3" in said and "validation log-likelihood" in said
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

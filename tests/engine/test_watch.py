@@ -78,12 +78,20 @@ def test_settings_that_contradict_each_other_are_refused(overrides, message):
         load_settings("glow-digits", overrides)
 
 
-def test_a_decay_to_the_last_step_fixes_their_number(make):
-    made = make("run", "train.steps=2", "train.schedule=cosine", scores={2: 1.0, 3: 1.0})
+def test_a_run_with_a_decay_may_grow(make):
+    made = make("run", "train.steps=3", "train.schedule=cosine", scores={3: 1.0, 5: 1.0})
     made.start()
     made.run()
-    with pytest.raises(SettingsError, match="train.steps .*train.decay_steps.*: may not change on resume"):
-        resumed(make("run", "train.steps=3", "train.schedule=cosine"))
+    longer = make("run", "train.steps=5", "train.schedule=cosine", scores={3: 1.0, 5: 1.0})
+    longer.console = Console(file=io.StringIO(), width=200)
+    again = resumed(longer)
+    assert "train.steps: 3 before, 5 now, and the learning rate decays until then" in longer.console.file.getvalue()
+    again.run()
+    rates = {e["step"]: e["learning_rate"] for e in read_log(again.out / "metrics.jsonl") if "learning_rate" in e}
+    assert rates[4] == again._rate(3) > rates[5] == again._rate(4) > 0  # it goes on to the new end
+
+
+def test_a_decay_of_its_own_length_does_not_change(make):
     made = make("other", "train.steps=2", "train.schedule=cosine", "train.decay_steps=5", "train.warmup_steps=1",
                 scores={2: 1.0, 3: 1.0})
     made.start()
