@@ -4,12 +4,29 @@ import torch
 
 from fastflow.engine.distributed import wrapped
 from fastflow.engine.errors import SettingsError
+from fastflow.engine.evaluate import is_vae
 from fastflow.engine.layout import convolutions_to_channels_last
+from fastflow.engine.memory import Memory
 from fastflow.engine.train_step import TrainStep
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "check_model"]
 
 EMA_WARMUP = 10  # early on the average forgets faster: decay min(ema_decay, (1 + n)/(EMA_WARMUP + n)) after n updates
+
+
+def check_model(settings, model):
+    """Refuses options that this model, whose weights may be on the meta device, does not have.
+
+    Raises:
+        SettingsError: by name.
+    """
+    for name in ("kl_warmup_steps", "bound_samples"):
+        if getattr(settings.train, name) and not is_vae(model):
+            raise SettingsError(f"train.{name}: a model of kind {settings.model.kind!r} has no latents")
+    try:
+        Memory(model, None, settings.train.memory)
+    except ValueError as error:
+        raise SettingsError(f"train.{error}") from error
 
 
 def assemble(model, settings, processes, device, n_bins):

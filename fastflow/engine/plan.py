@@ -7,6 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastflow import backends, launches
+from fastflow.engine.assembly import check_model
 from fastflow.engine.datasets import example_shape, is_table, levels_of_values
 from fastflow.engine.memory import SavedBytes
 from fastflow.engine.models import build_model
@@ -31,11 +32,12 @@ def plan(settings):
         left out where no native backend works here.
 
     Raises:
-        SettingsError: sizes that don't go together, or a shape that only the data can tell.
+        SettingsError: sizes or options that don't go together, or a shape that only the data can tell.
     """
     shape, n_bins, train = example_shape(settings), levels_of_values(settings), settings.train
     with torch.device("meta"):
         model = build_model(settings)
+    check_model(settings, model)
     objective = objective_for(model, n_bins=n_bins, n_samples=getattr(settings.model, "n_samples", 1))
     copies = 5 if train.ema_decay else 4
     countable = any(works for name, works in backends.available().items() if name != "reference")

@@ -74,6 +74,11 @@ class TrainSettings(Section):
             raise combination("train.end_learning_rate, train.decay_steps: train.schedule=constant has no end")
         if self.capture and self.kl_warmup_steps:
             raise combination("train.capture: a recorded step can't follow train.kl_warmup_steps")
+        if self.capture and self.memory in ("save_z", "invert"):
+            raise combination(f"train.memory: {self.memory} can't be combined with train.capture")
+        if self.batch_size % self.accumulate:
+            raise combination(f"train.batch_size: {self.batch_size} is not a multiple of "
+                              f"train.accumulate={self.accumulate}")
         if self.schedule != "constant" and self.end_learning_rate > self.learning_rate:
             raise combination(f"train.end_learning_rate: {self.end_learning_rate:g} is more than "
                               f"train.learning_rate={self.learning_rate:g}")

@@ -10,13 +10,13 @@ import torch
 
 from fastflow.data import TableData
 from fastflow.engine import checkpoint
-from fastflow.engine.assembly import assemble
+from fastflow.engine.assembly import assemble, check_model
 from fastflow.engine.collapse import CollapseWatch
 from fastflow.engine.datasets import completed, levels_of_values, load_data
 from fastflow.engine.devices import choose_device, set_threads
 from fastflow.engine.distributed import Processes, is_sharded
 from fastflow.engine.errors import CheckpointError, NonFiniteError, RunError, SettingsError
-from fastflow.engine.evaluate import describe, evaluate, is_vae
+from fastflow.engine.evaluate import describe, evaluate
 from fastflow.engine.faults import explained
 from fastflow.engine.files import write_text
 from fastflow.engine.gallery import draw, draw_curves
@@ -79,9 +79,7 @@ class Trainer:
             check_tensorboard()
         torch.manual_seed(train.seed)
         self.model = build_model(settings).to(self.device)
-        for name in ("kl_warmup_steps", "bound_samples"):
-            if getattr(train, name) and not is_vae(self.model):
-                raise SettingsError(f"train.{name}: a model of kind {settings.model.kind!r} has no latents")
+        check_model(settings, self.model)
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
         self.watch, self._rate, self._kl_weight = Watch(train.patience), LearningRate(train), kl_weight(settings)

@@ -203,3 +203,13 @@ def test_a_sweep_of_several_processes_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "beta-sweep-digits", "--out", str(tmp_path / "run")])
     assert "sweep: one process trains its models one after the other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("recipe", "override", "message"), [
+    ("glow-digits", "train.bound_samples=5", "^train.bound_samples: a model of kind 'glow' has no latents"),
+    ("glow-digits", "train.kl_warmup_steps=5", "^train.kl_warmup_steps: a model of kind 'glow' has no latents"),
+    ("vae-digits", "train.memory=invert", "^train.memory: 'invert' is for flows made of steps"),
+])
+def test_a_dry_run_refuses_what_training_would(recipe, override, message):
+    with pytest.raises(SettingsError, match=message):
+        plan(load_settings(recipe, [override]))

@@ -72,6 +72,8 @@ def test_other_schedules():
     (["train.decay_steps=5"], "^train.end_learning_rate, train.decay_steps: "),
     (["train.schedule=cosine", "train.end_learning_rate=1.0"], "^train.end_learning_rate: 1 is more than"),
     (["train.schedule=step"], "^train.schedule: "),
+    (["train.batch_size=64", "train.accumulate=3"], "^train.batch_size: 64 is not a multiple of train.accumulate=3"),
+    (["train.capture=true", "train.memory=save_z"], "^train.memory: save_z can't be combined with train.capture"),
 ])
 def test_settings_that_contradict_each_other_are_refused(overrides, message):
     with pytest.raises(SettingsError, match=message):
