@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastflow import cli
+from fastflow.engine import load_settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
@@ -68,6 +69,16 @@ def test_torchrun_and_fastflow_have_the_options():
         assert train.command is cli.run_train and train.resume == "auto" and train.out
         assert train.recipe == "glow-photos" and launch.shutdown_timeout == 240
     assert [launch.standalone for launch in found] == [True, False, False]
+
+
+def test_every_number_of_processes_shares_the_batch_out():
+    nodes = re.search(r"--nodes=(\d+)", next(s for s in blocks("bash") if "#SBATCH" in s))[1]
+    for launch in launches():
+        least, _, most = ("1" if launch.standalone else launch.nnodes.replace("_SLURM_NNODES", nodes)).partition(":")
+        train = cli.parser().parse_args(launch.training_script_args)
+        settings = load_settings(train.recipe, train.overrides).train
+        for n in range(int(least), int(most or least) + 1):
+            assert settings.batch_size % (n * int(launch.nproc_per_node) * settings.accumulate) == 0, (launch.nnodes, n)
 
 
 def test_the_slurm_script_leaves_time_to_save():
