@@ -6,6 +6,7 @@ import torch
 
 from fastflow import backends, launches
 from fastflow.autograd.conv_products import recorded
+from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import is_sharded, replicas, unwrap
 from fastflow.engine.precision import conditioners
 from fastflow.engine.update import is_fused
@@ -50,9 +51,11 @@ def launched(step, x, context=None):
         whole = "" if whole is None else f"whole flow: {whole(step.objective.prepare(inner, x)[0], context)}\n"
     parameters = [p for p in inner.parameters() if p.requires_grad]
     recording = recorded() if step.capture else contextlib.nullcontext()
+    buffers = Buffers(inner)
     with torch.random.fork_rng(devices=generator), launches.count() as counted, step._lowered(), recording:
         loss = step.objective(inner, x, context)[0]
         torch.autograd.grad(loss, parameters, allow_unused=True)
+    buffers.put_back()
     return f"{whole}launches of fastflow's operators on a GPU, forward and backward:\n{counted}"
 
 

@@ -4,10 +4,14 @@ import contextlib
 
 import torch
 
+from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import is_sharded, local, replicas, unwrap
 from fastflow.engine.state import random_state, restore_random
+from fastflow.vae.quantizers import VectorQuantizer
 
 __all__ = ["Replay", "diagnose"]
+
+COLLECTIVE = (VectorQuantizer, torch.nn.SyncBatchNorm)  # their forward in training mode reduces over processes
 
 
 class Replay:
@@ -31,8 +35,8 @@ class Replay:
 def diagnose(model, objective, replays):
     """(what, module): a phrase for what was not finite first when the batches run again, eagerly and with the noise of
     their time, and the name of the module whose output it was, None if it was no module's. ("", None) if all is finite
-    now, or the model is sharded and can't run in one process. Parameters, gradients and generators are left as they
-    are."""
+    now, or the model is sharded and can't run in one process. Parameters, buffers, gradients and generators are left as
+    they are, and no other process is waited for."""
     inner = unwrap(model)
     for name, parameter in inner.named_parameters():
         if not _finite(local(parameter)):
@@ -44,7 +48,7 @@ def diagnose(model, objective, replays):
         if is_sharded(model):
             continue  # a forward would wait for the processes whose batch told them enough
         x, context = (None if t is None else t.to(replay.device) for t in (replay.x, replay.context))
-        with replay.generators(), _watched(inner) as found, torch.enable_grad():
+        with replay.generators(), _alone(inner), _watched(inner) as found, torch.enable_grad():
             loss = objective(inner, x, context)[0]
             if found:
                 name = found[0]
@@ -61,6 +65,21 @@ def diagnose(model, objective, replays):
             if gradient is not None and not _finite(gradient):
                 return f"outputs are finite, the gradient of {name} is not", None
     return "", None
+
+
+@contextlib.contextmanager
+def _alone(model):
+    """Inside, a forward changes no buffer for good, and those modules that would talk to other processes, whose batch
+    may have told them enough, are in evaluation mode."""
+    buffers, modules = Buffers(model), [m for m in model.modules() if m.training and isinstance(m, COLLECTIVE)]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        buffers.put_back()
+        for module in modules:
+            module.training = True
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import torch
 from fastflow.autograd.conv_products import recorded
 from fastflow.engine import capture as capturing
 from fastflow.engine import explain
+from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import is_sharded, replicas, synchronized, synchronizes, unwrap
 from fastflow.engine.ema import EMA
 from fastflow.engine.errors import NonFiniteError
@@ -74,8 +75,8 @@ class TrainStep:
 
     Raises:
         ValueError, TypeError: an argument that can't be, by name.
-        NonFiniteError: at a step whose loss or gradients are not finite; neither parameters nor optimizer nor average
-            changed, what was accumulated is dropped, and the message names the first module whose output was not
+        NonFiniteError: at a step whose loss or gradients are not finite; neither parameters nor buffers nor optimizer
+            nor average changed, what was accumulated is dropped, and the message names the first module whose output was not
             finite. With "late" the call after it raises before it does anything: the same call again goes on. Batches
             must not be overwritten until then.
         DriftError: at the first step, where "invert" drifts above the bound; nothing changed either.
@@ -123,6 +124,7 @@ class TrainStep:
         self._synchronizes = synchronizes(model)
         self._loss = self._compiled() if compile and not parts else self.objective
         self.ema = None if ema_decay is None else EMA(unwrap(model), ema_decay, ema_warmup)
+        self._buffers = Buffers(unwrap(model))
         self._update = Update(model, optimizer, self._parameters, clip_grad_norm, bool(self.check_finite), self.ema)
         self.parts = {}
         self._calls, self._examples, self._updates = 0, 0, 0  # calls and examples since the last update; updates
@@ -148,6 +150,8 @@ class TrainStep:
         last = self._calls + 1 == self.accumulate
         if self.check_finite:
             self._replays.append(Replay(x, context, self._device))
+        if self._calls == 0:
+            self._buffers.keep()
         self._examples += len(x)
         if self._total is not None:
             self._total.fill_(self._examples)
@@ -215,6 +219,8 @@ class TrainStep:
             self._refuse_non_finite(watched, norm, flag)
         self.memory.check()
         self._update.apply(norm, flag if late else None)
+        if late:
+            self._buffers.put_back(flag)
         if self.accumulate > 1:
             self._watch.zero_()
             if self._keeps_gradients:
@@ -241,7 +247,8 @@ class TrainStep:
         return NonFiniteError(f"{what}{': ' if where else ''}{where} {ADVICE}", module)
 
     def _drop(self):
-        """Forgets what was accumulated."""
+        """Forgets what was accumulated, in gradients and buffers."""
+        self._buffers.put_back()
         self.optimizer.zero_grad(set_to_none=True)
         self._calls, self._examples, self._replays = 0, 0, []
         if self._watch is not None:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from stand_in_models import Affine
+from torch import nn
 
 from fastflow import flows
 from fastflow.engine import NonFiniteError, TrainStep, capture
@@ -121,6 +122,33 @@ def test_twenty_steps_equal_twenty_eager_ones(recorder, options, optimizer):
     graphs = 2 if captured.accumulate > 1 else 1
     assert recorder[0].recordings == graphs and f"capture: {graphs} graphs recorded" in captured.explain()
     assert captured.capture and "capture: off (the model is on cpu)" in eager.explain()
+
+
+def test_buffers_come_back_on_the_devices_word(recorder):
+    """A moving average is copied before a replay and put back inside it."""
+    class Normalized(Affine):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x, context=None):
+            return super().forward(self.norm(x))
+
+    for parts in (1, 2):
+        captured, eager = pair({"accumulate": parts}, Normalized)
+        for i in range(9):
+            x = torch.randn(5, 1, 2, 2)
+            if i in (1, 5, 7):
+                with pytest.raises(NonFiniteError):
+                    for _ in range(parts):
+                        captured(x * float("nan"))
+                    captured.check()
+            for _ in range(parts):
+                captured(x)
+                eager(x)
+        captured.check()
+        assert recorder[0].replays
+        torch.testing.assert_close(captured.model.state_dict(), eager.model.state_dict())
 
 
 def test_a_vae_and_its_parts(recorder):
