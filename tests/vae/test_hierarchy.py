@@ -172,22 +172,23 @@ def test_reconstruction_level_by_level():
     torch.testing.assert_close(model.reconstruct(X, 0), (B + W @ C).expand(5, 4))
 
 
-@pytest.mark.parametrize("make", [
-    lambda: vae.HVAE((1, 8, 8), (3, 5, 4), 16),
-    lambda: vae.HVAE((6,), (2, 3), 16, mode="residual", likelihood="gaussian"),
-    lambda: vae.NVAE((1, 8, 8), (2, 1), channels=8, latent_channels=3),
-    lambda: vae.VDVAE((3, 8, 8), (1, 2), channels=8, latent_channels=2,
-                      likelihood=vae.LogisticMixtureLikelihood(3, 2, 16)),
+@pytest.mark.parametrize(("make", "mode"), [
+    (lambda: vae.HVAE((1, 8, 8), (3, 5, 4), 16), "ladder"),
+    (lambda: vae.HVAE((6,), (2, 3), 16, mode="residual", likelihood="gaussian"), "residual"),
+    (lambda: vae.NVAE((1, 8, 8), (2, 1), channels=8, latent_channels=3), "residual"),
+    (lambda: vae.VDVAE((3, 8, 8), (1, 2), channels=8, latent_channels=2,
+                       likelihood=vae.LogisticMixtureLikelihood(3, 2, 16)), "absolute"),
 ], ids=["ladder", "residual", "nvae", "vdvae"])
-def test_ready_hierarchies(make):
+def test_ready_hierarchies(make, mode):
     torch.manual_seed(0)
     model = make()
+    assert all(level.mode == mode for level in model.levels)
     shape = (6,) if isinstance(model.likelihood, vae.GaussianLikelihood) else (
         (3, 8, 8) if isinstance(model.likelihood, vae.LogisticMixtureLikelihood) else (1, 8, 8))
     x = torch.randint(0, 16 if shape[0] == 3 else 2, (4, *shape)).float()
     bound = model(x, n_samples=2, seed=0)
     assert bound.log_w.shape == (2, 4) and (bound.kl >= 0).all() and bound.elbo.isfinite().all()
-    if not isinstance(model, vae.VDVAE) and model.levels[0].mode == "residual":
+    if mode == "residual":
         torch.testing.assert_close(bound.kl, torch.zeros(4))  # residual posteriors start at the prior
     bound.elbo.sum().backward()
     assert model.sample(3).shape == model.reconstruct(x[:3], 1).shape == (3, *shape)
