@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fastflow import checks
-from fastflow.diagnostics.latents import CHUNK, information_terms
+from fastflow.diagnostics.latents import CHUNK, draw_error, information_terms
 
 __all__ = ["CodeUsage", "active_sites", "code_information", "code_usage", "discrete_information"]
 
@@ -56,7 +56,7 @@ def discrete_information(q, p, *, n_samples=1, generator=None):
     Categorical: the aggregate posterior 1/N sum_n q(z | x_n) is exact, the expectation over z is sampled.
 
     Args:
-        n_samples: draws of z for each example.
+        n_samples: draws of z for each example; from 2 on the errors are no longer upper bounds.
         generator: torch.Generator or None.
     """
     z = q.sample(n_samples, generator=generator)
@@ -66,14 +66,15 @@ def discrete_information(q, p, *, n_samples=1, generator=None):
     rows = max(1, CHUNK // max(1, len(table)))
     marginal = torch.cat([torch.logsumexp(part @ table.mT, 1) for part in picked.split(rows)])
     marginal = marginal.unflatten(0, own.shape) - math.log(len(table))
-    return information_terms(own - marginal, marginal - target)
+    return information_terms(own - marginal, marginal - target, draw_error)
 
 
 @torch.no_grad()
 def code_information(codes, log_pz):
     """InformationTerms of codes (N, *S) that the encoder is certain of, with log p(codes) (N,) nats. The aggregate
-    posterior is their empirical distribution, so that the mutual information is its entropy."""
+    posterior is their empirical distribution, so that the mutual information is its entropy; nothing is drawn, and the
+    errors are 0."""
     checks.tensor("log_pz", log_pz)
     _, group, counts = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)
     marginal = torch.log(counts[group].double() / len(codes))
-    return information_terms(-marginal[None], (marginal - log_pz.double())[None])
+    return information_terms(-marginal[None], (marginal - log_pz.double())[None], lambda values: values.new_zeros(()))

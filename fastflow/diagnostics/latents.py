@@ -13,7 +13,7 @@ from fastflow import checks
 from fastflow.vae.penalties import decompose_kl
 from fastflow.vae.posteriors.gaussian import log_normal, prior_moments
 
-__all__ = ["InformationTerms", "active_units", "aggregate_log_prob", "dimension_kl", "information",
+__all__ = ["InformationTerms", "active_units", "aggregate_log_prob", "dimension_kl", "draw_error", "information",
            "information_terms", "marginal_kl", "minibatch_information", "posterior_moments"]
 
 CHUNK = 2**22  # numbers in the largest table at a time
@@ -22,11 +22,14 @@ CHUNK = 2**22  # numbers in the largest table at a time
 class InformationTerms(NamedTuple):
     """The rate in two, 0-d tensors in nats, with the standard errors of their Monte-Carlo estimates.
 
+    All are of the data set as it is, whose aggregate posterior is known: the errors are those of drawing z alone, not
+    of having drawn the examples from a population.
+
     Attributes:
         kl: E log q(z|x) - log p(z), the sum of the next two to rounding.
         mutual_information: I(x; z), at most log N.
         aggregate_kl: KL(q(z) || p(z)).
-        mutual_information_error, aggregate_kl_error: standard errors.
+        mutual_information_error, aggregate_kl_error, kl_error: standard errors, see :func:`draw_error`.
     """
 
     kl: torch.Tensor
@@ -34,6 +37,7 @@ class InformationTerms(NamedTuple):
     aggregate_kl: torch.Tensor
     mutual_information_error: torch.Tensor
     aggregate_kl_error: torch.Tensor
+    kl_error: torch.Tensor
 
 
 @torch.no_grad()
@@ -97,7 +101,7 @@ def information(mean, log_sigma, prior=None, *, n_samples=1, log_prior=None, gen
     Args:
         mean, log_sigma: (N, D).
         prior: None for N(0, I), or a GaussianPrior.
-        n_samples: draws of z for each example.
+        n_samples: draws of z for each example; from 2 on the errors are no longer upper bounds.
         log_prior: function from z (M, D) to log p(z) (M,), for any other prior.
         generator: torch.Generator or None.
     """
@@ -111,7 +115,7 @@ def information(mean, log_sigma, prior=None, *, n_samples=1, log_prior=None, gen
     own = log_normal(z, mean, log_sigma).sum(2)
     flat = z.flatten(0, 1)
     marginal, target = (t.unflatten(0, own.shape) for t in (aggregate_log_prob(flat, mean, log_sigma), log_prior(flat)))
-    return information_terms(own - marginal, marginal - target)
+    return information_terms(own - marginal, marginal - target, draw_error)
 
 
 def minibatch_information(z, mean, log_sigma, log_pz, dataset_size, method="stratified"):
@@ -119,6 +123,8 @@ def minibatch_information(z, mean, log_sigma, log_pz, dataset_size, method="stra
 
     log q(z) is that of an estimate of q(z), and so biased low (Jensen): the mutual information is overestimated and
     the aggregate KL underestimated, "weighted" by far more than "stratified". :func:`information` has no such bias.
+    The errors are those of the batch as a sample of the data set, from the spread over its examples; of that bias and
+    of what the examples share through the estimate of q(z) they know nothing.
 
     Args:
         z: (K, B, D). mean, log_sigma: (B, D). log_pz: (K, B).
@@ -126,7 +132,7 @@ def minibatch_information(z, mean, log_sigma, log_pz, dataset_size, method="stra
         method: "stratified" or "weighted", see vae.penalties.minibatch_weights.
     """
     terms = decompose_kl(z, mean, log_sigma, log_pz, dataset_size, method)
-    return information_terms(terms.mutual_information, terms.total_correlation + terms.dimension_kl)
+    return information_terms(terms.mutual_information, terms.total_correlation + terms.dimension_kl, sample_error)
 
 
 @torch.no_grad()
@@ -151,14 +157,23 @@ def marginal_kl(mean, log_sigma, n_points=2001):
     return torch.stack(result)
 
 
-def information_terms(mutual, aggregate):
-    """InformationTerms of (K, N) each; the samples of one example count as one draw in the errors."""
-    def error(values):
-        per_example = values.mean(0)
-        return per_example.std() / math.sqrt(len(per_example))
+def information_terms(mutual, aggregate, error):
+    """InformationTerms of (K, N) each; ``error`` makes a standard error of the mean of such values."""
+    kl = mutual + aggregate
+    return InformationTerms(kl.mean(), mutual.mean(), aggregate.mean(), error(mutual), error(aggregate), error(kl))
 
-    return InformationTerms((mutual + aggregate).mean(), mutual.mean(), aggregate.mean(), error(mutual),
-                            error(aggregate))
+
+def draw_error(values):
+    """The standard error of the mean of values (K, N), K independent draws for each of N examples that are fixed:
+    sqrt(mean_n s_n^2 / (K N)), s_n^2 the variance of one example's draws. A single draw doesn't show its own variance:
+    with K = 1 the spread over the examples stands in, which holds what they differ by as well, an upper bound."""
+    return (values.var(0).mean() / values.numel()).sqrt() if len(values) > 1 else sample_error(values)
+
+
+def sample_error(values):
+    """The standard error of the mean of values (K, N) whose N examples are a sample: the spread of their means."""
+    per_example = values.mean(0)
+    return per_example.std() / math.sqrt(len(per_example))
 
 
 def _check_moments(mean, log_sigma):

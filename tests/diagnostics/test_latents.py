@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from fastflow import diagnostics, vae
+from fastflow import diagnostics, estimators, vae
 from tests.gaussian_models import linear, randn
 
 
@@ -36,11 +36,50 @@ def test_rate_is_information_plus_aggregate_kl():
     torch.testing.assert_close(diagnostics.dimension_kl(mean, log_sigma).mean(), rate, rtol=0, atol=1e-11)
     torch.testing.assert_close(diagnostics.marginal_kl(mean, log_sigma)[0], aggregate, rtol=0, atol=1e-9)
     found = diagnostics.information(mean, log_sigma, n_samples=20000, generator=torch.Generator().manual_seed(1))
-    # 120000 draws of z of a spread near 1.
-    assert abs(found.mutual_information - mutual) < 0.02 and abs(found.aggregate_kl - aggregate) < 0.02
-    assert abs(found.kl - rate) < 0.02
+    assert abs(found.mutual_information - mutual) < 4 * found.mutual_information_error < 0.02
+    assert abs(found.aggregate_kl - aggregate) < 4 * found.aggregate_kl_error < 0.02
+    assert abs(found.kl - rate) < 4 * found.kl_error
     # The prior in the place of the aggregate posterior is a mistake that this bound sees.
     assert abs(rate - mutual) > 0.1
+
+
+def repeated(make, n=400):
+    """(spread of n estimates, root mean square of their own errors), each (3,): information, aggregate KL and KL."""
+    found = [make(torch.Generator().manual_seed(seed)) for seed in range(n)]
+    values = torch.stack([torch.stack([f.mutual_information, f.aggregate_kl, f.kl]) for f in found])
+    errors = torch.stack([torch.stack([f.mutual_information_error, f.aggregate_kl_error, f.kl_error]) for f in found])
+    return values.std(0), errors.square().mean(0).sqrt()
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(6, 1, 50), (40, 3, 2), (80, 2, 4)])
+def test_standard_errors_are_the_spread_of_repeated_draws(n, d, k):
+    mean, log_sigma = mixture(n, d)
+    spread, error = repeated(lambda g: diagnostics.information(mean, log_sigma, n_samples=k, generator=g))
+    # The standard deviation of 400 values is known to 1 in sqrt(2 * 400).
+    assert ((spread / error - 1).abs() < 4 / math.sqrt(800)).all(), spread / error
+    q, p = estimators.Bernoulli(randn(n, d, seed=3)), estimators.Bernoulli(randn(1, d, seed=4))
+    spread, error = repeated(lambda g: diagnostics.discrete_information(q, p, n_samples=k, generator=g))
+    assert ((spread / error - 1).abs() < 4 / math.sqrt(800)).all(), spread / error
+
+
+def test_the_error_of_one_draw_is_an_upper_bound():
+    mean, log_sigma = mixture(40, 2)
+    spread, error = repeated(lambda g: diagnostics.information(mean, log_sigma, generator=g))
+    assert (spread < error).all() and (error < 3 * spread).all()
+
+
+def test_errors_of_a_batch_are_those_of_drawing_it():
+    """At K large, where what is left is which examples the batch has."""
+    mean, log_sigma = mixture(400, 1)
+
+    def batch(generator):
+        chosen = torch.randperm(400, generator=generator)[:40]
+        m, s = mean[chosen], log_sigma[chosen]
+        z = m + s.exp() * torch.randn(30, *m.shape, generator=generator, dtype=m.dtype)
+        return diagnostics.minibatch_information(z, m, s, Normal(0.0, 1.0).log_prob(z).sum(2), 400)
+
+    spread, error = repeated(batch, 200)
+    assert (error < 2 * spread).all() and (spread < 2 * error).all(), spread / error
 
 
 def test_information_of_separate_and_of_equal_posteriors():
