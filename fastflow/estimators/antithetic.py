@@ -41,6 +41,8 @@ class ARM(Antithetic):
         Yin and Zhou, "ARM: augment-REINFORCE-merge gradient for stochastic binary networks", 2019, arXiv:1807.11143.
     """
 
+    independent_rows = True
+
     def weight(self, logits, u, b, twin):
         return u - 0.5
 
@@ -53,6 +55,8 @@ class DisARM(Antithetic):
         Dong et al., "DisARM: an antithetic gradient estimator for binary latent variables", 2020, arXiv:2006.10680;
         Dong et al., "Coupled gradient estimators for discrete latent variables", 2021, arXiv:2106.08056.
     """
+
+    independent_rows = True
 
     def weight(self, logits, u, b, twin):
         return 0.5 * (b - twin) * torch.sigmoid(logits.abs())

@@ -37,10 +37,13 @@ class Estimator(nn.Module):
 
     Attributes:
         objective: "mean", E f(b); or "iwae", E log(mean of exp f(b_k) over the n_samples).
+        independent_rows: whether a row's estimate has nothing to do with the other rows of the call nor with earlier
+            calls, so that many calls can be made as one. A class says so of itself; its subclasses don't inherit it.
     """
 
     objective = "mean"
     least_samples = 1
+    independent_rows = False
 
     def forward(self, q, f, n_samples=1, *, generator=None):
         if not isinstance(q, Discrete):

@@ -24,6 +24,8 @@ class REBAR(Estimator):
         arXiv:1703.07370.
     """
 
+    independent_rows = True
+
     def __init__(self, temperature=0.5, eta=1.0):
         super().__init__()
         self.log_temperature = temperature_parameter(temperature)
@@ -63,6 +65,8 @@ class RELAX(REBAR):
     References:
         Grathwohl et al., "Backpropagation through the void", 2018, arXiv:1711.00123.
     """
+
+    independent_rows = True
 
     def __init__(self, network, temperature=0.5, eta=1.0):
         super().__init__(temperature, 0.0 if eta is None else eta)

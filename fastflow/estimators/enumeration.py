@@ -43,6 +43,8 @@ def _sum(q, f, objective, n_samples):
 class Enumeration(Estimator):
     """E f(b) exactly, from f at every state; n_samples and generator are ignored. Its variance is zero."""
 
+    independent_rows = True
+
     def estimate(self, q, f, n_samples, generator):
         value, states, values = _sum(q, f, "mean", 1)
         return Estimate(value, states, values, nothing(value))

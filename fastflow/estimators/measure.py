@@ -47,14 +47,17 @@ class Measurement:
         return self.largest_deviation <= standard_errors
 
 
-def measure(estimator, q, f, n_samples=1, n_repeats=1000, *, parameters=(), generator=None):
+def measure(estimator, q, f, n_samples=1, n_repeats=1000, *, n_warmup=100, parameters=(), generator=None):
     """Calls the estimator n_repeats times and compares its gradient of sum over B of the objective with enumeration's.
 
-    All repeats run as one batch where f sees q's logits only through its samples; otherwise, and with ``parameters``,
-    one after another. The estimator itself, its averages and parameters, stays as it is.
+    All repeats run as one batch where the estimator's class has ``independent_rows`` and f sees q's logits only through
+    its samples; otherwise, and with ``parameters``, one after another. The estimator itself, its averages and
+    parameters, stays as it is.
 
     Args:
         estimator, q, f, n_samples: as an estimator takes them.
+        n_warmup: calls before those that count, of an estimator without ``independent_rows``, in which its averages
+            settle.
         parameters: tensors that f depends on, whose gradients are to be measured too.
         generator: torch.Generator, None for torch's own.
 
@@ -63,7 +66,11 @@ def measure(estimator, q, f, n_samples=1, n_repeats=1000, *, parameters=(), gene
     """
     if isinstance(n_repeats, bool) or not isinstance(n_repeats, int) or n_repeats < 2:
         raise ValueError(f"n_repeats: expected an integer of at least 2, got {n_repeats!r}")
+    if isinstance(n_warmup, bool) or not isinstance(n_warmup, int) or n_warmup < 0:
+        raise ValueError(f"n_warmup: expected a non-negative integer, got {n_warmup!r}")
     parameters = tuple(parameters)
+    # Read from the class itself: a subclass may average over a call that its parent does not.
+    independent = vars(type(estimator)).get("independent_rows", False)
     estimator = copy.deepcopy(estimator).requires_grad_(False)
     if not q.logits.requires_grad:
         q = q.detached()
@@ -71,8 +78,12 @@ def measure(estimator, q, f, n_samples=1, n_repeats=1000, *, parameters=(), gene
     with torch.enable_grad():
         objective = exact(q, f, objective=estimator.objective, n_samples=n_samples)
         truth = _gradients(objective.sum(), wanted)
-        moments = None if parameters else _batched(estimator, q, f, n_samples, n_repeats, generator)
+        moments = None
+        if independent and not parameters:
+            moments = _batched(estimator, q, f, n_samples, n_repeats, generator)
         if moments is None:
+            for _ in range(0 if independent else n_warmup):
+                estimator(q, f, n_samples, generator=generator)
             moments = [_Moments(t) for t in wanted]
             for _ in range(n_repeats):
                 value = estimator(q, f, n_samples, generator=generator).value

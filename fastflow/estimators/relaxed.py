@@ -23,6 +23,8 @@ class GumbelSoftmax(Estimator):
         "The concrete distribution", 2017, arXiv:1611.00712.
     """
 
+    independent_rows = True
+
     def __init__(self, temperature=0.5, *, hard=False):
         super().__init__()
         check_temperature(temperature)
@@ -45,6 +47,8 @@ class StraightThrough(Estimator):
     References:
         Bengio et al., "Estimating or propagating gradients through stochastic neurons", 2013, arXiv:1308.3432.
     """
+
+    independent_rows = True
 
     def estimate(self, q, f, n_samples, generator):
         samples = q.sample(n_samples, generator=generator)

@@ -17,6 +17,8 @@ class REINFORCE(Estimator):
         Williams, "Simple statistical gradient-following algorithms", 1992.
     """
 
+    independent_rows = True
+
     def estimate(self, q, f, n_samples, generator):
         return self.at(q, f, q.sample(n_samples, generator=generator))
 
@@ -41,6 +43,7 @@ class RLOO(REINFORCE):
     """
 
     least_samples = 2
+    independent_rows = True
 
     def signal(self, q, values):
         k = len(values)
@@ -77,6 +80,8 @@ class NeuralBaseline(REINFORCE):
     Args:
         network: module from logits (B, *event), detached, to (B,); see :func:`baseline_network`.
     """
+
+    independent_rows = True
 
     def __init__(self, network):
         super().__init__()
@@ -129,6 +134,7 @@ class VIMCO(REINFORCE):
 
     objective = "iwae"
     least_samples = 2
+    independent_rows = True
 
     def at(self, q, f, samples):
         values = evaluate(f, samples)

@@ -17,6 +17,8 @@ class UnorderedSet(Estimator):
         arXiv:2002.06043; "Stochastic beams and where to find them", 2019, arXiv:1903.06059.
     """
 
+    independent_rows = True
+
     def estimate(self, q, f, n_samples, generator):
         with torch.no_grad():
             index = _without_replacement(q.table().double(), n_samples, generator)
