@@ -51,11 +51,14 @@ def assemble(model, settings, processes, device, n_bins):
     if processes.count > 1 and not sharded:
         convolutions_to_channels_last(model, optimizer, None)
         model = wrapped(model, "ddp", device)
+    beta = getattr(options, "beta", 1.0)
+    if train.capture and train.kl_warmup_steps:
+        beta = torch.tensor(beta, device=device)
     try:
         return optimizer, TrainStep(
             model, optimizer, memory=train.memory, capture=train.capture, clip_grad_norm=train.clip_grad_norm or None,
             conditioner_dtype=torch.bfloat16 if train.precision == "bfloat16" else None, accumulate=train.accumulate,
             ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=n_bins,
-            n_samples=getattr(options, "n_samples", 1), beta=getattr(options, "beta", 1.0))
+            n_samples=getattr(options, "n_samples", 1), beta=beta)
     except ValueError as error:
         raise SettingsError(f"train.{error}") from error

@@ -10,7 +10,8 @@ class Buffers:
     """The buffers of a model, which a refused step puts back: running statistics, moving averages, codebooks.
 
     Those that have ever changed, which torch's version counters tell, are copied at every :meth:`keep`, in a few
-    launches for all, and so are running statistics of torch's normalisations; masks and permutations are copied once. The copies stay where they are, as a recorded graph needs it.
+    launches for all, and so are running statistics of torch's normalisations; masks and permutations are copied once.
+    The copies stay where they are, as a recorded graph needs it.
 
     Args:
         model: the module, unwrapped.

@@ -102,7 +102,7 @@ class NegativeELBO(Objective):
         super().__init__(n_bins)
         if not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples: expected a positive integer, got {n_samples!r}")
-        if not (math.isfinite(beta) and beta >= 0):
+        if not (isinstance(beta, torch.Tensor) and beta.ndim == 0) and not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"beta: expected a finite number, not negative, got {beta!r}")
         self.n_samples, self.beta = n_samples, beta
         self._asked = None, {}  # the last model, and what its forward is asked for
@@ -114,7 +114,9 @@ class NegativeELBO(Objective):
         rate, distortion = bound.rate.mean(), bound.distortion.mean()
         distortion = distortion + constant if constant else distortion
         if isinstance(bound, LossTerms):
-            loss = distortion + (rate if bound.beta == 1.0 else bound.beta * rate)
+            # A tensor's value is the device's: asking for it would end a graph.
+            weighed = bound.beta * rate if isinstance(bound.beta, torch.Tensor) or bound.beta != 1.0 else rate
+            loss = distortion + weighed
             return loss, {"rate": rate.detach(), "distortion": distortion.detach()}
         value = bound.value if hasattr(bound, "value") else bound.elbo
         parts = {"rate": rate.detach(), "distortion": distortion.detach()} | getattr(bound, "parts", {})

@@ -72,8 +72,6 @@ class TrainSettings(Section):
             raise combination("train.patience: counts evaluations, and train.eval_every=0 makes none on the way")
         if self.schedule == "constant" and (self.end_learning_rate or self.decay_steps):
             raise combination("train.end_learning_rate, train.decay_steps: train.schedule=constant has no end")
-        if self.capture and self.kl_warmup_steps:
-            raise combination("train.capture: a recorded step can't follow train.kl_warmup_steps")
         if self.capture and self.memory in ("save_z", "invert"):
             raise combination(f"train.memory: {self.memory} can't be combined with train.capture")
         if self.batch_size % self.accumulate:

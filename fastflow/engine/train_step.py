@@ -65,7 +65,8 @@ class TrainStep:
         channels_last: keep the weights of convolutions channels-last, as the flows for images keep their data. None: in
             flows, if the optimizer has no state yet.
         n_bins: levels of integer images.
-        n_samples, beta: of the ELBO; flows ignore them.
+        n_samples, beta: of the ELBO; flows ignore them. beta may be a 0-d tensor on the model's device, such as
+            Schedule.tensor, whose value at the time of a step counts, compiled and captured too.
 
     Attributes:
         parts: of the last call, detached and 0-d: for a VAE ``rate`` and ``distortion``, and after an update

@@ -174,6 +174,14 @@ class Trainer:
             write_text(self.out / "results.json", json.dumps(results, indent=1) + "\n")
         return results
 
+    def _weigh(self, beta):
+        """Sets the weight of the rate; a recorded step reads it where it lies on the device."""
+        objective = self.train_step.objective
+        if isinstance(objective.beta, torch.Tensor):
+            objective.beta.fill_(beta)
+        else:
+            objective.beta = beta
+
     def close(self):
         """Leaves the group of processes, after the last use, in every process of it."""
         self.processes.leave()
@@ -254,7 +262,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self._kl_weight is not None:
-            self.train_step.objective.beta = self._kl_weight(self.step)
+            self._weigh(self._kl_weight(self.step))
         sums = {}
         try:
             for x in mine.chunk(train.accumulate) if train.accumulate > 1 else (mine,):

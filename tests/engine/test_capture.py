@@ -403,3 +403,17 @@ def test_on_a_gpu_a_model_that_ran_before_is_captured(on_gpu):
     for _ in range(5):
         step(x)
     assert step._steps.recorded == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_weight_of_the_rate_is_seen():
+    """With nothing learnt the loss is distortion + beta * rate of the same batch and posterior at every replay."""
+    vae = VAE(mlp_encoder((1, 4, 4), 3, (8,)), mlp_decoder(3, (1, 4, 4), (8,))).cuda()
+    beta = torch.ones((), device="cuda")
+    step = TrainStep(vae, torch.optim.SGD(vae.parameters(), 0.0, fused=True), capture=True, beta=beta)
+    x = torch.rand(4, 1, 4, 4, device="cuda")
+    for value in (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 5.0):
+        beta.fill_(value)
+        loss = step(x)
+        torch.testing.assert_close(loss, step.parts["distortion"] + value * step.parts["rate"])
+    assert step._steps.recorded == 1

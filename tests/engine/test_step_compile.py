@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from fastflow import flows
 from fastflow.engine import TrainStep
-from fastflow.vae import VAE, mlp_decoder, mlp_encoder
+from fastflow.vae import VAE, LinearSchedule, mlp_decoder, mlp_encoder
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +116,21 @@ def test_many_steps_with_compiled_conditioners_in_one_process():
         with torch._dynamo.config.patch(recompile_limit=6):
             step(torch.rand(2, 3, 16, 16) - 0.5)
     assert counters["recompile_limit"].total() == 0 and counters["stats"]["unique_graphs"] == 25
+
+
+def test_a_scheduled_weight_of_the_rate_is_followed_without_a_new_graph():
+    model = VAE(mlp_encoder((12,), 2, (8,)), mlp_decoder(2, (12,), (8,)))
+    twin, schedule = copy.deepcopy(model), LinearSchedule(0.0, 1.0, 4)
+    step = TrainStep(model, torch.optim.Adam(model.parameters(), 1e-2, fused=True), compile="aot_eager",
+                     beta=schedule.tensor())
+    plain = TrainStep(twin, torch.optim.Adam(twin.parameters(), 1e-2, fused=True))
+    for _ in range(5):
+        plain.objective.beta = schedule.value
+        x = torch.rand(6, 12)
+        losses = []
+        for one in (step, plain):
+            torch.manual_seed(0)
+            losses.append(one(x))
+        torch.testing.assert_close(*losses)
+        schedule.step()
+    assert counters["stats"]["unique_graphs"] == 1
