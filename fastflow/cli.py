@@ -4,6 +4,8 @@ Everything heavy is imported by the command that needs it. What is refused is na
 """
 
 import argparse
+import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -13,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 __all__ = ["main"]
@@ -50,7 +53,32 @@ def warn_of_broken(count):
 
 
 def main(argv=None):
-    """Runs one command; ``argv`` as in sys.argv[1:]."""
+    """Runs one command; ``argv`` as in sys.argv[1:], or None for that itself, with which one of several processes ends
+    in here."""
+    if argv is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end_with(functools.partial(run, argv))
+    run(argv)
+
+
+def end_with(function):
+    """Runs it and ends the process with its exit status, past the interpreter's own end: a group of processes whose
+    threads something still holds, as FSDP2's tensors do, would call terminate there and change the status."""
+    status = 1
+    try:
+        function()
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader left
+            stream.flush()
+    os._exit(status)
+
+
+def run(argv):
+    """Runs one command in this process."""
     arguments, rest = parser().parse_known_args(argv)
     if rest and arguments.command is not run_bench:
         fail(f"unrecognized arguments: {' '.join(rest)} (see fastflow --help)")
@@ -218,6 +246,7 @@ def train(settings, out, title, resume):
 
     from fastflow.engine.evaluate import describe
     from fastflow.engine.run import checkpoint_to_resume
+    from fastflow.engine.signals import Interrupted
     from fastflow.engine.trainer import Trainer
 
     loaded = checkpoint_to_resume(out, resume, warn)
@@ -236,7 +265,11 @@ def train(settings, out, title, resume):
         trainer.resume(loaded)
         if leads:
             print(f"continuing after step {loaded.step}", flush=True)
-    results = trainer.run()
+    try:
+        results = trainer.run()
+    except Interrupted:
+        trainer.close()  # all processes stop together; one that fails may leave others waiting, and just ends
+        raise
     trainer.close()
     if not leads:
         return

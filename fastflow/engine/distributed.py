@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib
 import os
 
 import torch
@@ -96,6 +97,9 @@ class Processes:
         distributed = torch.distributed
         self._own = not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
         if self._own:
+            # Its defaults hold the group that there is when it is first imported, as building an optimizer does, and a
+            # group that something holds does not end its threads when it is left.
+            importlib.import_module("torch.distributed.nn")
             from fastflow.engine.rendezvous import fresh_store
 
             timeout = datetime.timedelta(seconds=timeout_seconds)

@@ -77,9 +77,9 @@ class TrainStep:
     Raises:
         ValueError, TypeError: an argument that can't be, by name.
         NonFiniteError: at a step whose loss or gradients are not finite; neither parameters nor buffers nor optimizer
-            nor average changed, what was accumulated is dropped, and the message names the first module whose output was not
-            finite. With "late" the call after it raises before it does anything: the same call again goes on. Batches
-            must not be overwritten until then.
+            nor average changed, what was accumulated is dropped, and the message names the first module whose output
+            was not finite. With "late" the call after it raises before it does anything: the same call again goes on.
+            Batches must not be overwritten until then.
         DriftError: at the first step, where "invert" drifts above the bound; nothing changed either.
     """
 

@@ -1,4 +1,4 @@
-"""Buffers that a forward changes, running statistics and a codebook, are as untouched by a refused step as parameters."""
+"""Buffers that a forward changes, statistics and a codebook, are as untouched by a refused step as parameters."""
 
 import copy
 
@@ -40,7 +40,8 @@ class Rebinding(Affine):
 def quantized():
     flat = nn.Flatten()
     return vae.QuantizedVAE(nn.Sequential(flat, nn.Linear(4, 2)), vae.VectorQuantizer(3, 2, decay=0.9),
-                            nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2))), vae.GaussianLikelihood("optimal"))
+                            nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2))),
+                            vae.GaussianLikelihood("optimal"))
 
 
 MODELS = {"batch norm": (Normalized, 7.0), "rebound": (Rebinding, float("nan")), "codebook": (quantized, float("inf")),

@@ -2,6 +2,7 @@
 number."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,10 +92,17 @@ def test_with_the_same_number_noise_and_all_comes_back_bit_for_bit(tmp_path, str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, number):
+@pytest.mark.parametrize("number, strategy", [(signal.SIGTERM, "ddp"), (signal.SIGTERM, "fsdp"),
+                                              (signal.SIGUSR1, "ddp")])
+def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, number, strategy):
     begin = time.monotonic()
-    result = launch(tmp_path / "run", 2, "train.steps=500", check=False, VICTIM="1", SIGNAL=str(int(number)))
-    assert result.returncode and time.monotonic() - begin < 60
+    result = launch(tmp_path / "run", 2, "train.steps=500", f"train.strategy={strategy}", check=False, VICTIM="1",
+                    SIGNAL=str(int(number)))
+    assert result.returncode == 1 and time.monotonic() - begin < 60
     assert result.stdout.count(f"refused: {number.name}: stopped after step 3, saved as") == 2
     assert newest(tmp_path / "run").step == 3
+    # torchrun's own status is 1; it tells that of the process that ended first, and ends the others with SIGTERM.
+    assert "terminate called" not in result.stdout
+    first = re.search(r"Root Cause.*?exitcode *: *(-?\d+)", result.stdout, re.DOTALL)
+    assert first and int(first[1]) == 128 + number, result.stdout
+    assert {int(s) for s in re.findall(r"exitcode *: *(-?\d+)", result.stdout)} <= {128 + number, -signal.SIGTERM}

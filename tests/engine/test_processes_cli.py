@@ -85,3 +85,18 @@ def test_a_setting_that_can_not_be_is_refused_by_all(tmp_path):
     for rank, (status, _, err) in enumerate(finish(start(tmp_path / "run", "train.steps=3", "train.batch_size=99"))):
         assert status == 1 and f"fastflow: process {rank}: train.batch_size: 99 is not a multiple of 2 processes" in err
         assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_of_two_ends_both_with_its_status(tmp_path, strategy, number):
+    processes = start(tmp_path / "run", "train.steps=100000", f"train.strategy={strategy}")
+    log = tmp_path / "run" / "metrics.jsonl"
+    while all(process.poll() is None for process in processes) and not (log.exists() and log.stat().st_size):
+        time.sleep(0.05)
+    processes[1].send_signal(number)
+    (first, _, err), (second, _, silent) = finish(processes)
+    assert first == second == 128 + number, err + silent
+    assert f"{number.name}: stopped after step" in err and err.count("\n") == 1 and silent == "", err + silent
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints", pytest.fail).step

@@ -8,6 +8,7 @@ import time
 import torch
 from rich.console import Console
 
+from fastflow import cli
 from fastflow.engine import load_settings, trainer
 from fastflow.engine.objectives import Objective
 from fastflow.engine.run import checkpoint_to_resume
@@ -45,15 +46,21 @@ def main(out, *overrides):
             return batch(step)
 
         made.batch = interrupted
-    made.run()
-    print(f"process {made.processes.rank} is done, at step {made.step}, {time.time()}", flush=True)
-    made.close()
+    try:
+        made.run()
+    finally:
+        made.close()
     assert not torch.distributed.is_initialized()
+    print(f"process {made.processes.rank} is done, at step {made.step}, {time.time()}", flush=True)
 
 
-if __name__ == "__main__":
+def command():
     try:
         main(*sys.argv[1:])
     except trainer.RunError as error:
         print(f"refused: {error}", flush=True)
         sys.exit(getattr(error, "exit_status", 1))
+
+
+if __name__ == "__main__":
+    cli.end_with(command)
