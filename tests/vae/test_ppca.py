@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gaussian_models import PPCA, SIZES, randn, sigma_points
+from gaussian_models import PPCA, SIZES, perturb, randn, sigma_points
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 from fastflow import vae
@@ -30,22 +30,21 @@ def test_at_the_true_posterior_the_bound_is_the_evidence(problem, kl):
     torch.testing.assert_close(vae.iwae(bound.log_w), expected, rtol=0, atol=1e-11)
 
 
+def full(problem):
+    return model_of(problem, problem.full_constants(), vae.FullGaussianPosterior())
+
+
 def low_rank(problem):
-    """mean, log-variances and factor of a 2-by-2 covariance as diagonal plus rank one."""
+    """A 2-by-2 covariance as diagonal plus rank one."""
     (a, b), (_, d) = problem.covariance
     t = (b.abs() * (a / d).sqrt()).sqrt()
     factor = torch.stack([t, b / t])
     variances = problem.covariance.diagonal() - factor.square()
-    return torch.cat([variances.log(), factor])
+    return model_of(problem, torch.cat([variances.log(), factor]), vae.LowRankGaussianPosterior(1))
 
 
-def test_low_rank_and_householder_reach_the_evidence():
-    """Both represent any covariance of two latents."""
-    problem = INSTANCES[0]
-    expected = problem.log_p().expand(8, -1)
-    bound = model_of(problem, low_rank(problem), vae.LowRankGaussianPosterior(1)).elbo(problem.x, 8, seed=1)
-    torch.testing.assert_close(bound.log_w, expected, rtol=0, atol=1e-11)
-
+def householder(problem):
+    """The covariance's axes by one reflection of two latents."""
     posterior = vae.FlowPosterior.householder(2, 1).double()
     model = model_of(problem, problem.covariance.diagonal().log(), posterior)
     values, vectors = torch.linalg.eigh(problem.covariance)
@@ -57,8 +56,68 @@ def test_low_rank_and_householder_reach_the_evidence():
         model.encoder.weight[:2] = vectors.T @ model.encoder.weight[:2]
         model.encoder.bias[:2] = vectors.T @ model.encoder.bias[:2]
         model.encoder.bias[2:] = values.log()
-    bound = model.elbo(problem.x, 8, seed=1)
-    torch.testing.assert_close(bound.log_w, expected, rtol=0, atol=1e-10)
+    return model
+
+
+AT_THE_POSTERIOR = [(full, problem) for problem in INSTANCES] + [(low_rank, INSTANCES[0]), (householder, INSTANCES[0])]
+
+
+@pytest.mark.parametrize(("make", "problem"), AT_THE_POSTERIOR, ids=lambda part: getattr(part, "__name__", str(part)))
+def test_gradients_without_the_score_are_zero_at_the_true_posterior(make, problem):
+    """Every weight is the evidence there; sticking the landing and the doubly reparameterised gradient are zero for
+    every sample, which the plain gradient, that has the score, is not."""
+    model = make(problem)
+    log_w = model.elbo(problem.x, 5, kl="monte_carlo", seed=1).log_w
+    torch.testing.assert_close(log_w, problem.log_p().expand(5, -1), rtol=0, atol=1e-10)
+    own = [*model.encoder.parameters(), *model.posterior.parameters()]
+
+    def largest(bound):
+        return max(g.abs().max().item() for g in torch.autograd.grad(bound.sum(), own))
+
+    assert largest(vae.stl(model, problem.x, 5, seed=1)) < 1e-12
+    assert largest(vae.dreg(model, problem.x, 5, seed=1)) < 1e-12
+    assert largest(log_w.mean(0)) > 0.1
+
+
+def posteriors(d):
+    return {"low-rank": vae.LowRankGaussianPosterior(1), "full": vae.FullGaussianPosterior(),
+            "mixture": vae.MixturePosterior(2), "iaf": vae.FlowPosterior.iaf(d, hidden=(8,), context_features=2),
+            "coupling": vae.FlowPosterior.coupling(d, hidden=(8,)), "planar": vae.FlowPosterior.planar(d),
+            "householder": vae.FlowPosterior.householder(d)}
+
+
+@pytest.mark.parametrize("problem", INSTANCES, ids=str)
+@pytest.mark.parametrize("name", posteriors(2))
+def test_gradients_of_every_posterior_leave_out_the_score(name, problem):
+    """Away from the true posterior: STL's is the plain gradient less that of -log q at fixed z; DReG's comes through z
+    alone, by squared weights. Decoder and all."""
+    torch.manual_seed(0)
+    posterior = perturb(posteriors(problem.latent)[name].double(), 0.2)
+    encoder = torch.nn.Linear(len(problem.b), posterior.n_params(problem.latent)).double()
+    likelihood = vae.GaussianLikelihood(math.sqrt(problem.s2))
+    model = vae.VAE(encoder, problem.decoder(), posterior, likelihood=likelihood, latent_shape=(problem.latent,))
+    k, own, decoder = 3, [*encoder.parameters(), *posterior.parameters()], list(model.decoder.parameters())
+    log_w = model.elbo(problem.x, k, kl="monte_carlo", seed=1).log_w
+    params = encoder(problem.x)
+    z = posterior(params, None, k, seed=1)[0]
+    score = posterior.log_prob(params, z.detach())
+
+    def gradients(value, parameters):
+        found = torch.autograd.grad(value.sum(), parameters, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+    stl, dreg = vae.stl(model, problem.x, k, seed=1), vae.dreg(model, problem.x, k, seed=1)
+    torch.testing.assert_close(stl, log_w.mean(0))
+    torch.testing.assert_close(dreg, vae.iwae(log_w))
+    wanted = [a + b for a, b in zip(gradients(log_w.mean(0), own), gradients(score.mean(0), own), strict=True)]
+    torch.testing.assert_close(gradients(stl, own), wanted, rtol=1e-8, atol=1e-8)
+    assert max(g.abs().max() for g in gradients(score.mean(0), own)) > 1e-3
+    weights = torch.softmax(log_w.detach(), 0)
+    wanted = [a + b for a, b in zip(gradients(weights**2 * log_w, own), gradients(weights**2 * score, own),
+                                    strict=True)]
+    torch.testing.assert_close(gradients(dreg, own), wanted, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(gradients(stl, decoder), gradients(log_w.mean(0), decoder), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(gradients(dreg, decoder), gradients(vae.iwae(log_w), decoder), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("problem", INSTANCES, ids=str)
@@ -118,15 +177,18 @@ def test_iwae_rises_with_k_and_stays_below_the_evidence(problem):
     assert evidence - bounds[-1].mean() < 0.1 * (evidence - bounds[0].mean())
 
 
+@pytest.mark.parametrize("deviations", [(1.8, 0.6, 0.4), (2.0, 1.4, 0.7, 0.5), (2.4, 1.7, 1.2, 0.5, 0.4, 0.3)],
+                         ids=lambda deviations: f"{len(deviations)}-{len(deviations) // 2}")
 @pytest.mark.parametrize("posterior", ["gaussian", "full"])
-def test_training_reaches_the_maximum_likelihood(posterior):
+def test_training_reaches_the_maximum_likelihood(posterior, deviations):
     """From random weights, by L-BFGS on sigma points: sigma^2 is the mean of the eigenvalues left out, W W' + sigma^2
     has the others, and the bound is the evidence of the data (Tipping and Bishop, 1999)."""
-    n, size, d = 16, 4, 2
-    x = randn(n, size, seed=0) @ torch.diag(torch.tensor([2.0, 1.4, 0.7, 0.5], dtype=torch.float64))
+    n, size, d = 16, len(deviations), len(deviations) // 2
+    x = randn(n, size, seed=0) @ torch.diag(torch.tensor(deviations, dtype=torch.float64))
     x = x @ torch.linalg.qr(randn(size, size, seed=1)).Q + randn(size, seed=2)
     torch.manual_seed(0)
-    encoder, decoder = torch.nn.Linear(size, 2 * d if posterior == "gaussian" else 5), torch.nn.Linear(d, size)
+    n_params = d + (d if posterior == "gaussian" else d * (d + 1) // 2)
+    encoder, decoder = torch.nn.Linear(size, n_params), torch.nn.Linear(d, size)
     model = vae.VAE(encoder, decoder, posterior, likelihood="gaussian").double()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=400, max_eval=800, tolerance_grad=1e-9,
                                   tolerance_change=1e-14, history_size=30, line_search_fn="strong_wolfe")
