@@ -29,13 +29,15 @@ def quadrature(mean, log_sigma):
     return rate, mutual, kl(whole, prior)
 
 
-def test_rate_is_information_plus_aggregate_kl():
-    mean, log_sigma = mixture()
+@pytest.mark.parametrize(("n", "seed"), [(6, 0), (2, 10), (25, 20)])
+def test_rate_is_information_plus_aggregate_kl(n, seed):
+    mean, log_sigma = mixture(n, seed=seed)
     rate, mutual, aggregate = quadrature(mean, log_sigma)
     torch.testing.assert_close(rate, mutual + aggregate, rtol=0, atol=1e-11)
     torch.testing.assert_close(diagnostics.dimension_kl(mean, log_sigma).mean(), rate, rtol=0, atol=1e-11)
     torch.testing.assert_close(diagnostics.marginal_kl(mean, log_sigma)[0], aggregate, rtol=0, atol=1e-9)
-    found = diagnostics.information(mean, log_sigma, n_samples=20000, generator=torch.Generator().manual_seed(1))
+    found = diagnostics.information(mean, log_sigma, n_samples=120_000 // n,
+                                    generator=torch.Generator().manual_seed(1))
     assert abs(found.mutual_information - mutual) < 4 * found.mutual_information_error < 0.02
     assert abs(found.aggregate_kl - aggregate) < 4 * found.aggregate_kl_error < 0.02
     assert abs(found.kl - rate) < 4 * found.kl_error

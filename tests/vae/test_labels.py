@@ -10,69 +10,97 @@ from torch.distributions import Categorical, MultivariateNormal, Normal, kl_dive
 
 from fastflow import vae
 
-N_CLASSES, SIZE = 3, 4
-# x | y, z ~ N(w_y z + b_y, s2 I) with one latent: the posterior of z given x and y is a Gaussian.
-W, B, S2 = 1.3 * randn(N_CLASSES, SIZE, seed=0), randn(N_CLASSES, SIZE, seed=1), 0.6
-LABEL_LOGITS = randn(N_CLASSES, seed=2)
-X = randn(6, SIZE, seed=3)
+S2 = 0.6
 
 
-def class_evidence(x):
-    """log p(x | y), (B, n_classes)."""
-    eye = S2 * torch.eye(SIZE, dtype=torch.float64)
-    return torch.stack([MultivariateNormal(b, torch.outer(w, w) + eye).log_prob(x)
-                        for w, b in zip(W, B, strict=True)], 1)
+class Classes:
+    """x | y, z ~ N(w_y z + b_y, s2 I) with one latent: the posterior of z given x and y is a Gaussian. Six x."""
+
+    def __init__(self, n_classes=3, size=4, seed=0):
+        self.n_classes, self.size = n_classes, size
+        self.w, self.b = 1.3 * randn(n_classes, size, seed=seed), randn(n_classes, size, seed=seed + 1)
+        self.label_logits, self.x = randn(n_classes, seed=seed + 2), randn(6, size, seed=seed + 3)
+
+    def __str__(self):
+        return f"{self.n_classes}-{self.size}"
+
+    def evidence(self, x):
+        """log p(x | y), (B, n_classes)."""
+        eye = S2 * torch.eye(self.size, dtype=torch.float64)
+        return torch.stack([MultivariateNormal(b, torch.outer(w, w) + eye).log_prob(x)
+                            for w, b in zip(self.w, self.b, strict=True)], 1)
+
+    def joint(self, x):
+        """log p(x, y), (B, n_classes)."""
+        return self.evidence(x) + torch.log_softmax(self.label_logits, 0)
+
+
+CLASSES = Classes()
+W, B, X, SIZE, N_CLASSES = CLASSES.w, CLASSES.b, CLASSES.x, CLASSES.size, CLASSES.n_classes
+INSTANCES = [CLASSES, Classes(2, 3, seed=10), Classes(5, 2, seed=20)]
 
 
 class Encoder(nn.Module):
     """The true posterior of z given x and y."""
 
+    def __init__(self, classes=CLASSES):
+        super().__init__()
+        self.classes = classes
+
     def forward(self, x, y):
-        precision = 1.0 + W[y].square().sum(1, keepdim=True) / S2
-        mean = ((x - B[y]) * W[y]).sum(1, keepdim=True) / S2 / precision
+        w, b = self.classes.w[y], self.classes.b[y]
+        precision = 1.0 + w.square().sum(1, keepdim=True) / S2
+        mean = ((x - b) * w).sum(1, keepdim=True) / S2 / precision
         return torch.cat([mean, -precision.log()], 1)
 
 
 class Decoder(nn.Module):
+    def __init__(self, classes=CLASSES):
+        super().__init__()
+        self.classes = classes
+
     def forward(self, z, y):
-        return z * W[y] + B[y]
+        return z * self.classes.w[y] + self.classes.b[y]
 
 
 class Classifier(nn.Module):
     """q(y | x): the true p(y | x), tempered."""
 
-    def __init__(self, power=1.0):
+    def __init__(self, power=1.0, classes=CLASSES):
         super().__init__()
-        self.power = power
+        self.power, self.classes = power, classes
 
     def forward(self, x):
-        return self.power * (class_evidence(x) + torch.log_softmax(LABEL_LOGITS, 0))
+        return self.power * self.classes.joint(x)
 
 
-def m2(power=1.0, **options):
-    return vae.SemiSupervisedVAE(Encoder(), Decoder(), Classifier(power), N_CLASSES, label_logits=LABEL_LOGITS,
-                                 likelihood=vae.GaussianLikelihood(math.sqrt(S2)), latent_shape=1, **options)
+def m2(power=1.0, classes=CLASSES, **options):
+    return vae.SemiSupervisedVAE(Encoder(classes), Decoder(classes), Classifier(power, classes), classes.n_classes,
+                                 label_logits=classes.label_logits, likelihood=vae.GaussianLikelihood(math.sqrt(S2)),
+                                 latent_shape=1, **options)
 
 
 def sigma(batch):
     return torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None].expand(2, batch, 1)
 
 
-def test_m2_at_the_true_posteriors_is_the_evidence():
+@pytest.mark.parametrize("classes", INSTANCES, ids=str)
+def test_m2_at_the_true_posteriors_is_the_evidence(classes):
     """U(x) = log sum_y p(y) p(x | y) and L(x, y) = log p(x, y), by enumeration over the labels."""
-    joint = class_evidence(X) + torch.log_softmax(LABEL_LOGITS, 0)
-    model, labels = m2(), torch.tensor([0, 1, 2, 2, 1, 0])
-    torch.testing.assert_close(model.unlabelled(X, 2, eps=sigma(18)), torch.logsumexp(joint, 1), rtol=0, atol=1e-11)
-    torch.testing.assert_close(model.labelled(X, labels, 2, eps=sigma(6)), joint[torch.arange(6), labels], rtol=0,
+    x, n = classes.x, classes.n_classes
+    joint, model, labels = classes.joint(x), m2(classes=classes), torch.tensor([0, 1, 2, 2, 1, 0]) % n
+    torch.testing.assert_close(model.unlabelled(x, 2, eps=sigma(6 * n)), torch.logsumexp(joint, 1), rtol=0, atol=1e-11)
+    torch.testing.assert_close(model.labelled(x, labels, 2, eps=sigma(6)), joint[torch.arange(6), labels], rtol=0,
                                atol=1e-11)
-    torch.testing.assert_close(model.classify(X), torch.softmax(joint, 1))
+    torch.testing.assert_close(model.classify(x), torch.softmax(joint, 1))
 
 
-def test_m2_gap_is_the_classifiers_kl():
-    joint = class_evidence(X) + torch.log_softmax(LABEL_LOGITS, 0)
+@pytest.mark.parametrize("classes", INSTANCES, ids=str)
+def test_m2_gap_is_the_classifiers_kl(classes):
+    joint = classes.joint(classes.x)
     for power in (0.3, 2.0):
-        model = m2(power)
-        gap = torch.logsumexp(joint, 1) - model.unlabelled(X, 2, eps=sigma(18))
+        model = m2(power, classes)
+        gap = torch.logsumexp(joint, 1) - model.unlabelled(classes.x, 2, eps=sigma(6 * classes.n_classes))
         expected = kl_divergence(Categorical(logits=power * joint), Categorical(logits=joint))
         torch.testing.assert_close(gap, expected, rtol=0, atol=1e-11)
         assert (gap > 1e-4).any()
@@ -109,7 +137,8 @@ def test_conditional_vae():
     model = vae.VAE(Encoder(), Decoder(), likelihood=vae.GaussianLikelihood(math.sqrt(S2)))
     labels = torch.tensor([2, 1, 0, 0, 1, 2])
     bound = model(X, n_samples=3, context=labels)
-    torch.testing.assert_close(bound.log_w, class_evidence(X)[torch.arange(6), labels].expand(3, 6), rtol=0, atol=1e-11)
+    evidence = CLASSES.evidence(X)[torch.arange(6), labels]
+    torch.testing.assert_close(bound.log_w, evidence.expand(3, 6), rtol=0, atol=1e-11)
     mean = model.reconstruct(X, labels)
     torch.testing.assert_close(mean, Decoder()(Encoder()(X, labels)[:, :1], labels))
 
