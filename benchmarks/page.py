@@ -76,6 +76,17 @@ Forward and backward captured in a CUDA graph, so that no launch gap counts: the
 that over the rate of a plain copy in the same run. `python -m benchmarks.bandwidth`
 """
 
+VAES = """\
+A training step against the same networks in plain PyTorch (`eager`) with the same fused Adam, and epochs against
+pythae's own trainer. Aims: {goals}. `python -m benchmarks.vae_speed`
+"""
+
+ADAPTERS = """\
+Models of other libraries before and after `fastflow.accelerate(model)`: a training step, or what the case's name says.
+"Couplings alone" leaves the conditioners to the host. The layers on inputs of 64 x 8 show what a swap costs where there
+is nothing to gain. `python -m benchmarks.adapters`
+"""
+
 OPERATIONS = """\
 Forward and backward unless said otherwise, beside careful eager PyTorch, torch.compile, torch's batched call and a
 loop. `fastflow bench ops`
@@ -110,6 +121,28 @@ def _settings(record, group):
     return ["", "Settings that were the fastest:", "", *chosen] if chosen else []
 
 
+def _memory(record):
+    """Peaks of memory, a line each."""
+    found = [f"- {row['case']}: " + ", ".join(f"{name} {peak:.1f} MiB" for name, peak in row["peak_mib"].items())
+             for row in record["memory"]] if record else []
+    return ["", *found] if found else []
+
+
+def _vaes():
+    """The section of the newest record of benchmarks.vae_speed."""
+    record = next(iter(records("cpu-vae-speed-*.json")), None)
+    goals = ", ".join(f"{name} {goal:g}" for name, goal in record["goals"].items()) if record else ""
+    return _section("VAEs", VAES.format(goals=goals), record,
+                    lambda record: table.markdown(record, baselines=("eager", "compile", "pythae")), _memory(record))
+
+
+def _adapters():
+    """The section of the newest record of benchmarks.adapters."""
+    return _section("Models of other libraries, accelerated", ADAPTERS,
+                    next(iter(records("cpu-adapters-*.json")), None),
+                    lambda record: table.markdown(record, baselines=("original", "couplings alone")))
+
+
 def _device(device):
     """The sections of one device."""
     def ratios(*groups):
@@ -135,7 +168,11 @@ def _device(device):
         _section(f"Operations{where}", OPERATIONS, operations,
                  lambda record: [line for group in groups if any(row["group"] == group for row in record["rows"])
                                  for line in (*table.markdown(record, (group,)), "")][:-1])]
-    used = [record for record in (of("glow"), of("realnvp"), of("realnvp compiled"), operations) if record]
+    others = ()
+    if device == "cpu":
+        parts[3:3] = [_vaes(), _adapters()]
+        others = (next(iter(records(f"cpu-{name}-*.json")), None) for name in ("vae-speed", "adapters"))
+    used = [r for r in (of("glow"), of("realnvp"), of("realnvp compiled"), operations, *others) if r]
     return [line for part in parts for line in part] + _no_gain(device, used)
 
 

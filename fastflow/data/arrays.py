@@ -55,8 +55,11 @@ def _read(path, file, size):
     if size - file.tell() != promised:
         raise DataFileError(path, f"has {size - file.tell()} bytes of data where its header promises {promised}; "
                                   "it is truncated or corrupt")
-    data = file.read(promised)
-    if len(data) != promised:
-        raise DataFileError(path, f"is truncated: {len(data)} bytes of data of {promised}")
-    array = np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if fortran else "C")
+    data = bytearray(promised)
+    view, end = memoryview(data), 0
+    while end < promised and (count := file.readinto(view[end:])):  # no second copy of gigabytes
+        end += count
+    if end != promised:
+        raise DataFileError(path, f"is truncated: {end} bytes of data of {promised}")
+    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
     return array.astype(dtype.newbyteorder("="), copy=False)
