@@ -10,7 +10,7 @@ from fastflow.autograd import mlp
 from fastflow.flows.fused import ACTIVATIONS, MAX_FEATURES, MAX_HIDDEN
 
 __all__ = ["NETWORKS", "AffineAutoregressive", "Autoregressive", "covered", "evaluate", "fits_one_kernel",
-           "masks_of", "residual_weights", "weights_of", "whole"]
+           "masks_of", "residual_weights", "weights_of"]
 
 # {class of a host's network: function(network, context) that gives (weights, biases, activation, residual, masks) as
 # autograd.mlp.run takes them, or None}. The adapters add theirs.
@@ -85,11 +85,6 @@ def covered(network, x, context=None):
         return None
     found = describe(network, context)
     return found if found is not None and fusable(x, *found[0], *found[1]) else None
-
-
-def whole(network, x, context=None):
-    """As :func:`covered`, where a spline coupling of x goes into one operation with its network."""
-    return covered(network, x, context) if backends.prefers("spline", x)[0] == "cpu" else None
 
 
 def evaluate(network, x, context=None):

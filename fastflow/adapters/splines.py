@@ -4,7 +4,7 @@ import torch
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, order, reorder
-from fastflow.adapters.networks import Autoregressive, evaluate, whole
+from fastflow.adapters.networks import Autoregressive, covered, evaluate
 from fastflow.autograd import mlp_spline
 
 __all__ = ["SplineAutoregressive", "SplineCDF", "SplineCoupling", "fit", "fit_coupling"]
@@ -56,7 +56,7 @@ class SplineCoupling:
         if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
             return (super().inverse if inverse else super().forward)(inputs, context)
         kept, indices, back = order(self, self.identity_features, self.transform_features)
-        network = whole(self.transform_net, inputs, context) if self.unconditional_transform is None else None
+        network = covered(self.transform_net, inputs, context) if self.unconditional_transform is None else None
         if network is not None:
             return mlp_spline.run(inputs, indices, back, kept, network, _constants(self, self.transform_net), inverse)
         x = inputs if indices is None else reorder(inputs, indices, back)
@@ -89,7 +89,7 @@ class SplineAutoregressive(Autoregressive):
     """A spline per feature with parameters from a masked network."""
 
     def forward(self, inputs, context=None):
-        network = whole(self.autoregressive_net, inputs, context)
+        network = covered(self.autoregressive_net, inputs, context)
         if network is None:
             return super().forward(inputs, context)
         return mlp_spline.run(inputs, None, None, 0, network, _constants(self, self.autoregressive_net))
