@@ -43,7 +43,7 @@ from fastflow.vae.models import (
     VampVAE,
 )
 from fastflow.vae.networks import conv_decoder, conv_encoder, mlp_decoder, mlp_discriminator, mlp_encoder
-from fastflow.vae.objectives import IWAEObjective, Objective, PenalizedELBO
+from fastflow.vae.objectives import BoundObjective, IWAEObjective, Objective, PenalizedELBO
 from fastflow.vae.penalties import (
     DIP,
     MMD,
@@ -77,15 +77,16 @@ from fastflow.vae.vqvae import QuantizedVAE
 
 __all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "MMD", "NVAE", "VAE", "VDVAE", "VQVAE",
            "WAE", "AdversarialAutoencoder", "AutoregressivePrior", "BernoulliLikelihood", "BetaTCVAE", "BetaVAE",
-           "CategoricalLikelihood", "CodePrior", "ConditionalGaussianPrior", "ConditionalVAE", "Conditioned",
-           "ContinuousBernoulliLikelihood", "ConvVAE", "CosineSchedule", "CyclicalSchedule", "DensityRatio",
-           "DeterministicPosterior", "DiscreteVAE", "DiscretizedLogisticLikelihood", "FactorTC", "FactorVAE",
-           "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FullGaussianPosterior", "GaussianLikelihood",
-           "GaussianPosterior", "GaussianPrior", "HamiltonianVAE", "HierarchicalVAE", "HierarchyTerms", "IWAEObjective",
-           "Inference", "InfoVAE", "LaplaceLikelihood", "Level", "Likelihood", "LinearSchedule",
-           "LogisticMixtureLikelihood", "LossTerms", "LowRankGaussianPosterior", "MixturePosterior", "MixturePrior",
-           "NegativeBinomialLikelihood", "Objective", "PenalizedELBO", "PoissonLikelihood", "Quantized", "QuantizedVAE",
-           "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task", "TotalCorrelation", "VampPrior", "VampVAE",
-           "VectorQuantizer", "ar1_least_rate", "capacity", "ciwae", "conv_decoder", "conv_encoder", "decompose_kl",
-           "delta_gaussian", "dip_penalty", "discriminator_loss", "dreg", "free_bits", "iwae", "kl_balance", "lerp",
-           "miwae", "mlp_decoder", "mlp_discriminator", "mlp_encoder", "mmd", "piwae", "renyi", "slerp", "stl"]
+           "BoundObjective", "CategoricalLikelihood", "CodePrior", "ConditionalGaussianPrior", "ConditionalVAE",
+           "Conditioned", "ContinuousBernoulliLikelihood", "ConvVAE", "CosineSchedule", "CyclicalSchedule",
+           "DensityRatio", "DeterministicPosterior", "DiscreteVAE", "DiscretizedLogisticLikelihood", "FactorTC",
+           "FactorVAE", "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FullGaussianPosterior",
+           "GaussianLikelihood", "GaussianPosterior", "GaussianPrior", "HamiltonianVAE", "HierarchicalVAE",
+           "HierarchyTerms", "IWAEObjective", "Inference", "InfoVAE", "LaplaceLikelihood", "Level", "Likelihood",
+           "LinearSchedule", "LogisticMixtureLikelihood", "LossTerms", "LowRankGaussianPosterior", "MixturePosterior",
+           "MixturePrior", "NegativeBinomialLikelihood", "Objective", "PenalizedELBO", "PoissonLikelihood",
+           "Quantized", "QuantizedVAE", "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task", "TotalCorrelation",
+           "VampPrior", "VampVAE", "VectorQuantizer", "ar1_least_rate", "capacity", "ciwae", "conv_decoder",
+           "conv_encoder", "decompose_kl", "delta_gaussian", "dip_penalty", "discriminator_loss", "dreg", "free_bits",
+           "iwae", "kl_balance", "lerp", "miwae", "mlp_decoder", "mlp_discriminator", "mlp_encoder", "mmd", "piwae",
+           "renyi", "slerp", "stl"]

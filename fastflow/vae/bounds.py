@@ -5,6 +5,7 @@ what they return has the value of the bound named, and the gradient described.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def renyi(log_w, alpha):
     return shift + torch.log1p(torch.expm1(power * (log_w - shift)).mean(0)) / power
 
 
-def stl(model, x, n_samples=1, *, eps=None, seed=None, generator=None):
+def stl(model, x, n_samples=1, *, context=None, eps=None, seed=None, generator=None):
     """The K-sample ELBO with a Monte-Carlo KL, (B,), whose encoder gradient comes through z alone ("sticking the
     landing"): the score of q, zero on average, is left out. Unbiased, and zero for every sample where q is the true
     posterior; far from it its variance may be the higher one.
@@ -68,19 +69,18 @@ def stl(model, x, n_samples=1, *, eps=None, seed=None, generator=None):
     Args:
         model: a VAE whose posterior is a GaussianPosterior or has log_prob(params, z) -> (K, B).
         x: (B, *event).
-        n_samples, eps, seed, generator: as in VAE.elbo.
+        n_samples, context, eps, seed, generator: as in VAE.elbo.
 
     Raises:
-        TypeError: the posterior has no log_prob.
+        TypeError: the posterior has no log_prob, or the model is none with one encoder and posterior.
 
     References:
         Roeder et al., "Sticking the landing", 2017, arXiv:1703.09194.
     """
-    _, log_w = _path(model, x, n_samples, eps, seed, generator)
-    return log_w.mean(0)
+    return stl_terms(model, x, n_samples, context=context, eps=eps, seed=seed, generator=generator)[0]
 
 
-def dreg(model, x, n_samples=1, *, eps=None, seed=None, generator=None):
+def dreg(model, x, n_samples=1, *, context=None, eps=None, seed=None, generator=None):
     """IWAE, (B,), with the doubly reparameterised gradient: the encoder's comes through z alone, each sample weighing
     its squared normalised weight. Decoder, likelihood and prior keep IWAE's own gradient. Unbiased for all; near the
     true posterior far less noisy than IWAE's encoder gradient, far from it more so.
@@ -90,33 +90,65 @@ def dreg(model, x, n_samples=1, *, eps=None, seed=None, generator=None):
     References:
         Tucker et al., "Doubly reparameterized gradient estimators for Monte Carlo objectives", 2019, arXiv:1810.04152.
     """
-    z, log_w = _path(model, x, n_samples, eps, seed, generator)
-    if z.requires_grad:
-        weights = torch.softmax(log_w.detach(), 0).to(z.dtype).reshape(*log_w.shape, *[1] * (z.dim() - 2))
-        z.register_hook(lambda gradient: gradient * weights)  # by its weight once more, on the way to the encoder alone
-    return iwae(log_w)
+    return dreg_terms(model, x, n_samples, context=context, eps=eps, seed=seed, generator=generator)[0]
 
 
-def piwae(model, x, n_samples, groups, *, eps=None, seed=None, generator=None):
+def piwae(model, x, n_samples, groups, *, context=None, eps=None, seed=None, generator=None):
     """IWAE of all samples, (B,), whose gradient in the encoder and the posterior is that of :func:`miwae` with
     ``groups``: partially importance-weighted. Arguments as for :func:`stl`; any reparameterised posterior will do.
 
     References:
         Rainforth et al., as for :func:`miwae`.
     """
+    return piwae_terms(model, x, n_samples, groups=groups, context=context, eps=eps, seed=seed, generator=generator)[0]
+
+
+class Terms(NamedTuple):
+    """log p(x | z), log p(z) and log q(z | x) of the samples that a bound was made of, each (K, B)."""
+
+    log_px_z: torch.Tensor
+    log_pz: torch.Tensor
+    log_qz: torch.Tensor
+
+    def log_w(self, beta):
+        """The log-weights with the rate weighed by beta."""
+        return self.log_px_z + beta * (self.log_pz - self.log_qz)
+
+
+def stl_terms(model, x, n_samples, beta=1.0, **noise):
+    """(:func:`stl` with the rate weighed by beta, its Terms)."""
+    _, terms = _path(model, x, n_samples, **noise)
+    return terms.log_w(beta).mean(0), terms
+
+
+def dreg_terms(model, x, n_samples, beta=1.0, **noise):
+    """(:func:`dreg` with the rate weighed by beta inside the weights, its Terms)."""
+    z, terms = _path(model, x, n_samples, **noise)
+    log_w = terms.log_w(beta)
+    if z.requires_grad:
+        weights = torch.softmax(log_w.detach(), 0).to(z.dtype).reshape(*log_w.shape, *[1] * (z.dim() - 2))
+        z.register_hook(lambda gradient: gradient * weights)  # by its weight once more, on the way to the encoder alone
+    return iwae(log_w), terms
+
+
+def piwae_terms(model, x, n_samples, beta=1.0, *, groups, context=None, **noise):
+    """(:func:`piwae` with the rate weighed by beta inside the weights, its Terms)."""
     _check_groups(n_samples, groups)
-    z, log_q, _ = model.posterior(model.encoder(x), model.prior, n_samples, eps=eps, seed=seed, generator=generator)
+    prior, params = _read(model, x, context)
+    z, log_q, _ = model.posterior(params, prior, n_samples, **noise)
     fixed = z.detach().requires_grad_(z.requires_grad)
-    log_joint = _log_joint(model, x, fixed)
+    log_px_z, log_pz = _log_joint(model, x, fixed, prior, context)
+    log_joint, log_q = log_px_z + beta * log_pz, beta * log_q
+    terms = Terms(log_px_z, log_pz, log_q)
     bound = iwae(log_joint - log_q.detach())
     if not fixed.requires_grad:
-        return bound
+        return bound, terms
     slopes, = torch.autograd.grad(log_joint.sum(), fixed, retain_graph=True)
     log_w = (log_joint - log_q).detach().requires_grad_()
     weights, = torch.autograd.grad(miwae(log_w, groups).sum(), log_w)
     # sum over z of d log p(x, z)/dz dz, less d log q: the encoder's way to the log-weights, to first order.
     encoder = (weights * ((slopes * z).flatten(2).sum(2) - log_q)).sum(0)
-    return bound + encoder - encoder.detach()
+    return bound + encoder - encoder.detach(), terms
 
 
 class _LogProb(nn.Module):
@@ -130,12 +162,19 @@ class _LogProb(nn.Module):
         return self.posterior.log_prob(params, z)
 
 
-def _path(model, x, n_samples, eps, seed, generator):
-    """(z, log_w): log-weights (K, B) that reach the encoder and the posterior's own parameters through z alone."""
-    params = model.encoder(x)
-    z, _, _ = model.posterior(params, model.prior, n_samples, eps=eps, seed=seed, generator=generator)
+def _read(model, x, context):
+    """(the prior, what the encoder says of x), given the context."""
+    if not (hasattr(model, "posterior") and hasattr(model, "_encoded")):
+        raise TypeError(f"model: expected a VAE with an encoder and a posterior, got {type(model).__name__}")
+    return model._prior(context), model._encoded(x, context)
+
+
+def _path(model, x, n_samples, context=None, **noise):
+    """(z, Terms) that reach the encoder and the posterior's own parameters through z alone."""
+    prior, params = _read(model, x, context)
+    z, _, _ = model.posterior(params, prior, n_samples, **noise)
     z = z.view_as(z)  # nobody else's tensor, to hang a hook on
-    return z, _log_joint(model, x, z) - _fixed_log_q(model.posterior, params, z)
+    return z, Terms(*_log_joint(model, x, z, prior, context), _fixed_log_q(model.posterior, params, z))
 
 
 def _fixed_log_q(posterior, params, z):
@@ -152,10 +191,9 @@ def _fixed_log_q(posterior, params, z):
     return -(0.5 * residual**2 + log_sigma + 0.5 * math.log(2.0 * math.pi)).flatten(2).sum(2)
 
 
-def _log_joint(model, x, z):
-    """(K, B) log p(x | z) + log p(z)."""
-    output = model.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-    return model.likelihood.log_prob(x, output) + model._log_prior(z)
+def _log_joint(model, x, z, prior, context):
+    """log p(x | z) and log p(z), (K, B) each."""
+    return model._log_likelihood(x, z, context, z.shape[:1]), model._log_prior(z, context, prior)
 
 
 def _check_groups(k, groups):

@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastflow import checks
+from fastflow.vae import bounds
 from fastflow.vae.elbo import ELBO, iwae
 
-__all__ = ["IWAEObjective", "Objective", "PenalizedELBO"]
+__all__ = ["BoundObjective", "IWAEObjective", "Objective", "PenalizedELBO"]
 
 
 class Objective(NamedTuple):
@@ -67,27 +69,58 @@ class PenalizedELBO(nn.Module):
         return f"beta={self.beta}"
 
 
-class IWAEObjective(nn.Module):
-    """The importance-weighted bound of K samples; the rate is weighed by the caller's beta inside the weights.
+OF_WEIGHTS = {"iwae": iwae, "miwae": bounds.miwae, "ciwae": bounds.ciwae, "renyi": bounds.renyi}
+OF_MODEL = {"stl": bounds.stl_terms, "dreg": bounds.dreg_terms, "piwae": bounds.piwae_terms}
+OPTIONS = {"miwae": {"groups"}, "piwae": {"groups"}, "ciwae": {"beta"}, "renyi": {"alpha"}}
+
+
+class BoundObjective(nn.Module):
+    """A bound of K samples by its name, or a gradient estimator of one; the rate is weighed by the caller's beta inside
+    the weights.
 
     Args:
+        name: "iwae", "miwae", "ciwae", "renyi", "stl", "dreg" or "piwae", the functions of those names.
         n_samples: K, where the caller asks for a single sample, as training steps do.
+        options: what else the function takes: ``groups`` of "miwae" and "piwae", ``beta`` of "ciwae", ``alpha`` of
+            "renyi".
+
+    Raises:
+        ValueError: no such name, or n_samples below 1.
+        TypeError: options that the bound does not take, or lacks.
+    """
+
+    def __init__(self, name, n_samples=50, **options):
+        super().__init__()
+        checks.choice("name", name, (*OF_WEIGHTS, *OF_MODEL))
+        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+            raise ValueError(f"n_samples: expected a positive int, got {n_samples!r}")
+        if options.keys() != (wanted := OPTIONS.get(name, set())):
+            raise TypeError(f"options: {name} takes {', '.join(sorted(wanted)) or 'none'}, got "
+                            f"{', '.join(sorted(options)) or 'none'}")
+        self.name, self.n_samples, self.options = name, n_samples, options
+
+    def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, **noise):
+        n_samples = self.n_samples if n_samples == 1 else n_samples
+        if self.name in OF_WEIGHTS:
+            bound = model.elbo(x, n_samples, beta, context=context, **noise)
+            log_w = bound.log_px_z + beta * (bound.log_pz - bound.log_qz)
+            return Objective(OF_WEIGHTS[self.name](log_w, **self.options), bound, {})
+        value, terms = OF_MODEL[self.name](model, x, n_samples, beta, context=context, **self.options, **noise)
+        terms = bounds.Terms(*(t.detach() for t in terms))
+        rate, distortion = (terms.log_qz - terms.log_pz).mean(0), -terms.log_px_z.mean(0)
+        return Objective(value, ELBO(*terms, terms.log_w(1.0), rate, distortion, rate, -distortion - beta * rate), {})
+
+    def extra_repr(self):
+        return ", ".join([repr(self.name), f"n_samples={self.n_samples}",
+                          *(f"{key}={value}" for key, value in self.options.items())])
+
+
+class IWAEObjective(BoundObjective):
+    """The importance-weighted bound of K samples, BoundObjective("iwae", n_samples).
 
     References:
         Burda et al., "Importance weighted autoencoders", 2016, arXiv:1509.00519.
     """
 
     def __init__(self, n_samples=50):
-        super().__init__()
-        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
-            raise ValueError(f"n_samples: expected a positive int, got {n_samples!r}")
-        self.n_samples = n_samples
-
-    def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, **noise):
-        n_samples = self.n_samples if n_samples == 1 else n_samples
-        bound = model.elbo(x, n_samples, beta, context=context, **noise)
-        log_w = bound.log_px_z + beta * (bound.log_pz - bound.log_qz)
-        return Objective(iwae(log_w), bound, {})
-
-    def extra_repr(self):
-        return f"n_samples={self.n_samples}"
+        super().__init__("iwae", n_samples)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
 from fastflow import vae
+from fastflow.engine import TrainStep
 from fastflow.vae.penalties import minibatch_weights, permute_dims
 
 PROBLEM = PPCA(3, 2)
@@ -37,6 +38,61 @@ def test_iwae_objective():
     assert model(PROBLEM.x, n_samples=3, seed=0).bound.log_w.shape == (3, 4)
     free = model(PROBLEM.x, beta=0.0, seed=0)
     torch.testing.assert_close(free.value, vae.iwae(free.bound.log_px_z))
+
+
+BOUNDS = {"iwae": {}, "miwae": {"groups": 2}, "ciwae": {"beta": 0.3}, "renyi": {"alpha": 0.5}, "stl": {}, "dreg": {},
+          "piwae": {"groups": 2}}
+
+
+def bound_by_hand(model, name, x, eps):
+    """What the function of that name gives."""
+    function = getattr(vae, name)
+    if name in ("stl", "dreg", "piwae"):
+        return function(model, x, len(eps), eps=eps, **BOUNDS[name])
+    return function(model.elbo(x, len(eps), eps=eps).log_w, **BOUNDS[name])
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds_train_as_their_functions_do(name):
+    """The value, and every gradient: of encoder, decoder and prior, through a training step."""
+    model = model_with(vae.BoundObjective(name, 6, **BOUNDS[name]), prior=vae.GaussianPrior((2,)).double())
+    eps, before = randn(6, len(PROBLEM.x), 2, seed=1), [p.detach().clone() for p in model.parameters()]
+    result = model(PROBLEM.x, eps=eps)
+    expected = bound_by_hand(model, name, PROBLEM.x, eps)
+    torch.testing.assert_close(result.value, expected)
+    bound = model.elbo(PROBLEM.x, 6, eps=eps, kl="monte_carlo" if name in ("stl", "dreg", "piwae") else "auto")
+    torch.testing.assert_close([result.rate, result.distortion, result.bound.log_w],
+                               [bound.rate, bound.distortion, bound.log_w])
+    gradients = torch.autograd.grad(expected.mean(), list(model.parameters()))
+    forward = model.forward
+    model.forward = lambda x, **options: forward(x, eps=eps, **options)
+    TrainStep(model, torch.optim.SGD(model.parameters(), 1.0))(PROBLEM.x)
+    for p, old, gradient in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(p - old, gradient)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds_weigh_the_rate_inside_the_weights(name):
+    model = model_with(vae.BoundObjective(name, 6, **BOUNDS[name]))
+    eps = randn(6, len(PROBLEM.x), 2, seed=1)
+    terms = model.elbo(PROBLEM.x, 6, eps=eps)
+    log_w = terms.log_px_z + 0.25 * (terms.log_pz - terms.log_qz)
+    expected = (log_w.mean(0) if name == "stl" else
+                getattr(vae, name)(log_w, **BOUNDS[name]) if name in ("miwae", "ciwae", "renyi") else vae.iwae(log_w))
+    torch.testing.assert_close(model(PROBLEM.x, beta=0.25, eps=eps).value, expected)
+
+
+@pytest.mark.parametrize("name", ["stl", "dreg", "piwae"])
+def test_estimators_of_a_model_with_a_context(name):
+    """The context reaches encoder, prior and decoder: the same as a model that has it in its x."""
+    encoder, decoder = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+    x, context, eps = randn(4, 3, seed=1), randn(4, 2, seed=2), randn(6, 4, 2, seed=3)
+    model = vae.VAE(vae.Conditioned(encoder), vae.Conditioned(decoder), likelihood=vae.GaussianLikelihood(0.7))
+    bound = getattr(vae, name)(model, x, 6, *BOUNDS[name].values(), context=context, eps=eps)
+    log_w = model.elbo(x, 6, context=context, eps=eps).log_w
+    torch.testing.assert_close(bound, log_w.mean(0) if name == "stl" else vae.iwae(log_w))
+    with pytest.raises(TypeError, match="^model: expected a VAE with an encoder and a posterior, got HVAE"):
+        getattr(vae, name)(vae.HVAE((3,), (2, 2), 4), x, 6, *BOUNDS[name].values())
 
 
 # x ~ N(0, Cx), q(z | x) = N(A x, S): aggregate, mutual information and total correlation are closed.
@@ -273,6 +329,9 @@ def test_a_mean_squared_error_with_a_kl_weight_is_a_beta_vae():
 
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: vae.IWAEObjective(0), "n_samples"),
+    (ValueError, lambda: vae.BoundObjective("elbow"), "name"),
+    (TypeError, lambda: vae.BoundObjective("miwae"), "options: miwae takes groups, got none"),
+    (TypeError, lambda: vae.BoundObjective("dreg", groups=2), "options: dreg takes none, got groups"),
     (ValueError, lambda: minibatch_weights(5, 4), "dataset_size"),
     (ValueError, lambda: minibatch_weights(1, 4), "batch"),
     (ValueError, lambda: vae.TotalCorrelation(10, method="exact"), "method"),
