@@ -24,7 +24,7 @@ from fastflow.diagnostics.latents import (
 )
 from fastflow.diagnostics.linear import LinearOptimum, data_eigenvalues, linear_optimum
 from fastflow.diagnostics.rate_distortion import RateDistortion, Traversal, rate_distortion, traversal_grid
-from fastflow.vae import DiscreteVAE, GaussianLikelihood, HierarchicalVAE, QuantizedVAE
+from fastflow.vae import DiscreteVAE, GaussianLikelihood, HierarchicalVAE, QuantizedVAE, SemiSupervisedVAE
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -111,7 +111,8 @@ def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_d
     """Diagnosis of a model with ``elbo`` on data x (N, *event), as the model takes them; it runs in eval mode.
 
     Args:
-        context: (N, ...) for a conditional model.
+        context: (N, ...) for a conditional model; of a SemiSupervisedVAE labels that are unknown, None or -1, are those
+            that its classifier thinks likeliest.
         beta: the KL weight that it was trained with, for the prediction of collapse.
         constant: nats to add to the distortion, such as D log(n_bins) for images dequantised to a range of 1, so that
             the ELBO bounds the log-probability of the integers.
@@ -128,6 +129,9 @@ def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_d
     training = model.training
     model.eval()
     try:
+        if isinstance(model, SemiSupervisedVAE):
+            likeliest = torch.cat([model.classify(batch).argmax(1) for batch in x.split(batch_size)])
+            context = likeliest if context is None else torch.where(context < 0, likeliest, context)
         point = rate_distortion(model, x, context, n_samples=n_samples, batch_size=batch_size, beta=beta,
                                 generator=generator)
         point = point._replace(distortion=point.distortion + constant, elbo=point.elbo - constant)

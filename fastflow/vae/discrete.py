@@ -7,6 +7,7 @@ from torch import nn
 
 from fastflow import checks, estimators
 from fastflow.vae.elbo import ELBO, iwae
+from fastflow.vae.generation import way
 from fastflow.vae.model import LIKELIHOODS
 
 __all__ = ["DiscreteVAE"]
@@ -170,6 +171,21 @@ class DiscreteVAE(nn.Module):
             points[row, :, dim] = values
         output = self.decode(points.view(-1, *z.shape))
         return self.likelihood.mean(output).unflatten(0, (len(dims), self.n_classes))
+
+    @torch.no_grad()
+    def interpolate(self, start, end, steps=8):
+        """The likelihood's mean at the likeliest latents of logits on the straight line between the posteriors' of two
+        batches, along which latents change one after the other.
+
+        Args:
+            start, end: (B, *event).
+            steps: points on each way, both ends included, at least 2.
+
+        Returns:
+            (steps, B, *event).
+        """
+        logits = way(self.posterior(start).logits, self.posterior(end).logits, steps, "lerp")
+        return self.likelihood.mean(self.decode(self._family(logits.flatten(0, 1)).mode())).unflatten(0, (steps, -1))
 
     def _family(self, logits):
         return (estimators.Bernoulli if self.n_classes == 2 else estimators.Categorical)(logits)

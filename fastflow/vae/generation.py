@@ -47,6 +47,26 @@ def slerp(start, end, weights):
 PATHS = {"lerp": lerp, "slerp": slerp}
 
 
+def way(start, end, steps, path):
+    """(steps, B, *S) from ``start`` to ``end`` (B, *S), both included, along a path named in PATHS."""
+    checks.choice("path", path, tuple(PATHS))
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"steps: expected an int of at least 2, got {steps!r}")
+    return PATHS[path](start, end, torch.linspace(0.0, 1.0, steps, device=start.device, dtype=start.dtype))
+
+
+def moved(z, dims, values):
+    """(len(dims), V, *S): z (*S) with each of the flattened elements ``dims``, None for all, at each of values (V,)."""
+    dims = range(z.numel()) if dims is None else dims
+    for dim in dims:
+        if not 0 <= dim < z.numel():
+            raise ValueError(f"dims: expected indices from 0 to {z.numel() - 1}, got {dim}")
+    points = z.flatten().expand(len(dims), len(values), -1).clone()
+    for row, dim in enumerate(dims):
+        points[row, :, dim] = values.to(points)
+    return points.unflatten(2, z.shape)
+
+
 class Generation:
     """The part of :class:`VAE` that generates. Contexts (labels or others) go where the model is a conditional one."""
 
@@ -111,18 +131,10 @@ class Generation:
             (len(dims), V, *event).
         """
         checks.tensor("z", z)
-        dims = range(z.numel()) if dims is None else dims
-        values = torch.linspace(-3.0, 3.0, 7) if values is None else torch.as_tensor(values)
-        for dim in dims:
-            if not 0 <= dim < z.numel():
-                raise ValueError(f"dims: expected indices from 0 to {z.numel() - 1}, got {dim}")
-        points = z.flatten().expand(len(dims), len(values), -1).clone()
-        for row, dim in enumerate(dims):
-            points[row, :, dim] = values.to(points)
-        points = points.flatten(0, 1).unflatten(1, z.shape)
+        points = moved(z, dims, torch.linspace(-3.0, 3.0, 7) if values is None else torch.as_tensor(values))
         if context is not None:
-            context = context.expand(len(points), *context.shape[1:])
-        return self.likelihood.mean(self.decode(points, context)).unflatten(0, (len(dims), len(values)))
+            context = context.expand(points.shape[0] * points.shape[1], *context.shape[1:])
+        return self.likelihood.mean(self.decode(points.flatten(0, 1), context)).unflatten(0, points.shape[:2])
 
     @torch.no_grad()
     def interpolate(self, start, end, steps=8, *, path="lerp", context=None):
@@ -136,11 +148,7 @@ class Generation:
         Returns:
             (steps, B, *event).
         """
-        checks.choice("path", path, tuple(PATHS))
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-            raise ValueError(f"steps: expected an int of at least 2, got {steps!r}")
-        start, end = self.encode(start, context), self.encode(end, context)
-        z = PATHS[path](start, end, torch.linspace(0.0, 1.0, steps, device=start.device, dtype=start.dtype))
+        z = way(self.encode(start, context), self.encode(end, context), steps, path)
         if context is not None:
             context = context.expand(steps, *context.shape).flatten(0, 1)
         return self.likelihood.mean(self.decode(z.flatten(0, 1), context)).unflatten(0, z.shape[:2])

@@ -9,7 +9,7 @@ from fastflow import checks, functional, reference
 from fastflow.autograd.top_down import run_levels
 from fastflow.vae import top_down
 from fastflow.vae.elbo import ELBO
-from fastflow.vae.generation import check_temperature
+from fastflow.vae.generation import check_temperature, moved, way
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.posteriors.gaussian import log_normal, promoted
 
@@ -252,6 +252,35 @@ class HierarchicalVAE(nn.Module):
         for level, z in zip(self.levels, latents, strict=True):
             h = level.merge(torch.cat([h, z.to(h.dtype)], 1))
         return self.decoder(h)
+
+    @torch.no_grad()
+    def traverse(self, latents, dims=None, values=None, *, level=0):
+        """The likelihood's mean as single latents of one level move while all others stay, those below too.
+
+        Args:
+            latents: (D, *S) of each level from the top down, as one row of :meth:`encode`.
+            dims: indices into the level's flattened latent; None for all.
+            values: (V,) that each takes in turn; None for 7 from -3 to 3.
+            level: which moves, 0 at the top.
+
+        Returns:
+            (len(dims), V, *event).
+        """
+        if not 0 <= level < len(self.levels):
+            raise ValueError(f"level: expected 0 to {len(self.levels) - 1}, got {level!r}")
+        values = torch.linspace(-3.0, 3.0, 7) if values is None else torch.as_tensor(values)
+        points = moved(latents[level], dims, values)
+        lead = points.shape[:2]
+        rows = [z.expand(lead[0] * lead[1], *z.shape) for z in latents]
+        rows[level] = points.flatten(0, 1)
+        return self.likelihood.mean(self.decode(rows)).unflatten(0, lead)
+
+    @torch.no_grad()
+    def interpolate(self, start, end, steps=8, *, path="lerp"):
+        """The likelihood's mean on the way between the latents of two batches, all levels at once. Arguments and result
+        as for VAE.interpolate."""
+        latents = [way(a, b, steps, path) for a, b in zip(self.encode(start), self.encode(end), strict=True)]
+        return self.likelihood.mean(self.decode([z.flatten(0, 1) for z in latents])).unflatten(0, (steps, len(start)))
 
     def _features(self, x):
         features = self.bottom_up(x)

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.vae.elbo import ELBO
-from fastflow.vae.generation import check_temperature
+from fastflow.vae.generation import check_temperature, moved, way
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.objectives import Objective
 from fastflow.vae.quantizers import count_codes
@@ -90,6 +90,33 @@ class QuantizedVAE(nn.Module):
             codes = codes.to(parameter.device)
         output = self.decode(codes)
         return self.likelihood.mean(output) if mean else self.likelihood.sample(output, generator=generator)
+
+    @torch.no_grad()
+    def traverse(self, codes, dims=None, values=None):
+        """The likelihood's mean as single codes change while the others stay.
+
+        Args:
+            codes: (*S) int64, the point to leave from.
+            dims: positions in the flattened codes; None for all.
+            values: (V,) codes that each takes in turn; None for all n_codes.
+
+        Returns:
+            (len(dims), V, *event).
+        """
+        points = moved(codes, dims, torch.arange(self.quantizer.n_codes) if values is None else torch.as_tensor(values))
+        return self.likelihood.mean(self.decode(points.flatten(0, 1))).unflatten(0, points.shape[:2])
+
+    @torch.no_grad()
+    def interpolate(self, start, end, steps=8, *, path="lerp"):
+        """The likelihood's mean at the codes of points on the way between the encoder's outputs for two batches.
+        Arguments and result as for VAE.interpolate."""
+        training = self.quantizer.training
+        self.quantizer.eval()  # whose averages are none of these points' business
+        try:
+            z = way(self.encoder(start), self.encoder(end), steps, path)
+            return self.likelihood.mean(self.decoder(self.quantizer(z.flatten(0, 1)).z)).unflatten(0, z.shape[:2])
+        finally:
+            self.quantizer.train(training)
 
     def _bound(self, x, n_samples, beta):
         z, codes, loss = self.quantizer(self.encoder(x))

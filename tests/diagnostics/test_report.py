@@ -97,6 +97,21 @@ def test_traversal_ranks_latents_by_kl():
     torch.testing.assert_close(grid.images[0, :, 0], (0.2 * x[3, 0]).expand(3))
 
 
+def test_report_of_a_semi_supervised_vae_without_all_labels():
+    """Unknown labels are the classifier's."""
+    torch.manual_seed(0)
+    encoder = vae.Conditioned(vae.mlp_encoder((6 + 3,), 2, (8,)), 3, flatten=True)
+    decoder = vae.Conditioned(vae.mlp_decoder(2 + 3, (6,), (8,)), 3)
+    model = vae.SemiSupervisedVAE(encoder, decoder, torch.nn.Linear(6, 3), 3, latent_shape=2).double()
+    x = (randn(30, 6, seed=0) > 0).double()
+    likeliest = model.classify(x).argmax(1)
+    some = torch.where(torch.arange(30) < 10, (likeliest + 1) % 3, likeliest)
+    for given, labels in ((None, likeliest), (torch.where(torch.arange(30) < 10, some, -1), some)):
+        found, want = (diagnostics.diagnose(model, x, c, generator=torch.Generator().manual_seed(0))
+                       for c in (given, labels))
+        assert found.point == want.point and torch.equal(found.kl, want.kl)
+
+
 def test_report_of_a_gaussian_vae():
     model, x = selective([2.0, 0.0, 1.0]), randn(300, 3, seed=0)
     found = diagnostics.diagnose(model, x, n_dims=2, generator=torch.Generator().manual_seed(0))

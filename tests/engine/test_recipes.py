@@ -80,6 +80,8 @@ def test_every_recipe_trains_evaluates_and_draws(recipe, tmp_path, fastflow):
     assert results["step"] == 2 and np.isfinite(results["log_prob" if table else "bits_per_dim"])
     assert results["samples"].endswith(".csv" if table else ".png") and ("rows" if table else "images") in said
     assert ("reconstructions" in results) == ("elbo" in results)
+    if "elbo" in results:  # a VAE of any kind
+        assert (out / "diagnosis" / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
     trained = load_trained(out, "cpu")  # without the data, from the shape that the run has found
     assert trained.settings.data.shape == settings.data.known_shape()
     assert fastflow("sample", out, "-n", 3).strip().endswith("-seed-0.csv" if table else "-seed-0.png")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gaussian_models import PPCA, randn
+from gaussian_models import PPCA, perturb, randn
 
 from fastflow import vae
 
@@ -64,6 +64,71 @@ def test_temperature_scales_the_priors_spread_alone(temperature):
     products = x[:, :, None] * x[:, None]
     expected = temperature**2 * PROBLEM.w @ PROBLEM.w.T + 0.25 * torch.eye(4, dtype=torch.float64)
     assert ((products.mean(0) - expected).abs() < 4.5 * products.std(0) / math.sqrt(n)).all()
+
+
+def moves(found, decode, point, dims, values):
+    """That row by row the pictures are those of the point with one element set."""
+    for row, dim in enumerate(dims):
+        for column, value in enumerate(values):
+            changed = point.clone()
+            changed.view(-1)[dim] = value
+            torch.testing.assert_close(found[row, column], decode(changed))
+
+
+@torch.no_grad()
+def test_hierarchies_move_along_one_level_and_between_two_data():
+    torch.manual_seed(0)
+    hierarchy, x = perturb(vae.HVAE((6,), (2, 3), 8).double()), (randn(4, 6, seed=0) > 0).double()
+    latents = [z[0] for z in hierarchy.encode(x)]
+    values = torch.tensor([-1.0, 0.5])
+    for level in (0, 1):
+        def decode(z, level=level):
+            rows = [z if i == level else other for i, other in enumerate(latents)]
+            return hierarchy.likelihood.mean(hierarchy.decode([row[None] for row in rows]))[0]
+
+        moves(hierarchy.traverse(latents, [1, 0], values, level=level), decode, latents[level], [1, 0], values)
+    assert hierarchy.traverse(latents, level=1).shape == (3, 7, 6)
+    for path in ("lerp", "slerp"):
+        found = hierarchy.interpolate(x[:2], x[2:], 3, path=path)
+        torch.testing.assert_close(found[[0, -1]], hierarchy.reconstruct(x).view(2, 2, 6))
+    middle = [0.5 * (z[:2] + z[2:]) for z in hierarchy.encode(x)]
+    torch.testing.assert_close(hierarchy.interpolate(x[:2], x[2:], 3)[1],
+                               hierarchy.likelihood.mean(hierarchy.decode(middle)))
+    with pytest.raises(ValueError, match="^level: expected 0 to 1"):
+        hierarchy.traverse(latents, level=2)
+
+
+@torch.no_grad()
+def test_codes_take_other_values_and_lead_from_one_to_another():
+    torch.manual_seed(0)
+    quantized, x = vae.VQVAE((1, 4, 4), 5, 3, (4,)).double(), (randn(4, 1, 4, 4, seed=0) > 0).double()
+    before = {name: value.clone() for name, value in quantized.state_dict().items()}
+    codes = quantized.eval().codes(x)[0]
+    quantized.train()
+    found = quantized.traverse(codes, [1], [4, 0])
+    moves(found, lambda c: quantized.likelihood.mean(quantized.decode(c[None]))[0], codes, [1], [4, 0])
+    assert quantized.traverse(codes).shape == (codes.numel(), 5, 1, 4, 4)
+    path = quantized.interpolate(x[:2], x[2:], 4)
+    assert path.shape == (4, 2, 1, 4, 4) and quantized.quantizer.training
+    torch.testing.assert_close(quantized.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(path[[0, -1]], quantized.eval().reconstruct(x).view(2, 2, 1, 4, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_discrete_latents_change_one_after_the_other(n_classes):
+    torch.manual_seed(0)
+    width = 5 if n_classes == 2 else 15
+    discrete = vae.DiscreteVAE(torch.nn.Linear(4, width), torch.nn.Linear(width, 4), 5, n_classes).double()
+    start, end = randn(3, 4, seed=0), -randn(3, 4, seed=0)
+    found = discrete.interpolate(start, end, 50)
+    assert found.shape == (50, 3, 4)
+    torch.testing.assert_close(found[[0, -1]], torch.stack([discrete.reconstruct(start), discrete.reconstruct(end)]))
+    a, b = discrete.posterior(start).logits, discrete.posterior(end).logits
+    half = type(discrete.posterior(start))(a + (b - a) * 24 / 49).mode()
+    torch.testing.assert_close(found[24], discrete.likelihood.mean(discrete.decode(half)))
+    with pytest.raises(ValueError, match="^steps"):
+        discrete.interpolate(start, end, 1)
 
 
 @pytest.mark.parametrize(("make", "message"), [

@@ -85,6 +85,10 @@ def test_vamp_is_the_mixture_of_posteriors():
     expected = MixtureSameFamily(Categorical(torch.ones(4, dtype=torch.float64)), components)
     z = randn(6, 2, seed=3)
     torch.testing.assert_close(prior.log_prob(z), expected.log_prob(z))
+    cold, warm = (prior.sample(40, generator=torch.Generator().manual_seed(0), temperature=t) for t in (0.0, 0.5))
+    assert all((mean == z).all(1).any() for z in cold)
+    full = prior.sample(40, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(warm, 0.5 * (cold + full))
     # With the data themselves as pseudo-inputs the prior is the aggregate posterior: KL is the mutual information.
     prior = vae.VampPrior(problem.x, trainable=False)
     model = vae.VAE(model.encoder, model.decoder, prior=prior, likelihood="gaussian").double()
@@ -196,7 +200,8 @@ def test_conditional_flow_prior():
     (ValueError, lambda: vae.VampPrior(torch.zeros(3)), "inputs"),
     (ValueError, lambda: vae.VampPrior(torch.zeros(3, 2), bounds=(1, 0)), "bounds"),
     (RuntimeError, lambda: vae.VampPrior(torch.zeros(3, 2)).log_prob(torch.zeros(1, 2)), "VAE"),
-    (ValueError, lambda: vamp()[0].sample(2, temperature=0.5), "temperature"),
+    (ValueError, lambda: vae.VampVAE((4,), 2, n_components=3, sizes=(4,), posterior="full").sample(2, temperature=0.5),
+     "temperature"),
     (ValueError, lambda: vae.AutoregressivePrior(2, 0), "n_components"),
     (ValueError, lambda: vae.AutoregressivePrior(2).log_prob(torch.zeros(3, 1)), "z"),
     (ValueError, lambda: vae.CodePrior(1), "n_codes"),

@@ -51,12 +51,18 @@ class VampPrior(nn.Module):
         return torch.logsumexp(each, 1) - math.log(len(params))
 
     def sample(self, n, *, generator=None, temperature=1.0):
-        """(n, D, *S); a temperature other than 1 has no meaning for every posterior and is refused."""
-        if temperature != 1.0:
-            raise ValueError(f"temperature: expected 1 for a VampPrior, got {temperature}")
+        """(n, D, *S); ``temperature`` scales the components' standard deviations, and must be 1 where the posterior is
+        no diagonal Gaussian."""
         params, posterior = self._params()
+        if temperature != 1.0 and not hasattr(posterior, "moments"):
+            raise ValueError(f"temperature: expected 1 for a VampPrior of a {type(posterior).__name__}, got "
+                             f"{temperature}")
         chosen = choose(params.new_full((len(params),), 1.0 / len(params)), n, generator)
-        return posterior(params[chosen], generator=generator)[0][0]
+        z = posterior(params[chosen], generator=generator)[0][0]
+        if temperature == 1.0:
+            return z
+        mean = posterior.moments(params[chosen])[0]
+        return mean + temperature * (z - mean)
 
     def pseudo_inputs(self):
         """(C, *event), within the bounds."""
