@@ -114,15 +114,12 @@ def save(directory, step, tensors, state, keep=0, spare=None):
         temporary.mkdir(parents=True)
         orders = {stem: {name: order for name, t in named.items() if (order := _memory_order(t)) is not None}
                   for stem, named in tensors.items()}
-        contents = {STATE: json.dumps({"format": FORMAT, "step": step, ORDERS: orders, **state}, indent=1).encode()}
-        for stem, named in tensors.items():
-            copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named.items()}
-            contents[f"{stem}.safetensors"] = to_bytes(copies)
-        files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                 for name, data in contents.items()}
-        contents[MANIFEST] = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode()
-        for name, data in contents.items():
-            _write(temporary / name, data)
+        files = {STATE: _write(temporary / STATE, json.dumps({"format": FORMAT, "step": step, ORDERS: orders, **state},
+                                                             indent=1).encode())}
+        for stem, named in tensors.items():  # one file's bytes at a time
+            files[f"{stem}.safetensors"] = _write(temporary / f"{stem}.safetensors", to_bytes(
+                {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named.items()}))
+        _write(temporary / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode())
         _sync(temporary)
         if final.exists():
             final.rename(replaced)
@@ -238,10 +235,12 @@ def _remove(path):
 
 
 def _write(path, data):
+    """Writes a new file through to the disk; its entry in the manifest."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _sync(directory):

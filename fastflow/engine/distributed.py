@@ -8,8 +8,8 @@ import os
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Processes", "agree", "is_sharded", "local", "placed_like", "replicas", "synchronized", "synchronizes",
-           "unwrap", "whole", "wrapped"]
+__all__ = ["Processes", "agree", "gathered", "is_sharded", "local", "placed_like", "replicas", "synchronized",
+           "synchronizes", "unwrap", "whole", "wrapped"]
 
 
 def layers_of(model):
@@ -57,6 +57,18 @@ def synchronized(model, now):
 def whole(tensor):
     """A sharded tensor gathered; another one as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gathered(named, keep=True):
+    """{name: whole tensor on the CPU} of named tensors, {} if not ``keep``; all processes together, one tensor at a
+    time, so that no device holds more than one whole one."""
+    found = {}
+    for name, tensor in named.items():
+        full = whole(tensor.detach())
+        if keep:
+            found[name] = full.to("cpu")
+        del full
+    return found
 
 
 def local(tensor):

@@ -4,28 +4,29 @@ import torch
 
 from fastflow.engine import settings as settings_module
 from fastflow.engine import state as state_module
-from fastflow.engine.distributed import whole
+from fastflow.engine.distributed import gathered
 from fastflow.engine.errors import CheckpointError, SettingsError
 
 __all__ = ["check_continuation", "restore", "snapshot", "weights"]
 
 
-def weights(model):
-    """{name: whole tensor} of the model's state; all processes gather it together."""
-    return {name: whole(t.detach()) for name, t in model.state_dict().items()}
+def weights(model, keep=True):
+    """{name: whole tensor on the CPU} of the model's state, {} if not ``keep``; all processes gather it together."""
+    return gathered(model.state_dict(), keep)
 
 
 def snapshot(trainer):
-    """(tensors, state) for :func:`fastflow.engine.checkpoint.save`; all processes call it together."""
-    optimizer, plain = state_module.optimizer_state(trainer.optimizer)
+    """(tensors, state) for :func:`fastflow.engine.checkpoint.save` in the first process; all call it together."""
+    first = trainer.processes.rank == 0
+    optimizer, plain = state_module.optimizer_state(trainer.optimizer, first)
     training = {f"optimizer.{name}": t for name, t in optimizer.items()}
     for group, generators in (("random", state_module.random_state(trainer.device)),
                               ("host_random", state_module.host_random_state())):
         training |= {f"{group}.{name}": torch.stack(trainer.processes.gather(t)) for name, t in generators.items()}
-    tensors = {"model": weights(trainer.model), "training": training}
+    tensors = {"model": weights(trainer.model, first), "training": training}
     ema = trainer.train_step.ema
     if ema is not None:
-        tensors["ema"] = tensors["model"] | {name: whole(t) for name, t in ema.state_dict().items()}
+        tensors["ema"] = tensors["model"] | gathered(ema.state_dict(), first)
     return tensors, {"settings": trainer.settings.model_dump(), "optimizer": plain, "data": trainer.data.fingerprint(),
                      "title": trainer.title, "torch": torch.__version__, "skipped": trainer.skipped,
                      "processes": trainer.processes.count, "watch": trainer.watch.state_dict()}

@@ -5,23 +5,23 @@ import random
 import numpy
 import torch
 
-from fastflow.engine.distributed import placed_like, whole
+from fastflow.engine.distributed import gathered, placed_like
 
 __all__ = ["host_random_state", "optimizer_state", "random_state", "restore_host_random", "restore_optimizer",
            "restore_random", "seed_host_random"]
 
 
-def optimizer_state(optimizer):
-    """(tensors, plain): {"index.key": tensor} and {"index.key": number} of every parameter's state; all processes
-    together gather what is sharded."""
+def optimizer_state(optimizer, keep=True):
+    """(tensors, plain): {"index.key": tensor on the CPU} and {"index.key": number} of every parameter's state; all
+    processes together gather what is sharded, and have no tensors if not ``keep``."""
     tensors, plain = {}, {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = whole(value)
+                tensors[f"{index}.{key}"] = value
             else:
                 plain[f"{index}.{key}"] = value
-    return tensors, plain
+    return gathered(tensors, keep), plain
 
 
 def restore_optimizer(optimizer, tensors, plain):

@@ -363,12 +363,14 @@ class Trainer:
         """Draws what the model generates, and with ``page`` the diagnosis of a VAE; see
         :func:`fastflow.engine.gallery.draw`. The first process returns what that does."""
         with self._averaged():
-            model = self.model
+            model, state = self.model, None
             if is_sharded(model):  # sampling goes past the forward that would gather the shards
-                state, model = weights(model), build_model(self.settings).to(self.device)
-                model.load_state_dict(state)
+                state, model = weights(model, self.processes.rank == 0), build_model(self.settings)
             if self.processes.rank:
                 return {}
+            if state is not None:
+                model.load_state_dict(state)
+                model.to(self.device)
             found = draw(self.out, model, self.train_step.objective, self.settings, self.data, self.device, self.step,
                          self.title, page)
         for name in ("samples", "reconstructions"):

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from fastflow.engine import NonFiniteError, RunError, SettingsError, checkpoint, load_settings, state, trainer
+from fastflow.engine.distributed import gathered
 from fastflow.engine.trainer import Trainer
 
 STEPS = 9
@@ -235,3 +236,38 @@ def test_a_disk_that_is_full_stops_the_run_with_the_last_checkpoint_intact(make,
     again.run()
     assert [json.loads(line)["step"] for line in (made.out / "metrics.jsonl").read_text().splitlines()
             if "loss" in line] == list(range(1, STEPS + 1))
+
+
+class Shard:
+    """A sharded tensor; ``alive`` counts the whole ones that are held on its device."""
+
+    alive = most = 0
+
+    def __init__(self, value):
+        self.value = value
+
+    def detach(self):
+        return self
+
+    def full_tensor(self):
+        shard, value = Shard, self.value
+
+        class Whole:
+            def __init__(self):
+                shard.alive += 1
+                shard.most = max(shard.most, shard.alive)
+
+            def __del__(self):
+                shard.alive -= 1
+
+            def to(self, device):
+                return value.to(device)
+        return Whole()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_shards_are_gathered_one_by_one_and_kept_by_one_process(keep):
+    Shard.alive = Shard.most = 0
+    found = gathered({str(i): Shard(torch.tensor(i)) for i in range(5)}, keep)
+    assert found == ({str(i): torch.tensor(i) for i in range(5)} if keep else {})
+    assert Shard.most == 1 and Shard.alive == 0
