@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +176,13 @@ def test_a_full_disk_leaves_the_earlier_ones_intact(tmp_path, monkeypatch, fail_
     assert checkpoint.load(old).tensors["model"]["w"] == 1
     assert not list(tmp_path.glob(".*"))
     assert [step for step, _ in checkpoint.find(tmp_path)] == ([1, 2] if fail_at == 4 else [1])
+
+
+def test_a_stored_checkpoint_of_format_1_loads():
+    """Written once and never again: every later version must read it."""
+    loaded = checkpoint.load(Path(__file__).with_name("format-1") / "step-000005")
+    assert loaded.step == 5 and loaded.state["settings"] == {"a": 1.5}
+    conv = loaded.tensors["model"]["conv"]
+    assert torch.equal(conv, torch.arange(36.0).reshape(2, 2, 3, 3)) and conv.stride() == (18, 1, 6, 2)
+    assert same_bits(loaded.tensors["model"]["half"], torch.arange(4.0).bfloat16())
+    assert torch.equal(loaded.tensors["training"]["random.cpu"], torch.arange(9, dtype=torch.uint8))

@@ -148,13 +148,14 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there(trainer,
     assert_same(newest(whole), newest(again))
 
 
-def test_a_signal_during_an_evaluation_is_heard(trainer):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_an_evaluation_is_heard(trainer, number):
     made = trainer("run", 2)
     made.start()
     report = made.train_step.objective.report
 
     def kill(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return report(*arguments)
 
     made.train_step.objective.report = kill
