@@ -13,6 +13,7 @@ __all__ = ["read_npy", "read_npz"]
 
 ERRORS = (ValueError, OSError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, NotImplementedError,
           RuntimeError, KeyError)
+PIECE = 1 << 24  # bytes
 
 
 def read_npy(path):
@@ -55,11 +56,11 @@ def _read(path, file, size):
     if size - file.tell() != promised:
         raise DataFileError(path, f"has {size - file.tell()} bytes of data where its header promises {promised}; "
                                   "it is truncated or corrupt")
-    data = bytearray(promised)
-    view, end = memoryview(data), 0
-    while end < promised and (count := file.readinto(view[end:])):  # no second copy of gigabytes
-        end += count
-    if end != promised:
-        raise DataFileError(path, f"is truncated: {end} bytes of data of {promised}")
-    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+    data, done = np.empty(promised, np.uint8), 0
+    while done < promised:  # in pieces, because zipfile's readinto makes a copy of what it reads
+        n = file.readinto(data[done:done + PIECE])
+        if not n:
+            raise DataFileError(path, f"is truncated: {done} bytes of data of {promised}")
+        done += n
+    array = data.view(dtype).reshape(shape, order="F" if fortran else "C")
     return array.astype(dtype.newbyteorder("="), copy=False)

@@ -1,11 +1,15 @@
 """Downsampled ImageNet (Chrabaszcz et al. 2017, arXiv:1707.08819) from its npz files.
 
 The training part is train_data_batch_1.npz to _10.npz, or train_data.npz in one piece; the test part is val_data.npz.
-Each holds ``data`` (N, 3*S*S) uint8, the planes of red, green and blue, and ``labels`` from 1 to 1000.
+Each holds ``data`` (N, 3*S*S) uint8, the planes of red, green and blue, and ``labels`` from 1 to 1000. The images are
+read once, into .npy files that every later run and all processes of a machine map into memory.
 """
+
+from pathlib import Path
 
 import numpy as np
 
+from fastflow.data import cache as caching
 from fastflow.data.arrays import read_npz
 from fastflow.data.files import DataFileError
 
@@ -19,15 +23,18 @@ def is_there(path):
     return any(path.glob("train_data*.npz"))
 
 
-def read(path, size):
+def read(path, size, cache=None):
     """(train, test, train labels, test labels): uint8 (N, 3, size, size) twice, int64 (N,) from 0 to 999 twice.
+
+    The images are read-only. A file that changes makes new .npy files; the old ones are left to be deleted.
 
     Args:
         path: the folder with the files, or the one above ``Imagenet{size}_train`` and ``Imagenet{size}_val``.
         size: 32 or 64 (or 8 or 16, which the authors offer too).
+        cache: the folder for the .npy files; None for ``path`` itself.
 
     Raises:
-        DataFileError: a file is missing, truncated, corrupt or of another size.
+        DataFileError: a file is missing, truncated, corrupt or of another size, or a .npy file can't be written.
     """
     folders = [path / name.format(size) for name in FOLDERS]
     whole = [f / "train_data.npz" for f in folders if (f / "train_data.npz").is_file()]
@@ -39,14 +46,19 @@ def read(path, size):
     held_out = next((f / "val_data.npz" for f in folders if (f / "val_data.npz").is_file()), None)
     if held_out is None:
         raise DataFileError(path / "val_data.npz", "is missing")
-    labels = [_labels(f) for f in files]  # first, so that the images find their place and are held once
-    images = np.empty((sum(map(len, labels)), 3, size, size), np.uint8)
-    end = 0
-    for file, those in zip(files, labels, strict=True):
-        begin, end = end, end + len(those)
-        images[begin:end] = _images(file, size, len(those))
-    test_labels = _labels(held_out)
-    return images, _images(held_out, size, len(test_labels)), np.concatenate(labels), test_labels
+    place = path if cache is None else Path(cache)
+    train, train_labels = _part(files, size, place, "train")
+    test, test_labels = _part([held_out], size, place, "val")
+    return train, test, train_labels, test_labels
+
+
+def _part(files, size, place, name):
+    """(images, labels) of the files one after the other, the images mapped."""
+    labels = [_labels(f) for f in files]
+    images = caching.mapped(place / f"fastflow-imagenet{size}-{name}-{caching.stamp(files)}.npy",
+                            (sum(map(len, labels)), 3, size, size),
+                            lambda: (_images(f, size, len(own)) for f, own in zip(files, labels, strict=True)))
+    return images, np.concatenate(labels)
 
 
 def _number(path):

@@ -1,6 +1,7 @@
 """Data by name or by path, in whatever format they lie there."""
 
 import importlib
+import warnings
 from pathlib import Path
 
 from fastflow.data import bundled, cifar10, folders, huggingface, imagenet, tables
@@ -15,7 +16,7 @@ OVERLAPPING = {"photos", "patches"}  # whose training examples share pixels
 # format: image shape and levels, or None where the data decide
 FORMATS = {"cifar10": ((3, 32, 32), 256), "imagenet32": ((3, 32, 32), 256), "imagenet64": ((3, 64, 64), 256),
            "folder": None, "table": None, "huggingface": None}
-OPTIONS = {"cifar10": {"verify"}, "imagenet32": set(), "imagenet64": set(), "folder": {"size", "test_fraction"},
+OPTIONS = {"cifar10": {"verify"}, "imagenet32": {"cache"}, "imagenet64": {"cache"}, "folder": {"size", "test_fraction"},
            "table": {"test_fraction"}, "huggingface": {"size", "test_fraction"}}  # all have validation_fraction
 
 
@@ -26,8 +27,8 @@ def load(name, *, format=None, validation_fraction=0.0, **options):
     format       what lies at the path                                                      options
     ============ ========================================================================== ===================
     cifar10      the python or binary version, .tar.gz or extracted                         verify
-    imagenet32   the npz files of downsampled ImageNet                                      (none)
-    imagenet64   the same, 64x64                                                            (none)
+    imagenet32   the npz files of downsampled ImageNet                                      cache
+    imagenet64   the same, 64x64                                                            cache
     folder       pictures, in train and test or in one folder                               size, test_fraction
     table        .npy, .npz, .csv or .parquet, or a folder with train.* and test.*          test_fraction
     huggingface  what ``save_to_disk`` wrote: pictures or numbers                           size, test_fraction
@@ -41,6 +42,8 @@ def load(name, *, format=None, validation_fraction=0.0, **options):
         validation_fraction: share of the training part that becomes a validation part, where the data bring none; which
             examples is fixed. Data with train, val (valid, validation) and test bring one.
         verify: compare with the checksums that CIFAR-10's source publishes (default True).
+        cache: folder for the .npy files that ImageNet's images are kept in (default the path itself); the images are
+            then read-only and shared between processes. A ``validation_fraction`` takes a copy of them.
         size: scale pictures to size x size.
         test_fraction: share of the test part where the data bring no split (default 0.1); which examples is fixed.
 
@@ -86,7 +89,9 @@ def _made(name, found, n_bins, validation_fraction):
                 found[f"validation{suffix}"] = found[f"train{suffix}"][held_out]
                 found[f"train{suffix}"] = found[f"train{suffix}"][rest]
     columns = found.pop("columns", None)
-    parts = {part: None if array is None else torch.from_numpy(array) for part, array in found.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # mapped files: nobody writes there
+        parts = {part: None if array is None else torch.from_numpy(array) for part, array in found.items()}
     return ImageData(name, n_bins=n_bins, **parts) if columns is None else \
         tables.TableData(name, columns=columns, **parts)
 
@@ -115,7 +120,7 @@ def _read(format, path, options):
     if format == "cifar10":
         return dict(zip(names, cifar10.read(path, **options), strict=True))
     if format.startswith("imagenet"):
-        return dict(zip(names, imagenet.read(path, int(format.removeprefix("imagenet"))), strict=True))
+        return dict(zip(names, imagenet.read(path, int(format.removeprefix("imagenet")), **options), strict=True))
     return {"folder": folders, "table": tables, "huggingface": huggingface}[format].read(path, **options)
 
 

@@ -6,7 +6,7 @@ from fastflow.engine.settings import from_dict
 
 __all__ = ["completed", "example_shape", "is_table", "levels_of_values", "load_data"]
 
-OPTIONS = ("size", "test_fraction", "verify")
+OPTIONS = ("size", "test_fraction", "verify", "cache")
 
 
 def load_data(settings):

@@ -44,6 +44,8 @@ class DataSettings(Section):
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of the training part to choose a model by, "
                                                                     "where the data bring no validation part")
     verify: bool = Field(True, description="compare with the checksums that the source publishes")
+    cache: str | None = Field(None, description="folder for the .npy files that ImageNet is mapped from; beside the "
+                                                "data if not given")
     source: str = Field("", description="where to get what belongs at the path, said where it is missing")
 
     @model_validator(mode="after")
@@ -54,7 +56,8 @@ class DataSettings(Section):
             raise combination(f"data.path: can't be combined with data.name={self.name}")
         options = OPTIONS.get(self.format) if self.path else ()
         for field, is_given in (("format", self.format is not None), ("size", self.size is not None),
-                                ("test_fraction", self.test_fraction is not None), ("verify", not self.verify)):
+                                ("test_fraction", self.test_fraction is not None), ("verify", not self.verify),
+                                ("cache", self.cache is not None)):
             if is_given and options is not None and field not in (*options, *(["format"] if self.path else [])):
                 raise combination(f"data.{field}: does not belong to {self.name or self.format} data")
         known = self.known_shape()

@@ -1,6 +1,8 @@
 """ImageNet, folders of pictures, tables and Hugging Face datasets from small files of their true formats."""
 
 import json
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -60,6 +62,49 @@ def test_damaged_npz_files_name_themselves(tmp_path):
     flipped[3000] ^= 1  # in the pixels: only the checksum tells
     path.write_bytes(flipped)
     with pytest.raises(data.DataFileError, match="train_data_batch_2.npz: .*CRC"):
+        data.load(tmp_path, format="imagenet32")
+
+
+def test_imagenet_is_written_once_and_mapped(tmp_path, monkeypatch):
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    made = imagenet(source)
+    first = data.load(source, format="imagenet32", cache=str(cache))
+    assert len(list(cache.glob("*.npy"))) == 2 and not list(cache.glob("*tmp*")) and not list(source.glob("*.npy"))
+    with monkeypatch.context() as patch:
+        patch.setattr("fastflow.data.imagenet._images", None)  # the pixels are not read again
+        again = data.load(source, format="imagenet32", cache=str(cache))
+    assert again.fingerprint() == first.fingerprint() and torch.equal(again.train, first.train)
+    maps = open("/proc/self/maps").read()
+    assert all(f"r--s {'0' * 8}" in line for line in maps.splitlines() if str(cache) in line) and str(cache) in maps
+    batch = again.train[torch.tensor([2, 0])]
+    batch.zero_()  # a copy
+    assert again.fingerprint() == first.fingerprint()
+    pixels, labels = made[0]
+    np.savez(source / "train_data_batch_1.npz", data=255 - pixels, labels=labels)
+    changed = data.load(source, format="imagenet32", cache=str(cache))
+    assert np.array_equal(changed.train[:4].flatten(1).numpy(), 255 - pixels) and len(list(cache.glob("*.npy"))) == 3
+
+
+def test_several_processes_write_imagenet_once(tmp_path):
+    imagenet(tmp_path)
+    code = ("import sys, fastflow.data.imagenet as i; from pathlib import Path; real = i._images\n"
+            "i._images = lambda *a: (print('read'), real(*a))[1]\n"
+            "print(i.read(Path(sys.argv[1]), 32)[0].sum())")
+    started = [subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+               for _ in range(3)]
+    said = [process.communicate(timeout=60)[0].split() for process in started]
+    assert sum(words.count("read") for words in said) == 3 and len({words[-1] for words in said}) == 1
+
+
+def test_a_cache_that_is_damaged_or_in_the_way_names_itself(tmp_path):
+    imagenet(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.DataFileError, match="file.*npy: can't be written .*data.cache says where"):
+        data.load(tmp_path, format="imagenet32", cache=str(tmp_path / "file"))
+    data.load(tmp_path, format="imagenet32")
+    (cached,) = tmp_path.glob("fastflow-imagenet32-train-*.npy")
+    cached.write_bytes(cached.read_bytes()[:-1])
+    with pytest.raises(data.DataFileError, match="npy: can't be read .*delete it"):
         data.load(tmp_path, format="imagenet32")
 
 
