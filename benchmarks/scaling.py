@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fastflow import flows, nn
+from fastflow import flows
 from fastflow.engine.scaling import traffic
 
 __all__ = ["PAGE", "main", "table"]
@@ -12,11 +12,11 @@ __all__ = ["PAGE", "main", "table"]
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 START, END = "<!-- table: python -m benchmarks.scaling -->", "<!-- end of table -->"
 PROCESSES = (8, 32)
-MODELS = {  # name: (constructor, configuration, modules that FSDP2 shards apart)
-    "Glow, CIFAR-10": (flows.Glow, "cifar10", None),
-    "Glow, ImageNet 64": (flows.Glow, "imagenet64", None),
-    "TarFlow 2-1024-8-8, ImageNet 64": (flows.TarFlow, "imagenet64-2-1024-8-8", flows.TarFlowBlock),
-    "Jet 1B, ImageNet 64": (flows.Jet, "imagenet64-1b", nn.AffineCoupling),
+MODELS = {  # name: (constructor, configuration)
+    "Glow, CIFAR-10": (flows.Glow, "cifar10"),
+    "Glow, ImageNet 64": (flows.Glow, "imagenet64"),
+    "TarFlow 2-1024-8-8, ImageNet 64": (flows.TarFlow, "imagenet64-2-1024-8-8"),
+    "Jet 1B, ImageNet 64": (flows.Jet, "imagenet64-1b"),
 }
 
 
@@ -25,13 +25,12 @@ def table():
     lines = ["| model | parameters | processes | strategy | all-reduce | all-gather | reduce-scatter | "
              "each process sends | keeps of the parameters | and gathers at once |",
              "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|"]
-    for name, (constructor, configuration, kind) in MODELS.items():
+    for name, (constructor, configuration) in MODELS.items():
         with torch.device("meta"):
             model = constructor.from_config(configuration)
-        groups = [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
         count = sum(p.numel() for p in model.parameters())
         for n in PROCESSES:
-            for strategy, found in (("DDP", traffic(model, n)), ("FSDP2", traffic(model, n, "fsdp2", groups))):
+            for strategy, found in (("DDP", traffic(model, n)), ("FSDP2", traffic(model, n, "fsdp2", model.shard_groups()))):
                 cells = (found.all_reduce, found.all_gather, found.reduce_scatter, found.sent, found.parameters,
                          found.gathered)
                 lines.append(f"| {name} | {count:,} | {n} | {strategy} | {' | '.join(map(_shown, cells))} |")

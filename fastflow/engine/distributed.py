@@ -87,12 +87,15 @@ def placed_like(tensor, full):
 
 def wrapped(model, strategy, device):
     """The model for training in all processes: "ddp" keeps it whole in each, "fsdp" spreads parameters, gradients and
-    the optimizer's state over them, all parameters in one group."""
+    the optimizer's state over them, each of the model's ``shard_groups()`` a group of its own and the rest one more."""
     if strategy == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        return fully_shard(model, mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)))
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        for group in getattr(model, "shard_groups", list)():
+            fully_shard(group, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 

@@ -121,6 +121,14 @@ class Flow(nn.Module):
             x = initialize(self.dequantization, x, context)
         initialize(self.transform, x, context)
 
+    def shard_groups(self):
+        """[module]: disjoint submodules that FSDP2 gathers and frees one at a time; what is left is one group more.
+
+        None here: 1x1 weights that are factorised together are needed whole together. A flow of large repeated blocks
+        lists those.
+        """
+        return []
+
     def unpack(self, z):
         """The latents of a multi-scale z (B, D) as a list, in the order in which they leave; [z] for other flows."""
         return self.transform.unpack(z) if hasattr(self.transform, "unpack") else [z]

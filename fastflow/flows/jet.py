@@ -160,6 +160,10 @@ class Jet(Flow):
         super().__init__(Compose(patches, *layers), StandardNormal(patches.token_shape))
         self.image_shape = tuple(image_shape)
 
+    def shard_groups(self):
+        """The couplings: each is a group of FSDP2's."""
+        return [layer for layer in self.transform.transforms if isinstance(layer, AffineCoupling)]
+
     @staticmethod
     def _order(kind, patches):
         rows, columns = patches.rows, patches.columns

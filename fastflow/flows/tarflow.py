@@ -180,6 +180,10 @@ class TarFlow(Flow):
         super().__init__(Compose(patches, *layers), StandardNormal(patches.token_shape))
         self.image_shape, self.num_classes = tuple(image_shape), num_classes
 
+    def shard_groups(self):
+        """The blocks: each is a group of FSDP2's."""
+        return list(self.transform.transforms)[1:]
+
     @torch.no_grad()
     def sample(self, n, context=None, *, generator=None, temperature=1.0, guidance=0.0, method="sequential",
                capture=None):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_imagenet_is_written_once_and_mapped(tmp_path, monkeypatch):
         patch.setattr("fastflow.data.imagenet._images", None)  # the pixels are not read again
         again = data.load(source, format="imagenet32", cache=str(cache))
     assert again.fingerprint() == first.fingerprint() and torch.equal(again.train, first.train)
-    maps = open("/proc/self/maps").read()
+    maps = Path("/proc/self/maps").read_text()
     assert all(f"r--s {'0' * 8}" in line for line in maps.splitlines() if str(cache) in line) and str(cache) in maps
     batch = again.train[torch.tensor([2, 0])]
     batch.zero_()  # a copy

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastflow import flows
 from fastflow.engine import TrainStep
+from fastflow.engine.distributed import wrapped
 from fastflow.nn import MLP, AffineCoupling
 
 BATCH = 6
@@ -28,6 +29,21 @@ def glow():
 def realnvp():
     layers = [AffineCoupling(MLP(2, 4, (8,)), flip=i % 2 == 1, scale="tanh") for i in range(4)]
     return scattered(flows.Flow(flows.Compose(*layers), flows.StandardNormal(4))), torch.randn(BATCH, 4)
+
+
+def jet():
+    made = flows.Jet((3, 8, 8), patch_size=4, channels=8, couplings=4, depth=1, heads=2)
+    return scattered(made), torch.rand(BATCH, 3, 8, 8) - 0.5
+
+
+def tarflow():
+    made = flows.TarFlow((3, 8, 8), patch_size=4, channels=8, head_dim=4, blocks=2, layers_per_block=1)
+    return scattered(made), torch.rand(BATCH, 3, 8, 8) - 0.5
+
+
+def as_trained(model, mesh):
+    assert model.shard_groups()
+    return wrapped(model, "fsdp", torch.device("cpu")), model
 
 
 def ddp(model, mesh):
@@ -56,7 +72,8 @@ def fsdp_conditioners(model, mesh):
     return fully_shard(model, mesh=mesh), model
 
 
-CASES = {"ddp glow": (glow, ddp), "fsdp glow": (glow, fsdp_whole), "ddp realnvp": (realnvp, ddp),
+CASES = {"fsdp jet": (jet, as_trained), "fsdp tarflow": (tarflow, as_trained),
+         "ddp glow": (glow, ddp), "fsdp glow": (glow, fsdp_whole), "ddp realnvp": (realnvp, ddp),
          "fsdp realnvp, couplings": (realnvp, fsdp_couplings),
          "fsdp realnvp, conditioners": (realnvp, fsdp_conditioners)}
 MODES = {"none": {}, "save_z": {}, "invert": {"keep_every": 2}, "auto": {}}
@@ -84,8 +101,8 @@ def work(rank, store, queue):
             single = copy.deepcopy(model)
             expected = after(single, TrainStep(single, torch.optim.SGD(single.parameters(), 0.01), memory="none"), x)
             for mode, options in MODES.items():
-                wrapped, inner = wrap(copy.deepcopy(model), mesh)
-                step = TrainStep(wrapped, torch.optim.SGD(wrapped.parameters(), 0.01), memory=mode, **options)
+                outer, inner = wrap(copy.deepcopy(model), mesh)
+                step = TrainStep(outer, torch.optim.SGD(outer.parameters(), 0.01), memory=mode, **options)
                 half = BATCH // 2
                 found = after(inner, step, x[rank * half:(rank + 1) * half])
                 worst = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastflow import flows, nn
 from fastflow.engine import TrainStep
+from fastflow.engine.distributed import wrapped as as_trained
 from fastflow.engine.scaling import traffic
 
 WORLD = 32
@@ -69,9 +70,8 @@ def counted(fake, build, strategy, **options):
         wrapped = DistributedDataParallel(model)
         wrapped.register_comm_hook(None, reduced)
     else:
-        for group in groups:
-            fully_shard(group, mesh=fake)
-        wrapped = fully_shard(model, mesh=fake)
+        wrapped = as_trained(model, "fsdp", torch.device("cpu"))
+        assert sum(isinstance(m, FSDPModule) for m in model.modules()) == len(groups) + 1
     step = TrainStep(wrapped, torch.optim.SGD(wrapped.parameters(), 1e-4), memory="none", **options)
     x = torch.rand(2, *((1, 8, 8) if build is glow else (3, 8, 8))) - 0.5
     step(x)
