@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from fastflow import cli
+from fastflow.engine.export import load_exported
+from fastflow.engine.run import load_trained
 
 TINY = {
     "glow-digits": ["model.n_levels=1", "model.n_steps=2", "model.hidden_channels=8", "train.batch_size=100"],
@@ -94,6 +96,27 @@ def test_train_resume_evaluate_sample(recipe, tmp_path, fastflow, monkeypatch):
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
     unknown = fastflow("sample", run, "--step", 4)
     assert unknown.returncode == 1 and "no checkpoint of step 4, only of 3, 5" in unknown.stderr
+
+
+@pytest.mark.parametrize("format, function, samples", [
+    ("torch_export", "decode", 1), pytest.param("torch_export", "elbo", 3, marks=pytest.mark.slow),
+    pytest.param("aoti", "decode", 1, marks=pytest.mark.slow)])  # compiles for a minute
+def test_export_a_function(format, function, samples, tmp_path, fastflow):
+    assert fastflow("train", "vae-digits", *tiny("vae-digits", 1), "--out", tmp_path).returncode == 0
+    written = fastflow("export", tmp_path, "--format", format, "--function", function, "--samples", samples)
+    assert written.returncode == 0, written.stderr
+    path = Path(written.stdout.strip())
+    assert path.parent == tmp_path / "export" and path.stem == f"step-000001-{format}-{function}"
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert (about["format"], about["function"]) == (format, function)
+    model = load_trained(tmp_path, "cpu").model.eval()
+    x, z = torch.rand(2, 1, 8, 8), torch.randn(samples, 2, 4)
+    with torch.no_grad():
+        if function == "elbo":
+            found, want = load_exported(path)(x, z)["elbo"], model.elbo(x, n_samples=samples, eps=z).elbo
+        else:
+            found, want = load_exported(path)(z[0]), model.decoder(z[0])
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_the_commands_as_processes(tmp_path):
