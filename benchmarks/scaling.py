@@ -30,7 +30,8 @@ def table():
             model = constructor.from_config(configuration)
         count = sum(p.numel() for p in model.parameters())
         for n in PROCESSES:
-            for strategy, found in (("DDP", traffic(model, n)), ("FSDP2", traffic(model, n, "fsdp2", model.shard_groups()))):
+            sharded = traffic(model, n, "fsdp2", model.shard_groups())
+            for strategy, found in (("DDP", traffic(model, n)), ("FSDP2", sharded)):
                 cells = (found.all_reduce, found.all_gather, found.reduce_scatter, found.sent, found.parameters,
                          found.gathered)
                 lines.append(f"| {name} | {count:,} | {n} | {strategy} | {' | '.join(map(_shown, cells))} |")

@@ -21,8 +21,8 @@ __all__ = ["Settings", "described", "differences", "from_dict", "load_settings",
 MAX_RECIPE_BYTES = 1 << 20
 # What may change between a run and its continuation: how long it goes on and what it reports, never what it computes.
 MAY_CHANGE = ("description", "minutes", "sample", "data.path", "data.cache", "data.verify", "data.source",
-              "train.steps", "train.max_seconds", "train.device", "train.log_every", "train.tensorboard", "train.eval_every",
-              "train.bound_samples", "train.patience", "train.sample_every", "train.collapse_every",
+              "train.steps", "train.max_seconds", "train.device", "train.log_every", "train.tensorboard",
+              "train.eval_every", "train.bound_samples", "train.patience", "train.sample_every", "train.collapse_every",
               "train.checkpoint_every", "train.keep_checkpoints", "train.strategy", "train.memory",
               "train.process_timeout", "train.skip_non_finite")
 
