@@ -87,6 +87,13 @@ Models of other libraries before and after `fastflow.accelerate(model)`: a train
 is nothing to gain. `python -m benchmarks.adapters`
 """
 
+SELF_CONSUMING = """\
+Every generation is trained on samples of the one before, of which a share is replaced by fresh data. First Gaussians
+fitted by maximum likelihood, exactly (`diagnostics.GaussianChain`): what the variance is multiplied with in a
+generation without fresh data, and the least share that holds it within 5 %. Then VAEs with {arguments}: the total
+variance of their samples over that of the data, in brackets a Gaussian's. `python -m benchmarks.self_consuming`
+"""
+
 OPERATIONS = """\
 Forward and backward unless said otherwise, beside careful eager PyTorch, torch.compile, torch's batched call and a
 loop. `fastflow bench ops`
@@ -141,6 +148,23 @@ def _adapters():
     return _section("Models of other libraries, accelerated", ADAPTERS,
                     next(iter(records("cpu-adapters-*.json")), None),
                     lambda record: table.markdown(record, baselines=("original", "couplings alone")))
+
+
+def _self_consuming(record):
+    """Two tables: Gaussians in closed form, and chains of VAEs."""
+    lines = ["| examples | temperature | variance a generation | generations to half or double it | least fresh share |",
+             "|---|---|---|---|---|"]
+    for row in record["gaussians"]:
+        lines.append(f"| {row['n']} | {row['temperature']:g} | x {row['factor_a_generation']:.4f} | "
+                     f"{row['generations_to_half_or_double']} | {row['least_fresh_share']:g} |")
+    marks = list(record["vaes"][0]["variance"])
+    lines += ["", "| VAEs: temperature | fresh share | " + " | ".join(f"generation {g}" for g in marks) + " |",
+              "|---|---" + "|---" * len(marks) + "|"]
+    for row in record["vaes"]:
+        cells = " | ".join(f"{row['variance'][g]:.2f}" + (f" ({row['gaussian'][g]:.2f})" if row["gaussian"] else "")
+                           for g in marks)
+        lines.append(f"| {row['latent_temperature']:g} | {row['fresh_share']:g} | {cells} |")
+    return lines
 
 
 def _device(device):
@@ -224,6 +248,9 @@ def render():
                       table.equal_steps)
     words = TOY2D.format(**record["arguments"]) if record else ""
     lines += _section("Densities known exactly", words, record, lambda record: table.toy2d(record, toy2d.STATED))
+    chains = next(iter(records("cpu-self-consuming-*.json")), None)
+    lines += _section("Models trained on their own samples", SELF_CONSUMING.format(arguments=_arguments(chains)), chains,
+                      _self_consuming)
     lines += _section("Launches and memory", LAUNCHES.format(n_steps=launches["n_steps"] if launches else ""), launches,
                       table.launches)
     for device in ("cpu",) if gpu is None else ("cpu", "cuda"):

@@ -6,7 +6,15 @@ from fastflow.vae.elbo import ELBO, Inference, LossTerms, iwae
 from fastflow.vae.generation import lerp, slerp
 from fastflow.vae.hamiltonian import HamiltonianVAE
 from fastflow.vae.hierarchy import HierarchicalVAE, HierarchyTerms, Level
-from fastflow.vae.kl_control import ar1_least_rate, capacity, delta_gaussian, free_bits, kl_balance
+from fastflow.vae.kl_control import (
+    Capacity,
+    FreeBits,
+    ar1_least_rate,
+    capacity,
+    delta_gaussian,
+    free_bits,
+    kl_balance,
+)
 from fastflow.vae.labels import Conditioned, SemiSupervisedVAE, Task
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
@@ -77,16 +85,16 @@ from fastflow.vae.vqvae import QuantizedVAE
 
 __all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "MMD", "NVAE", "VAE", "VDVAE", "VQVAE",
            "WAE", "AdversarialAutoencoder", "AutoregressivePrior", "BernoulliLikelihood", "BetaTCVAE", "BetaVAE",
-           "BoundObjective", "CategoricalLikelihood", "CodePrior", "ConditionalGaussianPrior", "ConditionalVAE",
-           "Conditioned", "ContinuousBernoulliLikelihood", "ConvVAE", "CosineSchedule", "CyclicalSchedule",
-           "DensityRatio", "DeterministicPosterior", "DiscreteVAE", "DiscretizedLogisticLikelihood", "FactorTC",
-           "FactorVAE", "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FullGaussianPosterior",
-           "GaussianLikelihood", "GaussianPosterior", "GaussianPrior", "HamiltonianVAE", "HierarchicalVAE",
-           "HierarchyTerms", "IWAEObjective", "Inference", "InfoVAE", "LaplaceLikelihood", "Level", "Likelihood",
-           "LinearSchedule", "LogisticMixtureLikelihood", "LossTerms", "LowRankGaussianPosterior", "MixturePosterior",
-           "MixturePrior", "NegativeBinomialLikelihood", "Objective", "PenalizedELBO", "PoissonLikelihood",
-           "Quantized", "QuantizedVAE", "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task", "TotalCorrelation",
-           "VampPrior", "VampVAE", "VectorQuantizer", "ar1_least_rate", "capacity", "ciwae", "conv_decoder",
-           "conv_encoder", "decompose_kl", "delta_gaussian", "dip_penalty", "discriminator_loss", "dreg", "free_bits",
-           "iwae", "kl_balance", "lerp", "miwae", "mlp_decoder", "mlp_discriminator", "mlp_encoder", "mmd", "piwae",
-           "renyi", "slerp", "stl"]
+           "BoundObjective", "Capacity", "CategoricalLikelihood", "CodePrior", "ConditionalGaussianPrior",
+           "ConditionalVAE", "Conditioned", "ContinuousBernoulliLikelihood", "ConvVAE", "CosineSchedule",
+           "CyclicalSchedule", "DensityRatio", "DeterministicPosterior", "DiscreteVAE", "DiscretizedLogisticLikelihood",
+           "FactorTC", "FactorVAE", "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FreeBits",
+           "FullGaussianPosterior", "GaussianLikelihood", "GaussianPosterior", "GaussianPrior", "HamiltonianVAE",
+           "HierarchicalVAE", "HierarchyTerms", "IWAEObjective", "Inference", "InfoVAE", "LaplaceLikelihood", "Level",
+           "Likelihood", "LinearSchedule", "LogisticMixtureLikelihood", "LossTerms", "LowRankGaussianPosterior",
+           "MixturePosterior", "MixturePrior", "NegativeBinomialLikelihood", "Objective", "PenalizedELBO",
+           "PoissonLikelihood", "Quantized", "QuantizedVAE", "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task",
+           "TotalCorrelation", "VampPrior", "VampVAE", "VectorQuantizer", "ar1_least_rate", "capacity", "ciwae",
+           "conv_decoder", "conv_encoder", "decompose_kl", "delta_gaussian", "dip_penalty", "discriminator_loss",
+           "dreg", "free_bits", "iwae", "kl_balance", "lerp", "miwae", "mlp_decoder", "mlp_discriminator",
+           "mlp_encoder", "mmd", "piwae", "renyi", "slerp", "stl"]

@@ -9,10 +9,12 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fastflow import checks
+from fastflow.vae.posteriors.gaussian import prior_moments
 
-__all__ = ["ar1_least_rate", "capacity", "delta_gaussian", "free_bits", "kl_balance"]
+__all__ = ["Capacity", "FreeBits", "ar1_least_rate", "capacity", "delta_gaussian", "free_bits", "kl_balance"]
 
 
 def free_bits(kl, least, per="dim", *, batch_mean=True):
@@ -109,6 +111,66 @@ def ar1_least_rate(correlation, length):
         raise ValueError(f"length: expected a positive integer, got {length!r}")
     square = correlation**2
     return 0.0 if length == 1 else 0.5 * ((length - 2) * math.log1p(square) - math.log1p(-square))
+
+
+class FreeBits(nn.Module):
+    """A penalty that puts :func:`free_bits` in the place of the rate, weighed as the rate is. Reports "free_bits", the
+    mean of what stands there.
+
+    Args:
+        least, per, batch_mean: as for the function.
+
+    Raises:
+        TypeError: when called for a model without a GaussianPosterior, or with a prior to which its KL has no closed
+            form.
+    """
+
+    def __init__(self, least, per="dim", *, batch_mean=True):
+        super().__init__()
+        free_bits(torch.zeros(1, 1), least, per)  # checks the options
+        self.least, self.per, self.batch_mean = least, per, batch_mean
+
+    def forward(self, model, inference, bound, *, beta=1.0, **_):
+        kl = _elementwise_kl(model, inference)
+        rate = free_bits(kl, self.least, self.per, batch_mean=self.batch_mean)
+        return beta * (rate - kl.flatten(1).sum(1)), {"free_bits": rate.mean()}
+
+    def extra_repr(self):
+        return f"least={self.least}, per={self.per!r}"
+
+
+class Capacity(nn.Module):
+    """A penalty that puts :func:`capacity` in the place of the rate, whatever weight that has.
+
+    Args:
+        target: nats; a number, a 0-d tensor, or a schedule that raises it.
+        gamma: as for the function.
+    """
+
+    def __init__(self, target, gamma):
+        super().__init__()
+        self.target, self.gamma = target, gamma
+
+    def forward(self, model, inference, bound, *, beta=1.0, **_):
+        target = getattr(self.target, "value", self.target)
+        return capacity(bound.rate, target, self.gamma) - beta * bound.rate, {}
+
+    def extra_repr(self):
+        return f"gamma={self.gamma}"
+
+
+def _elementwise_kl(model, inference):
+    """KL (B, D, *S) of the posterior to the prior."""
+    if not hasattr(model.posterior, "moments"):
+        raise TypeError(f"posterior: free bits need a GaussianPosterior, got {type(model.posterior).__name__}")
+    mean, log_sigma = model.posterior.moments(inference.params)
+    prior = prior_moments(model.prior, mean)
+    if prior is None:
+        raise TypeError(f"prior: free bits need None or a GaussianPrior, got {type(model.prior).__name__}")
+    lead = (1, -1, *[1] * (mean.dim() - 2))
+    prior_mean, prior_log = (t.reshape(lead) if t.dim() == 2 and mean.dim() != 2 else t for t in prior)
+    ratio = log_sigma - prior_log
+    return 0.5 * (torch.exp(2.0 * ratio) + ((mean - prior_mean) * torch.exp(-prior_log)).square() - 1.0) - ratio
 
 
 def _root(least, outside, inside):

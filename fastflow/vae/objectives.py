@@ -42,8 +42,9 @@ class PenalizedELBO(nn.Module):
     """-distortion - beta * rate - sum of the penalties.
 
     Args:
-        penalties: any number, see penalties.py: modules called as penalty(model, inference, bound, context=, targets=,
-            generator=), which return a cost, (B,) or 0-d, to be subtracted, and {name: 0-d tensor} to be reported.
+        penalties: any number, see penalties.py: modules called as penalty(model, inference, bound, beta=, context=,
+            targets=, generator=), beta the rate's weight in the bound, which return a cost, (B,) or 0-d, to be
+            subtracted, and {name: 0-d tensor} to be reported.
         beta: weight of the rate; the caller's beta, as of a warm-up, multiplies it.
 
     References:
@@ -57,10 +58,12 @@ class PenalizedELBO(nn.Module):
 
     def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, targets=None, generator=None, **noise):
         inference = model.infer(x, n_samples, context=context, generator=generator, **noise)
-        bound = model.elbo_of(x, inference, self.beta * beta, context=context)
+        beta = self.beta * beta
+        bound = model.elbo_of(x, inference, beta, context=context)
         value, parts = bound.elbo, {}
         for penalty in self.penalties:
-            cost, found = penalty(model, inference, bound, context=context, targets=targets, generator=generator)
+            cost, found = penalty(model, inference, bound, beta=beta, context=context, targets=targets,
+                                  generator=generator)
             value = value - cost
             parts |= {name: term.detach() for name, term in found.items()}
         return Objective(value, bound, parts)

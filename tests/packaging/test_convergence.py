@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import equal_steps, page, table, toy2d  # noqa: E402
+from benchmarks import equal_steps, page, self_consuming, table, toy2d  # noqa: E402
 from fastflow.data.toy2d import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -70,3 +70,22 @@ def test_the_commands_write_their_records(tmp_path, threads):
     (row,) = record["rows"]
     assert row["mean_kl_nats"] == pytest.approx(sum(row["kl_nats"]) / 2, abs=1e-4) and math.isfinite(row["kl_nats"][1])
     assert len(table.toy2d(record, toy2d.STATED)) == 3
+
+
+def test_the_record_of_self_consuming_chains_is_the_closed_form_and_shows_the_loss():
+    record = page.records("cpu-self-consuming-*.json")[0]
+    assert record["gaussians"] == self_consuming.gaussians()
+    variance = {(row["latent_temperature"], row["fresh_share"]): list(row["variance"].values())
+                for row in record["vaes"]}
+    assert variance.keys() == {(t, s) for t in self_consuming.LATENT_TEMPERATURES for s in self_consuming.SHARES}
+    first, _, last = variance[1.0, 0.0]
+    assert last < 0.3 * first and all(variance[1.0, share][2] > 0.5 * variance[1.0, share][0] for share in (0.1, 0.3))
+    assert variance[1.3, 0.0][2] > 5.0 * variance[1.3, 0.0][0]
+
+
+def test_a_self_consuming_chain_runs(tmp_path, threads):
+    threads(1)
+    assert self_consuming.main(["--generations", "2", "--chains", "1", "--results", str(tmp_path)]) == 0
+    record = json.loads(next(tmp_path.glob("cpu-self-consuming-*.json")).read_text())
+    assert len(record["vaes"]) == 6
+    assert all(math.isfinite(v) for row in record["vaes"] for v in row["variance"].values())

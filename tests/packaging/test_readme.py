@@ -1,4 +1,4 @@
-"""The words of the README are run: its Python blocks as they stand, its shell commands as far as they parse."""
+"""The words of README and docs are run: Python blocks as they stand, its shell commands as far as they parse."""
 
 import json
 import re
@@ -11,14 +11,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+# docs/migration.md has a test of its own.
+PYTHON = {f"{page.name} {i}": block
+          for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.name != "migration.md"
+          for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))}
 SHELL = [line.partition("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
          for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
-def test_python_block_runs(block):
-    exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("name", PYTHON)
+def test_python_block_runs(name):
+    exec(compile(PYTHON[name], name, "exec"), {})
 
 
 def test_make_targets_exist():

@@ -52,6 +52,42 @@ def bound_by_hand(model, name, x, eps):
     return function(model.elbo(x, len(eps), eps=eps).log_w, **BOUNDS[name])
 
 
+@pytest.mark.parametrize("prior", [None, "gaussian"])
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+@pytest.mark.parametrize("per", ["dim", "group"])
+def test_free_bits_stand_in_place_of_the_rate(prior, beta, per):
+    """Value and gradients of -distortion - beta * free_bits(KL), with units on both sides of the gate."""
+    model = model_with(prior=prior and vae.GaussianPrior((2,)).double())
+    inference = model.infer(PROBLEM.x, 2, seed=0)
+    mean, log_sigma = model.posterior.moments(inference.params)
+    q = Normal(mean, log_sigma.exp())
+    p = Normal(torch.zeros(2).double(), torch.ones(2).double()) if prior is None else \
+        Normal(model.prior.mean, model.prior.sigma_and_log()[0])
+    kl = torch.distributions.kl_divergence(q, p)
+    means = kl.mean(0)
+    least = means.mean().item() if per == "dim" else 2.0 * means.sum().item()
+    assert per == "group" or means.min() < least < means.max()
+    expected = model.elbo_of(PROBLEM.x, inference).distortion + beta * vae.free_bits(kl, least, per)
+    gradients = torch.autograd.grad(expected.mean(), list(model.parameters()), allow_unused=True)
+    model.objective = vae.PenalizedELBO(vae.FreeBits(least, per))
+    result = model(PROBLEM.x, 2, beta, seed=0)
+    torch.testing.assert_close(result.value, -expected)
+    torch.testing.assert_close(result.parts["free_bits"], vae.free_bits(kl, least, per).mean())
+    own = torch.autograd.grad(-result.value.mean(), list(model.parameters()), allow_unused=True)
+    for a, b in zip(own, gradients, strict=True):
+        torch.testing.assert_close(torch.zeros(()).double() if a is None else a,
+                                   torch.zeros_like(a) if b is None and a is not None else b, atol=1e-12, rtol=1e-9)
+
+
+def test_capacity_draws_the_rate_to_its_target():
+    target = vae.LinearSchedule(0.0, 4.0, 2)
+    model = model_with(vae.PenalizedELBO(vae.Capacity(target, 7.0)))
+    for aim in (0.0, 2.0, 4.0):
+        result = model(PROBLEM.x, beta=0.3, seed=0)
+        torch.testing.assert_close(result.value, -result.distortion - 7.0 * (result.rate - aim).abs())
+        target.step()
+
+
 @pytest.mark.parametrize("name", BOUNDS)
 def test_bounds_train_as_their_functions_do(name):
     """The value, and every gradient: of encoder, decoder and prior, through a training step."""
@@ -329,6 +365,10 @@ def test_a_mean_squared_error_with_a_kl_weight_is_a_beta_vae():
 
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: vae.IWAEObjective(0), "n_samples"),
+    (ValueError, lambda: vae.FreeBits(-1.0), "least"),
+    (ValueError, lambda: vae.FreeBits(1.0, "latent"), "per"),
+    (TypeError, lambda: vae.VAE(nn.Linear(3, 2), nn.Linear(2, 3), vae.DeterministicPosterior(),
+                                objective=vae.PenalizedELBO(vae.FreeBits(1.0)))(torch.zeros(4, 3)), "posterior"),
     (ValueError, lambda: vae.BoundObjective("elbow"), "name"),
     (TypeError, lambda: vae.BoundObjective("miwae"), "options: miwae takes groups, got none"),
     (TypeError, lambda: vae.BoundObjective("dreg", groups=2), "options: dreg takes none, got groups"),
