@@ -152,7 +152,7 @@ def _adapters():
 
 def _self_consuming(record):
     """Two tables: Gaussians in closed form, and chains of VAEs."""
-    lines = ["| examples | temperature | variance a generation | generations to half or double it | least fresh share |",
+    lines = ["| examples | temperature | variance a generation | generations to half or double | least fresh share |",
              "|---|---|---|---|---|"]
     for row in record["gaussians"]:
         lines.append(f"| {row['n']} | {row['temperature']:g} | x {row['factor_a_generation']:.4f} | "
@@ -249,8 +249,8 @@ def render():
     words = TOY2D.format(**record["arguments"]) if record else ""
     lines += _section("Densities known exactly", words, record, lambda record: table.toy2d(record, toy2d.STATED))
     chains = next(iter(records("cpu-self-consuming-*.json")), None)
-    lines += _section("Models trained on their own samples", SELF_CONSUMING.format(arguments=_arguments(chains)), chains,
-                      _self_consuming)
+    lines += _section("Models trained on their own samples", SELF_CONSUMING.format(arguments=_arguments(chains)),
+                      chains, _self_consuming)
     lines += _section("Launches and memory", LAUNCHES.format(n_steps=launches["n_steps"] if launches else ""), launches,
                       table.launches)
     for device in ("cpu",) if gpu is None else ("cpu", "cuda"):
