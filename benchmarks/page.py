@@ -90,8 +90,8 @@ is nothing to gain. `python -m benchmarks.adapters`
 SELF_CONSUMING = """\
 Every generation is trained on samples of the one before, of which a share is replaced by fresh data. First Gaussians
 fitted by maximum likelihood, exactly (`diagnostics.GaussianChain`): what the variance is multiplied with in a
-generation without fresh data, and the least share that holds it within 5 %. Then VAEs with {arguments}: the total
-variance of their samples over that of the data, in brackets a Gaussian's. `python -m benchmarks.self_consuming`
+generation without fresh data, and the least share that holds it within 5 %. Then VAEs: the total variance of their
+samples over that of the data, in brackets a Gaussian's. Arguments: {arguments}. `python -m benchmarks.self_consuming`
 """
 
 OPERATIONS = """\
