@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import unwrap
 from fastflow.engine.errors import DriftError
 from fastflow.flows import memory as flow_memory
@@ -65,7 +66,7 @@ def per_image(loss, model, x, context=None, *, n=PROBE):
     sizes = (n, 2 * n) if len(x) >= 2 * n else (len(x),)
     found = []
     devices = [x.device] if x.device.type == "cuda" else []
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    buffers = Buffers(model)
     with torch.random.fork_rng(devices), torch.enable_grad():
         for size in sizes:
             # Clones, because a slice counts with all of its storage.
@@ -74,9 +75,7 @@ def per_image(loss, model, x, context=None, *, n=PROBE):
                 value = loss(x[:size].clone(), part)
             found.append(saved.total)
             del value
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    buffers.put_back()
     if len(sizes) == 1:
         return found[0] / len(x), 0
     slope = (found[1] - found[0]) / n

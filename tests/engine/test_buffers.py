@@ -7,7 +7,7 @@ import torch
 from stand_in_models import Affine
 from torch import nn
 
-from fastflow import vae
+from fastflow import flows, vae
 from fastflow.engine import NonFiniteError, TrainStep
 from fastflow.engine.buffers import Buffers
 from fastflow.engine.nonfinite import Replay, diagnose
@@ -122,3 +122,13 @@ def test_a_diagnosis_changes_no_buffer_and_waits_for_no_process(monkeypatch):
         assert "not finite" in what
         assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
         assert all(module.training for module in model.modules())
+
+
+def test_buffers_that_no_forward_changes_cost_nothing():
+    """The probe of the first step included; each would be copied, and put back on the device's word, at every step."""
+    model = flows.Glow((3, 16, 16), 2, 2, hidden_channels=8)
+    step = TrainStep(model, torch.optim.Adam(model.parameters(), fused=True), check_finite="late")
+    versions = [b._version for b in model.buffers()]
+    for _ in range(3):
+        step(torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8))
+    assert versions == [b._version for b in model.buffers()] and not step._buffers._changed()

