@@ -51,7 +51,7 @@ from fastflow.vae.models import (
     VampVAE,
 )
 from fastflow.vae.networks import conv_decoder, conv_encoder, mlp_decoder, mlp_discriminator, mlp_encoder
-from fastflow.vae.objectives import BoundObjective, IWAEObjective, Objective, PenalizedELBO
+from fastflow.vae.objectives import BoundObjective, Objective, PenalizedELBO
 from fastflow.vae.penalties import (
     DIP,
     MMD,
@@ -90,7 +90,7 @@ __all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "
            "CyclicalSchedule", "DensityRatio", "DeterministicPosterior", "DiscreteVAE", "DiscretizedLogisticLikelihood",
            "FactorTC", "FactorVAE", "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FreeBits",
            "FullGaussianPosterior", "GaussianLikelihood", "GaussianPosterior", "GaussianPrior", "HamiltonianVAE",
-           "HierarchicalVAE", "HierarchyTerms", "IWAEObjective", "Inference", "InfoVAE", "LaplaceLikelihood", "Level",
+           "HierarchicalVAE", "HierarchyTerms", "Inference", "InfoVAE", "LaplaceLikelihood", "Level",
            "Likelihood", "LinearSchedule", "LogisticMixtureLikelihood", "LossTerms", "LowRankGaussianPosterior",
            "MixturePosterior", "MixturePrior", "NegativeBinomialLikelihood", "Objective", "PenalizedELBO",
            "PoissonLikelihood", "Quantized", "QuantizedVAE", "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task",

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fastflow import checks, reference
+from fastflow import checks
 from fastflow.vae.elbo import iwae
-from fastflow.vae.posteriors import GaussianPosterior
 
 __all__ = ["ciwae", "dreg", "miwae", "piwae", "renyi", "stl"]
 
@@ -67,7 +66,7 @@ def stl(model, x, n_samples=1, *, context=None, eps=None, seed=None, generator=N
     posterior; far from it its variance may be the higher one.
 
     Args:
-        model: a VAE whose posterior is a GaussianPosterior or has log_prob(params, z) -> (K, B).
+        model: a VAE whose posterior has log_prob(params, z) -> (K, B), as those of posteriors/ have.
         x: (B, *event).
         n_samples, context, eps, seed, generator: as in VAE.elbo.
 
@@ -122,12 +121,16 @@ def stl_terms(model, x, n_samples, beta=1.0, **noise):
 
 
 def dreg_terms(model, x, n_samples, beta=1.0, **noise):
-    """(:func:`dreg` with the rate weighed by beta inside the weights, its Terms)."""
+    """(:func:`dreg` with the rate weighed by beta inside the weights, its Terms).
+
+    The score that is left out counts beta times: each path weighs its w times (1 - beta) + beta w.
+    """
     z, terms = _path(model, x, n_samples, **noise)
     log_w = terms.log_w(beta)
     if z.requires_grad:
         weights = torch.softmax(log_w.detach(), 0).to(z.dtype).reshape(*log_w.shape, *[1] * (z.dim() - 2))
-        z.register_hook(lambda gradient: gradient * weights)  # by its weight once more, on the way to the encoder alone
+        factors = (1.0 - beta) + beta * weights
+        z.register_hook(lambda gradient: gradient * factors)  # on the way to the encoder alone
     return iwae(log_w), terms
 
 
@@ -138,8 +141,8 @@ def piwae_terms(model, x, n_samples, beta=1.0, *, groups, context=None, **noise)
     z, log_q, _ = model.posterior(params, prior, n_samples, **noise)
     fixed = z.detach().requires_grad_(z.requires_grad)
     log_px_z, log_pz = _log_joint(model, x, fixed, prior, context)
-    log_joint, log_q = log_px_z + beta * log_pz, beta * log_q
     terms = Terms(log_px_z, log_pz, log_q)
+    log_joint, log_q = log_px_z + beta * log_pz, beta * log_q
     bound = iwae(log_joint - log_q.detach())
     if not fixed.requires_grad:
         return bound, terms
@@ -179,16 +182,10 @@ def _path(model, x, n_samples, context=None, **noise):
 
 def _fixed_log_q(posterior, params, z):
     """(K, B) log q(z | x), differentiable in z only."""
-    if hasattr(posterior, "log_prob"):
-        own = {f"posterior.{name}": p.detach() for name, p in posterior.named_parameters()}
-        return functional_call(_LogProb(posterior), own, (params.detach(), z))
-    if not isinstance(posterior, GaussianPosterior):
+    if not hasattr(posterior, "log_prob"):
         raise TypeError(f"posterior: expected log_prob(params, z), which {type(posterior).__name__} has not")
-    params = params.detach().to(torch.promote_types(params.dtype, torch.float32))
-    mean, raw = reference.split_params(params, posterior.layout, posterior.order == "mean_scale")
-    sigma, log_sigma = reference.sigma_and_log(raw, posterior.scale)
-    residual = (z - mean) / sigma
-    return -(0.5 * residual**2 + log_sigma + 0.5 * math.log(2.0 * math.pi)).flatten(2).sum(2)
+    own = {f"posterior.{name}": p.detach() for name, p in posterior.named_parameters()}
+    return functional_call(_LogProb(posterior), own, (params.detach(), z))
 
 
 def _log_joint(model, x, z, prior, context):

@@ -13,7 +13,7 @@ from fastflow import checks
 from fastflow.vae import bounds
 from fastflow.vae.elbo import ELBO, iwae
 
-__all__ = ["BoundObjective", "IWAEObjective", "Objective", "PenalizedELBO"]
+__all__ = ["BoundObjective", "Objective", "PenalizedELBO"]
 
 
 class Objective(NamedTuple):
@@ -116,14 +116,3 @@ class BoundObjective(nn.Module):
     def extra_repr(self):
         return ", ".join([repr(self.name), f"n_samples={self.n_samples}",
                           *(f"{key}={value}" for key, value in self.options.items())])
-
-
-class IWAEObjective(BoundObjective):
-    """The importance-weighted bound of K samples, BoundObjective("iwae", n_samples).
-
-    References:
-        Burda et al., "Importance weighted autoencoders", 2016, arXiv:1509.00519.
-    """
-
-    def __init__(self, n_samples=50):
-        super().__init__("iwae", n_samples)

@@ -73,6 +73,24 @@ def squared_everywhere(model, x, k, *, eps):
     return (weights**2 * log_w).sum(0)
 
 
+@pytest.mark.parametrize("beta", [0.5, 0.0])
+def test_expected_gradients_with_a_weighed_rate(beta):
+    """As a warm-up weighs it: DReG leaves out beta of the score, and its factor says so."""
+    model = OneDimension().vae
+    eps, weights = quadrature(2)
+    x = torch.full((len(weights), 1), 0.9, dtype=torch.float64)
+    terms, found = model.elbo(x, 2, eps=eps), {}
+    log_w = terms.log_px_z + beta * (terms.log_pz - terms.log_qz)
+    for name, bound in (("iwae", vae.iwae(log_w)), ("elbo", log_w.mean(0)),
+                        ("dreg", vae.bounds.dreg_terms(model, x, 2, beta, eps=eps)[0]),
+                        ("stl", vae.bounds.stl_terms(model, x, 2, beta, eps=eps)[0])):
+        gradients = torch.autograd.grad((weights * bound).sum(), list(model.parameters()), retain_graph=True,
+                                        allow_unused=True, materialize_grads=True)
+        found[name] = torch.cat([g.flatten() for g in gradients])
+    torch.testing.assert_close(found["dreg"], found["iwae"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(found["stl"], found["elbo"], rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_expected_gradients_by_quadrature(k):
     """DReG's is IWAE's for every parameter, STL's the ELBO's; squared weights on the decoder are not."""

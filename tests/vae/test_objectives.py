@@ -31,7 +31,7 @@ def test_beta_weighs_the_rate_and_warm_up_multiplies_it():
 
 
 def test_iwae_objective():
-    model = model_with(vae.IWAEObjective(7))
+    model = model_with(vae.BoundObjective("iwae", 7))
     result = model(PROBLEM.x, seed=0)
     assert result.bound.log_w.shape == (7, 4)
     torch.testing.assert_close(result.value, vae.iwae(result.bound.log_w))
@@ -115,7 +115,11 @@ def test_bounds_weigh_the_rate_inside_the_weights(name):
     log_w = terms.log_px_z + 0.25 * (terms.log_pz - terms.log_qz)
     expected = (log_w.mean(0) if name == "stl" else
                 getattr(vae, name)(log_w, **BOUNDS[name]) if name in ("miwae", "ciwae", "renyi") else vae.iwae(log_w))
-    torch.testing.assert_close(model(PROBLEM.x, beta=0.25, eps=eps).value, expected)
+    result = model(PROBLEM.x, beta=0.25, eps=eps)
+    torch.testing.assert_close(result.value, expected)
+    torch.testing.assert_close(result.bound.log_w, terms.log_w)  # unweighed, and so is the rate
+    torch.testing.assert_close(result.rate, terms.kl if name in ("iwae", "miwae", "ciwae", "renyi") else
+                               terms.kl_monte_carlo)
 
 
 @pytest.mark.parametrize("name", ["stl", "dreg", "piwae"])
@@ -364,7 +368,7 @@ def test_a_mean_squared_error_with_a_kl_weight_is_a_beta_vae():
 
 
 @pytest.mark.parametrize(("error", "make", "message"), [
-    (ValueError, lambda: vae.IWAEObjective(0), "n_samples"),
+    (ValueError, lambda: vae.BoundObjective("iwae", 0), "n_samples"),
     (ValueError, lambda: vae.FreeBits(-1.0), "least"),
     (ValueError, lambda: vae.FreeBits(1.0, "latent"), "per"),
     (TypeError, lambda: vae.VAE(nn.Linear(3, 2), nn.Linear(2, 3), vae.DeterministicPosterior(),

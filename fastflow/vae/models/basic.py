@@ -16,7 +16,7 @@ from fastflow.vae.networks import (
     mlp_discriminator,
     mlp_encoder,
 )
-from fastflow.vae.objectives import IWAEObjective, PenalizedELBO
+from fastflow.vae.objectives import BoundObjective, PenalizedELBO
 from fastflow.vae.penalties import DIP, MMD, DensityRatio, FactorTC, TotalCorrelation
 from fastflow.vae.posteriors import DeterministicPosterior, FlowPosterior
 from fastflow.vae.priors import VampPrior
@@ -188,7 +188,7 @@ class IWAE(ReadyVAE):
     """
 
     def __init__(self, event_shape, latent_features, *, n_samples=50, **options):
-        super().__init__(event_shape, latent_features, objective=IWAEObjective(n_samples), **options)
+        super().__init__(event_shape, latent_features, objective=BoundObjective("iwae", n_samples), **options)
 
 
 class VampVAE(ReadyVAE):
