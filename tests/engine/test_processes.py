@@ -54,7 +54,8 @@ def test_two_replicas_equal_one_process_and_outlive_a_killed_one(tmp_path, one):
     """Process 1 is killed with -9 in its third step; torchrun ends the other and starts both again, which go on
     from the second: the parameters at the end are those of one undisturbed process."""
     result = launch(tmp_path / "run", 2, "train.steps=6", "train.checkpoint_every=2", restarts=1, VICTIM="1")
-    assert "is done, at step 6" in result.stdout and "exitcode: -9" in result.stdout.replace(" :", ":")
+    # torchrun names the one that it sees ended first, which the other, refusing to go on alone, may be.
+    assert result.stdout.count("is done, at step 6") == 2 and re.search(r"exitcode *: *(-9|1)\b", result.stdout)
     found = newest(tmp_path / "run")
     assert_close(one, found)
     assert found.state["processes"] == 2 and found.tensors["training"]["random.cpu"].shape[0] == 2
