@@ -11,7 +11,7 @@ import torch
 
 from fastflow import checks
 from fastflow.vae.penalties import decompose_kl
-from fastflow.vae.posteriors.gaussian import log_normal, prior_moments
+from fastflow.vae.posteriors.gaussian import kl_by_element, log_normal, prior_moments
 
 __all__ = ["InformationTerms", "active_units", "aggregate_log_prob", "dimension_kl", "draw_error", "information",
            "information_terms", "marginal_kl", "minibatch_information", "posterior_moments"]
@@ -67,10 +67,7 @@ def dimension_kl(mean, log_sigma, prior=None):
     Args:
         prior: None for N(0, I), or a GaussianPrior.
     """
-    mean_p, log_sigma_p = _prior(prior, mean, log_sigma)
-    difference = 2.0 * (log_sigma - log_sigma_p)
-    squares = ((mean - mean_p) * torch.exp(-log_sigma_p)).square()
-    return 0.5 * (squares + (torch.expm1(difference) - difference).clamp_min(0.0))
+    return kl_by_element(mean, log_sigma, *_prior(prior, mean, log_sigma))
 
 
 def active_units(mean, threshold=0.01):

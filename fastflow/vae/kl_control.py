@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastflow import checks
-from fastflow.vae.posteriors.gaussian import prior_moments
+from fastflow.vae.posteriors.gaussian import kl_by_element, prior_moments
 
 __all__ = ["Capacity", "FreeBits", "ar1_least_rate", "capacity", "delta_gaussian", "free_bits", "kl_balance"]
 
@@ -169,8 +169,7 @@ def _elementwise_kl(model, inference):
         raise TypeError(f"prior: free bits need None or a GaussianPrior, got {type(model.prior).__name__}")
     lead = (1, -1, *[1] * (mean.dim() - 2))
     prior_mean, prior_log = (t.reshape(lead) if t.dim() == 2 and mean.dim() != 2 else t for t in prior)
-    ratio = log_sigma - prior_log
-    return 0.5 * (torch.exp(2.0 * ratio) + ((mean - prior_mean) * torch.exp(-prior_log)).square() - 1.0) - ratio
+    return kl_by_element(mean, log_sigma, prior_mean, prior_log)
 
 
 def _root(least, outside, inside):

@@ -98,6 +98,13 @@ class GaussianPosterior(nn.Module):
         return reference.split_params(params, self.layout, self.order == "mean_scale")[0]
 
 
+def kl_by_element(mean, log_sigma, prior_mean, prior_log_sigma):
+    """KL(N(mean, sigma^2) || N(prior_mean, prior_sigma^2)) in nats, element by element, never negative."""
+    difference = 2.0 * (log_sigma - prior_log_sigma)
+    squares = ((mean - prior_mean) * torch.exp(-prior_log_sigma)).square()
+    return 0.5 * (squares + (torch.expm1(difference) - difference).clamp_min(0.0))
+
+
 def log_normal(z, mean, log_sigma):
     """log N(z; mean, sigma^2), element by element."""
     return -0.5 * ((z - mean) * torch.exp(-log_sigma)).square() - log_sigma - 0.5 * LOG_TWO_PI
