@@ -6,6 +6,7 @@ import torch
 
 CLOCKS = {"cpu": "process CPU time", "wall": "wall time", "cuda": "CUDA events"}
 ROUND_SECONDS = 0.01  # a variant is repeated within a round until it runs about this long
+_TRIALS = 3  # calls timed one by one, to find the repeats of a round
 
 
 def _cpu_seconds(call, repeats):
@@ -60,7 +61,8 @@ def interleave(variants, clock, rounds=15, warmup=3, round_seconds=None):
                     continue
                 for _ in range(warmup):
                     variants[name]()
-                seconds = measure(variants[name], 1)
+                # of the fastest: one call that was held up would leave a few repeats, with the caches of another variant
+                seconds = min(measure(variants[name], 1) for _ in range(_TRIALS))
                 repeats[name] = max(1, min(1000, int(round_seconds / max(seconds, 1e-7))))
             except Exception as error:  # a baseline may lack a size, a library, memory: the others are still measured
                 failed[name] = first_line(error)

@@ -41,6 +41,21 @@ def test_the_registry_is_collected_and_its_smallest_case_runs(benchmarks):
     assert f"benchmark '{SMALLEST}': 2 tests" in result.stdout
 
 
+def test_one_call_that_was_held_up_does_not_set_the_repeats_of_a_row(benchmarks, monkeypatch):
+    """They would be so few that most of them meet the caches as another variant left them."""
+    from benchmarks import timing
+
+    seconds, seen = iter([3e-3, 1e-4, 1e-4]), []
+
+    def measure(call, repeats):
+        seen.append(repeats)
+        return next(seconds, 1e-4)
+    monkeypatch.setitem(timing._MEASURES, "wall", measure)
+    samples, failed = timing.interleave({"op": lambda: None}, "wall", rounds=4, round_seconds=0.01)
+    assert not failed and len(samples["op"]) == 4
+    assert seen[-4:] == [100] * 4
+
+
 def fail():
     raise RuntimeError("no such size\nand many details")
 
