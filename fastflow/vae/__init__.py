@@ -6,15 +6,7 @@ from fastflow.vae.elbo import ELBO, Inference, LossTerms, iwae
 from fastflow.vae.generation import lerp, slerp
 from fastflow.vae.hamiltonian import HamiltonianVAE
 from fastflow.vae.hierarchy import HierarchicalVAE, HierarchyTerms, Level
-from fastflow.vae.kl_control import (
-    Capacity,
-    FreeBits,
-    ar1_least_rate,
-    capacity,
-    delta_gaussian,
-    free_bits,
-    kl_balance,
-)
+from fastflow.vae.kl_control import Capacity, FreeBits, KLBalance, capacity, free_bits, kl_balance
 from fastflow.vae.labels import Conditioned, SemiSupervisedVAE, Task
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
@@ -57,6 +49,7 @@ from fastflow.vae.penalties import (
     MMD,
     DensityRatio,
     FactorTC,
+    MutualInformation,
     TotalCorrelation,
     decompose_kl,
     dip_penalty,
@@ -64,6 +57,7 @@ from fastflow.vae.penalties import (
     mmd,
 )
 from fastflow.vae.posteriors import (
+    DeltaGaussianPosterior,
     DeterministicPosterior,
     FlowPosterior,
     FullGaussianPosterior,
@@ -71,6 +65,7 @@ from fastflow.vae.posteriors import (
     LowRankGaussianPosterior,
     MixturePosterior,
 )
+from fastflow.vae.posteriors.delta import ar1_least_rate, delta_gaussian
 from fastflow.vae.priors import (
     AutoregressivePrior,
     CodePrior,
@@ -84,17 +79,19 @@ from fastflow.vae.schedules import CosineSchedule, CyclicalSchedule, LinearSched
 from fastflow.vae.vqvae import QuantizedVAE
 
 __all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "MMD", "NVAE", "VAE", "VDVAE", "VQVAE",
-           "WAE", "AdversarialAutoencoder", "AutoregressivePrior", "BernoulliLikelihood", "BetaTCVAE", "BetaVAE",
-           "BoundObjective", "Capacity", "CategoricalLikelihood", "CodePrior", "ConditionalGaussianPrior",
-           "ConditionalVAE", "Conditioned", "ContinuousBernoulliLikelihood", "ConvVAE", "CosineSchedule",
-           "CyclicalSchedule", "DensityRatio", "DeterministicPosterior", "DiscreteVAE", "DiscretizedLogisticLikelihood",
-           "FactorTC", "FactorVAE", "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FreeBits",
-           "FullGaussianPosterior", "GaussianLikelihood", "GaussianPosterior", "GaussianPrior", "HamiltonianVAE",
-           "HierarchicalVAE", "HierarchyTerms", "Inference", "InfoVAE", "LaplaceLikelihood", "Level",
-           "Likelihood", "LinearSchedule", "LogisticMixtureLikelihood", "LossTerms", "LowRankGaussianPosterior",
-           "MixturePosterior", "MixturePrior", "NegativeBinomialLikelihood", "Objective", "PenalizedELBO",
-           "PoissonLikelihood", "Quantized", "QuantizedVAE", "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task",
-           "TotalCorrelation", "VampPrior", "VampVAE", "VectorQuantizer", "ar1_least_rate", "capacity", "ciwae",
-           "conv_decoder", "conv_encoder", "decompose_kl", "delta_gaussian", "dip_penalty", "discriminator_loss",
-           "dreg", "free_bits", "iwae", "kl_balance", "lerp", "miwae", "mlp_decoder", "mlp_discriminator",
+           "WAE", "AdversarialAutoencoder", "AutoregressivePrior", "BernoulliLikelihood", "BetaTCVAE",
+           "BetaVAE", "BoundObjective", "Capacity", "CategoricalLikelihood", "CodePrior",
+           "ConditionalGaussianPrior", "ConditionalVAE", "Conditioned", "ContinuousBernoulliLikelihood",
+           "ConvVAE", "CosineSchedule", "CyclicalSchedule", "DeltaGaussianPosterior", "DensityRatio",
+           "DeterministicPosterior", "DiscreteVAE", "DiscretizedLogisticLikelihood", "FactorTC",
+           "FactorVAE", "FlowPosterior", "FlowPosteriorVAE", "FlowPriorVAE", "FreeBits",
+           "FullGaussianPosterior", "GaussianLikelihood", "GaussianPosterior", "GaussianPrior",
+           "HamiltonianVAE", "HierarchicalVAE", "HierarchyTerms", "Inference", "InfoVAE", "KLBalance",
+           "LaplaceLikelihood", "Level", "Likelihood", "LinearSchedule", "LogisticMixtureLikelihood",
+           "LossTerms", "LowRankGaussianPosterior", "MixturePosterior", "MixturePrior", "MutualInformation",
+           "NegativeBinomialLikelihood", "Objective", "PenalizedELBO", "PoissonLikelihood", "Quantized",
+           "QuantizedVAE", "Schedule", "SemiSupervisedVAE", "SigmoidSchedule", "Task", "TotalCorrelation",
+           "VampPrior", "VampVAE", "VectorQuantizer", "ar1_least_rate", "capacity", "ciwae", "conv_decoder",
+           "conv_encoder", "decompose_kl", "delta_gaussian", "dip_penalty", "discriminator_loss", "dreg",
+           "free_bits", "iwae", "kl_balance", "lerp", "miwae", "mlp_decoder", "mlp_discriminator",
            "mlp_encoder", "mmd", "piwae", "renyi", "slerp", "stl"]

@@ -94,7 +94,7 @@ class HierarchyTerms(NamedTuple):
 
 class HierarchicalVAE(nn.Module):
     """p(x) with latents in levels: h_0 is learned; level after level makes z and the next h; the last h is decoded.
-    Calling the module is :meth:`elbo`.
+    Calling the module is :meth:`elbo`, or the objective if one is given.
 
     Args:
         bottom_up: module from x (B, *event) to a list of features, one for each level from the top down.
@@ -102,9 +102,11 @@ class HierarchicalVAE(nn.Module):
         decoder: module from the last h to the likelihood's parameters.
         likelihood: a likelihood object, see likelihoods/.
         top_shape: of h_0, (H, *S).
+        objective: what training maximises instead of the ELBO, see objectives.py, or None: one with FreeBits of each
+            level or KLBalance, for example.
     """
 
-    def __init__(self, bottom_up, levels, decoder, likelihood, top_shape):
+    def __init__(self, bottom_up, levels, decoder, likelihood, top_shape, *, objective=None):
         super().__init__()
         self.bottom_up = bottom_up
         self.levels = nn.ModuleList(levels)
@@ -113,25 +115,33 @@ class HierarchicalVAE(nn.Module):
         self.decoder = decoder
         if not isinstance(likelihood, Likelihood):
             raise TypeError(f"likelihood: expected a Likelihood, got {type(likelihood).__name__}")
+        if objective is not None and not callable(objective):
+            raise TypeError(f"objective: expected None or a callable, got {type(objective).__name__}")
         self.likelihood = likelihood
+        self.objective = objective
         self.top = nn.Parameter(torch.zeros(1, *top_shape))
 
     def forward(self, x, n_samples=1, beta=1.0, **noise):
-        return self.elbo(x, n_samples, beta, **noise)
+        if self.objective is None:
+            return self.elbo(x, n_samples, beta, **noise)
+        return self.objective(self, x, n_samples, beta, **noise)
 
     def elbo(self, x, n_samples=1, beta=1.0, *, eps=None, seed=None, generator=None):
         """ELBO, summed over the levels; its KL is analytic given the levels above, whose samples it is averaged over.
 
-        Arguments as for :meth:`terms`, beta as for VAE.elbo.
+        Arguments as for :meth:`infer`, beta as for VAE.elbo.
         """
-        terms = self.terms(x, n_samples, eps=eps, seed=seed, generator=generator)
+        return self.elbo_of(x, self.infer(x, n_samples, eps=eps, seed=seed, generator=generator), beta)
+
+    def elbo_of(self, x, terms, beta=1.0):
+        """:meth:`elbo` at samples that :meth:`infer` has drawn."""
         log_pz, log_qz, kl = terms.log_pz.sum(0), terms.log_qz.sum(0), terms.kl.sum(0).mean(0)
         distortion = -terms.log_px_z.mean(0)
         log_w = terms.log_px_z + log_pz - log_qz
         return ELBO(log_px_z=terms.log_px_z, log_pz=log_pz, log_qz=log_qz, log_w=log_w, kl=kl, distortion=distortion,
                     rate=kl, elbo=-distortion - beta * kl)
 
-    def terms(self, x, n_samples=1, *, eps=None, seed=None, generator=None):
+    def infer(self, x, n_samples=1, *, eps=None, seed=None, generator=None):
         """HierarchyTerms, for objectives that weigh the levels.
 
         Args:
@@ -171,7 +181,7 @@ class HierarchicalVAE(nn.Module):
     @torch.no_grad()
     def latent_kl(self, x, *, seed=None, generator=None):
         """KL(q(z_d | x, z above) || p(z_d | z above)) of every latent at one sample of those above: a list of
-        (B, D, *S) nats, one for each level from the top down. It sums to what :meth:`terms` calls kl.
+        (B, D, *S) nats, one for each level from the top down. It sums to what :meth:`infer` calls kl.
 
         log(sigma_p / sigma_q) + (sigma_q^2 + (mean_q - mean_p)^2) / (2 sigma_p^2) - 1/2.
         """

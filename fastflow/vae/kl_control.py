@@ -1,4 +1,4 @@
-"""Pieces of an objective that hold the KL where it is wanted: free bits, capacity, balance of groups, a least rate.
+"""Pieces of an objective that hold the KL where it is wanted: free bits, capacity, balance of groups.
 
 Each takes KL in nats and gives what stands in for it in the loss. Gates and coefficients are constants to the gradient.
 Averages over the batch are taken over all ranks of torch.distributed where it runs, so that every rank opens the same
@@ -14,7 +14,7 @@ from torch import nn
 from fastflow import checks
 from fastflow.vae.posteriors.gaussian import kl_by_element, prior_moments
 
-__all__ = ["Capacity", "FreeBits", "ar1_least_rate", "capacity", "delta_gaussian", "free_bits", "kl_balance"]
+__all__ = ["Capacity", "FreeBits", "KLBalance", "capacity", "free_bits", "kl_balance"]
 
 
 def free_bits(kl, least, per="dim", *, batch_mean=True):
@@ -79,64 +79,69 @@ def kl_balance(kl, sizes=None):
     return (coefficients[:, None] * kl).sum(0), coefficients
 
 
-def delta_gaussian(raw_mean, raw_scale, least):
-    """(mean, log-variance), shaped like the raw ones, of Gaussians whose KL to N(0, 1) is at least ``least`` nats for
-    each element, whatever the encoder gives (a delta-VAE's posterior).
-
-    sigma lies where log sigma^2 - sigma^2 + 2 least + 1 >= 0, through a sigmoid; the mean's size is the square root of
-    that, to which relu(raw_mean) is added. Concatenate the two along dim 1 for GaussianPosterior("logvar").
-
-    References:
-        Razavi et al., "Preventing posterior collapse with delta-VAEs", 2019, arXiv:1901.03416.
-    """
-    if not 0.0 < least < math.inf:
-        raise ValueError(f"least: expected a finite number > 0, got {least!r}")
-    low, high = _root(least, -2.0 * least - 2.0, 0.0), _root(least, 2.0 * least + 2.0, 0.0)
-    logvar = low + (high - low) * torch.sigmoid(raw_scale)
-    square = 2.0 * least + 1.0 + logvar - logvar.exp()
-    # At the ends of the interval it is zero up to rounding; the root's slope there would be infinite.
-    return square.clamp(min=torch.finfo(logvar.dtype).eps).sqrt() + torch.relu(raw_mean), logvar
-
-
-def ar1_least_rate(correlation, length):
-    """The least KL in nats, over all independent Gaussians q(z_1) ... q(z_length), to the stationary AR(1) prior of
-    unit variance and that correlation: what a delta-VAE on such a sequence can't go below. Per latent channel.
-
-    ((length - 2) log(1 + a^2) - log(1 - a^2)) / 2 for a length of at least 2, else 0; reference as for
-    :func:`delta_gaussian`.
-    """
-    if not -1.0 < correlation < 1.0:
-        raise ValueError(f"correlation: expected a number between -1 and 1, got {correlation!r}")
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length: expected a positive integer, got {length!r}")
-    square = correlation**2
-    return 0.0 if length == 1 else 0.5 * ((length - 2) * math.log1p(square) - math.log1p(-square))
-
-
 class FreeBits(nn.Module):
     """A penalty that puts :func:`free_bits` in the place of the rate, weighed as the rate is. Reports "free_bits", the
     mean of what stands there.
 
     Args:
-        least, per, batch_mean: as for the function.
+        least, per, batch_mean: as for the function. A group is the whole z of a VAE, and each level of a hierarchy,
+            whose KL is that at the samples of the levels above, averaged over them.
 
     Raises:
-        TypeError: when called for a model without a GaussianPosterior, or with a prior to which its KL has no closed
-            form.
+        TypeError: when called with "dim" or "channel" for a hierarchy, a model without a GaussianPosterior, or a prior
+            to which its KL has no closed form; "group" suits every VAE.
     """
+
+    of_levels = True
 
     def __init__(self, least, per="dim", *, batch_mean=True):
         super().__init__()
         free_bits(torch.zeros(1, 1), least, per)  # checks the options
         self.least, self.per, self.batch_mean = least, per, batch_mean
 
-    def forward(self, model, inference, bound, *, beta=1.0, **_):
-        kl = _elementwise_kl(model, inference)
-        rate = free_bits(kl, self.least, self.per, batch_mean=self.batch_mean)
+    def forward(self, model, inference, bound, *, beta=1.0, context=None, **_):
+        if self.per == "group":
+            kl = bound.rate[:, None] if hasattr(inference, "z") else inference.kl.mean(1).T
+        else:
+            kl = _elementwise_kl(model, inference, context)
+        # Each column of ``kl`` is a group by now.
+        rate = free_bits(kl, self.least, "dim" if self.per == "group" else self.per, batch_mean=self.batch_mean)
         return beta * (rate - kl.flatten(1).sum(1)), {"free_bits": rate.mean()}
 
     def extra_repr(self):
         return f"least={self.least}, per={self.per!r}"
+
+
+class KLBalance(nn.Module):
+    """A penalty that puts :func:`kl_balance` of a hierarchy's levels in the place of the rate, weighed as the rate is,
+    while that weight is below ``until``; from there on the rate is the plain sum. Reports "balanced_rate".
+
+    Args:
+        until: weight of the rate at which the balance ends: 1, where a warm-up does; math.inf for never.
+        sizes: whether levels are weighed by their numbers of latents too.
+
+    Raises:
+        TypeError: when called for a model without levels.
+    """
+
+    of_levels = True
+
+    def __init__(self, until=1.0, *, sizes=True):
+        super().__init__()
+        self.until, self.sizes = until, sizes
+
+    def forward(self, model, inference, bound, *, beta=1.0, **_):
+        if not hasattr(inference, "latents"):
+            raise TypeError(f"model: KLBalance needs a hierarchy, got {type(model).__name__}")
+        rate, _ = kl_balance(inference.kl.mean(1), [z[0, 0].numel() for z in inference.latents] if self.sizes else None)
+        if isinstance(beta, torch.Tensor):  # whose value is the device's
+            rate = torch.where(beta < self.until, rate, bound.rate)
+        elif not beta < self.until:
+            rate = bound.rate
+        return beta * (rate - bound.rate), {"balanced_rate": rate.mean()}
+
+    def extra_repr(self):
+        return f"until={self.until}, sizes={self.sizes}"
 
 
 class Capacity(nn.Module):
@@ -146,6 +151,8 @@ class Capacity(nn.Module):
         target: nats; a number, a 0-d tensor, or a schedule that raises it.
         gamma: as for the function.
     """
+
+    of_levels = True
 
     def __init__(self, target, gamma):
         super().__init__()
@@ -159,28 +166,21 @@ class Capacity(nn.Module):
         return f"gamma={self.gamma}"
 
 
-def _elementwise_kl(model, inference):
+def _elementwise_kl(model, inference, context):
     """KL (B, D, *S) of the posterior to the prior."""
-    if not hasattr(model.posterior, "moments"):
-        raise TypeError(f"posterior: free bits need a GaussianPosterior, got {type(model.posterior).__name__}")
-    mean, log_sigma = model.posterior.moments(inference.params)
-    prior = prior_moments(model.prior, mean)
+    posterior = getattr(model, "posterior", None)
+    if not hasattr(posterior, "moments"):
+        raise TypeError(f"posterior: free bits of each latent need a GaussianPosterior, got {type(posterior).__name__}"
+                        "; use per='group'")
+    mean, log_sigma = posterior.moments(inference.params)
+    given = model._prior(context)
+    prior = prior_moments(given, mean)
     if prior is None:
-        raise TypeError(f"prior: free bits need None or a GaussianPrior, got {type(model.prior).__name__}")
+        raise TypeError(f"prior: free bits of each latent need None or a GaussianPrior, got {type(given).__name__}; "
+                        "use per='group'")
     lead = (1, -1, *[1] * (mean.dim() - 2))
     prior_mean, prior_log = (t.reshape(lead) if t.dim() == 2 and mean.dim() != 2 else t for t in prior)
     return kl_by_element(mean, log_sigma, prior_mean, prior_log)
-
-
-def _root(least, outside, inside):
-    """The root of v - exp(v) + 2 least + 1 between log-variances, negative at the first, positive at the second."""
-    for _ in range(200):
-        middle = 0.5 * (outside + inside)
-        if middle - math.exp(middle) + 2.0 * least + 1.0 < 0.0:
-            outside = middle
-        else:
-            inside = middle
-    return inside
 
 
 def _mean_over_ranks(values):

@@ -1,7 +1,8 @@
-"""What training maximises, when that is not the plain ELBO: its terms weighed anew, with penalties, or IWAE.
+"""What training maximises, when that is not the plain ELBO: its terms weighed anew, with penalties, or a tighter bound.
 
 An objective is called as objective(model, x, n_samples, beta, context=, eps=, seed=, generator=) and returns an
-:class:`Objective`; give one to ``VAE(objective=)``, and the model's forward, and with it the training step, is that.
+:class:`Objective`; give one to ``VAE(objective=)`` or ``HierarchicalVAE(objective=)``, and the model's forward, and
+with it the training step, is that.
 """
 
 from typing import NamedTuple
@@ -44,8 +45,12 @@ class PenalizedELBO(nn.Module):
     Args:
         penalties: any number, see penalties.py: modules called as penalty(model, inference, bound, beta=, context=,
             targets=, generator=), beta the rate's weight in the bound, which return a cost, (B,) or 0-d, to be
-            subtracted, and {name: 0-d tensor} to be reported.
+            subtracted, and {name: 0-d tensor} to be reported. Those with ``of_levels`` also take a hierarchy, whose
+            inference is its HierarchyTerms.
         beta: weight of the rate; the caller's beta, as of a warm-up, multiplies it.
+
+    Raises:
+        TypeError: when called for a hierarchy, with a penalty on a single z.
 
     References:
         Higgins et al., "beta-VAE", 2017.
@@ -57,11 +62,14 @@ class PenalizedELBO(nn.Module):
         self.beta = beta
 
     def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, targets=None, generator=None, **noise):
-        inference = model.infer(x, n_samples, context=context, generator=generator, **noise)
+        given = {} if context is None else {"context": context}
+        inference = model.infer(x, n_samples, generator=generator, **given, **noise)
         beta = self.beta * beta
-        bound = model.elbo_of(x, inference, beta, context=context)
+        bound = model.elbo_of(x, inference, beta, **given)
         value, parts = bound.elbo, {}
         for penalty in self.penalties:
+            if not (hasattr(inference, "z") or getattr(penalty, "of_levels", False)):
+                raise TypeError(f"model: {type(penalty).__name__} needs a VAE with one z, got {type(model).__name__}")
             cost, found = penalty(model, inference, bound, beta=beta, context=context, targets=targets,
                                   generator=generator)
             value = value - cost
@@ -87,6 +95,8 @@ class BoundObjective(nn.Module):
         options: what else the function takes: ``groups`` of "miwae" and "piwae", ``beta`` of "ciwae", ``alpha`` of
             "renyi".
 
+    "stl", "dreg" and "piwae" are for a VAE with one posterior, the others for hierarchies too.
+
     Raises:
         ValueError: no such name, or n_samples below 1.
         TypeError: options that the bound does not take, or lacks.
@@ -105,7 +115,8 @@ class BoundObjective(nn.Module):
     def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, **noise):
         n_samples = self.n_samples if n_samples == 1 else n_samples
         if self.name in OF_WEIGHTS:
-            bound = model.elbo(x, n_samples, beta, context=context, **noise)
+            given = {} if context is None else {"context": context}
+            bound = model.elbo(x, n_samples, beta, **given, **noise)
             log_w = bound.log_px_z + beta * (bound.log_pz - bound.log_qz)
             return Objective(OF_WEIGHTS[self.name](log_w, **self.options), bound, {})
         value, terms = OF_MODEL[self.name](model, x, n_samples, beta, context=context, **self.options, **noise)

@@ -1,4 +1,5 @@
-"""Terms beyond rate and distortion: total correlation, moments and aggregate of the posterior, discriminators.
+"""Terms beyond rate and distortion: total correlation, information, moments and aggregate of the posterior,
+discriminators.
 
 The functions are of tensors; the modules around them are penalties of an objective (objectives.py).
 """
@@ -12,10 +13,11 @@ from torch import nn
 from torch.func import functional_call
 
 from fastflow import checks
+from fastflow.estimators.mutual_information import barber_agakov, info_nce, leave_one_out_upper, nwj
 from fastflow.vae.posteriors.gaussian import log_normal
 
-__all__ = ["DIP", "MMD", "DensityRatio", "FactorTC", "KLTerms", "TotalCorrelation", "decompose_kl", "dip_penalty",
-           "discriminator_loss", "minibatch_weights", "mmd", "permute_dims"]
+__all__ = ["DIP", "MMD", "DensityRatio", "FactorTC", "KLTerms", "MutualInformation", "TotalCorrelation", "decompose_kl",
+           "dip_penalty", "discriminator_loss", "minibatch_weights", "mmd", "permute_dims"]
 
 
 class KLTerms(NamedTuple):
@@ -115,6 +117,58 @@ class TotalCorrelation(nn.Module):
         cost = (self.alpha * terms.mutual_information + self.beta * terms.total_correlation
                 + self.gamma * terms.dimension_kl)
         return cost.mean(0), {name: term.mean() for name, term in terms._asdict().items()}
+
+
+class MutualInformation(nn.Module):
+    """-weight * a bound on I(x; z) in nats, whose critics are the model's own densities; reports "information", the
+    bound. Over the samples of one x the bound is averaged. An upper bound can be pressed down and a lower one raised,
+    hence the weights' signs.
+
+    Args:
+        bound: lower bounds are "info_nce", critic log q(z | x), at most log B; "nwj", critic 1 + log q(z | x) -
+            log p(z), tight where the aggregate posterior is the prior; "barber_agakov", entropy + E log p(x | z). An
+            upper one is "leave_one_out", whose r(z) is the mean of q(z | x) over the other examples.
+        weight: factor; positive for a lower bound, negative for the upper one.
+        entropy: H(x) in nats, which moves the value of "barber_agakov" and no gradient.
+
+    Raises:
+        TypeError: when called for a model whose posterior has no log_prob(params, z).
+
+    References:
+        Poole et al., "On variational bounds of mutual information", 2019, arXiv:1905.06922; Zhao et al., "InfoVAE",
+        2019, arXiv:1706.02262.
+    """
+
+    def __init__(self, bound="info_nce", weight=1.0, *, entropy=0.0):
+        super().__init__()
+        checks.choice("bound", bound, ("info_nce", "nwj", "barber_agakov", "leave_one_out"))
+        if not (weight < 0.0 if bound == "leave_one_out" else weight > 0.0):
+            raise ValueError(f"weight: expected a {'negative' if bound == 'leave_one_out' else 'positive'} number for "
+                             f"{bound}, got {weight!r}")
+        self.bound, self.weight, self.entropy = bound, weight, entropy
+
+    def forward(self, model, inference, bound, **_):
+        if self.bound == "barber_agakov":
+            information = barber_agakov(bound.log_px_z.mean(0), self.entropy)
+        else:
+            scores = _posterior_table(model.posterior, inference)
+            if self.bound == "nwj":
+                scores = 1.0 + scores - bound.log_pz[:, None]
+            of = {"info_nce": info_nce, "nwj": nwj, "leave_one_out": leave_one_out_upper}[self.bound]
+            information = torch.stack([of(table) for table in scores]).mean()
+        return -self.weight * information, {"information": information}
+
+    def extra_repr(self):
+        return f"bound={self.bound!r}, weight={self.weight}"
+
+
+def _posterior_table(posterior, inference):
+    """(K, B, B): log q(z_kj | x_i) in nats, i before j."""
+    if not hasattr(posterior, "log_prob"):
+        raise TypeError(f"posterior: expected log_prob(params, z), which {type(posterior).__name__} has not")
+    n = len(inference.params)
+    z = inference.z.repeat(1, n, *[1] * (inference.z.dim() - 2))
+    return posterior.log_prob(inference.params.repeat_interleave(n, 0), z).unflatten(1, (n, n))
 
 
 def dip_penalty(mean, variance=None, *, diagonal=10.0, off_diagonal=5.0):

@@ -106,7 +106,7 @@ def test_gap_is_the_kl_of_the_whole_posterior(mode):
     value = 0.0
     for point, weight in outer:
         eps = [torch.full((4, 5, 1), point, dtype=torch.float64), inner[:, None].expand(4, 5, 2)]
-        terms = model.terms(X, 4, eps=eps)
+        terms = model.infer(X, 4, eps=eps)
         value = value + weight * (terms.log_px_z - terms.kl.sum(0)).mean(0)
     expected = 3 * 0.5 * (math.expm1(shift) - shift)
     torch.testing.assert_close(EVIDENCE - value, torch.full((5,), expected, dtype=torch.float64), rtol=0, atol=1e-11)
@@ -115,7 +115,7 @@ def test_gap_is_the_kl_of_the_whole_posterior(mode):
 
 def test_terms_add_up_and_nest():
     model, eps = hierarchy("residual"), [randn(3, 5, 1, seed=1), randn(3, 5, 2, seed=2)]
-    terms, bound = model.terms(X, 3, eps=eps), model.elbo(X, 3, 0.5, eps=eps)
+    terms, bound = model.infer(X, 3, eps=eps), model.elbo(X, 3, 0.5, eps=eps)
     assert [z.shape for z in terms.latents] == [(3, 5, 1), (3, 5, 2)]
     assert terms.log_pz.shape == terms.log_qz.shape == terms.kl.shape == (2, 3, 5)
     torch.testing.assert_close(bound.log_pz, terms.log_pz.sum(0))
@@ -138,8 +138,8 @@ def test_terms_add_up_and_nest():
 def test_levels_have_independent_noise():
     """Of one seed the levels take different numbers, reproducibly."""
     model = hierarchy("residual")
-    z2, z1 = model.terms(X, 4000, seed=3).latents
-    again = model.terms(X, 4000, seed=3).latents
+    z2, z1 = model.infer(X, 4000, seed=3).latents
+    again = model.infer(X, 4000, seed=3).latents
     assert torch.equal(z1, again[1])
     (_, _), (low_weight, low_bias) = true_posterior()
     noise1 = z1 - (torch.cat([z2, X.expand(4000, 5, 4)], 2) @ low_weight[:2].T + low_bias[:2])
@@ -223,7 +223,7 @@ def small(mode, n_levels=4, hidden=12):
 
 def figures(model, x, eps):
     """The terms of two samples, and the gradient of a loss that takes all of them."""
-    terms = model.terms(x, 2, eps=eps)
+    terms = model.infer(x, 2, eps=eps)
     weights = torch.linspace(0.5, 1.5, terms.kl.numel(), dtype=x.dtype).view_as(terms.kl)
     loss = terms.log_px_z.sum() + (weights * (terms.kl + terms.log_pz - terms.log_qz)).sum()
     loss = loss + sum(z.square().sum() for z in terms.latents)

@@ -55,12 +55,14 @@ class HVAE(HierarchicalVAE):
         hidden: width of the deterministic states.
         mode: "ladder", "residual" or "absolute", see Level.
         likelihood: a name as for VAE, or a likelihood object.
+        objective: as for HierarchicalVAE.
 
     References:
         Sonderby et al., "Ladder variational autoencoders", 2016, arXiv:1602.02282.
     """
 
-    def __init__(self, event_shape, latent_features=(8, 16), hidden=256, *, mode="ladder", likelihood="bernoulli"):
+    def __init__(self, event_shape, latent_features=(8, 16), hidden=256, *, mode="ladder", likelihood="bernoulli",
+                 objective=None):
         likelihood = _likelihood(likelihood)
         size = math.prod(event_shape)
         stages = [nn.Sequential(*front(likelihood), nn.Flatten(), nn.Linear(size, hidden), nn.SiLU())]
@@ -76,7 +78,8 @@ class HVAE(HierarchicalVAE):
         shape = likelihood.output_shape(event_shape)
         decoder = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(shape)),
                                 nn.Unflatten(1, shape))
-        super().__init__(_BottomUp(stages, [1] * len(stages)), levels, decoder, likelihood, (hidden,))
+        super().__init__(_BottomUp(stages, [1] * len(stages)), levels, decoder, likelihood, (hidden,),
+                         objective=objective)
 
 
 class _Cell(nn.Module):
@@ -117,6 +120,7 @@ class NVAE(HierarchicalVAE):
         latent_channels: of each group.
         mode: "residual" or "absolute", see Level.
         likelihood: a name as for VAE, or a likelihood object, such as LogisticMixtureLikelihood for pixels.
+        objective: as for HierarchicalVAE.
 
     Raises:
         ValueError: the sides are not divisible by 2**len(groups).
@@ -126,7 +130,7 @@ class NVAE(HierarchicalVAE):
     """
 
     def __init__(self, image_shape, groups=(2, 2), *, channels=32, latent_channels=8, mode="residual",
-                 likelihood="bernoulli"):
+                 likelihood="bernoulli", objective=None):
         likelihood = _likelihood(likelihood)
         checks.choice("mode", mode, ("residual", "absolute"))
         size, height, width = image_shape
@@ -156,7 +160,7 @@ class NVAE(HierarchicalVAE):
         decoder = nn.Sequential(_Cell(channels, gain=gain), nn.SiLU(),
                                 nn.ConvTranspose2d(channels, outputs, 4, stride=2, padding=1))
         super().__init__(_BottomUp(stages, list(groups)[::-1]), levels, decoder, likelihood,
-                         (channels, height // factor, width // factor))
+                         (channels, height // factor, width // factor), objective=objective)
 
 
 class VDVAE(NVAE):

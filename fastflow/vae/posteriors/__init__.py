@@ -6,6 +6,7 @@ log q(z | x) (K, B) and the KL to the prior (B,), or None for it where there is 
 that params need.
 """
 
+from fastflow.vae.posteriors.delta import DeltaGaussianPosterior
 from fastflow.vae.posteriors.flow import FlowPosterior, HouseholderReflections
 from fastflow.vae.posteriors.gaussian import (
     DeterministicPosterior,
@@ -15,5 +16,5 @@ from fastflow.vae.posteriors.gaussian import (
 )
 from fastflow.vae.posteriors.mixture import MixturePosterior
 
-__all__ = ["DeterministicPosterior", "FlowPosterior", "FullGaussianPosterior", "GaussianPosterior",
-           "HouseholderReflections", "LowRankGaussianPosterior", "MixturePosterior"]
+__all__ = ["DeltaGaussianPosterior", "DeterministicPosterior", "FlowPosterior", "FullGaussianPosterior",
+           "GaussianPosterior", "HouseholderReflections", "LowRankGaussianPosterior", "MixturePosterior"]

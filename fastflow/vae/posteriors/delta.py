@@ -1,0 +1,88 @@
+"""Gaussians that can't collapse: a least KL to the prior, whatever the encoder gives (delta-VAEs)."""
+
+import math
+
+import torch
+
+from fastflow.vae.posteriors.gaussian import GaussianPosterior, is_standard, promoted
+
+__all__ = ["DeltaGaussianPosterior", "ar1_least_rate", "delta_gaussian"]
+
+
+class DeltaGaussianPosterior(GaussianPosterior):
+    """A diagonal Gaussian whose KL to N(0, 1) is at least ``least`` nats for each element; params are (B, 2D, *S), the
+    raw mean and scale of :func:`delta_gaussian` packed along dim 1.
+
+    Args:
+        least: nats, positive.
+
+    Raises:
+        ValueError: when called with a prior other than N(0, I), which the least rate is not to.
+    """
+
+    def __init__(self, least):
+        super().__init__("logvar")
+        delta_gaussian(torch.zeros(1), torch.zeros(1), least)  # checks it
+        self.least = least
+
+    def forward(self, params, prior=None, n_samples=1, **options):
+        if not is_standard(prior):
+            raise ValueError(f"prior: expected N(0, I) for a DeltaGaussianPosterior, got {type(prior).__name__}")
+        return super().forward(self._bounded(params), prior, n_samples, **options)
+
+    def moments(self, params):
+        return super().moments(self._bounded(params))
+
+    def mean(self, params):
+        return super().mean(self._bounded(params))
+
+    def _bounded(self, params):
+        return torch.cat(delta_gaussian(*promoted(params).chunk(2, 1), self.least), 1)
+
+    def extra_repr(self):
+        return f"least={self.least}"
+
+
+def delta_gaussian(raw_mean, raw_scale, least):
+    """(mean, log-variance), shaped like the raw ones, of Gaussians whose KL to N(0, 1) is at least ``least`` nats for
+    each element, whatever the encoder gives (a delta-VAE's posterior).
+
+    sigma lies where log sigma^2 - sigma^2 + 2 least + 1 >= 0, through a sigmoid; the mean's size is the square root of
+    that, to which relu(raw_mean) is added. Concatenate the two along dim 1 for GaussianPosterior("logvar").
+
+    References:
+        Razavi et al., "Preventing posterior collapse with delta-VAEs", 2019, arXiv:1901.03416.
+    """
+    if not 0.0 < least < math.inf:
+        raise ValueError(f"least: expected a finite number > 0, got {least!r}")
+    low, high = _root(least, -2.0 * least - 2.0, 0.0), _root(least, 2.0 * least + 2.0, 0.0)
+    logvar = low + (high - low) * torch.sigmoid(raw_scale)
+    square = 2.0 * least + 1.0 + logvar - logvar.exp()
+    # At the ends of the interval it is zero up to rounding; the root's slope there would be infinite.
+    return square.clamp(min=torch.finfo(logvar.dtype).eps).sqrt() + torch.relu(raw_mean), logvar
+
+
+def ar1_least_rate(correlation, length):
+    """The least KL in nats, over all independent Gaussians q(z_1) ... q(z_length), to the stationary AR(1) prior of
+    unit variance and that correlation: what a delta-VAE on such a sequence can't go below. Per latent channel.
+
+    ((length - 2) log(1 + a^2) - log(1 - a^2)) / 2 for a length of at least 2, else 0; reference as for
+    :func:`delta_gaussian`.
+    """
+    if not -1.0 < correlation < 1.0:
+        raise ValueError(f"correlation: expected a number between -1 and 1, got {correlation!r}")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"length: expected a positive integer, got {length!r}")
+    square = correlation**2
+    return 0.0 if length == 1 else 0.5 * ((length - 2) * math.log1p(square) - math.log1p(-square))
+
+
+def _root(least, outside, inside):
+    """The root of v - exp(v) + 2 least + 1 between log-variances, negative at the first, positive at the second."""
+    for _ in range(200):
+        middle = 0.5 * (outside + inside)
+        if middle - math.exp(middle) + 2.0 * least + 1.0 < 0.0:
+            outside = middle
+        else:
+            inside = middle
+    return inside
