@@ -1,18 +1,22 @@
 """Importance-weighted bounds of log p(x), and the gradient estimators that go with them.
 
-Functions of log_w take the (K, B) log-weights of an ELBO and give (B,) nats. Functions of a model take a VAE and x;
-what they return has the value of the bound named, and the gradient described.
+Functions of log_w take the (K, B) log-weights of an ELBO and give (B,) nats. Functions of a model take a VAE or a
+HierarchicalVAE and x; what they return has the value of the bound named, and the gradient described. Networks are
+called again at the samples drawn, which they must not answer at random (dropout).
+
+In a hierarchy z is the latents of all levels together, and q's gradient runs through every network that q is made of:
+where q shares some with p (the states between levels; the prior's, in the modes "residual" and "ladder"), they get p's
+gradient and q's, each as described.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.func import functional_call
 
 from fastflow import checks
 from fastflow.vae.elbo import iwae
+from fastflow.vae.sampled import sampled
 
 __all__ = ["ciwae", "dreg", "miwae", "piwae", "renyi", "stl"]
 
@@ -66,12 +70,13 @@ def stl(model, x, n_samples=1, *, context=None, eps=None, seed=None, generator=N
     posterior; far from it its variance may be the higher one.
 
     Args:
-        model: a VAE whose posterior has log_prob(params, z) -> (K, B), as those of posteriors/ have.
+        model: a VAE whose posterior has log_prob(params, z) -> (K, B), as those of posteriors/ have; or a
+            HierarchicalVAE, which takes no context.
         x: (B, *event).
-        n_samples, context, eps, seed, generator: as in VAE.elbo.
+        n_samples, context, eps, seed, generator: as in the model's elbo.
 
     Raises:
-        TypeError: the posterior has no log_prob, or the model is none with one encoder and posterior.
+        TypeError: the posterior has no log_prob, or the model is another one.
 
     References:
         Roeder et al., "Sticking the landing", 2017, arXiv:1703.09194.
@@ -84,17 +89,23 @@ def dreg(model, x, n_samples=1, *, context=None, eps=None, seed=None, generator=
     its squared normalised weight. Decoder, likelihood and prior keep IWAE's own gradient. Unbiased for all; near the
     true posterior far less noisy than IWAE's encoder gradient, far from it more so.
 
+    In a hierarchy the score that is left out is that of all levels' joint density, which depends on the latents above
+    through each level's mean and scale too; the path keeps those.
+
     Arguments and errors as for :func:`stl`.
 
     References:
-        Tucker et al., "Doubly reparameterized gradient estimators for Monte Carlo objectives", 2019, arXiv:1810.04152.
+        Tucker et al., "Doubly reparameterized gradient estimators for Monte Carlo objectives", 2019, arXiv:1810.04152;
+        Bauer and Mnih, "Generalized doubly reparameterized gradient estimators", 2021, arXiv:2101.11046, section 4 on
+        hierarchies.
     """
     return dreg_terms(model, x, n_samples, context=context, eps=eps, seed=seed, generator=generator)[0]
 
 
 def piwae(model, x, n_samples, groups, *, context=None, eps=None, seed=None, generator=None):
     """IWAE of all samples, (B,), whose gradient in the encoder and the posterior is that of :func:`miwae` with
-    ``groups``: partially importance-weighted. Arguments as for :func:`stl`; any reparameterised posterior will do.
+    ``groups``: partially importance-weighted. Arguments as for :func:`stl`; any reparameterised posterior will do. In a
+    hierarchy the two gradients are those of a p and a q that have networks of their own, added.
 
     References:
         Rainforth et al., as for :func:`miwae`.
@@ -125,72 +136,43 @@ def dreg_terms(model, x, n_samples, beta=1.0, **noise):
 
     The score that is left out counts beta times: each path weighs its w times (1 - beta) + beta w.
     """
-    z, terms = _path(model, x, n_samples, **noise)
+    latents, terms = _path(model, x, n_samples, **noise)
     log_w = terms.log_w(beta)
-    if z.requires_grad:
-        weights = torch.softmax(log_w.detach(), 0).to(z.dtype).reshape(*log_w.shape, *[1] * (z.dim() - 2))
-        factors = (1.0 - beta) + beta * weights
-        z.register_hook(lambda gradient: gradient * factors)  # on the way to the encoder alone
+    weights = torch.softmax(log_w.detach(), 0)
+    for z in latents:
+        if z.requires_grad:  # on the way to the encoder alone
+            factors = ((1.0 - beta) + beta * weights.to(z.dtype)).reshape(*weights.shape, *[1] * (z.dim() - 2))
+            z.register_hook(lambda gradient, factors=factors: gradient * factors)
     return iwae(log_w), terms
 
 
 def piwae_terms(model, x, n_samples, beta=1.0, *, groups, context=None, **noise):
     """(:func:`piwae` with the rate weighed by beta inside the weights, its Terms)."""
     _check_groups(n_samples, groups)
-    prior, params = _read(model, x, context)
-    z, log_q, _ = model.posterior(params, prior, n_samples, **noise)
-    fixed = z.detach().requires_grad_(z.requires_grad)
-    log_px_z, log_pz = _log_joint(model, x, fixed, prior, context)
+    source = sampled(model, x, context)
+    latents, log_q = source.draw(n_samples, **noise)
+    fixed = [z.detach().requires_grad_(z.requires_grad) for z in latents]
+    log_px_z, log_pz = source.log_joint(fixed)
     terms = Terms(log_px_z, log_pz, log_q)
     log_joint, log_q = log_px_z + beta * log_pz, beta * log_q
     bound = iwae(log_joint - log_q.detach())
-    if not fixed.requires_grad:
+    if not any(z.requires_grad for z in fixed):
         return bound, terms
-    slopes, = torch.autograd.grad(log_joint.sum(), fixed, retain_graph=True)
+    slopes = torch.autograd.grad(log_joint.sum(), fixed, retain_graph=True)
     log_w = (log_joint - log_q).detach().requires_grad_()
     weights, = torch.autograd.grad(miwae(log_w, groups).sum(), log_w)
     # sum over z of d log p(x, z)/dz dz, less d log q: the encoder's way to the log-weights, to first order.
-    encoder = (weights * ((slopes * z).flatten(2).sum(2) - log_q)).sum(0)
+    moved = sum((slope * z).flatten(2).sum(2) for slope, z in zip(slopes, latents, strict=True))
+    encoder = (weights * (moved - log_q)).sum(0)
     return bound + encoder - encoder.detach(), terms
 
 
-class _LogProb(nn.Module):
-    """log_prob of a posterior as a forward, for functional_call."""
-
-    def __init__(self, posterior):
-        super().__init__()
-        self.posterior = posterior
-
-    def forward(self, params, z):
-        return self.posterior.log_prob(params, z)
-
-
-def _read(model, x, context):
-    """(the prior, what the encoder says of x), given the context."""
-    if not (hasattr(model, "posterior") and hasattr(model, "_encoded")):
-        raise TypeError(f"model: expected a VAE with an encoder and a posterior, got {type(model).__name__}")
-    return model._prior(context), model._encoded(x, context)
-
-
 def _path(model, x, n_samples, context=None, **noise):
-    """(z, Terms) that reach the encoder and the posterior's own parameters through z alone."""
-    prior, params = _read(model, x, context)
-    z, _, _ = model.posterior(params, prior, n_samples, **noise)
-    z = z.view_as(z)  # nobody else's tensor, to hang a hook on
-    return z, Terms(*_log_joint(model, x, z, prior, context), _fixed_log_q(model.posterior, params, z))
-
-
-def _fixed_log_q(posterior, params, z):
-    """(K, B) log q(z | x), differentiable in z only."""
-    if not hasattr(posterior, "log_prob"):
-        raise TypeError(f"posterior: expected log_prob(params, z), which {type(posterior).__name__} has not")
-    own = {f"posterior.{name}": p.detach() for name, p in posterior.named_parameters()}
-    return functional_call(_LogProb(posterior), own, (params.detach(), z))
-
-
-def _log_joint(model, x, z, prior, context):
-    """log p(x | z) and log p(z), (K, B) each."""
-    return model._log_likelihood(x, z, context, z.shape[:1]), model._log_prior(z, context, prior)
+    """(the latents, Terms) that reach what q is made of through the latents alone."""
+    source = sampled(model, x, context)
+    latents, _ = source.draw(n_samples, **noise)
+    latents = [z.view_as(z) for z in latents]  # nobody else's tensors, to hang hooks on
+    return latents, Terms(*source.log_joint(latents), source.fixed_log_q(latents))
 
 
 def _check_groups(k, groups):

@@ -11,9 +11,10 @@ from fastflow.vae import top_down
 from fastflow.vae.elbo import ELBO
 from fastflow.vae.generation import check_temperature, moved, way
 from fastflow.vae.likelihoods import Likelihood
-from fastflow.vae.posteriors.gaussian import log_normal, promoted
+from fastflow.vae.posteriors.gaussian import kl_by_element, log_normal, promoted
 
 __all__ = ["HierarchicalVAE", "HierarchyTerms", "Level"]
+
 
 class Level(nn.Module):
     """One group of latents: p(z | h) of the state h that comes from above, q(z | h, d) with features d of the data.
@@ -45,18 +46,28 @@ class Level(nn.Module):
     def infer(self, h, d, **noise):
         """(z (B, D, *S), kl and log q, each (B,) nats, the LevelParams, next h) for h (B, H, *S) and features d
         (B, F, *S)."""
+        params = self.gaussians(h, d)
+        z, kl, log_q = functional.gaussian_sample_kl(params.posterior, scale=params.scale, return_logq=True,
+                                                     prior=(params.mean, params.raw), **noise)
+        return z, kl, log_q, params, self.down(h, z)
+
+    def gaussians(self, h, d):
+        """The LevelParams of q(z | h, d) and p(z | h)."""
         prior = promoted(self.prior(h))
         params = promoted(self.posterior(d if self.mode == "ladder" else torch.cat([h, d], 1)))
         params, prior, scale = reference.level_gaussians(prior, params, self.mode, self.scale)
-        z, kl, log_q = functional.gaussian_sample_kl(params, scale=scale, prior=prior, return_logq=True, **noise)
-        return z, kl, log_q, LevelParams(params, *prior, scale), self.merge(torch.cat([h, z.to(h.dtype)], 1))
+        return LevelParams(params, *prior, scale)
+
+    def down(self, h, z):
+        """The next level's h."""
+        return self.merge(torch.cat([h, z.to(h.dtype)], 1))
 
     def generate(self, h, noise, temperature=1.0):
         """(z, next h) from the prior, its standard deviation times ``temperature``; ``noise`` makes standard normals
         like a tensor."""
         mean, _, log_sigma = self._prior(h)
         z = mean if temperature == 0.0 else mean + temperature * torch.exp(log_sigma) * noise(mean)
-        return z, self.merge(torch.cat([h, z.to(h.dtype)], 1))
+        return z, self.down(h, z)
 
     def _prior(self, h):
         mean, raw = promoted(self.prior(h)).chunk(2, 1)
@@ -73,6 +84,11 @@ class LevelParams(NamedTuple):
     mean: torch.Tensor
     raw: torch.Tensor
     scale: str
+
+    def moments(self):
+        """(mean, log sigma) of q, each (B, D, *S)."""
+        mean, raw = self.posterior if isinstance(self.posterior, tuple) else self.posterior.chunk(2, 1)
+        return mean, reference.sigma_and_log(raw, self.scale)[1]
 
 
 class HierarchyTerms(NamedTuple):
@@ -151,15 +167,39 @@ class HierarchicalVAE(nn.Module):
             seed: int or 0-d int64 tensor; the levels take the counters of its stream one after the other.
             generator: torch.Generator that a seed is drawn from otherwise, None for torch's own.
         """
-        batch = x.shape[0]  # len() would fix it in a graph
-        features = self._features(x)
+        h, latents, tables = self._descend(x, n_samples, eps, seed, generator)
+        log_px_z = self._log_likelihood(x, h, n_samples)
+        return HierarchyTerms(latents, log_px_z, *tables)
+
+    def log_joint(self, x, latents):
+        """(log p(x | z) (K, B), log p(z) (L, K, B), each level's given those above), nats, of x (B, *event) and any
+        latents, L tensors (K, B, D, *S)."""
+        h, found = self._top(latents[0].shape[0] * x.shape[0]), []
+        for level, z in zip(self.levels, self._rows(latents), strict=True):
+            mean, _, log_sigma = level._prior(h)
+            found.append(log_normal(z, mean, log_sigma).flatten(1).sum(1))
+            h = level.down(h, z)
+        k = latents[0].shape[0]
+        return self._log_likelihood(x, h, k), torch.stack(found).unflatten(1, (k, -1))
+
+    def log_posterior(self, x, latents):
+        """log q(z | x) (L, K, B), each level's given those above, nats, of x (B, *event) and any latents, L tensors
+        (K, B, D, *S)."""
+        k, found = latents[0].shape[0], []
+        h = self._top(k * x.shape[0])
+        for level, d, z in zip(self.levels, self._features(x, k), self._rows(latents), strict=True):
+            found.append(log_normal(z, *level.gaussians(h, d).moments()).flatten(1).sum(1))
+            h = level.down(h, z)
+        return torch.stack(found).unflatten(1, (k, -1))
+
+    def _descend(self, x, n_samples, eps=None, seed=None, generator=None):
+        """(the last h (K*B, H, *S), latents, (log p, log q, KL) of every level) as :meth:`infer` has them."""
+        features = self._features(x, n_samples)
         if eps is not None and len(eps) != len(self.levels):
             raise ValueError(f"eps: expected {len(self.levels)} tensors, got {len(eps)}")
         if eps is None and seed is None:
             seed = reference.draw_seed(x.device, generator)
-        h = self.top.expand(n_samples * batch, *self.top.shape[1:])
-        if n_samples != 1:
-            features = [d.expand(n_samples, *d.shape).flatten(0, 1) for d in features]
+        h = self._top(n_samples * x.shape[0])  # len() would fix it in a graph
         if eps is not None:
             eps = [e.flatten(0, 1) for e in eps]
         latents, tables, offset = [], [], 0
@@ -170,38 +210,34 @@ class HierarchicalVAE(nn.Module):
             offset += sum(-(-z.numel() // 4) for z in found)  # four normals come of one counter
             latents += found
             tables.append(table)
+        tables = tables[0] if len(tables) == 1 else map(torch.cat, zip(*tables, strict=True))
+        lead = (n_samples, x.shape[0])
+        return h, [z.unflatten(0, lead) for z in latents], [t.unflatten(1, lead) for t in tables]
+
+    def _log_likelihood(self, x, h, n_samples):
+        """log p(x | z) (K, B) of the last h (K*B, H, *S)."""
         output = self.decoder(h)
-        checks.shape("decoder output", output, (n_samples * batch, *self.likelihood.output_shape(x.shape[1:])))
-        lead = (n_samples, batch)
-        log_px_z = self.likelihood.log_prob(x, output.unflatten(0, lead))
-        log_pz, log_qz, kl = tables[0] if len(tables) == 1 else map(torch.cat, zip(*tables, strict=True))
-        return HierarchyTerms([z.unflatten(0, lead) for z in latents], log_px_z,
-                              *(t.unflatten(1, lead) for t in (log_pz, log_qz, kl)))
+        checks.shape("decoder output", output, (n_samples * x.shape[0], *self.likelihood.output_shape(x.shape[1:])))
+        return self.likelihood.log_prob(x, output.unflatten(0, (n_samples, x.shape[0])))
 
     @torch.no_grad()
     def latent_kl(self, x, *, seed=None, generator=None):
         """KL(q(z_d | x, z above) || p(z_d | z above)) of every latent at one sample of those above: a list of
-        (B, D, *S) nats, one for each level from the top down. It sums to what :meth:`infer` calls kl.
-
-        log(sigma_p / sigma_q) + (sigma_q^2 + (mean_q - mean_p)^2) / (2 sigma_p^2) - 1/2.
-        """
+        (B, D, *S) nats, one for each level from the top down. It sums to what :meth:`infer` calls kl."""
         seed = reference.draw_seed(x.device, generator) if seed is None else seed
-        h, found, offset = self.top.expand(x.shape[0], *self.top.shape[1:]), [], 0
+        h, found, offset = self._top(x.shape[0]), [], 0
         for level, d in zip(self.levels, self._features(x), strict=True):
-            z, _, _, (posterior, mean_p, raw_p, scale), h = level.infer(h, d, seed=seed, offset=offset)
+            z, _, _, params, h = level.infer(h, d, seed=seed, offset=offset)
             offset += -(-z.numel() // 4)
-            mean, raw = posterior if isinstance(posterior, tuple) else posterior.chunk(2, 1)
-            log_sigma, log_sigma_p = (reference.sigma_and_log(r, scale)[1] for r in (raw, raw_p))
-            difference = 2.0 * (log_sigma - log_sigma_p)
-            squares = ((mean - mean_p) * torch.exp(-log_sigma_p)).square()
-            found.append(0.5 * (squares + (torch.expm1(difference) - difference).clamp_min(0.0)))
+            found.append(kl_by_element(*params.moments(), params.mean,
+                                       reference.sigma_and_log(params.raw, params.scale)[1]))
         return found
 
     def explain(self, x):
         """One line: which levels a call with x runs as one kernel, and why not the others."""
         with torch.no_grad():
             features = self._features(x)
-        return top_down.explain(self.levels, self.top.expand(len(x), *self.top.shape[1:]), features)
+        return top_down.explain(self.levels, self._top(len(x)), features)
 
     @staticmethod
     def _each(levels, h, features, eps, seed, offset):
@@ -224,7 +260,7 @@ class HierarchicalVAE(nn.Module):
             mean: return the likelihood's mean instead of a draw.
         """
         temperatures = self._temperatures(temperature)
-        h = self.top.expand(n, *self.top.shape[1:])
+        h = self._top(n)
         for level, t in zip(self.levels, temperatures, strict=True):
             _, h = level.generate(h, _noise(generator), t)
         output = self.decoder(h)
@@ -238,7 +274,7 @@ class HierarchicalVAE(nn.Module):
         if not 0 <= n_levels <= len(self.levels):
             raise ValueError(f"n_levels: expected 0 to {len(self.levels)}, got {n_levels!r}")
         temperatures = self._temperatures(temperature)
-        h = self.top.expand(len(x), *self.top.shape[1:])
+        h = self._top(len(x))
         for index, (level, d) in enumerate(zip(self.levels, self._features(x), strict=True)):
             if index < n_levels:
                 *_, h = level.infer(h, d, eps=_zeros(level, h))
@@ -248,7 +284,7 @@ class HierarchicalVAE(nn.Module):
 
     def encode(self, x):
         """The latents (B, D, *S) of each level from the top down, each at its posterior's mean given those above."""
-        h, latents = self.top.expand(x.shape[0], *self.top.shape[1:]), []
+        h, latents = self._top(x.shape[0]), []
         for level, d in zip(self.levels, self._features(x), strict=True):
             z, _, _, _, h = level.infer(h, d, eps=_zeros(level, h))
             latents.append(z)
@@ -258,9 +294,9 @@ class HierarchicalVAE(nn.Module):
         """The decoder's output for the latents (B, D, *S) of each level from the top down."""
         if len(latents) != len(self.levels):
             raise ValueError(f"latents: expected {len(self.levels)} tensors, got {len(latents)}")
-        h = self.top.expand(latents[0].shape[0], *self.top.shape[1:])
+        h = self._top(latents[0].shape[0])
         for level, z in zip(self.levels, latents, strict=True):
-            h = level.merge(torch.cat([h, z.to(h.dtype)], 1))
+            h = level.down(h, z)
         return self.decoder(h)
 
     @torch.no_grad()
@@ -292,11 +328,24 @@ class HierarchicalVAE(nn.Module):
         latents = [way(a, b, steps, path) for a, b in zip(self.encode(start), self.encode(end), strict=True)]
         return self.likelihood.mean(self.decode([z.flatten(0, 1) for z in latents])).unflatten(0, (steps, len(start)))
 
-    def _features(self, x):
+    def _top(self, n):
+        """h_0 of n rows."""
+        return self.top.expand(n, *self.top.shape[1:])
+
+    def _rows(self, latents):
+        """The latents (K, B, ...) as rows (K*B, ...)."""
+        if len(latents) != len(self.levels):
+            raise ValueError(f"latents: expected {len(self.levels)} tensors, got {len(latents)}")
+        return [z.flatten(0, 1) for z in latents]
+
+    def _features(self, x, n_samples=1):
+        """What each level sees of x, (K*B, F, *S)."""
         features = self.bottom_up(x)
         if not isinstance(features, (list, tuple)) or len(features) != len(self.levels):
             raise ValueError(f"bottom_up: expected a list of {len(self.levels)} features, one for each level")
-        return features
+        if n_samples == 1:
+            return features
+        return [d.expand(n_samples, *d.shape).flatten(0, 1) for d in features]
 
     def _temperatures(self, temperature):
         values = [temperature] * len(self.levels) if isinstance(temperature, (int, float)) else list(temperature)

@@ -85,7 +85,8 @@ def _step(level, width, d, dtype):
     """The LatentLevel that a level under a state of ``width`` features makes, or why it can't be one of a run."""
     from fastflow.vae.hierarchy import Level
 
-    if type(level) is not Level or "infer" in level.__dict__:
+    own = level.__dict__
+    if type(level) is not Level or "infer" in own or "gaussians" in own or "down" in own:
         return f"{type(level).__name__} is a class with an infer of its own"
     seen = d.shape[1] + (0 if level.mode == "ladder" else width)
     prior, posterior = _network(level.prior, width, dtype), _network(level.posterior, seen, dtype)

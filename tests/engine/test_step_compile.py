@@ -8,7 +8,18 @@ from torch._dynamo.utils import counters
 
 from fastflow import flows
 from fastflow.engine import TrainStep
-from fastflow.vae import VAE, LinearSchedule, mlp_decoder, mlp_encoder
+from fastflow.vae import (
+    HVAE,
+    MLPVAE,
+    VAE,
+    BoundObjective,
+    FreeBits,
+    KLBalance,
+    LinearSchedule,
+    PenalizedELBO,
+    mlp_decoder,
+    mlp_encoder,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +145,25 @@ def test_a_scheduled_weight_of_the_rate_is_followed_without_a_new_graph():
         torch.testing.assert_close(*losses)
         schedule.step()
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [
+    lambda: MLPVAE((1, 4, 4), 3, (8,), objective=BoundObjective("stl", 3)),
+    lambda: MLPVAE((1, 4, 4), 3, (8,), objective=BoundObjective("dreg", 3)),
+    lambda: HVAE((1, 4, 4), (3, 2), 8, objective=PenalizedELBO(FreeBits(0.1, "group"), KLBalance())),
+    lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("iwae", 3)),
+], ids=["stl", "dreg", "levels", "levels-iwae"])
+def test_objectives_of_vaes_trace_whole(make):
+    """With the gradients that they have without a graph."""
+    model = make()
+    twin, beta, x = copy.deepcopy(model), torch.tensor(0.5), (torch.rand(5, 1, 4, 4) > 0.5).float()
+    losses, before = [], [p.detach().clone() for p in model.parameters()]
+    for one, backend in ((model, "aot_eager"), (twin, False)):
+        step = TrainStep(one, torch.optim.SGD(one.parameters(), 1.0), compile=backend, beta=beta)
+        torch.manual_seed(1)
+        losses.append(step(x))
+    torch.testing.assert_close(*losses)
+    for a, b, old in zip(model.parameters(), twin.parameters(), before, strict=True):
+        torch.testing.assert_close(a - old, b - old, rtol=1e-3, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1 and counters["graph_break"].total() == 0

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastflow import vae
+from fastflow.vae.sampled import sampled
 
 W = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.2, -0.6]], dtype=torch.float64)
 B = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
@@ -67,7 +68,7 @@ def quadrature(k, n=48):
 
 def squared_everywhere(model, x, k, *, eps):
     """The squared weights put on the whole log-weight, decoder and all."""
-    z, terms = vae.bounds._path(model, x, k, eps=eps)
+    _, terms = vae.bounds._path(model, x, k, eps=eps)
     log_w = terms.log_w(1.0)
     weights = torch.softmax(log_w.detach(), 0)
     return (weights**2 * log_w).sum(0)
@@ -254,8 +255,9 @@ def test_log_weights_average_to_the_elbo(log_q, holds):
     with torch.no_grad():
         mean, logvar = model.encoder(X).chunk(2, 1)
         z = mean + (0.5 * logvar).exp() * torch.randn(n, 1, 2, dtype=torch.float64)
-        log_w = sum(vae.bounds._log_joint(model, X, z, None, None)) - log_q(z, mean, logvar)
-        fixed = vae.bounds._fixed_log_q(model.posterior, model.encoder(X), z)
+        source = sampled(model, X, None)
+        log_w = sum(source.log_joint([z])) - log_q(z, mean, logvar)
+        fixed = source.fixed_log_q([z])
     assert ((log_w.mean() - (LOG_P - 0.003897104868258)).abs() < 4 * log_w.std() / math.sqrt(n)) == holds
     torch.testing.assert_close(fixed, right(z, mean, logvar))
 
@@ -273,6 +275,9 @@ class Opaque(nn.Module):
     (TypeError, lambda: vae.renyi([0.0], 0.5), "log_w"),
     (ValueError, lambda: vae.piwae(ppca(), X, 5, 2), "groups"),
     (TypeError, lambda: vae.stl(vae.VAE(nn.Identity(), nn.Identity(), Opaque()), X), "posterior"),
+    (TypeError, lambda: vae.dreg(vae.HamiltonianVAE(nn.Identity(), nn.Identity()), X), "^model: .* HamiltonianVAE"),
+    (TypeError, lambda: vae.stl(nn.Identity(), X), "^model: .* Identity"),
+    (TypeError, lambda: vae.stl(vae.HVAE((3,), (2,), 4), X, context=X), "^context: a HVAE takes none"),
 ])
 def test_errors_name_the_argument(error, call, message):
     with pytest.raises(error, match=message):

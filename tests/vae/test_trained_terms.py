@@ -173,7 +173,7 @@ def test_information_of_a_gaussian_channel():
     """x ~ N(0, 1), q(z | x) = N(r x, 1 - r^2), whose aggregate is the prior, and p(x | z) its inverse: I(x; z) =
     -log(1 - r^2)/2. NWJ and Barber-Agakov reach it on average, the others are on their sides of it."""
     r = 0.8
-    exact, runs, size = -0.5 * math.log1p(-r * r), 400, 4
+    exact, runs, size = -0.5 * math.log1p(-r * r), 300, 4
     weight, spread = torch.tensor([[r], [0.0]]), torch.tensor([0.0, math.log1p(-r * r)])
     for name, sign in (("nwj", 0), ("barber_agakov", 0), ("info_nce", -1), ("leave_one_out", 1)):
         term = vae.MutualInformation(name, -1.0 if sign > 0 else 1.0, entropy=0.5 * math.log(2 * math.pi * math.e))
@@ -219,7 +219,6 @@ def test_a_delta_posterior_trains_and_keeps_its_rate():
 @pytest.mark.parametrize(("error", "call", "message"), [
     (TypeError, lambda: ladder(vae.PenalizedELBO(vae.DIP()))(X), "^model: DIP needs a VAE with one z, got HVAE"),
     (TypeError, lambda: ladder(vae.PenalizedELBO(vae.FreeBits(0.1)))(X), "^posterior: free bits of each latent"),
-    (TypeError, lambda: ladder(vae.BoundObjective("stl"))(X), "^model: expected a VAE with an encoder and a posterior"),
     (TypeError, lambda: ladder("elbo"), "^objective"),
     (TypeError, lambda: mlp(vae.PenalizedELBO(vae.KLBalance()))(X), "^model: KLBalance needs a hierarchy, got MLPVAE"),
     (ValueError, lambda: vae.MutualInformation("mine"), "bound"),

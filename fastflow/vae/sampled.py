@@ -1,0 +1,91 @@
+"""What gradient estimators ask of a model: draws of q(z | x), and both densities at any z, for one z or for levels.
+
+``draw(n_samples, eps=, seed=, generator=)`` gives a list of reparameterised latents (K, B, D, *S), one, or one for each
+level, and log q(z | x) (K, B); ``log_joint(latents)`` gives log p(x | z) and log p(z), (K, B) each;
+``fixed_log_q(latents)`` log q(z | x) (K, B), differentiable in the latents alone.
+"""
+
+from torch import nn
+from torch.func import functional_call
+
+from fastflow.vae.hierarchy import HierarchicalVAE
+from fastflow.vae.model import VAE
+
+__all__ = ["sampled"]
+
+
+def sampled(model, x, context):
+    """The draws and densities of a model for x (B, *event).
+
+    Raises:
+        TypeError: the model is neither a VAE with one encoder and posterior nor a hierarchy, or a hierarchy with a
+            context.
+    """
+    if isinstance(model, HierarchicalVAE):
+        if context is not None:
+            raise TypeError(f"context: a {type(model).__name__} takes none")
+        return _Levels(model, x)
+    if not isinstance(model, VAE) or type(model)._infer is not VAE._infer:
+        raise TypeError(f"model: expected a HierarchicalVAE, or a VAE whose z is drawn from its posterior, got "
+                        f"{type(model).__name__}")
+    return _One(model, x, context)
+
+
+class _One:
+    """One latent z."""
+
+    def __init__(self, model, x, context):
+        self.model, self.x, self.context = model, x, context
+        self.prior, self.params = model._prior(context), model._encoded(x, context)
+
+    def draw(self, n_samples, **noise):
+        z, log_q, _ = self.model.posterior(self.params, self.prior, n_samples, **noise)
+        return [z], log_q
+
+    def log_joint(self, latents):
+        z, = latents
+        return (self.model._log_likelihood(self.x, z, self.context, z.shape[:1]),
+                self.model._log_prior(z, self.context, self.prior))
+
+    def fixed_log_q(self, latents):
+        posterior = self.model.posterior
+        if not hasattr(posterior, "log_prob"):
+            raise TypeError(f"posterior: expected log_prob(params, z), which {type(posterior).__name__} has not")
+        return _fixed(posterior, "log_prob", self.params.detach(), *latents)
+
+
+class _Levels:
+    """The latents of a hierarchy."""
+
+    def __init__(self, model, x):
+        self.model, self.x = model, x
+
+    def draw(self, n_samples, **noise):
+        _, latents, (_, log_q, _) = self.model._descend(self.x, n_samples, **noise)
+        return latents, log_q.sum(0)
+
+    def log_joint(self, latents):
+        log_px_z, log_pz = self.model.log_joint(self.x, latents)
+        return log_px_z, log_pz.sum(0)
+
+    def fixed_log_q(self, latents):
+        return _fixed(self.model, "log_posterior", self.x, latents).sum(0)
+
+
+class _Method(nn.Module):
+    """A method of a module as a forward, for functional_call."""
+
+    def __init__(self, module, method):
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *args):
+        return getattr(self.module, self.method)(*args)
+
+
+def _fixed(module, method, *args):
+    """What a method gives with the module's parameters as constants."""
+    own = {f"module.{name}": p.detach() for name, p in module.named_parameters()}
+    if not own:
+        return getattr(module, method)(*args)
+    return functional_call(_Method(module, method), own, args)
