@@ -2,6 +2,7 @@
 
 from fastflow.engine.datasets import example_shape
 from fastflow.engine.errors import CheckpointError, SettingsError
+from fastflow.engine.sections import BOUNDS
 
 __all__ = ["build_model", "load_weights", "standardize"]
 
@@ -121,13 +122,26 @@ def _of_columns(flow):
     return flow
 
 
+def _objective(options, per):
+    """What BoundSettings say is maximised, None for the ELBO; free bits are of each ``per``."""
+    from fastflow.vae import BoundObjective, FreeBits, KLBalance, PenalizedELBO
+
+    if options.objective != "elbo":
+        own = BOUNDS[options.objective]
+        given = {} if own is None else {own.removeprefix("bound_"): getattr(options, own)}
+        return BoundObjective(options.objective, options.n_samples, **given)
+    if options.free_bits:
+        return PenalizedELBO(FreeBits(options.free_bits, per))
+    return PenalizedELBO(KLBalance(options.beta)) if getattr(options, "kl_balance", False) else None
+
+
 def _vae(options, image_shape):
     from fastflow.vae import MLPVAE, ConvVAE
 
+    given = {"likelihood": _likelihood(), "objective": _objective(options, options.free_bits_per)}
     if options.network == "conv":
-        return ConvVAE(image_shape, options.latent_features, likelihood=_likelihood())
-    hidden = (options.hidden_features, options.hidden_features)
-    return MLPVAE(image_shape, options.latent_features, hidden, likelihood=_likelihood())
+        return ConvVAE(image_shape, options.latent_features, **given)
+    return MLPVAE(image_shape, options.latent_features, (options.hidden_features, options.hidden_features), **given)
 
 
 def _iwae(options, image_shape):
@@ -161,7 +175,7 @@ def _vdvae(options, image_shape):
     from fastflow.vae import VDVAE
 
     return VDVAE(image_shape, options.groups, channels=options.channels, latent_channels=options.latent_channels,
-                 likelihood=_likelihood())
+                 likelihood=_likelihood(), objective=_objective(options, "group"))
 
 
 BUILDERS = {"glow": _glow, "jet": _jet, "tarflow": _tarflow, "realnvp": _realnvp, "maf": _maf, "nsf": _nsf, "vae": _vae,

@@ -8,7 +8,14 @@ import torch
 from fastflow.engine.distributed import unwrap
 from fastflow.engine.pictures import levels
 from fastflow.flows import bits_per_dim, dequantize
-from fastflow.vae import VAE, BernoulliLikelihood, ContinuousBernoulliLikelihood, LossTerms, iwae
+from fastflow.vae import (
+    VAE,
+    BernoulliLikelihood,
+    ContinuousBernoulliLikelihood,
+    HierarchicalVAE,
+    LossTerms,
+    iwae,
+)
 
 __all__ = ["NegativeELBO", "NegativeLogLikelihood", "levels_of", "objective_for"]
 
@@ -135,7 +142,11 @@ class NegativeELBO(Objective):
         """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained; with K > 1
         samples of the latents also "iwae_K", the importance-weighted bound of them."""
         x, constant = self.prepare(model, x)
-        bound = model(x, n_samples=self.n_samples, beta=1.0)
+        inner, n_samples = unwrap(model), self.n_samples
+        asks = {"bound_only": True} if type(inner).forward in (VAE.forward, HierarchicalVAE.forward) else {}
+        if n_samples == 1:
+            n_samples = getattr(getattr(inner, "objective", None), "n_samples", 1)
+        bound = model(x, n_samples=n_samples, beta=1.0, **asks)
         elbo = -bound.distortion - bound.rate - constant
         found = {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,
                  "bits_per_dim": -elbo / (x[0].numel() * math.log(2))}

@@ -1,6 +1,6 @@
 """The learning rate, and a VAE's weight of the rate, of every step."""
 
-from fastflow.vae import CosineSchedule, LinearSchedule
+from fastflow.vae import CosineSchedule, CyclicalSchedule, LinearSchedule, SigmoidSchedule
 
 __all__ = ["LearningRate", "kl_weight"]
 
@@ -33,9 +33,15 @@ class LearningRate:
 
 
 def kl_weight(settings):
-    """``weight(step)``: what a VAE's rate is weighed with in the update after that many steps, which rises linearly to
-    the model's beta over ``train.kl_warmup_steps``; None where it does not change."""
-    if not settings.train.kl_warmup_steps:
+    """``weight(step)``: what a VAE's rate is weighed with in the update after that many steps, which rises to the
+    model's beta over ``train.kl_warmup_steps`` as ``train.kl_schedule`` says; None where it does not change."""
+    train = settings.train
+    if not train.kl_warmup_steps:
         return None
-    rise = LinearSchedule(0.0, getattr(settings.model, "beta", 1.0), settings.train.kl_warmup_steps)
+    kind, options = {"linear": (LinearSchedule, {}), "cosine": (CosineSchedule, {}),
+                     "sigmoid": (SigmoidSchedule, {"steepness": train.kl_steepness}),
+                     "cyclical": (CyclicalSchedule, {"cycles": train.kl_cycles or None, "ratio": train.kl_ratio}),
+                     }[train.kl_schedule]
+    rise = kind(train.kl_start, getattr(settings.model, "beta", 1.0), train.kl_warmup_steps, begin=train.kl_begin,
+                **options)
     return lambda step: rise.at(step + 1)

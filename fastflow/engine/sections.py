@@ -13,6 +13,8 @@ Positive = Annotated[int, Field(ge=1, le=2**31)]
 Count = Annotated[int, Field(ge=0, le=2**31)]
 Sizes = Annotated[tuple[Positive, ...], Field(strict=False)]
 SCALES = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "glow", "additive")
+BOUNDS = {"iwae": None, "miwae": "bound_groups", "ciwae": "bound_beta", "renyi": "bound_alpha", "stl": None,
+          "dreg": None, "piwae": "bound_groups"}  # and the setting that each takes
 SOURCES = {
     "cifar10": "cifar-10-python.tar.gz or cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
     "imagenet32": "the npz files of the 32x32 images (train_data_batch_1.npz to _10.npz, val_data.npz) from "
@@ -134,13 +136,50 @@ class NSFSettings(Section):
     permutation: Literal["flip", "random"] = Field("random", description="of the columns between the layers")
 
 
-class VAESettings(Section):
+class BoundSettings(Section):
+    """What a VAE with Gaussian latents maximises."""
+
+    objective: Literal[("elbo", *BOUNDS)] = Field("elbo", description="bound trained, or a gradient estimator of one "
+                                                  "(stl of elbo; dreg and piwae of iwae)")
+    n_samples: Positive = Field(1, description="draws of z per image, K of the bound")
+    bound_groups: Count = Field(0, description="groups that the draws are cut into, of miwae and piwae")
+    bound_beta: float | None = Field(None, ge=0, le=1, description="share of the ELBO, of ciwae")
+    bound_alpha: float | None = Field(None, description="of renyi: elbo at 1, iwae at 0")
+    free_bits: float = Field(0.0, ge=0, description="nats of the rate that each dimension, or each level, has free")
+
+    @model_validator(mode="after")
+    def _bound_goes_together(self):
+        own = BOUNDS.get(self.objective)
+        for name in ("bound_groups", "bound_beta", "bound_alpha"):
+            value = getattr(self, name)
+            given = value is not None and not (name == "bound_groups" and value == 0)
+            if given != (name == own):
+                raise combination(f"model.{name}: {'does not belong to' if given else 'needed by'} "
+                                  f"model.objective={self.objective}")
+        if self.objective not in ("elbo", "stl") and self.n_samples < 2:
+            raise combination(f"model.n_samples: model.objective={self.objective} needs at least 2, got 1")
+        if self.bound_groups and self.n_samples % self.bound_groups:
+            raise combination(f"model.bound_groups: {self.bound_groups} does not divide model.n_samples="
+                              f"{self.n_samples}")
+        if self.free_bits and self.objective != "elbo":
+            raise combination(f"model.free_bits: belongs to model.objective=elbo, got {self.objective}")
+        return self
+
+
+class VAESettings(BoundSettings):
     kind: Literal["vae"]
     network: Literal["mlp", "conv"] = Field("mlp", description="networks of encoder and decoder")
     latent_features: Positive = Field(16, description="dimensions of z")
     hidden_features: Positive = Field(256, description="width of encoder and decoder, of mlp networks")
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
-    n_samples: Positive = Field(1, description="draws of z per image")
+    free_bits_per: Literal["dim", "group"] = Field("dim", description="unit that has them: each dimension of z, or all "
+                                                   "together")
+
+    @model_validator(mode="after")
+    def _go_together(self):
+        if self.free_bits_per != "dim" and not self.free_bits:
+            raise combination("model.free_bits_per: needs model.free_bits")
+        return self
 
 
 class IWAESettings(Section):
@@ -167,12 +206,20 @@ class DiscreteVAESettings(Section):
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
 
 
-class VDVAESettings(Section):
+class VDVAESettings(BoundSettings):
     kind: Literal["vdvae"]
     groups: Sizes = Field((2, 2), min_length=1, description="latent groups at each resolution, coarsest first")
     channels: Positive = Field(32, description="of the states")
     latent_channels: Positive = Field(8, description="of each group")
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
+    kl_balance: bool = Field(False, description="weigh each level's rate by what it says and by its size, while the "
+                                                "weight of the rate rises")
+
+    @model_validator(mode="after")
+    def _go_together(self):
+        if self.kl_balance and (self.free_bits or self.objective != "elbo"):
+            raise combination("model.kl_balance: belongs to model.objective=elbo without model.free_bits")
+        return self
 
 
 Model = (GlowSettings | JetSettings | TarFlowSettings | RealNVPSettings | MAFSettings | NSFSettings | VAESettings

@@ -27,6 +27,8 @@ MAY_CHANGE = ("description", "minutes", "sample", "data.path", "data.cache", "da
               "train.process_timeout", "train.skip_non_finite")
 
 TABLE_KINDS = ("realnvp", "maf", "nsf")
+# The schedules of the rate's weight, and which of the settings that shape it are theirs.
+KL_SCHEDULES = {"linear": (), "cosine": (), "sigmoid": ("kl_steepness",), "cyclical": ("kl_cycles", "kl_ratio")}
 
 
 class TrainSettings(Section):
@@ -44,7 +46,14 @@ class TrainSettings(Section):
                                                       "all else is float32")
     memory: Literal["auto", "none", "save_z", "invert"] = Field("auto", description="how a flow keeps less for "
                                                                 "backward, see TrainStep")
-    kl_warmup_steps: Count = Field(0, description="steps over which a VAE's weight of the rate rises linearly from 0")
+    kl_warmup_steps: Count = Field(0, description="steps over which a VAE's weight of the rate rises to model.beta, or "
+                                   "the length of each cycle; 0 for none")
+    kl_schedule: Literal[tuple(KL_SCHEDULES)] = Field("linear", description="how that weight rises")
+    kl_begin: Count = Field(0, description="steps before it begins to")
+    kl_start: float = Field(0.0, ge=0, description="the weight that it rises from")
+    kl_steepness: float = Field(10.0, gt=0, description="of a sigmoid rise")
+    kl_cycles: Count = Field(4, description="of a cyclical rise, after which the weight stays; 0 for ever")
+    kl_ratio: float = Field(0.5, gt=0, le=1, description="share of each cycle in which the weight rises")
     capture: bool = Field(False, description="record the step as a CUDA graph; needs a GPU, one process a model")
     clip_grad_norm: float = Field(0.0, ge=0, description="scale larger gradients down to this norm; 0 for never")
     accumulate: Positive = Field(1, description="parts that a batch is cut into to save memory")
@@ -74,6 +83,15 @@ class TrainSettings(Section):
             raise combination("train.end_learning_rate, train.decay_steps: train.schedule=constant has no end")
         if self.capture and self.memory in ("save_z", "invert"):
             raise combination(f"train.memory: {self.memory} can't be combined with train.capture")
+        changed = [name for name, field in type(self).model_fields.items() if name.startswith("kl_")
+                   and name != "kl_warmup_steps" and getattr(self, name) != field.default]
+        for name in changed:
+            if not self.kl_warmup_steps:
+                raise combination(f"train.{name}: shapes the rise of the rate's weight, and train.kl_warmup_steps=0 "
+                                  "makes none")
+            owners = [schedule for schedule, own in KL_SCHEDULES.items() if name in own]
+            if owners and self.kl_schedule not in owners:
+                raise combination(f"train.{name}: belongs to train.kl_schedule={owners[0]}, got {self.kl_schedule}")
         if self.batch_size % self.accumulate:
             raise combination(f"train.batch_size: {self.batch_size} is not a multiple of "
                               f"train.accumulate={self.accumulate}")
@@ -110,6 +128,9 @@ class Settings(Section):
         if shape and (len(shape) == 1) != (kind in TABLE_KINDS):
             raise combination(f"model.kind: {kind} is for {'tables' if kind in TABLE_KINDS else 'images'}, and the "
                               f"data have shape {list(shape)}")
+        if getattr(self.model, "kl_balance", False) and not self.train.kl_warmup_steps:
+            raise combination("model.kl_balance: balances while the rate's weight rises, and train.kl_warmup_steps=0 "
+                              "makes no rise")
         if self.sweep is not None and not hasattr(self.model, "beta"):
             raise combination(f"sweep.beta: a model of kind {kind} has no beta")
         return self

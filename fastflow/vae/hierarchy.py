@@ -137,8 +137,9 @@ class HierarchicalVAE(nn.Module):
         self.objective = objective
         self.top = nn.Parameter(torch.zeros(1, *top_shape))
 
-    def forward(self, x, n_samples=1, beta=1.0, **noise):
-        if self.objective is None:
+    def forward(self, x, n_samples=1, beta=1.0, *, bound_only=False, **noise):
+        """The ELBO, also with ``bound_only``; with an objective what that returns, as of VAE.forward."""
+        if self.objective is None or bound_only:
             return self.elbo(x, n_samples, beta, **noise)
         return self.objective(self, x, n_samples, beta, **noise)
 
