@@ -74,7 +74,8 @@ def kl_balance(kl, sizes=None):
     if sizes is not None:
         if len(sizes) != len(kl):
             raise ValueError(f"sizes: expected {len(kl)} numbers, got {len(sizes)}")
-        strength = strength * torch.as_tensor(sizes, dtype=kl.dtype, device=kl.device)
+        # No tensor of the sizes: the copy from the host can't be recorded in a CUDA graph.
+        strength = torch.stack([one * size for one, size in zip(strength, sizes, strict=True)])
     coefficients = strength / strength.mean()
     return (coefficients[:, None] * kl).sum(0), coefficients
 
@@ -186,7 +187,7 @@ def _elementwise_kl(model, inference, context):
 def _mean_over_ranks(values):
     """(1, *): the mean over dim 0, of all ranks' rows, without gradient."""
     values = values.detach()
-    total = torch.cat([values.sum(0).flatten(), values.new_tensor([len(values)])])
+    total = torch.cat([values.sum(0).flatten(), values.new_full((1,), len(values))])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     return (total[:-1] / total[-1]).reshape(1, *values.shape[1:])
