@@ -96,8 +96,7 @@ def dreg(model, x, n_samples=1, *, context=None, eps=None, seed=None, generator=
 
     References:
         Tucker et al., "Doubly reparameterized gradient estimators for Monte Carlo objectives", 2019, arXiv:1810.04152;
-        Bauer and Mnih, "Generalized doubly reparameterized gradient estimators", 2021, arXiv:2101.11046, section 4 on
-        hierarchies.
+        Bauer and Mnih, "Generalized doubly reparameterized gradient estimators", 2021, arXiv:2101.11046 (hierarchies).
     """
     return dreg_terms(model, x, n_samples, context=context, eps=eps, seed=seed, generator=generator)[0]
 

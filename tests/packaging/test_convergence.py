@@ -89,3 +89,32 @@ def test_a_self_consuming_chain_runs(tmp_path, threads):
     record = json.loads(next(tmp_path.glob("cpu-self-consuming-*.json")).read_text())
     assert len(record["vaes"]) == 6
     assert all(math.isfinite(v) for row in record["vaes"] for v in row["variance"].values())
+
+
+@pytest.fixture
+def recipes():
+    for name in ("rich", "pydantic", "safetensors", "matplotlib", "sklearn"):
+        pytest.importorskip(name)
+    from benchmarks import recipes
+
+    return recipes
+
+
+def test_the_page_says_what_the_records_of_the_recipes_do(recipes):
+    """Each was trained to the last step of the recipe as it is."""
+    from fastflow.engine import load_settings
+
+    lines = (ROOT / "docs/diagnosis.md").read_text().splitlines()
+    for name in recipes.RECIPES:
+        figures = page.records(f"cpu-recipe-{name}-*.json")[0]["figures"]
+        assert recipes.row(name, figures) in lines and figures["step"] == load_settings(name).train.steps
+        assert math.isclose(figures["elbo"], -figures["rate"] - figures["distortion"], rel_tol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_recipe_is_measured(recipes, tmp_path, threads, capsys):
+    threads(1)
+    assert recipes.main(["vdvae-digits", "--steps", "2", "--results", str(tmp_path)]) == 0
+    record = json.loads(next(tmp_path.glob("cpu-recipe-vdvae-digits-*.json")).read_text())
+    assert recipes.row("vdvae-digits", record["figures"]) in capsys.readouterr().out.splitlines()
+    assert record["figures"]["step"] == 2 and len(record["figures"]["diagnosis"]) == 2
