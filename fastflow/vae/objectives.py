@@ -95,8 +95,8 @@ class BoundObjective(nn.Module):
         options: what else the function takes: ``groups`` of "miwae" and "piwae", ``beta`` of "ciwae", ``alpha`` of
             "renyi".
 
-    All serve a VAE and a HierarchicalVAE. ``TrainStep(compile=True)`` takes those of a VAE but for "piwae", and of a
-    hierarchy the four that are functions of log-weights; the others' gradients torch.compile can't trace.
+    All serve a VAE and a HierarchicalVAE. ``TrainStep(compile=True)`` takes them but for "piwae", and "stl" and "dreg"
+    of a posterior that has parameters itself, whose gradients torch.compile can't trace.
 
     Raises:
         ValueError: no such name, or n_samples below 1.

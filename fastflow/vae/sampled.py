@@ -51,7 +51,10 @@ class _One:
         posterior = self.model.posterior
         if not hasattr(posterior, "log_prob"):
             raise TypeError(f"posterior: expected log_prob(params, z), which {type(posterior).__name__} has not")
-        return _fixed(posterior, "log_prob", self.params.detach(), *latents)
+        params = self.params.detach()
+        if next(posterior.parameters(), None) is None:
+            return posterior.log_prob(params, *latents)
+        return _fixed(_LogProb(posterior), params, *latents)
 
 
 class _Levels:
@@ -69,23 +72,21 @@ class _Levels:
         return log_px_z, log_pz.sum(0)
 
     def fixed_log_q(self, latents):
-        return _fixed(self.model, "log_posterior", self.x, latents).sum(0)
+        density, = self.model._density
+        return _fixed(density, self.x, latents).sum(0)
 
 
-class _Method(nn.Module):
-    """A method of a module as a forward, for functional_call."""
+class _LogProb(nn.Module):
+    """log_prob of a posterior as a forward, for functional_call."""
 
-    def __init__(self, module, method):
+    def __init__(self, posterior):
         super().__init__()
-        self.module, self.method = module, method
+        self.posterior = posterior
 
-    def forward(self, *args):
-        return getattr(self.module, self.method)(*args)
+    def forward(self, params, z):
+        return self.posterior.log_prob(params, z)
 
 
-def _fixed(module, method, *args):
-    """What a method gives with the module's parameters as constants."""
-    own = {f"module.{name}": p.detach() for name, p in module.named_parameters()}
-    if not own:
-        return getattr(module, method)(*args)
-    return functional_call(_Method(module, method), own, args)
+def _fixed(module, *args):
+    """What a module gives with its parameters as constants."""
+    return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, args)

@@ -153,7 +153,9 @@ def test_a_scheduled_weight_of_the_rate_is_followed_without_a_new_graph():
     lambda: MLPVAE((1, 4, 4), 3, (8,), objective=BoundObjective("dreg", 3)),
     lambda: HVAE((1, 4, 4), (3, 2), 8, objective=PenalizedELBO(FreeBits(0.1, "group"), KLBalance())),
     lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("iwae", 3)),
-], ids=["stl", "dreg", "levels", "levels-iwae"])
+    lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("stl", 3)),
+    lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("dreg", 3)),
+], ids=["stl", "dreg", "levels", "levels-iwae", "levels-stl", "levels-dreg"])
 def test_objectives_of_vaes_trace_whole(make):
     """With the gradients that they have without a graph."""
     model = make()

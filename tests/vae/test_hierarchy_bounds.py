@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -147,6 +148,17 @@ def test_piwae_is_two_bounds_of_a_p_and_a_q_apart(mode, beta):
     one = vae.bounds.piwae_terms(model, x, 6, beta, groups=1, eps=eps)[0]
     whole = vae.iwae(log_w(model, x, 6, beta, eps))
     torch.testing.assert_close(*(gradient(v.sum(), list(model.parameters())) for v in (one, whole)))
+
+
+def test_a_copy_has_its_own_posterior():
+    """Copied, or written and read, the estimators ask the copy; the weights are named once."""
+    model = vae.HVAE((3,), (2, 2), 4).double()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        perturb(twin)
+        eps = [randn(2, 4, 2, seed=d) for d in (1, 2)]
+        torch.testing.assert_close(vae.stl(twin, (randn(4, 3, seed=0) > 0).double(), 2, eps=eps),
+                                   twin.elbo((randn(4, 3, seed=0) > 0).double(), 2, eps=eps).log_w.mean(0))
+    assert len(model.state_dict()) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("make", [
