@@ -34,8 +34,9 @@ class KLTerms(NamedTuple):
     dimension_kl: torch.Tensor
 
 
-def minibatch_weights(batch, dataset_size, method="stratified"):
-    """Weights (B, B), float64: q(z_i) is estimated by sum_j w_ij q(z_i | x_j), x_i the example that z_i came from.
+def minibatch_weights(batch, dataset_size, method="stratified", device=None):
+    """Weights (B, B), float64, on ``device``: q(z_i) is estimated by sum_j w_ij q(z_i | x_j), x_i the example that z_i
+    came from.
 
     "stratified": 1/N on the diagonal, (N - M)/(N M) for one other example of each row (the next) and 1/M for the rest,
     with M = B - 1. The rows sum to 1 and the estimate of q(z_i) is unbiased over the choice of the other examples.
@@ -53,16 +54,14 @@ def minibatch_weights(batch, dataset_size, method="stratified"):
         raise ValueError(f"dataset_size: expected at least the batch's size {batch}, got {dataset_size}")
     n, others = dataset_size, batch - 1
     if method == "weighted":
-        return torch.full((batch, batch), 1.0 / (n * batch), dtype=torch.float64)
+        return torch.full((batch, batch), 1.0 / (n * batch), dtype=torch.float64, device=device)
     if others < 1:
         if n > 1:
             raise ValueError("batch: expected at least 2 examples for stratified weights, got 1")
-        return torch.ones(1, 1, dtype=torch.float64)
-    weights = torch.full((batch, batch), 1.0 / others, dtype=torch.float64)
-    rows = torch.arange(batch)
-    weights[rows, (rows + 1) % batch] = (n - others) / (n * others)
-    weights[rows, rows] = 1.0 / n
-    return weights
+        return torch.ones(1, 1, dtype=torch.float64, device=device)
+    weights = torch.full((batch, batch), 1.0 / others, dtype=torch.float64, device=device)
+    own = torch.eye(batch, dtype=torch.bool, device=device)
+    return weights.masked_fill(own.roll(1, 1), (n - others) / (n * others)).masked_fill(own, 1.0 / n)
 
 
 def decompose_kl(z, mean, log_sigma, log_pz, dataset_size, method="stratified"):
@@ -77,7 +76,7 @@ def decompose_kl(z, mean, log_sigma, log_pz, dataset_size, method="stratified"):
     checks.tensor("z", z)
     checks.shape("z", z, (z.shape[0], *mean.shape))
     table = log_normal(z[:, :, None], mean, log_sigma)  # (K, i, j, D): z_i under the posterior of x_j
-    weights = minibatch_weights(z.shape[1], dataset_size, method).log().to(table)
+    weights = minibatch_weights(z.shape[1], dataset_size, method, table.device).log().to(table)
     log_q = torch.logsumexp(table.sum(3) + weights, 2)
     log_q_dims = torch.logsumexp(table + weights[:, :, None], 2).sum(2)
     log_qz_x = table.sum(3).diagonal(dim1=1, dim2=2)

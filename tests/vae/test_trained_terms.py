@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from gaussian_models import linear, perturb, randn
 from torch import nn
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastflow import estimators, vae
 from fastflow.engine import TrainStep
@@ -214,6 +215,37 @@ def test_a_delta_posterior_trains_and_keeps_its_rate():
         strong(X)
     rate = model(X).rate
     assert (rate >= 2 * least * (1.0 - 1e-9)).all() and rate.mean() < 2 * least + 0.2
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("make", "objective"), [
+    *((mlp, vae.PenalizedELBO(penalty)) for penalty in (
+        vae.FreeBits(0.1), vae.Capacity(2.0, 1.0), vae.MutualInformation("nwj"), vae.TotalCorrelation(100), vae.DIP(),
+        vae.MMD())),
+    (mlp, vae.BoundObjective("dreg", 3)), (ladder, vae.PenalizedELBO(vae.FreeBits(0.1, "group"), vae.KLBalance())),
+    (ladder, vae.BoundObjective("stl", 3)), (ladder, vae.BoundObjective("piwae", 4, groups=2)),
+])
+def test_a_step_makes_no_tensor_of_python_numbers(make, objective):
+    """Nor reads one: on a GPU either is a copy between host and device, that a CUDA graph can't record."""
+    host = {"aten.lift_fresh.default", "aten._local_scalar_dense.default"}
+    model, beta = make(objective), torch.tensor(0.5, dtype=torch.float64)
+    with Operators() as ran:
+        X.new_tensor([2.0]).item()
+    assert host <= set(ran.names)
+    with Operators() as ran:
+        model(X, beta=beta).value.mean().backward()
+    assert len(ran.names) > 20 and host.isdisjoint(ran.names)
 
 
 @pytest.mark.parametrize(("error", "call", "message"), [
