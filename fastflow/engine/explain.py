@@ -19,7 +19,7 @@ def choices(step):
     """One line per choice of a TrainStep, with the reason."""
     inner = unwrap(step.model)
     return "\n".join([
-        f"objective: {step.objective.name} of {type(inner).__name__}, mean over the batch, in nats",
+        f"objective: {_objective(step, inner)} of {type(inner).__name__}, mean over the batch, in nats",
         f"integer images: dequantised with {step.objective.n_bins} levels{_own(step.model)}, floating x taken as it is",
         f"fused: {_fused(inner, step._device)}",
         f"optimizer: {_optimizer(step)}",
@@ -35,6 +35,14 @@ def choices(step):
         f"non-finite loss: {_check(step)}",
         f"processes: {_processes(step)}",
     ])
+
+
+def _objective(step, inner):
+    own = getattr(inner, "objective", None)
+    if own is None:
+        return step.objective.name
+    penalties = [type(penalty).__name__ for penalty in getattr(own, "penalties", ())]
+    return f"minus {type(own).__name__}({', '.join(penalties) or getattr(own, 'name', '')})"
 
 
 def _own(model):

@@ -36,6 +36,15 @@ def test_loss_is_minus_the_objective(make):
     torch.testing.assert_close(step.parts["rate"], result.rate.mean().detach())
 
 
+@pytest.mark.parametrize(("objective", "words"), [
+    (None, "negative ELBO of HVAE"), (vae.BoundObjective("dreg", 4), "minus BoundObjective(dreg) of HVAE"),
+    (vae.PenalizedELBO(vae.KLBalance()), "minus PenalizedELBO(KLBalance) of HVAE"),
+])
+def test_what_is_trained_is_said(objective, words):
+    model = vae.HVAE(SHAPE, (2, 2), 8, objective=objective)
+    assert f"objective: {words}, mean over the batch" in TrainStep(model, sgd(model)).explain()
+
+
 def test_labels_are_the_context():
     torch.manual_seed(0)
     model = vae.ConditionalVAE(SHAPE, 2, 3, (8,))
