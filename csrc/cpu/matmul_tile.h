@@ -28,8 +28,22 @@ struct Strided {
   int64_t row, column;
 };
 
-template <class T, int M, int N, class Start, class Finish>
-static inline void matmul_block(int64_t i, int64_t j, int64_t k, const Strided<T>& a, const T* b, int64_t ldb,
+// The same where one stride is 1, known to the compiler, whose loop then keeps fewer addresses.
+template <class T>
+struct ByRow {
+  const T* data;
+  int64_t row;
+  static constexpr int64_t column = 1;
+};
+template <class T>
+struct ByColumn {
+  const T* data;
+  int64_t column;
+  static constexpr int64_t row = 1;
+};
+
+template <class T, int M, int N, class A, class Start, class Finish>
+[[gnu::noinline]] static void matmul_block(int64_t i, int64_t j, int64_t k, const A& a, const T* b, int64_t ldb,
                                 const Start& start, const Finish& finish) {
   constexpr int W = Simd<T>::lanes;
   Vec<T> sum[M][N];
@@ -76,8 +90,8 @@ static inline void matmul_columns(int64_t m, int64_t j, const Args&... args) {
 
 // start(i, j) + A B, handed vector by vector to finish(i, j, value): A (m, k) of any strides, B (k, n) in rows of ldb
 // elements, aligned and n a whole number of vectors. The terms of a sum are added in order.
-template <class T, class Start, class Finish>
-static inline void matmul(int64_t m, int64_t n, int64_t k, const Strided<T>& a, const T* b, int64_t ldb,
+template <class T, class A, class Start, class Finish>
+static inline void matmul(int64_t m, int64_t n, int64_t k, const A& a, const T* b, int64_t ldb,
                           const Start& start, const Finish& finish) {
   constexpr int W = Simd<T>::lanes;
   int64_t j = 0;

@@ -1,10 +1,11 @@
-// A fully connected network on the CPU: torch's matrix products, and one pass of ours between two of them, where eager
-// PyTorch takes one each for the bias, the activation, its slope and the bias's gradient.
+// A fully connected network on the CPU: matrix products that end in bias and ReLU, and at most one pass between two of
+// them, where eager PyTorch takes one each for the bias, the activation, its slope and the bias's gradient.
 #include "wide_mlp_kernel.h"
 
 #include <algorithm>
 
 #include "../fastflow.h"
+#include "product.h"
 #include "runtime.h"
 
 namespace fastflow {
@@ -15,20 +16,16 @@ constexpr int64_t grain = 16384;  // elements that are worth a thread
 
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
-// x W^T + b, activated in place, and its slopes where they are wanted.
+// x W^T + b, activated, and silu's slopes where they are wanted.
 Tensor layer(const Tensor& x, const Tensor& weight, const Tensor& bias, LayerActivation activation, Tensor* slopes) {
-  Tensor out = torch::stable::matmul(x, transposed(weight));
-  const int64_t rows = out.size(0), columns = out.size(1);
   const Tensor biases = torch::stable::contiguous(bias);
-  WideMlpForward job{columns, activation, out.scalar_type() == ScalarType::Double, out.mutable_data_ptr(), nullptr,
-                 biases.data_ptr()};
-  if (slopes != nullptr) {
-    *slopes = empty({rows, columns}, out.scalar_type(), out);
-    job.slopes = slopes->mutable_data_ptr();
-  }
-  if (columns > 0)
-    parallel_for(0, rows, std::max<int64_t>(1, grain / columns),
-                 [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(wide_mlp_forward, job, begin, end); });
+  Tensor out = product(x, transposed(weight), &biases, activation == LayerActivation::relu);
+  if (activation != LayerActivation::silu) return out;
+  if (slopes != nullptr) *slopes = empty({out.size(0), out.size(1)}, out.scalar_type(), out);
+  const WideMlpSilu job{out.scalar_type() == ScalarType::Double, out.mutable_data_ptr(),
+                        slopes != nullptr ? slopes->mutable_data_ptr() : nullptr};
+  parallel_for(0, out.numel(), grain,
+               [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(wide_mlp_silu, job, begin, end); });
   return out;
 }
 
@@ -76,10 +73,10 @@ std::tuple<Tensor, std::vector<Tensor>> wide_mlp_bwd(const Tensor& grad, const T
                    [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(wide_mlp_backward, job, begin, end); });
     }
     if (need_params) {
-      grads[2 * i] = torch::stable::matmul(transposed(g), i == 0 ? x : kept[(i - 1) * stride]);
+      grads[2 * i] = product(transposed(g), i == 0 ? x : kept[(i - 1) * stride]);
       grads[2 * i + 1] = sums;
     }
-    if (i > 0 || need_x) g = torch::stable::matmul(g, weights[i]);
+    if (i > 0 || need_x) g = product(g, weights[i]);
   }
   return {need_x ? g : nothing(x), grads};
 }

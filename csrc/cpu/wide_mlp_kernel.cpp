@@ -7,35 +7,19 @@ namespace fastflow::FASTFLOW_ISA {
 namespace {
 
 template <class T>
-void forward(const WideMlpForward& job, int64_t begin, int64_t end) {
-  const int64_t count = job.columns;
-  const T* const bias = static_cast<const T*>(job.bias);
-  for (int64_t row = begin; row < end; ++row) {
-    T* const __restrict values = static_cast<T*>(job.values) + row * count;
-    if (job.activation == LayerActivation::none) {
+void silu(const WideMlpSilu& job, int64_t begin, int64_t end) {
+  T* const __restrict values = static_cast<T*>(job.values);
+  if (job.slopes == nullptr) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) values[i] += bias[i];
-    } else if (job.activation == LayerActivation::relu) {
+    for (int64_t i = begin; i < end; ++i) values[i] = values[i] * math::sigmoid(values[i]);
+    return;
+  }
+  T* const __restrict slopes = static_cast<T*>(job.slopes);
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        const T x = values[i] + bias[i];
-        values[i] = x <= T(0) ? T(0) : x;
-      }
-    } else if (job.slopes == nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        const T x = values[i] + bias[i];
-        values[i] = x * math::sigmoid(x);
-      }
-    } else {
-      T* const __restrict slopes = static_cast<T*>(job.slopes) + row * count;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        const T x = values[i] + bias[i], s = math::sigmoid(x), value = x * s;
-        slopes[i] = math::fma(value, T(1) - s, s);
-        values[i] = value;
-      }
-    }
+  for (int64_t i = begin; i < end; ++i) {
+    const T x = values[i], s = math::sigmoid(x), value = x * s;
+    slopes[i] = math::fma(value, T(1) - s, s);
+    values[i] = value;
   }
 }
 
@@ -93,8 +77,8 @@ void backward(const WideMlpBackward& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void wide_mlp_forward(const WideMlpForward& job, int64_t begin, int64_t end) {
-  job.is_double ? forward<double>(job, begin, end) : forward<float>(job, begin, end);
+void wide_mlp_silu(const WideMlpSilu& job, int64_t begin, int64_t end) {
+  job.is_double ? silu<double>(job, begin, end) : silu<float>(job, begin, end);
 }
 
 void wide_mlp_backward(const WideMlpBackward& job, int64_t begin, int64_t end) {

@@ -9,13 +9,10 @@ namespace fastflow {
 
 enum class LayerActivation : int64_t { none, relu, silu };
 
-// values (rows, columns) += bias, activated in place; slopes, if wanted, of silu alone.
-struct WideMlpForward {
-  int64_t columns;
-  LayerActivation activation;
+// silu of values in place, and its slopes if they are wanted.
+struct WideMlpSilu {
   bool is_double;
   void *values, *slopes;  // slopes or null
-  const void* bias;
 };
 
 // grad (rows, columns) times the activation's slope, in place, and its sums over the rows.
@@ -30,7 +27,7 @@ struct WideMlpBackward {
   int64_t blocks() const { return (columns + block - 1) / block; }
 };
 
-FASTFLOW_EACH_ISA(void wide_mlp_forward(const WideMlpForward& job, int64_t begin, int64_t end);   // rows
+FASTFLOW_EACH_ISA(void wide_mlp_silu(const WideMlpSilu& job, int64_t begin, int64_t end);          // elements
                   void wide_mlp_backward(const WideMlpBackward& job, int64_t begin, int64_t end);)  // blocks
 
 }  // namespace fastflow

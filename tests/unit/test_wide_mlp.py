@@ -11,7 +11,7 @@ from fastflow import backends, functional, reference
 
 KERNELS = {"fastflow_cpu::wide_mlp_fwd", "fastflow_cpu::wide_mlp_bwd"}
 SIZES = [(128, (784, 400, 40)), (100, (20, 400, 784)), (65, (3, 70, 130, 64)), (1, (5, 1)), (33, (1, 17, 1)),
-         (1000, (8, 16, 3))]
+         (1000, (8, 16, 3)), (250, (300, 33, 80, 150)), (17, (600, 48, 16))]
 
 
 @pytest.mark.parametrize(("batch", "sizes"), SIZES, ids=str)

@@ -1,0 +1,45 @@
+// Host side of matrix products: their parts for the threads.
+#include "product.h"
+
+#include <algorithm>
+
+#include "product_kernel.h"
+#include "runtime.h"
+
+namespace fastflow {
+
+namespace {
+
+constexpr int64_t grain = 1 << 20;        // multiply-adds that are worth a thread
+constexpr int64_t panels = 8, rows = 96;  // with fewer panels a result's rows are shared out too, so many at least
+
+}  // namespace
+
+Tensor product(const Tensor& a, const Tensor& b, const Tensor* bias, bool relu) {
+  Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type(), a);
+  if (out.numel() == 0) return out;
+  const bool transposed = a.stride(0) == 1 && a.stride(1) != 1;
+  const Tensor readable = transposed || a.stride(1) == 1 ? a : torch::stable::contiguous(a);
+  Product job{};
+  job.m = out.size(0);
+  job.n = out.size(1);
+  job.k = a.size(1);
+  job.is_double = a.scalar_type() == ScalarType::Double;
+  job.a_transposed = transposed;
+  job.a = readable.data_ptr();
+  job.lda = readable.stride(transposed ? 1 : 0);
+  job.b = b.data_ptr();
+  job.b_row = b.stride(0);
+  job.b_column = b.stride(1);
+  job.bias = bias == nullptr ? nullptr : bias->data_ptr();
+  job.relu = relu;
+  job.out = out.mutable_data_ptr();
+  job.chunks = 1;
+  if (job.panels() < panels) job.chunks = std::max<int64_t>(1, std::min(panels / job.panels(), job.m / rows));
+  const int64_t each = std::max<int64_t>(1, job.m * job.n * job.k / job.units());
+  parallel_for(0, job.units(), std::max<int64_t>(1, grain / each),
+               [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(product, job, begin, end); });
+  return out;
+}
+
+}  // namespace fastflow
