@@ -83,9 +83,8 @@ def _make_capturable(device, groups):
 class _Shape:
     """What belongs to one shape of batch."""
 
-    def __init__(self, x, context, device):
-        self.x = torch.empty_like(x, device=device)
-        self.context = None if context is None else torch.empty_like(context, device=device)
+    def __init__(self, batch, device):
+        self.batch = batch.map(lambda tensor: torch.empty_like(tensor, device=device))
         self.calls, self.replay, self.outputs = 0, None, None
 
 
@@ -106,15 +105,15 @@ def held(parameters):
 
 
 class CapturedSteps:
-    """``steps(x, context, last)`` runs ``body(x, context, last)`` by replaying what it launched.
+    """``steps(batch, last)`` runs ``body(batch, last)`` by replaying what it launched.
 
     A graph has the addresses of parameters and optimizer state in it, and every hyperparameter but the learning rate.
     Where one of these was exchanged (optimizer.load_state_dict, model.to, a changed weight decay), all graphs are
     recorded anew.
 
     Args:
-        body: function of static input tensors and a bool, that returns nested tuples and dicts of tensors, without a
-            host synchronisation.
+        body: function of a :class:`~fastflow.engine.batch.Batch` of static tensors and a bool, that returns nested
+            tuples and dicts of tensors, without a host synchronisation.
         optimizer: as :func:`prepare` left it.
         parameters: of the model, whose gradients stay where they are between calls if ``accumulating``.
         recorder: a CudaRecorder or what stands in for one.
@@ -135,19 +134,18 @@ class CapturedSteps:
     def recorded(self):
         return sum(shape.replay is not None for shape in self.shapes.values())
 
-    def __call__(self, x, context, last):
+    def __call__(self, batch, last):
         self._follow_optimizer()
-        key = tuple((tuple(t.shape), t.stride(), t.dtype) for t in (x, context) if t is not None), last
+        key = tuple((name, tuple(t.shape), t.stride(), t.dtype) for name, t in batch.named()), last
         shape = self.shapes.get(key)
         if shape is None:
             limit = MAX_SHAPES * (2 if self.accumulating else 1)
             if len(self.shapes) >= limit:
                 self.eager += 1
-                return self.body(x, context, last)
-            shape = self.shapes[key] = _Shape(x, context, self.device)
-        shape.x.copy_(x, non_blocking=True)
-        if context is not None:
-            shape.context.copy_(context, non_blocking=True)
+                return self.body(batch, last)
+            shape = self.shapes[key] = _Shape(batch, self.device)
+        for (_, static), (_, given) in zip(shape.batch.named(), batch.named(), strict=True):
+            static.copy_(given, non_blocking=True)
         if shape.calls == 0 and (index := held(self.parameters)) is not None:
             raise RuntimeError(f"capture: parameter {index} of the optimizer is part of an autograd graph from before, "
                                "which a graph of the GPU can't follow; delete the loss or output that still refers to "
@@ -156,14 +154,14 @@ class CapturedSteps:
             shape.calls += 1
             self.eager += 1
             with self.recorder.aside():
-                outputs = self.body(shape.x, shape.context, last)
+                outputs = self.body(shape.batch, last)
             if self.accumulating:
                 self._gradients = [p.grad for p in self.parameters]
             return outputs
         if self.accumulating:
             self._put_gradients_back()
         if shape.replay is None:
-            shape.replay, shape.outputs = self.recorder.record(lambda: self.body(shape.x, shape.context, last))
+            shape.replay, shape.outputs = self.recorder.record(lambda: self.body(shape.batch, last))
         shape.replay()
         return _copied(shape.outputs)
 

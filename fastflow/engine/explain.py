@@ -49,19 +49,20 @@ def _own(model):
     return "" if getattr(unwrap(model), "dequantization", None) is None else " by the flow itself"
 
 
-def launched(step, x, context=None):
+def launched(step, batch):
     """The layers that run as one kernel on this batch, and the launches of fastflow's operators in one forward and
     backward of it."""
     inner = unwrap(step.model)
     whole = getattr(getattr(inner, "transform", None), "explain", None)
+    x = batch.x
     generator = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices=generator):
-        whole = "" if whole is None else f"whole flow: {whole(step.objective.prepare(inner, x)[0], context)}\n"
+        whole = "" if whole is None else f"whole flow: {whole(step.objective.prepare(inner, x)[0], batch.context)}\n"
     parameters = [p for p in inner.parameters() if p.requires_grad]
     recording = recorded() if step.capture else contextlib.nullcontext()
     buffers = Buffers(inner)
     with torch.random.fork_rng(devices=generator), launches.count() as counted, step._lowered(), recording:
-        loss = step.objective(inner, x, context)[0]
+        loss = step.objective(inner, *batch)[0]
         torch.autograd.grad(loss, parameters, allow_unused=True)
     buffers.put_back()
     return f"{whole}launches of fastflow's operators on a GPU, forward and backward:\n{counted}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastflow.engine.batch import mapped
 from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import unwrap
 from fastflow.engine.errors import DriftError
@@ -57,11 +58,12 @@ def _key(tensor):
     return tensor.untyped_storage()._cdata if _has_storage(tensor) else id(tensor)
 
 
-def per_image(loss, model, x, context=None, *, n=PROBE):
-    """(bytes per image, bytes whatever the batch) that the graph of ``loss(x, context)`` keeps for backward.
+def per_image(loss, model, x, *beside, n=PROBE):
+    """(bytes per image, bytes whatever the batch) that the graph of ``loss(x, *beside)`` keeps for backward.
 
     From the first n and the first 2n images of x, exact where the bytes are linear in the batch; from all of x, and 0
-    for the rest, where x has fewer. Random generators and the model's buffers are left as they were.
+    for the rest, where x has fewer. ``beside`` are tensors, or dicts of them, with a row for each x, or None. Random
+    generators and the model's buffers are left as they were.
     """
     sizes = (n, 2 * n) if len(x) >= 2 * n else (len(x),)
     found = []
@@ -70,9 +72,9 @@ def per_image(loss, model, x, context=None, *, n=PROBE):
     with torch.random.fork_rng(devices), torch.enable_grad():
         for size in sizes:
             # Clones, because a slice counts with all of its storage.
-            part = context[:size].clone() if isinstance(context, torch.Tensor) else context
+            parts = [mapped(value, lambda tensor, size=size: tensor[:size].clone()) for value in (x, *beside)]
             with SavedBytes(model) as saved:
-                value = loss(x[:size].clone(), part)
+                value = loss(*parts)
             found.append(saved.total)
             del value
     buffers.put_back()
@@ -124,12 +126,12 @@ def _left_in_group(root="/sys/fs/cgroup"):
 class Memory:
     """The memory mode of one model's training step.
 
-    ``with memory.applied(x, context): loss = ...`` runs the loss in the mode, which "auto" chooses at the first batch
+    ``with memory.applied(batch): loss = ...`` runs the loss in the mode, which "auto" chooses at the first batch
     from a probe of 2 and 4 of its images; ``memory.check()`` after that backward refuses what has drifted.
 
     Args:
         model: as TrainStep got it.
-        objective: the loss, called as objective(model, x, context).
+        objective: the loss, called as objective(model, *batch).
         mode, keep_every, drift_bound: as in TrainStep.
         compiled: whether the loss runs through torch.compile.
 
@@ -167,9 +169,10 @@ class Memory:
         elif mode == "auto" and not steps:
             self.mode, self.why = "none", f"'auto': {type(inner).__name__} holds no sequence of flow steps"
 
-    def applied(self, x, context=None):
-        """The mode, for the forward pass inside; its backward may run outside. x and context are the step's batch."""
-        self.choose(x, context)
+    def applied(self, batch):
+        """The mode, for the forward pass on the :class:`~fastflow.engine.batch.Batch` inside; its backward may run
+        outside."""
+        self.choose(batch)
         return self._applied() if self._holds_steps else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -202,13 +205,13 @@ class Memory:
             self._flow_mode.drifts = None
         self._first = False
 
-    def choose(self, x, context=None):
+    def choose(self, batch):
         """Ends "auto", if that is the mode: the choice for batches like this one."""
         if self.mode != "auto":
             return
         self.mode = "none"
-        inner = unwrap(self.model)
-        rate, rest = per_image(lambda x, context: self.objective(inner, x, context)[0], inner, x, context)
+        inner, x = unwrap(self.model), batch.x
+        rate, rest = per_image(lambda *part: self.objective(inner, *part)[0], inner, *batch)
         need, free = rest + rate * len(x), free_bytes(x.device)
         about = f"activations of {len(x)} images take about {_size(need)}"
         if free is None:

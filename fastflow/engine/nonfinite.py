@@ -15,10 +15,11 @@ COLLECTIVE = (VectorQuantizer, torch.nn.SyncBatchNorm)  # their forward in train
 
 
 class Replay:
-    """A batch, and the generators' state as it was when the batch came. Tensors are kept, not copied."""
+    """A :class:`~fastflow.engine.batch.Batch`, and the generators' state as it was when the batch came. Tensors are
+    kept, not copied."""
 
-    def __init__(self, x, context, device):
-        self.x, self.context, self.device = x, context, device
+    def __init__(self, batch, device):
+        self.batch, self.device = batch, device
         self.random = random_state(device)
 
     @contextlib.contextmanager
@@ -42,14 +43,14 @@ def diagnose(model, objective, replays):
         if not _finite(local(parameter)):
             return f"the parameter {name} is not finite", None
     for replay in replays:
-        for name, value in (("x", replay.x), ("context", replay.context)):
-            if value is not None and not _finite(value):
+        for name, value in replay.batch.named():
+            if not _finite(value):
                 return f"the batch's {name} is not finite", None
         if is_sharded(model):
             continue  # a forward would wait for the processes whose batch told them enough
-        x, context = (None if t is None else t.to(replay.device) for t in (replay.x, replay.context))
+        batch = replay.batch.map(lambda tensor, device=replay.device: tensor.to(device))
         with replay.generators(), _alone(inner), _watched(inner) as found, torch.enable_grad():
-            loss = objective(inner, x, context)[0]
+            loss = objective(inner, *batch)[0]
             if found:
                 name = found[0]
                 what = f"module {name!r}" if name else "the model"

@@ -83,21 +83,26 @@ class NegativeLogLikelihood(Objective):
 
     name = "negative log-likelihood"
 
-    def __call__(self, model, x, context=None):
+    def __call__(self, model, x, context=None, targets=None):
         """(loss, parts): 0-d tensors; parts is empty."""
         x, constant = self.prepare(model, x)
-        log_prob = model(x) if context is None else model(x, context)
-        return constant - log_prob.mean(), {}
+        return constant - self._log_prob(model, x, context, targets).mean(), {}
 
-    def report(self, model, x):
+    def report(self, model, x, context=None, targets=None):
         """{name: (B,) tensor} over a batch of integer images: bits_per_dim; over one of real numbers: log_prob, in nats
         and in the units of x."""
         if x.is_floating_point():
-            return {"log_prob": model(x)}
+            return {"log_prob": self._log_prob(model, x, context, targets)}
         x, constant = self.prepare(model, x)
+        log_prob = self._log_prob(model, x, context, targets)
         if not x.is_floating_point():
-            return {"bits_per_dim": (constant - model(x)) / (x[0].numel() * math.log(2.0))}
-        return {"bits_per_dim": bits_per_dim(model(x), x[0].numel(), self.n_bins)}
+            return {"bits_per_dim": (constant - log_prob) / (x[0].numel() * math.log(2.0))}
+        return {"bits_per_dim": bits_per_dim(log_prob, x[0].numel(), self.n_bins)}
+
+    def _log_prob(self, model, x, context, targets):
+        if targets is not None:
+            raise ValueError(f"targets: a {type(unwrap(model)).__name__} takes none")
+        return model(x) if context is None else model(x, context)
 
 
 class NegativeELBO(Objective):
@@ -114,10 +119,11 @@ class NegativeELBO(Objective):
         self.n_samples, self.beta = n_samples, beta
         self._asked = None, {}  # the last model, and what its forward is asked for
 
-    def __call__(self, model, x, context=None):
+    def __call__(self, model, x, context=None, targets=None):
         """(loss, parts): 0-d tensors; parts holds the mean rate and distortion, and what the objective adds."""
         x, constant = self.prepare(model, x)
-        bound = model(x, n_samples=self.n_samples, beta=self.beta, **self._asks(model), **_context(model, context))
+        bound = model(x, n_samples=self.n_samples, beta=self.beta, **self._asks(model),
+                      **_given(model, context=context, targets=targets))
         rate, distortion = bound.rate.mean(), bound.distortion.mean()
         distortion = distortion + constant if constant else distortion
         if isinstance(bound, LossTerms):
@@ -138,7 +144,7 @@ class NegativeELBO(Objective):
             self._asked = model, asks
         return asks
 
-    def report(self, model, x):
+    def report(self, model, x, context=None, targets=None):
         """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained; with K > 1
         samples of the latents also "iwae_K", the importance-weighted bound of them."""
         x, constant = self.prepare(model, x)
@@ -146,7 +152,7 @@ class NegativeELBO(Objective):
         asks = {"bound_only": True} if type(inner).forward in (VAE.forward, HierarchicalVAE.forward) else {}
         if n_samples == 1:
             n_samples = getattr(getattr(inner, "objective", None), "n_samples", 1)
-        bound = model(x, n_samples=n_samples, beta=1.0, **asks)
+        bound = model(x, n_samples=n_samples, beta=1.0, **asks, **_given(model, context=context, targets=targets))
         elbo = -bound.distortion - bound.rate - constant
         found = {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,
                  "bits_per_dim": -elbo / (x[0].numel() * math.log(2))}
@@ -156,11 +162,12 @@ class NegativeELBO(Objective):
         return found
 
 
-def _context(model, context):
-    """The context as a keyword, for models that take one."""
-    if context is None:
-        return {}
-    known = inspect.signature(unwrap(model).forward).parameters
-    if "context" not in known:
-        raise ValueError(f"context: a {type(unwrap(model)).__name__} takes none")
-    return {"context": context}
+def _given(model, **values):
+    """Those of the values that are not None, as keywords for a model whose forward takes them."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if given:
+        known = inspect.signature(unwrap(model).forward).parameters
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{name}: a {type(unwrap(model)).__name__} takes none")
+    return given

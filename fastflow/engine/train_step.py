@@ -7,6 +7,7 @@ import torch
 from fastflow.autograd.conv_products import recorded
 from fastflow.engine import capture as capturing
 from fastflow.engine import explain
+from fastflow.engine.batch import Batch
 from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import is_sharded, replicas, synchronized, synchronizes, unwrap
 from fastflow.engine.ema import EMA
@@ -25,7 +26,7 @@ ADVICE = "(try a lower learning rate, warm-up or clipping)"
 
 
 class TrainStep:
-    """``step(x, context=None)`` runs one training step on a batch and returns its loss.
+    """``step(x, context=None, targets=None)`` runs one training step on a batch and returns its loss.
 
     The loss is the mean over the batch, in nats, of the negative log-likelihood of a Flow or of the negative ELBO of a
     VAE: anything with ``log_prob`` or ``elbo`` as its ``forward``, wrapped by torch.compile, DistributedDataParallel or
@@ -33,6 +34,9 @@ class TrainStep:
     asked for. Integer images are dequantised inside, x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss
     is that of the integers (D*log(n_bins) included, so that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli
     likelihood they become x/(n_bins - 1) instead. Floating x is taken as it is.
+
+    ``context`` is what x is conditioned on, in conditional flows and VAEs: in a SemiSupervisedVAE labels, -1 where they
+    are unknown. ``targets`` are what the tasks of a VAE's objective predict (vae.Task). Both come one for each x.
 
     Args:
         model: a Flow or a VAE.
@@ -141,16 +145,15 @@ class TrainStep:
             self._steps = capturing.CapturedSteps(self._device_step, optimizer, self._parameters, recorder,
                                                   self._keeps_gradients)
 
-    def __call__(self, x, context=None):
-        """The step's loss, a detached 0-d tensor. x (B, *event), integer or floating; context as the model takes it."""
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-        if x.ndim < 2 or len(x) == 0:
-            raise ValueError(f"x: expected a batch (B, *event) with B > 0, got shape {tuple(x.shape)}")
+    def __call__(self, x, context=None, targets=None):
+        """The step's loss, a detached 0-d tensor. x (B, *event), integer or floating; context (B, ...) as the model
+        takes it; targets (B, ...), or {name: (B, ...)} for several tasks."""
+        batch = Batch(x, context, targets)
+        batch.check()
         self.check()
         last = self._calls + 1 == self.accumulate
         if self.check_finite:
-            self._replays.append(Replay(x, context, self._device))
+            self._replays.append(Replay(batch, self._device))
         if self._calls == 0:
             self._buffers.keep()
         self._examples += len(x)
@@ -161,9 +164,9 @@ class TrainStep:
         try:
             with self._convolutions(), recorded() if self.capture else UNCHANGED:
                 if self._steps is None or (self.check_finite and not late):
-                    loss, parts, flag = self._step(x, context, last, late)
+                    loss, parts, flag = self._step(batch, last, late)
                 else:
-                    loss, parts, flag = self._steps(x, context, last)
+                    loss, parts, flag = self._steps(batch, last)
         except BaseException:
             self._drop()
             raise
@@ -189,27 +192,27 @@ class TrainStep:
             self._updates -= 1
             raise self._error("the loss or a gradient is not finite; the update was skipped", replays)
 
-    def explain(self, x=None, context=None):
+    def explain(self, x=None, context=None, targets=None):
         """What a step does and why, one line per choice. With a batch ``x`` also the kernels that fastflow's operators
         launch in its forward and backward (see :mod:`fastflow.launches`); nothing is changed by that."""
         text = explain.choices(self)
-        return text if x is None else text + "\n" + explain.launched(self, x, context)
+        return text if x is None else text + "\n" + explain.launched(self, Batch(x, context, targets))
 
-    def _device_step(self, x, context, last):
+    def _device_step(self, batch, last):
         """What is recorded: one call without a word to the host."""
-        return self._step(x, context, last, bool(self.check_finite))
+        return self._step(batch, last, bool(self.check_finite))
 
-    def _step(self, x, context, last, late):
+    def _step(self, batch, last, late):
         """(loss, parts, flag) of one call; ``late`` leaves a flag for later instead of raising."""
         if self._calls == 0 and not self._keeps_gradients:
             clear_gradients(self.optimizer)
         if self.compile == "conditioners":
             with self._probed():
-                self.memory.choose(x, context)  # its probe needs no graphs for its own batch sizes
+                self.memory.choose(batch)  # its probe needs no graphs for its own batch sizes
         with synchronized(self.model, last) if self._synchronizes else UNCHANGED, self._lowered():
-            with self.memory.applied(x, context):
-                loss, parts = self._loss(self.model, x, context)
-            (loss if self.accumulate == 1 else loss * len(x)).backward()
+            with self.memory.applied(batch):
+                loss, parts = self._loss(self.model, *batch)
+            (loss if self.accumulate == 1 else loss * len(batch.x)).backward()
         loss, scale, watched = loss.detach(), None, loss.detach()
         if self.accumulate > 1:
             watched, scale = self._watch.add_(watched), 1.0 / self._total
@@ -267,9 +270,9 @@ class TrainStep:
         options = {} if self.compile is True else {"backend": self.compile}
         compiled = torch.compile(self.objective, fullgraph=replicas(self.model) is None, **options)
 
-        def loss(model, x, context):
-            for tensor in (x, context):
-                if tensor is not None and len(tensor) > 1:
+        def loss(model, *batch):
+            for _, tensor in Batch(*batch).named():
+                if len(tensor) > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            return compiled(model, x, context)
+            return compiled(model, *batch)
         return loss

@@ -75,14 +75,19 @@ class VAE(Generation, nn.Module):
         self.latent_shape = None if latent_shape is None else torch.Size(
             [latent_shape] if isinstance(latent_shape, int) else latent_shape)
 
-    def forward(self, x, n_samples=1, beta=1.0, context=None, *, loss_only=False, bound_only=False, **noise):
+    def forward(self, x, n_samples=1, beta=1.0, context=None, *, targets=None, loss_only=False, bound_only=False,
+                **noise):
         """The ELBO; with an objective what that returns: an object with ``value`` (B,), which training maximises,
-        ``parts``, and the ELBO's rate and distortion.
+        ``parts``, and the ELBO's rate and distortion. ``targets`` are for the objective's tasks, see labels.Task.
 
         ``loss_only`` asks for the value, the rate and the distortion alone: a LossTerms of the same figures where
         there is no objective and the KL has a closed form, so that log q(z | x) and log p(z) need not be computed.
         ``bound_only`` asks for the ELBO, whatever the objective.
         """
+        if targets is not None:
+            if self.objective is None:
+                raise ValueError("targets: this VAE maximises the plain ELBO, which has no task; give it an objective")
+            noise |= {} if bound_only else {"targets": targets}
         if self.objective is None or bound_only:
             bound = self._loss_terms if loss_only else self.elbo
             return bound(x, n_samples, beta, context=context, **noise)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastflow import flows, vae
 from fastflow.engine import NonFiniteError, TrainStep
+from fastflow.engine.batch import Batch
 from fastflow.engine.buffers import Buffers
 from fastflow.engine.nonfinite import Replay, diagnose
 from fastflow.vae import quantizers
@@ -118,7 +119,7 @@ def test_a_diagnosis_changes_no_buffer_and_waits_for_no_process(monkeypatch):
         step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1))
         before = state(model)
         x = torch.full((6, 1, 2, 2), 3e38)
-        what, _ = diagnose(model, step.objective, [Replay(x, None, torch.device("cpu"))])
+        what, _ = diagnose(model, step.objective, [Replay(Batch(x), torch.device("cpu"))])
         assert "not finite" in what
         assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
         assert all(module.training for module in model.modules())

@@ -11,7 +11,16 @@ from torch import nn
 
 from fastflow import flows
 from fastflow.engine import NonFiniteError, TrainStep, capture
-from fastflow.vae import VAE, mlp_decoder, mlp_encoder
+from fastflow.vae import (
+    MLPVAE,
+    VAE,
+    CategoricalLikelihood,
+    GaussianLikelihood,
+    PenalizedELBO,
+    Task,
+    mlp_decoder,
+    mlp_encoder,
+)
 
 
 class StandIn:
@@ -169,6 +178,23 @@ def test_a_context_is_an_input_of_the_graph(recorder):
         torch.testing.assert_close(captured(x, context), eager(x, context))
     torch.testing.assert_close(captured(x), eager(x))
     same(captured, eager)
+
+
+def test_targets_are_inputs_of_the_graph(recorder):
+    """A dict of them, whose order may change, and one set of buffers for each combination that is given."""
+    heads = (Task(nn.Linear(2, 3), CategoricalLikelihood(3), name="class"),
+             Task(nn.Linear(2, 1), GaussianLikelihood(0.5), name="size"))
+    captured, eager = pair(make=lambda: MLPVAE((1, 2, 2), 2, (4,), objective=PenalizedELBO(*heads)))
+    for i in range(6):
+        x, classes, sizes = torch.rand(5, 1, 2, 2).round(), torch.randint(3, (5,)), torch.randn(5, 1)
+        targets = {"class": classes, "size": sizes} if i % 2 else {"size": sizes, "class": classes}
+        losses = []
+        for step in (captured, eager):
+            torch.manual_seed(i)
+            losses.append(step(x, targets=targets))
+        torch.testing.assert_close(*losses)
+    same(captured, eager)
+    assert recorder[0].recordings == 1
 
 
 def test_losses_that_were_returned_stay_as_they_were(recorder):

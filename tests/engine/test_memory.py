@@ -57,15 +57,15 @@ def test_the_model_itself_stays_as_it_was():
     model = glow()
     step = TrainStep(model, sgd(model), memory="invert")
     x = torch.rand(3, 3, 8, 8, dtype=torch.float64)
-    before = memory.per_image(lambda x, _: model(x).sum(), model, x, n=1)
+    before = memory.per_image(lambda x: model(x).sum(), model, x, n=1)
     step(images())
     assert flow_memory.active() is None
-    assert memory.per_image(lambda x, _: model(x).sum(), model, x, n=1) == before
+    assert memory.per_image(lambda x: model(x).sum(), model, x, n=1) == before
 
 
 def test_auto_saves_where_memory_is_short(monkeypatch):
     model = glow()
-    needed = sum_of(memory.per_image(lambda x, _: -model(x).mean(), model, torch.rand(5, 3, 8, 8).double()), 5)
+    needed = sum_of(memory.per_image(lambda x: -model(x).mean(), model, torch.rand(5, 3, 8, 8).double()), 5)
     for free, mode in ((4.5 * needed, "none"), (3.5 * needed, "save_z")):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         step = TrainStep(model, sgd(model))

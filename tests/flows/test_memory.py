@@ -266,11 +266,11 @@ def test_arguments(arguments, message):
 
 def test_the_mode_ends_with_its_context():
     model, (x,), _ = glow()
-    plain = per_image(lambda x, _: model(x).sum(), model, x, n=1)
+    plain = per_image(lambda x: model(x).sum(), model, x, n=1)
     with contextlib.suppress(KeyError), memory.saving(mode_of(model, "invert")):
         raise KeyError
     assert memory.active() is None
-    assert per_image(lambda x, _: model(x).sum(), model, x, n=1) == plain
+    assert per_image(lambda x: model(x).sum(), model, x, n=1) == plain
     with memory.saving(mode_of(model, "save_z")), torch.no_grad():
         assert memory.active() is None
         assert not model(x).requires_grad
@@ -298,7 +298,7 @@ def test_each_conditioner_runs_once_more_and_nothing_is_factorised_again(monkeyp
 def bytes_of(model, x, name, keep_every=None):
     mode = mode_of(model, name, keep_every)
 
-    def loss(x, context):
+    def loss(x):
         with memory.saving(mode):
             return -model(x).mean()
     return per_image(loss, model, x, n=1)[0]
