@@ -303,6 +303,7 @@ def run_sample(arguments):
     from fastflow.engine.devices import choose_device, set_threads
     from fastflow.engine.evaluate import sample_rows, samples
     from fastflow.engine.files import write_rows
+    from fastflow.engine.labels import classes_of
     from fastflow.engine.pictures import save_grid
     from fastflow.engine.run import load_trained
 
@@ -321,7 +322,7 @@ def run_sample(arguments):
     else:
         n_bins = levels_of_values(trained.settings)
         images, n_broken = samples(trained.model, count, n_bins, device, temperature, arguments.seed)
-        path = save_grid(path.with_suffix(".png"), images, n_bins)
+        path = save_grid(path.with_suffix(".png"), images, n_bins, classes_of(trained.model) or None)
     warn_of_broken(n_broken)
     print(path)
 
@@ -345,7 +346,8 @@ def run_evaluate(arguments):
     test = examples.test
     unit = "rows" if test.is_floating_point() else "images"
     objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings), n_samples=n_samples)
-    figures = evaluate(trained.model, objective, test, device, arguments.seed)
+    labels = getattr(examples, "test_labels", None)
+    figures = evaluate(trained.model, objective, test, device, arguments.seed, labels=labels)
     path = Path(arguments.directory) / "evaluation.json"
     record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}
     write_text(path, json.dumps(record, indent=1) + "\n")

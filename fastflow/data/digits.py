@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8, 17 levels of grey, from scikit-learn."""
+"""Handwritten digits, 8x8, 17 levels of grey, and which digit each is, from scikit-learn."""
 
 import numpy as np
 
@@ -8,8 +8,10 @@ N_TEST = 297  # of 1797; the file goes writer by writer, so the last images come
 
 
 def read():
-    """(train, test): uint8 arrays (1500, 1, 8, 8) and (297, 1, 8, 8) with values 0 to 16."""
+    """(train, test, train labels, test labels): uint8 arrays (1500, 1, 8, 8) and (297, 1, 8, 8) with values 0 to 16,
+    and int64 (N,) of the digits 0 to 9."""
     from sklearn.datasets import load_digits
 
-    images = load_digits().images.astype(np.uint8)[:, None]
-    return images[:-N_TEST], images[-N_TEST:]
+    found = load_digits()
+    images, labels = found.images.astype(np.uint8)[:, None], found.target.astype(np.int64)
+    return images[:-N_TEST], images[-N_TEST:], labels[:-N_TEST], labels[-N_TEST:]

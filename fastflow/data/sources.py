@@ -12,6 +12,7 @@ __all__ = ["DATASETS", "FORMATS", "OPTIONS", "TABLES", "load"]
 
 DATASETS = {"digits": ((1, 8, 8), 17), "photos": ((3, 32, 32), 256)}  # name: image shape, levels
 TABLES = {"breast-cancer": (30,), "patches": (63,)}  # name: shape of a row
+PARTS = ("train", "test", "train_labels", "test_labels")  # as readers return them, the labels if there are any
 OVERLAPPING = {"photos", "patches"}  # whose training examples share pixels
 # format: image shape and levels, or None where the data decide
 FORMATS = {"cifar10": ((3, 32, 32), 256), "imagenet32": ((3, 32, 32), 256), "imagenet64": ((3, 64, 64), 256),
@@ -60,7 +61,7 @@ def load(name, *, format=None, validation_fraction=0.0, **options):
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if format is None and name in DATASETS:
         _check_options(name, options, set())
-        found = dict(zip(("train", "test"), importlib.import_module(f"fastflow.data.{name}").read(), strict=True))
+        found = dict(zip(PARTS, importlib.import_module(f"fastflow.data.{name}").read(), strict=False))
         return _made(name, found, DATASETS[name][1], validation_fraction)
     if format is None and name in TABLES:
         _check_options(name, options, set())
@@ -116,11 +117,10 @@ def detect(path):
 
 
 def _read(format, path, options):
-    names = ("train", "test", "train_labels", "test_labels")
     if format == "cifar10":
-        return dict(zip(names, cifar10.read(path, **options), strict=True))
+        return dict(zip(PARTS, cifar10.read(path, **options), strict=True))
     if format.startswith("imagenet"):
-        return dict(zip(names, imagenet.read(path, int(format.removeprefix("imagenet")), **options), strict=True))
+        return dict(zip(PARTS, imagenet.read(path, int(format.removeprefix("imagenet")), **options), strict=True))
     return {"folder": folders, "table": tables, "huggingface": huggingface}[format].read(path, **options)
 
 

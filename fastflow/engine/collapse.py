@@ -4,6 +4,7 @@ from fastflow.diagnostics import CollapseMonitor
 from fastflow.engine.aside import aside
 from fastflow.engine.distributed import is_sharded
 from fastflow.engine.evaluate import is_vae
+from fastflow.engine.labels import known
 
 __all__ = ["CollapseWatch"]
 
@@ -21,10 +22,12 @@ class CollapseWatch:
         images: (N, C, H, W) uint8 of the training set.
         device: of the model.
         say: called with the warning.
+        labels: (N,) int64 of the images, for models that take them, or None.
     """
 
-    def __init__(self, every, images, device, say):
+    def __init__(self, every, images, device, say, labels=None):
         self.every, self.images, self.device = every, images[:IMAGES], device
+        self.labels = None if labels is None else labels[:IMAGES].to(device)
         self.monitor = CollapseMonitor(LEAST_ACTIVE, callback=lambda message: say(
             f"WARNING: {message} (train.kl_warmup_steps anneals; train.collapse_every=0 stops these looks)"))
 
@@ -33,4 +36,4 @@ class CollapseWatch:
             return
         with aside(model, self.device, 0):
             x, _ = objective.prepare(model, self.images.to(self.device))
-            self.monitor.look(model, x, when=f"{step} steps")
+            self.monitor.look(model, x, known(model, x, self.labels), when=f"{step} steps")

@@ -10,6 +10,7 @@ from fastflow.diagnostics import diagnose
 from fastflow.engine import charts
 from fastflow.engine.aside import aside
 from fastflow.engine.files import write_text
+from fastflow.engine.labels import known
 from fastflow.engine.objectives import levels_of
 from fastflow.engine.pictures import tiled
 
@@ -20,14 +21,17 @@ MAX_IMAGES = 512  # that a model is diagnosed on; the aggregate posterior takes 
 FEW = 40  # so many bars get an index each
 
 
-def diagnose_images(model, objective, images, device, *, beta=1.0, seed=0):
+def diagnose_images(model, objective, images, device, *, beta=1.0, seed=0, labels=None):
     """diagnostics.diagnose of a VAE on integer images (N, C, H, W), 512 spread evenly over them if there are more, its
-    ELBO that of the integers, as an evaluation reports it. Modes and generators are left as they were."""
+    ELBO that of the integers, as an evaluation reports it, given their labels (N,) if the model takes them. Modes and
+    generators are left as they were."""
     if len(images) > MAX_IMAGES:
-        images = images[torch.linspace(0, len(images) - 1, MAX_IMAGES).long()]
+        some = torch.linspace(0, len(images) - 1, MAX_IMAGES).long()
+        images, labels = images[some], None if labels is None else labels[some]
     with aside(model, device, seed):
         x, constant = objective.prepare(model, images.to(device))
-        return diagnose(model, x, beta=beta, constant=constant)
+        context = known(model, x, None if labels is None else labels.to(device))
+        return diagnose(model, x, context, beta=beta, constant=constant)
 
 
 def write_diagnosis(folder, diagnosis, model, n_bins, title="diagnosis"):

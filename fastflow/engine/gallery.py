@@ -6,6 +6,7 @@ from fastflow.engine import charts
 from fastflow.engine.diagnosis import diagnose_images, write_diagnosis
 from fastflow.engine.evaluate import is_vae, reconstructions, sample_rows, samples
 from fastflow.engine.files import read_log, write_rows
+from fastflow.engine.labels import classes_of
 from fastflow.engine.pictures import save_grid
 
 __all__ = ["diagnosed", "draw", "draw_curves"]
@@ -36,11 +37,13 @@ def draw(out, model, objective, settings, images, device, step, title, page=True
         path = write_rows((out / "samples" / name).with_suffix(".csv"), rows, images.columns)
         return {"samples": str(path), "broken_samples": n_broken}
     drawn, n_broken = samples(model, options.count, n_bins, device, options.temperature)
-    found = {"samples": str(save_grid(out / "samples" / name, drawn, n_bins)), "broken_samples": n_broken}
+    found = {"samples": str(save_grid(out / "samples" / name, drawn, n_bins, classes_of(model) or None)),
+             "broken_samples": n_broken}
     if is_vae(model):
         n = len(images.test)
-        original = images.test[::max(1, n // RECONSTRUCTED)][:min(RECONSTRUCTED, n // COLUMNS * COLUMNS)]
-        made = reconstructions(model, objective, original, device).cpu()
+        shown = torch.arange(0, n, max(1, n // RECONSTRUCTED))[:min(RECONSTRUCTED, n // COLUMNS * COLUMNS)]
+        original, labels = images.test[shown], None if images.test_labels is None else images.test_labels[shown]
+        made = reconstructions(model, objective, original, device, labels=labels).cpu()
         pairs = torch.stack([original.unflatten(0, (-1, COLUMNS)), made.unflatten(0, (-1, COLUMNS))], 1).flatten(0, 2)
         found["reconstructions"] = str(save_grid(out / "samples" / f"reconstructions-{name}", pairs, n_bins, COLUMNS))
     if page and is_vae(model):
@@ -50,7 +53,8 @@ def draw(out, model, objective, settings, images, device, step, title, page=True
 
 def diagnosed(out, model, objective, settings, images, device, step, title):
     """(diagnostics.Diagnosis of a VAE on the held-out images, {name: path} of what was written into OUT/diagnosis)."""
-    found = diagnose_images(model, objective, images.test, device, beta=getattr(settings.model, "beta", 1.0))
+    found = diagnose_images(model, objective, images.test, device, beta=getattr(settings.model, "beta", 1.0),
+                            labels=images.test_labels)
     return found, write_diagnosis(out / "diagnosis", found, model, images.n_bins, f"{title}, step {step}")
 
 

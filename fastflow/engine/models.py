@@ -144,6 +144,34 @@ def _vae(options, image_shape):
     return MLPVAE(image_shape, options.latent_features, (options.hidden_features, options.hidden_features), **given)
 
 
+def _conditional_vae(options, image_shape):
+    from fastflow.vae import ConditionalVAE
+
+    hidden = (options.hidden_features, options.hidden_features)
+    return ConditionalVAE(image_shape, options.latent_features, options.n_classes, hidden, likelihood=_likelihood())
+
+
+def _semi_supervised_vae(options, image_shape):
+    from fastflow.vae import SemiSupervisedVAE, mlp_encoder
+
+    parts, n_classes = _conditional_vae(options, image_shape), options.n_classes
+    hidden = (options.hidden_features, options.hidden_features)
+    classifier = mlp_encoder(image_shape, n_classes, hidden, n_params=n_classes)
+    return SemiSupervisedVAE(parts.encoder, parts.decoder, classifier, n_classes, alpha=options.alpha,
+                             likelihood=parts.likelihood, latent_shape=options.latent_features)
+
+
+def _task_vae(options, image_shape):
+    from torch import nn
+
+    from fastflow.vae import MLPVAE, CategoricalLikelihood, PenalizedELBO, Task
+
+    head = nn.Linear(options.latent_features, options.n_classes)
+    objective = PenalizedELBO(Task(head, CategoricalLikelihood(options.n_classes), weight=options.task_weight))
+    hidden = (options.hidden_features, options.hidden_features)
+    return MLPVAE(image_shape, options.latent_features, hidden, likelihood=_likelihood(), objective=objective)
+
+
 def _iwae(options, image_shape):
     from fastflow.vae import IWAE
 
@@ -179,5 +207,5 @@ def _vdvae(options, image_shape):
 
 
 BUILDERS = {"glow": _glow, "jet": _jet, "tarflow": _tarflow, "realnvp": _realnvp, "maf": _maf, "nsf": _nsf, "vae": _vae,
-            "iwae": _iwae, "vqvae": _vqvae, "discrete_vae": _discrete_vae,
-            "vdvae": _vdvae}
+            "conditional_vae": _conditional_vae, "semi_supervised_vae": _semi_supervised_vae, "task_vae": _task_vae,
+            "iwae": _iwae, "vqvae": _vqvae, "discrete_vae": _discrete_vae, "vdvae": _vdvae}

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastflow import backends, launches
 from fastflow.engine.assembly import check_model
 from fastflow.engine.datasets import example_shape, is_table, levels_of_values
+from fastflow.engine.labels import given
 from fastflow.engine.memory import SavedBytes
 from fastflow.engine.models import build_model
 from fastflow.engine.objectives import objective_for
@@ -50,7 +51,7 @@ def plan(settings):
             x = torch.zeros(n, *shape, dtype=torch.float32 if is_table(settings) else torch.uint8)
             with launches.count() if countable else contextlib.nullcontext() as counted:
                 with SavedBytes(model) as saved:
-                    loss = objective(model, x)[0]
+                    loss = objective(model, x, **given(model, torch.zeros(n, dtype=torch.int64)))[0]
                 kept.append(saved.total)
                 if n == PROBES[-1] and countable:
                     loss.backward()

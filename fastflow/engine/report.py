@@ -55,7 +55,7 @@ def write_report(directory, device):
     objective = objective_for(model, n_bins=levels_of_values(settings),
                               n_samples=getattr(settings.model, "n_samples", 1))
     unit = "rows" if images.test.is_floating_point() else "images"
-    figures = evaluate(model, objective, images.test, device)
+    figures = evaluate(model, objective, images.test, device, labels=getattr(images, "test_labels", None))
     log, name = read_log(directory / "metrics.jsonl"), directory.resolve().name
     drawn = draw(directory, model, objective, settings, images, device, trained.step, name)
     curves = draw_curves(directory)

@@ -182,6 +182,29 @@ class VAESettings(BoundSettings):
         return self
 
 
+class LabelledVAESettings(Section):
+    latent_features: Positive = Field(16, description="dimensions of z")
+    hidden_features: Positive = Field(256, description="width of encoder and decoder")
+    n_classes: int = Field(ge=2, le=2**20, description="of the images' labels, which the data bring")
+    beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
+    n_samples: Positive = Field(1, description="draws of z per image")
+
+
+class ConditionalVAESettings(LabelledVAESettings):
+    kind: Literal["conditional_vae"]
+
+
+class SemiSupervisedVAESettings(LabelledVAESettings):
+    kind: Literal["semi_supervised_vae"]
+    n_labelled: Count = Field(0, description="training images whose label is used, evenly over the classes; 0 for all")
+    alpha: float = Field(1.0, ge=0, description="weight of log q(label | image) where the label is known")
+
+
+class TaskVAESettings(LabelledVAESettings):
+    kind: Literal["task_vae"]
+    task_weight: float = Field(1.0, ge=0, description="weight of log p(label | z), of a linear layer on z")
+
+
 class IWAESettings(Section):
     kind: Literal["iwae"]
     network: Literal["mlp", "conv"] = Field("mlp", description="networks of encoder and decoder")
@@ -223,4 +246,5 @@ class VDVAESettings(BoundSettings):
 
 
 Model = (GlowSettings | JetSettings | TarFlowSettings | RealNVPSettings | MAFSettings | NSFSettings | VAESettings
-         | IWAESettings | VQVAESettings | DiscreteVAESettings | VDVAESettings)
+         | ConditionalVAESettings | SemiSupervisedVAESettings | TaskVAESettings | IWAESettings | VQVAESettings
+         | DiscreteVAESettings | VDVAESettings)

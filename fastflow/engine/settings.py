@@ -133,6 +133,8 @@ class Settings(Section):
                               "makes no rise")
         if self.sweep is not None and not hasattr(self.model, "beta"):
             raise combination(f"sweep.beta: a model of kind {kind} has no beta")
+        if self.sweep is not None and hasattr(self.model, "n_classes"):
+            raise combination(f"sweep.beta: a model of kind {kind} takes labels, which a sweep does not give")
         return self
 
 

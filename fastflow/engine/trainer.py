@@ -20,6 +20,7 @@ from fastflow.engine.evaluate import describe, evaluate
 from fastflow.engine.faults import explained
 from fastflow.engine.files import write_text
 from fastflow.engine.gallery import draw, draw_curves
+from fastflow.engine.labels import check_labels, given, training_labels
 from fastflow.engine.log import RunLog, check_tensorboard
 from fastflow.engine.models import build_model, load_weights, standardize
 from fastflow.engine.objectives import objective_for
@@ -68,6 +69,8 @@ class Trainer:
             self.console.quiet = True
         self.data = load_data(settings)
         self.settings = settings = completed(settings, self.data)
+        check_labels(settings, self.data)
+        self._labels = training_labels(settings, self.data)
         self.n_bins, self.unit = levels_of_values(settings), "rows" if isinstance(self.data, TableData) else "images"
         if train.batch_size > len(self.data.train):
             raise SettingsError(f"train.batch_size: {train.batch_size} is more than the "
@@ -84,7 +87,8 @@ class Trainer:
         self.step = self.skipped = 0
         self.watch, self._rate, self._kl_weight = Watch(train.patience), LearningRate(train), kl_weight(settings)
         looks = 0 if self.processes.rank else train.collapse_every
-        self._collapse = CollapseWatch(looks, self.data.train, self.device, lambda message: self._say(message))
+        self._collapse = CollapseWatch(looks, self.data.train, self.device, lambda message: self._say(message),
+                                       self._labels)
         self._order = (None, None)
         self._stop = StopSignals()
         self._saved, self._signal, self._say = None, 0, console.print
@@ -256,8 +260,7 @@ class Trainer:
         """One training step; returns whether the time is over."""
         train, begin = self.settings.train, time.perf_counter()
         self._settle()
-        batch = self.batch(self.step)
-        mine = batch if self.processes.count == 1 else batch.chunk(self.processes.count)[self.processes.rank]
+        batch, labels = self.batch(self.step), self._labels_of(self.step)
         rate = self._rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -265,8 +268,8 @@ class Trainer:
             self._weigh(self._kl_weight(self.step))
         sums = {}
         try:
-            for x in mine.chunk(train.accumulate) if train.accumulate > 1 else (mine,):
-                loss = self.train_step(x.to(self.device))
+            for x, y in zip(self._parts(batch), self._parts(labels), strict=True):
+                loss = self.train_step(x, **given(self.model, y))
                 for name, value in {"loss": loss, **self.train_step.parts}.items():
                     if name != "grad_norm":
                         sums[name] = value if train.accumulate == 1 else sums.get(name, 0.0) + value
@@ -330,12 +333,27 @@ class Trainer:
 
     def batch(self, step):
         """The images (batch_size, C, H, W) of that step: every epoch in an order of its own, its remainder left out."""
+        return self.data.train.index_select(0, self._indices(step))
+
+    def _labels_of(self, step):
+        """The labels (batch_size,) of that step's images, or None."""
+        return None if self._labels is None else self._labels[self._indices(step)]
+
+    def _parts(self, batch):
+        """This process's share of a batch, or of None, in ``train.accumulate`` parts, on the device."""
+        train, count = self.settings.train, self.processes.count
+        if batch is None:
+            return (None,) * train.accumulate
+        mine = batch if count == 1 else batch.chunk(count)[self.processes.rank]
+        return [part.to(self.device) for part in mine.chunk(train.accumulate)]
+
+    def _indices(self, step):
         n, size = len(self.data.train), self.settings.train.batch_size
         epoch, index = divmod(step, n // size)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed((self.settings.train.seed * 1_000_003 + epoch) % 2**63)
             self._order = epoch, torch.randperm(n, generator=generator)
-        return self.data.train.index_select(0, self._order[1][index * size:(index + 1) * size])
+        return self._order[1][index * size:(index + 1) * size]
 
     def _check_stop(self):
         """Stops if a signal came to one of the processes; called after every step and between the batches of an
@@ -355,7 +373,8 @@ class Trainer:
         if n_samples:
             objective = objective_for(self.model, n_bins=self.n_bins, n_samples=n_samples)
         with self._averaged():
-            figures = evaluate(self.model, objective, getattr(self.data, part), self.device, poll=self._check_stop)
+            figures = evaluate(self.model, objective, getattr(self.data, part), self.device, poll=self._check_stop,
+                               labels=getattr(self.data, f"{part}_labels", None))
         log.write(self.step, {f"{part}_{name}": value for name, value in figures.items()})
         return figures
 

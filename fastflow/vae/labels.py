@@ -173,6 +173,6 @@ class Task(nn.Module):
         return -self.weight * log_prob, {f"log_{self.name}": log_prob.mean()}
 
     def predict(self, z):
-        """The likelihood's mean, for classes the likeliest one, at z (N, D, *S)."""
+        """The likelihood's mean, for classes the likeliest one, at z (N, D, *S); (N, 1) of targets (N,)."""
         return self.likelihood.mean(self.head(z))
 

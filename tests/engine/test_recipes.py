@@ -23,7 +23,8 @@ REDUCED = {
     "realnvp": ["model.n_layers=2", "model.hidden=[8,8]"], "maf": ["model.n_layers=2", "model.hidden=[8,8]"],
     "nsf": ["model.n_layers=2", "model.hidden=[8,8]"], "vae": ["model.hidden_features=16"],
     "iwae": ["model.n_importance=2"], "vqvae": ["model.channels=[8]"], "discrete_vae": ["model.hidden_features=16"],
-    "vdvae": ["model.channels=8", "model.latent_channels=2"],
+    "vdvae": ["model.channels=8", "model.latent_channels=2"], "conditional_vae": ["model.hidden_features=16"],
+    "semi_supervised_vae": ["model.hidden_features=16"], "task_vae": ["model.hidden_features=16"],
 }
 SHORT = ["train.steps=2", "train.batch_size=4", "train.accumulate=1", "train.threads=1", "train.device=cpu",
          "train.eval_every=0", "train.patience=0", "train.checkpoint_every=0", "train.max_seconds=0", "sample.count=2"]

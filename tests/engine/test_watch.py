@@ -32,7 +32,8 @@ def make(tmp_path, threads, monkeypatch):
                                Console(file=io.StringIO(), width=200), "test")
         if scores is not None:
             monkeypatch.setattr(trainer, "draw", lambda *_: {"broken_samples": 0})
-            monkeypatch.setattr(trainer, "evaluate", lambda *_, poll: poll() or {"bits_per_dim": scores[made.step]})
+            monkeypatch.setattr(trainer, "evaluate",
+                                lambda *_, poll, labels: poll() or {"bits_per_dim": scores[made.step]})
         return made
     return build
 

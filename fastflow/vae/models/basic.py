@@ -255,3 +255,4 @@ class ConditionalVAE(VAE):
         decoder = mlp_decoder(latent_features + n_classes, likelihood.output_shape(event_shape), hidden[::-1])
         super().__init__(Conditioned(encoder, n_classes, flatten=True), Conditioned(decoder, n_classes), posterior,
                          likelihood=likelihood, latent_shape=(latent_features,), **options)
+        self.n_classes = n_classes
