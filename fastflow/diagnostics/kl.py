@@ -19,14 +19,14 @@ def kl_per_latent(model, x, context=None, *, batch_size=1024, generator=None):
     ====================================  ==========================================================================
     VAE with a GaussianPosterior          a dimension of the flattened z; against N(0, 1), for which the sum is no
                                           longer the rate, where the prior is neither that nor a GaussianPrior
-    DiscreteVAE                           a bit or class
+    DiscreteVAE                           a bit or class, given the bits before it under a BitPrior
     HierarchicalVAE                       a dimension of a level's z given the levels above, the top level's first
     QuantizedVAE                          a position of the map of codes: -log p(c_t | c_<t), for q is certain
     ====================================  ==========================================================================
 
     Args:
         context: (N, ...) for a conditional model.
-        generator: of a hierarchy's samples, or None.
+        generator: of the samples of a hierarchy, or of bits under a BitPrior, or None.
     """
     checks.tensor("x", x, floating=False)
     if len(x) < 1:
@@ -42,7 +42,7 @@ def kl_per_latent(model, x, context=None, *, batch_size=1024, generator=None):
             return -model.code_log_probs(model.codes(batch))
     elif isinstance(model, DiscreteVAE):
         def of(batch):
-            return site_kl(model.posterior(batch), model.prior())
+            return discrete_kl(model, model.posterior(batch), generator=generator)
     else:
         return None
     return torch.cat([of(batch) for batch in x.split(batch_size)]).mean(0)
@@ -54,8 +54,15 @@ def closed_prior(model, mean):
     return prior if not hasattr(prior, "given") and prior_moments(prior, mean) is not None else None
 
 
+def discrete_kl(model, q, *, generator=None):
+    """KL (B, sites) in nats of each bit or class of a DiscreteVAE's posteriors q to its prior; under a BitPrior that of
+    each bit given those before it, at one draw of them."""
+    prior = model.prior()
+    return site_kl(q, prior if model.bit_prior is None else prior.given(q.sample(generator=generator)[0]))
+
+
 def site_kl(q, p):
-    """KL (B, sites) in nats of each element of q (B rows) to that of p (one row), estimators.Bernoulli or Categorical:
-    sum_c q_c (log q_c - log p_c) + p_c - q_c, whose terms are not negative."""
+    """KL (B, sites) in nats of each element of q (B rows) to that of p (one row or B), estimators.Bernoulli or
+    Categorical: sum_c q_c (log q_c - log p_c) + p_c - q_c, whose terms are not negative."""
     log_q, log_p = q.table().double(), p.table().double()
     return (log_q.exp() * (log_q - log_p) + log_p.exp() - log_q.exp()).clamp_min(0.0).sum(2)

@@ -13,7 +13,7 @@ from fastflow.diagnostics.discrete import (
     code_usage,
     discrete_information,
 )
-from fastflow.diagnostics.kl import closed_prior, kl_per_latent, site_kl
+from fastflow.diagnostics.kl import closed_prior, discrete_kl, kl_per_latent
 from fastflow.diagnostics.latents import (
     InformationTerms,
     active_units,
@@ -171,7 +171,7 @@ def _gaussian(model, x, context, n_samples, n_dims, batch_size, generator):
 def _discrete(model, x, n_samples, n_dims, batch_size, generator):
     posteriors = [model.posterior(batch) for batch in x.split(batch_size)]
     q, p = type(posteriors[0])(torch.cat([part.logits for part in posteriors])), model.prior()
-    kl = site_kl(q, p).mean(0)
+    kl = discrete_kl(model, q, generator=generator).mean(0)
     dims = kl.argsort(descending=True, stable=True)[:n_dims]
     images = model.traverse(q.mode()[0], dims.tolist())
     return {"unit": "bit" if model.n_classes == 2 else "class", "kl": kl, "active": active_sites(q),

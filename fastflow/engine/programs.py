@@ -111,7 +111,7 @@ class _ELBO(_Function):
         """DiscreteVAE.elbo without gradients, at the samples that the noise makes."""
         q, p = self.model.posterior(x), self.model.prior()
         z = q.harden(q.perturb(noise))
-        log_px_z, rate = self.model.log_likelihood(x, z), q.kl(p)
+        log_px_z, rate = self.model.log_likelihood(x, z), self.model.kl_at(q, z)
         distortion = -log_px_z.mean(0)
         return {"elbo": -distortion - rate, "rate": rate, "distortion": distortion,
                 "log_w": log_px_z + p.log_prob(z) - q.log_prob(z)}

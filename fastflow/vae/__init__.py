@@ -68,6 +68,7 @@ from fastflow.vae.posteriors import (
 from fastflow.vae.posteriors.delta import ar1_least_rate, delta_gaussian
 from fastflow.vae.priors import (
     AutoregressivePrior,
+    BitPrior,
     CodePrior,
     ConditionalGaussianPrior,
     GaussianPrior,
@@ -80,7 +81,7 @@ from fastflow.vae.vqvae import QuantizedVAE
 
 __all__ = ["DIP", "DIPVAE", "ELBO", "FSQ", "FSQVAE", "HVAE", "IWAE", "MLPVAE", "MMD", "NVAE", "VAE", "VDVAE", "VQVAE",
            "WAE", "AdversarialAutoencoder", "AutoregressivePrior", "BernoulliLikelihood", "BetaTCVAE",
-           "BetaVAE", "BoundObjective", "Capacity", "CategoricalLikelihood", "CodePrior",
+           "BetaVAE", "BitPrior", "BoundObjective", "Capacity", "CategoricalLikelihood", "CodePrior",
            "ConditionalGaussianPrior", "ConditionalVAE", "Conditioned", "ContinuousBernoulliLikelihood",
            "ConvVAE", "CosineSchedule", "CyclicalSchedule", "DeltaGaussianPosterior", "DensityRatio",
            "DeterministicPosterior", "DiscreteVAE", "DiscretizedLogisticLikelihood", "FactorTC",

@@ -9,6 +9,7 @@ from fastflow import checks, estimators
 from fastflow.vae.elbo import ELBO, iwae
 from fastflow.vae.generation import way
 from fastflow.vae.model import LIKELIHOODS
+from fastflow.vae.priors import BitPrior
 
 __all__ = ["DiscreteVAE"]
 
@@ -25,10 +26,14 @@ class DiscreteVAE(nn.Module):
         n_classes: C; 2 makes bits of one logit each.
         estimator: a name among fastflow.estimators.ESTIMATORS or an Estimator. "vimco" makes the bound IWAE.
         likelihood: as for VAE.
-        prior: "uniform", or "learned": independent, of logits that are parameters.
+        prior: "uniform"; "learned": independent, of logits that are parameters; for bits also "autoregressive", a
+            BitPrior. The KL to that has no closed form: what the estimator estimates is
+            log p(x | z) + beta log p(z), to which beta times q's entropy is added, and the rate reported is that at
+            samples of its own, see kl_at.
 
     Attributes:
-        prior_logits: (1, D, *S) for bits, (1, D, *S, C) for classes.
+        prior_logits: (1, D, *S) for bits, (1, D, *S, C) for classes; zeros that nothing uses beside a BitPrior.
+        bit_prior: the BitPrior or None.
     """
 
     def __init__(self, encoder, decoder, latent_shape, n_classes=2, estimator="disarm", likelihood="bernoulli",
@@ -37,7 +42,9 @@ class DiscreteVAE(nn.Module):
         latent_shape = [latent_shape] if isinstance(latent_shape, int) else latent_shape
         if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
             raise ValueError(f"n_classes: expected an integer of at least 2, got {n_classes!r}")
-        checks.choice("prior", prior, ("uniform", "learned"))
+        checks.choice("prior", prior, ("uniform", "learned", "autoregressive"))
+        if prior == "autoregressive" and n_classes != 2:
+            raise ValueError(f"prior: 'autoregressive' is for bits, got {n_classes} classes")
         if isinstance(likelihood, str):
             checks.choice("likelihood", likelihood, tuple(LIKELIHOODS))
             likelihood = LIKELIHOODS[likelihood]()
@@ -49,6 +56,7 @@ class DiscreteVAE(nn.Module):
         event_shape = self.latent_shape if n_classes == 2 else (*self.latent_shape, n_classes)
         self.estimator = estimators.create(estimator, event_shape)
         self.prior_logits = nn.Parameter(torch.zeros(1, *event_shape), requires_grad=prior == "learned")
+        self.bit_prior = BitPrior(self.latent_shape) if prior == "autoregressive" else None
 
     def forward(self, x, n_samples=1, beta=1.0, *, generator=None):
         return self.elbo(x, n_samples, beta, generator=generator)
@@ -65,8 +73,8 @@ class DiscreteVAE(nn.Module):
         return estimators.Categorical(logits.unflatten(1, (self.latent_shape[0], self.n_classes)).movedim(2, -1))
 
     def prior(self):
-        """p(z) with one row."""
-        return self._family(self.prior_logits)
+        """p(z): an estimators.Bernoulli or Categorical with one row, or the BitPrior."""
+        return self._family(self.prior_logits) if self.bit_prior is None else self.bit_prior
 
     def decode(self, z):
         """The likelihood's parameters (N, *event) of latents (N, D, *S) or one-hots (N, D, *S, C)."""
@@ -76,15 +84,17 @@ class DiscreteVAE(nn.Module):
         """log p(x | z) (N, B) of x (B, *event) at latents z (N, B, D, *S) or (N, B, D, *S, C). As f of an estimator, or
         of estimators.measure, its mean under :meth:`posterior` is minus the distortion."""
         output = self.decode(z.flatten(0, 1))
-        checks.shape("decoder output", output, (z.shape[0] * x.shape[0], *x.shape[1:]))
+        shape = getattr(self.likelihood, "output_shape", tuple)(x.shape[1:])
+        checks.shape("decoder output", output, (z.shape[0] * x.shape[0], *shape))
         return self.likelihood.log_prob(x, output.unflatten(0, z.shape[:2]))
 
     def elbo(self, x, n_samples=1, beta=1.0, *, generator=None):
         """The bound and its terms, in nats.
 
         Gradients of encoder, decoder, prior, likelihood and the estimator's own networks come through ``elbo``, to be
-        maximised; they are the estimator's. KL is analytic. Without gradients (under no_grad) no estimator is needed
-        and the samples are n_samples independent ones, so that iwae(log_w) is the importance-weighted bound.
+        maximised; they are the estimator's. KL is analytic, but for a BitPrior. Without gradients (under no_grad) no
+        estimator is needed and the samples are n_samples independent ones, so that iwae(log_w) is the
+        importance-weighted bound.
 
         Args:
             x: (B, *event).
@@ -103,19 +113,29 @@ class DiscreteVAE(nn.Module):
             estimator = estimators.REINFORCE()
 
         weighed = importance and torch.is_grad_enabled()
+        # Without a closed KL log p(z) is a part of what is estimated, for its gradient by q.
+        joint = self.bit_prior is not None and not importance and torch.is_grad_enabled()
 
         def objective(z):
             log_px_z = self.log_likelihood(x, z)
-            return log_px_z + beta * (p.log_prob(z) - q.log_prob(z)) if weighed else log_px_z
+            if weighed:
+                return log_px_z + beta * (p.log_prob(z) - q.log_prob(z))
+            return log_px_z + beta * p.log_prob(z) if joint else log_px_z
 
         estimate = estimator(q, objective, n_samples, generator=generator)
-        kl = q.kl(p)
+        if self.bit_prior is None:
+            kl = q.kl(p)
+        else:
+            kl = self.kl_at(q, q.sample(n_samples, generator=generator) if joint else estimate.samples)
         with torch.no_grad():
             log_pz, log_qz = p.log_prob(estimate.samples), q.log_prob(estimate.samples)
             log_px_z = estimate.values.detach()
-            if weighed:
-                log_px_z = log_px_z - beta * (log_pz - log_qz)
-        if weighed:
+            if weighed or joint:
+                log_px_z = log_px_z - beta * (log_pz - log_qz if weighed else log_pz)
+        if joint:
+            elbo = estimate.value + beta * q.entropy()
+            distortion = -elbo - beta * kl
+        elif weighed:
             elbo, distortion = estimate.value, -log_px_z.mean(0)
         elif importance:
             elbo, distortion = iwae(log_px_z + beta * (log_pz - log_qz)), -log_px_z.mean(0)
@@ -135,7 +155,9 @@ class DiscreteVAE(nn.Module):
         """
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
-        if temperature == 0.0:
+        if self.bit_prior is not None:
+            z = self.bit_prior.sample(n, generator=generator, temperature=temperature)
+        elif temperature == 0.0:
             z = self.prior().mode().expand(n, *self.prior_logits.shape[1:])
         else:
             z = self._family(self.prior_logits / temperature).sample(n, generator=generator)[:, 0]
@@ -186,6 +208,14 @@ class DiscreteVAE(nn.Module):
         """
         logits = way(self.posterior(start).logits, self.posterior(end).logits, steps, "lerp")
         return self.likelihood.mean(self.decode(self._family(logits.flatten(0, 1)).mode())).unflatten(0, (steps, -1))
+
+    @torch.no_grad()
+    def kl_at(self, q, z):
+        """KL(q || p) (B,) in nats, without gradient; under a BitPrior the mean over draws z (K, B, D, *S) from q of
+        sum_d KL(q_d || p(z_d | z_<d))."""
+        if self.bit_prior is None:
+            return q.kl(self.prior())
+        return torch.stack([q.kl(self.bit_prior.given(one)) for one in z]).mean(0)
 
     def _family(self, logits):
         return (estimators.Bernoulli if self.n_classes == 2 else estimators.Categorical)(logits)

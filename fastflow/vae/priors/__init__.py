@@ -2,9 +2,10 @@
 or a torch.distributions object among them; N(0, I) and GaussianPrior give the KL in closed form."""
 
 from fastflow.vae.priors.autoregressive import AutoregressivePrior, CodePrior
+from fastflow.vae.priors.bits import BitPrior
 from fastflow.vae.priors.conditional import ConditionalGaussianPrior
 from fastflow.vae.priors.gaussian import GaussianPrior, MixturePrior
 from fastflow.vae.priors.vamp import VampPrior
 
-__all__ = ["AutoregressivePrior", "CodePrior", "ConditionalGaussianPrior", "GaussianPrior", "MixturePrior",
+__all__ = ["AutoregressivePrior", "BitPrior", "CodePrior", "ConditionalGaussianPrior", "GaussianPrior", "MixturePrior",
            "VampPrior"]
