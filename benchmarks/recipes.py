@@ -16,7 +16,8 @@ from benchmarks import run
 from fastflow.engine import load_settings
 from fastflow.engine.trainer import Trainer
 
-RECIPES = ("vae-digits", "iwae-digits", "vqvae-digits", "dvae-digits", "vdvae-digits", "vae-photos", "vqvae-photos")
+RECIPES = ("vae-digits", "iwae-digits", "vqvae-digits", "dvae-digits", "vdvae-digits", "vae-photos", "vqvae-photos",
+           "cvae-digits", "m2-digits", "task-digits")
 FIGURES = ("step", "elbo", "rate", "distortion", "bits_per_dim")
 SAID = ("active units ", "codes in use ", "KL of each level ")  # how the lines of a diagnosis begin that are told
 
@@ -31,7 +32,7 @@ def reached(name, steps=None):
         trainer.start()
         results = trainer.run()
         lines = (Path(folder) / "diagnosis/diagnosis.txt").read_text().splitlines()
-    bounds = [key for key in results if key.startswith("iwae_")]
+    bounds = [key for key in results if key.startswith("iwae_") or key == "accuracy"]
     return {key: results[key] for key in (*FIGURES, *bounds)} | {
         "diagnosis": [line for line in lines if line.startswith(SAID)]}
 
@@ -40,6 +41,7 @@ def row(name, figures):
     """The recipe's row of the table."""
     told = [f"bound of {key.removeprefix('iwae_')} samples {figures[key]:.2f}" for key in figures
             if key.startswith("iwae_")] + figures["diagnosis"]
+    told += [f"accuracy {100 * figures['accuracy']:.1f} %"] if "accuracy" in figures else []
     return (f"| {name} | {figures['step']} | {figures['elbo']:.2f} | {figures['rate']:.2f} | "
             f"{figures['distortion']:.2f} | {figures['bits_per_dim']:.3f} | {'; '.join(told)} |")
 

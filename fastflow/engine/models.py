@@ -54,11 +54,12 @@ def load_weights(model, loaded, stem):
         raise CheckpointError(f"{loaded.path / stem}.safetensors: is of another model ({reason})") from error
 
 
-def _likelihood():
-    """Gaussian, of the sigma that fits the errors: one to be learned from 1 begins so wide that latents collapse."""
+def _likelihood(sigma="shared"):
+    """Gaussian, "shared": of the sigma that fits the errors, for one to be learned from 1 begins so wide that latents
+    collapse; "pixel": of one for each pixel from the decoder."""
     from fastflow.vae import GaussianLikelihood
 
-    return GaussianLikelihood("optimal")
+    return GaussianLikelihood({"shared": "optimal", "pixel": "decoder"}[sigma])
 
 
 def _glow(options, image_shape):
@@ -138,17 +139,28 @@ def _objective(options, per):
 def _vae(options, image_shape):
     from fastflow.vae import MLPVAE, ConvVAE
 
-    given = {"likelihood": _likelihood(), "objective": _objective(options, options.free_bits_per)}
+    given = _latents(options) | {"objective": _objective(options, options.free_bits_per)}
     if options.network == "conv":
         return ConvVAE(image_shape, options.latent_features, **given)
     return MLPVAE(image_shape, options.latent_features, (options.hidden_features, options.hidden_features), **given)
+
+
+def _latents(options):
+    """Prior and likelihood of a VAE with one layer of Gaussian latents."""
+    from fastflow.flows import RealNVP
+
+    n, prior = options.latent_features, None
+    if options.prior == "flow":
+        prior = RealNVP(n, n_layers=4, hidden=(max(64, 2 * n),) * 2)
+    return {"prior": prior, "likelihood": _likelihood(options.sigma)}
 
 
 def _conditional_vae(options, image_shape):
     from fastflow.vae import ConditionalVAE
 
     hidden = (options.hidden_features, options.hidden_features)
-    return ConditionalVAE(image_shape, options.latent_features, options.n_classes, hidden, likelihood=_likelihood())
+    return ConditionalVAE(image_shape, options.latent_features, options.n_classes, hidden,
+                          likelihood=_likelihood(options.sigma))
 
 
 def _semi_supervised_vae(options, image_shape):
@@ -169,14 +181,14 @@ def _task_vae(options, image_shape):
     head = nn.Linear(options.latent_features, options.n_classes)
     objective = PenalizedELBO(Task(head, CategoricalLikelihood(options.n_classes), weight=options.task_weight))
     hidden = (options.hidden_features, options.hidden_features)
-    return MLPVAE(image_shape, options.latent_features, hidden, likelihood=_likelihood(), objective=objective)
+    return MLPVAE(image_shape, options.latent_features, hidden, objective=objective, **_latents(options))
 
 
 def _iwae(options, image_shape):
     from fastflow.vae import IWAE
 
     return IWAE(image_shape, options.latent_features, n_samples=options.n_importance, network=options.network,
-                likelihood=_likelihood())
+                **_latents(options))
 
 
 def _vqvae(options, image_shape):
@@ -193,17 +205,18 @@ def _vqvae(options, image_shape):
 def _discrete_vae(options, image_shape):
     from fastflow.vae import DiscreteVAE, mlp_decoder, mlp_encoder
 
-    hidden = (options.hidden_features, options.hidden_features)
-    return DiscreteVAE(mlp_encoder(image_shape, options.latent_bits, hidden, n_params=options.latent_bits),
-                       mlp_decoder(options.latent_bits, image_shape, hidden), options.latent_bits,
-                       estimator=options.estimator, likelihood=_likelihood())
+    bits, hidden = options.latent_bits, (options.hidden_features, options.hidden_features)
+    likelihood = _likelihood(options.sigma)
+    return DiscreteVAE(mlp_encoder(image_shape, bits, hidden, n_params=bits),
+                       mlp_decoder(bits, likelihood.output_shape(image_shape), hidden), bits,
+                       estimator=options.estimator, likelihood=likelihood, prior=options.prior)
 
 
 def _vdvae(options, image_shape):
     from fastflow.vae import VDVAE
 
     return VDVAE(image_shape, options.groups, channels=options.channels, latent_channels=options.latent_channels,
-                 likelihood=_likelihood(), objective=_objective(options, "group"))
+                 likelihood=_likelihood(options.sigma), objective=_objective(options, "group"))
 
 
 BUILDERS = {"glow": _glow, "jet": _jet, "tarflow": _tarflow, "realnvp": _realnvp, "maf": _maf, "nsf": _nsf, "vae": _vae,

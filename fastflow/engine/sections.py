@@ -166,7 +166,17 @@ class BoundSettings(Section):
         return self
 
 
-class VAESettings(BoundSettings):
+class PixelSettings(Section):
+    sigma: Literal["shared", "pixel"] = Field("shared", description="of the Gaussian likelihood: one that fits all "
+                                              "errors, or one for each pixel from the decoder")
+
+
+class GaussianLatentSettings(PixelSettings):
+    prior: Literal["normal", "flow"] = Field("normal", description="of z: N(0, I), or a flow that is trained along and "
+                                             "leads samples to where the encoder puts images")
+
+
+class VAESettings(BoundSettings, GaussianLatentSettings):
     kind: Literal["vae"]
     network: Literal["mlp", "conv"] = Field("mlp", description="networks of encoder and decoder")
     latent_features: Positive = Field(16, description="dimensions of z")
@@ -179,10 +189,13 @@ class VAESettings(BoundSettings):
     def _go_together(self):
         if self.free_bits_per != "dim" and not self.free_bits:
             raise combination("model.free_bits_per: needs model.free_bits")
+        if self.free_bits and self.free_bits_per == "dim" and self.prior == "flow":
+            raise combination("model.free_bits: no dimension has a KL of its own to model.prior=flow; use "
+                              "model.free_bits_per=group")
         return self
 
 
-class LabelledVAESettings(Section):
+class LabelledVAESettings(PixelSettings):
     latent_features: Positive = Field(16, description="dimensions of z")
     hidden_features: Positive = Field(256, description="width of encoder and decoder")
     n_classes: int = Field(ge=2, le=2**20, description="of the images' labels, which the data bring")
@@ -200,12 +213,12 @@ class SemiSupervisedVAESettings(LabelledVAESettings):
     alpha: float = Field(1.0, ge=0, description="weight of log q(label | image) where the label is known")
 
 
-class TaskVAESettings(LabelledVAESettings):
+class TaskVAESettings(LabelledVAESettings, GaussianLatentSettings):
     kind: Literal["task_vae"]
     task_weight: float = Field(1.0, ge=0, description="weight of log p(label | z), of a linear layer on z")
 
 
-class IWAESettings(Section):
+class IWAESettings(GaussianLatentSettings):
     kind: Literal["iwae"]
     network: Literal["mlp", "conv"] = Field("mlp", description="networks of encoder and decoder")
     latent_features: Positive = Field(16, description="dimensions of z")
@@ -219,17 +232,19 @@ class VQVAESettings(Section):
     channels: Sizes = Field((32,), min_length=1, description="of the convolutions; each halves height and width")
 
 
-class DiscreteVAESettings(Section):
+class DiscreteVAESettings(PixelSettings):
     kind: Literal["discrete_vae"]
     latent_bits: Positive = Field(32, description="independent bits of z")
     hidden_features: Positive = Field(256, description="width of encoder and decoder")
     estimator: Literal["disarm", "rloo", "vimco", "reinforce"] = Field(
         "disarm", description="gradient estimator of the bits")
     n_samples: Positive = Field(4, description="samples of z per image, as the estimator takes them")
+    prior: Literal["uniform", "autoregressive"] = Field("uniform", description="of the bits; the autoregressive one is "
+                                                        "trained along")
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
 
 
-class VDVAESettings(BoundSettings):
+class VDVAESettings(BoundSettings, PixelSettings):
     kind: Literal["vdvae"]
     groups: Sizes = Field((2, 2), min_length=1, description="latent groups at each resolution, coarsest first")
     channels: Positive = Field(32, description="of the states")

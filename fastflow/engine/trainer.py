@@ -11,6 +11,7 @@ import torch
 from fastflow.data import TableData
 from fastflow.engine import checkpoint
 from fastflow.engine.assembly import assemble, check_model
+from fastflow.engine.batches import Batches
 from fastflow.engine.collapse import CollapseWatch
 from fastflow.engine.datasets import completed, levels_of_values, load_data
 from fastflow.engine.devices import choose_device, set_threads
@@ -20,7 +21,7 @@ from fastflow.engine.evaluate import describe, evaluate
 from fastflow.engine.faults import explained
 from fastflow.engine.files import write_text
 from fastflow.engine.gallery import draw, draw_curves
-from fastflow.engine.labels import check_labels, given, training_labels
+from fastflow.engine.labels import check_labels, given
 from fastflow.engine.log import RunLog, check_tensorboard
 from fastflow.engine.models import build_model, load_weights, standardize
 from fastflow.engine.objectives import objective_for
@@ -70,7 +71,6 @@ class Trainer:
         self.data = load_data(settings)
         self.settings = settings = completed(settings, self.data)
         check_labels(settings, self.data)
-        self._labels = training_labels(settings, self.data)
         self.n_bins, self.unit = levels_of_values(settings), "rows" if isinstance(self.data, TableData) else "images"
         if train.batch_size > len(self.data.train):
             raise SettingsError(f"train.batch_size: {train.batch_size} is more than the "
@@ -86,10 +86,10 @@ class Trainer:
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
         self.watch, self._rate, self._kl_weight = Watch(train.patience), LearningRate(train), kl_weight(settings)
+        self._batches = Batches(settings, self.data, self.processes, self.device)
         looks = 0 if self.processes.rank else train.collapse_every
         self._collapse = CollapseWatch(looks, self.data.train, self.device, lambda message: self._say(message),
-                                       self._labels)
-        self._order = (None, None)
+                                       self._batches.labels)
         self._stop = StopSignals()
         self._saved, self._signal, self._say = None, 0, console.print
         self._checkpoints = self.out / "checkpoints"
@@ -260,7 +260,7 @@ class Trainer:
         """One training step; returns whether the time is over."""
         train, begin = self.settings.train, time.perf_counter()
         self._settle()
-        batch, labels = self.batch(self.step), self._labels_of(self.step)
+        batch, labels = self.batch(self.step), self._batches.labels_of(self.step)
         rate = self._rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -268,7 +268,7 @@ class Trainer:
             self._weigh(self._kl_weight(self.step))
         sums = {}
         try:
-            for x, y in zip(self._parts(batch), self._parts(labels), strict=True):
+            for x, y in zip(self._batches.parts(batch), self._batches.parts(labels), strict=True):
                 loss = self.train_step(x, **given(self.model, y))
                 for name, value in {"loss": loss, **self.train_step.parts}.items():
                     if name != "grad_norm":
@@ -332,28 +332,8 @@ class Trainer:
         return bool(over), values
 
     def batch(self, step):
-        """The images (batch_size, C, H, W) of that step: every epoch in an order of its own, its remainder left out."""
-        return self.data.train.index_select(0, self._indices(step))
-
-    def _labels_of(self, step):
-        """The labels (batch_size,) of that step's images, or None."""
-        return None if self._labels is None else self._labels[self._indices(step)]
-
-    def _parts(self, batch):
-        """This process's share of a batch, or of None, in ``train.accumulate`` parts, on the device."""
-        train, count = self.settings.train, self.processes.count
-        if batch is None:
-            return (None,) * train.accumulate
-        mine = batch if count == 1 else batch.chunk(count)[self.processes.rank]
-        return [part.to(self.device) for part in mine.chunk(train.accumulate)]
-
-    def _indices(self, step):
-        n, size = len(self.data.train), self.settings.train.batch_size
-        epoch, index = divmod(step, n // size)
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed((self.settings.train.seed * 1_000_003 + epoch) % 2**63)
-            self._order = epoch, torch.randperm(n, generator=generator)
-        return self._order[1][index * size:(index + 1) * size]
+        """The images (batch_size, C, H, W) of that step."""
+        return self._batches.images(step)
 
     def _check_stop(self):
         """Stops if a signal came to one of the processes; called after every step and between the batches of an

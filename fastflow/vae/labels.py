@@ -141,7 +141,7 @@ class Task(nn.Module):
     """A penalty: -weight * log p(target | z) of a head on the latents, so that they hold what the task needs.
 
     With weight 1 the objective is a bound on log p(x, target). Pass the target of each example as
-    model(x, targets=...): (B, *event), or {name: target} for several tasks.
+    model(x, targets=...), or of a training step: (B, *event), or {name: target} for several tasks.
 
     Args:
         head: module from z (N, D, *S) to the likelihood's parameters.

@@ -14,7 +14,7 @@ LATENTS, BETA, SIGMA = 8, 8.0, 0.8
 
 
 def digits():
-    train, test = images.read()
+    train, test, *_ = images.read()
     x = torch.from_numpy(np.concatenate([train, test]).reshape(-1, 64).astype(np.float64) / 4.0)[:1792]
     return x - x.mean(0)  # a multiple of LATENTS; centred, for L-BFGS to converge sooner
 

@@ -211,7 +211,7 @@ def test_a_sweep_of_several_processes_is_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("recipe", "override", "message"), [
     ("glow-digits", "train.bound_samples=5", "^train.bound_samples: a model of kind 'glow' has no latents"),
     ("glow-digits", "train.kl_warmup_steps=5", "^train.kl_warmup_steps: a model of kind 'glow' has no latents"),
-    ("vae-digits", "train.memory=invert", "^train.memory: 'invert' is for flows made of steps"),
+    ("vqvae-digits", "train.memory=invert", "^train.memory: 'invert' is for flows made of steps"),
 ])
 def test_a_dry_run_refuses_what_training_would(recipe, override, message):
     with pytest.raises(SettingsError, match=message):

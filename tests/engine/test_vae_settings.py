@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastflow import cli, vae
+from fastflow import cli, flows, vae
 from fastflow.engine import SettingsError, build_model, load_settings
 from fastflow.engine import trainer as trainer_module
 from fastflow.engine.objectives import NegativeELBO
@@ -16,7 +16,8 @@ from fastflow.engine.rate import kl_weight
 from fastflow.engine.trainer import Trainer
 
 SMALL = {"vae-digits": ["model.hidden_features=8", "model.latent_features=3"],
-         "vdvae-digits": ["model.channels=4", "model.latent_channels=2", "model.groups=[1,1]"]}
+         "vdvae-digits": ["model.channels=4", "model.latent_channels=2", "model.groups=[1,1]",
+                          "model.kl_balance=false"]}
 BOUNDS = {"iwae": (), "miwae": ("bound_groups=2",), "ciwae": ("bound_beta=0.3",), "renyi": ("bound_alpha=-0.5",),
           "stl": (), "dreg": (), "piwae": ("bound_groups=4",)}
 
@@ -38,7 +39,7 @@ def test_a_bound_is_chosen_by_name(recipe, name):
 
 
 @pytest.mark.parametrize(("recipe", "overrides", "kind", "least", "per"), [
-    ("vae-digits", ("model.free_bits=0.2",), vae.FreeBits, 0.2, "dim"),
+    ("vae-digits", ("model.free_bits=0.2", "model.prior=normal"), vae.FreeBits, 0.2, "dim"),
     ("vae-digits", ("model.free_bits=2", "model.free_bits_per=group", "model.network=conv"), vae.FreeBits, 2, "group"),
     ("vdvae-digits", ("model.free_bits=0.5",), vae.FreeBits, 0.5, "group"),
     ("vdvae-digits", ("model.kl_balance=true", "model.beta=0.5"), vae.KLBalance, None, None),
@@ -52,6 +53,7 @@ def test_what_stands_in_the_place_of_the_rate(recipe, overrides, kind, least, pe
 
 
 @pytest.mark.parametrize(("recipe", "overrides", "message"), [
+    ("vae-digits", ("model.free_bits=0.2", "model.prior=flow"), "model.free_bits: no dimension has a KL of its own to"),
     ("vae-digits", ("model.objective=elbow",), "model.objective: input should be 'elbo', 'iwae'"),
     ("vae-digits", ("model.objective=iwae",), "model.n_samples: model.objective=iwae needs at least 2, got 1"),
     ("vae-digits", ("model.objective=miwae", "model.n_samples=4"), "model.bound_groups: needed by "),
@@ -135,3 +137,22 @@ def test_a_report_is_of_the_elbo_whatever_is_trained(make):
     assert found[0].keys() >= {"elbo", "rate", "distortion", "bits_per_dim", "iwae_3"}
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
+
+
+@pytest.mark.parametrize(("recipe", "overrides"), [
+    ("vae-digits", ()), ("vae-digits", ("model.network=conv",)), ("iwae-digits", ()), ("dvae-digits", ()),
+    ("vdvae-digits", ()), ("cvae-digits", ()), ("m2-digits", ()), ("task-digits", ()),
+])
+def test_priors_and_sigmas_by_name(recipe, overrides):
+    """A flow over z or an autoregressive law of bits, and the likelihood's sigma from twice the decoder's outputs."""
+    for sigma, mode, outputs in (("shared", "optimal", 1), ("pixel", "decoder", 2)):
+        model = build_model(load_settings(recipe, [*overrides, f"model.sigma={sigma}"]))
+        assert model.likelihood.mode == mode and model.likelihood.output_shape((1, 8, 8)) == (outputs, 8, 8)
+        assert model.sample(2, **({"context": torch.arange(1)} if recipe in ("cvae-digits", "m2-digits") else {})) \
+            .numel() == 2 * 64
+    if recipe in ("vae-digits", "iwae-digits", "task-digits"):
+        for prior, kind in (("normal", type(None)), ("flow", flows.RealNVP)):
+            assert type(build_model(load_settings(recipe, [*overrides, f"model.prior={prior}"])).prior) is kind
+    if recipe == "dvae-digits":
+        for prior, kind in (("uniform", type(None)), ("autoregressive", vae.BitPrior)):
+            assert type(build_model(load_settings(recipe, [f"model.prior={prior}"])).bit_prior) is kind
