@@ -9,29 +9,20 @@ __all__ = ["LULinear", "fit", "remember", "solve", "weight"]
 
 
 def fit(module, fix):
-    """Finds out the order of the entries."""
+    """Finds out the places of the entries."""
     remember(module)
 
 
 def remember(module):
-    """(where each entry of a flat matrix stands among the entries below the diagonal, above it and on it; where those
-    stand in lu_linear.run's pair of matrices)."""
-    device = module.bias.device
-    return remembered(module, f"places_{device}", lambda: _places(module.features, device))
-
-
-def _places(features, device):
-    lower = torch.tril_indices(features, features, -1, device=device)
-    upper = torch.triu_indices(features, features, 1, device=device)
-    diagonal = torch.arange(features, device=device).expand(2, -1)
-    rows, columns = torch.cat([lower, upper, diagonal], 1)
-    places = rows * features + columns
-    return torch.argsort(places), places + features**2 * (columns >= rows)
+    """lu_linear's Places of the module's entries."""
+    bias = module.bias
+    return remembered(module, f"places_{bias.device}_{bias.dtype}",
+                      lambda: lu_linear.places_of(len(bias), bias.device, bias.dtype))
 
 
 def _factors(module):
     return lu_linear.factors(module.lower_entries, module.upper_entries, module.unconstrained_upper_diag, module.eps,
-                             remember(module)[0])
+                             remember(module))
 
 
 def weight(module):
@@ -55,7 +46,7 @@ class LULinear:
         if not self._fastflow_fits(inputs):
             return super().forward(inputs, context)
         return lu_linear.run(inputs, self.lower_entries, self.upper_entries, self.unconstrained_upper_diag, self.bias,
-                             self.eps, *remember(self))
+                             self.eps, remember(self))
 
     def inverse(self, inputs, context=None):
         if not self._fastflow_fits(inputs):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from fastflow.adapters.lu import _places
 from fastflow.autograd import lu_linear
 
 NAMES = ("x", "lower", "upper", "raw", "bias")
@@ -16,8 +15,16 @@ def operands(features, batch=7):
 
 
 def run(features):
-    order, places = _places(features, "cpu")
-    return lambda *tensors: lu_linear.run(*tensors, 1e-3, order, places)
+    def call(*tensors):
+        return lu_linear.run(*tensors, 1e-3, lu_linear.places_of(features, "cpu", tensors[0].dtype))
+    return call
+
+
+@pytest.fixture(params=["layers", "products"], autouse=True)
+def form(request, monkeypatch):
+    """Small data and large."""
+    if request.param == "products":
+        monkeypatch.setattr(lu_linear, "SMALL", 0)
 
 
 @pytest.mark.parametrize("features", [1, 2, 5, 8])
