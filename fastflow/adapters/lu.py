@@ -2,6 +2,7 @@
 
 import torch
 
+from fastflow import backends
 from fastflow.adapters.layers import fusable, remembered
 from fastflow.autograd import lu_linear
 
@@ -45,14 +46,23 @@ class LULinear:
     def forward(self, inputs, context=None):
         if not self._fastflow_fits(inputs):
             return super().forward(inputs, context)
-        return lu_linear.run(inputs, self.lower_entries, self.upper_entries, self.unconstrained_upper_diag, self.bias,
-                             self.eps, remember(self))
+        return lu_linear.run(inputs, *self._fastflow_operands())
 
     def inverse(self, inputs, context=None):
         if not self._fastflow_fits(inputs):
             return super().inverse(inputs, context)
         outputs, logabsdet = solve(self, inputs)
         return outputs, (-logabsdet).repeat(inputs.shape[0])
+
+    def _fastflow_operands(self):
+        return (self.lower_entries, self.upper_entries, self.unconstrained_upper_diag, self.bias, self.eps,
+                remember(self))
+
+    def _fastflow_step(self, inputs, context):
+        """The forward pass as a step of autograd.chain for data like ``inputs``, or None."""
+        if not self._fastflow_fits(inputs) or backends.needs_reference(tuple(self._parameters.values())) is not None:
+            return None
+        return lu_linear.step(inputs, *self._fastflow_operands())
 
     def _fastflow_fits(self, inputs):
         return inputs.dim() == 2 and not (self.using_cache and not self.training) and fusable(inputs, self.bias)

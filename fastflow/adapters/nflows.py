@@ -3,14 +3,16 @@
 import torch
 from nflows.flows import Flow
 from nflows.nn.nets import resnet
-from nflows.transforms import autoregressive, conv, coupling, lu, made, nonlinearities, normalization
+from nflows.transforms import autoregressive, base, conv, coupling, lu, made, nonlinearities, normalization
+from torch import nn
 
+from fastflow import backends
 from fastflow.adapters import lu as lu_maps
 from fastflow.adapters import splines
-from fastflow.adapters.layers import couple, fusable, order, remembered, reorder, worthwhile
+from fastflow.adapters.layers import couple, fusable, order, plain, remembered, reorder, worthwhile
 from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, covered, residual_weights
-from fastflow.adapters.swap import swap
-from fastflow.autograd import mlp
+from fastflow.adapters.swap import swap, swap_of
+from fastflow.autograd import chain, mlp
 from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
 
@@ -173,3 +175,43 @@ class ActNorm(normalization.ActNorm):
     def _fastflow_logabsdet(self, inputs):
         positions = inputs.shape[2] * inputs.shape[3] if inputs.dim() == 4 else 1
         return (positions * self.log_scale.sum()).repeat(inputs.shape[0])
+
+
+CHAINED = (coupling.PiecewiseRationalQuadraticCouplingTransform,
+           autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform, lu.LULinear)
+
+
+def _fit_composite(module, fix):
+    known = [isinstance(transform, CHAINED) for transform in module._transforms]
+    pairs = any(a and b for a, b in zip(known, known[1:], strict=False))
+    return None if pairs else "no two of its layers in a row go through one node of autograd"
+
+
+@swap(base.CompositeTransform, fit=_fit_composite)
+class CompositeTransform(base.CompositeTransform):
+    """Splines and linear maps in a row as one node of autograd; the others one by one."""
+
+    def forward(self, inputs, context=None):
+        if (torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs.device.type)
+                or nn.modules.module._has_any_global_hook() or backends.needs_reference((inputs,)) is not None):
+            return super().forward(inputs, context)
+        outputs, total, steps = inputs, inputs.new_zeros(len(inputs)), []
+        for transform in (*self._transforms, None):
+            step = None if transform is None else self._fastflow_step(transform, outputs, context)
+            if step is not None:
+                steps.append(step)
+                continue
+            if steps:
+                outputs, logabsdet = chain.run(outputs, steps)
+                total += logabsdet
+                steps = []
+            if transform is not None:
+                outputs, logabsdet = transform(outputs, context)
+                total += logabsdet
+        return outputs, total
+
+    def _fastflow_step(self, transform, inputs, context):
+        known = swap_of(transform)
+        if known is None or known.host not in CHAINED or not plain(transform, known.fused):
+            return None
+        return transform._fastflow_step(inputs, context)

@@ -5,7 +5,7 @@ import torch
 from fastflow import functional
 from fastflow.adapters.layers import fusable, order, reorder
 from fastflow.adapters.networks import Autoregressive, covered, evaluate
-from fastflow.autograd import mlp_spline
+from fastflow.autograd import chain, mlp_spline
 
 __all__ = ["SplineAutoregressive", "SplineCDF", "SplineCoupling", "fit", "fit_coupling"]
 
@@ -52,6 +52,16 @@ class SplineCoupling:
     def inverse(self, inputs, context=None):
         return self._fastflow_couple(inputs, context, True)
 
+    def _fastflow_step(self, inputs, context):
+        """The forward pass as a step of autograd.chain for data like ``inputs``, or None."""
+        if self.unconditional_transform is not None or inputs.dim() != 2 or inputs.shape[1] != self.features:
+            return None
+        network = covered(self.transform_net, inputs, context)
+        if network is None:
+            return None
+        kept, indices, back = order(self, self.identity_features, self.transform_features)
+        return mlp_spline.step(indices, back, kept, network, _constants(self, self.transform_net))
+
     def _fastflow_couple(self, inputs, context, inverse):
         if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
             return (super().inverse if inverse else super().forward)(inputs, context)
@@ -89,10 +99,14 @@ class SplineAutoregressive(Autoregressive):
     """A spline per feature with parameters from a masked network."""
 
     def forward(self, inputs, context=None):
+        step = self._fastflow_step(inputs, context)
+        return super().forward(inputs, context) if step is None else chain.run(inputs, (step,))
+
+    def _fastflow_step(self, inputs, context):
+        """The forward pass as a step of autograd.chain for data like ``inputs``, or None."""
         network = covered(self.autoregressive_net, inputs, context)
-        if network is None:
-            return super().forward(inputs, context)
-        return mlp_spline.run(inputs, None, None, 0, network, _constants(self, self.autoregressive_net))
+        return None if network is None else mlp_spline.step(None, None, 0, network,
+                                                            _constants(self, self.autoregressive_net))
 
     def _elementwise(self, inputs, autoregressive_params, inverse=False):
         if not fusable(inputs, autoregressive_params):

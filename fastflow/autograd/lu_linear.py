@@ -1,7 +1,6 @@
-"""y = L U x + b with a triangular pair from flat parameters, as one torch.autograd.Function.
+"""y = L U x + b with a triangular pair from flat parameters, as a step of a chain, and by itself.
 
-By itself each of its dozen small operations is a node of autograd, and they take longer than the product that they
-prepare.
+As nodes of autograd its dozen small operations take longer than the product that they prepare.
 """
 
 from typing import NamedTuple
@@ -10,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from fastflow import backends, extension, reference
-from fastflow.autograd import differentiable
+from fastflow.autograd import chain
 
-__all__ = ["Places", "factors", "places_of", "run"]
+__all__ = ["Places", "factors", "places_of", "run", "step"]
 
 # Elements of x up to which, on a CPU, the time goes into the number of operations and not into what they compute.
 SMALL = 16384
 RELU = reference.ACTIVATIONS.index("relu")  # a residual network's between the layers of its blocks; ours has no block
+SOFTPLUS_BACKWARD = torch.ops.aten.softplus_backward.default
 
 
 class Places(NamedTuple):
@@ -57,7 +57,16 @@ def factors(lower, upper, raw, eps, places):
 
 
 def run(x, lower, upper, raw, bias, eps, places):
-    """(y (B, D), log|det| (B,)) of x (B, D), for operands that fit by construction.
+    """(y (B, D), log|det| (B,)) of x (B, D), for operands that fit by construction; see :func:`step`."""
+    operands = x, lower, upper, raw, bias
+    if (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+            or backends.needs_reference(operands) is not None):
+        return _products(x, lower, upper, raw, bias, eps, places)[:2]
+    return chain.run(x, (step(*operands, eps, places),))
+
+
+def step(x, lower, upper, raw, bias, eps, places):
+    """The map as a chain's step for data like x.
 
     Args:
         lower, upper: the entries below and above the diagonal, row by row.
@@ -65,14 +74,8 @@ def run(x, lower, upper, raw, bias, eps, places):
         bias: (D,).
         places: :func:`places_of` D.
     """
-    operands = x, lower, upper, raw, bias
-    if (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-            or backends.needs_reference(operands) is not None):
-        return _products(*operands, eps, places)[:2]
     layers = x.numel() <= SMALL and backends.serves("mlp", x)
-    if differentiable.needs_grad(*operands):
-        return (LayersFunction if layers else ProductsFunction).apply(*operands, eps, places)
-    return (_layers if layers else _products)(*operands, eps, places)[:2]
+    return chain.Step(LayersStep if layers else ProductsStep, (eps, places), (lower, upper, raw, bias))
 
 
 def _products(x, lower, upper, raw, bias, eps, places):
@@ -83,74 +86,60 @@ def _products(x, lower, upper, raw, bias, eps, places):
     return torch.addmm(bias, x, weight.t()), logabsdet, diagonal, top, below, weight
 
 
-def _again(ctx, inputs, grads):
-    """The gradients by the differentiable formula."""
-    return (*differentiable.reference_grads(lambda *operands: _products(*operands, ctx.eps, ctx.places)[:2], inputs,
-                                            ctx.needs_input_grad[:5], grads), None, None)
-
-
-class ProductsFunction(torch.autograd.Function):
-    """(y, log|det|) of x, lower, upper, raw and bias by the product of L and U."""
+class ProductsStep:
+    """By the product of L and U. Tensors: lower, upper, raw and bias."""
 
     @staticmethod
-    def forward(ctx, x, lower, upper, raw, bias, eps, places):
-        ctx.set_materialize_grads(False)
-        y, logabsdet, *made = _products(x, lower, upper, raw, bias, eps, places)
-        ctx.save_for_backward(x, lower, upper, raw, bias, *made)
-        ctx.eps, ctx.places = eps, places
-        return y, logabsdet
+    def forward(x, logdet, tensors, consts, keep):
+        y, logabsdet, *made = _products(x, *tensors, *consts)
+        return y, logabsdet if logdet is None else logabsdet.add_(logdet), x, *made
 
     @staticmethod
-    def backward(ctx, grad_y, grad_logabsdet):
-        x, lower, upper, raw, bias, diagonal, top, below, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        if differentiable.wanted((grad_y, grad_logabsdet)):
-            return _again(ctx, (x, lower, upper, raw, bias), (grad_y, grad_logabsdet))
+    def backward(grad_y, grad_logdet, tensors, saved, consts, need_x, needs):
+        lower, upper, raw, _ = tensors
+        x, diagonal, top, below, weight = saved
+        need_lower, need_upper, need_raw, need_bias = needs
         grad_x = grad_bias = of_lower = of_upper = of_diagonal = None
         if grad_y is not None:
-            grad_x = grad_y @ weight if needs[0] else None
-            grad_bias = grad_y.sum(0) if needs[4] else None
-            if any(needs[1:4]):
+            grad_x = grad_y @ weight if need_x else None
+            grad_bias = grad_y.sum(0) if need_bias else None
+            if need_lower or need_upper or need_raw:
                 of_weight = grad_y.t() @ x
                 # W = (1 + below) top: dL = dW top^T, dU = dW + below^T dW.
                 both = torch.cat([of_weight @ top.t(), torch.addmm(of_weight, below.t(), of_weight)])
-                of_lower, of_upper, of_diagonal = both.view(-1).index_select(0, ctx.places.stacked).split(
+                of_lower, of_upper, of_diagonal = both.view(-1).index_select(0, consts[1].stacked).split(
                     (len(lower), len(upper), len(raw)))
-        grad_raw = _raw_gradient(of_diagonal, grad_logabsdet, diagonal, raw) if needs[3] else None
-        return grad_x, of_lower if needs[1] else None, of_upper if needs[2] else None, grad_raw, grad_bias, None, None
-
-
-def _layers(x, lower, upper, raw, bias, eps, places):
-    """U and L as the two layers of a network without activation: one kernel, no product of the factors."""
-    diagonal = F.softplus(raw).add_(eps)
-    size = len(raw)
-    top, below = torch.cat([lower, upper, diagonal, places.ends]).index_select(0, places.factors).view(
-        2, size, size).unbind()
-    y, kept = extension.kernel("cpu", "mlp_fwd")(x, [top, places.zeros, below, bias], RELU, True, True)
-    return y, x.new_full((len(x),), torch.log(diagonal).sum().item()), diagonal, top, below, kept
-
-
-
-class LayersFunction(torch.autograd.Function):
-    """(y, log|det|) of x, lower, upper, raw and bias by the CPU kernel of networks."""
+        return grad_x, [of_lower if need_lower else None, of_upper if need_upper else None,
+                        _raw_gradient(of_diagonal, grad_logdet, diagonal, raw) if need_raw else None, grad_bias]
 
     @staticmethod
-    def forward(ctx, x, lower, upper, raw, bias, eps, places):
-        ctx.set_materialize_grads(False)
-        y, logabsdet, *made = _layers(x, lower, upper, raw, bias, eps, places)
-        ctx.save_for_backward(x, lower, upper, raw, bias, *made)
-        ctx.eps, ctx.places = eps, places
-        return y, logabsdet
+    def reference(x, tensors, consts):
+        return _products(x, *tensors, *consts)[:2]
+
+
+class LayersStep:
+    """U and L as the two layers of a network without activation: one CPU kernel, no product of the factors. Tensors:
+    lower, upper, raw and bias."""
 
     @staticmethod
-    def backward(ctx, grad_y, grad_logabsdet):
-        x, lower, upper, raw, bias, diagonal, top, below, kept = ctx.saved_tensors
-        need_x, *needs = ctx.needs_input_grad[:5]
-        if differentiable.wanted((grad_y, grad_logabsdet)):
-            return _again(ctx, (x, lower, upper, raw, bias), (grad_y, grad_logabsdet))
+    def forward(x, logdet, tensors, consts, keep):
+        (lower, upper, raw, bias), (eps, places) = tensors, consts
+        diagonal = F.softplus(raw).add_(eps)
+        size = len(raw)
+        top, below = torch.cat([lower, upper, diagonal, places.ends]).index_select(0, places.factors).view(
+            2, size, size).unbind()
+        y, kept = extension.kernel("cpu", "mlp_fwd")(x, [top, places.zeros, below, bias], RELU, True, keep)
+        logabsdet = torch.log(diagonal).sum()
+        logdet = x.new_full((len(x),), logabsdet.item()) if logdet is None else logdet + logabsdet
+        return y, logdet, x, diagonal, top, below, kept
+
+    @staticmethod
+    def backward(grad_y, grad_logdet, tensors, saved, consts, need_x, needs):
+        _, _, raw, bias = tensors
+        x, diagonal, top, below, kept = saved
+        places = consts[1]
         grad_x = grad_bias = of_lower = of_upper = of_diagonal = None
         if grad_y is not None:
-            places = ctx.places
             grad_x, found = extension.kernel("cpu", "mlp_bwd")(
                 grad_y, x, kept, [top, places.zeros, below, bias], RELU, True, need_x, any(needs))
             grad_x = grad_x if need_x else None
@@ -159,13 +148,15 @@ class LayersFunction(torch.autograd.Function):
                 of_lower = of_below.take(places.lower) if needs[0] else None
                 of_upper = of_top.take(places.upper) if needs[1] else None
                 of_diagonal = of_top.diagonal()
-        grad_raw = _raw_gradient(of_diagonal, grad_logabsdet, diagonal, raw) if needs[2] else None
-        return grad_x, of_lower, of_upper, grad_raw, grad_bias if needs[3] else None, None, None
+        return grad_x, [of_lower, of_upper, _raw_gradient(of_diagonal, grad_logdet, diagonal, raw) if needs[2] else
+                        None, grad_bias if needs[3] else None]
+
+    reference = ProductsStep.reference
 
 
-def _raw_gradient(of_diagonal, grad_logabsdet, diagonal, raw):
+def _raw_gradient(of_diagonal, grad_logdet, diagonal, raw):
     """Of raw, from the gradients of U's diagonal and of log|det|, either of which may be None."""
-    if grad_logabsdet is not None:
-        total = grad_logabsdet.sum()
+    if grad_logdet is not None:
+        total = grad_logdet.sum()
         of_diagonal = total / diagonal if of_diagonal is None else torch.addcdiv(of_diagonal, total, diagonal)
-    return None if of_diagonal is None else torch.ops.aten.softplus_backward(of_diagonal, raw, 1, 20)
+    return None if of_diagonal is None else SOFTPLUS_BACKWARD(of_diagonal, raw, 1, 20)
