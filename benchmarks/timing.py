@@ -1,4 +1,5 @@
-"""Interleaved timing: every variant once per round, so that a drifting machine hits all alike."""
+"""Interleaved timing: every variant once per round, so that a drifting machine hits all alike, and in every other round
+in the opposite order, so that none always comes after the same other one, whose leavings are in the caches."""
 
 import time
 
@@ -38,7 +39,8 @@ _MEASURES = {"cpu": _cpu_seconds, "wall": _wall_seconds, "cuda": cuda_seconds}
 
 
 def interleave(variants, clock, rounds=15, warmup=3, round_seconds=None):
-    """Seconds per call of each variant, in every round. One that raises is left out from then on.
+    """Seconds per call of each variant, in every round, every other one in reverse order. One that raises is left out
+    from then on.
 
     Args:
         variants: {name: callable without arguments}.
@@ -53,8 +55,8 @@ def interleave(variants, clock, rounds=15, warmup=3, round_seconds=None):
     measure = _MEASURES[clock]
     repeats, samples, failed = {}, {name: [] for name in variants}, {}
     round_seconds = ROUND_SECONDS if round_seconds is None else round_seconds
-    for _ in range(rounds + 1):  # the first warms up and finds the repeats
-        for name in list(samples):
+    for turn in range(rounds + 1):  # the first warms up and finds the repeats
+        for name in list(samples)[::-1 if turn % 2 else 1]:
             try:
                 if name in repeats:
                     samples[name].append(measure(variants[name], repeats[name]))
