@@ -11,14 +11,15 @@ from torch import nn
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, plain, remembered, reorder, worthwhile
-from fastflow.adapters.networks import evaluate, fits_one_kernel, weights_of
-from fastflow.adapters.swap import PREFIX, swap
+from fastflow.adapters.networks import covered, evaluate, fits_one_kernel, weights_of
+from fastflow.adapters.swap import PREFIX, swap, swap_of
+from fastflow.autograd import chain, mlp_affine
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
 
-CLAMPS = {"atan": lambda u: 0.636 * torch.atan(u), "tanh": torch.tanh,
-          "sigmoid": lambda u: 2.0 * torch.sigmoid(u) - 1.0}
-ADDITIVE = ScaleMap("additive")
+# FrEIA's soft clamps as (function, gain, factor): factor * function(gain * u).
+CLAMPS = {"atan": ("atan", 1.0, 0.636), "tanh": ("tanh", 1.0, 1.0), "sigmoid": ("tanh", 0.5, 1.0)}
+ADDITIVE, EXP = ScaleMap("additive"), ScaleMap("exp")
 
 
 def _reverse(method, args, kwargs, result):
@@ -48,8 +49,8 @@ def _clamp_of(module, fix):
         return "its clamp_activation is not one of FrEIA's own"
     probe = torch.linspace(-4.0, 4.0, 33, dtype=torch.float64)
     value = function(probe)
-    for kind, known in CLAMPS.items():
-        if torch.allclose(value, known(probe), rtol=0.0, atol=1e-12):
+    for kind, (known, gain, factor) in CLAMPS.items():
+        if torch.allclose(value, factor * getattr(torch, known)(gain * probe), rtol=0.0, atol=1e-12):
             return {PREFIX + "clamp": kind}
     return "its clamp_activation is not one of FrEIA's own"
 
@@ -86,23 +87,53 @@ class _TwoSided:
         if steps is not None:
             y, logdet = run_steps(x[0], steps, c[0] if self.conditional else None, bool(rev))
             return (y,), logdet
+        steps = self._fastflow_chain(x[0], rev)
+        if steps is not None:
+            y, logdet = chain.run(x[0], steps)
+            return (y,), logdet
         if not worthwhile(x[0]):
             return super().forward(x, c, rev, jac)
         x1, x2 = torch.split(x[0], [self.split_len1, self.split_len2], dim=1)
+        first, second, scale, *_ = self._fastflow_sides()
         if rev:
-            y2, logdet = self._fastflow_second(x2, self._fastflow_seen(x1, c), True, None, None)
-            y1, logdet = self._fastflow_first(x1, self._fastflow_seen(y2, c), True, logdet)
+            y2, logdet = _couple(x2, self._fastflow_params(second, x1, c), scale, True, None, None)
+            y1, logdet = _couple(x1, self._fastflow_params(first, y2, c), scale, True, logdet, None)
             return (torch.cat((y1, y2), 1),), logdet
-        y1, logdet = self._fastflow_first(x1, self._fastflow_seen(x2, c), False, None)
-        y, logdet = self._fastflow_second(x2, self._fastflow_seen(y1, c), False, logdet, y1)
+        y1, logdet = _couple(x1, self._fastflow_params(first, x2, c), scale, False, None, None)
+        y, logdet = _couple(x2, self._fastflow_params(second, y1, c), scale, False, logdet, y1)
         return (y,), logdet
+
+    def _fastflow_sides(self):
+        """(networks for x1, networks for x2, scale), and mlp_affine.step's ``centred`` where there is one."""
+        raise NotImplementedError
+
+    def _fastflow_params(self, subnets, x, c):
+        """What networks make of one part, as functional.affine_coupling takes it."""
+        made = [evaluate(net, torch.cat([x, *c], 1) if self.conditional else x) for net in subnets]
+        return tuple(made) if len(made) > 1 else made[0]
 
     def _fastflow_steps(self, x, c):
         """The two couplings as steps of one kernel, or None."""
-        return None
+        (first, *more), (second, *_), scale, *centred = self._fastflow_sides()
+        return None if more or centred else _two_steps(self, x, c, first, second, scale)
 
-    def _fastflow_seen(self, x, c):
-        return torch.cat([x, *c], 1) if self.conditional else x
+    def _fastflow_chain(self, x, rev):
+        """The two couplings as steps of one node of autograd, or None."""
+        first, second, *how = self._fastflow_sides()
+        if self.conditional:
+            return None
+        steps = [_step(x, -self.split_len2, first, rev, *how), _step(x, self.split_len1, second, rev, *how)]
+        return None if None in steps else steps[::-1] if rev else steps
+
+
+def _step(x, kept, subnets, rev, scale, centred=None):
+    """The coupling with these networks of the features that pass as a step of autograd.chain, or None."""
+    if x.dim() != 2 or not 0 < abs(kept) < x.shape[1] or torch.compiler.is_compiling():
+        return None
+    if any(type(net) is not nn.Sequential for net in subnets):
+        return None
+    networks = [covered(net, x) for net in subnets]
+    return None if None in networks else mlp_affine.step(kept, networks, scale, bool(rev), centred)
 
 
 def _couple(x, params, scale, inverse, logdet, passive):
@@ -113,27 +144,17 @@ def _couple(x, params, scale, inverse, logdet, passive):
 class GLOWCouplingBlock(_TwoSided, coupling_layers.GLOWCouplingBlock):
     """Two affine couplings, each with one network."""
 
-    def _fastflow_steps(self, x, c):
-        return _two_steps(self, x, c, self.subnet2, self.subnet1, _scale(self._fastflow_clamp, self.clamp))
-
-    def _fastflow_first(self, x1, seen, rev, logdet):
-        return _couple(x1, evaluate(self.subnet2, seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
-
-    def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        return _couple(x2, evaluate(self.subnet1, seen), _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
+    def _fastflow_sides(self):
+        return (self.subnet2,), (self.subnet1,), _scale(self._fastflow_clamp, self.clamp)
 
 
 @swap(coupling_layers.RNVPCouplingBlock, methods=("forward",), fit=_clamp_of, opposite=_reverse)
 class RNVPCouplingBlock(_TwoSided, coupling_layers.RNVPCouplingBlock):
     """Two affine couplings, each with two networks."""
 
-    def _fastflow_first(self, x1, seen, rev, logdet):
-        params = evaluate(self.subnet_s2, seen), evaluate(self.subnet_t2, seen)
-        return _couple(x1, params, _scale(self._fastflow_clamp, self.clamp), rev, logdet, None)
-
-    def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        params = evaluate(self.subnet_s1, seen), evaluate(self.subnet_t1, seen)
-        return _couple(x2, params, _scale(self._fastflow_clamp, self.clamp), rev, logdet, passive)
+    def _fastflow_sides(self):
+        return ((self.subnet_s2, self.subnet_t2), (self.subnet_s1, self.subnet_t1),
+                _scale(self._fastflow_clamp, self.clamp))
 
 
 @swap(coupling_layers.GINCouplingBlock, methods=("forward",), fit=_clamp_of, opposite=_reverse)
@@ -144,14 +165,12 @@ class GINCouplingBlock(_TwoSided, coupling_layers.GINCouplingBlock):
         out, _ = super().forward(x, c, rev, jac)
         return out, 0.0
 
-    def _fastflow_first(self, x1, seen, rev, logdet):
-        return _couple(x1, self._fastflow_params(evaluate(self.subnet2, seen)), "exp", rev, None, None)
+    def _fastflow_sides(self):
+        function, gain, factor = CLAMPS[self._fastflow_clamp]
+        return (self.subnet2,), (self.subnet1,), EXP, (function, gain, factor * self.clamp)
 
-    def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        return _couple(x2, self._fastflow_params(evaluate(self.subnet1, seen)), "exp", rev, None, passive)
-
-    def _fastflow_params(self, params):
-        raw, shift = params.chunk(2, 1)
+    def _fastflow_params(self, subnets, x, c):
+        raw, shift = super()._fastflow_params(subnets, x, c).chunk(2, 1)
         log_scale = self.clamp * self.f_clamp(raw)
         return log_scale - log_scale.mean(1, keepdim=True), shift
 
@@ -164,14 +183,8 @@ class NICECouplingBlock(_TwoSided, coupling_layers.NICECouplingBlock):
         out, _ = super().forward(x, c, rev, jac)
         return out, 0.0
 
-    def _fastflow_steps(self, x, c):
-        return _two_steps(self, x, c, self.F, self.G, ADDITIVE)
-
-    def _fastflow_first(self, x1, seen, rev, logdet):
-        return (x1 - evaluate(self.F, seen) if rev else x1 + evaluate(self.F, seen)), None
-
-    def _fastflow_second(self, x2, seen, rev, logdet, passive):
-        return _couple(x2, evaluate(self.G, seen), ADDITIVE, rev, None, passive)
+    def _fastflow_sides(self):
+        return (self.F,), (self.G,), ADDITIVE
 
 
 @swap(coupling_layers.AffineCouplingOneSided, methods=("forward",), fit=_clamp_of, opposite=_reverse)
@@ -179,7 +192,14 @@ class AffineCouplingOneSided(coupling_layers.AffineCouplingOneSided):
     """One affine coupling."""
 
     def forward(self, x, c=(), rev=False, jac=True):
-        if not (fusable(x[0]) and worthwhile(x[0])):
+        if not fusable(x[0]):
+            return super().forward(x, c, rev, jac)
+        step = None if self.conditional else _step(x[0], self.split_len1, (self.subnet,), rev,
+                                                   _scale(self._fastflow_clamp, self.clamp))
+        if step is not None:
+            y, logdet = chain.run(x[0], (step,))
+            return (y,), logdet
+        if not worthwhile(x[0]):
             return super().forward(x, c, rev, jac)
         x1, x2 = torch.split(x[0], [self.split_len1, self.split_len2], dim=1)
         params = evaluate(self.subnet, torch.cat([x1, *c], 1) if self.conditional else x1)
@@ -304,11 +324,19 @@ def _alike(one, other):
     return kinds[0] == kinds[1]
 
 
+TWO_SIDED = (coupling_layers.GLOWCouplingBlock, coupling_layers.RNVPCouplingBlock, coupling_layers.GINCouplingBlock,
+             coupling_layers.NICECouplingBlock)
+
+
 def _fit_sequence(module, fix):
-    kinds = [isinstance(block, (all_in_one_block.AllInOneBlock, coupling_layers.GLOWCouplingBlock))
-             for block in module.module_list]
+    kinds = [isinstance(block, (all_in_one_block.AllInOneBlock, *TWO_SIDED)) for block in module.module_list]
     pairs = any(a and b for a, b in zip(kinds, kinds[1:], strict=False))
-    return None if pairs else "no two of its blocks in a row go through one kernel"
+    return None if pairs else "no two of its blocks in a row go together"
+
+
+def _chained(steps):
+    """Whether they are of autograd.chain, in the order in which they run, and not of one kernel."""
+    return isinstance(steps[0], chain.Step)
 
 
 def _reverse_sequence(method, args, kwargs, result):
@@ -319,25 +347,27 @@ def _reverse_sequence(method, args, kwargs, result):
 
 @swap(sequence_inn.SequenceINN, methods=("forward",), fit=_fit_sequence, opposite=_reverse_sequence)
 class SequenceINN(sequence_inn.SequenceINN):
-    """Blocks in a row whose networks are small, and their permutations, as one kernel; the others one by one."""
+    """Blocks in a row whose networks are small, and their permutations, as one kernel or one node of autograd; the
+    others one by one."""
 
     def forward(self, x_or_z, c=None, rev=False, jac=True):
         x = x_or_z if torch.is_tensor(x_or_z) else x_or_z[0]
-        runs = self._fastflow_runs(x, c)
+        runs = self._fastflow_runs(x, c, rev)
         if not any(steps for steps, *_ in runs):
             return super().forward(x_or_z, c, rev, jac)
         x, total = (x,), 0
         for steps, index, context in reversed(runs) if rev else runs:
             if steps is not None:
-                y, logdet = run_steps(x[0], steps, context, bool(rev))
-                x = (y,)
+                y, logdet = (chain.run(x[0], steps) if _chained(steps) else
+                             run_steps(x[0], steps, context, bool(rev)))
+                x, logdet = (y,), 0.0 if logdet is None else logdet
             else:
                 given = {} if self.conditions[index] is None else {"c": [c[self.conditions[index]]]}
                 x, logdet = self.module_list[index](x, jac=jac, rev=rev, **given)
             total = logdet + total
         return x if self.force_tuple_output else x[0], total
 
-    def _fastflow_runs(self, x, c):
+    def _fastflow_runs(self, x, c, rev):
         """(steps, None, context) of each run of blocks and (None, index, None) of those that stay by themselves."""
         blocks = list(self.module_list)
         whole = [plain(block, AllInOneBlock) and not block.GIN and _order_of(block) is not None for block in blocks]
@@ -353,10 +383,12 @@ class SequenceINN(sequence_inn.SequenceINN):
             elif whole[index]:
                 steps = block._fastflow_steps(x, context, scalings.get(block))
                 steps = steps and block._fastflow_permuted(steps, _order_of(block))
-            elif plain(block, GLOWCouplingBlock):
-                steps = block._fastflow_steps(x, context)
-            if steps is not None and runs and runs[-1][0] is not None and last == condition:
-                runs[-1][0].extend(steps)
+            elif isinstance(block, _TwoSided) and plain(block, swap_of(block).fused):
+                steps = block._fastflow_steps(x, context) or block._fastflow_chain(x, rev)
+            if (steps is not None and runs and runs[-1][0] is not None and last == condition
+                    and _chained(steps) == _chained(runs[-1][0])):
+                known = runs[-1][0]
+                known[:] = [*steps, *known] if rev and _chained(steps) else [*known, *steps]
             else:
                 runs.append((steps and list(steps), None if steps else index, context[0] if context else None))
             last = condition

@@ -17,11 +17,11 @@ class Step(NamedTuple):
 
     ``kind`` is a class with static methods, of which none records a graph but ``reference`` for the one that is on:
 
-    - forward(x, logdet, tensors, consts, keep) gives y, the sum of logdet (B,), which may be None, and the layer's own,
-      and what backward needs beside the tensors, always as many; without ``keep`` some of it may be empty.
+    - forward(x, logdet, tensors, consts, keep) gives y, the sum of logdet (B,) and the layer's own, either of which may
+      be None, and what backward needs beside the tensors, always as many; without ``keep`` some of it may be empty.
     - backward(grad_y, grad_logdet, tensors, saved, consts, need_x, needs) gives the gradients of x and of each tensor,
       None where not needed. Either of the incoming ones may be None.
-    - reference(x, tensors, consts) gives y and the layer's log-determinant (B,) by differentiable operations.
+    - reference(x, tensors, consts) gives y and the layer's log-determinant (B,), or None, by differentiable operations.
     """
 
     kind: type
@@ -30,7 +30,8 @@ class Step(NamedTuple):
 
 
 def run(x, steps):
-    """(y, logdet (B,)) of x through all steps, for operands that fit by construction."""
+    """(y, logdet (B,)) of x through all steps, for operands that fit by construction; logdet is None where no step has
+    one."""
     tensors = [t for step in steps for t in step.tensors]
     shapes = tuple((kind, consts, len(own)) for kind, consts, own in steps)
     if differentiable.needs_grad(x, *tensors):
@@ -49,10 +50,11 @@ def _forward(x, shapes, tensors, keep):
 
 
 def _reference(x, shapes, tensors):
-    total, at = 0.0, 0
+    total, at = None, 0
     for kind, consts, count in shapes:
         x, logdet = kind.reference(x, tensors[at:at + count], consts)
-        total = total + logdet
+        if logdet is not None:
+            total = logdet if total is None else total + logdet
         at += count
     return x, total
 

@@ -35,7 +35,8 @@ def reference_grads(forward, inputs, needs, grads):
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [_alias(t, create_graph) if need else t for t, need in zip(inputs, needs, strict=True)]
-        outputs = [(o, g) for o, g in zip(forward(*aliases), grads, strict=True) if g is not None and o.requires_grad]
+        outputs = [(o, g) for o, g in zip(forward(*aliases), grads, strict=True)
+                   if o is not None and g is not None and o.requires_grad]
         sources = [a for a, need in zip(aliases, needs, strict=True) if need]
         found = iter(torch.autograd.grad([o for o, _ in outputs], sources, [g for _, g in outputs],
                                          create_graph=create_graph, allow_unused=True) if outputs else

@@ -7,6 +7,7 @@ from torch import nn
 
 import fastflow
 from fastflow import extension
+from fastflow.autograd import chain as chains
 
 pytest.importorskip("FrEIA")
 from FrEIA import framework, modules  # noqa: E402
@@ -184,6 +185,47 @@ def test_sequences(name, dtype, monkeypatch):
         assert ran.count("mlp_flow_fwd") == kernels
     x, *c = (t.double() for t in inputs)
     trained(net.double(), lambda m: m(x, c=c)[0].square().mean())
+
+
+def plain(kind, **options):
+    return kind, None, options
+
+
+NODES = {  # the steps of each node of autograd that runs of them
+    "RNVP": ([4], [plain(modules.RNVPCouplingBlock), plain(modules.RNVPCouplingBlock, clamp=0.9)]),
+    "GIN": ([4], [plain(modules.GINCouplingBlock), plain(modules.GINCouplingBlock, clamp_activation="SIGMOID")]),
+    "mixed": ([6, 2], [plain(modules.GINCouplingBlock, clamp_activation="TANH"), plain(modules.RNVPCouplingBlock),
+                       plain(modules.GLOWCouplingBlock, split_len=2), plain(modules.NICECouplingBlock),
+                       plain(modules.GINCouplingBlock)]),
+    "one with a condition": ([2, 2], [plain(modules.RNVPCouplingBlock), (modules.RNVPCouplingBlock, 0, {}),
+                                      plain(modules.RNVPCouplingBlock)]),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", NODES)
+def test_sequences_as_nodes_of_autograd(name, dtype, monkeypatch):
+    """Couplings that no kernel takes whole, in both directions, and twice differentiated."""
+    lengths, blocks = NODES[name]
+    net, inputs = chain(*blocks).to(dtype), [torch.randn(9, width, dtype=dtype) for width in (6, 2, 3)]
+    calls = [lambda t, x, *c, rev=rev: t(x, c=list(c), rev=rev) for rev in (False, True)]
+    same(net, calls, inputs, len(blocks) + 1)
+    fused, _ = accelerated(net, verify=False)
+    ran, run = [], chains.run
+    monkeypatch.setattr(chains, "run", lambda x, steps: ran.append(len(steps)) or run(x, steps))
+    for call, expected in zip(calls, (lengths, lengths[::-1]), strict=True):
+        ran.clear()
+        call(fused, *inputs)
+        assert ran == expected
+    if dtype is torch.float64:
+        found = []
+        for model in (net, fused):
+            leaves = [inputs[0].clone().requires_grad_(), *model.parameters()]
+            z, logdet = model(leaves[0], c=inputs[1:])
+            first = torch.autograd.grad((z.exp() + torch.as_tensor(logdet).sum()).sum(), leaves, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+        for want, got in zip(*found, strict=True):
+            close(got, want, 1e-10)
 
 
 def test_a_sequence_runs_hooks_and_tells_whether_it_gives_a_tuple():
