@@ -16,7 +16,9 @@ from torch import nn
 import fastflow
 from benchmarks import contest, run
 from benchmarks.cases import Case
+from fastflow.autograd.gaussian import sample_kl
 
+PYTHAE_STEP, LATENT_HEAD = "pythae VAE, 784-512-16, batch 100", "pythae latent head alone"
 ROUND_SECONDS = 0.1  # of steps in a row: the first after another model's finds cold caches
 
 
@@ -172,7 +174,7 @@ def _build(make, log_prob, shape):
         torch.manual_seed(0)
         warnings.simplefilter("ignore")  # of the libraries, about functions that torch will drop
         model, x = make().to(device), torch.randn(*shape, device=device)
-        fused = copy.deepcopy(model)
+        model, fused = copy.deepcopy(model), copy.deepcopy(model)  # laid out alike in memory
         report = fastflow.accelerate(fused)
         variants = {"fastflow": _step(fused, log_prob, x), "original": _step(model, log_prob, x)}
         log_prob(fused, x)
@@ -187,6 +189,27 @@ def _build(make, log_prob, shape):
             variants["couplings alone"] = _step(couplings, log_prob, x)
         return variants
     return build
+
+
+def _latent_head(batch, latent):
+    """What a pythae VAE does between encoder and decoder, forward and backward, as pythae has it and as the swapped
+    one does. Both draw torch's noise."""
+    def original(mean, logvar):
+        std = torch.exp(0.5 * logvar)
+        z = mean + torch.randn_like(std) * std
+        return z, (-0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp(), dim=-1)).mean(dim=0)
+
+    def fused(mean, logvar):
+        z, kl = sample_kl(mean, logvar, torch.randn_like(logvar))
+        return z, kl.mean(0)
+
+    def build(device):
+        torch.manual_seed(0)
+        leaves = [torch.randn(batch, latent, device=device, requires_grad=True) for _ in range(2)]
+        grads = torch.randn(batch, latent, device=device), torch.ones((), device=device)
+        return {name: lambda head=head: torch.autograd.grad(head(*leaves), leaves, grads)
+                for name, head in (("fastflow", fused), ("original", original))}
+    return Case(f"{LATENT_HEAD}, {batch} x {latent}", "heads", build, ("fastflow", "original"))
 
 
 def _case(name, make, log_prob, shape, group="models"):
@@ -221,7 +244,8 @@ CASES = (
           lambda: torchflows("CouplingRQNSF", 8, 5, n_hidden=32), _log_prob, (512, 8)),
     _case("Pyro spline coupling, 8-D, hidden 32, batch 512", lambda: pyro_spline_coupling(8, 32), _pyro_log_prob,
           (512, 8)),
-    _case("pythae VAE, 784-512-16, batch 100", lambda: pythae_vae(16), _bound, (100, 1, 28, 28)),
+    _case(PYTHAE_STEP, lambda: pythae_vae(16), _bound, (100, 1, 28, 28)),
+    *(_latent_head(*sizes) for sizes in ((100, 16), (512, 64), (4096, 256))),
     *(_case(f"small: FrEIA {block} x 4, 64 x 8", lambda block=block: freia(block, 8, 16, 4), _invertible_log_prob,
             (64, 8), "small") for block in ("AllInOneBlock", "GLOWCouplingBlock", "RNVPCouplingBlock",
                                             "GINCouplingBlock", "NICECouplingBlock")),

@@ -58,7 +58,7 @@ class _Head:
     def _fastflow_output(self, x, z, kl, beta=1.0):
         recon_x = self.decoder(z)["reconstruction"]
         losses, factor = _reconstruction(self, recon_x.reshape(len(x), -1), x.reshape(len(x), -1))
-        recon_loss = losses.sum() * factor / len(x)
+        recon_loss = losses.sum() * (factor / len(x))
         reg_loss = kl.mean(0)
         return ModelOutput(recon_loss=recon_loss, reg_loss=reg_loss, loss=torch.add(recon_loss, reg_loss, alpha=beta),
                            recon_x=recon_x, z=z)
