@@ -70,7 +70,8 @@ def parsed(output):
     last = output.strip().splitlines()[-1] if output.strip() else ""
     counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|error)", last)}
     found = {name: counts.get(name, 0) for name in OUTCOMES}
-    found["failures"] = sorted(re.findall(r"^(?:FAILED|ERROR) \S*?([^/\s]+\.py\S*)", output, re.MULTILINE))
+    found["failures"] = sorted(re.findall(r"^(?:FAILED|SUBFAILED\(.*\)|ERROR) \S*?([^/\s]+\.py\S*)", output,
+                                         re.MULTILINE))
     layers = re.search(r"^(\d+) layers swapped, (\d+) of them verified", output, re.MULTILINE)
     if layers:
         found["swapped"], found["verified"] = map(int, layers.groups())

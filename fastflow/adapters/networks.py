@@ -96,10 +96,18 @@ def evaluate(network, x, context=None):
 
 
 class Autoregressive:
-    """The forward pass of nflows' autoregressive transforms and of what descends from them."""
+    """The two passes of nflows' autoregressive transforms and of what descends from them, through one network: another
+    one's rounding would show in what forward makes of an inverse."""
 
     def forward(self, inputs, context=None):
         return self._elementwise_forward(inputs, evaluate(self.autoregressive_net, inputs, context))
+
+    def inverse(self, inputs, context=None):
+        outputs, logabsdet = torch.zeros_like(inputs), None
+        for _ in range(inputs.shape[1:].numel()):
+            params = evaluate(self.autoregressive_net, outputs, context)
+            outputs, logabsdet = self._elementwise_inverse(inputs, params)
+        return outputs, logabsdet
 
 
 class AffineAutoregressive(Autoregressive):

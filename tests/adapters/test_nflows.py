@@ -74,6 +74,16 @@ def test_images(dtype):
         same(scattered(layer).to(dtype).eval(), BOTH, [torch.randn(2, 4, 3, 5, dtype=dtype)], 1)
 
 
+def test_an_autoregressive_pass_undoes_its_inverse_as_exactly_as_the_original():
+    """To its 1e-6 in float32, absolute, so that both passes have to go through one network."""
+    layer, x = transforms.MaskedAffineAutoregressiveTransform(20, 30, num_blocks=5), torch.randn(200, 20)
+    fused, _ = accelerated(layer)
+    for _ in range(2):
+        y, of_inverse = fused.inverse(x)
+        z, of_forward = fused(y)
+        assert (z - x).abs().max() < 1e-6 and (of_forward + of_inverse).abs().max() < 1e-6
+
+
 def test_the_cached_path_of_a_linear_map_is_the_hosts():
     layer = transforms.LULinear(D, using_cache=True, identity_init=False).eval()
     fused, _ = accelerated(layer)
