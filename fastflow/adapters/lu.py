@@ -3,10 +3,13 @@
 import torch
 
 from fastflow import backends
-from fastflow.adapters.layers import fusable, remembered
+from fastflow.adapters.layers import fusable
+from fastflow.adapters.swap import PREFIX
 from fastflow.autograd import lu_linear
 
 __all__ = ["LULinear", "fit", "remember", "solve", "weight"]
+
+PLACES = PREFIX + "places"
 
 
 def fit(module, fix):
@@ -16,9 +19,12 @@ def fit(module, fix):
 
 def remember(module):
     """lu_linear's Places of the module's entries."""
-    bias = module.bias
-    return remembered(module, f"places_{bias.device}_{bias.dtype}",
-                      lambda: lu_linear.places_of(len(bias), bias.device, bias.dtype))
+    bias, places = module.bias, module.__dict__.get(PLACES)
+    if places is None or places.zeros.dtype is not bias.dtype or places.zeros.device != bias.device:
+        places = lu_linear.places_of(len(bias), bias.device, bias.dtype)
+        if not torch.compiler.is_compiling():
+            module.__dict__[PLACES] = places
+    return places
 
 
 def _factors(module):
