@@ -63,7 +63,7 @@ def interleave(variants, clock, rounds=15, warmup=3, round_seconds=None):
                     continue
                 for _ in range(warmup):
                     variants[name]()
-                # of the fastest: one call that was held up would leave a few repeats, with the caches of another variant
+                # of the fastest: one call that was held up would leave few repeats, with the caches of another variant
                 seconds = min(measure(variants[name], 1) for _ in range(_TRIALS))
                 repeats[name] = max(1, min(1000, int(round_seconds / max(seconds, 1e-7))))
             except Exception as error:  # a baseline may lack a size, a library, memory: the others are still measured

@@ -72,17 +72,36 @@ void activate(Activation activation, int64_t features, int64_t n, T* values, T* 
   }
 }
 
+// W x + b of n samples, handed vector by vector to finish(i, j, value). Of a few features there is no more to do than to
+// write the results, which the blocks of a product would do in many small calls.
+template <class T, class Finish>
+void linear_rows(const FlowLinear& linear, int64_t n, const T* x, const Finish& finish) {
+  const T* bias = static_cast<const T*>(linear.bias.data);
+  auto start = [&](int64_t i, int64_t) { return splat(bias[i * linear.bias.row]); };
+  const Strided<T> weights = weights_of<T>(linear);
+  if (linear.in > thin_in || linear.in == 0) return matmul(linear.out, n, linear.in, weights, x, tile, start, finish);
+  const int64_t out = linear.out, next = linear.bias.row;
+  with_count<thin_in>(linear.in, [&](auto in) {
+    for (int64_t j = 0; j < n; j += Simd<T>::lanes) {
+      Vec<T> values[in.value];
+      for (int p = 0; p < in.value; ++p) values[p] = vec(x + p * tile + j);
+      const T *w = weights.data, *b = bias;
+      for (int64_t i = 0; i < out; ++i, w += weights.row, b += next) {
+        Vec<T> sum = splat(*b);
+        for (int p = 0; p < in.value; ++p) sum += splat(w[p * weights.column]) * values[p];
+        finish(i, j, sum);
+      }
+    }
+  });
+}
+
 // y = activation(W x + b) of n samples; a linear layer where it is the last.
 template <class T>
 void linear_forward(const FlowLinear& linear, bool last, Activation activation, int64_t n, const T* x, T* y,
                     T* slopes) {
-  const T* bias = static_cast<const T*>(linear.bias.data);
-  auto start = [&](int64_t i, int64_t) { return splat(bias[i * linear.bias.row]); };
   if (!last && activation == Activation::relu)
-    return matmul(linear.out, n, linear.in, weights_of<T>(linear), x, tile, start,
-                  [&](int64_t i, int64_t j, Vec<T> value) { vec(y + i * tile + j) = relu<T>(value); });
-  matmul(linear.out, n, linear.in, weights_of<T>(linear), x, tile, start,
-         [&](int64_t i, int64_t j, Vec<T> value) { vec(y + i * tile + j) = value; });
+    return linear_rows(linear, n, x, [&](int64_t i, int64_t j, Vec<T> sum) { vec(y + i * tile + j) = relu<T>(sum); });
+  linear_rows(linear, n, x, [&](int64_t i, int64_t j, Vec<T> sum) { vec(y + i * tile + j) = sum; });
   if (!last) activate(activation, linear.out, n, y, slopes);
 }
 
