@@ -10,8 +10,8 @@ namespace fastflow {
 
 namespace {
 
-constexpr int64_t grain = 1 << 20;        // multiply-adds that are worth a thread
-constexpr int64_t panels = 8, rows = 96;  // with fewer panels a result's rows are shared out too, so many at least
+constexpr int64_t grain = 1 << 20;  // multiply-adds that are worth a thread
+constexpr int64_t most_chunks = 8, rows = 24;  // of each chunk, so many at least
 
 }  // namespace
 
@@ -34,8 +34,7 @@ Tensor product(const Tensor& a, const Tensor& b, const Tensor* bias, bool relu) 
   job.bias = bias == nullptr ? nullptr : bias->data_ptr();
   job.relu = relu;
   job.out = out.mutable_data_ptr();
-  job.chunks = 1;
-  if (job.panels() < panels) job.chunks = std::max<int64_t>(1, std::min(panels / job.panels(), job.m / rows));
+  job.chunks = std::max<int64_t>(1, std::min(most_chunks, job.m / rows));
   const int64_t each = std::max<int64_t>(1, job.m * job.n * job.k / job.units());
   parallel_for(0, job.units(), std::max<int64_t>(1, grain / each),
                [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(product, job, begin, end); });

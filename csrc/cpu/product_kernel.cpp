@@ -7,7 +7,7 @@
 namespace fastflow::FASTFLOW_ISA {
 namespace {
 
-constexpr int64_t longest = 112;  // terms that are summed at a time: a panel of 28 KiB, and longer sums would round more
+constexpr int64_t longest = 160;  // terms that are summed at a time: a panel of 40 KiB, and longer sums would round more
 
 // panel (count, width), rows of `width` elements, = B's rows [p, p + count) in columns [j, j + n), zeros behind them.
 template <class T>
@@ -40,6 +40,33 @@ void pack(const Product& job, int64_t p, int64_t count, int64_t j, int64_t n, in
       for (int64_t c = n; c < width; ++c) panel[row * width + c] = T(0);
 }
 
+// Lines of B that the next panel is copied from, asked for one by one while this one is multiplied: they lie in short runs
+// that no prefetcher of the processor's follows.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t stride = 0, rows = 0, lines = 0, line = 0;
+
+  void one() {
+    if (rows == 0) return;
+    __builtin_prefetch(row + Product::line * line, 0, 2);
+    if (++line == lines) {
+      line = 0;
+      row += stride;
+      --rows;
+    }
+  }
+};
+
+// Of B's rows [p, p + count) in columns [j, j + n).
+template <class T>
+Ahead ahead_of(const Product& job, int64_t p, int64_t count, int64_t j, int64_t n) {
+  constexpr int64_t size = sizeof(T);
+  const char* const from = reinterpret_cast<const char*>(static_cast<const T*>(job.b) + p * job.b_row + j * job.b_column);
+  if (job.b_row == 1) return {from, job.b_column * size, n, (count * size + Product::line - 1) / Product::line};
+  if (job.b_column == 1) return {from, job.b_row * size, count, (n * size + Product::line - 1) / Product::line};
+  return {};
+}
+
 // *to = value, or += value, and then no less than 0 if that is wanted: the first `left` lanes, where there are no more.
 template <class T>
 static inline void put(T* to, int64_t left, Vec<T> value, bool add, bool relu) {
@@ -62,18 +89,25 @@ void panel_of(const Product& job, int64_t index, int64_t first, int64_t last) {
   constexpr int64_t widest = Product::together * Product::line / sizeof(T);
   alignas(64) T panel[longest * widest], bias[widest] = {};
   const int64_t j = job.first_column(index), n = at_most(job.first_column(index + 1), job.n) - j;
+  const int64_t next_j = at_most(j + n, job.n), next_n = at_most(job.first_column(index + 2), job.n) - next_j;
   const int64_t width = round_up(n, job.granule()), rows = last - first;
   const int64_t blocks = at_least(1, (job.k + longest - 1) / longest);
   if (job.bias != nullptr)
     for (int64_t c = 0; c < n; ++c) bias[c] = static_cast<const T*>(job.bias)[j + c];
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t p = job.k * block / blocks, count = job.k * (block + 1) / blocks - p;
+    const int64_t p = job.k * block / blocks, next_p = job.k * (block + 1) / blocks, count = next_p - p;
     pack(job, p, count, j, n, width, panel);
+    Ahead ahead = block + 1 < blocks ? ahead_of<T>(job, next_p, job.k * (block + 2) / blocks - next_p, j, n)
+                                     : ahead_of<T>(job, 0, job.k / blocks, next_j, next_n);
     A a{static_cast<const T*>(job.a), job.lda};
     a.data += first * a.row + p * a.column;
     T* const out = static_cast<T*>(job.out) + first * job.n + j;
     const bool add = block > 0, relu = job.relu && block == blocks - 1;
-    auto start = [&](int64_t, int64_t c) { return add ? Vec<T>{} : vec(bias + c); };
+    auto start = [&](int64_t i, int64_t c) {
+      ahead.one();
+      __builtin_prefetch(out + i * job.n + c, 1);
+      return add ? Vec<T>{} : vec(bias + c);
+    };
     auto finish = [&](int64_t i, int64_t c, Vec<T> value) { put(out + i * job.n + c, n - c, value, add, relu); };
     const T* const b = panel;
     if (matmul_vectors > 3 && width == 3 * W)
@@ -85,11 +119,13 @@ void panel_of(const Product& job, int64_t index, int64_t first, int64_t last) {
 
 template <class T>
 void units(const Product& job, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t chunk = unit % job.chunks, panel = unit / job.chunks;
-    const int64_t first = job.m * chunk / job.chunks, last = job.m * (chunk + 1) / job.chunks;
+  while (begin < end) {  // the chunks of a panel that are one after the other, as one
+    const int64_t panel = begin / job.chunks, chunk = begin % job.chunks;
+    const int64_t stop = at_most(end - panel * job.chunks, job.chunks);
+    const int64_t first = job.m * chunk / job.chunks, last = job.m * stop / job.chunks;
     job.a_transposed ? panel_of<T, ByColumn<T>>(job, panel, first, last)
                      : panel_of<T, ByRow<T>>(job, panel, first, last);
+    begin = panel * job.chunks + stop;
   }
 }
 
