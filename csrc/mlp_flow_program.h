@@ -106,7 +106,8 @@ struct Program {
                       "params: a weight or bias does not fit the layer below it");
       const int64_t out = weight.size(0);
       constexpr int64_t silu = 1;  // whose slope is not to be had from its value
-      const bool kept = l + 1 < count && step.activation != silu && width >= costly_inputs && out % whole_lines == 0;
+      const bool has_slopes = l + 1 < count && step.activation == silu;
+      const bool kept = !has_slopes && width >= costly_inputs && out % whole_lines == 0;
       step.linears.push_back({&weight, &bias, width, out, kept});
       kept_rows += kept ? out : 0;
       width = out;
