@@ -37,7 +37,7 @@ struct Program {
   static constexpr size_t integers = 6, numbers = 8;
   enum Saved : int64_t { nothing = 0, overwritten = 1, activations = 2 };  // the operator's argument `save`
   // Inputs from which on computing an activation again takes longer than reading it.
-  static constexpr int64_t costly_inputs = 32, whole_lines = 16;
+  static constexpr int64_t costly_inputs = 64, whole_lines = 16;
 
   std::vector<ProgramStep> steps;
   int64_t batch, features, context_features;

@@ -10,7 +10,7 @@ def mlp_flow(x, steps, *, context=None, inverse=False):
 
     The steps run one after the other, for ``inverse`` each one's inverse from the last to the first; log-determinants
     add up. A tile of samples stays in fast memory from the first step to the last. Backward is a second kernel: from
-    what each step overwrote, with the networks' activations computed again; a CPU keeps those of layers with 32 inputs
+    what each step overwrote, with the networks' activations computed again; a CPU keeps those of layers with 64 inputs
     and more, unless ``engine.TrainStep`` saves memory.
 
     Args:
