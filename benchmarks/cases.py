@@ -5,6 +5,7 @@ baselines are careful plain PyTorch, never a crippled one. Variant "fastflow" is
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +165,29 @@ def _bernoulli(batch, features, samples=None):
     return Case(f"bernoulli_log_prob ({batch}, {features}){times}, forward+backward", "bernoulli_log_prob", build)
 
 
+# the networks of an MLP VAE
+
+def _wide_mlp(batch, *sizes):
+    """Linear layers with ReLU between, every gradient."""
+    def eager(x, *params):
+        weights, biases = params[::2], params[1::2]
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            x = F.linear(x, weight, bias).relu()
+        return F.linear(x, weights[-1], biases[-1])
+
+    def build(device):
+        torch.manual_seed(0)
+        leaves = [_leaf(batch, sizes[0], device=device)]
+        for inputs, outputs in itertools.pairwise(sizes):
+            leaves += _leaf(outputs, inputs, device=device, scale=inputs**-0.5), _leaf(outputs, device=device)
+        grad = torch.randn(batch, sizes[-1], device=device)
+        return {"fastflow": _step(lambda x, *p: functional.wide_mlp(x, p[::2], p[1::2], activation="relu"), leaves,
+                                  grad),
+                "eager": _step(eager, leaves, grad),
+                "compile": _step(torch.compile(eager, dynamic=False), leaves, grad)}
+    return Case(f"wide_mlp {'-'.join(map(str, sizes))}, batch {batch}, forward+backward", "wide_mlp", build)
+
+
 # Glow's conditioner
 
 def _conv_net(batch, channels, size, hidden):
@@ -282,6 +306,7 @@ OP_CASES = (
     *(_mlp_flow(*sizes) for sizes in ((2, 64, 256), (2, 64, 4096), (10, 64, 4096), (64, 128, 1024))),
     *(_gaussian(shape) for shape in ((4096, 256), (1024, 1024), (16, 4, 64, 64), (128, 64))),
     _bernoulli(128, 784), _bernoulli(128, 784, 50),
+    _wide_mlp(128, 784, 400, 40), _wide_mlp(128, 20, 400, 784), _wide_mlp(1600, 20, 400, 784),
     *(_conv_net(32, channels, size, hidden) for hidden in (64, 128) for channels, size in ((6, 16), (12, 8), (24, 4))),
     *(_activated_conv(128, *sizes) for sizes in ((32, 14, 64, False), (64, 7, 32, True), (32, 14, 1, True))),
     *(_spline(batch, features, 8) for batch, features in ((4096, 64), (256, 8))),

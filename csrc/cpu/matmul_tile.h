@@ -42,9 +42,10 @@ struct ByColumn {
   static constexpr int64_t row = 1;
 };
 
+// A function of its own: inlined into a large one, its sums do not all stay in registers.
 template <class T, int M, int N, class A, class Start, class Finish>
 [[gnu::noinline]] static void matmul_block(int64_t i, int64_t j, int64_t k, const A& a, const T* b, int64_t ldb,
-                                const Start& start, const Finish& finish) {
+                                           const Start& start, const Finish& finish) {
   constexpr int W = Simd<T>::lanes;
   Vec<T> sum[M][N];
 #pragma GCC unroll 8
@@ -119,6 +120,39 @@ static inline void transpose_tile(int64_t m, int64_t n, const T* from, int64_t l
 #pragma GCC unroll 16
       for (int r = 0; r < W; ++r) vec(to + (j + r) * ldt + i) = x[r];
     }
+}
+
+// to, in rows of ld elements, = from (rows, columns), zeros behind.
+template <class T>
+static inline void copy_padded(Strided<T> from, int64_t rows, int64_t columns, T* to, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i, from.data += from.row, to += ld) {
+    if (from.column == 1)
+      for (int64_t j = 0; j < columns; ++j) to[j] = from.data[j];
+    else
+      for (int64_t j = 0; j < columns; ++j) to[j] = from.data[j * from.column];
+    for (int64_t j = columns; j < ld; ++j) to[j] = T(0);
+  }
+}
+
+// to, in rows of ld elements, = the transpose of from (rows, columns), zeros behind.
+template <class T>
+static inline void copy_transposed(const Strided<T>& from, int64_t rows, int64_t columns, T* to, int64_t ld) {
+  constexpr int W = Simd<T>::lanes;
+  const int64_t squares = from.column == 1 ? columns / W * W : 0;
+  int64_t i = 0;
+  for (; i + W <= rows; i += W)
+    for (int64_t j = 0; j < squares; j += W) {
+      Vec<T> x[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) x[r] = load(from.data + (i + r) * from.row + j);
+      transpose<T>(x);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) vec(to + (j + r) * ld + i) = x[r];
+    }
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t k = j < squares ? i : 0; k < rows; ++k) to[j * ld + k] = from.data[k * from.row + j * from.column];
+    for (int64_t k = rows; k < ld; ++k) to[j * ld + k] = T(0);
+  }
 }
 
 }  // namespace fastflow::FASTFLOW_ISA

@@ -72,8 +72,8 @@ void activate(Activation activation, int64_t features, int64_t n, T* values, T* 
   }
 }
 
-// W x + b of n samples, handed vector by vector to finish(i, j, value). Of a few features there is no more to do than to
-// write the results, which the blocks of a product would do in many small calls.
+// W x + b of n samples, handed vector by vector to finish(i, j, value). Of a few features there is no more to do than
+// to write the results, which the blocks of a product would do in many small calls.
 template <class T, class Finish>
 void linear_rows(const FlowLinear& linear, int64_t n, const T* x, const Finish& finish) {
   const T* bias = static_cast<const T*>(linear.bias.data);

@@ -19,40 +19,9 @@ int64_t vectors_of(int64_t features) {  // in elements
   return (features + W - 1) / W * W;
 }
 
-// to (columns, padded(rows)) = the transpose of from (rows, columns), zeros behind.
 template <class T>
-void pack_transposed(const MlpMatrix& from, int64_t rows, int64_t columns, T* to) {
-  constexpr int W = Simd<T>::lanes;
-  const T* const data = static_cast<const T*>(from.data);
-  const int64_t ld = padded(rows);
-  const int64_t squares = from.column == 1 ? columns / W * W : 0;
-  int64_t i = 0;
-  for (; i + W <= rows; i += W)
-    for (int64_t j = 0; j < squares; j += W) {
-      Vec<T> x[W];
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) x[r] = load(data + (i + r) * from.row + j);
-      transpose<T>(x);
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) vec(to + (j + r) * ld + i) = x[r];
-    }
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t k = j < squares ? i : 0; k < rows; ++k) to[j * ld + k] = data[k * from.row + j * from.column];
-    for (int64_t k = rows; k < ld; ++k) to[j * ld + k] = T(0);
-  }
-}
-
-template <class T>
-void copy_padded(const MlpMatrix& from, int64_t rows, int64_t columns, T* to) {
-  const T* data = static_cast<const T*>(from.data);
-  const int64_t ld = padded(columns);
-  for (int64_t i = 0; i < rows; ++i, data += from.row, to += ld) {
-    if (from.column == 1)
-      for (int64_t j = 0; j < columns; ++j) to[j] = data[j];
-    else
-      for (int64_t j = 0; j < columns; ++j) to[j] = data[j * from.column];
-    for (int64_t j = columns; j < ld; ++j) to[j] = T(0);
-  }
+Strided<T> strided(const MlpMatrix& matrix) {
+  return {static_cast<const T*>(matrix.data), matrix.row, matrix.column};
 }
 
 template <class T>
@@ -60,11 +29,12 @@ void pack(const MlpShape& shape, bool transposed, T* to) {
   for (const MlpLayer* layer = shape.layers; layer != shape.layers + shape.count; ++layer) {
     T* const weight = to + layer->packed;
     if (!transposed) {
-      copy_padded(layer->weight, layer->out, layer->in, weight);
+      copy_padded(strided<T>(layer->weight), layer->out, layer->in, weight, padded(layer->in));
       continue;
     }
-    pack_transposed(layer->weight, layer->out, layer->in, weight);
-    copy_padded({layer->bias, 0, layer->bias_step}, 1, layer->out, weight + layer->in * padded(layer->out));
+    const int64_t ld = padded(layer->out);
+    copy_transposed(strided<T>(layer->weight), layer->out, layer->in, weight, ld);
+    copy_padded(strided<T>({layer->bias, 0, layer->bias_step}), 1, layer->out, weight + layer->in * ld, ld);
   }
 }
 
@@ -192,11 +162,11 @@ struct Network {
     const T* const keep = static_cast<const T*>(job.kept);
     // Of a residual network rows[0] holds the gradient of the sum all the way, rows[1] that within a pair of layers.
     T* grad = rows[last % 2];
-    copy_padded({static_cast<const T*>(job.grad.data) + first * job.grad.row, job.grad.row, job.grad.column}, n,
-                shape.layers[last].out, grad);
+    copy_padded<T>({static_cast<const T*>(job.grad.data) + first * job.grad.row, job.grad.row, job.grad.column}, n,
+                   shape.layers[last].out, grad, padded(shape.layers[last].out));
     if (sums != nullptr)
-      copy_padded({static_cast<const T*>(job.x.data) + first * job.x.row, job.x.row, job.x.column}, n,
-                  shape.layers[0].in, features);
+      copy_padded<T>({static_cast<const T*>(job.x.data) + first * job.x.row, job.x.row, job.x.column}, n,
+                     shape.layers[0].in, features, padded(shape.layers[0].in));
     for (int64_t l = last; l >= 0; --l) {
       const MlpLayer& layer = shape.layers[l];
       const T* const below = l == 0 ? features : kept(keep, l, first);

@@ -7,41 +7,18 @@
 namespace fastflow::FASTFLOW_ISA {
 namespace {
 
-constexpr int64_t longest = 160;  // terms that are summed at a time: a panel of 40 KiB, and longer sums would round more
+constexpr int64_t longest = 160;  // terms that are summed at a time: a panel of 40 KiB; longer sums would round more
 
 // panel (count, width), rows of `width` elements, = B's rows [p, p + count) in columns [j, j + n), zeros behind them.
 template <class T>
 void pack(const Product& job, int64_t p, int64_t count, int64_t j, int64_t n, int64_t width, T* panel) {
-  constexpr int W = Simd<T>::lanes;
   const T* const from = static_cast<const T*>(job.b) + p * job.b_row + j * job.b_column;
-  int64_t done = 0;  // rows
-  if (job.b_column == 1) {
-    for (; done < count; ++done)
-      for (int64_t c = 0; c < n; ++c) panel[done * width + c] = from[done * job.b_row + c];
-  } else if (job.b_row == 1) {
-    const int64_t whole = n / W * W;
-    for (; done + W <= count; done += W) {
-      for (int64_t c = 0; c < whole; c += W) {
-        Vec<T> square[W];
-#pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) square[l] = load(from + (c + l) * job.b_column + done);
-        transpose<T>(square);
-#pragma GCC unroll 16
-        for (int l = 0; l < W; ++l) vec(panel + (done + l) * width + c) = square[l];
-      }
-      for (int64_t c = whole; c < n; ++c)
-        for (int64_t l = 0; l < W; ++l) panel[(done + l) * width + c] = from[c * job.b_column + done + l];
-    }
-  }
-  for (; done < count; ++done)
-    for (int64_t c = 0; c < n; ++c) panel[done * width + c] = from[done * job.b_row + c * job.b_column];
-  if (n < width)
-    for (int64_t row = 0; row < count; ++row)
-      for (int64_t c = n; c < width; ++c) panel[row * width + c] = T(0);
+  job.b_row == 1 ? copy_transposed(Strided<T>{from, job.b_column, job.b_row}, n, count, panel, width)
+                 : copy_padded(Strided<T>{from, job.b_row, job.b_column}, count, n, panel, width);
 }
 
-// Lines of B that the next panel is copied from, asked for one by one while this one is multiplied: they lie in short runs
-// that no prefetcher of the processor's follows.
+// Lines of B that the next panel is copied from, asked for one by one while this one is multiplied: they lie in short
+// runs that no prefetcher of the processor's follows.
 struct Ahead {
   const char* row = nullptr;
   int64_t stride = 0, rows = 0, lines = 0, line = 0;
@@ -61,7 +38,8 @@ struct Ahead {
 template <class T>
 Ahead ahead_of(const Product& job, int64_t p, int64_t count, int64_t j, int64_t n) {
   constexpr int64_t size = sizeof(T);
-  const char* const from = reinterpret_cast<const char*>(static_cast<const T*>(job.b) + p * job.b_row + j * job.b_column);
+  if (count == 0 || n == 0) return {};
+  const char* const from = static_cast<const char*>(job.b) + (p * job.b_row + j * job.b_column) * size;
   if (job.b_row == 1) return {from, job.b_column * size, n, (count * size + Product::line - 1) / Product::line};
   if (job.b_column == 1) return {from, job.b_row * size, count, (n * size + Product::line - 1) / Product::line};
   return {};

@@ -20,8 +20,8 @@ struct Product {
   bool relu;
   void* out;
 
-  // A unit of work is one of `chunks` parts of the rows of a panel of the result's columns, four lines of a cache wide or
-  // little less: panels alone are too few to share out evenly among threads.
+  // A unit of work is one of `chunks` parts of the rows of a panel of the result's columns, four lines of a cache wide
+  // or little less: panels alone are too few to share out evenly among threads.
   int64_t chunks;
   static constexpr int64_t line = 64, together = 4;
   int64_t granule() const { return line / (is_double ? 8 : 4); }
