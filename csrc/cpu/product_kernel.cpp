@@ -1,4 +1,4 @@
-// A matrix product near the rate of the core's multiply-adds, for one instruction set. A few vectors of B's columns are
+// A matrix product for one instruction set, by register tiles. A few vectors of B's columns are
 // copied, a block of its rows at a time, to where they stay in a cache while all rows of A pass; A is read in place.
 #include "product_kernel.h"
 
