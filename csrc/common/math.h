@@ -160,26 +160,31 @@ FASTFLOW_HD T power_of_two(T rounded) {
   return from_bits(static_cast<uint>((to_bits(rounded) - to_bits(B::rounder) + B::bias) << B::mantissa));
 }
 
-// Horner's scheme, lowest power first.
 template <class T>
-FASTFLOW_HD T horner(T, T c0) {
+FASTFLOW_HD T select(bool choice, T where, T elsewhere) {
+  return choice ? where : elsewhere;
+}
+
+// Horner's scheme, lowest power first.
+template <class T, class C>
+FASTFLOW_HD T horner(T, C c0) {
   return c0;
 }
 
-template <class T, class... Rest>
-FASTFLOW_HD T horner(T x, T c0, Rest... rest) {
-  return fma(horner(x, rest...), x, c0);
+template <class T, class C, class... Rest>
+FASTFLOW_HD T horner(T x, C c0, Rest... rest) {
+  return fma(horner(x, rest...), x, T(c0));
 }
 
 // (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2; relative error in exp(r) below 4e-9 and 4e-18.
-FASTFLOW_HD float exp_tail(float r) {
-  return horner(r, 0x1.fffffcp-2f, 0x1.55549p-3f, 0x1.5558f8p-5f, 0x1.123b02p-7f, 0x1.6a226ep-10f);
-}
-
-FASTFLOW_HD double exp_tail(double r) {
-  return horner(r, 0x1.000000000000ap-1, 0x1.55555555554f8p-3, 0x1.5555555550755p-5, 0x1.11111111281a5p-7,
-                0x1.6c16c1846fbb1p-10, 0x1.a01a0128ec744p-13, 0x1.a0199944632fap-16, 0x1.71df27455ca69p-19,
-                0x1.28ae34718c0aep-22, 0x1.ad7e50364f2b4p-26);
+template <class T>
+FASTFLOW_HD T exp_tail(T r) {
+  if constexpr (Bits<T>::mantissa == Bits<float>::mantissa)
+    return horner(r, 0x1.fffffcp-2f, 0x1.55549p-3f, 0x1.5558f8p-5f, 0x1.123b02p-7f, 0x1.6a226ep-10f);
+  else
+    return horner(r, 0x1.000000000000ap-1, 0x1.55555555554f8p-3, 0x1.5555555550755p-5, 0x1.11111111281a5p-7,
+                  0x1.6c16c1846fbb1p-10, 0x1.a01a0128ec744p-13, 0x1.a0199944632fap-16, 0x1.71df27455ca69p-19,
+                  0x1.28ae34718c0aep-22, 0x1.ad7e50364f2b4p-26);
 }
 
 // x = n ln 2 + r with |r| <= ln(2)/2 and n = rounded - Bits::rounder.
@@ -255,20 +260,20 @@ FASTFLOW_HD T expm1(T x) {
 }
 
 // log(1 + f) for sqrt(1/2) - 1 <= f <= sqrt(2) - 1.
-FASTFLOW_HD float log1p_core(float f) {
-  const float tail = horner(f, 0x1.555546p-2f, -0x1.ffffeep-3f, 0x1.99a546p-3f, -0x1.5562e2p-3f, 0x1.2332bcp-3f,
-                            -0x1.fb4354p-4f, 0x1.e650fap-4f, -0x1.e2e8ecp-4f, 0x1.1b4126p-4f);
-  const float f2 = f * f;
-  return fma(f2, fma(f, tail, -0.5f), f);
-}
-
-FASTFLOW_HD double log1p_core(double f) {
-  const double s = f / (2. + f), z = s * s;
-  const double tail = z * horner(z, 0x1.5555555555593p-1, 0x1.999999997fb2dp-2, 0x1.2492494217d16p-2,
-                                 0x1.c71c51e7d6fcep-3, 0x1.74664632755eep-3, 0x1.39a0f473b94edp-3,
-                                 0x1.2f0d9409abdc7p-3);
-  const double half_square = 0.5 * f * f;
-  return f - (half_square - s * (half_square + tail));
+template <class T>
+FASTFLOW_HD T log1p_core(T f) {
+  if constexpr (Bits<T>::mantissa == Bits<float>::mantissa) {
+    const T tail = horner(f, 0x1.555546p-2f, -0x1.ffffeep-3f, 0x1.99a546p-3f, -0x1.5562e2p-3f, 0x1.2332bcp-3f,
+                          -0x1.fb4354p-4f, 0x1.e650fap-4f, -0x1.e2e8ecp-4f, 0x1.1b4126p-4f);
+    const T f2 = f * f;
+    return fma(f2, fma(f, tail, T(-0.5)), f);
+  } else {
+    const T s = f / (2. + f), z = s * s;
+    const T tail = z * horner(z, 0x1.5555555555593p-1, 0x1.999999997fb2dp-2, 0x1.2492494217d16p-2,
+                              0x1.c71c51e7d6fcep-3, 0x1.74664632755eep-3, 0x1.39a0f473b94edp-3, 0x1.2f0d9409abdc7p-3);
+    const T half_square = 0.5 * f * f;
+    return f - (half_square - s * (half_square + tail));
+  }
 }
 
 // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), for positive finite x.
@@ -324,9 +329,9 @@ FASTFLOW_HD T log1p(T x) {
 template <class T>
 FASTFLOW_HD T log1p_unit(T w) {
   // The selects side by side: apart, a compiler computes the rest once for each of their outcomes.
-  const bool high = w > T(0.41421356237309503);
-  const T f = high ? fma(T(0.5), w, T(-0.5)) : w;
-  const T offset = high ? Bits<T>::ln2 : T(0);
+  const auto high = w > T(0.41421356237309503);
+  const T f = select(high, fma(T(0.5), w, T(-0.5)), w);
+  const T offset = select(high, T(Bits<T>::ln2), T(0));
   return log1p_core(f) + offset;
 }
 

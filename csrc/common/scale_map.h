@@ -144,7 +144,8 @@ FASTFLOW_HD Scale<T> scale_of(const ScaleMap<T>& map, T r) {
     s = math::exp(u);
   } else if constexpr (K == Kind::sigmoid) {
     const T w = math::exp_decay(u);
-    const T numerator = u < T(0) ? w : T(1), low = u < T(0) ? u : T(0);
+    const auto negative = u < T(0);
+    const T numerator = math::select(negative, w, T(1)), low = math::select(negative, u, T(0));
     s = map.amplitude * (numerator / (T(1) + w));
     log_s = low - math::log1p_unit(w) + map.log_amplitude;
   } else if constexpr (K == Kind::softplus) {
@@ -174,9 +175,10 @@ FASTFLOW_HD ScaleSlope<T> scale_slope(const ScaleMap<T>& map, T r) {
     dlog = map.gain;
     ds = s * dlog;
   } else if constexpr (K == Kind::sigmoid) {
-    const T w = math::exp_decay(u), inverse = T(1) / (T(1) + w);
-    s = map.amplitude * ((u < T(0) ? w : T(1)) * inverse);
-    dlog = map.gain * ((u < T(0) ? T(1) : w) * inverse);
+    const T w = math::exp_decay(u), high = T(1) / (T(1) + w), low = w * high;  // sigmoid(abs(u)) and 1 less it
+    const auto negative = u < T(0);
+    s = map.amplitude * math::select(negative, low, high);
+    dlog = map.gain * math::select(negative, high, low);
     ds = s * dlog;
   } else if constexpr (K == Kind::softplus) {
     const T w = math::exp_decay(u);

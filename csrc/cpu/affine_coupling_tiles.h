@@ -1,6 +1,7 @@
 // The arithmetic of affine_coupling over tiles of contiguous elements. For affine_coupling_kernel.cpp alone.
 #pragma once
 
+#include "floats.h"
 #include "../common/scale_map.h"
 #include "affine_coupling_kernel.h"
 #include "stream.h"
@@ -117,8 +118,61 @@ FASTFLOW_HD void prefetch_line(int64_t i, const T*... operands) {
   (__builtin_prefetch(operands + i + tile), ...);
 }
 
+#if defined(__AVX512F__)
+// The kinds whose loops are written with Floats, half as long as what a compiler makes of those over float.
+template <Kind K, bool Extended, class T>
+inline constexpr bool by_floats = (K == Kind::exp || K == Kind::sigmoid) && !Extended && sizeof(T) == 4;
+
+FASTFLOW_HD ScaleMap<Floats> in_floats(const ScaleMap<float>& map) {
+  return {map.gain,     map.offset,   map.amplitude, map.log_amplitude, map.inverse_clamp, map.eps, map.log_eps,
+          map.hard_min, map.hard_max, map.log_min,   map.log_max,       map.shift_gain};
+}
+
+template <bool Streamed, class Part>
+FASTFLOW_HD void put(const Part& part, float* to, Floats values) {
+  if constexpr (Streamed)
+    _mm512_stream_ps(to, values.v);
+  else
+    part.store(to, values);
+}
+
+template <Kind K, bool Inverse, bool ShiftFirst, bool Streamed>
+FASTFLOW_HD void forward_floats(const ScaleMap<float>& constants, int64_t n, const float* x, const float* raw,
+                                const float* shift, float* y, float* log_s) {
+  const ScaleMap<Floats> map = in_floats(constants);
+  each_vector(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    if constexpr (Streamed) prefetch_line(i, x, raw, shift);
+    const Coupled<Floats> out = couple<K, false, false, Inverse, ShiftFirst>(map, part.load(x + i), part.load(raw + i),
+                                                                             part.load(shift + i));
+    put<Streamed>(part, y + i, out.y);
+    part.store(log_s + i, out.log_s);
+  });
+}
+
+template <Kind K, bool Inverse, bool ShiftFirst, bool Streamed>
+FASTFLOW_HD void backward_floats(const ScaleMap<float>& constants, int64_t n, const float* grad_y,
+                                 const float* grad_logdet, const float* x, const float* raw, const float* shift,
+                                 float* grad_x, float* grad_raw, float* grad_shift) {
+  const ScaleMap<Floats> map = in_floats(constants);
+  each_vector(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    if constexpr (Streamed) prefetch_line(i, x, raw, grad_y);
+    const Floats t = gradient_reads_shift<Inverse, ShiftFirst> ? part.load(shift + i) : Floats(0);
+    const CoupledGradient<Floats> out = couple_gradient<K, false, false, Inverse, ShiftFirst>(
+        map, part.load(grad_y + i), part.load(grad_logdet + i), part.load(x + i), part.load(raw + i), t);
+    put<Streamed>(part, grad_x + i, out.x);
+    put<Streamed>(part, grad_raw + i, out.raw);
+    put<Streamed>(part, grad_shift + i, out.shift);
+  });
+}
+#else
+template <Kind K, bool Extended, class T>
+inline constexpr bool by_floats = false;
+#endif
+
 template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, bool Streamed, class T>
 void forward_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* raw, const T* shift, T* y, T* log_s) {
+  if constexpr (by_floats<K, Extended, T>)
+    return forward_floats<K, Inverse, ShiftFirst, Streamed>(constants, n, x, raw, shift, y, log_s);
   constexpr bool apart = two_passes<K, Extended>;
   const ScaleMap<T> map = constants;
   alignas(64) T to_y[step];
@@ -149,8 +203,34 @@ void forward_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* 
 template <class T>
 using SummedTile = T (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const T*, T*);
 
-// With w = exp(-abs(u)), log s is u - log(1 + w) below zero and -log(1 + w) above. Of eight 1 + w the product is taken
-// first, less 1, which keeps the relative accuracy of small w; one log1p then serves the eight.
+// y of one element. With w = exp(-abs(u)), log s is u - log(1 + w) below zero and -log(1 + w) above: u is added to
+// `linear`, and 1 + w multiplied into 1 + `product`, which keeps the relative accuracy of small w.
+template <bool Inverse, bool ShiftFirst, class T>
+FASTFLOW_HD T sigmoid_at(const ScaleMap<T>& map, T x, T raw, T shift, T& linear, T& product) {
+  const T u = math::fma(map.gain, raw, map.offset), w = math::exp_decay(u);
+  const auto negative = u < T(0);
+  const T s = map.amplitude * (math::select(negative, w, T(1)) / (T(1) + w));
+  linear = linear + (math::select(negative, u, T(0)) + map.log_amplitude);
+  product = product + math::fma(product, w, w);
+  return coupled(map, s, x, shift, Inverse, ShiftFirst);
+}
+
+#if defined(__AVX512F__)
+template <bool Inverse, bool ShiftFirst>
+FASTFLOW_HD void sigmoid_floats(const ScaleMap<float>& constants, int64_t n, const float* x, const float* raw,
+                                const float* shift, float* y, float* linear, float* product) {
+  const ScaleMap<Floats> map = in_floats(constants);
+  each_vector(n, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    Floats sum = part.load(linear + i), less_one = part.load(product + i);
+    part.store(y + i, sigmoid_at<Inverse, ShiftFirst>(map, part.load(x + i), part.load(raw + i), part.load(shift + i),
+                                                      sum, less_one));
+    part.store(linear + i, sum);
+    part.store(product + i, less_one);
+  });
+}
+#endif
+
+// Eight elements share a product and its log1p.
 template <bool Inverse, bool ShiftFirst, bool Streamed, class T>
 T sigmoid_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* raw, const T* shift, T* y) {
   constexpr int64_t width = 2 * lanes, group = 8 * width;
@@ -163,14 +243,12 @@ T sigmoid_tile(const ScaleMap<T>& constants, int64_t n, const T* x, const T* raw
       if constexpr (Streamed)
         for (int64_t j = 0; j < width; j += lanes) prefetch_line(at + j, x, raw, shift);
       T* const at_y = Streamed ? to_y : y + at;
+      if constexpr (by_floats<Kind::sigmoid, false, T>) {
+        sigmoid_floats<Inverse, ShiftFirst>(map, width, x + at, raw + at, shift + at, at_y, linear, product);
+      } else {
 #pragma omp simd
-      for (int64_t j = 0; j < width; ++j) {
-        const T u = math::fma(map.gain, raw[at + j], map.offset), w = math::exp_decay(u);
-        const T numerator = u < T(0) ? w : T(1), low = u < T(0) ? u : T(0);
-        const T s = map.amplitude * (numerator / (T(1) + w));
-        at_y[j] = coupled(map, s, x[at + j], shift[at + j], Inverse, ShiftFirst);
-        linear[j] += low + map.log_amplitude;
-        product[j] += math::fma(product[j], w, w);
+        for (int64_t j = 0; j < width; ++j)
+          at_y[j] = sigmoid_at<Inverse, ShiftFirst>(map, x[at + j], raw[at + j], shift[at + j], linear[j], product[j]);
       }
       if constexpr (Streamed) stream(y + at, to_y, width);
     }
@@ -207,6 +285,9 @@ FASTFLOW_HD CoupledGradient<T> gradient_at(const ScaleMap<T>& map, T log_s, T dl
 template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, bool Streamed, class T>
 void backward_tile(const ScaleMap<T>& constants, int64_t n, const T* grad_y, const T* grad_logdet, const T* x,
                    const T* raw, const T* shift, T* grad_x, T* grad_raw, T* grad_shift) {
+  if constexpr (by_floats<K, Extended, T>)
+    return backward_floats<K, Inverse, ShiftFirst, Streamed>(constants, n, grad_y, grad_logdet, x, raw, shift, grad_x,
+                                                             grad_raw, grad_shift);
   constexpr bool apart = two_passes<K, Extended>;
   const ScaleMap<T> map = constants;
   alignas(64) T log_s[step], dlog[step], to_x[step], to_raw[step], to_shift[step];

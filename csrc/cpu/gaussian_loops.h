@@ -1,10 +1,11 @@
 // The Gaussian operators' loops over contiguous arrays. For gaussian_kernel.cpp alone: compiled once per instruction
 // set.
 //
-// The structs that functions return by value are taken by value too, and loops say that nothing overlaps (ivdep): GCC
-// vectorises them all then, which it does not with references to those structs or under `omp simd`.
+// The structs that functions return by value are taken by value too, and loops say that nothing overlaps (ivdep, in
+// each_element): GCC vectorises them all then, which it does not with references to those structs or under `omp simd`.
 #pragma once
 
+#include "floats.h"
 #include "../common/gaussian_map.h"
 #include "gaussian_kernel.h"
 
@@ -53,6 +54,26 @@ T sum(const T* values, int64_t count) {
   return lane[0];
 }
 
+#if defined(__AVX512F__)
+// The scales whose loops are written with Floats.
+template <int scale, class T>
+inline constexpr bool by_floats = (scale == gaussian::logvar || scale == gaussian::logstd) && sizeof(T) == 4;
+
+// gaussian::exp_parts, in as few instructions as AVX-512 needs.
+FASTFLOW_HD gaussian::ExpParts<Floats> exp_parts(Floats x) {
+  using B = math::Bits<float>;
+  const Floats in_range = at_least(B::exp_low, at_most(B::exp_high, x));
+  const Floats n = nearest_integer(in_range * Floats(B::log2e)), r = less_multiple_of_ln2(in_range, n);
+  const Floats beyond = r * r * math::exp_tail(r), p = r + beyond;
+  const Floats half = times_power(Floats(0.5), n);  // 2^n itself overflows before the result does
+  const Floats expm1 = Floats(2) * fma(half, p, half - Floats(0.5));
+  return {times_power(p + Floats(1), n), expm1, select(n == Floats(0), beyond, expm1 - x)};
+}
+#else
+template <int scale, class T>
+inline constexpr bool by_floats = false;
+#endif
+
 template <class T>
 struct Params {
   const T *mean, *raw, *prior_mean, *prior_raw;
@@ -68,20 +89,21 @@ template <int scale, bool prior, bool keep, class T>
 void posterior(const Params<T>& in, const T* eps, int64_t count, const Sampled<T>& out) {
   const T *mean = in.mean, *raw = in.raw, *prior_mean = in.prior_mean, *prior_raw = in.prior_raw;
   T *z = out.z, *kl = out.kl, *sigma = out.sigma, *log_sigma = out.log_sigma;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    const gaussian::Sigma<T> q = gaussian::sigma_of<scale>(raw[i]);
+  each_element<by_floats<scale, T>>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    const auto m = part.load(mean + i);
+    const auto q = gaussian::sigma_of<scale>(part.load(raw + i));
     if constexpr (prior)
-      kl[i] = gaussian::kl_prior(mean[i], q.log, prior_mean[i], gaussian::sigma_of<scale>(prior_raw[i]));
+      part.store(kl + i, gaussian::kl_prior(m, q.log, part.load(prior_mean + i),
+                                            gaussian::sigma_of<scale>(part.load(prior_raw + i))));
     else
-      kl[i] = gaussian::kl_standard(mean[i], q.log);
+      part.store(kl + i, gaussian::kl_standard(m, q.log));
     if constexpr (keep) {
-      sigma[i] = q.value;
-      log_sigma[i] = q.log;
+      part.store(sigma + i, q.value);
+      part.store(log_sigma + i, q.log);
     } else {
-      z[i] = math::fma(q.value, eps[i], mean[i]);
+      part.store(z + i, math::fma(q.value, part.load(eps + i), m));
     }
-  }
+  });
 }
 
 // Gradients that come in: by z, summed over the samples, without and with the noise as a factor, by the KL and by
@@ -120,20 +142,22 @@ void gradients(const Params<T>& in, const Incoming<T>& grad, int64_t count, cons
   const T *z = has_z ? grad.z : raw, *z_eps = has_z_eps ? grad.z_eps : raw, *eps = grad.eps;
   const T *kl = has_kl ? grad.kl : raw, *logq = has_logq ? grad.logq : raw;
   const T kl_each = grad.kl_each;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    const gaussian::Sigma<T> q = gaussian::sigma_of<scale>(raw[i]);
-    const gaussian::KlSlopes<T> slope = kl_slopes<scale, prior>(mean[i], q, prior_mean[i], prior_raw[i]);
-    const T by_z = z[i], by_z_eps = plain ? by_z * eps[i] : z_eps[i], by_kl = plain ? kl_each : kl[i];
-    const T by_logq = plain ? T(0) : logq[i] * q.log_slope;
-    to_mean[i] = (has_z ? by_z : T(0)) + (has_kl ? by_kl * slope.mean : T(0));
-    to_raw[i] = (has_z_eps ? by_z_eps * q.slope : T(0)) - (has_logq ? by_logq : T(0)) +
-                (has_kl ? by_kl * slope.raw : T(0));
+  each_element<by_floats<scale, T>>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    using V = decltype(part.load(raw));
+    const gaussian::Sigma<V> q = gaussian::sigma_of<scale>(part.load(raw + i));
+    const gaussian::KlSlopes<V> slope =
+        kl_slopes<scale, prior>(part.load(mean + i), q, part.load(prior_mean + i), part.load(prior_raw + i));
+    const V by_z = part.load(z + i), by_z_eps = plain ? by_z * part.load(eps + i) : part.load(z_eps + i);
+    const V by_kl = plain ? V(kl_each) : part.load(kl + i);
+    const V by_logq = plain ? V(0) : part.load(logq + i) * q.log_slope;
+    part.store(to_mean + i, (has_z ? by_z : V(0)) + (has_kl ? by_kl * slope.mean : V(0)));
+    part.store(to_raw + i, (has_z_eps ? by_z_eps * q.slope : V(0)) - (has_logq ? by_logq : V(0)) +
+                               (has_kl ? by_kl * slope.raw : V(0)));
     if constexpr (prior) {
-      to_prior_mean[i] = has_kl ? by_kl * slope.prior_mean : T(0);
-      to_prior_raw[i] = has_kl ? by_kl * slope.prior_raw : T(0);
+      part.store(to_prior_mean + i, has_kl ? by_kl * slope.prior_mean : V(0));
+      part.store(to_prior_raw + i, has_kl ? by_kl * slope.prior_raw : V(0));
     }
-  }
+  });
 }
 
 // The loops of one scale, with or without a prior. Double, which nobody trains in, goes without the quicker ones.
