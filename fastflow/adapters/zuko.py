@@ -16,8 +16,9 @@ from zuko.utils import broadcast, unpack
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, remembered, reorder
-from fastflow.adapters.networks import NETWORKS, evaluate, fits_one_kernel, masks_of, weights_of
+from fastflow.adapters.networks import NETWORKS, covered, evaluate, fits_one_kernel, masks_of, weights_of
 from fastflow.adapters.swap import PREFIX, swap
+from fastflow.autograd import mlp_spline
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
 
@@ -142,6 +143,28 @@ def _lazy(host, fit=_fit):
     return swap(host, methods=("forward",), fit=fit, opposite=_once, observe=_observe)
 
 
+def _network_of_spline(layer, x, c):
+    """mlp_spline.run's ``network`` and ``spline`` where one node takes the layer's network of x and its splines, else
+    None."""
+    kind, slope, bound = layer._fastflow_kind
+    if kind != "rqs" or c is not None or not fusable(x):
+        return None
+    network = covered(layer.hyper, x)
+    return None if network is None else (network, (bound, 0.0, 0.0, 0.0, 1.0, -math.log(slope)))
+
+
+class FusedAutoregressive(transforms.AutoregressiveTransform):
+    """The transform of a layer under a context: forward, splines and their network as one node of autograd."""
+
+    def __init__(self, layer, c):
+        super().__init__(functools.partial(layer.meta, c), layer.passes)
+        self.layer, self.c = layer, c
+
+    def call_and_ladj(self, x):
+        found = _network_of_spline(self.layer, x, self.c)
+        return super().call_and_ladj(x) if found is None else mlp_spline.run(x, None, None, 0, *found)
+
+
 def _phi(module, c, x):
     if c is not None:
         x = torch.cat(broadcast(x, c, ignore=1), dim=-1)
@@ -154,6 +177,9 @@ class MaskedAutoregressiveTransform(autoregressive.MaskedAutoregressiveTransform
 
     def meta(self, c, x):
         return Fused(_phi(self, c, x), self)
+
+    def forward(self, c=None):
+        return FusedAutoregressive(self, c)
 
 
 def _arrangement(mask):
@@ -195,18 +221,24 @@ class FusedCoupling(OneCall, transforms.CouplingTransform):
         batch = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
         c = c if c is None else c.reshape(-1, c.shape[-1])
-        x = x if order is None else reorder(x, order, back)
+        kept = first - x.shape[1] if flip else first
+        found = _network_of_spline(layer, x, c) if kept else None
+        if found is not None:
+            y, ladj = mlp_spline.run(x, order, back, kept, *found, self.inverted)
+        else:
+            y, ladj = self._couple(x if order is None else reorder(x, order, back), c, flip, first)
+            y = y if order is None else reorder(y, back, order)
+        return (y, ladj) if len(batch) == 1 else (y.view(*batch, -1), ladj.view(batch))
+
+    def _couple(self, x, c, flip, first):
         step = self._step(x, c, flip, first)
         if step is not None:
-            y, ladj = run_steps(x, (step,), c, self.inverted)
-        else:
-            parts = x.split([first, x.shape[1] - first], 1)
-            passive, active = parts[::-1] if flip else parts
-            phi = evaluate(layer.hyper, passive if c is None else torch.cat([passive, c], 1))
-            y, ladj = Fused(phi, layer, self.inverted).call_and_ladj(active)
-            y = torch.cat([y, passive] if flip else [passive, y], 1)
-        y = y if order is None else reorder(y, back, order)
-        return (y, ladj) if len(batch) == 1 else (y.view(*batch, -1), ladj.view(batch))
+            return run_steps(x, (step,), c, self.inverted)
+        parts = x.split([first, x.shape[1] - first], 1)
+        passive, active = parts[::-1] if flip else parts
+        phi = evaluate(self.layer.hyper, passive if c is None else torch.cat([passive, c], 1))
+        y, ladj = Fused(phi, self.layer, self.inverted).call_and_ladj(active)
+        return torch.cat([y, passive] if flip else [passive, y], 1), ladj
 
     def _step(self, x, c, flip, first):
         """The coupling with its network as the step of one kernel, or None."""

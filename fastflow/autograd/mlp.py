@@ -41,8 +41,13 @@ def forward(backend, x, params, activation, residual, keep=False):
     return extension.kernel(backend, "mlp_fwd")(x, params, activation, residual, keep)
 
 
+def factors(masks, like):
+    """The masks in the dtype of the weights: to multiply by booleans torch makes such a copy every time."""
+    return [m if m.dtype is like.dtype else m.to(like.dtype) for m in masks]
+
+
 def masked(params, masks):
-    """The parameters, every weight times its mask where there are masks."""
+    """The parameters, every weight times its mask where there are masks, of :func:`factors`."""
     params = list(params)
     if masks:
         params[::2] = torch._foreach_mul(params[::2], list(masks))
@@ -58,13 +63,14 @@ def gradients(found, masks, needs):
 
 class MLPFunction(torch.autograd.Function):
     """y of x and ``count`` parameters, weight and bias of every layer in turn, and masks of the weights or none behind
-    them. Saves them and the hidden activations."""
+    them. Saves them, the hidden activations and the masked weights."""
 
     @staticmethod
     def forward(ctx, x, backend, activation, residual, count, *tensors):
-        params, masks = tensors[:count], tensors[count:]
-        y, kept = forward(backend, x, masked(params, masks), activation, residual, True)
-        ctx.save_for_backward(x, kept, *tensors)
+        masks = tensors[count:]
+        params = masked(tensors[:count], masks)
+        y, kept = forward(backend, x, params, activation, residual, True)
+        ctx.save_for_backward(x, kept, *tensors, *(params[::2] if masks else ()))
         ctx.consts = backend, activation, residual, count
         return y
 
@@ -72,7 +78,7 @@ class MLPFunction(torch.autograd.Function):
     def backward(ctx, grad):
         x, kept, *tensors = ctx.saved_tensors
         backend, activation, residual, count = ctx.consts
-        params, masks = tensors[:count], tensors[count:]
+        params, masks = tensors[:count], tensors[count:count + count // 2]
         need_x, need_params = ctx.needs_input_grad[0], ctx.needs_input_grad[5:5 + count]
         if differentiable.wanted((grad,)):
             def again(x, *params):
@@ -81,8 +87,10 @@ class MLPFunction(torch.autograd.Function):
                                       residual=residual),)
             grad_x, *found = differentiable.reference_grads(again, (x, *params), (need_x, *need_params), (grad,))
         else:
-            grad_x, found = extension.kernel(backend, "mlp_bwd")(grad, x, kept, masked(params, masks), activation,
-                                                                 residual, need_x, any(need_params))
+            if masks:
+                params[::2] = tensors[count + len(masks):]
+            grad_x, found = extension.kernel(backend, "mlp_bwd")(grad, x, kept, params, activation, residual, need_x,
+                                                                 any(need_params))
             grad_x, found = grad_x if need_x else None, gradients(found, masks, need_params)
         return (grad_x, None, None, None, None, *found, *[None] * len(masks))
 
@@ -91,7 +99,7 @@ def run(x, weights, biases, activation="relu", residual=False, masks=()):
     """functional.mlp without its checks, for layers whose operands fit by construction; every weight times its mask if
     there are masks."""
     params = [t for pair in zip(weights, biases, strict=True) for t in pair]
-    backend = backends.choose("mlp", x, *params)
+    backend, masks = backends.choose("mlp", x, *params), factors(masks, x)
     if backend == "reference":
         params = masked(params, masks)
         return reference.mlp(x, params[::2], params[1::2], activation=activation, residual=residual)

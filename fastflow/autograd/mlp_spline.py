@@ -36,7 +36,7 @@ def step(order, back, kept, network, spline, inverse=False):
     *constants, clamp = spline
     options = (0, inverse, *map(float, constants), NO_CLAMP if clamp is None else float(clamp), END_DERIVATIVE)
     consts = kept, (reference.ACTIVATIONS.index(activation), residual), options, len(params)
-    return chain.Step(SplineStep, consts, (order, back, *params, *masks))
+    return chain.Step(SplineStep, consts, (order, back, *params, *mlp.factors(masks, weights[0])))
 
 
 def _parts(x, kept):
@@ -63,27 +63,30 @@ class SplineStep:
         order, back, *own = tensors
         kept, network, options, count = consts
         passive, active = _parts(x if order is None else x.index_select(1, order), kept)
-        raw, activations = extension.kernel("cpu", "mlp_fwd")(passive, mlp.masked(own[:count], own[count:]), *network,
-                                                              keep)
+        params = mlp.masked(own[:count], own[count:])
+        raw, activations = extension.kernel("cpu", "mlp_fwd")(passive, params, *network, keep)
         y, logdet = extension.kernel("cpu", "spline_fwd")(active, raw, logdet, *options)
-        return _joined(passive, y, kept, back), logdet, passive, active, raw, activations
+        weights = params[::2] if own[count:] else ()
+        return _joined(passive, y, kept, back), logdet, passive, active, raw, activations, *weights
 
     @staticmethod
     def backward(grad_y, grad_logdet, tensors, saved, consts, need_x, needs):
         order, back, *own = tensors
-        passive, active, raw, activations = saved
+        passive, active, raw, activations, *weights = saved
         kept, network, options, count = consts
         needs = needs[2:2 + count]
         if not (need_x or any(needs)):
             return None, [None] * len(tensors)
-        masks = own[count:]
+        params, masks = own[:count], own[count:]
+        if masks:
+            params[::2] = weights
         if grad_y is not None and order is not None:
             grad_y = grad_y.index_select(1, order)
         grad_passive, grad_active = (None, None) if grad_y is None else _parts(grad_y, kept)
         grad_active, grad_raw = extension.kernel("cpu", "spline_bwd")(grad_active, grad_logdet, active, raw, need_x,
                                                                       True, *options)
-        through, found = extension.kernel("cpu", "mlp_bwd")(grad_raw, passive, activations, mlp.masked(
-            own[:count], masks), *network, need_x, any(needs))
+        through, found = extension.kernel("cpu", "mlp_bwd")(grad_raw, passive, activations, params, *network, need_x,
+                                                            any(needs))
         grad_x = _gradient(through, grad_passive, grad_active, kept, back) if need_x else None
         return grad_x, [None, None, *mlp.gradients(found, masks, needs), *[None] * len(masks)]
 
