@@ -250,7 +250,7 @@ class VDVAESettings(BoundSettings, PixelSettings):
     channels: Positive = Field(32, description="of the states")
     latent_channels: Positive = Field(8, description="of each group")
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
-    kl_balance: bool = Field(False, description="weigh each level's rate by what it says and by its size, while the "
+    kl_balance: bool = Field(False, description="weigh each level's rate by what each of its latents says, while the "
                                                 "weight of the rate rises")
 
     @model_validator(mode="after")

@@ -57,15 +57,16 @@ def capacity(kl, target, gamma):
 
 
 def kl_balance(kl, sizes=None):
-    """(rate (B,), coefficients (L,)) of the KL (L, B) of L groups: each is weighed in proportion to its batch mean and
-    to its size, the coefficients' mean being 1. A group that says little is so spared while the total warms up.
+    """(rate (B,), coefficients (L,)) of the KL (L, B) of L groups: each is weighed in proportion to its batch mean for
+    each of its elements, the coefficients' mean being 1. A group that says little for its size is so spared while the
+    total warms up.
 
     Args:
-        sizes: L numbers, elements of each group; None treats all alike.
+        sizes: L numbers, elements of each group, that its batch mean is divided by; None treats all alike.
 
     References:
-        Vahdat and Kautz, "NVAE: a deep hierarchical variational autoencoder", 2020, arXiv:2007.03898; Chen et al.,
-        "Variational lossy autoencoder", 2017, arXiv:1611.02731.
+        Vahdat et al., "DVAE++", 2018, arXiv:1802.04920, appendix H; Vahdat and Kautz, "NVAE", 2020, arXiv:2007.03898,
+        whose code divides by the size, where the formula on paper multiplies.
     """
     checks.tensor("kl", kl)
     if kl.dim() != 2:
@@ -75,7 +76,7 @@ def kl_balance(kl, sizes=None):
         if len(sizes) != len(kl):
             raise ValueError(f"sizes: expected {len(kl)} numbers, got {len(sizes)}")
         # No tensor of the sizes: the copy from the host can't be recorded in a CUDA graph.
-        strength = torch.stack([one * size for one, size in zip(strength, sizes, strict=True)])
+        strength = torch.stack([one / size for one, size in zip(strength, sizes, strict=True)])
     coefficients = strength / strength.mean()
     return (coefficients[:, None] * kl).sum(0), coefficients
 
@@ -119,7 +120,7 @@ class KLBalance(nn.Module):
 
     Args:
         until: weight of the rate at which the balance ends: 1, where a warm-up does; math.inf for never.
-        sizes: whether levels are weighed by their numbers of latents too.
+        sizes: whether each level's KL is taken for each of its latents, as in the function, or whole.
 
     Raises:
         TypeError: when called for a model without levels.

@@ -63,9 +63,18 @@ def test_kl_balance():
     torch.testing.assert_close(coefficients, strength / strength.mean())
     torch.testing.assert_close(rate, (coefficients[:, None] * kl).sum(0))
     torch.testing.assert_close(torch.autograd.grad(rate.sum(), kl)[0], coefficients[:, None].expand(2, 2))
-    torch.testing.assert_close(vae.kl_balance(kl, (1, 4))[1], (strength * torch.tensor([1.0, 4.0])) /
-                               (strength * torch.tensor([1.0, 4.0])).mean())
+    of_each = strength / torch.tensor([1.0, 4.0])
+    torch.testing.assert_close(vae.kl_balance(kl, (1, 4))[1], of_each / of_each.mean())
     torch.testing.assert_close(vae.kl_balance(torch.full((3, 2), 0.7))[0], torch.full((2,), 2.1))
+
+
+def test_levels_whose_latents_say_the_same_are_in_balance():
+    """Whatever their sizes; a level whose latents say less than the others' is spared."""
+    sizes = (8, 32, 128)
+    kl = 0.2 * torch.tensor(sizes, dtype=torch.float64)[:, None].expand(3, 4) - 0.01  # NVAE adds the 0.01
+    torch.testing.assert_close(vae.kl_balance(kl, sizes)[1], torch.ones(3, dtype=torch.float64))
+    quiet = vae.kl_balance(kl * torch.tensor([[0.1], [1.0], [1.0]]), sizes)[1]
+    assert quiet[0] < 0.2 < 1.0 < quiet[1]
 
 
 def test_the_sum_over_ranks_opens_one_gate(monkeypatch):
