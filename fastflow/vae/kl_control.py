@@ -94,7 +94,7 @@ class FreeBits(nn.Module):
             to which its KL has no closed form; "group" suits every VAE.
     """
 
-    of_levels = True
+    of_levels = of_rate = True
 
     def __init__(self, least, per="dim", *, batch_mean=True):
         super().__init__()
@@ -126,7 +126,7 @@ class KLBalance(nn.Module):
         TypeError: when called for a model without levels.
     """
 
-    of_levels = True
+    of_levels = of_rate = True
 
     def __init__(self, until=1.0, *, sizes=True):
         super().__init__()
@@ -154,7 +154,7 @@ class Capacity(nn.Module):
         gamma: as for the function.
     """
 
-    of_levels = True
+    of_levels = of_rate = True
 
     def __init__(self, target, gamma):
         super().__init__()

@@ -61,13 +61,15 @@ class SemiSupervisedVAE(VAE):
         n_classes: number of classes.
         alpha: weight of log q(y | x), the classification loss, for labelled examples.
         label_logits: (n_classes,) of p(y), fixed; None for the same for all.
-        options: VAE's others.
+        options: VAE's others but for an objective, whose place this one has.
 
     References:
         Kingma et al., "Semi-supervised learning with deep generative models", 2014, arXiv:1406.5298.
     """
 
     def __init__(self, encoder, decoder, classifier, n_classes, *, alpha=1.0, label_logits=None, **options):
+        if options.get("objective") is not None:
+            raise ValueError("objective: a SemiSupervisedVAE has one of its own")
         super().__init__(encoder, decoder, **options)
         if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
             raise ValueError(f"n_classes: expected an int of at least 2, got {n_classes!r}")
@@ -153,6 +155,8 @@ class Task(nn.Module):
         Maaloe et al., "Auxiliary deep generative models", 2016, arXiv:1602.05473; Locatello et al., "Disentangling
         factors of variation using few labels", 2020, arXiv:1905.01258.
     """
+
+    of_targets = True
 
     def __init__(self, head, likelihood, *, weight=1.0, name="task"):
         super().__init__()

@@ -46,11 +46,13 @@ class PenalizedELBO(nn.Module):
         penalties: any number, see penalties.py: modules called as penalty(model, inference, bound, beta=, context=,
             targets=, generator=), beta the rate's weight in the bound, which return a cost, (B,) or 0-d, to be
             subtracted, and {name: 0-d tensor} to be reported. Those with ``of_levels`` also take a hierarchy, whose
-            inference is its HierarchyTerms.
+            inference is its HierarchyTerms; those with ``of_targets`` have a ``name`` among the targets; of those with
+            ``of_rate``, which put something in the place of the rate, there is one at most.
         beta: weight of the rate; the caller's beta, as of a warm-up, multiplies it.
 
     Raises:
         TypeError: when called for a hierarchy, with a penalty on a single z.
+        ValueError: two penalties in the place of the rate; when called with targets that belong to no penalty.
 
     References:
         Higgins et al., "beta-VAE", 2017.
@@ -58,10 +60,14 @@ class PenalizedELBO(nn.Module):
 
     def __init__(self, *penalties, beta=1.0):
         super().__init__()
+        of_rate = [type(penalty).__name__ for penalty in penalties if getattr(penalty, "of_rate", False)]
+        if len(of_rate) > 1:
+            raise ValueError(f"penalties: {' and '.join(of_rate)} each stand in the place of the rate; give one")
         self.penalties = nn.ModuleList(penalties)
         self.beta = beta
 
     def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, targets=None, generator=None, **noise):
+        self._check_targets(targets)
         given = {} if context is None else {"context": context}
         inference = model.infer(x, n_samples, generator=generator, **given, **noise)
         beta = self.beta * beta
@@ -75,6 +81,15 @@ class PenalizedELBO(nn.Module):
             value = value - cost
             parts |= {name: term.detach() for name, term in found.items()}
         return Objective(value, bound, parts)
+
+    def _check_targets(self, targets):
+        if targets is None:
+            return
+        names = {penalty.name for penalty in self.penalties if getattr(penalty, "of_targets", False)}
+        unknown = sorted(set(targets) - names) if isinstance(targets, dict) else []
+        if unknown or not names:
+            raise ValueError(f"targets: expected those of the penalties' tasks ({', '.join(sorted(names)) or 'none'}), "
+                             f"got {', '.join(unknown) or 'some'}")
 
     def extra_repr(self):
         return f"beta={self.beta}"
@@ -99,7 +114,7 @@ class BoundObjective(nn.Module):
     of a posterior that has parameters itself, whose gradients torch.compile can't trace.
 
     Raises:
-        ValueError: no such name, or n_samples below 1.
+        ValueError: no such name, or n_samples below 1; when called with targets.
         TypeError: options that the bound does not take, or lacks.
     """
 
@@ -113,7 +128,9 @@ class BoundObjective(nn.Module):
                             f"{', '.join(sorted(options)) or 'none'}")
         self.name, self.n_samples, self.options = name, n_samples, options
 
-    def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, **noise):
+    def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, targets=None, **noise):
+        if targets is not None:
+            raise ValueError(f"targets: {self.name} is a bound without a task")
         n_samples = self.n_samples if n_samples == 1 else n_samples
         if self.name in OF_WEIGHTS:
             given = {} if context is None else {"context": context}

@@ -151,7 +151,7 @@ def test_a_scheduled_weight_of_the_rate_is_followed_without_a_new_graph():
 @pytest.mark.parametrize("make", [
     lambda: MLPVAE((1, 4, 4), 3, (8,), objective=BoundObjective("stl", 3)),
     lambda: MLPVAE((1, 4, 4), 3, (8,), objective=BoundObjective("dreg", 3)),
-    lambda: HVAE((1, 4, 4), (3, 2), 8, objective=PenalizedELBO(FreeBits(0.1, "group"), KLBalance())),
+    lambda: HVAE((1, 4, 4), (3, 2), 8, objective=PenalizedELBO(KLBalance())),
     lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("iwae", 3)),
     lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("stl", 3)),
     lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("dreg", 3)),

@@ -197,9 +197,23 @@ def test_tasks_bound_the_joint():
     torch.testing.assert_close(found.value, found.bound.elbo + 2.0 * log_y + log_t)
 
 
+TASK, Y = vae.Task(nn.Linear(2, 3), vae.CategoricalLikelihood(3)), torch.arange(6) % 3
+
+
+def told(objective, targets):
+    """A VAE with that objective that is given targets."""
+    return vae.MLPVAE((SIZE,), 2, (4,), objective=objective)(X.float().sigmoid(), targets=targets)
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: vae.SemiSupervisedVAE(Encoder(), Decoder(), Classifier(), 1), "n_classes"),
     (lambda: m2()(X, context=torch.zeros(6)), "context"),
+    (lambda: vae.SemiSupervisedVAE(Encoder(), Decoder(), Classifier(), 3, objective=vae.PenalizedELBO()), "^objective"),
+    (lambda: told(vae.PenalizedELBO(vae.FreeBits(0.1)), Y), "^targets: expected those of .* tasks .none., got some"),
+    (lambda: told(vae.PenalizedELBO(TASK), {"task": Y, "digit": Y}), "^targets: .*.task., got digit"),
+    (lambda: told(vae.PenalizedELBO(TASK), {}), "^targets: expected the target of 'task'"),
+    (lambda: told(vae.BoundObjective("stl"), Y), "^targets: stl is a bound without a task"),
+    (lambda: told(None, Y), "^targets"),
     (lambda: vae.Conditioned(nn.Linear(5, 2), 3)(torch.zeros(2, 2)), "context"),
     (lambda: vae.Conditioned(nn.Linear(5, 2), 3)(torch.zeros(2, 2), torch.zeros(2)), "context"),
     (lambda: vae.Conditioned(nn.Linear(5, 2))(torch.zeros(2, 2), torch.zeros(3, 3)), "context"),
