@@ -86,25 +86,30 @@ def stl(model, x, n_samples=1, *, context=None, eps=None, seed=None, generator=N
 
 def dreg(model, x, n_samples=1, *, context=None, eps=None, seed=None, generator=None):
     """IWAE, (B,), with the doubly reparameterised gradient: the encoder's comes through z alone, each sample weighing
-    its squared normalised weight. Decoder, likelihood and prior keep IWAE's own gradient. Unbiased for all; near the
-    true posterior far less noisy than IWAE's encoder gradient, far from it more so.
+    its squared normalised weight. Unbiased for all parameters; near the true posterior far less noisy than IWAE's
+    encoder gradient, far from it more so.
 
-    In a hierarchy the score that is left out is that of all levels' joint density, which depends on the latents above
-    through each level's mean and scale too; the path keeps those.
+    Decoder, likelihood and prior keep IWAE's own gradient, as in Tucker et al.: the score of a prior's own parameters
+    stays what it is, sum_k w_k d log p(z_k) with w_k the normalised weights. Bauer and Mnih reparameterise that too
+    (GDReG), which is not done here.
+
+    In a hierarchy the estimator is that of all levels' latents as one z: the score that is left out is that of their
+    joint density, which depends on the latents above through each level's mean and scale too; the path keeps those.
 
     Arguments and errors as for :func:`stl`.
 
     References:
         Tucker et al., "Doubly reparameterized gradient estimators for Monte Carlo objectives", 2019, arXiv:1810.04152;
-        Bauer and Mnih, "Generalized doubly reparameterized gradient estimators", 2021, arXiv:2101.11046 (hierarchies).
+        Bauer and Mnih, "Generalized doubly reparameterized gradient estimators", 2021, arXiv:2101.11046.
     """
     return dreg_terms(model, x, n_samples, context=context, eps=eps, seed=seed, generator=generator)[0]
 
 
 def piwae(model, x, n_samples, groups, *, context=None, eps=None, seed=None, generator=None):
     """IWAE of all samples, (B,), whose gradient in the encoder and the posterior is that of :func:`miwae` with
-    ``groups``: partially importance-weighted. Arguments as for :func:`stl`; any reparameterised posterior will do. In a
-    hierarchy the two gradients are those of a p and a q that have networks of their own, added.
+    ``groups``: partially importance-weighted. The networks of p are called twice, for each gradient once. Arguments as
+    for :func:`stl`; any reparameterised posterior will do. In a hierarchy the two gradients are those of a p and a q
+    that have networks of their own, added.
 
     References:
         Rainforth et al., as for :func:`miwae`.
@@ -150,19 +155,11 @@ def piwae_terms(model, x, n_samples, beta=1.0, *, groups, context=None, **noise)
     _check_groups(n_samples, groups)
     source = sampled(model, x, context)
     latents, log_q = source.draw(n_samples, **noise)
-    fixed = [z.detach().requires_grad_(z.requires_grad) for z in latents]
-    log_px_z, log_pz = source.log_joint(fixed)
-    terms = Terms(log_px_z, log_pz, log_q)
-    log_joint, log_q = log_px_z + beta * log_pz, beta * log_q
-    bound = iwae(log_joint - log_q.detach())
-    if not any(z.requires_grad for z in fixed):
+    terms = Terms(*source.log_joint([z.detach() for z in latents]), log_q)
+    bound = iwae(terms._replace(log_qz=log_q.detach()).log_w(beta))
+    if not any(z.requires_grad for z in latents):
         return bound, terms
-    slopes = torch.autograd.grad(log_joint.sum(), fixed, retain_graph=True)
-    log_w = (log_joint - log_q).detach().requires_grad_()
-    weights, = torch.autograd.grad(miwae(log_w, groups).sum(), log_w)
-    # sum over z of d log p(x, z)/dz dz, less d log q: the encoder's way to the log-weights, to first order.
-    moved = sum((slope * z).flatten(2).sum(2) for slope, z in zip(slopes, latents, strict=True))
-    encoder = (weights * (moved - log_q)).sum(0)
+    encoder = miwae(Terms(*source.fixed_log_joint(latents), log_q).log_w(beta), groups)
     return bound + encoder - encoder.detach(), terms
 
 

@@ -9,6 +9,7 @@ from fastflow import checks, functional, reference
 from fastflow.autograd.top_down import run_levels
 from fastflow.vae import top_down
 from fastflow.vae.elbo import ELBO
+from fastflow.vae.fixed import Fixed
 from fastflow.vae.generation import check_temperature, moved, way
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.posteriors.gaussian import kl_by_element, log_normal, promoted
@@ -136,7 +137,7 @@ class HierarchicalVAE(nn.Module):
         self.likelihood = likelihood
         self.objective = objective
         self.top = nn.Parameter(torch.zeros(1, *top_shape))
-        self._density = (_LogPosterior(self),)  # in a tuple, so that it is no child
+        self._fixed = Fixed(self)
 
     def forward(self, x, n_samples=1, beta=1.0, *, bound_only=False, **noise):
         """The ELBO, also with ``bound_only``; with an objective what that returns, as of VAE.forward."""
@@ -356,17 +357,6 @@ class HierarchicalVAE(nn.Module):
         for value in values:
             check_temperature(value)
         return values
-
-
-class _LogPosterior(nn.Module):
-    """A hierarchy's log_posterior as a forward, for torch.func.functional_call; made early, so that graphs know it."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, latents):
-        return self.model.log_posterior(x, latents)
 
 
 def _together(levels, h, features, eps, seed, offset):

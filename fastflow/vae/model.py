@@ -9,6 +9,7 @@ from torch.distributions import Distribution
 from fastflow import checks
 from fastflow.flows.base import as_base
 from fastflow.vae.elbo import ELBO, Inference, LossTerms
+from fastflow.vae.fixed import Fixed
 from fastflow.vae.generation import Generation
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
@@ -72,6 +73,7 @@ class VAE(Generation, nn.Module):
         self.objective = objective
         self.conditional_prior = bool(getattr(prior, "conditional", False)
                                       if conditional_prior is None else conditional_prior)
+        self._fixed = Fixed(self)
         self.latent_shape = None if latent_shape is None else torch.Size(
             [latent_shape] if isinstance(latent_shape, int) else latent_shape)
 
@@ -152,8 +154,7 @@ class VAE(Generation, nn.Module):
 
     def _terms(self, x, inference, prior, context, beta, kl_method):
         z, log_qz, kl = inference.z, inference.log_qz, inference.kl
-        log_px_z = self._log_likelihood(x, z, context, z.shape[:1])
-        log_pz = self._log_prior(z, context, prior)
+        log_px_z, log_pz = self._log_joint(x, z, context, prior)
         if kl is None and kl_method == "analytic":
             raise ValueError(f"kl: expected 'auto' or 'monte_carlo', because there is no closed form between a "
                              f"{type(self.posterior).__name__} and this prior, got 'analytic'")
@@ -173,6 +174,16 @@ class VAE(Generation, nn.Module):
         shape = getattr(self.likelihood, "output_shape", tuple)(x.shape[1:])
         checks.shape("decoder output", output, (z.shape[0], *shape))
         return self.likelihood.log_prob(x, output.unflatten(0, (*lead, batch)) if lead else output)
+
+    def _log_joint(self, x, z, context=None, prior=None):
+        """(log p(x | z), log p(z)), (K, B) nats each, of any z (K, B, D, *S)."""
+        return self._log_likelihood(x, z, context, z.shape[:1]), self._log_prior(z, context, prior)
+
+    def _log_posterior(self, params, z):
+        """log q(z | x) (K, B) nats of any z (K, B, D, *S)."""
+        if not hasattr(self.posterior, "log_prob"):
+            raise TypeError(f"posterior: expected log_prob(params, z), which {type(self.posterior).__name__} has not")
+        return self.posterior.log_prob(params, z)
 
     def _encoded(self, x, context):
         return self.encoder(x) if context is None else self.encoder(x, context)

@@ -110,8 +110,7 @@ class BoundObjective(nn.Module):
         options: what else the function takes: ``groups`` of "miwae" and "piwae", ``beta`` of "ciwae", ``alpha`` of
             "renyi".
 
-    All serve a VAE and a HierarchicalVAE. ``TrainStep(compile=True)`` takes them but for "piwae", and "stl" and "dreg"
-    of a posterior that has parameters itself, whose gradients torch.compile can't trace.
+    All serve a VAE and a HierarchicalVAE, compiled too.
 
     Raises:
         ValueError: no such name, or n_samples below 1; when called with targets.

@@ -1,12 +1,9 @@
 """What gradient estimators ask of a model: draws of q(z | x), and both densities at any z, for one z or for levels.
 
 ``draw(n_samples, eps=, seed=, generator=)`` gives a list of reparameterised latents (K, B, D, *S), one, or one for each
-level, and log q(z | x) (K, B); ``log_joint(latents)`` gives log p(x | z) and log p(z), (K, B) each;
-``fixed_log_q(latents)`` log q(z | x) (K, B), differentiable in the latents alone.
+level, and log q(z | x) (K, B); ``log_joint(latents)`` gives log p(x | z) and log p(z), (K, B) each; ``fixed_log_joint``
+the same and ``fixed_log_q`` log q(z | x) (K, B), both differentiable in the latents alone.
 """
-
-from torch import nn
-from torch.func import functional_call
 
 from fastflow.vae.hierarchy import HierarchicalVAE
 from fastflow.vae.model import VAE
@@ -43,18 +40,13 @@ class _One:
         return [z], log_q
 
     def log_joint(self, latents):
-        z, = latents
-        return (self.model._log_likelihood(self.x, z, self.context, z.shape[:1]),
-                self.model._log_prior(z, self.context, self.prior))
+        return self.model._log_joint(self.x, *latents, self.context, self.prior)
+
+    def fixed_log_joint(self, latents):
+        return self.model._fixed("_log_joint", self.x, *latents, self.context)
 
     def fixed_log_q(self, latents):
-        posterior = self.model.posterior
-        if not hasattr(posterior, "log_prob"):
-            raise TypeError(f"posterior: expected log_prob(params, z), which {type(posterior).__name__} has not")
-        params = self.params.detach()
-        if next(posterior.parameters(), None) is None:
-            return posterior.log_prob(params, *latents)
-        return _fixed(_LogProb(posterior), params, *latents)
+        return self.model._fixed("_log_posterior", self.params.detach(), *latents)
 
 
 class _Levels:
@@ -68,25 +60,15 @@ class _Levels:
         return latents, log_q.sum(0)
 
     def log_joint(self, latents):
-        log_px_z, log_pz = self.model.log_joint(self.x, latents)
-        return log_px_z, log_pz.sum(0)
+        return _summed(*self.model.log_joint(self.x, latents))
+
+    def fixed_log_joint(self, latents):
+        return _summed(*self.model._fixed("log_joint", self.x, latents))
 
     def fixed_log_q(self, latents):
-        density, = self.model._density
-        return _fixed(density, self.x, latents).sum(0)
+        return self.model._fixed("log_posterior", self.x, latents).sum(0)
 
 
-class _LogProb(nn.Module):
-    """log_prob of a posterior as a forward, for functional_call."""
-
-    def __init__(self, posterior):
-        super().__init__()
-        self.posterior = posterior
-
-    def forward(self, params, z):
-        return self.posterior.log_prob(params, z)
-
-
-def _fixed(module, *args):
-    """What a module gives with its parameters as constants."""
-    return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, args)
+def _summed(log_px_z, log_pz):
+    """log p(x | z) and log p(z), (K, B) each, of the latter level by level."""
+    return log_px_z, log_pz.sum(0)

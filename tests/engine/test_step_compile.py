@@ -13,7 +13,7 @@ from fastflow.vae import (
     MLPVAE,
     VAE,
     BoundObjective,
-    FreeBits,
+    FlowPosteriorVAE,
     KLBalance,
     LinearSchedule,
     PenalizedELBO,
@@ -155,7 +155,10 @@ def test_a_scheduled_weight_of_the_rate_is_followed_without_a_new_graph():
     lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("iwae", 3)),
     lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("stl", 3)),
     lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("dreg", 3)),
-], ids=["stl", "dreg", "levels", "levels-iwae", "levels-stl", "levels-dreg"])
+    lambda: MLPVAE((1, 4, 4), 3, (8,), objective=BoundObjective("piwae", 4, groups=2)),
+    lambda: HVAE((1, 4, 4), (3, 2), 8, objective=BoundObjective("piwae", 4, groups=2)),
+    lambda: FlowPosteriorVAE((1, 4, 4), 3, sizes=(8,), flow="coupling", objective=BoundObjective("dreg", 3)),
+], ids=["stl", "dreg", "levels", "levels-iwae", "levels-stl", "levels-dreg", "piwae", "levels-piwae", "dreg-flow"])
 def test_objectives_of_vaes_trace_whole(make):
     """With the gradients that they have without a graph."""
     model = make()
