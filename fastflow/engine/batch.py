@@ -23,7 +23,7 @@ class Batch(NamedTuple):
             raise TypeError(f"x: expected a torch.Tensor, got {type(self.x).__name__}")
         if self.x.ndim < 2 or len(self.x) == 0:
             raise ValueError(f"x: expected a batch (B, *event) with B > 0, got shape {tuple(self.x.shape)}")
-        for name, value in _named("targets", self.targets):
+        for name, value in self.named()[1:]:
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
             if value.ndim == 0 or len(value) != len(self.x):

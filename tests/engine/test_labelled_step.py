@@ -192,8 +192,11 @@ def test_a_target_that_is_not_finite_is_named_and_replayed():
     (two_tasks, {"targets": {"class": labels(0)}}, ValueError, "targets: expected the target of 'size'"),
     (conditional, {"context": labels(0), "targets": labels(0)}, ValueError, "targets: this VAE maximises"),
     (semi_supervised, {"targets": labels(0)}, ValueError, "targets: a SemiSupervisedVAE takes none"),
+    (two_tasks, {"targets": {"class": labels(0), "sizes": labels(0)}}, ValueError, "targets: .* got sizes"),
+    (conditional, {"context": labels(0)[:-1]}, ValueError, "context: expected 6, one for each x"),
+    (conditional, {"context": list(range(B))}, TypeError, "context: expected a torch.Tensor, got list"),
 ])
-def test_what_can_not_be_a_target_is_named(make, options, error, message):
+def test_what_can_not_be_beside_x_is_named(make, options, error, message):
     model = make()
     with pytest.raises(error, match=message):
         TrainStep(model, adam(model))(images(0), **options)
