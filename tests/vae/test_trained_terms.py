@@ -234,7 +234,8 @@ class Operators(TorchDispatchMode):
         vae.FreeBits(0.1), vae.Capacity(2.0, 1.0), vae.MutualInformation("nwj"), vae.TotalCorrelation(100), vae.DIP(),
         vae.MMD())),
     (mlp, vae.BoundObjective("dreg", 3)), (ladder, vae.PenalizedELBO(vae.FreeBits(0.1, "group"))),
-    (ladder, vae.PenalizedELBO(vae.KLBalance())), (ladder, vae.BoundObjective("stl", 3)), (ladder, vae.BoundObjective("piwae", 4, groups=2)),
+    (ladder, vae.PenalizedELBO(vae.KLBalance())),
+    (ladder, vae.BoundObjective("stl", 3)), (ladder, vae.BoundObjective("piwae", 4, groups=2)),
 ])
 def test_a_step_makes_no_tensor_of_python_numbers(make, objective):
     """Nor reads one: on a GPU either is a copy between host and device, that a CUDA graph can't record."""
