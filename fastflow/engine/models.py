@@ -123,8 +123,8 @@ def _of_columns(flow):
     return flow
 
 
-def _objective(options, per):
-    """What BoundSettings say is maximised, None for the ELBO; free bits are of each ``per``."""
+def _objective(options):
+    """What BoundSettings say is maximised, None for the ELBO."""
     from fastflow.vae import BoundObjective, FreeBits, KLBalance, PenalizedELBO
 
     if options.objective != "elbo":
@@ -132,14 +132,14 @@ def _objective(options, per):
         given = {} if own is None else {own.removeprefix("bound_"): getattr(options, own)}
         return BoundObjective(options.objective, options.n_samples, **given)
     if options.free_bits:
-        return PenalizedELBO(FreeBits(options.free_bits, per))
+        return PenalizedELBO(FreeBits(options.free_bits, options.free_bits_per))
     return PenalizedELBO(KLBalance(options.beta)) if getattr(options, "kl_balance", False) else None
 
 
 def _vae(options, image_shape):
     from fastflow.vae import MLPVAE, ConvVAE
 
-    given = _latents(options) | {"objective": _objective(options, options.free_bits_per)}
+    given = _latents(options) | {"objective": _objective(options)}
     if options.network == "conv":
         return ConvVAE(image_shape, options.latent_features, **given)
     return MLPVAE(image_shape, options.latent_features, (options.hidden_features, options.hidden_features), **given)
@@ -216,7 +216,7 @@ def _vdvae(options, image_shape):
     from fastflow.vae import VDVAE
 
     return VDVAE(image_shape, options.groups, channels=options.channels, latent_channels=options.latent_channels,
-                 likelihood=_likelihood(options.sigma), objective=_objective(options, "group"))
+                 likelihood=_likelihood(options.sigma), objective=_objective(options))
 
 
 BUILDERS = {"glow": _glow, "jet": _jet, "tarflow": _tarflow, "realnvp": _realnvp, "maf": _maf, "nsf": _nsf, "vae": _vae,

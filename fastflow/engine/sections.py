@@ -145,7 +145,7 @@ class BoundSettings(Section):
     bound_groups: Count = Field(0, description="groups that the draws are cut into, of miwae and piwae")
     bound_beta: float | None = Field(None, ge=0, le=1, description="share of the ELBO, of ciwae")
     bound_alpha: float | None = Field(None, description="of renyi: elbo at 1, iwae at 0")
-    free_bits: float = Field(0.0, ge=0, description="nats of the rate that each dimension, or each level, has free")
+    free_bits: float = Field(0.0, ge=0, description="nats of the rate that each unit has free")
 
     @model_validator(mode="after")
     def _bound_goes_together(self):
@@ -163,6 +163,8 @@ class BoundSettings(Section):
                               f"{self.n_samples}")
         if self.free_bits and self.objective != "elbo":
             raise combination(f"model.free_bits: belongs to model.objective=elbo, got {self.objective}")
+        if not self.free_bits and self.free_bits_per != type(self).model_fields["free_bits_per"].default:
+            raise combination("model.free_bits_per: needs model.free_bits")
         return self
 
 
@@ -187,8 +189,6 @@ class VAESettings(BoundSettings, GaussianLatentSettings):
 
     @model_validator(mode="after")
     def _go_together(self):
-        if self.free_bits_per != "dim" and not self.free_bits:
-            raise combination("model.free_bits_per: needs model.free_bits")
         if self.free_bits and self.free_bits_per == "dim" and self.prior == "flow":
             raise combination("model.free_bits: no dimension has a KL of its own to model.prior=flow; use "
                               "model.free_bits_per=group")
@@ -250,6 +250,8 @@ class VDVAESettings(BoundSettings, PixelSettings):
     channels: Positive = Field(32, description="of the states")
     latent_channels: Positive = Field(8, description="of each group")
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
+    free_bits_per: Literal["dim", "channel", "group"] = Field("group", description="unit that has them: each latent, "
+                                                              "each channel of a level, or each level")
     kl_balance: bool = Field(False, description="weigh each level's rate by what each of its latents says, while the "
                                                 "weight of the rate rises")
 

@@ -12,7 +12,7 @@ from fastflow.vae.elbo import ELBO
 from fastflow.vae.fixed import Fixed
 from fastflow.vae.generation import check_temperature, moved, way
 from fastflow.vae.likelihoods import Likelihood
-from fastflow.vae.posteriors.gaussian import kl_by_element, log_normal, promoted
+from fastflow.vae.posteriors.gaussian import log_normal, promoted
 
 __all__ = ["HierarchicalVAE", "HierarchyTerms", "Level"]
 
@@ -44,12 +44,12 @@ class Level(nn.Module):
         self.prior, self.posterior, self.merge = prior, posterior, merge
         self.mode, self.scale = mode, scale
 
-    def infer(self, h, d, **noise):
+    def infer(self, h, d, **options):
         """(z (B, D, *S), kl and log q, each (B,) nats, the LevelParams, next h) for h (B, H, *S) and features d
-        (B, F, *S)."""
+        (B, F, *S); ``options`` are gaussian_sample_kl's for the noise, and reduce="none" for a kl like z."""
         params = self.gaussians(h, d)
         z, kl, log_q = functional.gaussian_sample_kl(params.posterior, scale=params.scale, return_logq=True,
-                                                     prior=(params.mean, params.raw), **noise)
+                                                     prior=(params.mean, params.raw), **options)
         return z, kl, log_q, params, self.down(h, z)
 
     def gaussians(self, h, d):
@@ -100,6 +100,7 @@ class HierarchyTerms(NamedTuple):
         log_px_z: (K, B).
         log_pz, log_qz: (L, K, B), each given the levels above.
         kl: (L, K, B), analytic given the samples of the levels above.
+        kl_by_element: L tensors like the latents, which sum to kl, or None where they were not asked for.
     """
 
     latents: list
@@ -107,6 +108,7 @@ class HierarchyTerms(NamedTuple):
     log_pz: torch.Tensor
     log_qz: torch.Tensor
     kl: torch.Tensor
+    kl_by_element: list | None = None
 
 
 class HierarchicalVAE(nn.Module):
@@ -160,19 +162,19 @@ class HierarchicalVAE(nn.Module):
         return ELBO(log_px_z=terms.log_px_z, log_pz=log_pz, log_qz=log_qz, log_w=log_w, kl=kl, distortion=distortion,
                     rate=kl, elbo=-distortion - beta * kl)
 
-    def infer(self, x, n_samples=1, *, eps=None, seed=None, generator=None):
+    def infer(self, x, n_samples=1, *, by_element=False, eps=None, seed=None, generator=None):
         """HierarchyTerms, for objectives that weigh the levels.
 
         Args:
             x: (B, *event).
             n_samples: K.
+            by_element: give the KL of each latent too, for which no kernel takes several levels at once.
             eps: one tensor of noise (K, B, D, *S) for each level, or None.
             seed: int or 0-d int64 tensor; the levels take the counters of its stream one after the other.
             generator: torch.Generator that a seed is drawn from otherwise, None for torch's own.
         """
-        h, latents, tables = self._descend(x, n_samples, eps, seed, generator)
-        log_px_z = self._log_likelihood(x, h, n_samples)
-        return HierarchyTerms(latents, log_px_z, *tables)
+        h, terms = self._descend(x, n_samples, eps, seed, generator, by_element)
+        return terms._replace(log_px_z=self._log_likelihood(x, h, n_samples))
 
     def log_joint(self, x, latents):
         """(log p(x | z) (K, B), log p(z) (L, K, B), each level's given those above), nats, of x (B, *event) and any
@@ -195,8 +197,8 @@ class HierarchicalVAE(nn.Module):
             h = level.down(h, z)
         return torch.stack(found).unflatten(1, (k, -1))
 
-    def _descend(self, x, n_samples, eps=None, seed=None, generator=None):
-        """(the last h (K*B, H, *S), latents, (log p, log q, KL) of every level) as :meth:`infer` has them."""
+    def _descend(self, x, n_samples, eps=None, seed=None, generator=None, by_element=False):
+        """(the last h (K*B, H, *S), HierarchyTerms without log p(x | z)) of :meth:`infer`."""
         features = self._features(x, n_samples)
         if eps is not None and len(eps) != len(self.levels):
             raise ValueError(f"eps: expected {len(self.levels)} tensors, got {len(eps)}")
@@ -205,17 +207,23 @@ class HierarchicalVAE(nn.Module):
         h = self._top(n_samples * x.shape[0])  # len() would fix it in a graph
         if eps is not None:
             eps = [e.flatten(0, 1) for e in eps]
-        latents, tables, offset = [], [], 0
-        for start, end, steps in top_down.runs(self.levels, h, features):
+        runs = [(0, len(self.levels), None)] if by_element else top_down.runs(self.levels, h, features)
+        latents, tables, offset, elements = [], [], 0, None
+        for start, end, steps in runs:
             chosen = None if eps is None else eps[start:end]
-            infer = self._each if steps is None else _together
-            h, found, table = infer(steps or self.levels[start:end], h, features[start:end], chosen, seed, offset)
+            if steps is not None:
+                h, found, table = _together(steps, h, features[start:end], chosen, seed, offset)
+            else:
+                h, found, table, elements = self._each(self.levels[start:end], h, features[start:end], chosen, seed,
+                                                       offset, by_element)
             offset += sum(-(-z.numel() // 4) for z in found)  # four normals come of one counter
             latents += found
             tables.append(table)
         tables = tables[0] if len(tables) == 1 else map(torch.cat, zip(*tables, strict=True))
         lead = (n_samples, x.shape[0])
-        return h, [z.unflatten(0, lead) for z in latents], [t.unflatten(1, lead) for t in tables]
+        latents, elements = ([t.unflatten(0, lead) for t in found] if found is not None else None
+                             for found in (latents, elements))
+        return h, HierarchyTerms(latents, None, *(t.unflatten(1, lead) for t in tables), elements)
 
     def _log_likelihood(self, x, h, n_samples):
         """log p(x | z) (K, B) of the last h (K*B, H, *S)."""
@@ -227,14 +235,8 @@ class HierarchicalVAE(nn.Module):
     def latent_kl(self, x, *, seed=None, generator=None):
         """KL(q(z_d | x, z above) || p(z_d | z above)) of every latent at one sample of those above: a list of
         (B, D, *S) nats, one for each level from the top down. It sums to what :meth:`infer` calls kl."""
-        seed = reference.draw_seed(x.device, generator) if seed is None else seed
-        h, found, offset = self._top(x.shape[0]), [], 0
-        for level, d in zip(self.levels, self._features(x), strict=True):
-            z, _, _, params, h = level.infer(h, d, seed=seed, offset=offset)
-            offset += -(-z.numel() // 4)
-            found.append(kl_by_element(*params.moments(), params.mean,
-                                       reference.sigma_and_log(params.raw, params.scale)[1]))
-        return found
+        _, terms = self._descend(x, 1, seed=seed, generator=generator, by_element=True)
+        return [kl[0].clamp_min(0.0) for kl in terms.kl_by_element]
 
     def explain(self, x):
         """One line: which levels a call with x runs as one kernel, and why not the others."""
@@ -243,16 +245,18 @@ class HierarchicalVAE(nn.Module):
         return top_down.explain(self.levels, self._top(len(x)), features)
 
     @staticmethod
-    def _each(levels, h, features, eps, seed, offset):
-        """(next h, latents, log p, log q and KL (L, B)) level by level."""
-        found = []
+    def _each(levels, h, features, eps, seed, offset, by_element):
+        """(next h, latents, log p, log q and KL (L, B), KL by element or None) level by level."""
+        found, reduce = [], {"reduce": "none"} if by_element else {}
         for index, (level, d) in enumerate(zip(levels, features, strict=True)):
             noise = {"seed": seed, "offset": offset} if eps is None else {"eps": eps[index]}
-            z, kl, log_q, params, h = level.infer(h, d, **noise)
+            z, kl, log_q, params, h = level.infer(h, d, **noise, **reduce)
             offset += -(-z.numel() // 4)
             found.append((z, params, log_q, kl))
         latents, params, log_q, kl = zip(*found, strict=True)
-        return h, list(latents), tuple(torch.stack(t) for t in (_log_priors(latents, params), log_q, kl))
+        sums = [one.flatten(1).sum(1) for one in kl] if by_element else kl
+        tables = tuple(torch.stack(t) for t in (_log_priors(latents, params), log_q, sums))
+        return h, list(latents), tables, list(kl) if by_element else None
 
     @torch.no_grad()
     def sample(self, n, *, generator=None, temperature=1.0, mean=False):

@@ -37,11 +37,7 @@ def free_bits(kl, least, per="dim", *, batch_mean=True):
         raise ValueError(f"kl: expected shape (B, D, *S), got {tuple(kl.shape)}")
     if not 0.0 <= least < math.inf:
         raise ValueError(f"least: expected a finite number >= 0, got {least!r}")
-    units = kl.flatten(1)
-    if per == "channel":
-        units = units.unflatten(1, (kl.shape[1], -1)).sum(2)
-    elif per == "group":
-        units = units.sum(1, keepdim=True)
+    units = _unit_kl(kl, per)
     compared = _mean_over_ranks(units) if batch_mean else units.detach()
     return torch.where(compared > least, units, least).sum(1)
 
@@ -86,12 +82,12 @@ class FreeBits(nn.Module):
     mean of what stands there.
 
     Args:
-        least, per, batch_mean: as for the function. A group is the whole z of a VAE, and each level of a hierarchy,
-            whose KL is that at the samples of the levels above, averaged over them.
+        least, per, batch_mean: as for the function. A group is the whole z of a VAE, and each level of a hierarchy; the
+            KL of a hierarchy's units is that at the samples of the levels above, averaged over them.
 
     Raises:
-        TypeError: when called with "dim" or "channel" for a hierarchy, a model without a GaussianPosterior, or a prior
-            to which its KL has no closed form; "group" suits every VAE.
+        TypeError: when called with "dim" or "channel" for a model without a GaussianPosterior that is no hierarchy, or
+            a prior to which its KL has no closed form; "group" suits every VAE.
     """
 
     of_levels = of_rate = True
@@ -101,14 +97,21 @@ class FreeBits(nn.Module):
         free_bits(torch.zeros(1, 1), least, per)  # checks the options
         self.least, self.per, self.batch_mean = least, per, batch_mean
 
+    def asks(self, model):
+        """What the model's infer is asked for."""
+        return {"by_element": True} if self.per != "group" and hasattr(model, "levels") else {}
+
     def forward(self, model, inference, bound, *, beta=1.0, context=None, **_):
+        rate = free_bits(self._units(model, inference, bound, context), self.least, batch_mean=self.batch_mean)
+        return beta * (rate - bound.rate), {"free_bits": rate.mean()}
+
+    def _units(self, model, inference, bound, context):
+        """The KL (B, U) of each unit."""
         if self.per == "group":
-            kl = bound.rate[:, None] if hasattr(inference, "z") else inference.kl.mean(1).T
-        else:
-            kl = _elementwise_kl(model, inference, context)
-        # Each column of ``kl`` is a group by now.
-        rate = free_bits(kl, self.least, "dim" if self.per == "group" else self.per, batch_mean=self.batch_mean)
-        return beta * (rate - kl.flatten(1).sum(1)), {"free_bits": rate.mean()}
+            return bound.rate[:, None] if hasattr(inference, "z") else inference.kl.mean(1).T
+        parts = ([_elementwise_kl(model, inference, context)] if hasattr(inference, "z")
+                 else [kl.mean(0) for kl in inference.kl_by_element])
+        return torch.cat([_unit_kl(kl, self.per) for kl in parts], 1)
 
     def extra_repr(self):
         return f"least={self.least}, per={self.per!r}"
@@ -166,6 +169,13 @@ class Capacity(nn.Module):
 
     def extra_repr(self):
         return f"gamma={self.gamma}"
+
+
+def _unit_kl(kl, per):
+    """(B, U) of a KL (B, D, *S)."""
+    if per == "dim":
+        return kl.flatten(1)
+    return kl.flatten(1).sum(1, keepdim=True) if per == "group" else kl.reshape(*kl.shape[:2], -1).sum(2)
 
 
 def _elementwise_kl(model, inference, context):

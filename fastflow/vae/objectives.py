@@ -47,7 +47,8 @@ class PenalizedELBO(nn.Module):
             targets=, generator=), beta the rate's weight in the bound, which return a cost, (B,) or 0-d, to be
             subtracted, and {name: 0-d tensor} to be reported. Those with ``of_levels`` also take a hierarchy, whose
             inference is its HierarchyTerms; those with ``of_targets`` have a ``name`` among the targets; of those with
-            ``of_rate``, which put something in the place of the rate, there is one at most.
+            ``of_rate``, which put something in the place of the rate, there is one at most. ``asks(model)``, where a
+            penalty has it, gives further keywords for the model's infer.
         beta: weight of the rate; the caller's beta, as of a warm-up, multiplies it.
 
     Raises:
@@ -69,7 +70,9 @@ class PenalizedELBO(nn.Module):
     def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, targets=None, generator=None, **noise):
         self._check_targets(targets)
         given = {} if context is None else {"context": context}
-        inference = model.infer(x, n_samples, generator=generator, **given, **noise)
+        asks = {key: value for penalty in self.penalties if hasattr(penalty, "asks")
+                for key, value in penalty.asks(model).items()}
+        inference = model.infer(x, n_samples, generator=generator, **given, **asks, **noise)
         beta = self.beta * beta
         bound = model.elbo_of(x, inference, beta, **given)
         value, parts = bound.elbo, {}

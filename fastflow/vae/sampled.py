@@ -56,8 +56,8 @@ class _Levels:
         self.model, self.x = model, x
 
     def draw(self, n_samples, **noise):
-        _, latents, (_, log_q, _) = self.model._descend(self.x, n_samples, **noise)
-        return latents, log_q.sum(0)
+        _, terms = self.model._descend(self.x, n_samples, **noise)
+        return terms.latents, terms.log_qz.sum(0)
 
     def log_joint(self, latents):
         return _summed(*self.model.log_joint(self.x, latents))

@@ -42,6 +42,7 @@ def test_a_bound_is_chosen_by_name(recipe, name):
     ("vae-digits", ("model.free_bits=0.2", "model.prior=normal"), vae.FreeBits, 0.2, "dim"),
     ("vae-digits", ("model.free_bits=2", "model.free_bits_per=group", "model.network=conv"), vae.FreeBits, 2, "group"),
     ("vdvae-digits", ("model.free_bits=0.5",), vae.FreeBits, 0.5, "group"),
+    ("vdvae-digits", ("model.free_bits=0.01", "model.free_bits_per=channel"), vae.FreeBits, 0.01, "channel"),
     ("vdvae-digits", ("model.kl_balance=true", "model.beta=0.5"), vae.KLBalance, None, None),
 ])
 def test_what_stands_in_the_place_of_the_rate(recipe, overrides, kind, least, per):
@@ -63,6 +64,7 @@ def test_what_stands_in_the_place_of_the_rate(recipe, overrides, kind, least, pe
      "model.bound_groups: 3 does not divide model.n_samples=4"),
     ("vae-digits", ("model.objective=stl", "model.free_bits=1"), "model.free_bits: belongs to model.objective=elbo"),
     ("vae-digits", ("model.free_bits_per=group",), "model.free_bits_per: needs model.free_bits"),
+    ("vdvae-digits", ("model.free_bits_per=dim",), "model.free_bits_per: needs model.free_bits"),
     ("vdvae-digits", ("model.kl_balance=true", "model.free_bits=1"), "model.kl_balance: belongs to "),
     ("vdvae-digits", ("model.kl_balance=true", "train.kl_warmup_steps=0"), "model.kl_balance: balances while "),
     ("vae-digits", ("train.kl_schedule=stairs",), "train.kl_schedule: input should be 'linear', 'cosine'"),
@@ -102,6 +104,7 @@ def test_the_weight_of_the_rate_rises_as_the_schedule_says(overrides, expected):
 @pytest.mark.parametrize(("recipe", "overrides"), [
     ("vae-digits", ("model.objective=miwae", "model.n_samples=6", "model.bound_groups=3", "train.bound_samples=7")),
     ("vdvae-digits", ("model.objective=dreg", "model.n_samples=2", "train.kl_schedule=cosine")),
+    ("vdvae-digits", ("model.free_bits=0.01", "model.free_bits_per=dim")),
     ("vdvae-digits", ("model.kl_balance=true", "train.kl_schedule=cyclical", "train.kl_cycles=1")),
 ])
 def test_runs_train_and_report_the_bound(recipe, overrides, tmp_path, threads, monkeypatch):

@@ -60,6 +60,42 @@ def test_free_bits_of_each_level(beta):
     torch.testing.assert_close(step.parts["free_bits"], vae.free_bits(kl, least).mean().detach())
 
 
+def maps(objective=None):
+    torch.manual_seed(0)
+    return perturb(vae.NVAE((1, 4, 4), (1, 1), channels=4, latent_channels=2, likelihood=vae.GaussianLikelihood(0.7),
+                            objective=objective).double())
+
+
+@pytest.mark.parametrize(("make", "per"), [(ladder, "dim"), (maps, "dim"), (maps, "channel")])
+def test_free_bits_of_each_latent_of_a_hierarchy(make, per):
+    """Whose KL is that of two Gaussians at the latents drawn above, by torch.distributions."""
+    model, x = make(), X if make is ladder else randn(5, 1, 4, 4, seed=0)
+    eps = [randn(K, *kl.shape, seed=i) for i, kl in enumerate(model.latent_kl(x))]
+    bound, terms, h, units = model.elbo(x, K, eps=eps), model.infer(x, K, eps=eps), model._top(K * 5), []
+    for level, d, z in zip(model.levels, model._features(x, K), terms.latents, strict=True):
+        params = level.gaussians(h, d)
+        mean, log_sigma = params.moments()
+        prior = level._prior(h)
+        kl = kl_divergence(Normal(mean, log_sigma.exp()), Normal(prior[0], prior[2].exp()))
+        h = level.down(h, z.flatten(0, 1))
+        kl = kl.unflatten(0, (K, 5)).mean(0)
+        units.append(kl.flatten(1) if per == "dim" else kl.sum((2, 3)))
+    kl = torch.cat(units, 1)
+    torch.testing.assert_close(kl.sum(1), bound.rate)
+    least = kl.mean().item()
+    assert kl.mean(0).min() < least < kl.mean(0).max()
+    model.objective = vae.PenalizedELBO(vae.FreeBits(least, per))
+    expected, parameters = -bound.distortion - 0.4 * vae.free_bits(kl, least), list(model.parameters())
+    found = model(x, K, 0.4, eps=eps)
+    torch.testing.assert_close(found.value, expected)
+    assert (expected - bound.elbo).abs().max() > 1e-3
+    for a, b in zip(*(torch.autograd.grad(value.mean(), parameters) for value in (found.value, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    of_elements = model.infer(x, K, by_element=True, eps=eps)
+    torch.testing.assert_close(of_elements[:5], terms[:5])
+    torch.testing.assert_close(torch.stack([kl.flatten(2).sum(2) for kl in of_elements.kl_by_element]), terms.kl)
+
+
 @pytest.mark.parametrize(("beta", "balanced"), [(0.4, True), (1.0, False)])
 @pytest.mark.parametrize("sizes", [True, False])
 def test_levels_are_balanced_while_the_rate_warms_up(beta, balanced, sizes):
@@ -234,6 +270,7 @@ class Operators(TorchDispatchMode):
         vae.FreeBits(0.1), vae.Capacity(2.0, 1.0), vae.MutualInformation("nwj"), vae.TotalCorrelation(100), vae.DIP(),
         vae.MMD())),
     (mlp, vae.BoundObjective("dreg", 3)), (ladder, vae.PenalizedELBO(vae.FreeBits(0.1, "group"))),
+    (ladder, vae.PenalizedELBO(vae.FreeBits(0.1))),
     (ladder, vae.PenalizedELBO(vae.KLBalance())),
     (ladder, vae.BoundObjective("stl", 3)), (ladder, vae.BoundObjective("piwae", 4, groups=2)),
 ])
@@ -251,7 +288,6 @@ def test_a_step_makes_no_tensor_of_python_numbers(make, objective):
 
 @pytest.mark.parametrize(("error", "call", "message"), [
     (TypeError, lambda: ladder(vae.PenalizedELBO(vae.DIP()))(X), "^model: DIP needs a VAE with one z, got HVAE"),
-    (TypeError, lambda: ladder(vae.PenalizedELBO(vae.FreeBits(0.1)))(X), "^posterior: free bits of each latent"),
     (TypeError, lambda: ladder("elbo"), "^objective"),
     (TypeError, lambda: mlp(vae.PenalizedELBO(vae.KLBalance()))(X), "^model: KLBalance needs a hierarchy, got MLPVAE"),
     (ValueError, lambda: vae.PenalizedELBO(vae.FreeBits(0.1, "group"), vae.DIP(), vae.Capacity(2.0, 1.0)),
