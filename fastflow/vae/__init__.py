@@ -5,9 +5,10 @@ from fastflow.vae.discrete import DiscreteVAE
 from fastflow.vae.elbo import ELBO, Inference, LossTerms, iwae
 from fastflow.vae.generation import lerp, slerp
 from fastflow.vae.hamiltonian import HamiltonianVAE
-from fastflow.vae.hierarchy import HierarchicalVAE, HierarchyTerms, Level
+from fastflow.vae.hierarchy import HierarchicalVAE, HierarchyTerms
 from fastflow.vae.kl_control import Capacity, FreeBits, KLBalance, capacity, free_bits, kl_balance
 from fastflow.vae.labels import Conditioned, SemiSupervisedVAE, Task
+from fastflow.vae.level import Level
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastflow import backends, extension, functional
 from fastflow.flows.fused import ACTIVATIONS, HOOKED, is_hooked, own_parameters
+from fastflow.vae.level import Level
 
 __all__ = ["MAX_WIDTH", "ResidualMerge", "explain", "runs"]
 
@@ -83,8 +84,6 @@ def _refusal(h, features):
 
 def _step(level, width, d, dtype):
     """The LatentLevel that a level under a state of ``width`` features makes, or why it can't be one of a run."""
-    from fastflow.vae.hierarchy import Level
-
     own = level.__dict__
     if type(level) is not Level or "infer" in own or "gaussians" in own or "down" in own:
         return f"{type(level).__name__} is a class with an infer of its own"

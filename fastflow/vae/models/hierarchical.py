@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
-from fastflow.vae.hierarchy import HierarchicalVAE, Level
+from fastflow.vae.hierarchy import HierarchicalVAE
+from fastflow.vae.level import Level
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.model import LIKELIHOODS, named
 from fastflow.vae.models.basic import front
