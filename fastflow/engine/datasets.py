@@ -43,7 +43,7 @@ def completed(settings, found):
     rows drawn from it be named by, without them.
 
     Raises:
-        SettingsError: they name another shape, or a model for another kind of data.
+        SettingsError: they name another shape or size, or a model for another kind of data.
     """
     shape, known = found.event_shape, settings.data.known_shape()
     if known and known != shape:
@@ -52,6 +52,9 @@ def completed(settings, found):
     if settings.data.columns and settings.data.columns != columns:
         raise SettingsError(f"data.columns: the settings have {', '.join(settings.data.columns)}, the data at "
                             f"{found.name} {', '.join(columns) or 'none'}")
+    size = getattr(settings.model, "dataset_size", 0)
+    if size and size != len(found.train):
+        raise SettingsError(f"model.dataset_size: {size}, and {found.name} has {len(found.train)} training images")
     raw = settings.model_dump()
     return from_dict(raw | {"data": raw["data"] | {"shape": shape, "columns": columns}})
 

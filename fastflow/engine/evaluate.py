@@ -37,7 +37,7 @@ def evaluate(model, objective, images, device, seed=0, poll=lambda: None, labels
         semi-supervised model that without it; and accuracy the share of the images whose class the model finds.
     """
     sums = {}
-    size = max(1, BATCH * FEW_SAMPLES // max(FEW_SAMPLES, getattr(objective, "n_samples", 1)))
+    size = max(1, BATCH * FEW_SAMPLES // max(FEW_SAMPLES, objective.draws(model)))
     with aside(model, device, seed):
         for start in range(0, len(images), size):
             poll()

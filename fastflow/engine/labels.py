@@ -51,9 +51,11 @@ def check_labels(settings, data):
     Raises:
         SettingsError: by name.
     """
-    n_classes = getattr(settings.model, "n_classes", None)
+    n_classes, count = getattr(settings.model, "n_classes", None), getattr(settings.model, "n_labelled", 0)
     if n_classes is None:
         return
+    if count > len(data.train):
+        raise SettingsError(f"model.n_labelled: {count}, and {data.name} has {len(data.train)} training images")
     for part in ("train", "test", "validation"):
         labels = getattr(data, f"{part}_labels", None)
         if labels is None and getattr(data, part) is not None:

@@ -2,7 +2,7 @@
 
 from fastflow.engine.datasets import example_shape
 from fastflow.engine.errors import CheckpointError, SettingsError
-from fastflow.engine.sections import BOUNDS
+from fastflow.engine.sections import BOUNDS, PENALTIES
 
 __all__ = ["build_model", "load_weights", "standardize"]
 
@@ -131,9 +131,34 @@ def _objective(options):
         own = BOUNDS[options.objective]
         given = {} if own is None else {own.removeprefix("bound_"): getattr(options, own)}
         return BoundObjective(options.objective, options.n_samples, **given)
-    if options.free_bits:
-        return PenalizedELBO(FreeBits(options.free_bits, options.free_bits_per))
-    return PenalizedELBO(KLBalance(options.beta)) if getattr(options, "kl_balance", False) else None
+    penalties = [FreeBits(options.free_bits, options.free_bits_per)] if options.free_bits else []
+    penalties += [KLBalance(options.beta)] if getattr(options, "kl_balance", False) else []
+    penalties += [_penalty(options)] if getattr(options, "penalty", "none") != "none" else []
+    return PenalizedELBO(*penalties) if penalties else None
+
+
+def _penalty(options):
+    """What model.penalty names."""
+    from fastflow.vae import (
+        DIP,
+        MMD,
+        DensityRatio,
+        FactorTC,
+        MutualInformation,
+        TotalCorrelation,
+        mlp_discriminator,
+    )
+
+    name, weight = options.penalty, options.penalty_weight
+    weight = PENALTIES[name] if weight is None else weight
+    if name == "tc":
+        return TotalCorrelation(options.dataset_size, alpha=0.0, beta=weight, gamma=0.0)
+    if name in ("dip_i", "dip_ii"):
+        return DIP(name.removeprefix("dip_"), diagonal=2.0 * weight, off_diagonal=weight)
+    if name in ("factor", "adversarial"):
+        kind = FactorTC if name == "factor" else DensityRatio
+        return kind(mlp_discriminator(options.latent_features, (256, 256)), weight)
+    return MMD(weight) if name == "mmd" else MutualInformation(name, weight)
 
 
 def _vae(options, image_shape):

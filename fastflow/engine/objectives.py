@@ -43,6 +43,10 @@ class Objective:
             raise ValueError(f"n_bins: expected an integer of at least 2, got {n_bins!r}")
         self.n_bins = n_bins
 
+    def draws(self, model):
+        """How many samples of the latents a report takes for each x; 1 where there are none."""
+        return 1
+
     def prepare(self, model, x):
         """(float x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins; for a likelihood of
         integers as they are, for the bits of a Bernoulli one scaled to [0, 1], for a continuous Bernoulli one
@@ -144,15 +148,18 @@ class NegativeELBO(Objective):
             self._asked = model, asks
         return asks
 
+    def draws(self, model):
+        """Its own number, or where that is 1 the number that the model's objective has."""
+        return getattr(getattr(unwrap(model), "objective", None), "n_samples", 1) if self.n_samples == 1 \
+            else self.n_samples
+
     def report(self, model, x, context=None, targets=None):
         """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained; with K > 1
         samples of the latents also "iwae_K", the importance-weighted bound of them."""
         x, constant = self.prepare(model, x)
-        inner, n_samples = unwrap(model), self.n_samples
-        asks = {"bound_only": True} if type(inner).forward in (VAE.forward, HierarchicalVAE.forward) else {}
-        if n_samples == 1:
-            n_samples = getattr(getattr(inner, "objective", None), "n_samples", 1)
-        bound = model(x, n_samples=n_samples, beta=1.0, **asks, **_given(model, context=context, targets=targets))
+        asks = {"bound_only": True} if type(unwrap(model)).forward in (VAE.forward, HierarchicalVAE.forward) else {}
+        bound = model(x, n_samples=self.draws(model), beta=1.0, **asks,
+                      **_given(model, context=context, targets=targets))
         elbo = -bound.distortion - bound.rate - constant
         found = {"elbo": elbo, "rate": bound.rate, "distortion": bound.distortion + constant,
                  "bits_per_dim": -elbo / (x[0].numel() * math.log(2))}

@@ -15,6 +15,8 @@ Sizes = Annotated[tuple[Positive, ...], Field(strict=False)]
 SCALES = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "glow", "additive")
 BOUNDS = {"iwae": None, "miwae": "bound_groups", "ciwae": "bound_beta", "renyi": "bound_alpha", "stl": None,
           "dreg": None, "piwae": "bound_groups"}  # and the setting that each takes
+PENALTIES = {"tc": 5.0, "factor": 10.0, "dip_i": 5.0, "dip_ii": 5.0, "mmd": 10.0, "adversarial": 1.0,
+             "info_nce": 1.0}  # and the weight of each where none is given
 SOURCES = {
     "cifar10": "cifar-10-python.tar.gz or cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
     "imagenet32": "the npz files of the 32x32 images (train_data_batch_1.npz to _10.npz, val_data.npz) from "
@@ -184,6 +186,9 @@ class VAESettings(BoundSettings, GaussianLatentSettings):
     latent_features: Positive = Field(16, description="dimensions of z")
     hidden_features: Positive = Field(256, description="width of encoder and decoder, of mlp networks")
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
+    penalty: Literal[("none", *PENALTIES)] = Field("none", description="subtracted from the ELBO")
+    penalty_weight: float | None = Field(None, gt=0, description="its factor; a usual one if not given")
+    dataset_size: Count = Field(0, description="how many training images there are, of penalty tc")
     free_bits_per: Literal["dim", "group"] = Field("dim", description="unit that has them: each dimension of z, or all "
                                                    "together")
 
@@ -192,6 +197,13 @@ class VAESettings(BoundSettings, GaussianLatentSettings):
         if self.free_bits and self.free_bits_per == "dim" and self.prior == "flow":
             raise combination("model.free_bits: no dimension has a KL of its own to model.prior=flow; use "
                               "model.free_bits_per=group")
+        if self.penalty != "none" and self.objective != "elbo":
+            raise combination(f"model.penalty: belongs to model.objective=elbo, got {self.objective}")
+        if self.penalty == "none" and self.penalty_weight is not None:
+            raise combination("model.penalty_weight: needs model.penalty")
+        if (self.dataset_size > 0) != (self.penalty == "tc"):
+            raise combination(f"model.dataset_size: {'needed by' if self.penalty == 'tc' else 'does not belong to'} "
+                              f"model.penalty={self.penalty}")
         return self
 
 

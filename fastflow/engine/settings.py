@@ -131,6 +131,9 @@ class Settings(Section):
         if getattr(self.model, "kl_balance", False) and not self.train.kl_warmup_steps:
             raise combination("model.kl_balance: balances while the rate's weight rises, and train.kl_warmup_steps=0 "
                               "makes no rise")
+        if getattr(self.model, "penalty", "none") != "none" and self.train.batch_size == self.train.accumulate:
+            raise combination(f"model.penalty: {self.model.penalty} compares images, and train.batch_size / "
+                              f"train.accumulate leaves one")
         if self.sweep is not None and not hasattr(self.model, "beta"):
             raise combination(f"sweep.beta: a model of kind {kind} has no beta")
         if self.sweep is not None and hasattr(self.model, "n_classes"):

@@ -282,11 +282,12 @@ class Trainer:
         if self.train_step.check_finite == "late" and not logged:  # the host does not wait for the device
             return self._exchange(deadline, ())[0]
         over, means = self._exchange(deadline, [value.item() / train.accumulate for value in sums.values()])
-        figures = self._figures(dict(zip(sums, means, strict=True)), batch[0].numel())
+        means = dict(zip(sums, means, strict=True))
+        figures = self._figures(means, batch[0].numel())
         speed = len(batch) / (time.perf_counter() - begin)
         progress.update(self.step, {k: v for k, v in figures.items() if k != "elbo"}, speed, self.unit)
         if logged:
-            log.write(self.step, {"loss": means[0], **{k.replace("/", "_per_"): v for k, v in figures.items()},
+            log.write(self.step, {**means, **{k.replace("/", "_per_"): v for k, v in figures.items()},
                                   "grad_norm": self.train_step.parts["grad_norm"].item(), "learning_rate": rate,
                                   "skipped": self.skipped, f"{self.unit}_per_second": speed})
         return over

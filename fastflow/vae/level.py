@@ -87,8 +87,8 @@ class LevelParams(NamedTuple):
 
 
 def log_priors(latents, priors):
-    """log p(z | h), (B,) nats, for the latents (B, D, *S) and LevelParams of each level. Levels of one shape go together:
-    small tensors cost their launches."""
+    """log p(z | h), (B,) nats, for the latents (B, D, *S) and the LevelParams of each level. Levels of one shape go
+    together: small tensors cost their launches."""
     alike, found = {}, [None] * len(latents)
     for index, (z, prior) in enumerate(zip(latents, priors, strict=True)):
         alike.setdefault((z.shape[1:], prior.scale), []).append(index)

@@ -48,6 +48,8 @@ def test_data_without_the_labels_are_refused():
         check_labels(load_settings("cvae-digits"), photos)
     with pytest.raises(SettingsError, match="model.n_classes: digits has labels from 0 to 9, got 9"):
         check_labels(load_settings("task-digits", ["model.n_classes=9"]), data.load("digits"))
+    with pytest.raises(SettingsError, match="model.n_labelled: 1501, and digits has 1500 training images"):
+        check_labels(load_settings("m2-digits", ["model.n_labelled=1501"]), data.load("digits"))
     with pytest.raises(SettingsError, match="sweep.beta: a model of kind task_vae takes labels"):
         load_settings("task-digits", ["sweep.beta=[1.0,2.0]"])
 

@@ -8,6 +8,7 @@ import torch
 
 from fastflow import vae
 from fastflow.engine import TrainStep
+from fastflow.engine.evaluate import evaluate
 from fastflow.engine.objectives import NegativeELBO, levels_of
 
 SHAPE = (1, 4, 4)
@@ -93,6 +94,18 @@ def test_an_evaluation_reports_the_bound_of_its_samples(make, n_samples, expecte
         log_w = model.elbo(x, expected).log_w
         torch.testing.assert_close(report[names[0]], torch.logsumexp(log_w, 0) - math.log(expected) - constant)
         assert (report[names[0]] >= report["elbo"] - 1.0).all()
+
+
+def test_an_evaluation_of_many_samples_takes_small_batches(monkeypatch):
+    """Whether the caller asks for them or the model's objective does."""
+    sizes, report = [], NegativeELBO.report
+    monkeypatch.setattr(NegativeELBO, "report", lambda self, model, x, **given: (
+        sizes.append(len(x)), report(self, model, x, **given))[1])
+    model, plain = vae.IWAE(SHAPE, 2, n_samples=2048, sizes=(8,)), vae.MLPVAE(SHAPE, 2, (8,))
+    for one, n_samples, size in ((model, 1, 2), (plain, 2048, 2), (plain, 1, 6)):
+        sizes.clear()
+        found = evaluate(one, NegativeELBO(8, n_samples), X, torch.device("cpu"))
+        assert sizes == [size] * (6 // size) and ("iwae_2048" in found) == (size == 2)
 
 
 @pytest.mark.parametrize("make", [lambda: vae.NVAE((1, 8, 8), (1, 1), channels=4, latent_channels=2),

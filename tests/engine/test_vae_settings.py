@@ -1,6 +1,7 @@
 """What recipes say of a VAE's objective and of the rise of its rate's weight."""
 
 import io
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 from fastflow import cli, flows, vae
 from fastflow.engine import SettingsError, build_model, load_settings
 from fastflow.engine import trainer as trainer_module
+from fastflow.engine.datasets import load_data
 from fastflow.engine.objectives import NegativeELBO
 from fastflow.engine.plan import plan
 from fastflow.engine.rate import kl_weight
@@ -67,6 +69,13 @@ def test_what_stands_in_the_place_of_the_rate(recipe, overrides, kind, least, pe
     ("vdvae-digits", ("model.free_bits_per=dim",), "model.free_bits_per: needs model.free_bits"),
     ("vdvae-digits", ("model.kl_balance=true", "model.free_bits=1"), "model.kl_balance: belongs to "),
     ("vdvae-digits", ("model.kl_balance=true", "train.kl_warmup_steps=0"), "model.kl_balance: balances while "),
+    ("vae-digits", ("model.penalty=wasserstein",), "model.penalty: input should be 'none', 'tc'"),
+    ("vae-digits", ("model.penalty=mmd", "model.objective=stl"), "model.penalty: belongs to model.objective=elbo"),
+    ("vae-digits", ("model.penalty_weight=2",), "model.penalty_weight: needs model.penalty"),
+    ("vae-digits", ("model.penalty=tc",), "model.dataset_size: needed by model.penalty=tc"),
+    ("vae-digits", ("model.penalty=mmd", "model.dataset_size=1500"), "model.dataset_size: does not belong to "),
+    ("vae-digits", ("model.penalty=mmd", "train.accumulate=64"), "model.penalty: mmd compares images, and "),
+    ("vdvae-digits", ("model.penalty=mmd",), "model.penalty: unknown setting"),
     ("vae-digits", ("train.kl_schedule=stairs",), "train.kl_schedule: input should be 'linear', 'cosine'"),
     ("vae-digits", ("train.kl_ratio=0.3",), "train.kl_ratio: belongs to train.kl_schedule=cyclical, got linear"),
     ("vae-digits", ("train.kl_schedule=cosine", "train.kl_steepness=3"), "train.kl_steepness: belongs to "),
@@ -77,6 +86,49 @@ def test_what_does_not_go_together_is_named(recipe, overrides, message):
     with pytest.raises(SettingsError) as caught:
         settings(recipe, *overrides)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+# What a recipe's words make, and what a step of it says beyond rate and distortion.
+PENALTIES = {
+    "tc": (vae.TotalCorrelation, {"beta": 2.0, "alpha": 0.0, "gamma": 0.0, "dataset_size": 1500},
+           {"mutual_information", "total_correlation", "dimension_kl"}),
+    "factor": (vae.FactorTC, {"weight": 2.0}, {"total_correlation", "discriminator_loss"}),
+    "dip_i": (vae.DIP, {"kind": "i", "diagonal": 4.0, "off_diagonal": 2.0}, {"dip"}),
+    "dip_ii": (vae.DIP, {"kind": "ii", "diagonal": 4.0, "off_diagonal": 2.0}, {"dip"}),
+    "mmd": (vae.MMD, {"weight": 2.0, "kernel": "imq"}, {"mmd"}),
+    "adversarial": (vae.DensityRatio, {"weight": 2.0}, {"density_ratio", "discriminator_loss"}),
+    "info_nce": (vae.MutualInformation, {"weight": 2.0, "bound": "info_nce"}, {"information"}),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_the_command_trains_a_penalty_by_name(name, tmp_path, threads, monkeypatch):
+    """The loss of a step is distortion + beta rate + the penalty, which the log tells."""
+    threads(torch.get_num_threads())
+    monkeypatch.setattr(trainer_module, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(trainer_module, "draw", lambda *_, **__: {"broken_samples": 0})
+    kind, attributes, parts = PENALTIES[name]
+    words = [*SMALL["vae-digits"], f"model.penalty={name}", "model.penalty_weight=2", "model.beta=0.5", "train.steps=2",
+             "train.batch_size=100", "train.log_every=1", "train.kl_warmup_steps=0", "train.eval_every=0",
+             "train.checkpoint_every=0", "train.device=cpu", *(["model.dataset_size=1500"] if name == "tc" else [])]
+    (penalty,) = build_model(load_settings("vae-digits", words)).objective.penalties
+    assert type(penalty) is kind and attributes.items() <= vars(penalty).items()
+    cli.main(["train", "vae-digits", "--out", str(tmp_path), *(w for word in words for w in ("--set", word))])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) == 2 and all(parts <= line.keys() for line in steps)
+    for line in steps:
+        weight, rest = (-2.0, 0.0) if name == "info_nce" else (
+            1.0 if kind is vae.DIP else 2.0, line.get("discriminator_loss", 0.0))
+        own = {"tc": "total_correlation", "factor": "total_correlation", "dip_i": "dip", "dip_ii": "dip", "mmd": "mmd",
+               "adversarial": "density_ratio", "info_nce": "information"}[name]
+        expected = line["distortion"] + 0.5 * line["rate"] + weight * line[own] + rest
+        assert math.isclose(line["loss"], expected, rel_tol=1e-5)
+
+
+def test_the_size_of_the_data_is_theirs():
+    with pytest.raises(SettingsError, match="^model.dataset_size: 99, and digits has 1500 training images"):
+        load_data(settings("vae-digits", "model.penalty=tc", "model.dataset_size=99"))
 
 
 def test_a_dry_run_refuses_them_in_one_line(capsys):
