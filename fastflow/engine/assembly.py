@@ -20,7 +20,7 @@ def check_model(settings, model):
     Raises:
         SettingsError: by name.
     """
-    for name in ("kl_warmup_steps", "bound_samples"):
+    for name in ("kl_warmup_steps", "kl_warmup_epochs", "bound_samples"):
         if getattr(settings.train, name) and not is_vae(model):
             raise SettingsError(f"train.{name}: a model of kind {settings.model.kind!r} has no latents")
     try:
@@ -29,7 +29,7 @@ def check_model(settings, model):
         raise SettingsError(f"train.{error}") from error
 
 
-def assemble(model, settings, processes, device, n_bins):
+def assemble(model, settings, processes, device, n_bins, beta):
     """(optimizer, train_step), wrapped for as many processes as there are.
 
     Args:
@@ -37,6 +37,7 @@ def assemble(model, settings, processes, device, n_bins):
         settings: a :class:`~fastflow.engine.settings.Settings`.
         processes: the :class:`~fastflow.engine.distributed.Processes`.
         device, n_bins: of the data, levels of integer images.
+        beta: of the train step, see :func:`~fastflow.engine.rate.kl_weight`.
 
     Raises:
         SettingsError: options that this model, device or number of processes doesn't have.
@@ -51,9 +52,6 @@ def assemble(model, settings, processes, device, n_bins):
     if processes.count > 1 and not sharded:
         convolutions_to_channels_last(model, optimizer, None)
         model = wrapped(model, "ddp", device)
-    beta = getattr(options, "beta", 1.0)
-    if train.capture and train.kl_warmup_steps:
-        beta = torch.tensor(beta, device=device)
     try:
         return optimizer, TrainStep(
             model, optimizer, memory=train.memory, capture=train.capture, clip_grad_norm=train.clip_grad_norm or None,

@@ -37,9 +37,13 @@ class Batches:
         mine = batch if self.processes.count == 1 else batch.chunk(self.processes.count)[self.processes.rank]
         return [part.to(self.device) for part in mine.chunk(self.train.accumulate)]
 
+    def place(self, step):
+        """(epoch, batch of it), from 0, of that step."""
+        return divmod(step, len(self.examples) // self.train.batch_size)
+
     def _indices(self, step):
         n, size = len(self.examples), self.train.batch_size
-        epoch, index = divmod(step, n // size)
+        epoch, index = self.place(step)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed((self.train.seed * 1_000_003 + epoch) % 2**63)
             self._order = epoch, torch.randperm(n, generator=generator)

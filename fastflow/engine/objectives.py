@@ -14,6 +14,7 @@ from fastflow.vae import (
     ContinuousBernoulliLikelihood,
     HierarchicalVAE,
     LossTerms,
+    Schedule,
     iwae,
 )
 
@@ -118,7 +119,8 @@ class NegativeELBO(Objective):
         super().__init__(n_bins)
         if not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples: expected a positive integer, got {n_samples!r}")
-        if not (isinstance(beta, torch.Tensor) and beta.ndim == 0) and not (math.isfinite(beta) and beta >= 0):
+        follows = isinstance(beta, Schedule) or (isinstance(beta, torch.Tensor) and beta.ndim == 0)
+        if not follows and not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"beta: expected a finite number, not negative, got {beta!r}")
         self.n_samples, self.beta = n_samples, beta
         self._asked = None, {}  # the last model, and what its forward is asked for
@@ -126,7 +128,8 @@ class NegativeELBO(Objective):
     def __call__(self, model, x, context=None, targets=None):
         """(loss, parts): 0-d tensors; parts holds the mean rate and distortion, and what the objective adds."""
         x, constant = self.prepare(model, x)
-        bound = model(x, n_samples=self.n_samples, beta=self.beta, **self._asks(model),
+        beta = self.beta.value if isinstance(self.beta, Schedule) else self.beta
+        bound = model(x, n_samples=self.n_samples, beta=beta, **self._asks(model),
                       **_given(model, context=context, targets=targets))
         rate, distortion = bound.rate.mean(), bound.distortion.mean()
         distortion = distortion + constant if constant else distortion

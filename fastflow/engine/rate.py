@@ -33,15 +33,16 @@ class LearningRate:
 
 
 def kl_weight(settings):
-    """``weight(step)``: what a VAE's rate is weighed with in the update after that many steps, which rises to the
-    model's beta over ``train.kl_warmup_steps`` as ``train.kl_schedule`` says; None where it does not change."""
-    train = settings.train
-    if not train.kl_warmup_steps:
-        return None
+    """What a VAE's rate is weighed with: the model's beta, or a :class:`~fastflow.vae.Schedule` that rises to it over
+    ``train.kl_warmup_steps`` or ``train.kl_warmup_epochs`` as ``train.kl_schedule`` says. A step is taken with the
+    weight at its end: seek(steps + 1, epochs + 1) after so many of both."""
+    train, beta = settings.train, getattr(settings.model, "beta", 1.0)
+    length = train.kl_warmup_steps or train.kl_warmup_epochs
+    if not length:
+        return beta
     kind, options = {"linear": (LinearSchedule, {}), "cosine": (CosineSchedule, {}),
                      "sigmoid": (SigmoidSchedule, {"steepness": train.kl_steepness}),
                      "cyclical": (CyclicalSchedule, {"cycles": train.kl_cycles or None, "ratio": train.kl_ratio}),
                      }[train.kl_schedule]
-    rise = kind(train.kl_start, getattr(settings.model, "beta", 1.0), train.kl_warmup_steps, begin=train.kl_begin,
-                **options)
-    return lambda step: rise.at(step + 1)
+    return kind(train.kl_start, beta, length, begin=train.kl_begin,
+                unit="step" if train.kl_warmup_steps else "epoch", **options)

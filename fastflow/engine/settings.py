@@ -48,8 +48,9 @@ class TrainSettings(Section):
                                                                 "backward, see TrainStep")
     kl_warmup_steps: Count = Field(0, description="steps over which a VAE's weight of the rate rises to model.beta, or "
                                    "the length of each cycle; 0 for none")
+    kl_warmup_epochs: Count = Field(0, description="the same in epochs, each of one weight; 0 for none")
     kl_schedule: Literal[tuple(KL_SCHEDULES)] = Field("linear", description="how that weight rises")
-    kl_begin: Count = Field(0, description="steps before it begins to")
+    kl_begin: Count = Field(0, description="steps, or epochs, before it begins to")
     kl_start: float = Field(0.0, ge=0, description="the weight that it rises from")
     kl_steepness: float = Field(10.0, gt=0, description="of a sigmoid rise")
     kl_cycles: Count = Field(4, description="of a cyclical rise, after which the weight stays; 0 for ever")
@@ -84,9 +85,11 @@ class TrainSettings(Section):
         if self.capture and self.memory in ("save_z", "invert"):
             raise combination(f"train.memory: {self.memory} can't be combined with train.capture")
         changed = [name for name, field in type(self).model_fields.items() if name.startswith("kl_")
-                   and name != "kl_warmup_steps" and getattr(self, name) != field.default]
+                   and not name.startswith("kl_warmup") and getattr(self, name) != field.default]
+        if self.kl_warmup_steps and self.kl_warmup_epochs:
+            raise combination("train.kl_warmup_epochs: can't be combined with train.kl_warmup_steps; set that to 0")
         for name in changed:
-            if not self.kl_warmup_steps:
+            if not (self.kl_warmup_steps or self.kl_warmup_epochs):
                 raise combination(f"train.{name}: shapes the rise of the rate's weight, and train.kl_warmup_steps=0 "
                                   "makes none")
             owners = [schedule for schedule, own in KL_SCHEDULES.items() if name in own]
@@ -128,7 +131,7 @@ class Settings(Section):
         if shape and (len(shape) == 1) != (kind in TABLE_KINDS):
             raise combination(f"model.kind: {kind} is for {'tables' if kind in TABLE_KINDS else 'images'}, and the "
                               f"data have shape {list(shape)}")
-        if getattr(self.model, "kl_balance", False) and not self.train.kl_warmup_steps:
+        if getattr(self.model, "kl_balance", False) and not (self.train.kl_warmup_steps or self.train.kl_warmup_epochs):
             raise combination("model.kl_balance: balances while the rate's weight rises, and train.kl_warmup_steps=0 "
                               "makes no rise")
         if getattr(self.model, "penalty", "none") != "none" and self.train.batch_size == self.train.accumulate:

@@ -18,6 +18,7 @@ from fastflow.engine.nonfinite import Replay, diagnose
 from fastflow.engine.objectives import objective_for
 from fastflow.engine.precision import Conditioners
 from fastflow.engine.update import Update, can_skip, clear_gradients
+from fastflow.vae import Schedule
 
 __all__ = ["TrainStep"]
 
@@ -69,8 +70,9 @@ class TrainStep:
         channels_last: keep the weights of convolutions channels-last, as the flows for images keep their data. None: in
             flows, if the optimizer has no state yet.
         n_bins: levels of integer images.
-        n_samples, beta: of the ELBO; flows ignore them. beta may be a 0-d tensor on the model's device, such as
-            Schedule.tensor, whose value at the time of a step counts, compiled and captured too.
+        n_samples, beta: of the ELBO; flows ignore them. beta may be a vae.Schedule, or a 0-d tensor on the model's
+            device, whose value at the time of a step counts, compiled and captured too. The schedule's step and epoch
+            are the caller's to call.
 
     Attributes:
         parts: of the last call, detached and 0-d: for a VAE ``rate`` and ``distortion``, and after an update
@@ -102,6 +104,8 @@ class TrainStep:
             raise ValueError(f"conditioner_dtype: expected torch.bfloat16 or None, got {conditioner_dtype!r}")
         if not isinstance(compile, (bool, str)):
             raise TypeError(f"compile: expected a bool or the name of a backend, got {type(compile).__name__}")
+        if isinstance(beta, Schedule) and (compile or capture):  # which would take its value for a constant
+            beta = beta.tensor(optimizer.param_groups[0]["params"][0].device)
         self.objective = objective_for(model, n_bins=n_bins, n_samples=n_samples, beta=beta)
         self.model, self.optimizer = model, optimizer
         self.compile, self.capture = compile, bool(capture)

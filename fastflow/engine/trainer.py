@@ -31,6 +31,7 @@ from fastflow.engine.signals import Interrupted, StopSignals
 from fastflow.engine.snapshot import check_continuation, restore, snapshot, weights
 from fastflow.engine.state import seed_host_random
 from fastflow.engine.watch import Watch, score
+from fastflow.vae import Schedule
 
 __all__ = ["Trainer"]
 
@@ -115,7 +116,8 @@ class Trainer:
             torch.manual_seed(torch.initial_seed() + self.processes.rank)
 
     def _assemble(self):
-        self.optimizer, self.train_step = assemble(self.model, self.settings, self.processes, self.device, self.n_bins)
+        self.optimizer, self.train_step = assemble(self.model, self.settings, self.processes, self.device, self.n_bins,
+                                                   self._kl_weight)
 
     def _agree_on_start(self, step):
         steps = {int(t) for t in self.processes.gather(torch.tensor(step))}
@@ -177,14 +179,6 @@ class Trainer:
         if first:
             write_text(self.out / "results.json", json.dumps(results, indent=1) + "\n")
         return results
-
-    def _weigh(self, beta):
-        """Sets the weight of the rate; a recorded step reads it where it lies on the device."""
-        objective = self.train_step.objective
-        if isinstance(objective.beta, torch.Tensor):
-            objective.beta.fill_(beta)
-        else:
-            objective.beta = beta
 
     def close(self):
         """Leaves the group of processes, after the last use, in every process of it."""
@@ -264,8 +258,8 @@ class Trainer:
         rate = self._rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if self._kl_weight is not None:
-            self._weigh(self._kl_weight(self.step))
+        if isinstance(self._kl_weight, Schedule):
+            self._kl_weight.seek(self.step + 1, self._batches.place(self.step)[0] + 1)
         sums = {}
         try:
             for x, y in zip(self._batches.parts(batch), self._batches.parts(labels), strict=True):
@@ -302,7 +296,7 @@ class Trainer:
     def _leave_out(self, step, error):
         """Counts a step that changed nothing, the one after so many, or raises if there are too many."""
         train = self.settings.train
-        epoch, index = divmod(step, len(self.data.train) // train.batch_size)
+        epoch, index = self._batches.place(step)
         where = f"step {step + 1} (epoch {epoch + 1}, batch {index + 1}, process {self.processes.rank})"
         if self.skipped >= train.skip_non_finite:
             raise NonFiniteError(f"{where}: {error}", error.module) from None

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.vae.posteriors.gaussian import kl_by_element, prior_moments
+from fastflow.vae.schedules import Schedule
 
 __all__ = ["Capacity", "FreeBits", "KLBalance", "capacity", "free_bits", "kl_balance"]
 
@@ -153,7 +154,7 @@ class Capacity(nn.Module):
     """A penalty that puts :func:`capacity` in the place of the rate, whatever weight that has.
 
     Args:
-        target: nats; a number, a 0-d tensor, or a schedule that raises it.
+        target: nats; a number, a 0-d tensor, or a Schedule that raises it.
         gamma: as for the function.
     """
 
@@ -164,8 +165,10 @@ class Capacity(nn.Module):
         self.target, self.gamma = target, gamma
 
     def forward(self, model, inference, bound, *, beta=1.0, **_):
-        target = getattr(self.target, "value", self.target)
-        return capacity(bound.rate, target, self.gamma) - beta * bound.rate, {}
+        target, rate = self.target, bound.rate
+        if isinstance(target, Schedule):
+            target = target.tensor(rate.device, rate.dtype)
+        return capacity(rate, target, self.gamma) - beta * rate, {}
 
     def extra_repr(self):
         return f"gamma={self.gamma}"

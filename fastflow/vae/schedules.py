@@ -12,8 +12,9 @@ __all__ = ["CosineSchedule", "CyclicalSchedule", "LinearSchedule", "Schedule", "
 class Schedule:
     """A number that depends on how many steps, or epochs, have passed.
 
-    Call :meth:`step` after every training step and :meth:`epoch` after every epoch; the one that is not the schedule's
-    unit changes nothing. ``value`` is the number now; ``at(t)`` the number at any t.
+    Call :meth:`step` after every training step and :meth:`epoch` after every epoch, or :meth:`seek` before one; what is
+    not in the schedule's unit changes nothing. ``value`` is the number now; ``at(t)`` the number at any t.
+    ``TrainStep(beta=)`` and :class:`~fastflow.vae.Capacity` take a schedule and go by its value.
 
     Args:
         start, end: before and after the change.
@@ -32,7 +33,7 @@ class Schedule:
         checks.choice("unit", unit, ("step", "epoch"))
         self.start, self.end, self.length, self.begin, self.unit = float(start), float(end), length, begin, unit
         self.count = 0
-        self._tensor = None
+        self._tensors = {}
 
     def __repr__(self):
         return (f"{type(self).__name__}({self.start:g} to {self.end:g} in {self.length} {self.unit}s, "
@@ -63,11 +64,18 @@ class Schedule:
         """n epochs have passed."""
         self._advance("epoch", n)
 
+    def seek(self, steps, epochs):
+        """So many training steps and epochs have passed."""
+        self.count = {"step": steps, "epoch": epochs}[self.unit]
+        self._follow()
+
     def tensor(self, device=None, dtype=torch.float32):
-        """A 0-d tensor that follows ``value`` from now on, in place: for compiled or captured steps, which would take a
-        number for a constant."""
-        self._tensor = torch.tensor(self.value, device=device, dtype=dtype)
-        return self._tensor
+        """A 0-d tensor that follows ``value`` from now on, in place, the same for a device and dtype: for compiled or
+        captured steps, which would take a number for a constant."""
+        key = str(device), dtype
+        if key not in self._tensors:
+            self._tensors[key] = torch.tensor(self.value, device=device, dtype=dtype)
+        return self._tensors[key]
 
     def state_dict(self):
         """{"count": steps or epochs so far}."""
@@ -85,8 +93,8 @@ class Schedule:
             self._follow()
 
     def _follow(self):
-        if self._tensor is not None:
-            self._tensor.fill_(self.value)
+        for tensor in self._tensors.values():
+            tensor.fill_(self.value)
 
 
 class LinearSchedule(Schedule):

@@ -13,6 +13,7 @@ from fastflow.vae import (
     MLPVAE,
     VAE,
     BoundObjective,
+    Capacity,
     FlowPosteriorVAE,
     KLBalance,
     LinearSchedule,
@@ -133,7 +134,7 @@ def test_a_scheduled_weight_of_the_rate_is_followed_without_a_new_graph():
     model = VAE(mlp_encoder((12,), 2, (8,)), mlp_decoder(2, (12,), (8,)))
     twin, schedule = copy.deepcopy(model), LinearSchedule(0.0, 1.0, 4)
     step = TrainStep(model, torch.optim.Adam(model.parameters(), 1e-2, fused=True), compile="aot_eager",
-                     beta=schedule.tensor())
+                     beta=schedule)
     plain = TrainStep(twin, torch.optim.Adam(twin.parameters(), 1e-2, fused=True))
     for _ in range(5):
         plain.objective.beta = schedule.value
@@ -145,6 +146,22 @@ def test_a_scheduled_weight_of_the_rate_is_followed_without_a_new_graph():
         torch.testing.assert_close(*losses)
         schedule.step()
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_a_scheduled_capacity_is_followed_without_a_graph_for_each_value():
+    schedule, losses = LinearSchedule(0.0, 8.0, 4), []
+    torch.manual_seed(0)
+    model, x = MLPVAE((12,), 2, (8,), objective=PenalizedELBO(Capacity(schedule, 3.0))), torch.rand(6, 12)
+    steps = [TrainStep(model, torch.optim.SGD(model.parameters(), 0.0), compile=c) for c in ("aot_eager", False)]
+    for _ in range(4):
+        for one in steps:
+            torch.manual_seed(0)
+            losses.append(one(x))
+        torch.testing.assert_close(*losses[-2:])
+        schedule.step()
+    torch.testing.assert_close(losses[4] - losses[2], torch.tensor(6.0))  # 3 for each of 2 nats
+    assert counters["stats"]["unique_graphs"] == 2  # the first call makes the tensor that follows
 
 
 @pytest.mark.slow

@@ -248,10 +248,14 @@ def test_sizes_that_do_not_fit_are_refused(trainer):
         trainer("run", 1, "model.n_levels=4")
 
 
-def test_the_rate_is_weighed_up_to_beta_step_by_step(tmp_path, threads):
+@pytest.mark.parametrize(("rise", "expected"), [
+    ("train.kl_warmup_steps=4", [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]),
+    ("train.kl_warmup_epochs=4", [0.5, 0.5, 0.5, 1.0, 1.0, 1.0]),  # of 3 steps
+])
+def test_the_rate_is_weighed_up_to_beta(rise, expected, tmp_path, threads):
     threads(torch.get_num_threads())
     small = ["model.hidden_features=8", "model.latent_features=2", "model.beta=2.0", "train.batch_size=500",
-             "train.kl_warmup_steps=4", "train.device=cpu", "train.eval_every=0", "train.checkpoint_every=0"]
+             "train.kl_warmup_steps=0", rise, "train.device=cpu", "train.eval_every=0", "train.checkpoint_every=0"]
     weights = []
     for steps in (3, 6):  # the second goes on from the first
         made = Trainer(load_settings("vae-digits", [*small, f"train.steps={steps}"]), tmp_path, Console(quiet=True))
@@ -260,11 +264,12 @@ def test_the_rate_is_weighed_up_to_beta_step_by_step(tmp_path, threads):
         step = made.train_step.__class__.__call__
 
         def noted(self, x, step=step):
-            weights.append(self.objective.beta)
+            weights.append(float(self.objective.beta))
             return step(self, x)
 
         made.train_step.__class__ = type("Noted", (made.train_step.__class__,), {"__call__": noted})
         made.run()
-    assert weights == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    with pytest.raises(SettingsError, match="^train.kl_warmup_steps: a model of kind 'glow' has no latents"):
-        Trainer(load_settings("glow-digits", ["train.kl_warmup_steps=3"]), tmp_path, Console(quiet=True))
+    assert weights == expected
+    name = rise.partition("=")[0]
+    with pytest.raises(SettingsError, match=f"^{name}: a model of kind 'glow' has no latents"):
+        Trainer(load_settings("glow-digits", [rise]), tmp_path, Console(quiet=True))

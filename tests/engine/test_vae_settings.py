@@ -76,6 +76,7 @@ def test_what_stands_in_the_place_of_the_rate(recipe, overrides, kind, least, pe
     ("vae-digits", ("model.penalty=mmd", "model.dataset_size=1500"), "model.dataset_size: does not belong to "),
     ("vae-digits", ("model.penalty=mmd", "train.accumulate=64"), "model.penalty: mmd compares images, and "),
     ("vdvae-digits", ("model.penalty=mmd",), "model.penalty: unknown setting"),
+    ("vae-digits", ("train.kl_warmup_epochs=2",), "train.kl_warmup_epochs: can't be combined with "),
     ("vae-digits", ("train.kl_schedule=stairs",), "train.kl_schedule: input should be 'linear', 'cosine'"),
     ("vae-digits", ("train.kl_ratio=0.3",), "train.kl_ratio: belongs to train.kl_schedule=cyclical, got linear"),
     ("vae-digits", ("train.kl_schedule=cosine", "train.kl_steepness=3"), "train.kl_steepness: belongs to "),
@@ -148,9 +149,14 @@ def test_a_dry_run_refuses_them_in_one_line(capsys):
     (("train.kl_schedule=cyclical", "train.kl_cycles=0", "train.kl_ratio=1"), [0.5, 1.0, 1.5, 0.0] * 3),
 ])
 def test_the_weight_of_the_rate_rises_as_the_schedule_says(overrides, expected):
-    weight = kl_weight(settings("vae-digits", "train.kl_warmup_steps=4", "model.beta=2.0", *overrides))
-    torch.testing.assert_close([weight(step) for step in range(len(expected))], expected)
-    assert kl_weight(settings("vae-digits", "train.kl_warmup_steps=0")) is None
+    for unit in ("step", "epoch"):
+        words = ["train.kl_warmup_steps=0", f"train.kl_warmup_{unit}s=4", "model.beta=2.0", *overrides]
+        weight, found = kl_weight(settings("vae-digits", *words)), []
+        for passed in range(1, len(expected) + 1):
+            weight.seek(*((passed, 0) if unit == "step" else (1000, passed)))
+            found.append(weight.value)
+        torch.testing.assert_close(found, expected)
+    assert kl_weight(settings("vae-digits", "train.kl_warmup_steps=0", "model.beta=0.3")) == 0.3
 
 
 @pytest.mark.parametrize(("recipe", "overrides"), [

@@ -64,6 +64,14 @@ def test_tensor_follows_in_place():
     assert beta.data_ptr() == before
 
 
+def test_every_tensor_follows():
+    schedule = LinearSchedule(0, 1, 10, unit="epoch")
+    single, double = schedule.tensor(), schedule.tensor(dtype=torch.float64)
+    assert schedule.tensor() is single and schedule.tensor(dtype=torch.float64) is double
+    schedule.seek(700, 3)
+    assert schedule.count == 3 and single.item() == pytest.approx(0.3) and double.item() == 0.3
+
+
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: LinearSchedule(length=0), "length"),
     (lambda: LinearSchedule(end=math.inf), "end"),
