@@ -8,9 +8,10 @@ torch_export .pt2          a function as a graph of torch.export; torch and the 
 aoti         .pt2          a function compiled by AOTInductor to a native library; the same, on the same platform
 ============ ============= ===================================================================================
 
-The functions are log_prob of a flow, and elbo, encode and decode of a VAE; elbo takes its noise as an input, so that it
-is reproduced to rounding, see :func:`fastflow.engine.programs.program`. Beside each file stands NAME.json: format,
-versions, function, inputs, operators, and the SHA-256 of the file.
+The functions are log_prob of a flow, and elbo, encode and decode of a VAE, with the context of a conditional model as
+their last input; elbo takes its noise as an input too, so that it is reproduced to rounding, see
+:func:`fastflow.engine.programs.program`. Beside each file stands NAME.json: format, versions, function, inputs,
+operators, and the SHA-256 of the file.
 
 A graph calls fused operators, ``fastflow_cpu::spline_fwd`` for instance, which must be registered before it is loaded:
 :func:`load_exported` does that, and elsewhere ``fastflow.extension.load("cpu")``. ``backend="reference"`` makes one
@@ -41,12 +42,12 @@ VERSION = 1
 MAX_DESCRIPTION_BYTES = 1 << 24
 
 
-def export(model, path, format="safetensors", *, function=None, n_samples=1, example=None, backend=None,
+def export(model, path, format="safetensors", *, function=None, n_samples=1, example=None, context=None, backend=None,
            settings=None):
     """Writes the model to ``path``, whole or not at all, and its description beside it.
 
     Args:
-        model: a module; for "torch_export" and "aoti" a Flow or a VAE, without context. It is exported in eval mode.
+        model: a module; for "torch_export" and "aoti" a Flow or a VAE. It is exported in eval mode.
         path: with the suffix of the format, or another or none, which that one replaces.
         format: a key of ``FORMATS``.
         function: of those formats, "log_prob", "elbo", "encode" or "decode", see programs.program; None: log_prob of a
@@ -54,6 +55,8 @@ def export(model, path, format="safetensors", *, function=None, n_samples=1, exa
         n_samples: K draws of the latents for each x, fixed in an exported elbo.
         example: (B, *event), B >= 2, data of the shape, dtype and device that the function is to take, with any number
             of examples; None draws two from the model. "safetensors" needs none.
+        context: (2, ...) of a conditional model, an example of the input that the function then takes last; None for
+            labels, or for a model without.
         backend: whose operators the graph is to call, "reference" for torch's own alone; None for the usual choice.
         settings: {section: {key: value}} of the run, kept in the description, with which :func:`load_exported` builds
             the model.
@@ -76,7 +79,7 @@ def export(model, path, format="safetensors", *, function=None, n_samples=1, exa
         if format == "safetensors":
             about["tensors"] = _write_weights(model, temporary)
         else:
-            about |= _write_program(model, temporary, format, function, n_samples, example, backend)
+            about |= _write_program(model, temporary, format, function, n_samples, example, context, backend)
         about["sha256"] = _sha256(temporary)
         temporary.replace(path)
         write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
@@ -161,18 +164,18 @@ def _read_weights(path, about, model):
     return model
 
 
-def _write_program(model, path, format, function, n_samples, example, backend):
+def _write_program(model, path, format, function, n_samples, example, context, backend):
     """Traces the function with any batch size and writes it; what the description says about it."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), contextlib.nullcontext() if backend is None else backends.use_backend(backend):
             function = default_function(model) if function is None else function
-            module, inputs = program(model, function, n_samples, example)
-            batch = torch.export.Dim("batch")
-            # Noise, the second input, is (K, B, ...).
-            shapes = tuple(tree_map(lambda t, dim=dim: {dim: batch}, value) for dim, value in enumerate(inputs))
-            exported = torch.export.export(module, inputs, dynamic_shapes=shapes)
+            module, inputs = program(model, function, n_samples, example, context)
+            batch, dims = torch.export.Dim("batch"), [int(name == "noise") for name in inputs]  # noise is (K, B, ...)
+            shapes = tuple(tree_map(lambda _, dim=dim: {dim: batch}, value)
+                           for dim, value in zip(dims, inputs.values(), strict=True))
+            exported = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=shapes)
             if format == "torch_export":
                 torch.export.save(exported, path)
             else:
@@ -185,7 +188,8 @@ def _write_program(model, path, format, function, n_samples, example, backend):
         model.train(training)
     operators = sorted({str(node.target).removesuffix(".default") for node in exported.graph.nodes
                         if node.op == "call_function" and str(node.target).startswith("fastflow_")})
-    described = [tree_map(lambda t, dim=dim: _about(t, dim), value) for dim, value in enumerate(inputs)]
+    described = [tree_map(lambda t, dim=dim: _about(t, dim), value)
+                 for dim, value in zip(dims, inputs.values(), strict=True)]
     return {"function": function, "inputs": described, "operators": operators,
             "backends": sorted({name.partition(".")[0].removeprefix("fastflow_") for name in operators})}
 

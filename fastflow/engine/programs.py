@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from fastflow.engine.labels import classes_of
 from fastflow.vae import VAE, DiscreteVAE, HierarchicalVAE, QuantizedVAE
 
 __all__ = ["FUNCTIONS", "default_function", "program"]
@@ -24,9 +25,9 @@ def default_function(model):
     raise ValueError(f"model: expected one with log_prob or a VAE, got {type(model).__name__}; use safetensors")
 
 
-def program(model, function, n_samples=1, example=None):
-    """(module, examples): a module that computes the function of tensors alone, and an example of each, whose batch
-    dimension of 2 may be any other.
+def program(model, function, n_samples=1, example=None, context=None):
+    """(module, {name: example}): a module that computes the function of tensors alone, and its inputs in their order,
+    whose batch dimension of 2 may be any other.
 
     ======== ============== ========================================================================================
     function of             gives
@@ -39,6 +40,9 @@ def program(model, function, n_samples=1, example=None):
     decode   latents        the likelihood's mean (B, *event); of what encode gives as mean, codes, latents, or of bits
     ======== ============== ========================================================================================
 
+    Of a model that is conditioned on something each function takes that, the context (B, ...), after the others: the
+    ELBO is that on log p(x | context), in a SemiSupervisedVAE given the label.
+
     The noise is standard normal, (K, B, D, *S), a list of such for the levels of a hierarchy from the top down; for
     bits and classes uniform on (0, 1), (K, B, D, *S) or (K, B, D, *S, C).
 
@@ -46,39 +50,46 @@ def program(model, function, n_samples=1, example=None):
         function: one of FUNCTIONS.
         n_samples: K, fixed in the graph.
         example: x (2, *event), None to draw from the model.
+        context: for 2 examples, or None: labels for a model that is conditioned on them, for others none.
 
     Raises:
-        ValueError: the model has no such function.
+        ValueError: the model has no such function, or takes no context.
     """
     if function not in FUNCTIONS:
         raise ValueError(f"function: expected one of {', '.join(FUNCTIONS)}, got {function!r}")
+    if context is None and (n_classes := classes_of(model)):
+        context = torch.arange(2, device=next(model.parameters()).device) % n_classes
+    given = {} if context is None else {"context": context}
     if function == "log_prob":
         if not callable(getattr(model, "log_prob", None)):
             raise ValueError(f"function: {type(model).__name__} has no log_prob; use elbo, encode or decode")
-        return model, (_example(model, example),)
+        return model, {"x": _example(model, example, context), **given}
     kind = next((kind for kind in KINDS if isinstance(model, kind)), None)
     if kind is None or type(model).elbo is not kind.elbo or (function == "encode" and kind is VAE
                                                             and not hasattr(model.posterior, "moments")):
         raise ValueError(f"function: {function} of a {type(model).__name__} can't be exported; use safetensors")
+    if given and kind is not VAE:
+        raise ValueError(f"context: a {type(model).__name__} takes none")
     if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
         raise ValueError(f"n_samples: expected a positive int, got {n_samples!r}")
-    x = _example(model, example)
+    x = _example(model, example, context)
     if function == "elbo":
-        noise = _noise(model, x, n_samples)
-        return _ELBO(model), (x,) if noise is None else (x, noise)
+        noise = _noise(model, x, n_samples, given)
+        return _ELBO(model), {"x": x, **({} if noise is None else {"noise": noise}), **given}
     encode = _Encode(model)
     if function == "encode":
-        return encode, (x,)
-    found = encode(x)
-    latents = model.posterior(x).mode() if isinstance(model, DiscreteVAE) else next(iter(found.values()))
-    return _Decode(model), (latents,)
+        return encode, {"x": x, **given}
+    latents = model.posterior(x).mode() if isinstance(model, DiscreteVAE) else next(iter(encode(x, **given).values()))
+    return _Decode(model), {"latents": latents, **given}
 
 
-def _example(model, example):
-    return model.sample(2, generator=None) if example is None else example
+def _example(model, example, context):
+    if example is not None:
+        return example
+    return model.sample(2) if context is None else model.sample(1, context)[0]
 
 
-def _noise(model, x, n_samples):
+def _noise(model, x, n_samples, given):
     """The noise of n_samples draws for each x, None for quantised latents."""
     if isinstance(model, QuantizedVAE):
         return None
@@ -86,7 +97,7 @@ def _noise(model, x, n_samples):
         return model.posterior(x).noise(n_samples)
     if isinstance(model, HierarchicalVAE):
         return [torch.randn(n_samples, *z.shape, dtype=z.dtype, device=z.device) for z in model.latent_kl(x)]
-    return torch.randn_like(model.infer(x, n_samples).z)
+    return torch.randn_like(model.infer(x, n_samples, **given).z)
 
 
 class _Function(nn.Module):
@@ -96,15 +107,15 @@ class _Function(nn.Module):
 
 
 class _ELBO(_Function):
-    def forward(self, x, noise=None):
-        model = self.model
+    def forward(self, x, noise=None, context=None):
+        model, given = self.model, {} if context is None else {"context": context}
         if isinstance(model, DiscreteVAE):
             return self._discrete(x, noise)
         if noise is None:
             bound = model.elbo(x)
         else:
             n_samples = (noise[0] if isinstance(noise, (list, tuple)) else noise).shape[0]
-            bound = model.elbo(x, n_samples, eps=noise)
+            bound = model.elbo(x, n_samples, eps=noise, **given)
         return {name: getattr(bound, name) for name in ("elbo", "rate", "distortion", "log_w")}
 
     def _discrete(self, x, noise):
@@ -118,7 +129,7 @@ class _ELBO(_Function):
 
 
 class _Encode(_Function):
-    def forward(self, x):
+    def forward(self, x, context=None):
         model = self.model
         if isinstance(model, DiscreteVAE):
             return {"probs": model.posterior(x).probs}
@@ -126,10 +137,11 @@ class _Encode(_Function):
             return {"codes": model.codes(x)}
         if isinstance(model, HierarchicalVAE):
             return {"latents": model.encode(x)}
-        mean, log_sigma = model.posterior.moments(model.encoder(x))
+        mean, log_sigma = model.posterior.moments(model._encoded(x, context))
         return {"mean": mean, "log_sigma": log_sigma}
 
 
 class _Decode(_Function):
-    def forward(self, latents):
-        return self.model.likelihood.mean(self.model.decode(latents))
+    def forward(self, latents, context=None):
+        given = {} if context is None else {"context": context}
+        return self.model.likelihood.mean(self.model.decode(latents, **given))

@@ -33,7 +33,7 @@ class Conditioned(nn.Module):
         if context is None:
             raise ValueError("context: expected a tensor for a conditional network, got None")
         context = one_hot(context, self.n_classes, x.dtype) if self.n_classes is not None else context.to(x.dtype)
-        if context.dim() != 2 or len(context) != len(x):
+        if context.dim() != 2 or context.shape[0] != x.shape[0]:  # len() would fix it in a graph
             raise ValueError(f"context: expected shape ({len(x)}, context_features), got {tuple(context.shape)}")
         x = x.flatten(1) if self.flatten else x
         context = context.view(*context.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])

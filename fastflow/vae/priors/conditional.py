@@ -50,7 +50,7 @@ class ConditionalGaussianPrior(nn.Module):
         if context is None:
             raise ValueError("context: expected a tensor for a ConditionalGaussianPrior, got None")
         params = self.network(context)
-        checks.shape("network output", params, (len(context), 2 * self.event_shape[0], *self.event_shape[1:]))
+        checks.shape("network output", params, (context.shape[0], 2 * self.event_shape[0], *self.event_shape[1:]))
         return GaussianAt(*params.chunk(2, 1), self.scale)
 
     def log_prob(self, z, context=None):
