@@ -7,11 +7,12 @@ import torch
 from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import is_sharded, local, replicas, unwrap
 from fastflow.engine.state import random_state, restore_random
-from fastflow.vae.quantizers import VectorQuantizer
+from fastflow.vae import FreeBits, KLBalance, VectorQuantizer
 
 __all__ = ["Replay", "diagnose"]
 
-COLLECTIVE = (VectorQuantizer, torch.nn.SyncBatchNorm)  # their forward in training mode reduces over processes
+# Their forward in training mode reduces over processes.
+COLLECTIVE = (FreeBits, KLBalance, VectorQuantizer, torch.nn.SyncBatchNorm)
 
 
 class Replay:

@@ -2,7 +2,7 @@
 
 Each takes KL in nats and gives what stands in for it in the loss. Gates and coefficients are constants to the gradient.
 Averages over the batch are taken over all ranks of torch.distributed where it runs, so that every rank opens the same
-gates.
+gates; the modules do so in training mode alone, in which all ranks call them together.
 """
 
 import math
@@ -18,7 +18,7 @@ from fastflow.vae.schedules import Schedule
 __all__ = ["Capacity", "FreeBits", "KLBalance", "capacity", "free_bits", "kl_balance"]
 
 
-def free_bits(kl, least, per="dim", *, batch_mean=True):
+def free_bits(kl, least, per="dim", *, batch_mean=True, ranks=True):
     """The rate (B,) with max(least, kl) in place of each unit's kl: below ``least`` nats a unit costs nothing more and
     has no gradient.
 
@@ -26,8 +26,9 @@ def free_bits(kl, least, per="dim", *, batch_mean=True):
         kl: (B, D, *S), element by element.
         least: nats that each unit has free.
         per: the unit: "dim", each element; "channel", summed over S; "group", everything, one group of a hierarchy.
-        batch_mean: compare the batch's (all ranks') mean, which leaves the gates open or shut for all alike; the mean
+        batch_mean: compare the batch's mean, which leaves the gates open or shut for all alike; the mean
             of the result over that batch is then the sum of max(least, mean kl). False compares each example's own.
+        ranks: whether the batch is that of all ranks.
 
     References:
         Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016, arXiv:1606.04934.
@@ -39,7 +40,7 @@ def free_bits(kl, least, per="dim", *, batch_mean=True):
     if not 0.0 <= least < math.inf:
         raise ValueError(f"least: expected a finite number >= 0, got {least!r}")
     units = _unit_kl(kl, per)
-    compared = _mean_over_ranks(units) if batch_mean else units.detach()
+    compared = _batch_mean(units, ranks) if batch_mean else units.detach()
     return torch.where(compared > least, units, least).sum(1)
 
 
@@ -53,13 +54,14 @@ def capacity(kl, target, gamma):
     return gamma * (kl - target).abs()
 
 
-def kl_balance(kl, sizes=None):
+def kl_balance(kl, sizes=None, *, ranks=True):
     """(rate (B,), coefficients (L,)) of the KL (L, B) of L groups: each is weighed in proportion to its batch mean for
     each of its elements, the coefficients' mean being 1. A group that says little for its size is so spared while the
     total warms up.
 
     Args:
         sizes: L numbers, elements of each group, that its batch mean is divided by; None treats all alike.
+        ranks: whether the batch is that of all ranks.
 
     References:
         Vahdat et al., "DVAE++", 2018, arXiv:1802.04920, appendix H; Vahdat and Kautz, "NVAE", 2020, arXiv:2007.03898,
@@ -68,7 +70,7 @@ def kl_balance(kl, sizes=None):
     checks.tensor("kl", kl)
     if kl.dim() != 2:
         raise ValueError(f"kl: expected shape (L, B), got {tuple(kl.shape)}")
-    strength = _mean_over_ranks(kl.transpose(0, 1))[0].abs() + 0.01  # as NVAE does: no group is silenced altogether
+    strength = _batch_mean(kl.transpose(0, 1), ranks)[0].abs() + 0.01  # as NVAE does: no group is silenced altogether
     if sizes is not None:
         if len(sizes) != len(kl):
             raise ValueError(f"sizes: expected {len(kl)} numbers, got {len(sizes)}")
@@ -95,7 +97,7 @@ class FreeBits(nn.Module):
 
     def __init__(self, least, per="dim", *, batch_mean=True):
         super().__init__()
-        free_bits(torch.zeros(1, 1), least, per)  # checks the options
+        free_bits(torch.zeros(1, 1), least, per, ranks=False)  # checks the options
         self.least, self.per, self.batch_mean = least, per, batch_mean
 
     def asks(self, model):
@@ -103,7 +105,8 @@ class FreeBits(nn.Module):
         return {"by_element": True} if self.per != "group" and hasattr(model, "levels") else {}
 
     def forward(self, model, inference, bound, *, beta=1.0, context=None, **_):
-        rate = free_bits(self._units(model, inference, bound, context), self.least, batch_mean=self.batch_mean)
+        rate = free_bits(self._units(model, inference, bound, context), self.least, batch_mean=self.batch_mean,
+                         ranks=self.training)
         return beta * (rate - bound.rate), {"free_bits": rate.mean()}
 
     def _units(self, model, inference, bound, context):
@@ -139,7 +142,8 @@ class KLBalance(nn.Module):
     def forward(self, model, inference, bound, *, beta=1.0, **_):
         if not hasattr(inference, "latents"):
             raise TypeError(f"model: KLBalance needs a hierarchy, got {type(model).__name__}")
-        rate, _ = kl_balance(inference.kl.mean(1), [z[0, 0].numel() for z in inference.latents] if self.sizes else None)
+        sizes = [z[0, 0].numel() for z in inference.latents] if self.sizes else None
+        rate, _ = kl_balance(inference.kl.mean(1), sizes, ranks=self.training)
         if isinstance(beta, torch.Tensor):  # whose value is the device's
             rate = torch.where(beta < self.until, rate, bound.rate)
         elif not beta < self.until:
@@ -198,10 +202,10 @@ def _elementwise_kl(model, inference, context):
     return kl_by_element(mean, log_sigma, prior_mean, prior_log)
 
 
-def _mean_over_ranks(values):
-    """(1, *): the mean over dim 0, of all ranks' rows, without gradient."""
+def _batch_mean(values, ranks):
+    """(1, *): the mean over dim 0, of all ranks' rows if ``ranks``, without gradient."""
     values = values.detach()
     total = torch.cat([values.sum(0).flatten(), values.new_full((1,), len(values))])
-    if dist.is_available() and dist.is_initialized():
+    if ranks and dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     return (total[:-1] / total[-1]).reshape(1, *values.shape[1:])

@@ -45,6 +45,10 @@ def quantized():
                             vae.GaussianLikelihood("optimal"))
 
 
+def levels(penalty):
+    return vae.HVAE((1, 2, 2), (2, 2), 4, objective=vae.PenalizedELBO(penalty))
+
+
 MODELS = {"batch norm": (Normalized, 7.0), "rebound": (Rebinding, float("nan")), "codebook": (quantized, float("inf")),
           "codebook, overflow": (quantized, 3e38)}
 
@@ -114,7 +118,7 @@ def test_a_diagnosis_changes_no_buffer_and_waits_for_no_process(monkeypatch):
 
     monkeypatch.setattr(quantizers.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(quantizers.distributed, "all_reduce", refuse)
-    for make in (quantized, Normalized, Rebinding):
+    for make in (quantized, Normalized, Rebinding, lambda: levels(vae.FreeBits(0.1)), lambda: levels(vae.KLBalance())):
         model = make()
         step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1))
         before = state(model)
