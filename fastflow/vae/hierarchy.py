@@ -9,7 +9,6 @@ from fastflow import checks, reference
 from fastflow.autograd.top_down import run_levels
 from fastflow.vae import top_down
 from fastflow.vae.elbo import ELBO
-from fastflow.vae.fixed import Fixed
 from fastflow.vae.generation import check_temperature, moved, way
 from fastflow.vae.level import log_priors
 from fastflow.vae.likelihoods import Likelihood
@@ -65,7 +64,6 @@ class HierarchicalVAE(nn.Module):
         self.likelihood = likelihood
         self.objective = objective
         self.top = nn.Parameter(torch.zeros(1, *top_shape))
-        self._fixed = Fixed(self)
 
     def forward(self, x, n_samples=1, beta=1.0, *, bound_only=False, **noise):
         """The ELBO, also with ``bound_only``; with an objective what that returns, as of VAE.forward."""

@@ -9,7 +9,6 @@ from torch.distributions import Distribution
 from fastflow import checks
 from fastflow.flows.base import as_base
 from fastflow.vae.elbo import ELBO, Inference, LossTerms
-from fastflow.vae.fixed import Fixed
 from fastflow.vae.generation import Generation
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
@@ -73,7 +72,6 @@ class VAE(Generation, nn.Module):
         self.objective = objective
         self.conditional_prior = bool(getattr(prior, "conditional", False)
                                       if conditional_prior is None else conditional_prior)
-        self._fixed = Fixed(self)
         self.latent_shape = None if latent_shape is None else torch.Size(
             [latent_shape] if isinstance(latent_shape, int) else latent_shape)
 

@@ -5,6 +5,7 @@ level, and log q(z | x) (K, B); ``log_joint(latents)`` gives log p(x | z) and lo
 the same and ``fixed_log_q`` log q(z | x) (K, B), both differentiable in the latents alone.
 """
 
+from fastflow.vae.fixed import fixed
 from fastflow.vae.hierarchy import HierarchicalVAE
 from fastflow.vae.model import VAE
 
@@ -43,10 +44,12 @@ class _One:
         return self.model._log_joint(self.x, *latents, self.context, self.prior)
 
     def fixed_log_joint(self, latents):
-        return self.model._fixed("_log_joint", self.x, *latents, self.context)
+        with fixed(self.model):
+            return self.model._log_joint(self.x, *latents, self.context)
 
     def fixed_log_q(self, latents):
-        return self.model._fixed("_log_posterior", self.params.detach(), *latents)
+        with fixed(self.model.posterior):
+            return self.model._log_posterior(self.params.detach(), *latents)
 
 
 class _Levels:
@@ -60,15 +63,13 @@ class _Levels:
         return terms.latents, terms.log_qz.sum(0)
 
     def log_joint(self, latents):
-        return _summed(*self.model.log_joint(self.x, latents))
+        log_px_z, log_pz = self.model.log_joint(self.x, latents)
+        return log_px_z, log_pz.sum(0)
 
     def fixed_log_joint(self, latents):
-        return _summed(*self.model._fixed("log_joint", self.x, latents))
+        with fixed(self.model):
+            return self.log_joint(latents)
 
     def fixed_log_q(self, latents):
-        return self.model._fixed("log_posterior", self.x, latents).sum(0)
-
-
-def _summed(log_px_z, log_pz):
-    """log p(x | z) and log p(z), (K, B) each, of the latter level by level."""
-    return log_px_z, log_pz.sum(0)
+        with fixed(self.model):
+            return self.model.log_posterior(self.x, latents).sum(0)
