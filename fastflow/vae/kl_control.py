@@ -197,6 +197,9 @@ def _elementwise_kl(model, inference, context):
     if prior is None:
         raise TypeError(f"prior: free bits of each latent need None or a GaussianPrior, got {type(given).__name__}; "
                         "use per='group'")
+    if inference.kl is None:
+        raise TypeError(f"model: free bits of each latent need a KL in closed form, which a {type(model).__name__} has "
+                        "not; use per='group'")
     lead = (1, -1, *[1] * (mean.dim() - 2))
     prior_mean, prior_log = (t.reshape(lead) if t.dim() == 2 and mean.dim() != 2 else t for t in prior)
     return kl_by_element(mean, log_sigma, prior_mean, prior_log)

@@ -207,6 +207,11 @@ class VAE(Generation, nn.Module):
         return prior.log_prob(z.flatten(0, 1), **options).unflatten(0, z.shape[:2])
 
 
+def draws_from_posterior(model):
+    """Whether the model is a VAE whose z are draws of its posterior, moved by nothing afterwards."""
+    return isinstance(model, VAE) and type(model)._infer is VAE._infer
+
+
 def named(name, value, table):
     if not isinstance(value, str):
         return value

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from fastflow import checks
 from fastflow.estimators.mutual_information import barber_agakov, info_nce, leave_one_out_upper, nwj
+from fastflow.vae.model import draws_from_posterior
 from fastflow.vae.posteriors.gaussian import log_normal
 
 __all__ = ["DIP", "MMD", "DensityRatio", "FactorTC", "KLTerms", "MutualInformation", "TotalCorrelation", "decompose_kl",
@@ -85,9 +86,15 @@ def decompose_kl(z, mean, log_sigma, log_pz, dataset_size, method="stratified"):
 
 def _moments(model, inference, name):
     """(mean, log sigma) (B, D) of diagonal Gaussian posteriors."""
+    _check_draws(model, name)
     if not hasattr(model.posterior, "moments"):
         raise TypeError(f"posterior: expected a GaussianPosterior for {name}, got {type(model.posterior).__name__}")
     return (t.flatten(1) for t in model.posterior.moments(inference.params))
+
+
+def _check_draws(model, name):
+    if not draws_from_posterior(model):
+        raise TypeError(f"model: {name} needs a VAE whose z is drawn from its posterior, got {type(model).__name__}")
 
 
 class TotalCorrelation(nn.Module):
@@ -131,7 +138,8 @@ class MutualInformation(nn.Module):
         entropy: H(x) in nats, which moves the value of "barber_agakov" and no gradient.
 
     Raises:
-        TypeError: when called for a model whose posterior has no log_prob(params, z).
+        TypeError: when called for a model whose posterior has no log_prob(params, z), or whose z is moved after it was
+            drawn; "barber_agakov" takes any.
 
     References:
         Poole et al., "On variational bounds of mutual information", 2019, arXiv:1905.06922; Zhao et al., "InfoVAE",
@@ -150,6 +158,7 @@ class MutualInformation(nn.Module):
         if self.bound == "barber_agakov":
             information = barber_agakov(bound.log_px_z.mean(0), self.entropy)
         else:
+            _check_draws(model, "the information")
             scores = _posterior_table(model.posterior, inference)
             if self.bound == "nwj":
                 scores = 1.0 + scores - bound.log_pz[:, None]

@@ -7,7 +7,7 @@ the same and ``fixed_log_q`` log q(z | x) (K, B), both differentiable in the lat
 
 from fastflow.vae.fixed import fixed
 from fastflow.vae.hierarchy import HierarchicalVAE
-from fastflow.vae.model import VAE
+from fastflow.vae.model import draws_from_posterior
 
 __all__ = ["sampled"]
 
@@ -23,7 +23,7 @@ def sampled(model, x, context):
         if context is not None:
             raise TypeError(f"context: a {type(model).__name__} takes none")
         return _Levels(model, x)
-    if not isinstance(model, VAE) or type(model)._infer is not VAE._infer:
+    if not draws_from_posterior(model):
         raise TypeError(f"model: expected a HierarchicalVAE, or a VAE whose z is drawn from its posterior, got "
                         f"{type(model).__name__}")
     return _One(model, x, context)

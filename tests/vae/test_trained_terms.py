@@ -289,6 +289,10 @@ def test_a_step_makes_no_tensor_of_python_numbers(make, objective):
 @pytest.mark.parametrize(("error", "call", "message"), [
     (TypeError, lambda: ladder(vae.PenalizedELBO(vae.DIP()))(X), "^model: DIP needs a VAE with one z, got HVAE"),
     (TypeError, lambda: ladder("elbo"), "^objective"),
+    *((TypeError, lambda term=term: vae.HamiltonianVAE(nn.Linear(3, 4), nn.Linear(2, 3), objective=vae.PenalizedELBO(
+        term)).double()(X), f"^model: {words} .* HamiltonianVAE") for term, words in (
+            (vae.FreeBits(0.1), "free bits of each latent need"), (vae.TotalCorrelation(9), "the total correlation"),
+            (vae.MutualInformation(), "the information"))),
     (TypeError, lambda: mlp(vae.PenalizedELBO(vae.KLBalance()))(X), "^model: KLBalance needs a hierarchy, got MLPVAE"),
     (ValueError, lambda: vae.PenalizedELBO(vae.FreeBits(0.1, "group"), vae.DIP(), vae.Capacity(2.0, 1.0)),
      "^penalties: FreeBits and Capacity each stand in the place of the rate"),
