@@ -9,13 +9,14 @@ import torch
 from stand_in_models import Affine
 from torch import nn
 
-from fastflow import flows, vae
+from fastflow import flows
 from fastflow.engine import NonFiniteError, TrainStep, capture
 from fastflow.vae import (
     MLPVAE,
     VAE,
     CategoricalLikelihood,
     GaussianLikelihood,
+    LinearSchedule,
     PenalizedELBO,
     Task,
     mlp_decoder,
@@ -171,27 +172,11 @@ def test_a_vae_and_its_parts(recorder):
         torch.testing.assert_close(captured.parts, eager.parts)
 
 
-def test_schedules_of_the_rate_and_the_capacity_are_followed(recorder):
-    """By what was recorded, as by eager steps."""
-    beta, target = vae.LinearSchedule(0.0, 1.0, 8), vae.LinearSchedule(0.0, 8.0, 2, unit="epoch")
-
-    def make():
-        torch.manual_seed(0)
-        return vae.MLPVAE((12,), 2, (8,), objective=vae.PenalizedELBO(vae.Capacity(target, 3.0)))
-
-    models = make(), make()
-    steps = [TrainStep(m, adam(m), capture=i == 0, beta=beta) for i, m in enumerate(models)]
-    x = torch.rand(6, 12)
-    for call in range(6):
-        losses = []
-        for step in steps:
-            torch.manual_seed(call)
-            losses.append(step(x))
-        torch.testing.assert_close(*losses)
-        beta.step()
-        target.step()
-        target.epoch() if call == 3 else None
-    assert steps[0]._steps.recorded == 1
+def test_a_schedule_is_a_tensor_of_the_graph(recorder):
+    model, schedule = MLPVAE((4,), 2, (8,)), LinearSchedule(0.0, 1.0, 4)
+    beta = TrainStep(model, adam(model), capture=True, beta=schedule).objective.beta
+    schedule.step(3)
+    assert beta is schedule.tensor(torch.device("cpu")) and beta.item() == 0.75
 
 
 def test_a_context_is_an_input_of_the_graph(recorder):
