@@ -16,7 +16,6 @@ from fastflow.vae import (
     VAE,
     CategoricalLikelihood,
     GaussianLikelihood,
-    LinearSchedule,
     PenalizedELBO,
     Task,
     mlp_decoder,
@@ -170,13 +169,6 @@ def test_a_vae_and_its_parts(recorder):
             step(x)
         assert captured.parts.keys() == {"rate", "distortion", "grad_norm"}
         torch.testing.assert_close(captured.parts, eager.parts)
-
-
-def test_a_schedule_is_a_tensor_of_the_graph(recorder):
-    model, schedule = MLPVAE((4,), 2, (8,)), LinearSchedule(0.0, 1.0, 4)
-    beta = TrainStep(model, adam(model), capture=True, beta=schedule).objective.beta
-    schedule.step(3)
-    assert beta is schedule.tensor(torch.device("cpu")) and beta.item() == 0.75
 
 
 def test_a_context_is_an_input_of_the_graph(recorder):

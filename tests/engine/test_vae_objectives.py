@@ -2,12 +2,13 @@
 
 import copy
 import math
+import types
 
 import pytest
 import torch
 
 from fastflow import vae
-from fastflow.engine import TrainStep
+from fastflow.engine import TrainStep, capture
 from fastflow.engine.evaluate import evaluate
 from fastflow.engine.objectives import NegativeELBO, levels_of
 
@@ -35,6 +36,16 @@ def test_loss_is_minus_the_objective(make):
     torch.testing.assert_close(step(x), -result.value.mean().detach())
     assert {"rate", "distortion", *result.parts} <= set(step.parts)
     torch.testing.assert_close(step.parts["rate"], result.rate.mean().detach())
+
+
+def test_a_schedule_is_a_tensor_of_a_recorded_step(monkeypatch):
+    """For which a number would be a constant."""
+    monkeypatch.setattr(capture, "recorder_for", lambda device: types.SimpleNamespace(device=device))
+    model, schedule = vae.MLPVAE((4,), 2, (8,)), vae.LinearSchedule(0.0, 1.0, 4)
+    adam = torch.optim.Adam(model.parameters(), fused=True)
+    beta = TrainStep(model, adam, capture=True, beta=schedule).objective.beta
+    schedule.step(3)
+    assert beta is schedule.tensor(torch.device("cpu")) and beta.item() == 0.75
 
 
 @pytest.mark.parametrize(("objective", "words"), [
