@@ -113,6 +113,17 @@ def test_expected_gradients_by_quadrature(k):
         assert wrong[:4].abs().max() < 1e-12 < 1e-2 < wrong[4:].abs().max()  # encoder first
 
 
+def test_decoder_and_prior_keep_the_gradients_of_iwae():
+    """Sample by sample: DReG leaves the score of a prior's own parameters as it is."""
+    model = OneDimension().vae
+    x, eps = torch.randn(5, 1, dtype=torch.float64), torch.randn(6, 5, 1, dtype=torch.float64)
+    own = [p for name, p in model.named_parameters() if not name.startswith("encoder")]
+    assert {id(p) for p in model.prior.parameters()} <= {id(p) for p in own}
+    found, expected = (torch.autograd.grad(bound.sum(), own) for bound in (
+        vae.dreg(model, x, 6, eps=eps), vae.iwae(model(x, 6, eps=eps).log_w)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 class Given(nn.Module):
     """An encoder that hands out its own (B, 2) parameters, so that each example has its gradient."""
 
