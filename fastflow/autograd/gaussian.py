@@ -66,4 +66,4 @@ def _reference(params, raw, prior_mean, prior_raw, eps, consts):
         layout="interleave" if flags & INTERLEAVED else "chunk",
         order="scale_mean" if flags & SCALE_IN_FRONT else "mean_scale",
         prior=None if prior_mean is None else (prior_mean, prior_raw), eps=eps, n_samples=n_samples,
-        reduce=("sample", "channel", "none")[reduce], return_logq=True)
+        reduce=reference.REDUCTIONS[reduce], return_logq=True)

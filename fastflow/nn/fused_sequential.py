@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import backends, functional
+from fastflow.functional.wide_mlp import run_wide_mlp
 from fastflow.nn.conv_net import untouched
 
 __all__ = ["FusedSequential"]
@@ -45,7 +46,7 @@ def _linears(layers, at, x):
     backend, _ = backends.prefers("wide_mlp", x, *weights, *biases)
     if backend == "reference":
         return 0, None
-    return 2 * len(weights) - 1, functional.run_wide_mlp(backend, x, weights, biases, activation)
+    return 2 * len(weights) - 1, run_wide_mlp(backend, x, weights, biases, activation)
 
 
 def chain(layers, at, features, dtype):

@@ -5,6 +5,7 @@ import math
 import torch
 
 from fastflow import functional
+from fastflow.functional.spline import check_spline_constants
 from fastflow.nn.coupling import Coupling
 
 __all__ = ["SplineCoupling"]
@@ -43,7 +44,7 @@ class SplineCoupling(Coupling):
         self.params_per_channel = functional.spline_params(kind, n_bins)
         self.options = {"kind": kind, "tail_bound": tail_bound, "min_width": min_width, "min_height": min_height,
                         "min_derivative": min_derivative, "gain": gain, "clamp": clamp}
-        functional.check_spline_constants(n_bins, **self.options)
+        check_spline_constants(n_bins, **self.options)
 
     def extra_repr(self):
         return (f"split={self.split!r}, flip={self.flip}, n_bins={self.n_bins}, kind={self.options['kind']!r}, "

@@ -7,222 +7,24 @@ nothing beyond what the mathematics needs; :mod:`fastflow.functional` checks arg
 
 import contextlib
 import math
-from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
 from fastflow.reference.philox import philox4x32, philox_normal, to_int64  # noqa: F401 (to_int64 for other modules)
+from fastflow.reference.scale_map import KINDS, ScaleMap, softplus  # noqa: F401 (KINDS for other modules)
 
 __all__ = ["SCALES", "SPLINES", "ChannelAffine", "LatentLevel", "MLPBlock", "MLPCoupling", "Permutation", "ScaleMap",
            "activated_conv", "affine_coupling", "bernoulli_log_prob", "conv_net", "gaussian_sample_kl", "mlp",
            "mlp_flow", "philox4x32", "philox_normal", "plu_weight", "slogdet", "slogdet_inverse", "spline",
            "spline_bins", "spline_params", "top_down", "wide_mlp"]
 
-KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
+LAYOUTS = ("chunk", "interleave")
+REDUCTIONS = ("sample", "channel", "none")
 SCALES = ("logvar", "logstd", "std", "softplus", "soft_tanh")
 SOFTPLUS_FLOOR = 1e-4  # sigma = softplus(r) + SOFTPLUS_FLOOR
 SOFT_TANH = 5.0  # log sigma = SOFT_TANH * tanh(r / SOFT_TANH)
 FLOAT64_UP_TO = 48  # matrices up to this size are factorised in float64, where that costs little
-
-
-@dataclass(frozen=True)
-class ScaleMap:
-    """How a conditioner's raw output r becomes the scale s of an affine coupling.
-
-    With u = gain*r + offset, log s is
-
-    ========== =====================================
-    exp        out_gain * u
-    sigmoid    logsigmoid(u) + log(out_gain)
-    tanh       clamp * out_gain * tanh(u / clamp)
-    atan       clamp * out_gain * atan(u / clamp)
-    softplus   log(softplus(u))
-    rational   u / (1 + abs(u) / clamp)
-    additive   0
-    ========== =====================================
-
-    Then ``eps`` is added to s and s is clamped to [hard_min, hard_max] (zero gradient outside, NaN kept). The shift is
-    multiplied by ``shift_gain``. ``clamp=None`` means 1.
-
-    Raises:
-        ValueError: unknown ``kind``; ``clamp`` or (for sigmoid) ``out_gain`` not positive; ``eps`` negative or not
-            finite; ``hard_min`` negative or above ``hard_max``; a parameter that is not finite.
-    """
-
-    kind: str
-    gain: float = 1.0
-    offset: float = 0.0
-    out_gain: float = 1.0
-    clamp: float | None = None
-    eps: float = 0.0
-    hard_min: float | None = None
-    hard_max: float | None = None
-    shift_gain: float = 1.0
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{field.name}: expected a finite number, got {value!r}")
-        if self.clamp is not None and self.clamp <= 0:
-            raise ValueError(f"clamp: expected a positive number, got {self.clamp!r}")
-        if self.kind == "sigmoid" and self.out_gain <= 0:
-            raise ValueError(f"out_gain: expected a positive number for kind 'sigmoid', got {self.out_gain!r}")
-        if self.eps < 0:
-            raise ValueError(f"eps: expected a non-negative number, got {self.eps!r}")
-        if self.hard_min is not None and self.hard_min < 0:
-            raise ValueError(f"hard_min: expected a non-negative number (it bounds the scale s), got {self.hard_min!r}")
-        if self.hard_max is not None and self.hard_max <= (self.hard_min or 0.0):
-            raise ValueError(f"hard_max: expected a number above hard_min, got {self.hard_max!r}")
-        # What kernels take: the kind's index and the constants, None spelt out.
-        object.__setattr__(self, "scalars", (
-            KINDS.index(self.kind), float(self.gain), float(self.offset), float(self.out_gain),
-            1.0 if self.clamp is None else float(self.clamp), float(self.eps),
-            -math.inf if self.hard_min is None else float(self.hard_min),
-            math.inf if self.hard_max is None else float(self.hard_max), float(self.shift_gain)))
-
-    @classmethod
-    def of(cls, scale):
-        """``scale`` itself if it is a ScaleMap, else the map of that name with its default constants."""
-        if isinstance(scale, cls):
-            return scale
-        if isinstance(scale, str):
-            if scale not in _NAMED:
-                raise ValueError(f"scale: expected a ScaleMap or one of {', '.join(_NAMED)}, got {scale!r}")
-            return _NAMED[scale]
-        raise TypeError(f"scale: expected a ScaleMap or a name, got {type(scale).__name__}")
-
-    @classmethod
-    def from_scalars(cls, kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain):
-        """The map whose ``scalars`` these are."""
-        return cls(KINDS[kind], gain, offset, out_gain, clamp, eps, None if hard_min == -math.inf else hard_min,
-                   None if hard_max == math.inf else hard_max, shift_gain)
-
-    @classmethod
-    def glow(cls):
-        """openai/glow, y0ast, chaiyujin (interleaved, shift first) and rosinality (chunked, scale first):
-        (x + t) * sigmoid(r + 2); pass ``shift_first=True``."""
-        return cls("sigmoid", offset=2.0)
-
-    @classmethod
-    def nflows(cls, general=False):
-        """nflows AffineCouplingTransform: sigmoid(r + 2) + 1e-3, or with ``general`` clamp(softplus(r) + 1e-3, 0, 3);
-        chunked, shift first."""
-        if general:
-            return cls("softplus", eps=1e-3, hard_min=0.0, hard_max=3.0)
-        return cls("sigmoid", offset=2.0, eps=1e-3)
-
-    @classmethod
-    def normflows(cls, kind="exp"):
-        """normflows AffineCoupling, noise to data, interleaved with the shift first: s is exp(r), for "sigmoid"
-        1/sigmoid(r + 2) = 1 + exp(-r - 2), for "sigmoid_inv" sigmoid(r + 2)."""
-        if kind == "exp":
-            return cls("exp")
-        if kind == "sigmoid":
-            return cls("exp", gain=-1.0, offset=-2.0, eps=1.0)
-        if kind == "sigmoid_inv":
-            return cls("sigmoid", offset=2.0)
-        raise ValueError(f"kind: expected 'exp', 'sigmoid' or 'sigmoid_inv', got {kind!r}")
-
-    @classmethod
-    def freia(cls, clamp=2.0, kind="all_in_one"):
-        """FrEIA: "all_in_one" (AllInOneBlock) log s = clamp*tanh(0.1 r/clamp), shift 0.1 t; for the blocks of
-        coupling_layers "atan" clamp*0.636*atan(r), "tanh" clamp*tanh(r), "sigmoid" clamp*(2 sigmoid(r) - 1)."""
-        name = kind.lower()
-        if name == "all_in_one":
-            return cls("tanh", gain=0.1, clamp=clamp, shift_gain=0.1)
-        if name == "atan":
-            return cls("atan", clamp=1.0, out_gain=0.636 * clamp)
-        if name == "tanh":
-            return cls("tanh", clamp=1.0, out_gain=clamp)
-        if name == "sigmoid":  # 2 sigmoid(r) - 1 = tanh(r / 2)
-            return cls("tanh", gain=0.5, clamp=1.0, out_gain=clamp)
-        raise ValueError(f"kind: expected 'all_in_one', 'atan', 'tanh' or 'sigmoid', got {kind!r}")
-
-    @classmethod
-    def zuko(cls, slope=1e-3):
-        """zuko MonotonicAffineTransform: log s = r / (1 + abs(r / log(slope)))."""
-        return cls("rational", clamp=-math.log(slope))
-
-    @classmethod
-    def jet(cls):
-        """Jet: (x + t) * 2 sigmoid(r), chunked, shift first; pass ``shift_first=True``."""
-        return cls("sigmoid", out_gain=2.0)
-
-    @classmethod
-    def tarflow(cls):
-        """TarFlow: (x - mu) * exp(-alpha), chunked, scale first; pass ``shift_first=True``."""
-        return cls("exp", gain=-1.0, shift_gain=-1.0)
-
-    @classmethod
-    def starflow(cls):
-        """STARFlow: noise to data z * softplus(r + 0.5413) + mu; data to noise is its inverse, ``inverse=True``. The
-        4*tanh(./4) soft clip of r and mu belongs to the conditioner."""
-        return cls("softplus", offset=0.5413)
-
-    @classmethod
-    def waveglow(cls):
-        """WaveGlow: x * exp(r) + t, chunked, shift first."""
-        return cls("exp")
-
-    def scale_and_log(self, r):
-        """(s, log s) of a raw tensor r, log s from the pre-activation."""
-        u = r if self.gain == 1.0 and self.offset == 0.0 else self.gain * r + self.offset
-        clamp = 1.0 if self.clamp is None else self.clamp
-        if self.kind == "exp":
-            log_s = u if self.out_gain == 1.0 else self.out_gain * u
-            s = torch.exp(log_s)
-        elif self.kind == "sigmoid":
-            s, log_s = torch.sigmoid(u), F.logsigmoid(u)
-            if self.out_gain != 1.0:
-                s, log_s = self.out_gain * s, log_s + math.log(self.out_gain)
-        elif self.kind == "softplus":
-            s, log_s = softplus(u), log_softplus(u)
-        elif self.kind == "additive":
-            s, log_s = torch.ones_like(u), torch.zeros_like(u)
-        else:
-            if self.kind == "tanh":
-                log_s = clamp * self.out_gain * torch.tanh(u / clamp)
-            elif self.kind == "atan":
-                log_s = clamp * self.out_gain * torch.atan(u / clamp)
-            else:
-                log_s = u / (1.0 + u.abs() / clamp)
-            s = torch.exp(log_s)
-        if self.eps != 0.0:
-            s = s + self.eps
-            log_s = torch.logaddexp(log_s, torch.full_like(log_s, math.log(self.eps)))
-        if self.hard_min is not None or self.hard_max is not None:
-            s = torch.clamp(s, self.hard_min, self.hard_max)
-            log_s = torch.clamp(log_s, math.log(self.hard_min) if self.hard_min else None,
-                                None if self.hard_max is None else math.log(self.hard_max))
-        return s, log_s
-
-
-_NAMED = {
-    "exp": ScaleMap("exp"),
-    "sigmoid": ScaleMap("sigmoid", offset=2.0),
-    "tanh": ScaleMap("tanh", clamp=1.0),
-    "atan": ScaleMap("atan", clamp=1.0, out_gain=2.0 / math.pi),
-    "softplus": ScaleMap("softplus", offset=0.5413),
-    "rational": ScaleMap("rational", clamp=1.0),
-    "additive": ScaleMap("additive"),
-}
-
-
-def softplus(u):
-    """log(1 + exp(u)) without a threshold, so that float64 is exact above 20 too."""
-    return 0.0 - F.logsigmoid(-u)  # a negation would underflow to -0.0, and 1/softplus to -Inf
-
-
-def log_softplus(u):
-    """log(log(1 + exp(u))), finite where softplus(u) underflows: u - exp(u)/2 for u < -20."""
-    low = u < -20.0
-    safe = torch.where(low, torch.zeros_like(u), u)
-    tail = torch.where(low, u, torch.full_like(u, -20.0))
-    return torch.where(low, tail - 0.5 * torch.exp(tail), torch.log(softplus(safe)))
 
 
 def compute_dtype(*tensors):
@@ -334,7 +136,8 @@ def slogdet(weight):
     w, nan = _lu_operand(weight)
     sign, logabsdet = torch.linalg.slogdet(w)
     dtype = compute_dtype(weight)
-    # CUDA's slogdet swallows NaN (pytorch#173638).
+    # CUDA's slogdet swallows NaN (pytorch#173638), LAPACK's sign is 0 where infinities cancel.
+    nan = nan | torch.isnan(logabsdet.detach())
     return (torch.where(nan, math.nan, sign.detach()).to(dtype), torch.where(nan, math.nan, logabsdet).to(dtype))
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from fastflow import backends, functional
+from fastflow import backends
+from fastflow.functional.mlp_vae import run_mlp_vae
 from fastflow.nn.conv_net import untouched
 from fastflow.nn.fused_sequential import whole_mlp
 from fastflow.vae.likelihoods import BernoulliLikelihood
@@ -35,5 +36,5 @@ def one_node(model, x, *, seed=None, generator=None, eps=None):
         return None
     if model.latent_shape is None:
         model.latent_shape = torch.Size(latents)
-    return functional.run_mlp_vae(backend, x.flatten(1), encoding, decoding, scale=posterior.scale,
+    return run_mlp_vae(backend, x.flatten(1), encoding, decoding, scale=posterior.scale,
                                   layout=posterior.layout, order=posterior.order, seed=seed, generator=generator)

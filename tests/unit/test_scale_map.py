@@ -82,10 +82,23 @@ def test_refuses_what_makes_no_sense_and_names_it(kwargs, named):
         ScaleMap(**kwargs)
 
 
-@pytest.mark.parametrize("build", [lambda: ScaleMap.normflows("cube"), lambda: ScaleMap.freia(2.0, "cube")])
+@pytest.mark.parametrize("build", [lambda: ScaleMap.normflows("cube"), lambda: ScaleMap.freia(2.0, "cube"),
+                                   lambda: ScaleMap.freia(2.0, None)])
 def test_dialects_refuse_unknown_kinds(build):
     with pytest.raises(ValueError, match="^kind"):
         build()
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, -1e-3, math.nan])
+def test_zuko_refuses_a_slope_without_a_bound(slope):
+    with pytest.raises(ValueError, match="^slope"):
+        ScaleMap.zuko(slope)
+
+
+@pytest.mark.parametrize(("name", "value"), [("gain", None), ("offset", "2"), ("clamp", torch.ones(2)), ("eps", [0.1])])
+def test_refuses_what_is_no_number(name, value):
+    with pytest.raises(TypeError, match=f"^{name}: expected a number, got {type(value).__name__}"):
+        ScaleMap("tanh", **{name: value})
 
 
 def test_of_refuses_other_types_and_names():
