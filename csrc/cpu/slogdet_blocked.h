@@ -108,13 +108,11 @@ struct Blocked {
         singular = true;
         continue;
       }
-      const bool tiny = math::abs(pivot) < math::Bits<T>::tiny;
-      divide |= tiny;
-      const T reciprocal = T(1) / pivot;
-      const auto multiplier = [&](Vec<T> x) { return tiny ? x / pivot : x * reciprocal; };
-      const Vec<T> first = below ? multiplier(vec(at)) : Vec<T>{};  // the only vector with rows above the pivot
+      divide |= math::abs(pivot) < math::Bits<T>::tiny;
+      // A quotient, so that two equal rows cancel exactly and the matrix is found singular.
+      const Vec<T> first = below ? vec(at) / pivot : Vec<T>{};  // the only vector with rows above the pivot
       vec(at) = below ? first : vec(at);
-      for (int64_t v = 1; v < vectors; ++v) vec(at + v * W) = multiplier(vec(at + v * W));
+      for (int64_t v = 1; v < vectors; ++v) vec(at + v * W) /= splat(pivot);
       for (int64_t j = k + 1; j < width; ++j) {
         T* const c = column(j);
         const Vec<T> factor = splat(c[k]);

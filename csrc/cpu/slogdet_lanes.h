@@ -95,18 +95,11 @@ struct Lanes {
       }
       const V top = at[k], pivot = take(at, k, where);
       const I zero = pivot == 0;
-      const V inverse = 1.0 / pivot;
-      const I small = (magnitude(pivot) < math::Bits<double>::tiny) & ~zero;
       singular |= zero;
-      tiny |= small;
-      reciprocal[k] = inverse;
-      const bool any_small = any(small);
-      for (int64_t i = k + 1; i < n; ++i) {
-        const V x = select(p == i, top, at[i]);
-        V f = x * inverse;
-        if (any_small) f = select(small, x / pivot, f);
-        at[i] = factor[i] = select(zero, V{}, f);
-      }
+      tiny |= (magnitude(pivot) < math::Bits<double>::tiny) & ~zero;
+      reciprocal[k] = 1.0 / pivot;
+      // A quotient, so that two equal rows cancel exactly and the matrix is found singular.
+      for (int64_t i = k + 1; i < n; ++i) at[i] = factor[i] = select(zero, V{}, select(p == i, top, at[i]) / pivot);
       int64_t j = k + 1;
       for (; j + 1 < n; j += 2) {
         V *left = a + j * n, *right = left + n;

@@ -169,6 +169,18 @@ def test_singular_matrices_spoil_no_other(name, size, backend, device):
         assert_bitwise(slogdet(bad)[1], logabsdet)
 
 
+@pytest.mark.parametrize("size", [2, 3, 5, 8, 17, 33, 48, 49, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_two_equal_rows_are_singular_without_rounding(size, dtype, fused, device):
+    """Multipliers are quotients, so equal rows cancel exactly: a product with the pivot's reciprocal would leave 1e-17
+    of one matrix in eight, and torch.linalg does of most."""
+    skip_above_limit(fused, size)
+    w = torch.randn(64, size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64).to(dtype)
+    w[:, -1] = w[:, 0]
+    sign, logabsdet, inverse = slogdet_inverse(w.to(device))
+    assert not sign.any() and (logabsdet == -math.inf).all() and torch.isnan(inverse).all()
+
+
 def test_gradient_of_a_batch_with_a_singular_matrix(backend, device):
     """The regular matrices' gradients are right; the singular one's is not finite and raises nothing."""
     w = well_conditioned((3, 4, 4), torch.float32, device)
@@ -196,6 +208,7 @@ def test_one_non_finite_entry(size, poison, backend, device):
             assert all(torch.isnan(t[place]).all() for t in results), (place, row, column)
         else:
             assert not torch.isfinite(results[1][place])
+            assert torch.equal(torch.isnan(results[0]), torch.isnan(results[1]))
         keep = torch.arange(9, device=device) != place
         for got, want in zip(results, clean, strict=True):
             assert_bitwise(got[keep], want[keep])
