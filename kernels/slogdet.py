@@ -47,8 +47,8 @@ def slogdet_kernel(weight_ptr, sign_ptr, logabsdet_ptr, inverse_ptr, matrix_stri
         pivot_row = tl.sum(tl.where(is_pivot[:, None], a, 0.0), 0)
         if inverse_ptr is not None:
             pivot_row = tl.where(rows == step, 1.0, pivot_row).to(tl.float64)
-            scaled = pivot_row / pivot
-            rest = tl.fma(-at[:, None], scaled[None, :], tl.where(column == step, 0.0, a).to(tl.float64))
+            scaled, factor = pivot_row / pivot, at.to(tl.float64) / pivot  # equal rows have the factor 1 and cancel
+            rest = tl.fma(-factor[:, None], pivot_row[None, :], tl.where(column == step, 0.0, a).to(tl.float64))
             a = tl.where(is_pivot[:, None], tl.broadcast_to(scaled[None, :], [SIZE, SIZE]), rest)
         else:
             factor = tl.where(position <= step, 0.0, at).to(tl.float64) / pivot

@@ -50,6 +50,15 @@ def test_broken_matrices_leave_the_others_alone():
         assert all(torch.equal(a[i], b[0]) for a, b in zip((sign, logabsdet, inverse), one, strict=True))
 
 
+@pytest.mark.parametrize("want_inverse", [False, True])
+@pytest.mark.parametrize("size", [2, 7, 20])
+def test_equal_rows_cancel_without_rounding(size, want_inverse):
+    weight = torch.randn(6, size, size)
+    weight[:, -1] = weight[:, 0]
+    sign, logabsdet, _ = slogdet.slogdet_fwd(weight, want_inverse)
+    assert not sign.any() and (logabsdet == -math.inf).all()
+
+
 @pytest.mark.parametrize("make", layouts.KEEP_VALUES, ids=layouts.by_name)
 def test_layouts(make):
     weight = torch.randn(2, 3, 5, 5)
