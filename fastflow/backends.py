@@ -253,12 +253,16 @@ def explain(op, *tensors):
 
     Raises:
         ValueError: ``op`` is not an operation of fastflow, or no tensor is given.
+        TypeError: an operand is not a tensor.
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     if not tensors:
         raise ValueError("tensors: expected the operands of the call, got none")
     operands = [t for t in tensors for t in (t if isinstance(t, (tuple, list)) else (t,))]
+    for t in operands:
+        if t is not None and not isinstance(t, torch.Tensor):
+            raise TypeError(f"tensors: expected tensors, pairs of them or None, got {type(t).__name__}")
     wanted = requested()
     if wanted is None:
         backend, reason = _choose(op, operands)

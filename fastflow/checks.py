@@ -1,5 +1,7 @@
 """Argument checks shared by the public functions: errors that name the argument, what came and what was expected."""
 
+import numbers
+
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,6 +21,17 @@ def choice(name, value, options):
     """``value`` is one of ``options``."""
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def count(name, value, least=0):
+    """``value`` as an int of at least ``least`` that fits 64 bits; numpy's integers are among them."""
+    if not isinstance(value, (int, torch.SymInt)) and isinstance(value, numbers.Integral):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not least <= value < 2**63:
+        raise ValueError(f"{name}: expected an int of at least {least} and below 2^63, got {value}")
+    return value
 
 
 def shape(name, value, expected):

@@ -54,8 +54,10 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
     checks.choice("reduce", reduce, REDUCTIONS)
     first, raw, shape = _gaussian_params(params)
     prior_mean, prior_raw = _gaussian_prior(prior, shape, first)
-    z_shape = shape if n_samples is None else (_count("n_samples", n_samples), *shape)
-    _check_noise(eps, seed, offset, generator, z_shape, shape[0], first)
+    n_samples = None if n_samples is None else checks.count("n_samples", n_samples)
+    z_shape = shape if n_samples is None else (n_samples, *shape)
+    offset = checks.count("offset", offset)
+    _check_noise(eps, seed, generator, z_shape, shape[0], first)
     checks.no_mixed_double([("params", first), ("params[1]", raw), ("prior[0]", prior_mean), ("prior[1]", prior_raw),
                             ("eps", eps)])
 
@@ -80,14 +82,6 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
     else:
         z, kl, logq, _ = kernel(backend, "gaussian_fwd")(*operands, *consts, return_logq, False)
     return (z, kl, logq) if return_logq else (z, kl)
-
-
-def _count(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"{name}: expected an int of at least 0 and below 2^63, got {value}")
-    return value
 
 
 def _gaussian_params(params):
@@ -125,7 +119,7 @@ def _gaussian_prior(prior, shape, like):
     return prior[0], prior[1]
 
 
-def _check_noise(eps, seed, offset, generator, z_shape, batch, like):
+def _check_noise(eps, seed, generator, z_shape, batch, like):
     if eps is not None and seed is not None:
         raise ValueError("eps and seed: expected at most one of them, got both")
     if eps is not None:
@@ -142,6 +136,5 @@ def _check_noise(eps, seed, offset, generator, z_shape, batch, like):
         raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
     elif seed is not None and not -2**63 <= seed < 2**64:
         raise ValueError(f"seed: expected an int of 64 bits, -2^63 to 2^64 - 1, got {seed}")
-    _count("offset", offset)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")

@@ -27,7 +27,7 @@ class ActNorm(nn.Module):
 
     def __init__(self, channels, *, device=None, dtype=None):
         super().__init__()
-        self.channels = channels
+        self.channels = channels = checks.count("channels", channels, 1)
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))

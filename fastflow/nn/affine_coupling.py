@@ -27,8 +27,8 @@ class AffineCoupling(Coupling):
     - a mask, a tensor of zeros and ones that broadcasts against x.shape[1:] from the right, so (C, 1, 1) selects
       channels of an image: 1 is passive, with ``flip`` 0.
 
-    In the last two, z = mask*x + (1 - mask)*(x*s + t); the conditioner sees mask*x and returns params (B, 2C, *S), of
-    which those at passive places are ignored, also in the log-determinant.
+    In the last two, z = mask*x + (1 - mask)*(x*s + t); the conditioner sees mask*x and returns params (B, 2C, *S) or a
+    pair, each (B, C, *S), of which those at passive places are ignored, also in the log-determinant.
 
     Args:
         conditioner: module, called with the passive part, and with the context as second argument if one is given;
@@ -83,6 +83,11 @@ class AffineCoupling(Coupling):
         y, logdet = self._transform(active, params, inverse, logdet, None)
         return torch.cat([y, passive.to(y.dtype)], 1), logdet
 
+    def _couple_masked(self, x, params, inverse, logdet):
+        if isinstance(params, (tuple, list)):
+            params = self._packed(params)
+        return super()._couple_masked(x, params, inverse, logdet)
+
     def _transform(self, x, params, inverse, logdet, passive):
         return functional.affine_coupling(x, params, scale=self.scale, layout=self.layout, order=self.order,
                                           shift_first=self.shift_first, inverse=inverse, logdet=logdet, passive=passive)
@@ -91,6 +96,14 @@ class AffineCoupling(Coupling):
         if self.params_per_channel == 1:
             return params.flatten(1).index_select(1, active)
         return tuple(p.flatten(1).index_select(1, active) for p in self._raw_and_shift(params))
+
+    def _packed(self, pair):
+        if len(pair) != 2:
+            raise ValueError(f"conditioner output: expected a pair (raw_scale, shift), got {len(pair)} tensors")
+        first, second = pair if self.order == "scale_shift" else pair[::-1]
+        if self.layout == "chunk":
+            return torch.cat([first, second], 1)
+        return torch.stack([first, second], 2).flatten(1, 2)
 
     def _raw_and_shift(self, params):
         if self.layout == "chunk":

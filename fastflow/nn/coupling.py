@@ -79,6 +79,7 @@ class Coupling(nn.Module):
         """(y, logdet) of x, whose passive and active channels are ``parts``."""
         passive, active = parts
         channels = active.shape[1] * self.params_per_channel
+        checks.tensor("conditioner output", params)
         checks.shape("conditioner output", params, (x.shape[0], channels, *x.shape[2:]))
         y, logdet = self._transform(active, params, inverse, logdet, None if self.flip else passive)
         return torch.cat([y, passive.to(y.dtype)], 1) if self.flip else y, logdet
@@ -142,6 +143,7 @@ class Coupling(nn.Module):
     def _couple_masked(self, x, params, inverse, logdet):
         passive, count = self._passive(x)
         channels = x.shape[1] * self.params_per_channel
+        checks.tensor("conditioner output", params)
         checks.shape("conditioner output", params, (x.shape[0], channels, *x.shape[2:]))
         # The active elements are gathered, so that the log-determinant counts them alone whatever the map.
         if x.dim() > 2 and passive.shape[0] == 1:
@@ -173,7 +175,8 @@ class Coupling(nn.Module):
             if mask.dim() == x.dim() and mask.shape[0] == 1:
                 mask = mask[0]
             mask = mask.view((1,) * (len(event) - mask.dim()) + tuple(mask.shape))
-            if mask.dim() != len(event) or any(m not in (1, e) for m, e in zip(mask.shape, event, strict=False)):
+            # Not `in`: Dynamo takes a size that it knows by a symbol for none of them.
+            if mask.dim() != len(event) or any(m != 1 and m != e for m, e in zip(mask.shape, event, strict=False)):
                 raise ValueError(f"x: expected x.shape[1:] to go with the mask {tuple(self.mask.shape)}, got {event}")
             size = 1
             for dim in (event[1:] if len(event) > 1 and mask.shape[0] == 1 else event):

@@ -29,7 +29,7 @@ class GaussianSample(nn.Module):
         self.scale = scale
         self.layout = layout
         self.order = order
-        self.n_samples = n_samples
+        self.n_samples = None if n_samples is None else checks.count("n_samples", n_samples)
         self.reduce = reduce
         self.return_logq = return_logq
 

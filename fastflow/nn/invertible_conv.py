@@ -39,6 +39,7 @@ class InvertibleConv1x1(nn.Module):
 
     def __init__(self, channels, parametrization="plain", *, actnorm=None, device=None, dtype=None):
         super().__init__()
+        channels = checks.count("channels", channels, 1)
         checks.choice("parametrization", parametrization, ("plain", "plu"))
         if actnorm is not None and not isinstance(actnorm, ActNorm):
             raise TypeError(f"actnorm: expected an ActNorm or None, got {type(actnorm).__name__}")

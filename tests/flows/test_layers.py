@@ -51,6 +51,33 @@ def test_masked_keeps_what_it_hides():
     assert torch.isnan(layer(x)[0]).tolist() == [[False, True, False, False]]
 
 
+# A split of four features, and how many the conditioner sees and gives params for.
+SPLITS = [("channel", 2), ("checkerboard", 4), (torch.tensor([1, 0, 1, 0]), 4), ([0, 2], 2)]
+
+
+@pytest.mark.parametrize(("split", "width"), SPLITS, ids=str)
+@pytest.mark.parametrize(("layout", "order"), [("chunk", "scale_shift"), ("interleave", "shift_scale")])
+def test_a_pair_of_params_is_what_the_packed_ones_are(split, width, layout, order):
+    x, (raw, shift) = torch.randn(3, 4), torch.randn(2, 3, width)
+    first, second = (raw, shift) if order == "scale_shift" else (shift, raw)
+    packed = torch.cat([first, second], 1) if layout == "chunk" else torch.stack([first, second], 2).flatten(1)
+    results = [AffineCoupling(Constant(params), split=split, layout=layout, order=order)(x)
+               for params in ((raw, shift), packed)]
+    for pair, one in zip(*results, strict=True):
+        torch.testing.assert_close(pair, one)
+
+
+@pytest.mark.parametrize(("split", "width"), SPLITS, ids=str)
+def test_couplings_compile_with_every_size_dynamic(split, width):
+    torch._dynamo.reset()
+    layer = AffineCoupling(nn.Linear(width, 2 * width), split=split)
+    call = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        x = torch.randn(batch, 4)
+        for got, want in zip(call(x), layer(x), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_channel_split_keeps_the_order(flip):
     x = torch.randn(2, 5, 2)
@@ -164,6 +191,9 @@ def test_conv_net():
     (ValueError, lambda: AffineCoupling(MLP(1, 2), order="rows"), "order"),
     (ValueError, lambda: AffineCoupling(MLP(2, 3))(torch.zeros(1, 4)), "params"),
     (ValueError, lambda: AffineCoupling(MLP(4, 3), split="checkerboard")(torch.zeros(1, 4)), "conditioner output"),
+    (ValueError, lambda: AffineCoupling(Constant((torch.ones(1, 4),)), split="checkerboard")(torch.zeros(1, 4)),
+     "conditioner output"),
+    (TypeError, lambda: AffineCoupling(Constant(None), split="checkerboard")(torch.zeros(1, 4)), "conditioner output"),
     (ValueError, lambda: AffineCoupling(MLP(4, 8), split=torch.ones(3))(torch.zeros(1, 4)), "mask"),
     (ValueError, lambda: AffineCoupling(MLP(4, 8))(torch.zeros(4)), "x: expected"),
     (TypeError, lambda: AffineCoupling(MLP(4, 8))([1.0]), "x: expected"),
@@ -177,6 +207,10 @@ def test_conv_net():
     (ValueError, lambda: MLP(2, 2)(torch.zeros(1, 2), torch.zeros(1, 1)), "context"),
     (ValueError, lambda: MLP(2, 2, context_features=2)(torch.zeros(1, 2)), "context"),
     (ValueError, lambda: GaussianSample("variance"), "scale"),
+    (ValueError, lambda: GaussianSample(n_samples=-1), "n_samples"),
+    (TypeError, lambda: GaussianSample(n_samples=2.0), "n_samples"),
+    (ValueError, lambda: InvertibleConv1x1(0), "channels"),
+    (TypeError, lambda: ActNorm("3"), "channels"),
 ])
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):

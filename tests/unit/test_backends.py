@@ -76,6 +76,8 @@ def test_explain_gives_a_reason_and_accepts_pairs():
     for call in (lambda: backends.explain("cube", x), lambda: backends.explain("slogdet")):
         with pytest.raises(ValueError, match="^(op|tensors)"):
             call()
+    with pytest.raises(TypeError, match="^tensors"):
+        backends.explain("slogdet", 3)
 
 
 def test_matrices_beyond_the_table_s_limit_go_to_torch_linalg(monkeypatch):
