@@ -42,7 +42,7 @@ def philox_normal(shape, seed, offset=0, *, batch_dim=0, device=None):
     """
     mask = 0xFFFFFFFF
     if not isinstance(seed, torch.Tensor):
-        seed = torch.tensor(to_int64(seed), dtype=torch.int64)
+        seed = torch.full((), to_int64(seed), dtype=torch.int64, device=device)  # filled there, as a graph can record
     seed = seed.to(device if device is not None else seed.device)
     size = math.prod(shape)
     index = torch.arange(size, device=seed.device)

@@ -217,6 +217,15 @@ def test_backward_sees_the_noise_of_the_forward(backend, device):
         torch.testing.assert_close(grad, eps, rtol=1e-6, atol=2e-6)
 
 
+def test_noise_is_drawn_where_the_params_are(backend, device):
+    """Whatever torch's default device is."""
+    params = torch.zeros(3, 8, device=device)
+    want, _ = gaussian_sample_kl(params, seed=5)
+    with torch.device("meta"):
+        assert_bitwise(gaussian_sample_kl(params, seed=5)[0], want)
+        assert gaussian_sample_kl(params)[0].device == params.device
+
+
 def test_every_backend_draws_what_the_reference_draws():
     names = [name for name, usable in backends.available().items() if usable]
     assert "reference" in names
