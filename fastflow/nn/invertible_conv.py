@@ -91,6 +91,7 @@ class InvertibleConv1x1(nn.Module):
         if x.dim() < 2 or x.shape[1] != self.channels:
             raise ValueError(f"x: expected shape (B, {self.channels}, *S), got {tuple(x.shape)}")
         matrix = factors.matrix
+        checks.same_device("x", x, "weight", matrix)
         if x.dtype != matrix.dtype:
             checks.no_mixed_double([("weight", matrix), ("x", x)])
             x = x.to(matrix.dtype)

@@ -202,6 +202,8 @@ def test_conv_net():
     (ValueError, lambda: InvertibleConv1x1(3)(torch.zeros(1, 2)), "x: expected"),
     (TypeError, lambda: InvertibleConv1x1(3)(torch.zeros(1, 3).double()), "weight"),
     (TypeError, lambda: ActNorm(3)(torch.zeros(1, 3).double()), "bias"),
+    (ValueError, lambda: ActNorm(3)(torch.zeros(1, 3, device="meta")), "x: expected device cpu"),
+    (ValueError, lambda: InvertibleConv1x1(3)(torch.zeros(1, 3, device="meta")), "x: expected device cpu"),
     (ValueError, lambda: ActNorm(3)(torch.zeros(1, 2)), "x: expected"),
     (ValueError, lambda: MLP(2, 2)(torch.zeros(1, 2), torch.zeros(1, 1)), "context"),
     (ValueError, lambda: MLP(2, 2, context_features=2)(torch.zeros(1, 2)), "context"),
