@@ -25,8 +25,9 @@ def slogdet(weight):
     Returns:
         sign: (*,) -1, 0 or 1, not differentiable.
         logabsdet: (*,) log|det| in nats; its gradient is the inverse transpose.
-        Both float64 for a float64 weight, else float32. Singular: sign 0, logabsdet -inf. NaN in, NaN out. No
-        exception, no host synchronisation, and no matrix of the batch affects another.
+        Both float64 for a float64 weight, else float32. Singular, that is with a pivot of exactly zero, as behind a
+        zero row or column or two equal rows: sign 0, logabsdet -inf. NaN in, NaN out. No exception, no host
+        synchronisation, and no matrix of the batch affects another.
 
     Raises:
         ValueError, TypeError: weight is not a floating tensor of square matrices.
