@@ -181,7 +181,7 @@ def refusal(backend, op, tensors):
         return _network_refusal(op, backend, tensors[0], tensors[1:])
     if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
         return f"{op} has no Triton kernel"
-    if f"{op}_fwd" in extension.CPU_ALONE and backend != "cpu":
+    if backend != "cpu" and f"{op}_fwd" in extension.CPU_ALONE:
         return f"{op} has no {backend} kernel"
     if backend == "triton" and op.startswith("slogdet") and first.shape[-1] > TRITON_MAX:
         return f"a {first.shape[-1]}x{first.shape[-1]} matrix does not fit in registers (limit {TRITON_MAX})"
