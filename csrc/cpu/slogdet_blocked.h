@@ -302,7 +302,7 @@ struct Blocked {
     write_result<Out>(batch, b, singular ? 0.0 : sign, total, nan);
     if (batch.inverse == nullptr) return;
     Out* out = static_cast<Out*>(batch.inverse) + b * n * n;
-    if (nan || singular) {
+    if (nan || singular || math::abs(total) == math::infinity<double>()) {
       for (int64_t i = 0; i < n * n; ++i) out[i] = math::quiet_nan<Out>();
       return;
     }

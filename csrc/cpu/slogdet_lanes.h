@@ -14,9 +14,9 @@ struct Lanes {
   using I = Simd<double>::Lane;
 
   int64_t n;
-  V *a, *reciprocal, *factor, *column;  // a: element (i, j) at a[j*n + i]
-  V* row;                               // row i of P A is row row[i] of A
-  I nan, odd, singular, tiny;           // lane masks
+  V *a, *reciprocal, *factor, *column;   // a: element (i, j) at a[j*n + i]
+  V* row;                                // row i of P A is row row[i] of A
+  I nan, odd, singular, tiny, infinite;  // lane masks
 
   static int64_t scratch(int64_t n) {
     return (n * n + (3 + inverse_columns) * n) * static_cast<int64_t>(sizeof(V));
@@ -146,9 +146,11 @@ struct Lanes {
   void write_determinants(const SlogdetBatch& batch, int64_t first, int64_t count) {
     V total{}, lost{};  // lost: what rounding took from total
     I negative = odd;
+    infinite = I{};
     for (int64_t k = 0; k < n; ++k) {
       const V u = a[k * n + k];
       nan |= u != u;
+      infinite |= magnitude(u) == math::infinity<double>();
       negative ^= u < 0;
       double value[W];
       for (int l = 0; l < W; ++l) value[l] = u[l];
@@ -200,7 +202,7 @@ struct Lanes {
 
   template <class Out>
   void write_inverse(Out* const* out, int64_t count) {
-    const I broken = nan | singular;
+    const I broken = nan | singular | infinite;
     for (int64_t c = 0; c < n; c += inverse_columns) {
       solve(c);
       const int64_t columns = at_most(inverse_columns, n - c);

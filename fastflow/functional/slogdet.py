@@ -45,8 +45,8 @@ def slogdet_inverse(weight):
     """Sign, log|det| and inverse of a batch of square matrices from one factorisation; see :func:`slogdet`.
 
     Returns:
-        sign, logabsdet: as slogdet. inverse: (*, C, C), differentiable, of the dtype of logabsdet; NaN for a singular
-        matrix.
+        sign, logabsdet: as slogdet. inverse: (*, C, C), differentiable, of the dtype of logabsdet; NaN where logabsdet
+        is not finite.
     """
     _check_weight(weight)
     backend = backends.choose("slogdet_inverse", weight)

@@ -209,6 +209,7 @@ def test_one_non_finite_entry(size, poison, backend, device):
         else:
             assert not torch.isfinite(results[1][place])
             assert torch.equal(torch.isnan(results[0]), torch.isnan(results[1]))
+            assert torch.isnan(results[2][place]).all()
         keep = torch.arange(9, device=device) != place
         for got, want in zip(results, clean, strict=True):
             assert_bitwise(got[keep], want[keep])
