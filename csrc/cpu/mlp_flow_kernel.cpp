@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "mlp_flow_net.h"
+#include "mlp_flow_pieces.h"
 #include "mlp_flow_scale.h"
 #include "sum.h"
 
@@ -23,6 +24,7 @@ struct Flow {
   T *input, *hidden, *slopes, *grad_hidden[2], *transposed_input, *moved;
   LaneSums<T>* sums;        // of each linear of a step
   T **values, **slope_rows; // where each linear's results and slopes begin
+  Pieces<T>* pieces;        // of each step, those that have none without a table
   int64_t rows = 0, first = 0;  // samples of the unit, and where they begin
 
   Flow(const FlowJob& job, Arena& arena, bool backward) : job(job) {
@@ -33,6 +35,7 @@ struct Flow {
     input = arena.take<T>(tile * padded(seen));
     hidden = arena.take<T>(tile * (backward ? job.hidden : 2 * wide));
     moved = arena.take<T>(tile * job.features);
+    if (!backward) make_pieces(arena);
     if (!backward) return;
     grad = arena.take<T>(unit * job.features);
     grad_context = arena.take<T>(unit * job.context_features);
@@ -46,6 +49,20 @@ struct Flow {
     if (sums != nullptr) sums[0] = {bias, weight};
     values = arena.take<T*>(job.deepest);
     slope_rows = arena.take<T*>(job.deepest);
+  }
+
+  void make_pieces(Arena& arena) {
+    pieces = arena.take<Pieces<T>>(job.count);
+    double* const sums = arena.take<double>(2 * job.widest);
+    for (int64_t s = 0; s < job.count; ++s) {
+      Pieces<T> made;
+      if (has_pieces<T>(job, job.steps[s])) {
+        made = Pieces<T>::take(arena, job.steps[s]);
+        made.sums = sums;
+        if (sums != nullptr) made.make(job.steps[s]);
+      }
+      if (pieces != nullptr) pieces[s] = made;
+    }
   }
 
   int64_t tiles() const { return (rows + tile - 1) / tile; }
@@ -161,11 +178,16 @@ struct Flow {
     const int64_t n = lanes_of(t);
     const T* x = input_of(step, t);
     T* y = nullptr;
-    for (int64_t l = 0; l < step.count; ++l) {
+    const Pieces<T>& piecewise = pieces[&step - job.steps];
+    for (int64_t l = piecewise.usable ? 1 : 0; l < step.count; ++l) {
       T* const kept = kept_of(step.linears[l], t);
       const bool in_place = kept != nullptr && rows_of(t) == tile;
       y = in_place ? kept : hidden + (l % 2) * tile * padded(job.widest);
-      linear_forward<T>(step.linears[l], l == step.count - 1, step.activation, n, x, y, nullptr);
+      const bool last = l == step.count - 1;
+      if (l == 1 && piecewise.usable)
+        piecewise.apply(n, x, !last, y);
+      else
+        linear_forward<T>(step.linears[l], last, step.activation, n, x, y, nullptr);
       if (kept != nullptr && !in_place) copy_rows(step.linears[l].out, rows_of(t), y, tile, kept, rows_of(t));
       x = y;
     }

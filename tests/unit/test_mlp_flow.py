@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import check_together as check
-from cases import cotangents_of, evaluate, flow_case, kernels_run
-from tolerances import assert_bitwise, assert_same_nonfinite
+from cases import cotangents_of, evaluate, flow_case, kernels_run, upcast
+from tolerances import assert_bitwise, assert_by_ratio, assert_same_nonfinite
 
 from fastflow import extension, functional, reference
 from fastflow.autograd import mlp_flow
@@ -117,6 +117,60 @@ def test_a_context_that_is_only_read_and_parameters_shared_by_steps(fused, devic
         z, logdet = module.mlp_flow(x, steps, context=context)
         found.append(torch.autograd.grad(z.square().sum() + logdet.sum(), (weight, bias)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+PIECEWISE = 1024  # samples from which on the CPU makes a table of a first layer of one feature
+
+
+def piecewise_case(hidden, inverse=False):
+    """(case, tensors in float32): one coupling of two features, with units that make dead, constant, far and coinciding
+    knots, and samples at every knot."""
+    case = flow_case(f"pieces {hidden}", 2, hidden, 1, batch=PIECEWISE + 37, actnorm=False, scale="tanh",
+                     inverse=inverse, activation="relu")
+    tensors = case.tensors(torch.float32)
+    weight, bias, x = tensors["1.w0"], tensors["1.b0"], tensors["x"]
+    x[:len(weight)] = (-bias / weight[:, 0])[:, None]
+    weight[0], bias[0] = 0.0, 0.5
+    weight[1], bias[1] = 0.0, -0.5
+    weight[2], bias[2] = 1e-30, 1.0
+    weight[3], bias[3] = weight[4].clone(), bias[4].clone()
+    return case, tensors
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("hidden", [(64, 64), (5, 16), (128, 32, 8), (16, 48, 7), (16, 7)], ids=str)
+def test_one_feature_through_relu(hidden, inverse, device):
+    """Values and gradients where the table stands for two layers: the gradients as vectors, since single ones jump where
+    rounding moves a sample across a knot, eager's too."""
+    case, tensors = piecewise_case(hidden, inverse)
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    cotangents = cotangents_of(case, tensors)
+    got = evaluate(case, tensors, cotangents=cotangents)
+    eager = evaluate(case, tensors, cotangents=cotangents, module=reference)
+    truth = evaluate(case, upcast(tensors), cotangents=upcast(cotangents), module=reference)
+    for name, out in got[0].items():
+        assert_by_ratio(out, eager[0][name], truth[0][name], what=name)
+    for name, out in got[1].items():
+        exact = truth[1][name]
+        error, allowed = ((g.double() - exact).norm().item() for g in (out, eager[1][name]))
+        assert error <= 3 * allowed + 4e-7 * exact.norm().item(), (name, error, allowed)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_non_finite_numbers_of_one_feature(poison, device):
+    """As above: what is not finite is where eager has it, and other samples keep their bits."""
+    case, tensors = piecewise_case((16, 16))
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    clean = evaluate(case, tensors)[0]
+    for name in tensors:
+        bad = {n: v.clone() for n, v in tensors.items()}
+        bad[name][(100, slice(None)) if name == "x" else 5] = poison
+        got, eager = evaluate(case, bad)[0], evaluate(case, bad, module=reference)[0]
+        for result, out in got.items():
+            assert_same_nonfinite(out, eager[result], f"{poison} in {name} -> {result}")
+            if name == "x":
+                keep = torch.arange(len(out), device=device) != 100
+                assert_bitwise(out[keep], clean[result][keep], f"{poison} in {name} -> {result}")
 
 
 SCRIPT = """
