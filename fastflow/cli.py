@@ -7,24 +7,15 @@ import argparse
 import contextlib
 import functools
 import importlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 
-__all__ = ["main"]
+from fastflow import doctor
 
-EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train", "matplotlib": "train",
-          "PIL": "data", "sklearn": "data", "skimage": "data"}
-if sys.version_info < (3, 11):
-    EXTRAS["tomli"] = "train"
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}
+__all__ = ["main"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,17 +109,16 @@ def run(argv):
 
 def check_extras():
     """Fails, before anything is loaded, if a library that runs need is missing."""
-    missing = [module for module in EXTRAS if importlib.util.find_spec(module) is None]
+    missing = doctor.missing_extras()
     if missing:
-        names = ", ".join(DISTRIBUTIONS.get(module, module) for module in missing)
-        extras = ",".join(sorted({EXTRAS[module] for module in missing}))
+        names, extras = ", ".join(missing), ",".join(sorted(set(missing.values())))
         fail(f"this command needs {names}, not installed: pip install 'fastflow[{extras}]'")
 
 
 def parser():
     """The argument parser with all commands."""
     top = Parser(prog="fastflow", description="Normalizing flows and VAEs on fused kernels.")
-    top.add_argument("--version", action="version", version=f"fastflow {version('fastflow')}")
+    top.add_argument("--version", action="version", version=f"fastflow {doctor.version('fastflow')}")
     top.set_defaults(command=None, needs_extras=True)
     commands = top.add_subparsers(title="commands", parser_class=Parser)
 
@@ -183,9 +173,9 @@ def parser():
     bench = commands.add_parser("bench", help="measure the operations (bench --help)", add_help=False)
     bench.set_defaults(command=run_bench, needs_extras=False)
 
-    doctor = commands.add_parser("doctor", help="what works on this machine, and why", description="Print versions and "
-                                 "which backends are available, and why.")
-    doctor.set_defaults(command=run_doctor, needs_extras=False)
+    what_works = commands.add_parser("doctor", help="what works on this machine, and why", description="Print versions "
+                                     "and which backends are available, and why.")
+    what_works.set_defaults(command=run_doctor, needs_extras=False)
     return top
 
 
@@ -201,14 +191,6 @@ def _positive(text):
     if not 1 <= value <= 4096:
         raise argparse.ArgumentTypeError(f"expected an integer from 1 to 4096, got {text}")
     return value
-
-
-def version(package):
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def run_train(arguments):
@@ -396,40 +378,7 @@ def run_bench(arguments):
 
 
 def run_doctor(arguments):
-    import torch
-
-    from fastflow import backends
-
-    def compiler(*names):
-        path = next(filter(None, map(shutil.which, filter(None, names))), None)
-        if path is None:
-            return "not found"
-        shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
-        lines = [line for line in shown.splitlines() if line.strip()]
-        number = next((line for line in lines if "release" in line), lines[0] if lines else "")
-        return f"{path} ({number.strip()})"
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    rows = {
-        "fastflow": f"{version('fastflow') or 'not installed as a package'} in {Path(__file__).parent}",
-        "Python": f"{platform.python_version()} in {sys.prefix}",
-        "platform": f"{platform.platform()}, {os.cpu_count()} CPUs",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
-        "GPU": ", ".join(gpus) or "none",
-        "Triton": version("triton") or "not installed",
-        "C++ compiler": compiler(os.environ.get("CXX"), "c++", "g++", "clang++"),
-        "nvcc": compiler(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"), "nvcc"),
-    }
-    for name, value in rows.items():
-        print(f"{name:14}{value}")
-    print("\nbackends")
-    for name, reason in backends.status().items():
-        print(f"  {name:12}{reason}")
-    print("\noptional libraries")
-    for module, extra in EXTRAS.items():
-        package = DISTRIBUTIONS.get(module, module)
-        found = version(package)
-        print(f"  {package:14}{found or f'not installed: pip install fastflow[{extra}]'}")
+    doctor.show()
 
 
 if __name__ == "__main__":

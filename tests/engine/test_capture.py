@@ -1,15 +1,15 @@
-"""Captured steps. On the CPU a stand-in for the recorder runs what would be in the graph, on the same static buffers;
-with a GPU the same things are shown of CUDA graphs."""
+"""Captured steps on a CPU: a stand-in for the recorder runs what would be in the graph, on the same static buffers.
+test_capture_gpu.py shows the same things of CUDA graphs."""
 
 import contextlib
 import copy
 
 import pytest
 import torch
+from captured_steps import adam, glow, pair
 from stand_in_models import Affine
 from torch import nn
 
-from fastflow import flows
 from fastflow.engine import NonFiniteError, TrainStep, capture
 from fastflow.vae import (
     MLPVAE,
@@ -87,27 +87,9 @@ def recorder(monkeypatch):
     return made
 
 
-def adam(model, **options):
-    return torch.optim.Adam(model.parameters(), 0.05, fused=True, **options)
-
-
-def pair(options=None, make=Affine, optimizer=adam):
-    """(captured, eager) steps of equal models."""
-    model = make()
-    twin = copy.deepcopy(model)
-    return (TrainStep(model, optimizer(model), capture=True, **(options or {})),
-            TrainStep(twin, optimizer(twin), **(options or {})))
-
-
 def same(captured, eager):
     torch.testing.assert_close([p.detach() for p in captured.model.parameters()],
                                [p.detach() for p in eager.model.parameters()])
-
-
-def glow():
-    model = flows.Glow((3, 8, 8), n_levels=2, n_steps=2, hidden_channels=8)
-    model.initialize(torch.rand(8, 3, 8, 8) - 0.5)
-    return model
 
 
 @pytest.mark.parametrize("options", [
@@ -304,86 +286,6 @@ def test_a_model_on_the_cpu_is_refused():
         TrainStep(model, adam(model), capture=True)
 
 
-@pytest.fixture
-def on_gpu():
-    return glow().cuda()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.5, "ema_decay": 0.9}, {"accumulate": 2},
-                                     {"conditioner_dtype": torch.bfloat16}])
-def test_on_a_gpu_twenty_steps_equal_twenty_eager_ones(options):
-    captured, eager = pair(options, lambda: glow().cuda())
-    for i in range(20):
-        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
-        losses = []
-        for step in (captured, eager):
-            torch.manual_seed(i)
-            losses.append(step(x))
-        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-2)
-    assert captured._steps.recorded == (2 if "accumulate" in options else 1)
-    for a, b in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_every_replay_draws_fresh_noise(on_gpu):
-    optimizer = torch.optim.SGD(on_gpu.parameters(), 0.0, fused=True)
-    step = TrainStep(on_gpu, optimizer, capture=True)
-    x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
-    assert len({step(x).item() for _ in range(12)}) == 12
-    vae = VAE(mlp_encoder((1, 4, 4), 3, (8,)), mlp_decoder(3, (1, 4, 4), (8,))).cuda()
-    step = TrainStep(vae, torch.optim.SGD(vae.parameters(), 0.0, fused=True), capture=True)
-    x = torch.rand(4, 1, 4, 4, device="cuda")
-    assert len({step(x).item() for _ in range(12)}) == 12
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_batch_that_is_not_finite_is_skipped(on_gpu):
-    step = TrainStep(on_gpu, adam(on_gpu), capture=True, ema_decay=0.9)
-    x = torch.rand(4, 3, 8, 8, device="cuda") - 0.5
-    for _ in range(5):
-        step(x)
-    before = [p.detach().clone() for p in (*on_gpu.parameters(), *step.ema.parameters.values())]
-    steps = [s["step"].item() for s in step.optimizer.state.values()]
-    step(x * float("nan"))
-    with pytest.raises(NonFiniteError, match="the batch's x is not finite"):
-        step(x)
-    after = [*on_gpu.parameters(), *step.ema.parameters.values()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert steps == [s["step"].item() for s in step.optimizer.state.values()]
-    assert torch.isfinite(step(x))
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_schedule_is_seen(on_gpu):
-    step = TrainStep(on_gpu, torch.optim.SGD(on_gpu.parameters(), 1e-3, fused=True), capture=True)
-    x = torch.rand(4, 3, 8, 8, device="cuda") - 0.5
-    for _ in range(5):
-        step(x)
-    step.optimizer.param_groups[0]["lr"] = 0.0
-    before = [p.detach().clone() for p in on_gpu.parameters()]
-    step(x)
-    assert all(torch.equal(a, b) for a, b in zip(before, on_gpu.parameters(), strict=True))
-    step.optimizer.param_groups[0]["lr"] = 1e-3
-    step(x)
-    assert not all(torch.equal(a, b) for a, b in zip(before, on_gpu.parameters(), strict=True))
-    assert step._steps.recorded == 1
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_replay_does_not_wait(on_gpu):
-    step = TrainStep(on_gpu, adam(on_gpu), capture=True, check_finite=False, clip_grad_norm=1.0, ema_decay=0.9)
-    x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
-    for _ in range(4):
-        step(x)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_a_graph_from_before_is_named(recorder):
     """Its nodes belong to another stream, on which a captured backward would wait."""
     model = glow()
@@ -401,45 +303,3 @@ def test_a_step_with_a_probe_leaves_no_graph_behind():
     model = glow()
     TrainStep(model, adam(model))(torch.rand(4, 3, 8, 8) - 0.5)
     assert capture.held(list(model.parameters())) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"compile": "conditioners"},
-                                     {"compile": "conditioners", "conditioner_dtype": torch.bfloat16}])
-def test_on_a_gpu_compiled_conditioners_are_captured(options):
-    captured, eager = pair(options, lambda: glow().cuda())
-    eager = TrainStep(eager.model, eager.optimizer, conditioner_dtype=options.get("conditioner_dtype"))
-    for i in range(6):
-        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
-        losses = []
-        for step in (captured, eager):
-            torch.manual_seed(i)
-            losses.append(step(x))
-        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-2)
-    assert captured._steps.recorded == 1
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_model_that_ran_before_is_captured(on_gpu):
-    x = torch.rand(4, 3, 8, 8, device="cuda") - 0.5
-    eager = TrainStep(on_gpu, adam(on_gpu))
-    for _ in range(2):
-        eager(x)
-    step = TrainStep(on_gpu, adam(on_gpu), capture=True)
-    for _ in range(5):
-        step(x)
-    assert step._steps.recorded == 1
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_weight_of_the_rate_is_seen():
-    """With nothing learnt the loss is distortion + beta * rate of the same batch and posterior at every replay."""
-    vae = VAE(mlp_encoder((1, 4, 4), 3, (8,)), mlp_decoder(3, (1, 4, 4), (8,))).cuda()
-    beta = torch.ones((), device="cuda")
-    step = TrainStep(vae, torch.optim.SGD(vae.parameters(), 0.0, fused=True), capture=True, beta=beta)
-    x = torch.rand(4, 1, 4, 4, device="cuda")
-    for value in (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 5.0):
-        beta.fill_(value)
-        loss = step(x)
-        torch.testing.assert_close(loss, step.parts["distortion"] + value * step.parts["rate"])
-    assert step._steps.recorded == 1

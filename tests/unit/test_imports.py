@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fastflow"
 # What each part may import directly. Parts reach what those import in turn; everything may import backends and checks.
 LAYERS = {
-    "cli": {"engine", "recipes"},
+    "cli": {"engine", "recipes", "doctor"},
     "engine": {"vae", "diagnostics", "data", "launches"},
     "diagnostics": {"vae", "flows"},
     "vae": {"flows", "estimators"},
@@ -20,9 +20,11 @@ LAYERS = {
     "functional": {"autograd", "reference", "checks", "extension"},
     "autograd": {"kernels", "extension", "reference"},
     "adapters": {"flows", "nn", "functional"},
-    "extension": {"kernels"},
+    "extension": {"kernels", "fakes"},
     "backends": {"extension"},
     "launches": {"extension"},
+    "doctor": set(),
+    "fakes": set(),
     "kernels": set(),
     "reference": set(),
     "checks": set(),
@@ -31,10 +33,11 @@ LAYERS = {
     "recipes": set(),
 }
 EVERYONE = {"backends", "checks"}
-LEAVES = {"kernels", "reference", "checks", "extension", "backends"}  # these do not import backends in turn
+LEAVES = {"kernels", "reference", "checks", "extension", "fakes", "backends"}  # these do not import backends in turn
 THIRD_PARTY = {"reference": {"torch"}, "kernels": {"torch", "triton"}, "checks": {"torch"}, "backends": {"torch"},
-               "extension": {"torch"}, "functional": {"torch"}, "autograd": {"torch"}, "nn": {"torch"},
-               "flows": {"torch", "numpy", "torchdiffeq"}, "vae": {"torch", "numpy"}, "estimators": {"torch"}}
+               "extension": {"torch"}, "fakes": {"torch"}, "functional": {"torch"}, "autograd": {"torch"},
+               "nn": {"torch"}, "flows": {"torch", "numpy", "torchdiffeq"}, "vae": {"torch", "numpy"},
+               "estimators": {"torch"}}
 
 
 def sources():

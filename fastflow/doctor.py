@@ -1,0 +1,71 @@
+"""What is installed on this machine and what works: ``fastflow doctor``, and what commands look up before they load."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# The libraries that runs need: {module: the extra that installs it}.
+EXTRAS = {"rich": "train", "safetensors": "train", "pydantic": "train", "matplotlib": "train",
+          "PIL": "data", "sklearn": "data", "skimage": "data"}
+if sys.version_info < (3, 11):
+    EXTRAS["tomli"] = "train"
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}
+
+
+def version(package):
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing_extras():
+    """The libraries that runs need and that are not installed, as {distribution: extra}."""
+    return {DISTRIBUTIONS.get(module, module): extra for module, extra in EXTRAS.items()
+            if importlib.util.find_spec(module) is None}
+
+
+def _compiler(*names):
+    """Path and version of the first of these compilers that is there; those that are None are passed over."""
+    path = next(filter(None, map(shutil.which, filter(None, names))), None)
+    if path is None:
+        return "not found"
+    shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
+    lines = [line for line in shown.splitlines() if line.strip()]
+    number = next((line for line in lines if "release" in line), lines[0] if lines else "")
+    return f"{path} ({number.strip()})"
+
+
+def show():
+    """Prints versions, which backends are available and why, and which optional libraries are installed."""
+    import torch
+
+    from fastflow import backends
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows = {
+        "fastflow": f"{version('fastflow') or 'not installed as a package'} in {Path(__file__).parent}",
+        "Python": f"{platform.python_version()} in {sys.prefix}",
+        "platform": f"{platform.platform()}, {os.cpu_count()} CPUs",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
+        "GPU": ", ".join(gpus) or "none",
+        "Triton": version("triton") or "not installed",
+        "C++ compiler": _compiler(os.environ.get("CXX"), "c++", "g++", "clang++"),
+        "nvcc": _compiler(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"), "nvcc"),
+    }
+    for name, value in rows.items():
+        print(f"{name:14}{value}")
+    print("\nbackends")
+    for name, reason in backends.status().items():
+        print(f"  {name:12}{reason}")
+    print("\noptional libraries")
+    for module, extra in EXTRAS.items():
+        package = DISTRIBUTIONS.get(module, module)
+        found = version(package)
+        print(f"  {package:14}{found or f'not installed: pip install fastflow[{extra}]'}")
