@@ -1,6 +1,7 @@
 """Shared set-up of all tests: seeds, markers, poisoned memory, and a count of what was skipped for want of a GPU."""
 
 import ctypes
+import gc
 import importlib.util
 import os
 import sys
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=GPU_SKIP))
         elif "slow" in item.keywords and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """What was imported and collected stays: Python's garbage collector need not walk it again in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
