@@ -18,10 +18,13 @@ ROOT = HERE.parents[1]
 CXX = os.environ.get("CXX", "g++")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined",
               "-fno-omit-frame-pointer"]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DFASTFLOW_SIMT",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000", *SANITIZERS]
+FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DFASTFLOW_SIMT",
+         "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 if re.search(r"\bfma\b", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""):
     FLAGS.append("-mfma")  # as a GPU computes
+CHECKED = ["-O1", *SANITIZERS]
+RUNTIME = HERE / "runtime.cpp"
+RUNTIME_FLAGS = ["-O2", "-fno-builtin-memcpy"]  # its memcpy must be a call, which AddressSanitizer checks
 JOBS = 2
 
 
@@ -31,16 +34,17 @@ def cache_dir():
 
 
 def _key(sources):
-    digest = hashlib.sha256(" ".join([CXX, *FLAGS, torch.__version__]).encode())
+    digest = hashlib.sha256(" ".join([CXX, *FLAGS, *CHECKED, *RUNTIME_FLAGS, torch.__version__]).encode())
     headers = [p for d in ("csrc", "csrc/common", "csrc/cuda") for p in (ROOT / d).glob("*.*h")]
-    for path in sorted([*sources, *headers, HERE / "simt.h", HERE / "runtime.cpp"]):
+    for path in sorted([*sources, *headers, HERE / "simt.h", RUNTIME]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _compile(source, target):
     include = Path(torch.__file__).parent / "include"
-    subprocess.run([CXX, *FLAGS, f"-I{ROOT / 'csrc'}", f"-I{include}", f"-I{include}/torch/csrc/api/include",
+    flags = RUNTIME_FLAGS if source == RUNTIME else CHECKED
+    subprocess.run([CXX, *FLAGS, *flags, f"-I{ROOT / 'csrc'}", f"-I{include}", f"-I{include}/torch/csrc/api/include",
                     "-include", str(HERE / "simt.h"), "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
 
 
@@ -55,7 +59,7 @@ def build(name, sources):
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = [*sources, HERE / "runtime.cpp"]
+    inputs = [*sources, RUNTIME]
     objects = [folder / f"{source.name}.{os.getpid()}.o" for source in inputs]
     with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(_compile, inputs, objects))

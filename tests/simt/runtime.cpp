@@ -1,10 +1,12 @@
-// The fibers, the scheduler and the controls behind simt.h.
+// The fibers, the scheduler and the controls behind simt.h. Not itself under sanitizers, for its speed, but part of a
+// process under AddressSanitizer: it tells it of the fibers, and memcpy is AddressSanitizer's.
 #include "simt.h"
 
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <deque>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -14,11 +16,6 @@
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
-#endif
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace simt {
@@ -59,8 +56,9 @@ struct Fiber : Context {
   unsigned mask = 0;
   uint64_t value = 0;
   int operand = 0;
-  std::vector<Copy> copies;              // of the group that is not committed yet
-  std::deque<std::vector<Copy>> groups;  // committed, not waited for
+  std::vector<Copy> copies;       // not waited for
+  std::vector<size_t> groups;     // where each committed group of them ends
+  size_t waited = 0;              // how many groups were waited for
 };
 
 struct SharedBlock {
@@ -91,7 +89,6 @@ __attribute__((naked, noinline)) void change_stack(void** /*save rdi*/, void* /*
 
 // Tells AddressSanitizer that `here` runs again. Only the scheduler resumes fibers, on whichever thread called.
 void arrived(Context& here) {
-#if defined(__SANITIZE_ADDRESS__)
   const void* bottom;
   size_t bytes;
   __sanitizer_finish_switch_fiber(here.fake_stack, &bottom, &bytes);
@@ -99,13 +96,10 @@ void arrived(Context& here) {
     scheduler.stack = const_cast<void*>(bottom);
     scheduler.bytes = bytes;
   }
-#endif
 }
 
 void change_context(Context& from, Context& to) {
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.bytes);
-#endif
 #if defined(__x86_64__)
   change_stack(&from.stopped_at, to.stopped_at);
 #else
@@ -120,7 +114,8 @@ void release_barrier() {
     Fiber& fiber = *fibers[t];
     if (fiber.state != State::barrier) continue;
     if (first == nullptr) first = &fiber;
-    if ((fiber.line != first->line || std::strcmp(fiber.file, first->file) != 0) && failure.empty())
+    const bool same_file = fiber.file == first->file || std::strcmp(fiber.file, first->file) == 0;
+    if ((fiber.line != first->line || !same_file) && failure.empty())
       failure = "threads wait at different __syncthreads: lines " + std::to_string(first->line) + " and " +
                 std::to_string(fiber.line);
     fiber.state = State::ready;
@@ -147,9 +142,7 @@ void prepare(Fiber& fiber) {
     fiber.stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (fiber.stack == MAP_FAILED) throw std::bad_alloc();
   }
-#if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fiber.stack, fiber.bytes);
-#endif
   fiber.fake_stack = nullptr;
 #if defined(__x86_64__)
   // As change_stack finds it: six registers, the address to return to, and a return address for fiber_main that leaves
@@ -206,6 +199,7 @@ void run_block(std::mt19937_64& random, int64_t shared_bytes) {
     fibers[t]->state = State::ready;
     fibers[t]->copies.clear();
     fibers[t]->groups.clear();
+    fibers[t]->waited = 0;
     fibers[t]->index.x = static_cast<unsigned>(t);
   }
   std::shuffle(order.begin(), order.end(), random);
@@ -239,11 +233,21 @@ void begin_copy(void* to, const void* from, size_t bytes) {
     failure = "a copy of " + std::to_string(bytes) + " bytes at an address that is no multiple of them";
 }
 
-void commit_copies() { running->groups.push_back(std::exchange(running->copies, {})); }
+void commit_copies() { running->groups.push_back(running->copies.size()); }
 
 void wait_for_copies(size_t pending) {
-  for (; running->groups.size() > pending; running->groups.pop_front())
-    for (const Copy& copy : running->groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  Fiber& self = *running;
+  while (self.groups.size() > self.waited + pending) {
+    const size_t end = self.groups[self.waited];
+    for (size_t c = self.waited == 0 ? 0 : self.groups[self.waited - 1]; c < end; ++c)
+      std::memcpy(self.copies[c].to, self.copies[c].from, self.copies[c].bytes);
+    ++self.waited;
+  }
+  if (self.waited == self.groups.size() && self.copies.size() == (self.groups.empty() ? 0 : self.groups.back())) {
+    self.copies.clear();
+    self.groups.clear();
+    self.waited = 0;
+  }
 }
 
 uint64_t collective(Collective kind, unsigned mask, uint64_t value, int operand) {

@@ -59,11 +59,11 @@ __global__ void collective(unsigned* out, int fault) {
   out[threadIdx.x] = value;
 }
 
-// out[i] = in[n - 1 - i] by asynchronous copies: right, not waited for, from a misaligned address.
+// out[i] = in[n - 1 - i] by asynchronous copies: right, not waited for, from a misaligned address, from past the end.
 __global__ void copied(const float* in, float* out, int fault) {
   FASTFLOW_SHARED(float, tile, kThreads);
   const int i = 4 * static_cast<int>(threadIdx.x);
-  if (i < kThreads) fastflow::copy_async<16>(tile + i, in + i + (fault == 2 ? 1 : 0));
+  if (i < kThreads) fastflow::copy_async<16>(tile + i, in + i + (fault == 2 ? 1 : fault == 3 ? kThreads : 0));
   fastflow::commit_copies();
   if (fault == 1) fastflow::wait_for_copies<1>();
   else fastflow::wait_for_copies<0>();

@@ -71,6 +71,7 @@ WRONG = [
     (("tooth_misaligned", 1), "misaligned address"),
     (("tooth_copied", 1), "wrong"),
     (("tooth_copied", 2), "a copy of 16 bytes"),
+    (("tooth_copied", 3), "heap-buffer-overflow"),
     (("tooth_collective", 1, 64), "a lane that is not there"),
     (("tooth_collective", 2, 64), "outside its mask"),
     (("tooth_collective", 0, 48), "a lane that is not there"),
