@@ -13,6 +13,30 @@ if INTERPRETS:
     pytest.importorskip("triton")
 
 
+def pytest_configure():
+    if INTERPRETS:
+        patch_the_language_once()
+
+
+def patch_the_language_once():
+    """A launch puts the interpreter's functions into triton.language; each call of another function inside the launch
+    would go through that language again, a third of these tests' time, to put the same functions there."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
+        return
+    patch = interpreter._patch_lang
+
+    def patch_if_needed(function):
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return patch(function)
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang = patch_if_needed
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name == "interpreter":

@@ -89,4 +89,4 @@ def environment():
 
     # libstdc++ comes along, since AddressSanitizer looks for the real __cxa_throw when it starts.
     return {**os.environ, "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}", "OMP_NUM_THREADS": "1",
-            "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"}
+            "ASAN_OPTIONS": "detect_leaks=0:malloc_context_size=2:max_malloc_fill_size=1000000000:malloc_fill_byte=255"}
