@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastflow import cli
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 # docs/migration.md has a test of its own.
@@ -41,11 +43,12 @@ def test_fastflow_command_is_known(line):
             assert word in result.stdout
 
 
-def test_doctor_and_list_run():
-    for words in (["doctor"], ["train", "--list"]):
-        result = subprocess.run([sys.executable, "-m", "fastflow.cli", *words], capture_output=True, text=True,
-                                check=True)
-        assert result.stdout.strip()
+@pytest.mark.parametrize("words", [["doctor"], ["train", "--list"]], ids=" ".join)
+def test_doctor_and_list_run(words, capsys):
+    """In this process; tests/engine/test_cli.py runs them in processes of their own."""
+    cli.main(words)
+    out, err = capsys.readouterr()
+    assert out.strip() and not err
 
 
 def test_named_recipes_exist():
