@@ -49,7 +49,8 @@ def _compile(source, target):
 
 
 def build(name, sources):
-    """Path of the library ``name`` made of ``sources`` and the runtime, built if no cached one matches.
+    """Path of the library ``name`` made of ``sources`` and the runtime, built if no cached one matches; of several
+    processes that want it, one builds and the others wait.
 
     Raises:
         subprocess.CalledProcessError: a compiler or linker error, printed on stderr.
@@ -58,19 +59,29 @@ def build(name, sources):
     library = folder / f"{name}.so"
     if library.exists():
         return library
+    import fcntl  # where there is no fork, there are no sanitizers either
+
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(library, sources)
+    return library
+
+
+def _build(library, sources):
+    folder = library.parent
     inputs = [*sources, RUNTIME]
     objects = [folder / f"{source.name}.{os.getpid()}.o" for source in inputs]
     with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(_compile, inputs, objects))
     libraries = Path(torch.__file__).parent / "lib"
-    partial = folder / f"{name}.{os.getpid()}.so"
+    partial = folder / f"{library.stem}.{os.getpid()}.so"
     subprocess.run([CXX, "-shared", *SANITIZERS, *map(str, objects), "-o", str(partial), f"-L{libraries}",
                     f"-Wl,-rpath,{libraries}", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"], check=True)
-    os.replace(partial, library)  # another process may have built it meanwhile
+    os.replace(partial, library)
     for path in objects:
         path.unlink()
-    return library
 
 
 def operators():

@@ -1,4 +1,4 @@
-// Kernels that are wrong on purpose, each beside its right twin: what the emulation must catch (check_teeth.py).
+// Kernels that are wrong on purpose, each beside its right twin: what the emulation must catch (test_simt.py).
 // Every entry point returns a message, null where the launch went through.
 #include "../../csrc/cuda/launch.h"
 

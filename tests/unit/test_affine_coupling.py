@@ -203,12 +203,14 @@ def test_every_shape_up_to_two_vectors(scale, dtype, fused, device):
 
 @pytest.mark.parametrize("scale", ["exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive"])
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-def test_large_results_have_the_bits_of_small_ones(scale, inverse, fused, device):
-    """Results too large for any cache are stored otherwise; the numbers are those of one sample at a time."""
-    shape = (3, 16, 210, 211)  # 8.5 MiB in float32, samples that are no multiple of a tile
+@pytest.mark.parametrize("image", [(53, 47), (210, 211)], ids=["in_caches", "past_caches"])
+def test_large_results_have_the_bits_of_small_ones(image, scale, inverse, fused, device):
+    """The numbers are those of one sample at a time, where a GPU splits each sample among blocks, and where results
+    too large for any cache (8.5 MiB in float32) are stored otherwise. No sample is a multiple of a tile."""
+    shape = (3, 16, *image)
     torch.manual_seed(0)
     x, grad_y = torch.randn(shape, device=device), torch.randn(shape, device=device)
-    params = torch.randn(3, 16 if scale == "additive" else 32, 210, 211, device=device)
+    params = torch.randn(3, 16 if scale == "additive" else 32, *image, device=device)
     grad_logdet = torch.randn(3, device=device)
 
     def run(*which):
