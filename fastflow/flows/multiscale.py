@@ -23,7 +23,35 @@ def _space_to_depth(x):
     return z.permute(0, 3, 1, 2)
 
 
-class Squeeze(nn.Module):
+def _even_image(x):
+    checks.tensor("x", x)
+    if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"x: expected shape (B, C, H, W) with even H and W, got {tuple(x.shape)}")
+
+
+def _four_bands(z):
+    checks.tensor("z", z)
+    if z.dim() != 4 or z.shape[1] % 4:
+        raise ValueError(f"z: expected shape (B, 4C, H, W), got {tuple(z.shape)}")
+
+
+class _Halving(nn.Module):
+    """What all maps of (B, C, H, W) to (B, 4C, H/2, W/2) have in common."""
+
+    def __init__(self, *, channels_last=False):
+        super().__init__()
+        self.channels_last = bool(channels_last)
+
+    def noise_shape(self, event_shape):
+        channels, height, width = event_shape
+        return 4 * channels, height // 2, width // 2
+
+    def data_shape(self, event_shape):
+        channels, height, width = event_shape
+        return channels // 4, 2 * height, 2 * width
+
+
+class Squeeze(_Halving):
     """Space to depth: (B, C, H, W) to (B, 4C, H/2, W/2); output channel 4c + 2i + j holds pixel (i, j) of each block.
 
     Args:
@@ -35,38 +63,22 @@ class Squeeze(nn.Module):
 
     moves_elements = True
 
-    def __init__(self, *, channels_last=False):
-        super().__init__()
-        self.channels_last = bool(channels_last)
-
     def forward(self, x, context=None):
-        checks.tensor("x", x)
-        if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(f"x: expected shape (B, C, H, W) with even H and W, got {tuple(x.shape)}")
+        _even_image(x)
         if self.channels_last:
             return _space_to_depth(x), x.new_zeros(x.shape[0])
         # For an empty batch torch's pixel_unshuffle leaves the shape as it was.
         z = F.pixel_unshuffle(x, 2) if x.shape[0] else x.reshape(0, *self.noise_shape(x.shape[1:]))
         return z, x.new_zeros(x.shape[0])
 
-    def noise_shape(self, event_shape):
-        channels, height, width = event_shape
-        return 4 * channels, height // 2, width // 2
-
-    def data_shape(self, event_shape):
-        channels, height, width = event_shape
-        return channels // 4, 2 * height, 2 * width
-
     def inverse(self, z, context=None):
-        checks.tensor("z", z)
-        if z.dim() != 4 or z.shape[1] % 4:
-            raise ValueError(f"z: expected shape (B, 4C, H, W), got {tuple(z.shape)}")
+        _four_bands(z)
         _, channels, height, width = z.shape
         x = F.pixel_shuffle(z, 2) if z.shape[0] else z.reshape(0, channels // 4, 2 * height, 2 * width)
         return x, z.new_zeros(z.shape[0])
 
 
-class HaarSqueeze(nn.Module):
+class HaarSqueeze(_Halving):
     """One level of the orthonormal Haar wavelet transform: (B, C, H, W) to (B, 4C, H/2, W/2), log-determinant 0.
 
     Of each 2x2 block of channel c with rows (p, q) and (r, s), output channel c is the average (p + q + r + s)/2, and
@@ -85,35 +97,19 @@ class HaarSqueeze(nn.Module):
 
     moves_elements = True  # as far as a memory-saving pass goes: linear without parameters, nothing is saved
 
-    def __init__(self, *, channels_last=False):
-        super().__init__()
-        self.channels_last = bool(channels_last)
-
     def forward(self, x, context=None):
-        checks.tensor("x", x)
-        if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(f"x: expected shape (B, C, H, W) with even H and W, got {tuple(x.shape)}")
+        _even_image(x)
         bands = _haar([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
         z = torch.cat([bands[0], torch.stack(bands[1:], 2).flatten(1, 2)], 1)
         z = z.contiguous(memory_format=torch.channels_last) if self.channels_last else z
         return z, x.new_zeros(x.shape[0])
 
     def inverse(self, z, context=None):
-        checks.tensor("z", z)
-        if z.dim() != 4 or z.shape[1] % 4:
-            raise ValueError(f"z: expected shape (B, 4C, H, W), got {tuple(z.shape)}")
+        _four_bands(z)
         channels = z.shape[1] // 4
         details = z[:, channels:].unflatten(1, (channels, 3)).unbind(2)
         pixels = torch.stack(_haar([z[:, :channels], *details]), 2)  # the matrix is its own inverse
         return Squeeze().inverse(pixels.flatten(1, 2))[0], z.new_zeros(z.shape[0])
-
-    def noise_shape(self, event_shape):
-        channels, height, width = event_shape
-        return 4 * channels, height // 2, width // 2
-
-    def data_shape(self, event_shape):
-        channels, height, width = event_shape
-        return channels // 4, 2 * height, 2 * width
 
 
 def _haar(blocks):

@@ -140,6 +140,17 @@ def same(model, loss, want):
         close(got, w, 1e-9)
 
 
+def as_wanted_twice(call, model, want):
+    """Loss and gradients are those wanted, at the first call and at another."""
+    for _ in range(2):
+        model.zero_grad()
+        value = call(X)
+        value.backward()
+        found = [value, *(p.grad for p in model.parameters() if p.grad is not None)]
+        for got, w in zip(found, want, strict=True):
+            close(got, w, 1e-9)
+
+
 def swapped(model):
     return [name for name, module in model.named_modules() if swap_of(module) is not None]
 
@@ -190,13 +201,7 @@ def test_distributed_data_parallel_before_and_after(host, tmp_path):
             if not before:
                 fastflow.accelerate(ddp)
             assert swapped(ddp)
-            for _ in range(2):
-                model.zero_grad()
-                value = ddp(X)
-                value.backward()
-                found = [value, *(p.grad for p in model.parameters() if p.grad is not None)]
-                for got, w in zip(found, want, strict=True):
-                    close(got, w, 1e-9)
+            as_wanted_twice(ddp, model, want)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -214,13 +219,7 @@ def test_compiled_before_and_after(host, before):
     if not before:
         fastflow.accelerate(compiled)
     assert swapped(model)
-    for _ in range(2):
-        model.zero_grad()
-        value = compiled(X)
-        value.backward()
-        found = [value, *(p.grad for p in model.parameters() if p.grad is not None)]
-        for got, w in zip(found, want, strict=True):
-            close(got, w, 1e-9)
+    as_wanted_twice(compiled, model, want)
 
 
 @pytest.mark.slow

@@ -10,6 +10,16 @@ from fastflow.vae import VAE, mlp_decoder, mlp_encoder
 pytestmark = pytest.mark.gpu
 
 
+def same_losses(captured, eager, n_steps):
+    for i in range(n_steps):
+        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
+        losses = []
+        for step in (captured, eager):
+            torch.manual_seed(i)
+            losses.append(step(x))
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-2)
+
+
 @pytest.fixture
 def on_gpu():
     return glow().cuda()
@@ -19,13 +29,7 @@ def on_gpu():
                                      {"conditioner_dtype": torch.bfloat16}])
 def test_on_a_gpu_twenty_steps_equal_twenty_eager_ones(options):
     captured, eager = pair(options, lambda: glow().cuda())
-    for i in range(20):
-        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
-        losses = []
-        for step in (captured, eager):
-            torch.manual_seed(i)
-            losses.append(step(x))
-        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-2)
+    same_losses(captured, eager, 20)
     assert captured._steps.recorded == (2 if "accumulate" in options else 1)
     for a, b in zip(captured.model.parameters(), eager.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
@@ -90,13 +94,7 @@ def test_on_a_gpu_a_replay_does_not_wait(on_gpu):
 def test_on_a_gpu_compiled_conditioners_are_captured(options):
     captured, eager = pair(options, lambda: glow().cuda())
     eager = TrainStep(eager.model, eager.optimizer, conditioner_dtype=options.get("conditioner_dtype"))
-    for i in range(6):
-        x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, device="cuda")
-        losses = []
-        for step in (captured, eager):
-            torch.manual_seed(i)
-            losses.append(step(x))
-        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-2)
+    same_losses(captured, eager, 6)
     assert captured._steps.recorded == 1
 
 

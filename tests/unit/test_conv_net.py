@@ -6,7 +6,8 @@ import copy
 import layouts
 import pytest
 import torch
-from cases import check_by_ratio, conv_case, cotangents_of, evaluate, kernels_run, subsets
+from cases import check_by_ratio, conv_case, cotangents_of, evaluate, kernels_run
+from op_checks import check_every_subset_of_gradients, check_samples_and_threads
 from tolerances import assert_bitwise, assert_same_nonfinite
 
 from fastflow import backends, functional, reference
@@ -55,32 +56,13 @@ def test_it_is_the_three_convolutions():
 
 def test_every_subset_of_gradients():
     case = conv_case("masks", (2, 3, 5, 4), 16, 4)
-    tensors = case.tensors(torch.float64)
-    cotangents = cotangents_of(case, tensors)
-    _, full = evaluate(case, tensors, cotangents=cotangents)
-    for needs in subsets(case.differentiable, 1):
-        for name, grad in evaluate(case, tensors, needs=needs, cotangents=cotangents)[1].items():
-            torch.testing.assert_close(grad, full[name], rtol=1e-12, atol=1e-12)
+    check_every_subset_of_gradients(case)
 
 
 @pytest.mark.parametrize(("channels", "out"), [(3, 5), (6, 12)])
 def test_samples_do_not_depend_on_their_neighbours_nor_results_on_threads(threads, channels, out):
     case = conv_case("batch", (37, channels, 4, 4), 32, out)
-    tensors = case.tensors(torch.float32)
-    cotangents = cotangents_of(case, tensors)
-    threads(1)
-    results, grads = evaluate(case, tensors, cotangents=cotangents)
-    for count in (2, 3):
-        threads(count)
-        again = evaluate(case, tensors, cotangents=cotangents)
-        for part, other in zip((results, grads), again, strict=True):
-            for name, t in part.items():
-                assert_bitwise(other[name], t, f"{count} threads {name}")
-    for b in (0, 17, 36):
-        one = {**tensors, "x": tensors["x"][b : b + 1]}
-        alone, alone_grads = evaluate(case, one, cotangents={"y": cotangents["y"][b : b + 1]})
-        assert_bitwise(alone["y"], results["y"][b : b + 1])
-        assert_bitwise(alone_grads["x"], grads["x"][b : b + 1])
+    check_samples_and_threads(case, threads)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)

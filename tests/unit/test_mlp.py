@@ -1,16 +1,14 @@
 """mlp, small fully connected networks: values and gradients against float64 over sizes and activations, against
 torch's own modules, strides, other instruction sets, non-finite numbers, what the kernel leaves to PyTorch."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import layouts
 import pytest
 import torch
 from cases import check_together as check
 from cases import cotangents_of, evaluate, kernels_run, mlp_case, subsets
+from op_checks import check_with_instructions
 from tolerances import assert_bitwise, assert_same_nonfinite
 
 from fastflow import backends, functional, reference
@@ -119,22 +117,16 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference_and_says_so():
 
 
 CODE = """
-import sys
-sys.path[:0] = sys.argv[1:]
 import torch
 from cases import check_together, mlp_case
 for dtype in (torch.float32, torch.float64):
     for sizes, activation in (((3, 33, 33, 33, 6), "silu"), ((5, 16, 16, 16, 92), "relu")):
         case = mlp_case("isa", sizes, batch=101, activation=activation, residual=True)
         check_together(case, dtype, size=0.8)
-print("same")
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="x86 instruction sets")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets(isa):
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    run = subprocess.run([sys.executable, "-c", CODE, *paths], env=os.environ | {"FASTFLOW_ISA": isa},
-                         capture_output=True, text=True, timeout=120, check=False)
-    assert run.stdout == "same\n", run.stderr[-2000:]
+    check_with_instructions(isa, CODE)

@@ -2,15 +2,12 @@
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import check_together as check
 from cases import cotangents_of, evaluate, flow_case, kernels_run, upcast
+from op_checks import check_with_instructions
 from tolerances import assert_bitwise, assert_by_ratio, assert_same_nonfinite
 
 from fastflow import extension, functional, reference
@@ -174,8 +171,6 @@ def test_non_finite_numbers_of_one_feature(poison, device):
 
 
 SCRIPT = """
-import sys
-sys.path[:0] = sys.argv[1:]
 import torch
 from cases import flow_case
 from test_mlp_flow import check
@@ -183,16 +178,12 @@ torch.set_num_threads(1)
 for features, hidden, context in ((2, (64, 64), None), (33, (17, 40), 1)):
     for dtype in (torch.float32, torch.float64):
         check(flow_case("isa", features, hidden, 3, batch=75, context=context, scale="tanh", activation="silu"), dtype)
-print("right")
 """
 
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_on_older_processors(isa):
-    folders = map(str, Path(__file__).parents[:2])
-    run = subprocess.run([sys.executable, "-c", SCRIPT, *folders], capture_output=True, text=True, timeout=300,
-                         env={**os.environ, "FASTFLOW_ISA": isa})
-    assert run.stdout == "right\n", run.stdout + run.stderr
+    check_with_instructions(isa, SCRIPT)
 
 
 def test_kept_activations_give_the_same_bits():

@@ -1,13 +1,10 @@
 """top_down: values and gradients over modes, scales, sizes and batches; noise; threads; other instruction sets."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from op_checks import check_with_instructions
 from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_bitwise
 
 from fastflow import backends, functional, reference
@@ -243,8 +240,6 @@ def test_bad_arguments_are_named(error, change, message):
 
 SCRIPT = """
 import statistics
-import sys
-sys.path[:0] = sys.argv[1:]
 import torch
 from test_top_down import SIZES, assert_as_accurate_as_eager, assert_exact, problem
 torch.set_num_threads(1)
@@ -254,13 +249,9 @@ for sizes in SIZES[:2]:
         # Medians: the largest error is one badly conditioned sample's, whoever rounds that worse.
         assert_as_accurate_as_eager([problem(sizes, batch, mode, seed=seed) for batch in (30, 75) for seed in range(8)],
                                     statistics.median)
-print("right")
 """
 
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_on_older_processors(isa):
-    folders = map(str, Path(__file__).parents[:2])
-    run = subprocess.run([sys.executable, "-c", SCRIPT, *folders], capture_output=True, text=True, timeout=300,
-                         env={**os.environ, "FASTFLOW_ISA": isa})
-    assert run.stdout == "right\n", run.stdout + run.stderr
+    check_with_instructions(isa, SCRIPT)

@@ -4,7 +4,8 @@ refusals."""
 import layouts
 import pytest
 import torch
-from cases import check_by_ratio, cotangents_of, evaluate, kernels_run, mlp_case, subsets
+from cases import check_by_ratio, cotangents_of, evaluate, kernels_run, mlp_case
+from op_checks import check_every_subset_of_gradients
 from tolerances import assert_same_nonfinite
 
 from fastflow import backends, functional, reference
@@ -38,12 +39,7 @@ def test_it_is_torchs_layers():
 
 def test_every_subset_of_gradients():
     case = mlp_case("masks", (3, 5, 2), op="wide_mlp", batch=4)
-    tensors = case.tensors(torch.float64)
-    cotangents = cotangents_of(case, tensors)
-    _, full = evaluate(case, tensors, cotangents=cotangents)
-    for needs in subsets(case.differentiable, 1):
-        for name, grad in evaluate(case, tensors, needs=needs, cotangents=cotangents)[1].items():
-            torch.testing.assert_close(grad, full[name], rtol=1e-12, atol=1e-12)
+    check_every_subset_of_gradients(case)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
