@@ -15,8 +15,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 WORKERS := 2
-# One thread per worker: two workers fill two cores. Compiled modules are kept, for the many processes that tests start.
-PYTEST = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -p no:benchmark
+# One thread per worker: two workers fill two cores. Where a test asks for more, they wait for each other without spinning
+# on the other worker's core. Compiled modules are kept, for the many processes that tests start.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -p no:cacheprovider -p no:benchmark
 
 .PHONY: train test test-long bench gpu clean
 
