@@ -83,8 +83,9 @@ def test_the_record_of_self_consuming_chains_is_the_closed_form_and_shows_the_lo
     assert variance[1.3, 0.0][2] > 5.0 * variance[1.3, 0.0][0]
 
 
-def test_a_self_consuming_chain_runs(tmp_path, threads):
+def test_a_self_consuming_chain_runs(tmp_path, threads, monkeypatch):
     threads(1)
+    monkeypatch.setattr(self_consuming, "STEPS", 10)
     assert self_consuming.main(["--generations", "2", "--chains", "1", "--results", str(tmp_path)]) == 0
     record = json.loads(next(tmp_path.glob("cpu-self-consuming-*.json")).read_text())
     assert len(record["vaes"]) == 6
