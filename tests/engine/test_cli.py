@@ -97,6 +97,7 @@ def test_bench_runs_the_benchmarks_of_the_directory_it_is_called_in(tmp_path):
     away = run("bench", "ops", cwd=tmp_path)
     assert away.returncode == 1 and "benchmarks" in away.stderr and away.stderr.count("\n") == 1
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # else a package of that name elsewhere on the path goes first
     (tmp_path / "benchmarks" / "run.py").write_text("def main(arguments):\n    print(arguments)\n    return 3\n")
     for arguments in (["ops", "--threads", "1"], ["--help"], []):
         here = run("bench", *arguments, cwd=tmp_path)
