@@ -154,26 +154,11 @@ def _coupling(transform, x, context):
 
 def _linears(network, transform, x, context_features):
     """The coupling over a Sequential of Linear layers with one kind of activation between, or what is in the way."""
-    weights, biases, activation, dtype = [], [], nn.ReLU, x.dtype
-    layers = network._modules.values()
-    for index, layer in enumerate(layers):
-        kind = type(layer)
-        if is_hooked(layer):
-            return HOOKED
-        if index % 2:
-            if kind not in ACTIVATIONS or (index > 1 and kind is not activation):
-                return f"its conditioner's activation {kind.__name__} is none of one kind among ReLU, SiLU, Tanh"
-            activation = kind
-            continue
-        weight, bias = own_parameters(layer, "weight", "bias")
-        if kind is not nn.Linear or weight is None or bias is None:
-            return "its conditioner is not Linear layers, each with a bias, with activations between"
-        if weight.dtype is not dtype or bias.dtype is not dtype:
-            return f"its parameters are not {dtype}"
-        weights.append(weight)
-        biases.append(bias)
-    if len(layers) % 2 == 0:
-        return "its conditioner does not end with a Linear layer"
+    stack = linear_stack(network._modules.values(), x.dtype, "its conditioner")
+    if isinstance(stack, str):
+        return stack
+    weights, biases, activation = stack
+    activation = activation or nn.ReLU
     if any(bias.shape[0] > MAX_HIDDEN for bias in biases[:-1]):
         return f"its conditioner has a layer of more than {MAX_HIDDEN}"
     if x.is_cuda and _shared_bytes(x, context_features, biases, activation) > SHARED_BYTES:
@@ -195,6 +180,31 @@ def _shared_bytes(x, context_features, biases, activation):
     kept = 2 if activation is nn.SiLU else 1  # of a hidden layer: its activations, their slopes
     lines = 2 * x.shape[1] + seen + kept * sum(outputs[:-1]) + 2 * max(outputs) + 1
     return 4096 + 2 * 4224 + 20 * lines * x.element_size()
+
+
+def linear_stack(layers, dtype, owner):
+    """(weights, biases, class of the activations or None) of Linear layers with one kind of activation between, or
+    what is in the way, said of ``owner``."""
+    weights, biases, activation = [], [], None
+    for index, layer in enumerate(layers):
+        kind = type(layer)
+        if is_hooked(layer):
+            return HOOKED
+        if index % 2:
+            if kind not in ACTIVATIONS or (activation is not None and kind is not activation):
+                return f"{owner}'s activation {kind.__name__} is none of one kind among ReLU, SiLU, Tanh"
+            activation = kind
+            continue
+        weight, bias = own_parameters(layer, "weight", "bias")
+        if kind is not nn.Linear or weight is None or bias is None:
+            return f"{owner} is not Linear layers, each with a bias, with activations between"
+        if weight.dtype is not dtype or bias.dtype is not dtype:
+            return f"its parameters are not {dtype}"
+        weights.append(weight)
+        biases.append(bias)
+    if len(layers) % 2 == 0:
+        return f"{owner} does not end with a Linear layer"
+    return weights, biases, activation
 
 
 def own_parameters(module, *names):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastflow import backends, extension, functional
-from fastflow.flows.fused import ACTIVATIONS, HOOKED, is_hooked, own_parameters
+from fastflow.flows.fused import ACTIVATIONS, HOOKED, is_hooked, linear_stack
 from fastflow.vae.level import Level
 
 __all__ = ["MAX_WIDTH", "ResidualMerge", "explain", "runs"]
@@ -111,32 +111,19 @@ def _network(network, width, dtype):
         return f"a network of it is of {kind.__name__}, not Linear or a Sequential of Linear layers"
     if is_hooked(network):
         return HOOKED
-    weights, biases, activation, last = [], [], None, width
     layers = (network,) if kind is nn.Linear else network._modules.values()
-    if any(map(is_hooked, layers)):
-        return HOOKED
-    for index, layer in enumerate(layers):
-        kind = type(layer)
-        if index % 2:
-            if kind is not activation and (activation is not None or kind not in ACTIVATIONS):
-                return f"a network's activation {kind.__name__} is none of one kind among ReLU, SiLU, Tanh"
-            activation = kind
-            continue
-        weight, bias = own_parameters(layer, "weight", "bias")
-        if kind is not nn.Linear or weight is None or bias is None:
-            return "a network of it is not Linear layers, each with a bias, with activations between"
-        if weight.dtype is not dtype or bias.dtype is not dtype:
-            return f"its parameters are not {dtype}"
+    stack = linear_stack(layers, dtype, "a network")
+    if isinstance(stack, str):
+        return stack
+    weights, biases, activation = stack
+    last = width
+    for weight in weights:
         outputs, inputs = weight.shape
         if inputs != last:
             return "a network of it takes another number of features"
         if inputs > 2 * MAX_WIDTH or outputs > MAX_WIDTH:
             return f"a network of it has a layer of more than {MAX_WIDTH}"
         last = outputs
-        weights.append(weight)
-        biases.append(bias)
-    if not weights or index % 2:
-        return "a network of it does not end with a Linear layer"
     if residual and (channels != last or last > width):
         return "its merge adds another number of features than its network gives"
     return functional.MLPBlock(tuple(weights), tuple(biases), ACTIVATIONS.get(activation, "silu"), residual)

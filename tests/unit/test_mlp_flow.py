@@ -137,8 +137,8 @@ def piecewise_case(hidden, inverse=False):
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("hidden", [(64, 64), (5, 16), (128, 32, 8), (16, 48, 7), (16, 7)], ids=str)
 def test_one_feature_through_relu(hidden, inverse, device):
-    """Values and gradients where the table stands for two layers: the gradients as vectors, since single ones jump where
-    rounding moves a sample across a knot, eager's too."""
+    """Values and gradients where the table stands for two layers. Gradients as vectors: single ones jump where rounding
+    moves a sample across a knot, eager's too."""
     case, tensors = piecewise_case(hidden, inverse)
     tensors = {name: t.to(device) for name, t in tensors.items()}
     cotangents = cotangents_of(case, tensors)
