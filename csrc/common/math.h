@@ -401,7 +401,7 @@ FASTFLOW_HD T atan(T x) {
 template <class T>
 FASTFLOW_HD T sigmoid(T u) {
   const T w = exp_decay(u);
-  return (u < T(0) ? w : T(1)) / (T(1) + w);
+  return select(u < T(0), w, T(1)) / (T(1) + w);
 }
 
 // log(sigmoid(u)).

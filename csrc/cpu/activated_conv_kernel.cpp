@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "../common/math.h"
+#include "silu.h"
 #include "conv_tiles.h"
 
 namespace fastflow::FASTFLOW_ISA {
@@ -64,17 +64,8 @@ void activate(ConvActivation activation, const Map<T>& map, T* slopes) {
     if (activation == ConvActivation::relu) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) values[i] = values[i] <= T(0) ? T(0) : values[i];
-    } else if (slopes == nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) values[i] *= math::sigmoid(values[i]);
     } else {
-      T* const __restrict to = slopes + y * count;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        const T s = math::sigmoid(values[i]), value = values[i] * s;
-        to[i] = math::fma(value, T(1) - s, s);
-        values[i] = value;
-      }
+      silu(count, values, values, slopes == nullptr ? slopes : slopes + y * count);
     }
   }
 }

@@ -118,11 +118,11 @@ FASTFLOW_HD void prefetch_line(int64_t i, const T*... operands) {
   (__builtin_prefetch(operands + i + tile), ...);
 }
 
-#if defined(__AVX512F__)
-// The kinds whose loops are written with Floats, half as long as what a compiler makes of those over float.
+// The kinds whose loops run in Floats.
 template <Kind K, bool Extended, class T>
-inline constexpr bool by_floats = (K == Kind::exp || K == Kind::sigmoid) && !Extended && sizeof(T) == 4;
+inline constexpr bool by_floats = (K == Kind::exp || K == Kind::sigmoid) && !Extended && has_floats<T>;
 
+#if defined(__AVX512F__)
 FASTFLOW_HD ScaleMap<Floats> in_floats(const ScaleMap<float>& map) {
   return {map.gain,     map.offset,   map.amplitude, map.log_amplitude, map.inverse_clamp, map.eps, map.log_eps,
           map.hard_min, map.hard_max, map.log_min,   map.log_max,       map.shift_gain};
@@ -164,9 +164,6 @@ FASTFLOW_HD void backward_floats(const ScaleMap<float>& constants, int64_t n, co
     put<Streamed>(part, grad_shift + i, out.shift);
   });
 }
-#else
-template <Kind K, bool Extended, class T>
-inline constexpr bool by_floats = false;
 #endif
 
 template <Kind K, bool Extended, bool Inverse, bool ShiftFirst, bool Streamed, class T>

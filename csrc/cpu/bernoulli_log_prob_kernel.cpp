@@ -2,6 +2,7 @@
 #include "bernoulli_log_prob_kernel.h"
 
 #include "cursor.h"
+#include "floats.h"
 #include "stream.h"
 
 namespace fastflow::FASTFLOW_ISA {
@@ -28,9 +29,9 @@ Tile tile_at(const BernoulliShape& shape, int64_t index) {
 // x l - softplus(l) in the form that neither cancels nor, for an infinite l, differs from logsigmoid(l) - (1 - x) l.
 template <class T>
 FASTFLOW_HD T log_prob(T x, T l) {
-  const bool negative = l < T(0);
-  const T factor = negative ? x : x - T(1);
-  const T infinite = negative ? l - l : T(0);
+  const auto negative = l < T(0);
+  const T factor = math::select(negative, x, x - T(1));
+  const T infinite = math::select(negative, l - l, T(0));
   return factor * l + infinite - math::log1p_unit(math::exp_decay(l));
 }
 
@@ -41,8 +42,9 @@ double log_prob_sum(const T* __restrict x, const T* __restrict logits, int64_t c
   T running[width] = {};
   int64_t i = 0;
   for (; i + width <= count; i += width) {
-#pragma omp simd
-    for (int j = 0; j < width; ++j) running[j] += log_prob(x[i + j], logits[i + j]);
+    each_element<has_floats<T>>(width, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      part.store(running + j, part.load(running + j) + log_prob(part.load(x + i + j), part.load(logits + i + j)));
+    });
   }
   double total = 0.;
   for (; i < count; ++i) total += static_cast<double>(log_prob(x[i], logits[i]));
@@ -68,8 +70,10 @@ void forward(const BernoulliForward& job, int64_t begin, int64_t end) {
 
 template <class T>
 void slopes(T grad, const T* __restrict x, const T* __restrict logits, int64_t count, T* __restrict out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = grad * (x[i] - math::sigmoid(logits[i]));
+  each_element<has_floats<T>>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    const auto l = part.load(logits + i);
+    part.store(out + i, decltype(l)(grad) * (part.load(x + i) - math::sigmoid(l)));
+  });
 }
 
 template <class T>

@@ -118,6 +118,15 @@ FASTFLOW_HD Floats exp_decay(Floats x) {
 
 #endif
 
+// Whether loops over T are to run in Floats.
+#if defined(__AVX512F__)
+template <class T>
+inline constexpr bool has_floats = sizeof(T) == sizeof(float);
+#else
+template <class T>
+inline constexpr bool has_floats = false;
+#endif
+
 // each(i, part) for n elements: in vectors, or one by one in a loop that may be vectorised, as nothing overlaps.
 template <bool Vectors, class F>
 FASTFLOW_HD void each_element(int64_t n, const F& each) {

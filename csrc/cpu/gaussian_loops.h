@@ -54,11 +54,11 @@ T sum(const T* values, int64_t count) {
   return lane[0];
 }
 
-#if defined(__AVX512F__)
-// The scales whose loops are written with Floats.
+// The scales whose loops run in Floats.
 template <int scale, class T>
-inline constexpr bool by_floats = (scale == gaussian::logvar || scale == gaussian::logstd) && sizeof(T) == 4;
+inline constexpr bool by_floats = (scale == gaussian::logvar || scale == gaussian::logstd) && has_floats<T>;
 
+#if defined(__AVX512F__)
 // gaussian::exp_parts, in as few instructions as AVX-512 needs.
 FASTFLOW_HD gaussian::ExpParts<Floats> exp_parts(Floats x) {
   using B = math::Bits<float>;
@@ -69,9 +69,6 @@ FASTFLOW_HD gaussian::ExpParts<Floats> exp_parts(Floats x) {
   const Floats expm1 = Floats(2) * fma(half, p, half - Floats(0.5));
   return {times_power(p + Floats(1), n), expm1, select(n == Floats(0), beyond, expm1 - x)};
 }
-#else
-template <int scale, class T>
-inline constexpr bool by_floats = false;
 #endif
 
 template <class T>

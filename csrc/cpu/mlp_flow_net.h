@@ -1,9 +1,9 @@
 // A small fully connected network on a tile of samples, forward and backward. For mlp_flow_kernel.cpp alone.
 #pragma once
 
-#include "../common/math.h"
 #include "matmul_tile.h"
 #include "mlp_flow_kernel.h"
+#include "silu.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
@@ -57,17 +57,9 @@ void activate(Activation activation, int64_t features, int64_t n, T* values, T* 
     if (activation == Activation::tanh) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) values[i] = math::tanh(values[i]);
-    } else if (slopes == nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) values[i] *= math::sigmoid(values[i]);
     } else {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const T s = math::sigmoid(values[i]), y = values[i] * s;
-        slopes[i] = math::fma(y, T(1) - s, s);
-        values[i] = y;
-      }
-      slopes += tile;
+      silu(n, values, values, slopes);
+      slopes = slopes == nullptr ? slopes : slopes + tile;
     }
   }
 }

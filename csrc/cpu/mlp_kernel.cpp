@@ -3,8 +3,8 @@
 // gives is what the next reads, and both gradients of a product take their operands as they lie.
 #include "mlp_kernel.h"
 
-#include "../common/math.h"
 #include "matmul_tile.h"
+#include "silu.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
@@ -58,16 +58,8 @@ void activate(int64_t activation, int64_t count, const T* x, T* y, T* slopes) {
   if (activation == MlpShape::tanh) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) y[i] = math::tanh(x[i]);
-  } else if (slopes == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = x[i] * math::sigmoid(x[i]);
   } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const T s = math::sigmoid(x[i]), value = x[i] * s;
-      slopes[i] = math::fma(value, T(1) - s, s);
-      y[i] = value;
-    }
+    silu(count, x, y, slopes);
   }
 }
 

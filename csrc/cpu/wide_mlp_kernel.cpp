@@ -1,27 +1,10 @@
 // wide_mlp between its matrix products, for one instruction set.
 #include "wide_mlp_kernel.h"
 
-#include "../common/math.h"
+#include "silu.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
-
-template <class T>
-void silu(const WideMlpSilu& job, int64_t begin, int64_t end) {
-  T* const __restrict values = static_cast<T*>(job.values);
-  if (job.slopes == nullptr) {
-#pragma omp simd
-    for (int64_t i = begin; i < end; ++i) values[i] = values[i] * math::sigmoid(values[i]);
-    return;
-  }
-  T* const __restrict slopes = static_cast<T*>(job.slopes);
-#pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
-    const T x = values[i], s = math::sigmoid(x), value = x * s;
-    slopes[i] = math::fma(value, T(1) - s, s);
-    values[i] = value;
-  }
-}
 
 // The columns [first, first + count): sums of 32 rows each are added up, which rounds less than one long sum.
 template <class T, LayerActivation activation>
@@ -78,7 +61,11 @@ void backward(const WideMlpBackward& job, int64_t begin, int64_t end) {
 }  // namespace
 
 void wide_mlp_silu(const WideMlpSilu& job, int64_t begin, int64_t end) {
-  job.is_double ? silu<double>(job, begin, end) : silu<float>(job, begin, end);
+  auto run = [&](auto* values) {
+    auto* const slopes = static_cast<decltype(values)>(job.slopes);
+    silu(end - begin, values + begin, values + begin, slopes == nullptr ? slopes : slopes + begin);
+  };
+  job.is_double ? run(static_cast<double*>(job.values)) : run(static_cast<float*>(job.values));
 }
 
 void wide_mlp_backward(const WideMlpBackward& job, int64_t begin, int64_t end) {
