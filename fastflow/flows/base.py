@@ -85,13 +85,12 @@ class _DistributionBase:
     def log_prob(self, z, temperature=1.0):
         distribution = self._tempered(temperature)
         support = distribution.support
-        inside = support.check(z)
-        missing = torch.isnan(z)
+        missing, infinite = torch.isnan(z), torch.isinf(z)
         if support.event_dim:
-            missing = missing.flatten(-support.event_dim).any(-1)
+            missing, infinite = (t.flatten(-support.event_dim).any(-1) for t in (missing, infinite))
+        inside = spread = support.check(z) & ~infinite
+        if support.event_dim:
             spread = inside.view(inside.shape + (1,) * support.event_dim)
-        else:
-            spread = inside
         # A point of the support stands in where z has left it, so that neither value nor gradient become NaN.
         safe = torch.where(spread, z, transform_to(support)(torch.zeros_like(z)))
         value = torch.where(inside, distribution.log_prob(safe), -torch.inf)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 import sys
 
 import torch
@@ -173,8 +174,15 @@ class Flow(nn.Module):
     def _noise(self, n, context, generator, temperature):
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+        if isinstance(n, bool) or not isinstance(n, (numbers.Integral, torch.SymInt)):
+            raise TypeError(f"n: expected an int, got {type(n).__name__}")
+        if n < 0:
+            raise ValueError(f"n: expected an int >= 0, got {n}")
         lead = (n,)
         if context is not None:
+            checks.tensor("context", context, floating=False)
+            if context.dim() < 1:
+                raise ValueError("context: expected shape (B, ...), got ()")
             lead = (n, context.shape[0])
             context = context.expand(n, *context.shape).flatten(0, 1)
         z = as_base(self.base).sample(math.prod(lead), generator=generator, temperature=temperature,

@@ -11,6 +11,7 @@ from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.images import check_image_model
 from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, SplitLink, TransformLink
+from fastflow.flows.logdets import zero_logdet
 from fastflow.flows.multiscale import ContextPrior, HaarSqueeze, Split, Squeeze, ZeroConv
 from fastflow.functional import ScaleMap
 from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
@@ -224,7 +225,7 @@ def _context_of_level(context, level):
 def _add_convolutions(logdet, factors, shape, x):
     """The running log-determinant (B,) plus that of a level's 1x1 convolutions, the same for every image."""
     if not factors:
-        return x.new_zeros(x.shape[0]) if logdet is None else logdet
+        return zero_logdet(x) if logdet is None else logdet
     return torch.add(logdet, total_logabsdet(factors), alpha=shape[1] * shape[2])
 
 

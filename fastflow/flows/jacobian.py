@@ -102,7 +102,7 @@ class Lambda(nn.Module):
             for _ in range(self.MAX_NEWTON):
                 value, matrix = jacobian(self._in_double, x)
                 residual = (value - target).flatten(1)
-                if residual.abs().max() <= 1e-12 * (1.0 + target.abs().max()):
+                if (residual.abs() <= 1e-12 * (1.0 + target.flatten(1).abs().amax(1, keepdim=True))).all():
                     break
                 step, info = torch.linalg.solve_ex(matrix, residual[..., None])
                 if info.any() or not torch.isfinite(step).all():

@@ -8,6 +8,7 @@ from torch import nn
 from fastflow import checks
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
+from fastflow.flows.logdets import zero_logdet
 from fastflow.flows.patchify import Patchify
 from fastflow.flows.transform import Compose
 from fastflow.functional import ScaleMap
@@ -42,10 +43,10 @@ class _Gather(nn.Module):
         self.channel, self.back = channel, back
 
     def forward(self, x, context=None):
-        return self._run(x, self.back), x.new_zeros(x.shape[0])
+        return self._run(x, self.back), zero_logdet(x)
 
     def inverse(self, z, context=None):
-        return self._run(z, not self.back), z.new_zeros(z.shape[0])
+        return self._run(z, not self.back), zero_logdet(z)
 
     def _run(self, x, back):
         if back:
@@ -75,6 +76,7 @@ class _ViT(nn.Module):
     def forward(self, x, context=None):
         if context is not None:
             raise ValueError("context: expected None, because Jet is unconditional")
+        checks.no_mixed_double([("weight", self.proj_in.weight), ("x", x)])
         tokens = x.transpose(1, 2) if self.channel else x.unflatten(2, (2, self.half)).flatten(1, 2)
         h = self.proj_in(tokens) + self.pos_embed
         for layer in self.layers:

@@ -119,7 +119,11 @@ class LipschitzMLP(nn.Module):
 
         def function(x):
             h = F.linear(x, weights[0], biases[0])
-            h = h if shift is None else h + shift
+            if shift is not None:
+                if len(shift) != len(x):
+                    raise ValueError(f"context: expected shape {(len(x), self.context_features)}, got "
+                                     f"{tuple(context.shape)}")
+                h = h + shift
             for activation, weight, bias in zip(self.activations, weights[1:], biases[1:], strict=True):
                 h = F.linear(activation(h), weight, bias)
             return h

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastflow import checks, functional
 from fastflow.flows import memory
+from fastflow.flows.logdets import zero_logdet
 from fastflow.flows.transform import check_transform, initialize, noise_shape
 from fastflow.functional import ScaleMap
 from fastflow.nn import ContextShift
@@ -66,16 +67,16 @@ class Squeeze(_Halving):
     def forward(self, x, context=None):
         _even_image(x)
         if self.channels_last:
-            return _space_to_depth(x), x.new_zeros(x.shape[0])
+            return _space_to_depth(x), zero_logdet(x)
         # For an empty batch torch's pixel_unshuffle leaves the shape as it was.
         z = F.pixel_unshuffle(x, 2) if x.shape[0] else x.reshape(0, *self.noise_shape(x.shape[1:]))
-        return z, x.new_zeros(x.shape[0])
+        return z, zero_logdet(x)
 
     def inverse(self, z, context=None):
         _four_bands(z)
         _, channels, height, width = z.shape
         x = F.pixel_shuffle(z, 2) if z.shape[0] else z.reshape(0, channels // 4, 2 * height, 2 * width)
-        return x, z.new_zeros(z.shape[0])
+        return x, zero_logdet(z)
 
 
 class HaarSqueeze(_Halving):
@@ -102,14 +103,14 @@ class HaarSqueeze(_Halving):
         bands = _haar([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
         z = torch.cat([bands[0], torch.stack(bands[1:], 2).flatten(1, 2)], 1)
         z = z.contiguous(memory_format=torch.channels_last) if self.channels_last else z
-        return z, x.new_zeros(x.shape[0])
+        return z, zero_logdet(x)
 
     def inverse(self, z, context=None):
         _four_bands(z)
         channels = z.shape[1] // 4
         details = z[:, channels:].unflatten(1, (channels, 3)).unbind(2)
         pixels = torch.stack(_haar([z[:, :channels], *details]), 2)  # the matrix is its own inverse
-        return Squeeze().inverse(pixels.flatten(1, 2))[0], z.new_zeros(z.shape[0])
+        return Squeeze().inverse(pixels.flatten(1, 2))[0], zero_logdet(z)
 
 
 def _haar(blocks):
@@ -141,7 +142,7 @@ class CheckerboardSqueeze(nn.Module):
         pairs = x.unflatten(3, (x.shape[3] // 2, 2))
         even = self._even(x.shape[2], x.device)
         return torch.cat([torch.where(even, pairs[..., 0], pairs[..., 1]),
-                          torch.where(even, pairs[..., 1], pairs[..., 0])], 1), x.new_zeros(x.shape[0])
+                          torch.where(even, pairs[..., 1], pairs[..., 0])], 1), zero_logdet(x)
 
     def inverse(self, z, context=None):
         checks.tensor("z", z)
@@ -150,7 +151,7 @@ class CheckerboardSqueeze(nn.Module):
         first, second = z.chunk(2, 1)
         even = self._even(z.shape[2], z.device)
         pairs = torch.stack([torch.where(even, first, second), torch.where(even, second, first)], 4)
-        return pairs.flatten(3), z.new_zeros(z.shape[0])
+        return pairs.flatten(3), zero_logdet(z)
 
     def noise_shape(self, event_shape):
         channels, height, width = event_shape
@@ -182,12 +183,12 @@ class Flatten(nn.Module):
     def forward(self, x, context=None):
         checks.tensor("x", x)
         checks.shape("x", x, (x.shape[0], *self.event_shape))
-        return x.reshape(x.shape[0], math.prod(self.event_shape)), x.new_zeros(x.shape[0])
+        return x.reshape(x.shape[0], math.prod(self.event_shape)), zero_logdet(x)
 
     def inverse(self, z, context=None):
         checks.tensor("z", z)
         checks.shape("z", z, (z.shape[0], math.prod(self.event_shape)))
-        return z.reshape(z.shape[0], *self.event_shape), z.new_zeros(z.shape[0])
+        return z.reshape(z.shape[0], *self.event_shape), zero_logdet(z)
 
     def noise_shape(self, event_shape):
         return (math.prod(self.event_shape),)
@@ -288,7 +289,7 @@ class Split(nn.Module):
         checks.shape("x", x, (x.shape[0], *self.event_shape))
         x1, x2 = torch.split(x, self.sizes, 1)
         if self.prior is None:
-            return x1, x2, x.new_zeros(x.shape[0]) if logdet is None else logdet
+            return x1, x2, zero_logdet(x) if logdet is None else logdet
         z2, logdet = functional.affine_coupling(x2, self._params(x1, context), scale=self.scale, order="shift_scale",
                                                 inverse=True, logdet=logdet)
         return x1, z2, logdet
@@ -296,7 +297,7 @@ class Split(nn.Module):
     def merge(self, x1, z2, logdet=None, context=None):
         """(x, logdet), the inverse of split."""
         if self.prior is None:
-            return torch.cat([x1, z2], 1), x1.new_zeros(x1.shape[0]) if logdet is None else logdet
+            return torch.cat([x1, z2], 1), zero_logdet(x1) if logdet is None else logdet
         return functional.affine_coupling(z2, self._params(x1, context), scale=self.scale, order="shift_scale",
                                           logdet=logdet, passive=x1)
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.flows.logdets import zero_logdet
 
 __all__ = ["Permute", "Reverse"]
 
@@ -37,7 +38,7 @@ class Permute(nn.Module):
         checks.tensor("x", x)
         if x.dim() < 2 or x.shape[1] != len(order):
             raise ValueError(f"x: expected shape (B, {len(order)}, *S), got {tuple(x.shape)}")
-        return x.index_select(1, order), x.new_zeros(x.shape[0])
+        return x.index_select(1, order), zero_logdet(x)
 
 
 class Reverse(nn.Module):
@@ -46,7 +47,7 @@ class Reverse(nn.Module):
     moves_elements = True
 
     def forward(self, x, context=None):
-        return x.flip(1), x.new_zeros(x.shape[0])
+        return x.flip(1), zero_logdet(x)
 
     def inverse(self, z, context=None):
         return self(z)

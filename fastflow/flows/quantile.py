@@ -7,7 +7,8 @@ from torch import nn
 from torch.distributions import Distribution, transform_to
 
 from fastflow import checks
-from fastflow.flows.scalar import sum_event
+from fastflow.flows.logdets import sum_event
+from fastflow.flows.scalar import strictly_inside
 
 __all__ = ["CDF", "Quantile"]
 
@@ -33,7 +34,8 @@ class CDF(nn.Module):
                             f"{distribution!r}")
         try:
             with torch.no_grad():
-                distribution.cdf(distribution.sample())
+                self._sample = distribution.sample()  # for its dtype and dimensions
+                distribution.cdf(self._sample)
         except NotImplementedError as error:
             raise TypeError(f"distribution: expected one with a cdf, got {distribution!r}") from error
         self.distribution = distribution
@@ -41,25 +43,29 @@ class CDF(nn.Module):
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats; ``context`` is ignored."""
         checks.tensor("x", x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         outside = ~(self.distribution.support.check(x) | torch.isnan(x))
         safe = torch.where(outside, self._inner(x), x)
         missing = torch.isnan(safe)
         safe = torch.where(missing, self._inner(x), safe)
-        z, slope = self.distribution.cdf(safe), self.distribution.log_prob(safe)
+        z, slope = strictly_inside(self.distribution.cdf(safe), 0.0, 1.0), self.distribution.log_prob(safe)
         slope = torch.where(outside, -math.inf, slope)
         return torch.where(missing, math.nan, z), sum_event(torch.where(missing, math.nan, slope))
 
     def inverse(self, z, context=None):
         """(x, logdet) of z (B, *event)."""
         checks.tensor("z", z)
-        outside = (z <= 0.0) | (z >= 1.0)
-        safe = torch.where(outside | torch.isnan(z), 0.5, z)
+        dtype = torch.promote_types(torch.result_type(z, self._sample), torch.float32)
+        missing, outside = torch.isnan(z), (z <= 0.0) | (z >= 1.0)
+        safe = torch.where(outside | missing, 0.5, z).to(dtype)
         try:
-            x = self.distribution.icdf(safe)
+            # In float64, because near 0 torch's icdf of a normal law has no digits in float32.
+            with torch.no_grad():  # where it has no finite value even so, z is as good as at its end
+                outside = outside | ~torch.isfinite(self.distribution.icdf(safe.double()).to(dtype))
+            x = self.distribution.icdf(torch.where(outside, 0.5, safe).double()).to(dtype)
         except NotImplementedError:
             x = self._solve(safe)
         slope = torch.where(outside, -math.inf, -self.distribution.log_prob(x))
-        missing = torch.isnan(z)
         return torch.where(missing, math.nan, x), sum_event(torch.where(missing, math.nan, slope))
 
     def _inner(self, like):

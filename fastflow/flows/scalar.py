@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
+from fastflow.flows.logdets import sum_event
 
 __all__ = ["Affine", "Atan", "Exp", "LeakyReLU", "Log", "Logit", "Power", "ScalarTransform", "Sigmoid", "Softplus",
            "Tanh"]
@@ -14,17 +15,33 @@ __all__ = ["Affine", "Atan", "Exp", "LeakyReLU", "Log", "Logit", "Power", "Scala
 INF = math.inf
 
 
-def sum_event(values):
-    """Sum over all but the first dimension."""
-    return values.flatten(1).sum(1) if values.dim() > 1 else values
+def strictly_inside(values, low, high):
+    """``values`` of the open interval (low, high) that rounding has carried to a finite end, back inside it.
+
+    A sigmoid of 20 is 1 in float32, where neither an inverse nor a density has a finite value.
+    """
+    if math.isinf(low) and math.isinf(high):
+        return values
+    return values.clamp(None if math.isinf(low) else -_below(-low, values.dtype),
+                        None if math.isinf(high) else _below(high, values.dtype))
+
+
+def _below(edge, dtype):
+    """A number of ``dtype`` just below ``edge``."""
+    info = torch.finfo(dtype)
+    fraction, exponent = math.frexp(edge)
+    step = max(info.eps * 2.0**(exponent - 1) if edge else 0.0, info.smallest_normal * info.eps)
+    nearest = round(edge / step) * step  # what edge is in dtype
+    return nearest - (0.5 * step if fraction == 0.5 else step)
 
 
 class ScalarTransform(nn.Module):
     """z = f(x) element by element, for x (B, *event); named by its forward map f.
 
     Subclasses give ``f(x) -> (z, log|dz/dx|)`` and ``f_inverse(z) -> (x, log|dx/dz|)``, both on the inside of their
-    intervals. Outside the domain the log-determinant is -inf, so that log_prob is, with zero gradient; z is then the
-    image of ``inner``. NaN passes through.
+    intervals, in float32 or better. Outside the domain the log-determinant is -inf, so that log_prob is, with zero
+    gradient; z is then the image of ``inner``. Images that round to a finite end of their interval stay just inside it.
+    NaN passes through.
 
     Attributes:
         domain, codomain: (low, high), the open intervals that f maps onto each other.
@@ -42,29 +59,31 @@ class ScalarTransform(nn.Module):
 
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats; ``context`` is ignored."""
-        return self._run("x", x, self.f, self.domain, lambda: self.inner)
+        return self._run("x", x, self.f, self.domain, self.codomain, lambda: self.inner)
 
     def inverse(self, z, context=None):
         """(x, logdet) of z (B, *event)."""
-        return self._run("z", z, self.f_inverse, self.codomain, self._inner_image)
+        return self._run("z", z, self.f_inverse, self.codomain, self.domain, self._inner_image)
 
     @torch.no_grad()
     def _inner_image(self):
         return self.f(torch.tensor(self.inner, dtype=torch.float64))[0].item()
 
     @staticmethod
-    def _run(name, x, function, interval, inner):
+    def _run(name, x, function, interval, image, inner):
         checks.tensor(name, x)
         if x.dim() == 0:
             raise ValueError(f"{name}: expected shape (B, *event), got ()")
-        low, high = interval
+        (low, high), dtype = interval, x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))
         if (low, high) == (-INF, INF):
             y, slope = function(x)
-            return y, sum_event(slope)
-        outside = (x <= low) | (x >= high)  # false for NaN, which passes through
-        # A point inside stands in where x has left the domain, so that neither value nor gradient become NaN.
-        y, slope = function(torch.where(outside, inner(), x))
-        return y, sum_event(torch.where(outside, -INF, slope))
+        else:
+            outside = (x <= low) | (x >= high)  # false for NaN, which passes through
+            # A point inside stands in where x has left the domain, so that neither value nor gradient become NaN.
+            y, slope = function(torch.where(outside, inner(), x))
+            slope = torch.where(outside, -INF, slope)
+        return strictly_inside(y.to(dtype), *image), sum_event(slope)
 
 
 def _number(name, value, *, positive=False):
@@ -130,7 +149,7 @@ class Exp(ScalarTransform):
     codomain = (0.0, INF)
 
     def f(self, x):
-        return torch.exp(x), x
+        return torch.exp(x), torch.where(x == INF, -INF, x)  # an infinite slope would make NaN of a zero density
 
     def f_inverse(self, z):
         x = torch.log(z)

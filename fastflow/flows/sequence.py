@@ -2,6 +2,7 @@
 
 from fastflow.flows import memory
 from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, TransformLink
+from fastflow.flows.logdets import zero_logdet
 from fastflow.nn import ActNorm, AffineCoupling, InvertibleConv1x1
 from fastflow.nn.factors import factorize
 
@@ -36,7 +37,7 @@ def run(transforms, x, context=None):
             x, logdet = path(x, logdet, *waiting)
             waiting = []
     x, logdet = path.end(*path(x, logdet, *waiting))
-    return x, x.new_zeros(x.shape[0]) if logdet is None else logdet
+    return x, zero_logdet(x) if logdet is None else logdet
 
 
 def _factors(transforms, undo):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastflow.flows import fused, memory, sequence
+from fastflow.flows.logdets import zero_logdet
 
 __all__ = ["Compose", "Inverse", "Transform", "initialize", "noise_shape"]
 
@@ -75,14 +76,14 @@ class Compose(nn.Module):
         for transform in fused.runs(self.transforms, x, context):
             x, logdet = transform(x, context)
             total = logdet if total is None else total + logdet
-        return x, x.new_zeros(x.shape[0]) if total is None else total
+        return x, zero_logdet(x) if total is None else total
 
     def inverse(self, z, context=None):
         total = None
         for transform in reversed(fused.runs(self.transforms, z, context)):
             z, logdet = transform.inverse(z, context)
             total = logdet if total is None else total + logdet
-        return z, z.new_zeros(z.shape[0]) if total is None else total
+        return z, zero_logdet(z) if total is None else total
 
     def parts(self):
         """The transforms in order, in place of a composition its own."""

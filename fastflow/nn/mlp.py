@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from fastflow import checks
+
 __all__ = ["MLP"]
 
 
@@ -34,6 +36,10 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, last)
 
     def forward(self, x, context=None):
+        checks.tensor("x", x)
+        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"x: expected shape (B, {self.in_features}), got {tuple(x.shape)}")
+        checks.no_mixed_double([("weight", self.layers[0].weight), ("x", x)])
         if self.context_features is None:
             if context is not None:
                 raise ValueError(f"context: expected None, because the network was built without context_features, "

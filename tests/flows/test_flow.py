@@ -208,6 +208,15 @@ def test_dequantize_stays_inside():
     (ValueError, lambda: flows.RealNVP(0), "features"),
     (ValueError, lambda: flows.RealNVP(2)(torch.zeros(1, 3)), "x: expected"),
     (ValueError, lambda: flows.dequantize(torch.zeros(1), 0), "n_bins"),
+    (ValueError, lambda: flows.RealNVP(2).sample(-1), "n: expected"),
+    (TypeError, lambda: flows.RealNVP(2).rsample(2.5), "n: expected"),
+    (TypeError, lambda: flows.RealNVP(2).sample_and_log_prob((2, 3)), "n: expected"),
+    (TypeError, lambda: flows.RealNVP(2, context_features=2).sample(1, [1.0, 2.0]), "context: expected"),
+    (ValueError, lambda: flows.RealNVP(2, context_features=2).sample(1, torch.tensor(1.0)), "context: expected"),
+    (TypeError, lambda: flows.NICE(2)(torch.zeros(1, 2).double()), "weight: expected float64 like x"),
+    (ValueError, lambda: flows.NICE(2)(torch.zeros(1, 5)), "x: expected"),
+    (TypeError, lambda: flows.Jet((1, 4, 4), patch_size=2, channels=8, couplings=1, depth=1, heads=2)(
+        torch.zeros(1, 1, 4, 4).double()), "weight: expected float64 like x"),
 ])
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):

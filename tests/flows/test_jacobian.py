@@ -144,6 +144,13 @@ def test_check_invertible_on_models_and_context():
     assert flows.check_invertible(glow.transform, torch.rand(2, 1, 4, 4, dtype=torch.float64)).ok
 
 
+def test_newton_solves_each_sample_to_its_own_size_and_none_at_all():
+    transform = flows.Lambda(lambda x: x + 0.5 * torch.sin(x))
+    z = torch.tensor([[1e-6], [1e6]], dtype=torch.float64)
+    torch.testing.assert_close(transform(transform.inverse(z)[0])[0], z, rtol=1e-9, atol=0)
+    assert [t.shape for t in transform.inverse(z[:0])] == [(0, 1), (0,)]
+
+
 @pytest.mark.parametrize(("call", "error", "match"), [
     (lambda: flows.Lambda(3), TypeError, "function"), (lambda: flows.Lambda(torch.exp, 3), TypeError, "inverse"),
     (lambda: flows.Lambda(torch.exp, mode="guess"), ValueError, "mode"),

@@ -248,6 +248,7 @@ def test_what_does_not_contract_is_said():
     (lambda: flows.ResidualFlow(2, actnorm=False)(torch.zeros(1, 2).double()), TypeError, "x|weight"),
     (lambda: flows.ResidualFlow(2, actnorm=False).transform.inverse(torch.zeros(1, 3)), ValueError, "z"),
     (lambda: flows.ResidualFlow(2, context_features=1)(torch.zeros(1, 2)), ValueError, "context"),
+    (lambda: flows.ResidualFlow(2, context_features=1)(torch.zeros(3, 2), torch.zeros(1, 1)), ValueError, "context"),
     (lambda: flows.ResidualFlow(2)(torch.zeros(1, 2), torch.zeros(1, 2)), ValueError, "context")])
 def test_refusals(call, error, match):
     with pytest.raises(error, match=match):

@@ -178,3 +178,47 @@ def test_a_quantile_without_icdf_has_the_implicit_gradient():
 def test_refusals(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+SATURATING = {"sigmoid": (flows.Sigmoid(), 0.0, 1.0), "tanh": (flows.Tanh(), -1.0, 1.0),
+              "atan": (flows.Atan(), -math.pi / 2, math.pi / 2), "logit": (flows.Inverse(flows.Logit()), 0.0, 1.0),
+              "logit 0.05": (flows.Inverse(flows.Logit(0.05)), -0.05 / 0.9, 0.95 / 0.9),
+              "cdf": (flows.CDF(D.Exponential(torch.tensor(1.0))), 0.0, 1.0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", SATURATING)
+def test_images_that_round_to_an_end_stay_inside(name, dtype):
+    """A sigmoid of 50 is 1 in any dtype, where the inverse would have no value and the density be zero."""
+    transform, low, high = SATURATING[name]
+    x = torch.tensor([50.0, 1e30] if name == "cdf" else [-1e30, 50.0, 1e30], dtype=dtype)[:, None]
+    z, logdet = transform(x)
+    assert ((z > low) & (z < high)).all() and torch.isfinite(logdet).all()
+    back, opposite = transform.inverse(z)
+    assert torch.isfinite(back).all() and torch.isfinite(opposite).all()
+    assert (torch.sign(back) == torch.sign(x)).all()
+    if dtype != torch.bfloat16:
+        uniform = D.Uniform(torch.tensor([low], dtype=dtype), torch.tensor([high], dtype=dtype), validate_args=False)
+        torch.testing.assert_close(flows.Flow(transform, uniform).log_prob(x), logdet - math.log(high - low))
+
+
+def test_samples_of_a_saturated_flow_have_a_density():
+    flow = flows.Flow(flows.Compose(flows.Logit(), flows.Affine(0.0, 0.02)), flows.StandardNormal(2))
+    x = flow.sample(200, generator=torch.Generator().manual_seed(0))
+    assert ((x > 0) & (x < 1)).all() and torch.isfinite(flow.log_prob(x)).all()
+
+
+def test_quantiles_near_the_ends():
+    flow = flows.Flow(flows.Quantile(D.Normal(torch.tensor(0.0), torch.tensor(1.0))), flows.StandardNormal(1))
+    x = torch.tensor([[1e-9], [1e-12], [1e-30], [0.5]], requires_grad=True)
+    log_prob = flow.log_prob(x)  # of a uniform law, as far as torch's icdf goes
+    torch.testing.assert_close(log_prob[[0, 1, 3]], torch.zeros(3), rtol=0, atol=1e-4)
+    assert torch.isneginf(log_prob[2])
+    assert torch.isfinite(torch.autograd.grad(log_prob[[0, 3]].sum(), x)[0]).all()
+
+
+def test_infinite_values_have_no_density():
+    x = torch.tensor([[math.inf], [-math.inf]])
+    for transform, base in ((flows.Exp(), D.Exponential(torch.ones(1))), (flows.Compose(), flows.StandardNormal(1)),
+                            (flows.Compose(), D.Gamma(torch.full((1,), 2.0), torch.ones(1)))):
+        assert torch.isneginf(flows.Flow(transform, base).log_prob(x)).all()

@@ -108,6 +108,17 @@ def test_inverse(name):
     torch.testing.assert_close(inverse_logdet, -logdet, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["squeeze", "haar", "checkerboard-squeeze", "permute", "reverse", "log", "exp",
+                                  "split-plain"])
+def test_log_determinants_of_half_precision_are_float32(name):
+    make, shape = CASES[name]
+    x = torch.rand(2, *shape) + 0.5
+    for dtype in (torch.bfloat16, torch.float16):
+        z, logdet = make()(x.to(dtype))
+        assert z.dtype == dtype and logdet.dtype == make().inverse(z)[1].dtype == torch.float32
+        torch.testing.assert_close(logdet, make()(x.to(dtype).float())[1])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logdet_is_the_jacobians(name):
     transform, x = build(name)
