@@ -2,7 +2,6 @@
 
 import functools
 import math
-import numbers
 import sys
 
 import torch
@@ -174,10 +173,7 @@ class Flow(nn.Module):
     def _noise(self, n, context, generator, temperature):
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
-        if isinstance(n, bool) or not isinstance(n, (numbers.Integral, torch.SymInt)):
-            raise TypeError(f"n: expected an int, got {type(n).__name__}")
-        if n < 0:
-            raise ValueError(f"n: expected an int >= 0, got {n}")
+        checks.count("n", n)
         lead = (n,)
         if context is not None:
             checks.tensor("context", context, floating=False)

@@ -155,6 +155,7 @@ class DiscreteVAE(nn.Module):
         """
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+        checks.count("n", n)
         if self.bit_prior is not None:
             z = self.bit_prior.sample(n, generator=generator, temperature=temperature)
         elif temperature == 0.0:

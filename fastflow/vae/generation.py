@@ -85,6 +85,7 @@ class Generation:
             (n, *event), with a context (n, B, *event).
         """
         check_temperature(temperature)
+        checks.count("n", n)
         lead = (n,)
         if context is not None:
             lead = (n, len(context))

@@ -97,6 +97,7 @@ class HierarchicalVAE(nn.Module):
             seed: int or 0-d int64 tensor; the levels take the counters of its stream one after the other.
             generator: torch.Generator that a seed is drawn from otherwise, None for torch's own.
         """
+        checks.count("n_samples", n_samples, 1)
         h, terms = self._descend(x, n_samples, eps, seed, generator, by_element)
         return terms._replace(log_px_z=self._log_likelihood(x, h, n_samples))
 
@@ -190,6 +191,7 @@ class HierarchicalVAE(nn.Module):
             temperature: factor on the priors' standard deviations: a number, or one for each level from the top down.
             mean: return the likelihood's mean instead of a draw.
         """
+        checks.count("n", n)
         temperatures = self._temperatures(temperature)
         h = self._top(n)
         for level, t in zip(self.levels, temperatures, strict=True):

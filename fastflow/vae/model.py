@@ -144,6 +144,7 @@ class VAE(Generation, nn.Module):
         return LossTerms(-(log_px_z if single else log_px_z.mean(0)), rate, beta)
 
     def _infer(self, x, n_samples, prior, context, **noise):
+        checks.count("n_samples", n_samples, 1)
         params = self._encoded(x, context)
         z, log_qz, kl = self.posterior(params, prior, n_samples, **noise)
         if self.latent_shape is None and not torch.compiler.is_compiling():

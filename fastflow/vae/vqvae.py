@@ -79,6 +79,7 @@ class QuantizedVAE(nn.Module):
     def sample(self, n, *, generator=None, temperature=1.0, mean=False):
         """(n, *event): codes from the prior at ``temperature``, then x from the likelihood, or its mean."""
         check_temperature(temperature)
+        checks.count("n", n)
         if self.code_shape is None:
             raise ValueError("code_shape: the shape of the codes is not known yet; pass QuantizedVAE(code_shape=...)")
         if self.prior is not None:
@@ -119,6 +120,7 @@ class QuantizedVAE(nn.Module):
             self.quantizer.train(training)
 
     def _bound(self, x, n_samples, beta):
+        checks.count("n_samples", n_samples, 1)
         z, codes, loss = self.quantizer(self.encoder(x))
         if self.code_shape is None:
             self.code_shape = codes.shape[1:]

@@ -191,6 +191,8 @@ def test_a_target_that_is_not_finite_is_named_and_replayed():
     (two_tasks, {"targets": {"class": torch.tensor(1)}}, ValueError, r"targets\['class'\]: expected 6"),
     (two_tasks, {"targets": {"class": labels(0)}}, ValueError, "targets: expected the target of 'size'"),
     (conditional, {"context": labels(0), "targets": labels(0)}, ValueError, "targets: this VAE maximises"),
+    (conditional, {"context": [0] * B}, TypeError, "context: expected a torch.Tensor, got list"),
+    (conditional, {"context": labels(0)[:1]}, ValueError, "context: expected 6, one for each x"),
     (semi_supervised, {"targets": labels(0)}, ValueError, "targets: a SemiSupervisedVAE takes none"),
     (two_tasks, {"targets": {"class": labels(0), "sizes": labels(0)}}, ValueError, "targets: .* got sizes"),
     (conditional, {"context": labels(0)[:-1]}, ValueError, "context: expected 6, one for each x"),

@@ -235,6 +235,12 @@ def test_compiles_to_one_graph():
     (ValueError, lambda: vae.GaussianPosterior()(torch.zeros(1, 2), vae.GaussianPrior((1,), "std")), "prior"),
     (ValueError, lambda: vae.GaussianLikelihood(0.0), "sigma"),
     (ValueError, lambda: vae.iwae(torch.zeros(0, 2)), "log_w"),
+    (ValueError, lambda: vae.MLPVAE((2,), 1, (4,)).elbo(torch.rand(4, 2), 0), "n_samples: expected an int >= 1"),
+    (TypeError, lambda: vae.MLPVAE((2,), 1, (4,)).infer(torch.rand(4, 2), 1.5), "n_samples: expected an int"),
+    (ValueError, lambda: vae.HVAE((2,), (1, 1), 4).elbo(torch.rand(4, 2), 0), "n_samples: expected an int >= 1"),
+    (ValueError, lambda: vae.VQVAE((1, 8, 8), 4, 2, (2, 2)).elbo(torch.rand(2, 1, 8, 8), 0), "n_samples: expected"),
+    (ValueError, lambda: vae.MLPVAE((2,), 1, (4,)).sample(-1), "n: expected an int >= 0"),
+    (TypeError, lambda: vae.HVAE((2,), (1, 1), 4).sample(2.5), "n: expected an int"),
     (ValueError, lambda: vae.conv_encoder((1, 6, 8), 2), "image_shape"),
 ])
 def test_errors_name_the_argument(error, make, message):
