@@ -318,14 +318,15 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
 
 
 def _alike(one, other):
-    """Whether two blocks' scales go through the same function."""
+    """Whether two blocks' scales go through the same function, none of whose hooks would miss one."""
     kinds = [(b.global_scale_activation.__code__, getattr(getattr(b, "softplus", None), "beta", None))
              for b in (one, other)]
-    return kinds[0] == kinds[1]
+    return kinds[0] == kinds[1] and (not hasattr(other, "softplus") or plain(other.softplus, nn.Softplus))
 
 
 TWO_SIDED = (coupling_layers.GLOWCouplingBlock, coupling_layers.RNVPCouplingBlock, coupling_layers.GINCouplingBlock,
              coupling_layers.NICECouplingBlock)
+VOLUME_PRESERVING = (coupling_layers.GINCouplingBlock, coupling_layers.NICECouplingBlock)
 
 
 def _fit_sequence(module, fix):
@@ -356,11 +357,11 @@ class SequenceINN(sequence_inn.SequenceINN):
         if not any(steps for steps, *_ in runs):
             return super().forward(x_or_z, c, rev, jac)
         x, total = (x,), 0
-        for steps, index, context in reversed(runs) if rev else runs:
+        for steps, index, context, keeps_volume in reversed(runs) if rev else runs:
             if steps is not None:
                 y, logdet = (chain.run(x[0], steps) if _chained(steps) else
                              run_steps(x[0], steps, context, bool(rev)))
-                x, logdet = (y,), 0.0 if logdet is None else logdet
+                x, logdet = (y,), 0.0 if logdet is None or keeps_volume else logdet
             else:
                 given = {} if self.conditions[index] is None else {"c": [c[self.conditions[index]]]}
                 x, logdet = self.module_list[index](x, jac=jac, rev=rev, **given)
@@ -368,7 +369,8 @@ class SequenceINN(sequence_inn.SequenceINN):
         return x if self.force_tuple_output else x[0], total
 
     def _fastflow_runs(self, x, c, rev):
-        """(steps, None, context) of each run of blocks and (None, index, None) of those that stay by themselves."""
+        """(steps, None, context, whether all its blocks keep volume, whose log-det is the number 0) of each run of
+        blocks and (None, index, None, False) of those that stay by themselves."""
         blocks = list(self.module_list)
         whole = [plain(block, AllInOneBlock) and not block.GIN and _order_of(block) is not None for block in blocks]
         scaled = [block for block, fits in zip(blocks, whole, strict=True) if fits]
@@ -385,11 +387,14 @@ class SequenceINN(sequence_inn.SequenceINN):
                 steps = steps and block._fastflow_permuted(steps, _order_of(block))
             elif isinstance(block, _TwoSided) and plain(block, swap_of(block).fused):
                 steps = block._fastflow_steps(x, context) or block._fastflow_chain(x, rev)
+            keeps_volume = steps is not None and isinstance(block, VOLUME_PRESERVING)
             if (steps is not None and runs and runs[-1][0] is not None and last == condition
                     and _chained(steps) == _chained(runs[-1][0])):
                 known = runs[-1][0]
                 known[:] = [*steps, *known] if rev and _chained(steps) else [*known, *steps]
+                runs[-1] = (*runs[-1][:3], keeps_volume and runs[-1][3])
             else:
-                runs.append((steps and list(steps), None if steps else index, context[0] if context else None))
+                runs.append((steps and list(steps), None if steps else index, context[0] if context else None,
+                             keeps_volume))
             last = condition
         return runs

@@ -228,6 +228,32 @@ def test_sequences_as_nodes_of_autograd(name, dtype, monkeypatch):
             close(got, want, 1e-10)
 
 
+@pytest.mark.parametrize("width", [8, 512])  # as one kernel, and as nodes of autograd
+@pytest.mark.parametrize("kinds", [(modules.NICECouplingBlock,) * 3,
+                                   (modules.NICECouplingBlock, modules.GINCouplingBlock),
+                                   (modules.NICECouplingBlock, modules.NICECouplingBlock, modules.GLOWCouplingBlock)])
+def test_a_sequence_that_keeps_volume_says_so_by_the_same_number(kinds, width):
+    net, x = framework.SequenceINN(4), torch.randn(5, 4)
+    for kind in kinds:
+        net.append(kind, subnet_constructor=lambda a, b: nn.Sequential(nn.Linear(a, width), nn.ReLU(),
+                                                                       nn.Linear(width, b)))
+    fused, report = accelerated(net)
+    for rev in (False, True):
+        (want, total), (got, logdet) = net(x, rev=rev), fused(x, rev=rev)
+        close(got, want, 1e-5)
+        assert type(logdet) is type(total) and torch.as_tensor(logdet).shape == torch.as_tensor(total).shape
+    assert len(report.swapped) == 1 + len(kinds) and not report.skipped.keys() & {""}
+
+
+def test_hooks_of_a_softplus_see_every_block():
+    net, x, seen = chain(PLAIN, PLAIN, PLAIN), torch.randn(4, 6), []
+    fastflow.accelerate(net, verify=False)  # in place: the function of a copied block is that of the first
+    for block in net:
+        block.softplus.register_forward_hook(lambda *args: seen.append(1))
+    net(x)
+    assert len(seen) == 3
+
+
 def test_a_sequence_runs_hooks_and_tells_whether_it_gives_a_tuple():
     net, x, seen = chain(PLAIN, PLAIN, PLAIN), torch.randn(4, 6), []
     fused, report = accelerated(net)
