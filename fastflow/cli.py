@@ -180,14 +180,14 @@ def parser():
 
 
 def _natural(text):
-    value = int(text)
+    value = int(text) if text.isdecimal() else -1
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"expected an integer of 0 or more, got {text}")
     return value
 
 
 def _positive(text):
-    value = _natural(text)
+    value = int(text) if text.isdecimal() else 0
     if not 1 <= value <= 4096:
         raise argparse.ArgumentTypeError(f"expected an integer from 1 to 4096, got {text}")
     return value

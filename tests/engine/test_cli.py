@@ -35,6 +35,7 @@ def refused(capsys, *arguments):
     (["sample", "no/such/dir"], "no/such/dir: holds no checkpoints"),
     (["sample", ".", "--seed", "-1"], "--seed"),
     (["sample", ".", "-n", "0"], "-n/--count"),
+    (["sample", ".", "-n", "many"], "expected an integer from 1 to 4096, got many"),
     (["evaluate", "no/such/dir"], "no/such/dir: holds no checkpoints"),
     (["doctor", "now"], "now"),
 ])
