@@ -4,7 +4,26 @@ A fused backward is not differentiable itself. When a backward runs with grad mo
 gradients are batched by vmap (is_grads_batched), it computes by this instead.
 """
 
+import functools
+
 import torch
+
+
+def outside_inference_mode(function):
+    """The function, which makes graphs of its own: torch.inference_mode(), where none can be made, is to it as
+    torch.no_grad()."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*map(_recordable, args), **{name: _recordable(t) for name, t in kwargs.items()})
+    return call
+
+
+def _recordable(t):
+    """A copy of a tensor of inference mode, which no graph takes."""
+    return t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t
 
 
 def needs_grad(*tensors):

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.autograd.differentiable import outside_inference_mode
 from fastflow.flows.base import StandardNormal, as_base
 from fastflow.flows.flow import Flow
 from fastflow.flows.tabular import FEATURES
@@ -79,10 +80,12 @@ class ContinuousTransform(nn.Module):
         """Whether the log-determinant of training depends on random numbers."""
         return self.trace != "exact"
 
+    @outside_inference_mode
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats."""
         return self._integrate("x", x, context, 1.0, 0.0)
 
+    @outside_inference_mode
     def inverse(self, z, context=None):
         """(x, logdet) of z."""
         return self._integrate("z", z, context, 0.0, 1.0)

@@ -16,6 +16,7 @@ from fastflow.flows.multiscale import ContextPrior, HaarSqueeze, Split, Squeeze,
 from fastflow.functional import ScaleMap
 from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
 from fastflow.nn.factors import factorize, total_logabsdet
+from fastflow.reference.layout import channels_last
 
 __all__ = ["CONFIGS", "Glow", "GlowStep", "GlowTransform"]
 
@@ -149,7 +150,7 @@ class GlowTransform(nn.Module):
         x, logdet = None, None
         for level, shape, latent, level_factors in zip(reversed(self.levels), reversed(self.level_shapes),
                                                        reversed(latents), reversed(factors), strict=True):
-            latent = latent.contiguous(memory_format=torch.channels_last)
+            latent = channels_last(latent)
             if level.split is not None:
                 x, logdet = level.split.merge(x, latent, logdet, context)
             else:
@@ -188,7 +189,7 @@ class GlowTransform(nn.Module):
         return [part.reshape(-1, *shape) for part, shape in zip(parts, self.latent_shapes, strict=True)]
 
     def _unpack_channels_last(self, z):
-        return [latent.contiguous(memory_format=torch.channels_last) for latent in self.unpack(z)]
+        return [channels_last(latent) for latent in self.unpack(z)]
 
     def _check(self, x, context):
         checks.tensor("x", x)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.autograd.differentiable import outside_inference_mode
 
 __all__ = ["InvertibilityReport", "Lambda", "check_invertible", "jacobian"]
 
@@ -74,6 +75,7 @@ class Lambda(nn.Module):
         self.function, self.inverse_function, self.mode = function, inverse, mode
         self.n_probes, self.n_steps = n_probes, n_steps
 
+    @outside_inference_mode
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats in x's dtype; ``context`` is ignored."""
         checks.tensor("x", x)
@@ -82,6 +84,7 @@ class Lambda(nn.Module):
             return z.to(x.dtype), torch.linalg.slogdet(matrix)[1].to(x.dtype)
         return self._estimate(x)
 
+    @outside_inference_mode
     def inverse(self, z, context=None):
         """(x, logdet) of z."""
         checks.tensor("z", z)
@@ -228,6 +231,7 @@ class InvertibilityReport:
         return f"{'ok' if self.ok else 'NOT ok'} (tolerance {self.tolerance:g}): " + "; ".join(lines)
 
 
+@outside_inference_mode
 def check_invertible(transform, x, context=None, *, tolerance=1e-6):
     """Hold a transform's inverse and log-determinants against its Jacobian, taken by autograd on x as it is.
 

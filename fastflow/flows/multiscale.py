@@ -12,6 +12,7 @@ from fastflow.flows.logdets import zero_logdet
 from fastflow.flows.transform import check_transform, initialize, noise_shape
 from fastflow.functional import ScaleMap
 from fastflow.nn import ContextShift
+from fastflow.reference.layout import channels_last
 
 __all__ = ["CheckerboardSqueeze", "ContextPrior", "Flatten", "HaarSqueeze", "Split", "Squeeze", "ZeroConv"]
 
@@ -102,7 +103,7 @@ class HaarSqueeze(_Halving):
         _even_image(x)
         bands = _haar([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
         z = torch.cat([bands[0], torch.stack(bands[1:], 2).flatten(1, 2)], 1)
-        z = z.contiguous(memory_format=torch.channels_last) if self.channels_last else z
+        z = channels_last(z) if self.channels_last else z
         return z, zero_logdet(x)
 
     def inverse(self, z, context=None):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks, functional
+from fastflow.autograd.differentiable import outside_inference_mode
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.jacobian import jacobian
@@ -80,11 +81,13 @@ class InvertibleResidual(nn.Module):
         self.n_probes, self.n_eval_terms = n_probes, n_eval_terms
         self.tolerance, self.max_iterations = tolerance, max_iterations
 
+    @outside_inference_mode
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats; in training logdet is random, without bias."""
         self._check("x", x)
         return self._evaluate(x, self._function(context))
 
+    @outside_inference_mode
     def inverse(self, z, context=None):
         """(x, logdet) of z."""
         self._check("z", z)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import backends, checks, functional
+from fastflow.autograd.differentiable import outside_inference_mode
 from fastflow.flows import decode
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
@@ -209,6 +210,7 @@ class TarFlow(Flow):
             z = solve(block, z, context)[0]
         return patches.inverse(z)[0].unflatten(0, lead)
 
+    @outside_inference_mode
     def denoise(self, x, noise_std, context=None):
         """The mean of the clean images given noisy ones, x + noise_std^2 * grad log p(x) (Tweedie's formula).
 

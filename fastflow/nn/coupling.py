@@ -5,6 +5,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.nn.masks import checkerboard, partition
+from fastflow.reference.layout import memory_format_of
 
 __all__ = ["Coupling"]
 
@@ -158,7 +159,7 @@ class Coupling(nn.Module):
             y, logdet = self._transform(values[:, count:], self._select(params, active), inverse, logdet,
                                         values[:, :count])
             z = y.index_select(1, restore)
-        return z.view(x.shape).contiguous(memory_format=torch._prims_common.suggest_memory_format(x)), logdet
+        return z.view(x.shape).contiguous(memory_format=memory_format_of(x)), logdet
 
     def _passive(self, x):
         """(mask, count): passive places as (1 or C, *S), broadcasting, and their number: of the S positions if the mask

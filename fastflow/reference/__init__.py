@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastflow.reference.layout import memory_format_of
 from fastflow.reference.philox import philox4x32, philox_normal, to_int64  # noqa: F401 (to_int64 for other modules)
 from fastflow.reference.scale_map import KINDS, ScaleMap, softplus  # noqa: F401 (KINDS for other modules)
 
@@ -59,11 +60,6 @@ def split_passive(x, passive):
     if passive >= 0:
         return x[:, passive:], x[:, :passive], True
     return x[:, :passive], x[:, passive:], False
-
-
-def memory_format_of(x):
-    """The memory format that ``x``'s strides suggest (Tensor.suggest_memory_format)."""
-    return torch._prims_common.suggest_memory_format(x)
 
 
 def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shift", shift_first=False, inverse=False,

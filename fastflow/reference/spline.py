@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastflow import reference
+from fastflow.reference.layout import memory_format_of
 
 __all__ = ["SPLINES", "spline", "spline_bins", "spline_params"]
 
@@ -49,7 +50,7 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
         total = -total
     if logdet is not None:
         total = logdet.to(dtype) + total
-    return y.to(out_dtype).contiguous(memory_format=reference.memory_format_of(x)), total
+    return y.to(out_dtype).contiguous(memory_format=memory_format_of(x)), total
 
 
 def _softmax(raw, gain, clamp, least, n_bins, bound):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import functional, reference
+from fastflow.autograd.differentiable import outside_inference_mode
 from fastflow.vae.elbo import Inference
 from fastflow.vae.model import VAE
 
@@ -58,6 +59,7 @@ class HamiltonianVAE(VAE):
             momentum, inverse = momentum * (following / inverse), following
         return z, momentum
 
+    @outside_inference_mode
     def _infer(self, x, n_samples, prior, context, *, eps=None, seed=None, generator=None):
         eps, noise = (None, None) if eps is None else eps.chunk(2, 2)
         if eps is None and seed is None:

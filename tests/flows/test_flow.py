@@ -236,3 +236,25 @@ def test_realnvp_compiles_to_one_graph():
         value.sum().backward()
         torch.testing.assert_close(value, flow(x, context))
         torch.testing.assert_close([p.grad for p in flow.parameters()], expected)
+
+
+SECOND = {  # flows that differentiate inside a call
+    "residual": lambda: flows.ResidualFlow(2, n_layers=2, hidden=(4,), context_features=1).eval(),
+    "residual by its series": lambda: flows.ResidualFlow(2, n_layers=2, hidden=(4,), context_features=1,
+                                                         exact_features=1).eval(),
+    "ffjord": lambda: flows.FFJORD(2, hidden=(4,), context_features=1).eval(),
+    "lambda": lambda: flows.Flow(flows.Lambda(lambda x: x + 0.3 * torch.sin(x.flip(1))), flows.StandardNormal(2))}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_inference_mode_gives_what_no_grad_gives(name):
+    flow = scattered(SECOND[name]().double(), 0.3) if name != "lambda" else SECOND[name]().double()
+    x, context = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        with mode():
+            log_prob = flow(x.clone(), context.clone())
+            found.append([log_prob, *flow.transform.inverse(x.clone(), context.clone())])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert torch.isfinite(found[1][0]).all() and not found[1][0].requires_grad

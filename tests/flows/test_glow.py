@@ -99,6 +99,21 @@ def test_initialize_normalises_every_step():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_gradients_and_inverses_per_image_by_vmap():
+    model, x = glow(n_steps=1)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def log_prob(parameters, x):
+        return torch.func.functional_call(model, parameters, (x[None],))[0]
+
+    grads = torch.func.vmap(torch.func.grad(log_prob), (None, 0))(parameters, x)
+    model(x).sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name].sum(0), p.grad, rtol=1e-9, atol=1e-9)
+    back = torch.func.vmap(lambda z: model.transform.inverse(z[None])[0][0])(model.transform(x)[0].detach())
+    torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+
+
 def test_memory_format_of_the_input_does_not_matter():
     model, x = glow()
     torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), model(x))

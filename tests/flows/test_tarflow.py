@@ -213,6 +213,8 @@ def test_denoising_is_exact_for_a_gaussian():
     y = model.sample(3, torch.tensor([0, 1]))
     torch.testing.assert_close(model.denoise(y, std, torch.tensor([0, 1])), y * v / (v + std**2))
     torch.testing.assert_close(model.denoise(y[0], 0.0), y[0])
+    with torch.inference_mode():
+        torch.testing.assert_close(model.denoise(y.clone(), std, torch.tensor([0, 1])), y * v / (v + std**2))
 
 
 def test_reparametrised_samples():

@@ -195,3 +195,14 @@ def test_zero_tensors_of_autograd_are_read_as_zeros():
     y, _ = functional.affine_coupling(leaf, p)
     (grad,) = torch.autograd.grad(y, leaf, zero)
     close(grad, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("op", ["affine", "spline"])
+def test_vmap_over_channels_last_operands(op):
+    """vmap knows no memory format but the contiguous one."""
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    params = torch.randn(3, 2, 6 if op == "affine" else 33, 4, 4, dtype=torch.float64)
+    call = ((lambda p: functional.affine_coupling(x, p)) if op == "affine" else
+            (lambda p: functional.spline(x, p)))
+    for got, want in zip(torch.func.vmap(call)(params), zip(*map(call, params), strict=True), strict=True):
+        close(got, torch.stack(want))

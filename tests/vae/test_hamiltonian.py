@@ -60,6 +60,14 @@ def test_without_steps_it_is_the_plain_vae():
     torch.testing.assert_close(found.kl, expected.kl_monte_carlo)
 
 
+def test_inference_mode_gives_what_no_grad_gives():
+    hvae, found = model(), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(hvae.elbo(PROBLEM.x.clone(), 3, seed=1).log_w)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_gradients_and_objectives():
     """Everything is trained, step and temperature as central differences say; penalties see the moved samples."""
     hvae, eps = model(step_size=0.2), randn(2, 4, 4, seed=3)
