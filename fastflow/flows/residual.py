@@ -12,6 +12,7 @@ from fastflow.flows.flow import Flow
 from fastflow.flows.jacobian import jacobian
 from fastflow.flows.lipschitz import LipschitzMLP, LipSwish
 from fastflow.flows.transform import Compose
+from fastflow.functional import full_precision
 from fastflow.nn import ActNorm
 
 __all__ = ["CONFIGS", "InvertibleResidual", "ResidualFlow"]
@@ -91,9 +92,10 @@ class InvertibleResidual(nn.Module):
     def inverse(self, z, context=None):
         """(x, logdet) of z."""
         self._check("z", z)
-        function = self._function(context)
-        x = self._iterate(z, function)
-        return x, -self._evaluate(x, function)[1]
+        with full_precision(z.device.type):  # lowered by autocast, g is too coarse to come to rest
+            function = self._function(context)
+            x = self._iterate(z, function)
+            return x, -self._evaluate(x, function)[1]
 
     def truncation_bound(self, features, n_terms=None):
         """What a series of that many terms (``n_eval_terms``) lacks at most, D L^(n+1) / ((n+1)(1-L)), in nats."""

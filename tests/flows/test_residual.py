@@ -181,6 +181,14 @@ def test_density_integrates_to_one(features, n):
         assert abs(integral(flow, 20, n, features, context.double()) - 1) < 1e-6
 
 
+def test_the_inverse_converges_under_autocast():
+    torch.manual_seed(0)
+    flow, z = flows.ResidualFlow(3, n_layers=2, hidden=(16,), actnorm=False).eval(), torch.randn(20, 3)
+    want = flow.transform.inverse(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(flow.transform.inverse(z), want)
+
+
 def test_model_samples_and_gradients():
     flow = scattered(flows.ResidualFlow(3, n_layers=2, hidden=(8,), context_features=2))
     context = torch.randn(4, 2, requires_grad=True)
