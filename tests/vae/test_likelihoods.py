@@ -149,10 +149,37 @@ def test_bernoulli_is_stable():
 
 
 def test_logistic_gradients_stay_finite():
-    output = torch.tensor([[3.0, -20.0], [-50.0, -3.0], [0.0, 30.0]], requires_grad=True)
-    log_prob = DiscretizedLogisticLikelihood().log_prob(torch.tensor([[0], [255], [128]]), output)
+    output = torch.tensor([[3.0, -20.0], [-50.0, -3.0], [0.0, 30.0], [0.0, 500.0]], requires_grad=True)
+    log_prob = DiscretizedLogisticLikelihood().log_prob(torch.tensor([[0], [255], [128], [128]]), output)
     log_prob.sum().backward()
     assert log_prob.isfinite().all() and output.grad.isfinite().all()
+    torch.testing.assert_close(log_prob[3], torch.tensor(math.log(2 / 255) - math.log(4.0) - 500.0))
+
+
+@pytest.mark.parametrize("log_r", [-100.0, -5.0, 0.0, 3.0, 4.15, 4.17, 8.0, 12.0, 20.0, 88.0, 800.0])
+def test_negative_binomial_in_float32_whatever_its_r(log_r):
+    """lgamma(x + r) - lgamma(r) has no digits left for a large r, where the law is nearly Poisson's."""
+    likelihood, x = NegativeBinomialLikelihood(), torch.arange(200.0)[:, None]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        output = torch.tensor([[math.log(20.0), log_r]], dtype=dtype).expand(200, -1).clone().requires_grad_()
+        log_prob = likelihood.log_prob(x, output)
+        found.append((log_prob, *torch.autograd.grad(log_prob.sum(), output)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-4)
+    log_prob = found[1][0]
+    if log_r >= 3.0:
+        assert abs(torch.logsumexp(log_prob, 0)) < 1e-12
+    if -5.0 <= log_r <= 8.0:  # where torch's formula has the digits
+        r = torch.tensor(log_r, dtype=torch.float64).exp()
+        reference = distributions.NegativeBinomial(r, logits=math.log(20.0) - log_r).log_prob(x.double())[:, 0]
+        torch.testing.assert_close(log_prob, reference, rtol=1e-10, atol=1e-9)
+    if log_r >= 20.0:
+        poisson = distributions.Poisson(torch.tensor(20.0, dtype=torch.float64)).log_prob(x.double())[:, 0]
+        torch.testing.assert_close(log_prob, poisson, rtol=1e-6, atol=1e-4)
+        draws = likelihood.sample(torch.tensor([[math.log(20.0), log_r]]).expand(20_000, -1),
+                                  generator=torch.Generator().manual_seed(0))
+        assert abs(draws.mean() - 20.0) < 0.2 and abs(draws.var() - 20.0) < 1.0
 
 
 def test_outside_the_support():

@@ -11,6 +11,7 @@ from fastflow.vae.likelihoods.base import Likelihood, uniform_like
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "ContinuousBernoulliLikelihood",
            "NegativeBinomialLikelihood", "PoissonLikelihood"]
 
+STIRLING_FROM = 64.0  # where the terms that Stirling's series is cut to have float64's precision
 NEAR_HALF = 0.1  # |logit| / 2 below which the continuous Bernoulli's formulas are series
 
 
@@ -137,17 +138,51 @@ class NegativeBinomialLikelihood(Likelihood):
     takes_integers = True
 
     def log_density(self, x, log_mean, log_r):
-        r, logit = torch.exp(log_r), log_mean - log_r
-        count = x.clamp_min(0.0)
-        binomial = torch.lgamma(count + r) - torch.lgamma(r) - torch.lgamma(count + 1.0)
-        return _counts(x, binomial + count * F.logsigmoid(logit) + r * F.logsigmoid(-logit))
+        """log of Gamma(x + r) / Gamma(r), plus x log(m / (m + r)), minus r log(1 + m/r), minus log x!. For a large r x
+        log r goes from the second term to the first, so that none grows with r."""
+        count, logit = x.clamp_min(0.0), log_mean - log_r
+        growth = -F.logsigmoid(-logit)  # log(1 + m/r)
+        large = log_r > math.log(STIRLING_FROM)
+        few = logit < 0.0  # m < r
+        shared = torch.where(few, torch.exp(torch.where(few, log_mean, 0.0)) * _log1p_ratio(
+            torch.exp(torch.where(few, logit, 0.0))), torch.exp(torch.where(few, 0.0, log_r)) * growth)
+        each = torch.where(large, log_mean - growth, F.logsigmoid(logit))
+        return _counts(x, _log_rising(count, log_r, large) + count * each - shared - torch.lgamma(count + 1.0))
 
     def mean_of(self, log_mean, log_r):
         return torch.exp(log_mean)
 
     def draw(self, generator, log_mean, log_r):
+        log_r = log_r.clamp_max(30.0)  # from where on the law is Poisson's to any precision
         gamma = torch._standard_gamma(torch.exp(log_r), generator=generator)
         return torch.poisson(gamma * torch.exp(log_mean - log_r), generator=generator)
+
+
+def _log1p_ratio(t):
+    """log(1 + t) / t for t >= 0."""
+    near = t < 1e-5
+    far = torch.where(near, 1.0, t)
+    return torch.where(near, 1.0 - t * (0.5 - t / 3.0), torch.log1p(far) / far)
+
+
+def _log_rising(count, log_r, large):
+    """log of Gamma(x + r) / Gamma(r) for counts x; for a ``large`` r less x log r, by Stirling's series, whose large
+    terms cancel in closed form: it goes to 0 as r grows."""
+    near = torch.where(large, 0.0, log_r)
+    r = torch.exp(near)
+    exact = torch.lgamma(count.clamp_min(1.0) + r) - torch.lgamma(1.0 + r) + near
+    exact = torch.where(count > 0.0, exact, 0.0)
+    inverse = torch.exp(-torch.where(large, log_r, math.log(STIRLING_FROM)))
+    t = count * inverse  # x / r
+    growth = torch.log1p(t)
+    series = count * (growth + _log1p_ratio(t) - 1.0) - 0.5 * growth
+    return torch.where(large, series + _stirling_tail(inverse / (1.0 + t)) - _stirling_tail(inverse), exact)
+
+
+def _stirling_tail(inverse):
+    """log Gamma(r) - (r - 1/2) log r + r - log(2 pi)/2 of 1/r, for r of STIRLING_FROM or more."""
+    square = inverse * inverse
+    return inverse * (1.0 / 12.0 - square * (1.0 / 360.0 - square / 1260.0))
 
 
 def _counts(x, value):

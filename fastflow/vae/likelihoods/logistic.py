@@ -35,9 +35,16 @@ def _log_mass(x, mean, log_scale, n_bins):
     first, last = x == 0, x == n_bins - 1
     above = torch.where(last, 0.0, F.logsigmoid(torch.where(last, 0.0, upper)))
     below = torch.where(first, 0.0, F.logsigmoid(torch.where(first, 0.0, -lower)))
-    width = torch.where(first | last, 0.0, torch.log(-torch.expm1(-2.0 * half * inverse)))
+    width = torch.where(first | last, 0.0, _log_one_minus_exp(math.log(2.0 * half) - log_scale))
     outside = (x < 0) | (x > n_bins - 1) | (x != torch.floor(x))
     return torch.where(outside, -math.inf, above + below + width)
+
+
+def _log_one_minus_exp(log_v):
+    """log(1 - exp(-v)) of log v, also where v underflows."""
+    near = log_v < math.log(1e-3)
+    v = torch.exp(log_v)
+    return torch.where(near, log_v - 0.5 * v + v * v / 24.0, torch.log(-torch.expm1(-torch.where(near, 1.0, v))))
 
 
 def _level(position, n_bins):
