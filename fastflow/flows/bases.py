@@ -13,6 +13,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.flows.base import as_base
+from fastflow.flows.special import log1p_ratio, log_gamma_half_step, log_ndtri
 
 __all__ = ["ClassConditionalNormal", "ConditionalNormal", "DiagonalNormal", "FullNormal", "Mixture", "StudentT",
            "TruncatedNormal", "Uniform"]
@@ -263,14 +264,13 @@ class TruncatedNormal(Base):
         self.loc = nn.Parameter(torch.full(self.event_shape, start))
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
-    def _edges(self, temperature):
-        scale = torch.exp(self.log_scale) * temperature
+    def _edges(self, scale):
         # An open side is a constant: its difference to loc would have NaN gradients.
         low, high = ((edge - self.loc) / scale if math.isfinite(edge) else torch.full_like(scale, edge)
                      for edge in (self.low, self.high))
         # Mirrored where the interval lies above loc: log Phi is accurate in the lower tail alone.
         mirrored = low > 0
-        return scale, torch.where(mirrored, -high, low), torch.where(mirrored, -low, high), mirrored
+        return torch.where(mirrored, -high, low), torch.where(mirrored, -low, high), mirrored
 
     @staticmethod
     def _log_mass(low, high):
@@ -278,18 +278,43 @@ class TruncatedNormal(Base):
         return above, above + torch.log1p(-torch.exp(below - above))
 
     def log_prob(self, z, temperature=1.0):
-        z = self._checked(z)
-        scale, low, high, _ = self._edges(temperature)
-        value = -0.5 * ((z - self.loc) / scale).square() - HALF_LOG_TWO_PI - torch.log(scale)
+        z, scale = self._checked(z), torch.exp(self.log_scale) * temperature
+        narrow = self._narrow(scale)
+        wide = scale if narrow is None else torch.where(narrow, self.high - self.low, scale)
+        low, high, _ = self._edges(wide)
+        value = -0.5 * ((z - self.loc) / wide).square() - HALF_LOG_TWO_PI - torch.log(wide)
         value = value - self._log_mass(low, high)[1]
+        if narrow is not None:
+            value = torch.where(narrow, self._log_prob_of_narrow(z, scale, narrow), value)
         return _total(torch.where((z < self.low) | (z > self.high), -math.inf, value))
 
+    def _narrow(self, scale):
+        """Where the density is nearly that of a uniform law, its mass the difference of nearly equal numbers; None
+        where a side is open."""
+        if math.isinf(self.high - self.low):
+            return None
+        half, centre = 0.5 * (self.high - self.low) / scale, 0.5 * (self.high + self.low)
+        return (half < 0.05) & (half * ((centre - self.loc) / scale).abs() < 0.05)
+
+    def _log_prob_of_narrow(self, z, scale, narrow):
+        """With c the interval's centre and h its half width, both standardised: log of exp(-(z^2 - c^2)/2), less the
+        log of its mean over the interval, a series in h^2 and (c h)^2."""
+        width, centre = self.high - self.low, 0.5 * (self.high + self.low)
+        scale = torch.where(narrow, scale, 16.0 * width)
+        loc = torch.where(narrow, self.loc, centre)
+        h2, c2 = (0.5 * width / scale).square(), ((centre - loc) / scale).square()
+        mean = h2 / 3.0 * 0.5 * (c2 - 1.0) + h2.square() / 5.0 * (c2 * (c2 / 24.0 - 0.25) + 0.125) + h2**3 / 7.0 * (
+            c2 * (c2 * (c2 / 720.0 - 1.0 / 48.0) + 0.0625) - 1.0 / 48.0)
+        tilt = 0.5 * ((z - centre) / scale) * ((z + centre - 2.0 * loc) / scale)
+        return -tilt - math.log(width) - torch.log1p(mean)
+
     def sample(self, n, *, generator=None, temperature=1.0):
-        scale, low, high, mirrored = self._edges(temperature)
-        u = self._noise(n, self.loc, generator, torch.rand).double()
+        scale = torch.exp(self.log_scale) * temperature
+        low, high, mirrored = self._edges(scale)
+        u = self._noise(n, self.loc, generator, torch.rand).double() + 2.0**-25  # never 0, whose quantile may be -inf
         low, high = low.double(), high.double()
-        p = torch.exp(torch.special.log_ndtr(low))
-        standard = torch.special.ndtri(p + u * (torch.exp(torch.special.log_ndtr(high)) - p))
+        above, below = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+        standard = log_ndtri(above + torch.log1p((1.0 - u) * torch.expm1(below - above)))
         standard = torch.minimum(torch.maximum(standard, low), high)
         z = self.loc + scale * torch.where(mirrored, -standard, standard).to(scale.dtype)
         return z.clamp(self.low, self.high)
@@ -312,14 +337,19 @@ class StudentT(Base):
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def log_prob(self, z, temperature=1.0):
-        df, log_scale = torch.exp(self.log_df), self.log_scale + math.log(temperature)
-        standard = (self._checked(z) - self.loc) * torch.exp(-log_scale)
-        constant = (torch.lgamma(0.5 * (df + 1.0)) - torch.lgamma(0.5 * df) - 0.5 * (self.log_df + math.log(math.pi)))
-        return _total(constant - log_scale - 0.5 * (df + 1.0) * torch.log1p(standard.square() / df))
+        log_scale = self.log_scale + math.log(temperature)
+        square = ((self._checked(z) - self.loc) * torch.exp(-log_scale)).square()
+        ratio = square * torch.exp(-self.log_df)
+        growth, near = torch.log1p(ratio), ratio < 1.0
+        # df log(1 + square/df), as a square times a number near 1 where that is small: df itself may overflow.
+        tail = torch.where(near, torch.where(near, square, 0.0) * log1p_ratio(torch.where(near, ratio, 0.0)),
+                           torch.exp(torch.where(near, 0.0, self.log_df)) * growth)
+        constant = log_gamma_half_step(self.log_df - math.log(2.0)) - HALF_LOG_TWO_PI
+        return _total(constant - log_scale - 0.5 * (tail + growth))
 
     def sample(self, n, *, generator=None, temperature=1.0):
         normal = self._noise(n, self.loc, generator)
-        df = torch.exp(self.log_df).expand(normal.shape)
+        df = torch.exp(self.log_df.clamp_max(30.0)).expand(normal.shape)  # from there on it is a normal law
         seed = torch.randint(0, 2**63 - 1, (), generator=generator, device=None if generator is None
                              else generator.device).item()
         # The gamma law takes no generator.

@@ -113,6 +113,59 @@ def test_truncation_far_in_the_tails():
         assert ((z >= low) & (z <= high)).all() and abs(abs(z.mean().item()) - 10.098) < 0.02
 
 
+@pytest.mark.parametrize("log_df", [0.0, 4.8, 4.9, 8.0, 15.0, 30.0, 100.0])
+def test_student_in_float32_whatever_its_degrees_of_freedom(log_df):
+    """They grow without bound on data with Gaussian tails, where the two log-gammas agree in all their digits."""
+    z, found = torch.linspace(-6.0, 6.0, 41)[:, None], []
+    for dtype in (torch.float32, torch.float64):
+        base = flows.StudentT(1).to(dtype)
+        torch.nn.init.constant_(base.log_df, log_df)
+        value = base.log_prob(z.to(dtype))
+        found.append((value, *torch.autograd.grad(value.sum(), [base.log_df, base.log_scale])))
+        sample = base.sample(5, generator=torch.Generator().manual_seed(0))
+        assert torch.isfinite(sample).all()
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5)
+    want = D.StudentT(math.exp(log_df)) if log_df < 10 else D.Normal(0.0, 1.0)
+    torch.testing.assert_close(found[1][0], want.log_prob(z.double())[:, 0], rtol=1e-4, atol=1e-5)
+    assert torch.isneginf(base.log_prob(torch.full((1, 1), math.inf).double())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wide_truncated_normal_is_uniform(dtype):
+    z = torch.linspace(-1.0, 3.0, 9, dtype=dtype)[:, None]
+    for log_scale in (4.0, 12.0, 20.0, 60.0):
+        base = flows.TruncatedNormal(-1.0, 3.0, (1,)).to(dtype)
+        torch.nn.init.constant_(base.log_scale, log_scale)
+        log_prob = base.log_prob(z)
+        torch.testing.assert_close(log_prob, torch.full_like(log_prob, -math.log(4.0)), rtol=1e-3, atol=0)
+        grads = torch.autograd.grad(log_prob.sum(), list(base.parameters()))
+        assert all(torch.isfinite(g).all() and g.abs() < 0.1 for g in grads)
+
+
+def test_the_wide_and_the_narrow_formula_agree():
+    z, values = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)[:, None], []
+    for log_scale in (math.log(10.0) - 1e-9, math.log(10.0) + 1e-9):  # h = 0.05
+        base = flows.TruncatedNormal(0.0, 1.0, (1,)).double()
+        torch.nn.init.constant_(base.log_scale, log_scale)
+        torch.nn.init.constant_(base.loc, 0.7)
+        value = base.log_prob(z)
+        values.append((value, *torch.autograd.grad(value.sum(), list(base.parameters()))))
+    torch.testing.assert_close(*values, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, math.inf)])
+def test_samples_of_a_truncation_far_in_the_tail(low, high):
+    """148 deviations from loc: nearly an exponential law of rate -loc / scale^2."""
+    base = flows.TruncatedNormal(low, high, (1,)).double()
+    torch.nn.init.constant_(base.loc, -20.0)
+    torch.nn.init.constant_(base.log_scale, -2.0)
+    x = base.sample(20_000, generator=torch.Generator().manual_seed(0))
+    mean = math.exp(-4.0) / 20.0
+    assert abs(x.mean() / mean - 1.0) < 0.03 and abs(x.std() / mean - 1.0) < 0.05 and (x >= low).all()
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(x.sum(), list(base.parameters())))
+
+
 def test_conditional_bases_get_the_flows_context():
     network = nn.Linear(3, 4)
     base = flows.ConditionalNormal(2, network)

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from fastflow import functional
+from fastflow.flows.special import STIRLING_FROM, log1p_ratio, stirling_tail
 from fastflow.vae.likelihoods.base import Likelihood, uniform_like
 
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "ContinuousBernoulliLikelihood",
            "NegativeBinomialLikelihood", "PoissonLikelihood"]
 
-STIRLING_FROM = 64.0  # where the terms that Stirling's series is cut to have float64's precision
 NEAR_HALF = 0.1  # |logit| / 2 below which the continuous Bernoulli's formulas are series
 
 
@@ -144,7 +144,7 @@ class NegativeBinomialLikelihood(Likelihood):
         growth = -F.logsigmoid(-logit)  # log(1 + m/r)
         large = log_r > math.log(STIRLING_FROM)
         few = logit < 0.0  # m < r
-        shared = torch.where(few, torch.exp(torch.where(few, log_mean, 0.0)) * _log1p_ratio(
+        shared = torch.where(few, torch.exp(torch.where(few, log_mean, 0.0)) * log1p_ratio(
             torch.exp(torch.where(few, logit, 0.0))), torch.exp(torch.where(few, 0.0, log_r)) * growth)
         each = torch.where(large, log_mean - growth, F.logsigmoid(logit))
         return _counts(x, _log_rising(count, log_r, large) + count * each - shared - torch.lgamma(count + 1.0))
@@ -158,13 +158,6 @@ class NegativeBinomialLikelihood(Likelihood):
         return torch.poisson(gamma * torch.exp(log_mean - log_r), generator=generator)
 
 
-def _log1p_ratio(t):
-    """log(1 + t) / t for t >= 0."""
-    near = t < 1e-5
-    far = torch.where(near, 1.0, t)
-    return torch.where(near, 1.0 - t * (0.5 - t / 3.0), torch.log1p(far) / far)
-
-
 def _log_rising(count, log_r, large):
     """log of Gamma(x + r) / Gamma(r) for counts x; for a ``large`` r less x log r, by Stirling's series, whose large
     terms cancel in closed form: it goes to 0 as r grows."""
@@ -175,14 +168,8 @@ def _log_rising(count, log_r, large):
     inverse = torch.exp(-torch.where(large, log_r, math.log(STIRLING_FROM)))
     t = count * inverse  # x / r
     growth = torch.log1p(t)
-    series = count * (growth + _log1p_ratio(t) - 1.0) - 0.5 * growth
-    return torch.where(large, series + _stirling_tail(inverse / (1.0 + t)) - _stirling_tail(inverse), exact)
-
-
-def _stirling_tail(inverse):
-    """log Gamma(r) - (r - 1/2) log r + r - log(2 pi)/2 of 1/r, for r of STIRLING_FROM or more."""
-    square = inverse * inverse
-    return inverse * (1.0 / 12.0 - square * (1.0 / 360.0 - square / 1260.0))
+    series = count * (growth + log1p_ratio(t) - 1.0) - 0.5 * growth
+    return torch.where(large, series + stirling_tail(inverse / (1.0 + t)) - stirling_tail(inverse), exact)
 
 
 def _counts(x, value):
