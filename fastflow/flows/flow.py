@@ -209,7 +209,11 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value):
         """Log-density (*sample, *batch) of value (*sample, *batch, *event), in nats."""
+        checks.tensor("value", value, floating=False)
         event_dims = len(self.event_shape)
+        if value.dim() < event_dims or value.shape[value.dim() - event_dims:] != self.event_shape:
+            raise ValueError(f"value: expected shape (*, {', '.join(map(str, self.event_shape))}), got "
+                             f"{tuple(value.shape)}")
         lead = value.shape[:value.dim() - event_dims]
         context = self.context
         if context is not None:
