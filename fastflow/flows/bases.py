@@ -244,7 +244,8 @@ class Uniform(Base):
 
     def sample(self, n, *, generator=None, temperature=1.0):
         self._refuse_temperature(temperature)
-        return self.low + (self.high - self.low) * self._noise(n, self.low, generator, torch.rand)
+        z = self.low + (self.high - self.low) * self._noise(n, self.low, generator, torch.rand)
+        return torch.minimum(z, torch.nextafter(self.high.to(z), self.low.to(z)))  # rounding may carry it to the end
 
 
 class TruncatedNormal(Base):

@@ -166,6 +166,12 @@ def test_samples_of_a_truncation_far_in_the_tail(low, high):
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(x.sum(), list(base.parameters())))
 
 
+def test_uniform_samples_stay_below_the_end(monkeypatch):
+    base = flows.Uniform(1.0, 2.0, (2,))
+    monkeypatch.setattr(base, "_noise", lambda *args: torch.full((3, 2), 1.0 - 2.0**-24))  # the largest of torch.rand
+    assert torch.isfinite(base.log_prob(base.sample(3))).all()
+
+
 def test_conditional_bases_get_the_flows_context():
     network = nn.Linear(3, 4)
     base = flows.ConditionalNormal(2, network)
