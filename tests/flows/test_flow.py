@@ -215,7 +215,7 @@ def test_dequantize_stays_inside():
     (ValueError, lambda: flows.RealNVP(2, context_features=2).sample(1, torch.tensor(1.0)), "context: expected"),
     (TypeError, lambda: flows.NICE(2)(torch.zeros(1, 2).double()), "weight: expected float64 like x"),
     (ValueError, lambda: flows.NICE(2)(torch.zeros(1, 5)), "x: expected"),
-    (ValueError, lambda: flows.RealNVP(2).as_distribution().log_prob(torch.zeros(2, 4)), r"value: expected .*\(\*, 2\)"),
+    (ValueError, lambda: flows.RealNVP(2).as_distribution().log_prob(torch.zeros(2, 4)), r"expected shape \(\*, 2\)"),
     (ValueError, lambda: flows.RealNVP(2).as_distribution().log_prob(torch.tensor(1.0)), "value: expected"),
     (TypeError, lambda: flows.Jet((1, 4, 4), patch_size=2, channels=8, couplings=1, depth=1, heads=2)(
         torch.zeros(1, 1, 4, 4).double()), "weight: expected float64 like x"),
