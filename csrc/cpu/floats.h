@@ -78,8 +78,8 @@ FASTFLOW_HD Floats select(__mmask16 mask, Floats where, Floats elsewhere) {
 
 // The smaller, the larger one; a second operand that is NaN stays. (Masked forms, here and below, since GCC 12 warns
 // within the plain ones.)
-FASTFLOW_HD Floats at_most(Floats high, Floats x) { return _mm512_maskz_min_ps(0xffff, high.v, x.v); }
-FASTFLOW_HD Floats at_least(Floats low, Floats x) { return _mm512_maskz_max_ps(0xffff, low.v, x.v); }
+FASTFLOW_HD Floats smaller(Floats high, Floats x) { return _mm512_maskz_min_ps(0xffff, high.v, x.v); }
+FASTFLOW_HD Floats larger(Floats low, Floats x) { return _mm512_maskz_max_ps(0xffff, low.v, x.v); }
 
 FASTFLOW_HD Floats nearest_integer(Floats x) { return _mm512_maskz_roundscale_ps(0xffff, x.v, _MM_FROUND_NO_EXC); }
 // x * 2^floor(n), rounded once, whatever becomes of the exponent.
@@ -110,10 +110,10 @@ FASTFLOW_HD Floats exp_by_table(Floats x) {
 // As their namesakes of math.h.
 FASTFLOW_HD Floats exp_moderate(Floats x) { return exp_by_table(x); }
 FASTFLOW_HD Floats exp(Floats x) {
-  return exp_by_table(at_least(math::Bits<float>::exp_low, at_most(math::Bits<float>::exp_high, x)));
+  return exp_by_table(larger(math::Bits<float>::exp_low, smaller(math::Bits<float>::exp_high, x)));
 }
 FASTFLOW_HD Floats exp_decay(Floats x) {
-  return exp_by_table(at_least(math::Bits<float>::exp_low, _mm512_or_ps(x.v, _mm512_set1_ps(-0.f))));
+  return exp_by_table(larger(math::Bits<float>::exp_low, _mm512_or_ps(x.v, _mm512_set1_ps(-0.f))));
 }
 
 #endif

@@ -62,7 +62,7 @@ inline constexpr bool by_floats = (scale == gaussian::logvar || scale == gaussia
 // gaussian::exp_parts, in as few instructions as AVX-512 needs.
 FASTFLOW_HD gaussian::ExpParts<Floats> exp_parts(Floats x) {
   using B = math::Bits<float>;
-  const Floats in_range = at_least(B::exp_low, at_most(B::exp_high, x));
+  const Floats in_range = larger(B::exp_low, smaller(B::exp_high, x));
   const Floats n = nearest_integer(in_range * Floats(B::log2e)), r = less_multiple_of_ln2(in_range, n);
   const Floats beyond = r * r * math::exp_tail(r), p = r + beyond;
   const Floats half = times_power(Floats(0.5), n);  // 2^n itself overflows before the result does
