@@ -30,7 +30,7 @@ def count(name, value, least=0):
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not least <= value < 2**63:
-        raise ValueError(f"{name}: expected an int of at least {least} and below 2^63, got {value}")
+        raise ValueError(f"{name}: expected an int >= {least} and below 2^63, got {value}")
     return value
 
 

@@ -124,7 +124,7 @@ X, L = torch.rand(2, 3), torch.randn(4, 2, 3)
     (TypeError, "x", X.to(torch.complex64), L), (ValueError, "x", torch.tensor(1.0), L),
     (ValueError, "logits", X, L[..., :2]), (ValueError, "logits", X, L[0, 0]),
     (ValueError, "logits", X, L.to("meta")), (TypeError, "x", X, L.double()), (TypeError, "logits", X.double(), L),
-], ids=str)
+])
 def test_errors_name_the_argument(error, argument, x, logits):
     with pytest.raises(error, match=f"^{argument}"):
         functional.bernoulli_log_prob(x, logits)
