@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -321,25 +320,27 @@ def check_by_ratio(case, tensors, *, needs=None, cotangents=None, value_factor=V
 def check_together(case, dtype, device="cpu", size=0.5):
     """Results and gradients by the error-ratio rule, over all results and over all gradients, each relative to its
     magnitude: a rounding early in a flow goes into everything behind it, and the largest error of one small tensor
-    says little about either side. For the same reason operands that miss the bound are joined by two more draws: what holds
-    then is the largest error of all.
+    says little about either side. Nor does that of one draw of operands: where it misses the bound, two others must
+    hold it.
 
     size: of the parameters, small enough for steps that do not stretch.
     """
-    largest = [{"fused": 0.0, "eager": 0.0} for _ in range(2)]
-    for seed in range(3):
-        tensors = {name: t if name in ("x", "context") else size * t
-                   for name, t in case.tensors(dtype, device, seed).items()}
-        for errors, found in zip(largest, _errors_together(case, tensors, dtype), strict=True):
-            errors.update({which: max(errors[which], found[which]) for which in errors})
-        # With few samples eager may happen to hit a result, and a GPU's eager sums are often nearly exact.
-        lucky = next(iter(tensors.values())).shape[0] < 64 or device == "cuda"
-        floor = (64 if dtype == torch.float64 else 16 if lucky else 4) * torch.finfo(dtype).eps
-        missed = [f"{case} {dtype} part {part}: {errors}" for part, errors in enumerate(largest)
-                  if not errors["fused"] <= (VALUE_FACTOR, GRADIENT_FACTOR)[part] * errors["eager"] + floor]
-        if not missed:
-            return
-    raise AssertionError("; ".join(missed))
+    missed = _missed(case, dtype, device, size, 0)
+    if missed:
+        again = [_missed(case, dtype, device, size, seed) for seed in (1, 2)]
+        assert not any(again), (missed, again)
+
+
+def _missed(case, dtype, device, size, seed):
+    """What misses the bound, in words; empty: nothing."""
+    tensors = {name: t if name in ("x", "context") else size * t
+               for name, t in case.tensors(dtype, device, seed).items()}
+    # With few samples eager may happen to hit a result, and a GPU's eager sums are often nearly exact.
+    lucky = next(iter(tensors.values())).shape[0] < 64 or device == "cuda"
+    floor = (64 if dtype == torch.float64 else 16 if lucky else 4) * torch.finfo(dtype).eps
+    return [f"{case} {dtype} part {part}: {errors}"
+            for part, errors in enumerate(_errors_together(case, tensors, dtype))
+            if not errors["fused"] <= (VALUE_FACTOR, GRADIENT_FACTOR)[part] * errors["eager"] + floor]
 
 
 def _errors_together(case, tensors, dtype):
@@ -355,7 +356,6 @@ def _errors_together(case, tensors, dtype):
             assert all(t.dtype == dtype and t.shape == exact.shape for t, exact in pairs)
             errors[which] = max(((t.double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
                                 for t, exact in pairs if t.numel())
-        assert all(map(math.isfinite, errors.values())), f"{case} {dtype} part {part}: {errors}"
         yield errors
 
 
