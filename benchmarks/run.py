@@ -21,7 +21,7 @@ WHAT = ("ops", "models", "compiled", "all")
 def select(what, pattern):
     """The cases of "ops", "models", "compiled" (models under torch.compile, minutes of compilation each) or "all",
     which is the first two, whose name holds ``pattern``."""
-    models = (*glow.CASES, *realnvp.CASES)
+    models = (*glow.CASES, *realnvp.CASES, *realnvp.WIDER_CASES)
     chosen = {"ops": cases.OP_CASES, "models": models, "compiled": realnvp.COMPILED_CASES,
               "all": (*cases.OP_CASES, *models)}[what]
     return [case for case in chosen if pattern in case.name]

@@ -35,7 +35,7 @@ struct Flow {
     input = arena.take<T>(tile * padded(seen));
     hidden = arena.take<T>(tile * (backward ? job.hidden : 2 * wide));
     moved = arena.take<T>(tile * job.features);
-    if (!backward) make_pieces(arena);
+    make_pieces(arena, backward);
     if (!backward) return;
     grad = arena.take<T>(unit * job.features);
     grad_context = arena.take<T>(unit * job.context_features);
@@ -51,15 +51,15 @@ struct Flow {
     slope_rows = arena.take<T*>(job.deepest);
   }
 
-  void make_pieces(Arena& arena) {
+  void make_pieces(Arena& arena, bool backward) {
     pieces = arena.take<Pieces<T>>(job.count);
-    double* const sums = arena.take<double>(2 * job.widest);
+    double* const work = arena.take<double>(4 * job.widest);
     for (int64_t s = 0; s < job.count; ++s) {
       Pieces<T> made;
       if (has_pieces<T>(job, job.steps[s])) {
-        made = Pieces<T>::take(arena, job.steps[s]);
-        made.sums = sums;
-        if (sums != nullptr) made.make(job.steps[s]);
+        made = Pieces<T>::take(arena, job.steps[s], backward);
+        made.work = work;
+        if (work != nullptr) made.make(job.steps[s]);
       }
       if (pieces != nullptr) pieces[s] = made;
     }
@@ -264,7 +264,10 @@ struct Flow {
     T* const grad_active = grad + (t * job.features + step.active_begin) * tile;
     restore(step, t, active);
     const T* const x = input_of(step, t);
-    for (int64_t l = 0, at = 0; l <= last; at += tile * padded(step.linears[l].out), ++l) {
+    const Pieces<T>& piecewise = pieces[&step - job.steps];
+    const bool by_pieces = piecewise.usable && all_finite(1, n, x);
+    for (int64_t l = by_pieces ? 1 : 0, at = by_pieces ? tile * padded(step.linears[0].out) : 0; l <= last;
+         at += tile * padded(step.linears[l].out), ++l) {
       values[l] = hidden + at;
       slope_rows[l] = slopes + at;
       T* const kept = kept_of(step.linears[l], t);
@@ -277,8 +280,11 @@ struct Flow {
         clear_tail(t, step.linears[l].out, values[l]);
         continue;
       }
-      linear_forward<T>(step.linears[l], l == last, step.activation, n, l == 0 ? x : values[l - 1], values[l],
-                        slope_rows[l]);
+      if (l == 1 && piecewise.usable)
+        piecewise.apply(n, x, l != last, values[l]);
+      else
+        linear_forward<T>(step.linears[l], l == last, step.activation, n, l == 0 ? x : values[l - 1], values[l],
+                          slope_rows[l]);
       clear_tail(t, step.linears[l].out, values[l]);
     }
 
@@ -298,6 +304,16 @@ struct Flow {
 
     for (int64_t l = last; l >= 0; --l) {
       const FlowLinear& linear = step.linears[l];
+      if (l == 1 && by_pieces && all_finite(linear.out, n, g)) {
+        if (partial != nullptr) sums[l].add(linear, n, nullptr, g);
+        return piecewise.gradients(rows_of(t), x, g, transposed_input,
+                                   grad + (t * job.features + step.passive_begin) * tile);
+      }
+      if (l == 1 && by_pieces) {
+        values[0] = hidden;
+        linear_forward<T>(step.linears[0], false, step.activation, n, x, values[0], nullptr);
+        clear_tail(t, step.linears[0].out, values[0]);
+      }
       const T* below = l == 0 ? x : values[l - 1];
       if (partial != nullptr) {
         sums[l].add(linear, n, below, g);
@@ -334,7 +350,10 @@ struct Flow {
       }
       const CouplingRows<T> coupling = coupling_rows<T>(step->map, job.inverse, step->shift_first);
       for (int64_t l = 0; l < step->count; ++l) sums[l + 1] = sums[l].begin(step->linears[l]);
+      const Pieces<T>& piecewise = pieces[step - job.steps];
+      if (piecewise.usable) piecewise.clear_sums();
       for (int64_t t = 0; t < tiles(); ++t) coupling_backward(*step, t, coupling, partial);
+      if (piecewise.usable && partial != nullptr) piecewise.finish(*step, partial);
       for (int64_t l = 0; partial != nullptr && l < step->count; ++l) sums[l].finish(step->linears[l], partial);
     }
     if (job.z != nullptr) store(grad, job.features, job.z);
