@@ -136,7 +136,7 @@ def piecewise_case(hidden, inverse=False):
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("hidden", [(64, 64), (5, 16), (128, 32, 8), (16, 48, 7), (16, 7)], ids=str)
-def test_one_feature_through_relu(hidden, inverse, device):
+def test_one_feature_through_relu(hidden, inverse, fused, device):
     """Values and gradients where the table stands for two layers. Gradients as vectors: single ones jump where rounding
     moves a sample across a knot, eager's too."""
     case, tensors = piecewise_case(hidden, inverse)
@@ -154,18 +154,21 @@ def test_one_feature_through_relu(hidden, inverse, device):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_non_finite_numbers_of_one_feature(poison, device):
+def test_non_finite_numbers_of_one_feature(poison, fused, device):
     """As above: what is not finite is where eager has it, and other samples keep their bits."""
     case, tensors = piecewise_case((16, 16))
     tensors = {name: t.to(device) for name, t in tensors.items()}
-    clean = evaluate(case, tensors)[0]
+    clean, cotangents = evaluate(case, tensors)[0], cotangents_of(case, tensors)
     for name in tensors:
         bad = {n: v.clone() for n, v in tensors.items()}
-        bad[name][(100, slice(None)) if name == "x" else 5] = poison
-        got, eager = evaluate(case, bad)[0], evaluate(case, bad, module=reference)[0]
-        for result, out in got.items():
-            assert_same_nonfinite(out, eager[result], f"{poison} in {name} -> {result}")
-            if name == "x":
+        bad[name][(100, slice(None)) if name == "x" else -1] = poison
+        got = evaluate(case, bad, cotangents=cotangents)
+        eager = evaluate(case, bad, cotangents=cotangents, module=reference)
+        for part in (0, 1):
+            for result, out in got[part].items():
+                assert_same_nonfinite(out, eager[part][result], f"{poison} in {name} -> {result}", gradient=part == 1)
+        if name == "x":
+            for result, out in got[0].items():
                 keep = torch.arange(len(out), device=device) != 100
                 assert_bitwise(out[keep], clean[result][keep], f"{poison} in {name} -> {result}")
 
