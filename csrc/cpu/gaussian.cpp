@@ -19,9 +19,7 @@ enum Flags : int64_t { interleaved = 1, scale_in_front = 2 };
 enum Reduce : int64_t { by_sample, by_channel, elementwise };
 
 constexpr int64_t grain = 16384;  // elements that are worth a thread
-// Results of this size and above are written past the caches; noise saved for backward, which nobody reads soon, from
-// a smaller one on.
-constexpr int64_t streamed_bytes = int64_t(8) << 20, streamed_noise_bytes = int64_t(1) << 20;
+constexpr int64_t streamed_bytes = int64_t(8) << 20;  // results of this size and above are written past the caches
 // The sums of a shared prior's gradients: at most so many blocks, of at least so many samples of the batch.
 constexpr int64_t prior_blocks = 64, prior_block_rows = 8;
 
@@ -198,7 +196,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_fwd(
     p.tiling = tiling_of(rows, p.total / rows, false);
     f.z = operands.of(z, n_samples);
     f.z_streamed = bytes_of(z) >= streamed_bytes;
-    f.eps_streamed = bytes_of(drawn) >= streamed_noise_bytes;
     f.eps = drawn.numel() > 0 ? drawn.data_ptr() : nullptr;
     if (by_element) {
       f.elementwise = kl.data_ptr();

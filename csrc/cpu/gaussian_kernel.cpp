@@ -97,14 +97,6 @@ Params<T> fetch_params(const Problem& p, const Tile& tile, Scratch<T>& s) {
 }
 
 template <class T>
-void save(const T* eps, T* to, int64_t count, bool streamed) {
-  if (streamed && reinterpret_cast<uintptr_t>(to) % stream_alignment == 0)
-    stream(to, eps, count);
-  else
-    copy_run(eps, 1, to, 1, count);
-}
-
-template <class T>
 void forward(const Forward& f, int64_t begin, int64_t end) {
   const Problem& p = f.problem;
   const Loops<T> loops = loops_of<T>(p);
@@ -126,7 +118,7 @@ void forward(const Forward& f, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < p.samples; ++k) {
       const int64_t at = k * p.total + first;
       const T* const eps = noise_at(p, k, first, count, s.drawn, s.eps);
-      if (f.eps != nullptr) save(eps, static_cast<T*>(f.eps) + at, count, f.eps_streamed);
+      if (f.eps != nullptr) copy_run(eps, 1, static_cast<T*>(f.eps) + at, 1, count);
       Result<T> z(f.z, at, count, out, f.z_streamed);
       if (k == 0) z_ahead.template fetch<1>(z.data, count);
       if (keep)
@@ -141,7 +133,7 @@ void forward(const Forward& f, int64_t begin, int64_t end) {
     }
     if (!keep && f.kl != nullptr) sum_pieces(tile, kl, static_cast<T*>(f.kl));
   }
-  if (f.z_streamed || f.eps_streamed) end_stream();
+  if (f.z_streamed) end_stream();
 }
 
 template <class T>

@@ -39,7 +39,7 @@ struct Problem {
 
 struct Forward {
   Problem problem;
-  bool z_streamed, eps_streamed;  // written past the caches
+  bool z_streamed;  // written past the caches
   Operand z;
   void* eps;          // where to save the noise drawn, [samples][total], or null
   void* elementwise;  // KL of every element, or null

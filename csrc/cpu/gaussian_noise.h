@@ -1,9 +1,9 @@
 // Philox's normals, a vector of blocks at a time.
 #pragma once
 
-#include "../common/philox.h"
 #include "cursor.h"
 #include "gaussian_kernel.h"
+#include "normals.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -85,12 +85,16 @@ constexpr int64_t batch_blocks = 8, most_blocks = 64;
       store_pairs(angle + 2 * b, w.w1, w.w3);
     }
     for (int64_t b = 0; b < now; b += batch_blocks) {
+#if defined(__AVX512F__)
+      store_normals(out + 4 * b, _mm512_load_si512(radius + 2 * b), _mm512_load_si512(angle + 2 * b));
+#else
 #pragma omp simd
       for (int64_t i = 2 * b; i < 2 * (b + batch_blocks); ++i) {
         const philox::Pair pair = philox::normals(radius[i], angle[i]);
         out[2 * i] = pair.first;
         out[2 * i + 1] = pair.second;
       }
+#endif
     }
     out += 4 * now;
     blocks -= now;

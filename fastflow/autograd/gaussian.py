@@ -6,22 +6,25 @@ from fastflow import backends, extension, reference
 from fastflow.autograd import differentiable
 
 INTERLEAVED, SCALE_IN_FRONT = 1, 2
+# On a CPU, noise of this size and above is drawn again for backward: to allocate it and to read it from memory takes as
+# long, and far longer once malloc gives blocks of this size back to the system after each step. Below, it is kept.
+REDRAWN_BYTES = 2 << 20
 
 
 class GaussianFunction(torch.autograd.Function):
     """(z, kl, logq) of params (packed, or the mean of a pair), raw (of a pair), prior_mean and prior_raw.
 
-    ``consts`` is (seed_value, offset, n_samples, scale, flags, reduce), as the operator takes them. On the CPU the
-    drawn noise is kept for backward, elsewhere it is drawn again.
+    ``consts`` is (seed_value, offset, n_samples, scale, flags, reduce), as the operator takes them. On a CPU noise
+    of fewer than REDRAWN_BYTES is kept for backward; else it is drawn again.
     """
 
     @staticmethod
     def forward(ctx, params, raw, prior_mean, prior_raw, eps, seed, backend, consts, want_logq):
         ctx.set_materialize_grads(False)
+        keep = eps is None and backend == "cpu" and _noise_bytes(params, raw, consts) < REDRAWN_BYTES
         z, kl, logq, drawn = extension.kernel(backend, "gaussian_fwd")(
-            params, raw, prior_mean, prior_raw, eps, seed, *consts, want_logq, backend == "cpu")
-        kept = drawn if eps is None and backend == "cpu" else eps
-        ctx.save_for_backward(params, raw, prior_mean, prior_raw, kept, seed)
+            params, raw, prior_mean, prior_raw, eps, seed, *consts, want_logq, keep)
+        ctx.save_for_backward(params, raw, prior_mean, prior_raw, drawn if keep else eps, seed)
         ctx.backend, ctx.consts, ctx.want_logq = backend, consts, want_logq
         return z, kl, logq
 
@@ -43,6 +46,11 @@ class GaussianFunction(torch.autograd.Function):
             found = extension.kernel(ctx.backend, "gaussian_bwd")(*grads, *inputs, eps, seed, *ctx.consts, *needs)
             found = [g if need else None for g, need in zip(found, needs, strict=True)]
         return (*found, None, None, None, None, None)
+
+
+def _noise_bytes(params, raw, consts):
+    n_samples, itemsize = consts[2], max(params.element_size(), 4)
+    return params.numel() // (2 if raw is None else 1) * (1 if n_samples is None else n_samples) * itemsize
 
 
 def sample_kl(mean, logvar, eps, want_logq=False):

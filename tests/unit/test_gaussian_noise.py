@@ -217,6 +217,32 @@ def test_backward_sees_the_noise_of_the_forward(backend, device):
         torch.testing.assert_close(grad, eps, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("n_samples", [None, 3])
+@pytest.mark.parametrize("seed", [3, torch.arange(1029)], ids=["one seed", "seeds"])
+def test_large_noise_is_drawn_again_for_backward(seed, n_samples, backend, device):
+    """The same gradients (on a CPU bit for bit) as where the same noise is given; and nothing of its size is kept."""
+    shape, sizes = (1029, 513), []  # over 2 MiB
+    mean = torch.randn(shape, device=device)
+    raw = torch.randn(shape, device=device, requires_grad=True)
+    seed = seed.to(device) if isinstance(seed, torch.Tensor) else seed
+    eps = gaussian_sample_kl((torch.zeros(shape, device=device), torch.zeros(shape, device=device)), seed=seed,
+                             n_samples=n_samples, offset=7)[0]
+    weights = torch.randn_like(eps)
+
+    def gradient(**noise):
+        z, kl = gaussian_sample_kl((mean, raw), n_samples=n_samples, **noise)
+        return torch.autograd.grad((z * weights).sum() + kl.sum(), raw)[0]
+
+    expected = gradient(eps=eps)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(tuple(t.shape)) or t, lambda t: t):
+        got = gradient(seed=seed, offset=7)
+    if backend == "cpu":
+        assert_bitwise(got, expected)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+    if backend != "reference":
+        assert sizes.count(tuple(eps.shape)) == 1 + 2 * (n_samples is None)  # weights, and the parameters alike
+
+
 def test_noise_is_drawn_where_the_params_are(backend, device):
     """Whatever torch's default device is."""
     params = torch.zeros(3, 8, device=device)
