@@ -81,17 +81,19 @@ void panel_of(const Product& job, int64_t index, int64_t first, int64_t last) {
     a.data += first * a.row + p * a.column;
     T* const out = static_cast<T*>(job.out) + first * job.n + j;
     const bool add = block > 0, relu = job.relu && block == blocks - 1;
-    auto start = [&](int64_t i, int64_t c) {
-      ahead.one();
-      __builtin_prefetch(out + i * job.n + c, 1);
-      return add ? Vec<T>{} : vec(bias + c);
+    auto start = [&](int64_t, int64_t c) { return add ? Vec<T>{} : vec(bias + c); };
+    auto meanwhile = [&](int64_t i, int64_t, int64_t p) {
+      if (p < matmul_rows * matmul_vectors)
+        __builtin_prefetch(out + (i + p / matmul_vectors) * job.n + p % matmul_vectors * W, 1);
+      else
+        ahead.one();
     };
     auto finish = [&](int64_t i, int64_t c, Vec<T> value) { put(out + i * job.n + c, n - c, value, add, relu); };
     const T* const b = panel;
     if (matmul_vectors > 3 && width == 3 * W)
-      matmul_columns<T, 3>(rows, int64_t(0), count, a, b, width, start, finish);
+      matmul_columns<T, 3>(rows, int64_t(0), count, a, b, width, start, finish, meanwhile);
     else
-      matmul(rows, width, count, a, b, width, start, finish);
+      matmul(rows, width, count, a, b, width, start, finish, meanwhile);
   }
 }
 
