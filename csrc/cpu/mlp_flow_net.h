@@ -65,13 +65,15 @@ void activate(Activation activation, int64_t features, int64_t n, T* values, T* 
 }
 
 // W x + b of n samples, handed vector by vector to finish(i, j, value). Of a few features there is no more to do than
-// to write the results, which the blocks of a product would do in many small calls.
+// to write the results, which the blocks of a product would do in many small calls. In a longer sum the bias comes
+// last, which rounds less.
 template <class T, class Finish>
 void linear_rows(const FlowLinear& linear, int64_t n, const T* x, const Finish& finish) {
   const T* bias = static_cast<const T*>(linear.bias.data);
-  auto start = [&](int64_t i, int64_t) { return splat(bias[i * linear.bias.row]); };
   const Strided<T> weights = weights_of<T>(linear);
-  if (linear.in > thin_in || linear.in == 0) return matmul(linear.out, n, linear.in, weights, x, tile, start, finish);
+  if (linear.in > thin_in || linear.in == 0)
+    return matmul(linear.out, n, linear.in, weights, x, tile, [](int64_t, int64_t) { return Vec<T>{}; },
+                  [&](int64_t i, int64_t j, Vec<T> sum) { finish(i, j, sum + splat(bias[i * linear.bias.row])); });
   const int64_t out = linear.out, next = linear.bias.row;
   with_count<thin_in>(linear.in, [&](auto in) {
     for (int64_t j = 0; j < n; j += Simd<T>::lanes) {

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
+from fastflow.nn.fused_sequential import stacked
 from fastflow.vae.hierarchy import HierarchicalVAE
 from fastflow.vae.level import Level
 from fastflow.vae.likelihoods import Likelihood
@@ -40,10 +41,14 @@ class _BottomUp(nn.Module):
         self.taken = taken
 
     def forward(self, x):
-        features = []
-        for stage, count in zip(self.stages, self.taken, strict=True):
-            x = stage(x)
-            features += [x] * count
+        first, *others = self.stages
+        answers = [first(x)]
+        together = stacked(others, answers[0])
+        if together is None:
+            for stage in others:
+                answers.append(stage(answers[-1]))
+        features = [answer for answer, count in zip(answers + (together or []), self.taken, strict=True)
+                    for _ in range(count)]
         return features[::-1]
 
 
