@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
-from fastflow.nn.fused_sequential import stacked
+from fastflow.nn.fused_sequential import FusedSequential, stacked
 from fastflow.vae.hierarchy import HierarchicalVAE
 from fastflow.vae.level import Level
 from fastflow.vae.likelihoods import Likelihood
@@ -82,8 +82,8 @@ class HVAE(HierarchicalVAE):
             merge = nn.Sequential(nn.Linear(hidden + d, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             levels.append(Level(prior, posterior, ResidualMerge(merge, hidden), mode=mode))
         shape = likelihood.output_shape(event_shape)
-        decoder = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(shape)),
-                                nn.Unflatten(1, shape))
+        decoder = FusedSequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(shape)),
+                                  nn.Unflatten(1, shape))
         super().__init__(_BottomUp(stages, [1] * len(stages)), levels, decoder, likelihood, (hidden,),
                          objective=objective)
 
