@@ -1,4 +1,4 @@
-"""The features of an HVAE's levels: one kernel for all stages, the stages' own answers, and what sends it back to them."""
+"""The features of an HVAE's levels: one kernel for all stages gives their own answers; what sends it back to them."""
 
 import pytest
 import torch
@@ -49,7 +49,8 @@ def test_it_is_the_stages_one_by_one(batch):
         torch.testing.assert_close(got, type(got)(expected), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("change", ["hook", "activation", "dropout", "subclass", "global hook", "autocast", "reference"])
+@pytest.mark.parametrize("change", ["hook", "activation", "dropout", "subclass", "global hook", "autocast",
+                                    "reference"])
 def test_what_keeps_the_stages_apart(change):
     module, x = way_up(torch.float32), torch.rand(5, 1, 4, 5)
     seen, contexts = [], []
