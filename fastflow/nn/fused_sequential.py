@@ -95,8 +95,8 @@ def whole_mlp(network, shape_in, shape_out, dtype):
 
 
 def stacked(stages, x):
-    """[the answer of every stage] to x (B, features), where each is an nn.Sequential of a Linear layer and ReLU or SiLU,
-    by functional.wide_mlp; None where they are fewer than two or something else, or no kernel serves."""
+    """[the answer of every stage] to x (B, features), where each is an nn.Sequential of a Linear layer and ReLU or
+    SiLU, by functional.wide_mlp; None where they are fewer than two or something else, or no kernel serves."""
     if (len(stages) < 2 or x.dim() != 2 or torch.compiler.is_compiling()
             or nn.modules.module._has_any_global_hook()):
         return None
