@@ -167,8 +167,11 @@ class Flow(nn.Module):
         return self.log_prob(values, context) + contribution
 
     def _dtype(self):
-        tensors = (t for t in (*self.parameters(), *self.buffers()) if t.dtype == torch.float64)
-        return torch.float32 if next(tensors, None) is None else torch.float64
+        """What data the flow takes: float64 where its parameters are, or the base's buffers where it has none."""
+        tensors = list(self.parameters())
+        if not tensors and isinstance(self.base, nn.Module):
+            tensors = list(self.base.buffers())  # not the transform's: constants are kept in float64 for either
+        return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
     def _noise(self, n, context, generator, temperature):
         if not 0.0 <= temperature < math.inf:

@@ -195,6 +195,15 @@ def test_bits_per_dim_accounting():
     torch.testing.assert_close(bits, -(log_prob - 4 * math.log(256)) / (4 * math.log(2)))
 
 
+@pytest.mark.parametrize("layers", [[], [ActNorm(1)]])
+def test_constants_of_a_transform_do_not_make_the_data_double(layers):
+    """Affine keeps numbers in float64 for either precision; what data the flow takes, its parameters and base say."""
+    flow = flows.Flow(flows.Compose(flows.Affine(0.5, 1.0), *layers), flows.StandardNormal((1, 2, 2)))
+    x = torch.randint(0, 256, (3, 1, 2, 2))
+    assert flow.bits_per_dim(x).dtype == torch.float32
+    assert flow.double().bits_per_dim(x).dtype == torch.float64
+
+
 def test_dequantize_stays_inside():
     for dtype in (torch.float32, torch.float64):
         values = flows.dequantize(torch.full((1 << 18,), 255, dtype=torch.uint8), dtype=dtype)
