@@ -10,7 +10,7 @@ from torch.distributions import Distribution, transform_to
 
 from fastflow import checks
 
-__all__ = ["StandardLogistic", "StandardNormal", "as_base"]
+__all__ = ["StandardLogistic", "StandardNormal", "as_base", "seeded"]
 
 
 class StandardNormal(nn.Module):
@@ -100,7 +100,7 @@ class _DistributionBase:
     def sample(self, n, *, generator=None, temperature=1.0):
         distribution = self._tempered(temperature)
         draw = distribution.rsample if distribution.has_rsample else distribution.sample
-        with _seeded(generator):
+        with seeded(generator):
             return draw((n,))
 
     def _tempered(self, temperature):
@@ -113,8 +113,9 @@ class _DistributionBase:
 
 
 @contextlib.contextmanager
-def _seeded(generator):
-    """Torch's own generators, seeded from ``generator`` and set back afterwards: distributions take no generator."""
+def seeded(generator):
+    """Torch's own generators, seeded from ``generator`` and set back afterwards, for what takes none, such as
+    torch.distributions; None leaves them as they are."""
     if generator is None:
         yield
         return

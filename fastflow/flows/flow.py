@@ -9,9 +9,10 @@ from torch import nn
 from torch.distributions import Distribution, constraints
 
 from fastflow import checks
-from fastflow.flows.base import as_base
+from fastflow.flows.base import as_base, seeded
 from fastflow.flows.images import bits_per_dim, dequantize
-from fastflow.flows.transform import check_transform, initialize
+from fastflow.flows.surjections import UniformDequantization
+from fastflow.flows.transform import Compose, check_transform, initialize
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -95,7 +96,8 @@ class Flow(nn.Module):
             (n, *event), with a context (n, B, *event).
         """
         z, context, lead = self._noise(n, context, generator, temperature)
-        return self.transform.inverse(z, context)[0].unflatten(0, lead)
+        with self._drawing(generator):
+            return self.transform.inverse(z, context)[0].unflatten(0, lead)
 
     def sample_and_log_prob(self, n, context=None, *, generator=None, temperature=1.0):
         """(samples as of :meth:`rsample`, their log-density (n,) or (n, B) in nats), both with gradients.
@@ -105,7 +107,8 @@ class Flow(nn.Module):
         if temperature == 0:
             raise ValueError("temperature: expected a positive number, because there is no density at 0, got 0")
         z, context, lead = self._noise(n, context, generator, temperature)
-        x, logdet = self.transform.inverse(z, context)
+        with self._drawing(generator):
+            x, logdet = self.transform.inverse(z, context)
         log_prob = as_base(self.base).log_prob(z, temperature, **self._of_base(context)) - logdet
         return x.unflatten(0, lead), log_prob.unflatten(0, lead)
 
@@ -137,7 +140,7 @@ class Flow(nn.Module):
         """Bits per dimension of integer-valued images, with every constant counted.
 
         The images are dequantised as x/n_bins - 0.5 + U/n_bins; with D elements per image the result is
-        -(log_prob - D log n_bins) / (D log 2), an upper bound in expectation over U. With a ``dequantization`` the flow
+        -(log_prob - D log n_bins) / (D log 2), an upper bound in expectation over U. With a ``dequantizer`` the flow
         dequantises by that, and the bound is its own.
 
         Args:
@@ -149,22 +152,41 @@ class Flow(nn.Module):
             (B,).
         """
         checks.tensor("x", x, floating=False)
-        if self.dequantization is not None:
+        with self._drawing(generator):
+            if self.dequantizer is None:
+                values = dequantize(x, n_bins, generator=generator, dtype=self._dtype())
+                return bits_per_dim(self.log_prob(values, context), math.prod(x.shape[1:]), n_bins)
             self.check_bins(n_bins)
-            log_prob = self._log_prob_of_integers(x, context, generator)
+            inside = self.dequantization is None
+            log_prob = self.log_prob(x, context) if inside else self._log_prob_of_integers(x, context, generator)
             return -log_prob / (math.prod(x.shape[1:]) * math.log(2.0))
-        values = dequantize(x, n_bins, generator=generator, dtype=self._dtype())
-        return bits_per_dim(self.log_prob(values, context), math.prod(x.shape[1:]), n_bins)
+
+    @property
+    def dequantizer(self):
+        """What makes real numbers of integers: the ``dequantization``, or one that the transform begins with; None for
+        a flow that takes real numbers."""
+        if self.dequantization is not None:
+            return self.dequantization
+        first = self.transform
+        while isinstance(first, Compose) and len(first.transforms):
+            first = first.transforms[0]
+        return first if isinstance(first, UniformDequantization) else None
 
     def check_bins(self, n_bins):
-        """ValueError unless ``n_bins`` is that of the ``dequantization``."""
-        if n_bins != self.dequantization.n_bins:
-            raise ValueError(f"n_bins: expected {self.dequantization.n_bins}, that of the flow's dequantization, got "
+        """ValueError unless ``n_bins`` is that of the ``dequantizer``."""
+        if n_bins != self.dequantizer.n_bins:
+            raise ValueError(f"n_bins: expected {self.dequantizer.n_bins}, that of the flow's dequantization, got "
                              f"{n_bins}")
 
     def _log_prob_of_integers(self, x, context, generator=None):
         values, contribution = self.dequantization(x, context, generator=generator, dtype=self._dtype())
         return self.log_prob(values, context) + contribution
+
+    def _drawing(self, generator):
+        """Inside, surjections of the transform, which are not handed a generator, draw from this one."""
+        inside = isinstance(self.transform, nn.Module) and generator is not None
+        draws = inside and any(getattr(module, "draws", False) for module in self.transform.modules())
+        return seeded(generator if draws else None)
 
     def _dtype(self):
         """What data the flow takes: float64 where its parameters are, or the base's buffers where it has none."""
