@@ -95,7 +95,11 @@ class _DistributionBase:
         safe = torch.where(spread, z, transform_to(support)(torch.zeros_like(z)))
         value = torch.where(inside, distribution.log_prob(safe), -torch.inf)
         value = torch.where(missing, torch.nan, value)
-        return value.flatten(1).sum(1) if value.dim() > 1 else value
+        if value.dim() < 2:
+            return value
+        # Beside an element that has left the support, an infinite density of another counts nothing.
+        without = (~inside).flatten(1).any(1) & ~missing.flatten(1).any(1)
+        return torch.where(without, -torch.inf, value.flatten(1).sum(1))
 
     def sample(self, n, *, generator=None, temperature=1.0):
         distribution = self._tempered(temperature)
