@@ -10,6 +10,7 @@ from torch.distributions import Distribution, constraints
 
 from fastflow import checks
 from fastflow.flows.base import as_base, seeded
+from fastflow.flows.contexts import takes_context
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.surjections import UniformDequantization
 from fastflow.flows.transform import Compose, check_transform, initialize
@@ -26,7 +27,7 @@ class Flow(nn.Module):
         transform: data to noise, any :class:`Transform`.
         base: distribution of the noise: a StandardNormal, an object like it, or a torch.distributions object, whose
             batch dimensions count as event dimensions. Only modules follow ``.to()``. One whose attribute
-            ``conditional`` is true gets the context as well.
+            ``conditional`` is true gets the context as well, and alone where the transform was built without one.
         dequantization: surjection from integers to what the transform takes, such as a
             :class:`VariationalDequantization`; None for the uniform one of :meth:`bits_per_dim` and engine.TrainStep.
 
@@ -46,6 +47,7 @@ class Flow(nn.Module):
         self.transform = transform
         self.base = base
         self.dequantization = dequantization
+        self._transform_takes_context = takes_context(transform)
 
     @classmethod
     def from_config(cls, name, **overrides):
@@ -68,14 +70,14 @@ class Flow(nn.Module):
         Args:
             x: (B, *event). Integers of a flow with a ``dequantization`` give a bound of the log-probability of the
                 integers, a lower one in expectation over the noise that is drawn.
-            context: (B, ...) that conditions each x, handed to the transform, or None.
+            context: (B, ...) that conditions each x, handed to the transform and to a conditional base, or None.
 
         Returns:
             (B,); -inf outside the support.
         """
         if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
             return self._log_prob_of_integers(x, context)
-        z, logdet = self.transform(x, context)
+        z, logdet = self.transform(x, self.context_of_transform(context))
         return as_base(self.base).log_prob(z, **self._of_base(context)) + logdet
 
     @torch.no_grad()
@@ -97,7 +99,7 @@ class Flow(nn.Module):
         """
         z, context, lead = self._noise(n, context, generator, temperature)
         with self._drawing(generator):
-            return self.transform.inverse(z, context)[0].unflatten(0, lead)
+            return self.transform.inverse(z, self.context_of_transform(context))[0].unflatten(0, lead)
 
     def sample_and_log_prob(self, n, context=None, *, generator=None, temperature=1.0):
         """(samples as of :meth:`rsample`, their log-density (n,) or (n, B) in nats), both with gradients.
@@ -108,7 +110,7 @@ class Flow(nn.Module):
             raise ValueError("temperature: expected a positive number, because there is no density at 0, got 0")
         z, context, lead = self._noise(n, context, generator, temperature)
         with self._drawing(generator):
-            x, logdet = self.transform.inverse(z, context)
+            x, logdet = self.transform.inverse(z, self.context_of_transform(context))
         log_prob = as_base(self.base).log_prob(z, temperature, **self._of_base(context)) - logdet
         return x.unflatten(0, lead), log_prob.unflatten(0, lead)
 
@@ -122,7 +124,11 @@ class Flow(nn.Module):
         """Set the data-dependent parameters (ActNorm) from a batch x (B, *event), anew at every call."""
         if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
             x = initialize(self.dequantization, x, context)
-        initialize(self.transform, x, context)
+        initialize(self.transform, x, self.context_of_transform(context))
+
+    def context_of_transform(self, context):
+        """What the transform is handed of a context: None where that is for the base alone."""
+        return context if self._transform_takes_context or not getattr(self.base, "conditional", False) else None
 
     def shard_groups(self):
         """[module]: disjoint submodules that FSDP2 gathers and frees one at a time; what is left is one group more.
