@@ -47,7 +47,8 @@ class Flow(nn.Module):
         self.transform = transform
         self.base = base
         self.dequantization = dequantization
-        self._transform_takes_context = takes_context(transform)
+        self._transform_takes_context = None  # not known yet
+        self.context_of_transform(None)
 
     @classmethod
     def from_config(cls, name, **overrides):
@@ -128,7 +129,11 @@ class Flow(nn.Module):
 
     def context_of_transform(self, context):
         """What the transform is handed of a context: None where that is for the base alone."""
-        return context if self._transform_takes_context or not getattr(self.base, "conditional", False) else None
+        if not getattr(self.base, "conditional", False):
+            return context
+        if self._transform_takes_context is None:
+            self._transform_takes_context = takes_context(self.transform)
+        return context if self._transform_takes_context else None
 
     def shard_groups(self):
         """[module]: disjoint submodules that FSDP2 gathers and frees one at a time; what is left is one group more.
