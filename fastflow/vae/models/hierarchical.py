@@ -70,6 +70,8 @@ class HVAE(HierarchicalVAE):
     def __init__(self, event_shape, latent_features=(8, 16), hidden=256, *, mode="ladder", likelihood="bernoulli",
                  objective=None):
         likelihood = _likelihood(likelihood)
+        hidden = checks.count("hidden", hidden, 1)
+        latent_features = [checks.count("latent_features", d, 1) for d in latent_features]
         size = math.prod(event_shape)
         stages = [nn.Sequential(*front(likelihood), nn.Flatten(), nn.Linear(size, hidden), nn.SiLU())]
         stages += [nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU()) for _ in latent_features[1:]]
@@ -139,6 +141,9 @@ class NVAE(HierarchicalVAE):
                  likelihood="bernoulli", objective=None):
         likelihood = _likelihood(likelihood)
         checks.choice("mode", mode, ("residual", "absolute"))
+        groups = [checks.count("groups", count, 1) for count in groups]
+        channels = checks.count("channels", channels, 1)
+        latent_channels = checks.count("latent_channels", latent_channels, 1)
         size, height, width = image_shape
         factor = 2 ** len(groups)
         if not groups or height % factor or width % factor:
