@@ -226,7 +226,8 @@ class Flow(nn.Module):
 
 
 class FlowDistribution(Distribution):
-    """A flow, under one context or (B, ...) contexts, with the interface of torch.distributions."""
+    """A flow, under one context or (B, ...) contexts, with the interface of torch.distributions. :meth:`expand` gives
+    it further batch dimensions, as Pyro's plates do."""
 
     arg_constraints = {}
     has_rsample = True
@@ -243,6 +244,16 @@ class FlowDistribution(Distribution):
     def support(self):
         return constraints.independent(constraints.real, len(self.event_shape))
 
+    def expand(self, batch_shape, _instance=None):
+        """The same law with ``batch_shape``, to which the present one broadcasts."""
+        new = self._get_checked_instance(FlowDistribution, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.flow, new.context = self.flow, self.context
+        if self.context is not None:
+            new.context = self.context.expand(*batch_shape, *self.context.shape[len(self.batch_shape):])
+        Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        return new
+
     def log_prob(self, value):
         """Log-density (*sample, *batch) of value (*sample, *batch, *event), in nats."""
         checks.tensor("value", value, floating=False)
@@ -250,12 +261,12 @@ class FlowDistribution(Distribution):
         if value.dim() < event_dims or value.shape[value.dim() - event_dims:] != self.event_shape:
             raise ValueError(f"value: expected shape (*, {', '.join(map(str, self.event_shape))}), got "
                              f"{tuple(value.shape)}")
-        lead = value.shape[:value.dim() - event_dims]
+        lead = torch.broadcast_shapes(value.shape[:value.dim() - event_dims], self.batch_shape)
         context = self.context
         if context is not None:
-            lead = torch.broadcast_shapes(lead, self.batch_shape)
-            value = value.expand(*lead, *self.event_shape)
-            context = context.expand(*lead, *context.shape[1:]).reshape(-1, *context.shape[1:])
+            own = context.shape[len(self.batch_shape):]
+            context = context.expand(*lead, *own).reshape(-1, *own)
+        value = value.expand(*lead, *self.event_shape)
         return self.flow.log_prob(value.reshape(-1, *self.event_shape), context).reshape(lead)
 
     def sample(self, sample_shape=()):
@@ -263,8 +274,11 @@ class FlowDistribution(Distribution):
             return self.rsample(sample_shape)
 
     def rsample(self, sample_shape=()):
-        shape = torch.Size(sample_shape)
-        x = self.flow.rsample(math.prod(shape), self.context)
+        shape, context = torch.Size(sample_shape), self.context
+        if context is None:
+            x = self.flow.rsample(math.prod(shape + self.batch_shape))
+        else:
+            x = self.flow.rsample(math.prod(shape), context.reshape(-1, *context.shape[len(self.batch_shape):]))
         return x.reshape(*shape, *self.batch_shape, *self.event_shape)
 
 

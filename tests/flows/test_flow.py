@@ -153,6 +153,38 @@ def test_as_distribution():
     assert plain.log_prob(plain.sample()).shape == ()
 
 
+@pytest.mark.parametrize("conditional", [False, True])
+def test_expanded_distributions(conditional):
+    """Further batch dimensions: each of them draws its own, under its context."""
+    flow = scattered(flows.RealNVP(3, n_layers=2, hidden=(4,), context_features=2 if conditional else None)).double()
+    context = torch.randn(4, 2, dtype=torch.float64) if conditional else None
+    wide = flow.as_distribution(context).expand((5, 4)).expand((2, 5, 4))
+    assert wide.batch_shape == (2, 5, 4) and wide.event_shape == (3,)
+    x = wide.sample((6,))
+    assert x.shape == (6, 2, 5, 4, 3) and len(x.view(-1, 3).unique(dim=0)) == 240
+    log_prob = wide.log_prob(x)
+    assert log_prob.shape == (6, 2, 5, 4)
+    torch.testing.assert_close(log_prob[3, 1, 2], flow.log_prob(x[3, 1, 2], context))
+    torch.testing.assert_close(wide.log_prob(x[0, 0, 0]), log_prob[0, 0, 0].expand(2, 5, 4))
+    assert torch.distributions.Independent(wide, 2).log_prob(x).shape == (6, 2)
+    if conditional:
+        with pytest.raises(RuntimeError):
+            flow.as_distribution(context).expand((5,))
+
+
+def test_pyros_plates_expand():
+    pyro = pytest.importorskip("pyro")
+    flow, x = scattered(flows.RealNVP(2, n_layers=2, hidden=(4,))), torch.randn(7, 2)
+
+    def model(seen=None):
+        with pyro.plate("data", 7):
+            return pyro.sample("x", flow.as_distribution(), obs=seen)
+
+    total = pyro.poutine.trace(model).get_trace(x).log_prob_sum()
+    torch.testing.assert_close(total, flow.log_prob(x).sum())
+    assert model().shape == (7, 2)
+
+
 def test_initialize():
     x = torch.randn(200, 2) * 3 + 5
     flow = flows.Flow(flows.Compose(ActNorm(2), AffineCoupling(MLP(1, 2)), flows.Inverse(ActNorm(2)), ActNorm(2)),
