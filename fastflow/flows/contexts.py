@@ -14,7 +14,11 @@ POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR
 def takes_context(transform):
     """Whether any part of the transform was built for a context, or may have been: False where all are layers of
     fastflow's without one and modules of a single input."""
-    return not isinstance(transform, nn.Module) or any(_may_take(module) for module in transform.modules())
+    if not isinstance(transform, nn.Module):
+        return True
+    if type(transform).__module__ == "fastflow.flows.surjections":
+        return False  # their own networks are conditioned on what passes through
+    return _may_take(transform) or any(map(takes_context, transform.children()))
 
 
 def _may_take(module):
