@@ -143,7 +143,7 @@ def gaussian_fwd(params, raw, prior_mean, prior_raw, eps, seed, seed_value, offs
         logq_sums if want_logq else None, drawn if save_eps and eps is None else None, *plan.strides, plan.sizes,
         *plan.bases, seed_stride, seed_value, offset, plan.n_units, n_rows, shape[1], parts, count,
         SCALE=scale, LEAD=lead, ELEMENTWISE=elementwise, ALIGNED=plan.n % 4 == 0, CHUNK=chunk, **plan.meta(), ROWS=rows,
-        BLOCK=block, num_warps=warps, **layout.registers(168))
+        BLOCK=block, num_warps=warps, **layout.registers(168 if prior_mean is None else 176))
     if kl_sums is not kl:
         layout.row_sums(kl_sums, kl)
     if shared:
