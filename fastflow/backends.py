@@ -13,6 +13,7 @@ The choice reads only metadata: device, dtype, shape class.
 import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import threading
 
@@ -95,7 +96,13 @@ def status():
 
 
 def _why_no_cuda_library():
-    return "the library was not built" + ("" if shutil.which("nvcc") else " (nvcc not found)")
+    return "the library was not built" + ("" if find_nvcc() else " (nvcc not found)")
+
+
+def find_nvcc():
+    """The nvcc that a build uses, or None: under CUDA_HOME, if that is set, else on PATH or in /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ.get('PATH')}:/usr/local/cuda/bin")
 
 
 def available():

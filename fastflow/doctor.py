@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,11 +32,10 @@ def missing_extras():
             if importlib.util.find_spec(module) is None}
 
 
-def _compiler(*names):
-    """Path and version of the first of these compilers that is there; those that are None are passed over."""
-    path = next(filter(None, map(shutil.which, filter(None, names))), None)
+def _compiler(path, otherwise):
+    """Path and version of a compiler; ``otherwise`` where ``path`` is None."""
     if path is None:
-        return "not found"
+        return otherwise
     shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     lines = [line for line in shown.splitlines() if line.strip()]
     number = next((line for line in lines if "release" in line), lines[0] if lines else "")
@@ -48,6 +48,7 @@ def show():
 
     from fastflow import backends
 
+    cxx = os.environ.get("CXX") or "c++"  # as in setup.py
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = {
         "fastflow": f"{version('fastflow') or 'not installed as a package'} in {Path(__file__).parent}",
@@ -56,8 +57,8 @@ def show():
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
         "GPU": ", ".join(gpus) or "none",
         "Triton": version("triton") or "not installed",
-        "C++ compiler": _compiler(os.environ.get("CXX"), "c++", "g++", "clang++"),
-        "nvcc": _compiler(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"), "nvcc"),
+        "C++ compiler": _compiler(shutil.which(shlex.split(cxx)[0]), f"{cxx} not found"),
+        "nvcc": _compiler(backends.find_nvcc(), "not found"),
     }
     for name, value in rows.items():
         print(f"{name:14}{value}")

@@ -94,6 +94,7 @@ CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_co
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 TRITON_ALONE = ("gather_taps", "sum_taps", "rectified_sum")  # elsewhere reference/taps.py
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
+COMPILERS = {"cpu": "a C++ compiler", "cuda": "nvcc"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
 _LAUNCHABLE = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
 _libraries = {}  # keeps torch.library.Library objects, and with them the registrations, alive
@@ -136,7 +137,8 @@ def load(backend):
     if backend in LIBRARIES:
         path = library_path(backend)
         if path is None:
-            raise RuntimeError(f"{LIBRARIES[backend]} was not built (see `fastflow doctor`)")
+            raise RuntimeError(f"{LIBRARIES[backend]} was not built; where torch and {COMPILERS[backend]} are, "
+                               "`pip install . --no-build-isolation` builds it")
         try:
             torch.ops.load_library(str(path))
         except OSError as error:

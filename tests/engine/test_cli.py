@@ -76,6 +76,23 @@ def test_doctor():
     assert "available" in report.stdout
 
 
+def test_doctor_looks_for_compilers_where_a_build_does(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    for name in ("c++", "bin/nvcc"):
+        (tmp_path / name).write_text("#!/bin/sh\necho release 99\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CXX", f"{tmp_path}/c++ -stdlib=libc++")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/c++ (release 99)" in out and f"{tmp_path}/bin/nvcc (release 99)" in out
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    cli.main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "C++ compiler  /nonexistent/c++ not found" in lines and "nvcc          not found" in lines
+
+
 def test_importing_the_command_line_loads_nothing_heavy():
     heavy = {"torch", "rich", "pydantic", "safetensors", "matplotlib", "PIL", "sklearn", "skimage"}
     code = f"import sys, fastflow.cli, fastflow.engine; print(sorted({heavy} & set(sys.modules)))"

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_install_without_compiler_serves_the_reference(source, tmp_path):
     assert result.returncode == 0, result.stderr
     code = ("import torch, fastflow; from fastflow import backends, functional;"
             "assert not backends.available()['cpu'];"
-            "assert 'was not built' in backends.status()['cpu'];"
+            "assert 'was not built; where torch and a C++ compiler are' in backends.status()['cpu'];"
             "x = torch.randn(2, 4); y, logdet = functional.affine_coupling(x, torch.zeros(2, 8));"
             "assert torch.equal(x, y) and logdet.tolist() == [0, 0]; print(fastflow.__file__)")
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
@@ -63,10 +64,44 @@ def test_install_without_compiler_serves_the_reference(source, tmp_path):
     assert str(tmp_path) in run.stdout
 
 
+def test_paths_with_spaces_reach_the_compilers_whole(source, tmp_path):
+    """The sources are in such a folder; the C++ compiler stands in, and fails where its words were torn."""
+    shown, cxx, nvcc = tmp_path / "words", tmp_path / "c++", tmp_path / "cuda home" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    for compiler in (cxx, nvcc):
+        compiler.write_text(f"#!/bin/sh\nfor word; do echo \"$word\" >> {shown}; last=$word; done\n"
+                            "case \"$last\" in -*) exit 0; esac; echo > \"$last\"\n")  # -lpthread ends what links
+        compiler.chmod(0o755)
+    result = pip("wheel", str(source), "-w", str(tmp_path), CXX=str(cxx), FASTFLOW_BUILD="1",
+                 CUDA_HOME=str(nvcc.parents[1]))
+    words = shown.read_text().splitlines()
+    assert f"-I{source.resolve() / 'csrc'}" in words, result.stdout + result.stderr
+    assert {f"{source.resolve() / 'csrc/cpu/mlp.cpp'}", f"{source.resolve() / 'csrc/cuda/slogdet.cu'}"} <= set(words)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_source_distribution_holds_what_the_build_compiles(source, tmp_path):
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, check=True)
+    with tarfile.open(tmp_path / "fastflow-0.1.0.tar.gz") as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    compiled = {p.relative_to(source).as_posix() for p in (source / "csrc").rglob("*") if p.is_file()}
+    assert len(compiled) > 50 and compiled <= names
+
+
 def test_a_failed_build_is_an_error_when_it_was_asked_for(source, tmp_path):
     result = pip("install", str(source), "--target", str(tmp_path), CXX="/nonexistent/c++", FASTFLOW_BUILD="1",
                  CUDA_HOME="/nonexistent")
-    assert result.returncode != 0
+    assert result.returncode != 0 and "_C_cpu.so']' returned non-zero" in result.stdout + result.stderr
+    cxx, nvcc = tmp_path / "c++", tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    cxx.write_text("#!/bin/sh\nexit 0\n")
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    for compiler in (cxx, nvcc):
+        compiler.chmod(0o755)
+    result = pip("install", str(source), "--target", str(tmp_path), CXX=str(cxx), FASTFLOW_BUILD="1",
+                 CUDA_HOME=str(tmp_path))
+    assert result.returncode != 0 and "_C_cuda.so']' returned non-zero" in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
