@@ -21,9 +21,9 @@ native code. .safetensors files run nothing.
 
 import contextlib
 import hashlib
+import io
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map
 from fastflow import backends, extension
 from fastflow.diagnostics.mode import in_eval
 from fastflow.engine.errors import RunError
-from fastflow.engine.files import write_text
+from fastflow.engine.files import whole, write_text
 from fastflow.engine.programs import default_function, program
 
 __all__ = ["FORMATS", "export", "load_exported"]
@@ -74,21 +74,17 @@ def export(model, path, format="safetensors", *, function=None, n_samples=1, exa
     path = Path(path).with_suffix(FORMATS[format])
     about = {"fastflow_export": VERSION, "format": format, "torch": torch.__version__,
              "model": type(model).__name__, "settings": settings}
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if format == "safetensors":
-            about["tensors"] = _write_weights(model, temporary)
-        else:
-            about |= _write_program(model, temporary, format, function, n_samples, example, context, backend)
-        about["sha256"] = _sha256(temporary)
-        temporary.replace(path)
+        with whole(path) as temporary:
+            if format == "safetensors":
+                about["tensors"] = _write_weights(model, temporary)
+            else:
+                about |= _write_program(model, temporary, format, function, n_samples, example, context, backend)
+            about["sha256"] = _sha256(temporary)
         write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     except OSError as error:
         raise RunError(f"{path}: could not be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone, or was never there
-            temporary.unlink()
     return path
 
 
@@ -128,14 +124,14 @@ def load_exported(path, model=None):
 
 def _write_weights(model, path):
     """{name: {"shape", "dtype", "memory_format"}} of the tensors written; contiguous ones, whatever they were."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors, about = {}, {}
     for name, tensor in model.state_dict().items():
         tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
         about[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."),
                        "memory_format": "channels_last" if _channels_last(tensor) else "contiguous"}
-    save_file(tensors, path)
+    path.write_bytes(save(tensors))  # save_file has errors of its own for a full disk, and keeps the file from others
     return about
 
 
@@ -176,11 +172,13 @@ def _write_program(model, path, format, function, n_samples, example, context, b
             shapes = tuple(tree_map(lambda _, dim=dim: {dim: batch}, value)
                            for dim, value in zip(dims, inputs.values(), strict=True))
             exported = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=shapes)
+            package = io.BytesIO()  # torch's writer of files ends the process where a disk is full
             if format == "torch_export":
-                torch.export.save(exported, path)
+                torch.export.save(exported, package)
             else:
                 _without_infinities(exported.graph)
-                torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+                torch._inductor.aoti_compile_and_package(exported, package_path=package)
+            path.write_bytes(package.getbuffer())
     except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.UserError, RuntimeError) as error:
         raise RunError(f"{function} of {type(model).__name__} can't be exported to {format}: "
                        f"{' '.join(str(error).split())[:300]}") from error

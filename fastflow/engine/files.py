@@ -1,18 +1,33 @@
 """Files written whole or not at all, and logs read though a kill may have cut them short."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 
-__all__ = ["read_log", "write_rows", "write_text"]
+__all__ = ["read_log", "whole", "write_rows", "write_text"]
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A path beside ``path`` to write to, which takes its place at the end, or goes where that fails; an OSError then
+    names ``path``."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is in place, or was never there
+            temporary.unlink()
 
 
 def write_text(path, text):
     """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_rows(path, rows, columns):
@@ -29,7 +44,7 @@ def write_rows(path, rows, columns):
 def read_log(path):
     """[dict] of a .jsonl file's lines, without those that are not whole; none for a missing file."""
     lines = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(line))
         except ValueError:

@@ -1,10 +1,11 @@
 """Grids of images as PNG."""
 
 import math
-import os
 
 import numpy as np
 import torch
+
+from fastflow.engine.files import whole
 
 __all__ = ["levels", "save_grid", "save_picture", "tiled"]
 
@@ -48,6 +49,5 @@ def save_picture(path, pixels):
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    Image.fromarray(pixels).save(temporary, format="PNG")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")

@@ -64,7 +64,12 @@ def load_trained(directory, device, step=None):
         raise RunError(f"{directory}: holds no checkpoints")
     if step is not None and step not in found:
         raise RunError(f"--step: {directory} has no checkpoint of step {step}, only of {', '.join(map(str, found))}")
-    loaded = checkpoint.load(found[max(found) if step is None else step])
+    chosen = max(found) if step is None else step
+    try:
+        loaded = checkpoint.load(found[chosen])
+    except CheckpointError as error:
+        others = ", ".join(str(other) for other in found if other != chosen)
+        raise CheckpointError(f"{error}{others and f'; there are others, of steps {others}'}") from error
     if not isinstance(loaded.state.get("settings"), dict):
         raise CheckpointError(f"{loaded.path}: has no settings")
     settings = from_dict(loaded.state["settings"])

@@ -192,9 +192,12 @@ def _row(name, field):
 
 
 def differences(old, new):
-    """The fields, "section.key", in which a run may not be continued with ``new`` after ``old``."""
+    """The fields, "section.key", in which a run may not be continued with ``new`` after ``old``; of models of two kinds
+    the kind alone."""
+    if old.model.kind != new.model.kind:
+        return ["model.kind"]
     old, new = _flat(old.model_dump()), _flat(new.model_dump())
-    return [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)
+    return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
             and key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE]
 
 
@@ -251,6 +254,11 @@ def _sentence(error):
         return f"{field}: missing"
     if error["type"] == "combination":
         return error["msg"]
+    if error["type"] == "union_tag_invalid":
+        kinds, kind = error["ctx"]["expected_tags"].replace("'", ""), error["ctx"]["tag"]
+        return f"{field}.kind: expected one of {kinds}, got {kind!r}"
+    if error["type"] == "union_tag_not_found":
+        return f"{field}.kind: missing"
     text = repr(error["input"])
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{field}: {message}, got {text if len(text) <= 60 else text[:57] + '...'}"

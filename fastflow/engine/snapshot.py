@@ -42,7 +42,8 @@ def check_continuation(trainer, loaded):
     old, new = settings_module.from_dict(loaded.state.get("settings")), trainer.settings
     changed = settings_module.differences(old, new)
     if changed:
-        raise SettingsError(f"{', '.join(changed)}: may not change on resume")
+        raise SettingsError(f"{', '.join(changed)}: may not change on resume; leave it as in the run, or train anew in "
+                            f"another directory (--out)")
     if new.train.steps < loaded.step:
         raise SettingsError(f"train.steps: {new.train.steps} is less than the {loaded.step} steps done")
     if loaded.state.get("data") != trainer.data.fingerprint():

@@ -96,6 +96,9 @@ def test_train_resume_evaluate_sample(recipe, tmp_path, fastflow, monkeypatch):
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
     unknown = fastflow("sample", run, "--step", 4)
     assert unknown.returncode == 1 and "no checkpoint of step 4, only of 3, 5" in unknown.stderr
+    (run / "checkpoints" / "step-000005" / "state.json").write_text("{")
+    bad = fastflow("sample", run)
+    assert bad.returncode == 1 and "state.json: truncated" in bad.stderr and "of steps 3" in bad.stderr
 
 
 @pytest.mark.parametrize("format, function, samples", [

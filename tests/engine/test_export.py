@@ -1,6 +1,7 @@
 """Exported models give the same log-density in a process of their own."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -160,6 +161,23 @@ def test_what_export_refuses(tmp_path):
     with pytest.raises(RunError, match="could not be written"):
         export(model, tmp_path / "file" / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch_export"])
+def test_a_full_disk_is_named_and_nothing_is_left_of_the_file(tmp_path, format):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # no file may grow beyond
+    try:
+        with pytest.raises(RunError, match=r"m\.\w+: could not be written \(File too large\)"):
+            export(perturbed("realnvp"), tmp_path / "m", format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(tmp_path.iterdir())
+
+
+def test_others_may_read_exported_weights_as_far_as_the_mask_says(tmp_path):
+    path = export(torch.nn.Linear(2, 2), tmp_path / "m")
+    assert path.stat().st_mode == path.with_suffix(".json").stat().st_mode
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

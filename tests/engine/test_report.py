@@ -1,12 +1,16 @@
 """The report of a run and its curves; the whole page is tested with a run's full cycle."""
 
+import resource
+
+import numpy as np
 import pytest
 
 from fastflow import cli
 from fastflow.engine import build_model, load_settings
 from fastflow.engine.charts import curves
-from fastflow.engine.files import read_log
+from fastflow.engine.files import read_log, write_text
 from fastflow.engine.gallery import draw_curves
+from fastflow.engine.pictures import save_picture
 
 
 def test_a_directory_without_a_run_is_named(tmp_path, capsys):
@@ -24,6 +28,28 @@ def test_curves_leave_out_what_is_not_finite_and_lines_that_a_kill_cut_short(tmp
     training, held_out = curves(log).axes[0].lines
     assert training.get_xydata().tolist() == [[1.0, 2.0], [3.0, 1.0]] and held_out.get_xydata().tolist() == [[4.0, 1.5]]
     assert curves(log[:1]) is None and draw_curves(tmp_path / "nowhere") is None
+
+
+def test_a_log_with_bytes_that_are_no_text_keeps_its_other_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\x00\n{"step": 2}\n')
+    assert read_log(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_file_that_can_not_be_written_is_named_and_nothing_is_left_of_it(tmp_path):
+    (tmp_path / "page").mkdir()  # in the way
+    for write in (lambda path: write_text(path, "text"), lambda path: save_picture(path, np.zeros((2, 2), np.uint8))):
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / "page")
+        assert caught.value.filename == str(tmp_path / "page")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_text(tmp_path / "long", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "long") and caught.value.strerror == "File too large"
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]
 
 
 def test_a_long_curve_is_averaged_down():

@@ -186,6 +186,8 @@ def test_what_may_not_change_on_resume_is_named(trainer):
     made = trained(trainer, "run", 3)
     for overrides, message in ((["train.learning_rate=1e-5"], "train.learning_rate: may not change on resume"),
                                (["model.n_steps=1"], "model.n_steps: may not change on resume"),
+                               (["model.n_steps=1", "train.learning_rate=1e-5", "train.ema_decay=0.5"],
+                                "^model.n_steps, train.ema_decay, train.learning_rate: may not change"),
                                (["train.steps=2"], "train.steps: 2 is less than the 3 steps done")):
         with pytest.raises(SettingsError, match=message):
             trainer("run", 3, *overrides).resume(newest(made))
