@@ -42,31 +42,39 @@ def _compiler(path, otherwise):
     return f"{path} ({number.strip()})"
 
 
+def _print(rows):
+    for name, value in rows.items():
+        print(f"{name:14}{value}")
+
+
 def show():
-    """Prints versions, which backends are available and why, and which optional libraries are installed."""
-    import torch
+    """Prints versions, which backends are available and why, and which optional libraries are installed. Where torch
+    can't be imported, versions alone, and exits with status 1."""
+    _print({"fastflow": f"{version('fastflow') or 'not installed as a package'} in {Path(__file__).parent}",
+            "Python": f"{platform.python_version()} in {sys.prefix}",
+            "platform": f"{platform.platform()}, {os.cpu_count()} CPUs"})
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # it is not there, or a library that it loads is not
+        _print({"torch": f"can't be imported, and nothing works without it: {error}"})
+        raise SystemExit(1) from None
 
     from fastflow import backends
 
     cxx = os.environ.get("CXX") or "c++"  # as in setup.py
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    rows = {
-        "fastflow": f"{version('fastflow') or 'not installed as a package'} in {Path(__file__).parent}",
-        "Python": f"{platform.python_version()} in {sys.prefix}",
-        "platform": f"{platform.platform()}, {os.cpu_count()} CPUs",
+    _print({
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
         "GPU": ", ".join(gpus) or "none",
         "Triton": version("triton") or "not installed",
         "C++ compiler": _compiler(shutil.which(shlex.split(cxx)[0]), f"{cxx} not found"),
         "nvcc": _compiler(backends.find_nvcc(), "not found"),
-    }
-    for name, value in rows.items():
-        print(f"{name:14}{value}")
+    })
     print("\nbackends")
     for name, reason in backends.status().items():
         print(f"  {name:12}{reason}")
     print("\noptional libraries")
     for module, extra in EXTRAS.items():
-        package = DISTRIBUTIONS.get(module, module)
+        package, extra = DISTRIBUTIONS.get(module, module), f"fastflow[{extra}]"
         found = version(package)
-        print(f"  {package:14}{found or f'not installed: pip install fastflow[{extra}]'}")
+        print(f"  {package:14}{found or f'not installed: pip install {extra!r}'}")

@@ -93,6 +93,15 @@ def test_doctor_looks_for_compilers_where_a_build_does(tmp_path, monkeypatch, ca
     assert "C++ compiler  /nonexistent/c++ not found" in lines and "nvcc          not found" in lines
 
 
+def test_doctor_without_torch_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert leaving.value.code == 1 and lines[0].startswith("fastflow")
+    assert lines[-1].startswith("torch         can't be imported, and nothing works without it: ")
+
+
 def test_importing_the_command_line_loads_nothing_heavy():
     heavy = {"torch", "rich", "pydantic", "safetensors", "matplotlib", "PIL", "sklearn", "skimage"}
     code = f"import sys, fastflow.cli, fastflow.engine; print(sorted({heavy} & set(sys.modules)))"
