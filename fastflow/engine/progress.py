@@ -4,6 +4,7 @@ import math
 import time
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 __all__ = ["TrainProgress"]
 
@@ -26,8 +27,10 @@ class TrainProgress:
     def __init__(self, console, title, n_steps, first_step=0):
         self._console, self._title, self._n_steps = console, title, n_steps
         width = max(8, min(24, console.width - TEXT_WIDTH))
-        self._bar = Progress(BarColumn(bar_width=width), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-                             TimeRemainingColumn(), console=console, refresh_per_second=1 / REDRAW_SECONDS)
+        whole = Column(no_wrap=True)  # where a line is too long, the bar gives way
+        self._bar = Progress(BarColumn(bar_width=width), MofNCompleteColumn(table_column=whole),
+                             TextColumn("{task.fields[figures]}"), TimeRemainingColumn(table_column=whole),
+                             console=console, refresh_per_second=1 / REDRAW_SECONDS)
         self._task = self._bar.add_task(title, total=n_steps, completed=first_step, figures="")
         self._smooth = {}
         self._shown = time.perf_counter()

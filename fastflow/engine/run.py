@@ -61,7 +61,8 @@ def load_trained(directory, device, step=None):
     """
     found = dict(checkpoint.find(Path(directory) / "checkpoints"))
     if not found:
-        raise RunError(f"{directory}: holds no checkpoints")
+        inside = ", ".join(sorted(str(path.parent) for path in Path(directory).glob("*/checkpoints")))
+        raise RunError(f"{directory}: holds no checkpoints{inside and f'; there are runs inside: {inside}'}")
     if step is not None and step not in found:
         raise RunError(f"--step: {directory} has no checkpoint of step {step}, only of {', '.join(map(str, found))}")
     chosen = max(found) if step is None else step

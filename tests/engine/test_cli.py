@@ -43,6 +43,13 @@ def test_what_is_refused_is_named_on_one_line(capsys, arguments, named):
     assert named in refused(capsys, *arguments)
 
 
+def test_the_runs_inside_a_directory_are_named(capsys, tmp_path):
+    for name in ("beta-2", "beta-1"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    message = refused(capsys, "sample", tmp_path)
+    assert f"holds no checkpoints; there are runs inside: {tmp_path}/beta-1, {tmp_path}/beta-2\n" in message
+
+
 def test_an_output_that_is_a_file_or_a_run_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is not a directory" in refused(capsys, "train", "glow-digits", "--out", tmp_path / "file")
