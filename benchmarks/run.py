@@ -132,8 +132,9 @@ def show(row):
 
 def main(argv=None):
     """Run the benchmarks; returns the exit status, 1 where fastflow itself raised. A baseline's failure is reported."""
-    parser = argparse.ArgumentParser(prog="fastflow bench", description=__doc__)
-    parser.add_argument("what", nargs="?", default="ops", choices=WHAT)
+    parser = argparse.ArgumentParser(prog="fastflow bench", description="Measures fastflow beside PyTorch and other "
+                                     "libraries: tables on the terminal, JSON for the record.")
+    parser.add_argument("what", nargs="?", default="ops", choices=WHAT, help="what is measured (default: ops)")
     parser.add_argument("--filter", default="", help="only the cases whose name holds this")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=15)

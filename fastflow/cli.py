@@ -124,12 +124,14 @@ def parser():
 
     train = commands.add_parser("train", help="train a recipe", description="Train a recipe.")
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe's name (see --list) or a .toml file")
-    train.add_argument("--out", metavar="DIR", help="where the run goes (default: runs/RECIPE)")
+    train.add_argument("--out", metavar="DIR", help="where the run goes (default: runs/RECIPE, "
+                       "RECIPE-2 where that is taken, and so on; with --resume the last that is there)")
     train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                        help="change one setting of the recipe; may be repeated")
     train.add_argument("--resume", choices=["auto"], help="continue from the newest checkpoint in DIR, if there is one")
     train.add_argument("--list", action="store_true", help="list the recipes and leave")
-    train.add_argument("--settings", action="store_true", help="list every setting of a recipe and leave")
+    train.add_argument("--settings", action="store_true", help="list every setting that a recipe may make, its default "
+                       "and meaning, and leave")
     train.add_argument("--dry-run", action="store_true", help="say what a step would take, and leave")
     train.set_defaults(command=run_train)
 
@@ -139,7 +141,7 @@ def parser():
     sample.add_argument("directory", metavar="DIR", help="a run's directory")
     sample.add_argument("-n", "--count", type=_positive, help="how many (default: the recipe's)")
     sample.add_argument("--temperature", type=float, help="of the base distribution (default: the recipe's)")
-    sample.add_argument("--seed", type=_natural, default=0)
+    sample.add_argument("--seed", type=_natural, default=0, help="of the draws (default: 0)")
     sample.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     sample.set_defaults(command=run_sample)
 
@@ -147,7 +149,8 @@ def parser():
                                    description="Print held-out figures, and write them to DIR/evaluation.json; of a "
                                    "VAE also the diagnosis, into DIR/diagnosis.")
     evaluate.add_argument("directory", metavar="DIR", help="a run's directory")
-    evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws")
+    evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws "
+                          "(default: 0)")
     evaluate.add_argument("--samples", type=_positive, metavar="K", help="of the latents per image, for the ELBO and "
                           "the importance-weighted bound of a VAE (default: as trained)")
     evaluate.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
@@ -157,10 +160,12 @@ def parser():
                                  description="Write a trained model's weights, or a function of it as a graph or "
                                  "compiled, and print the path.")
     export.add_argument("directory", metavar="DIR", help="a run's directory")
-    export.add_argument("--format", choices=["safetensors", "torch_export", "aoti"], default="safetensors")
+    export.add_argument("--format", choices=["safetensors", "torch_export", "aoti"], default="safetensors",
+                        help="weights, a graph, or that compiled (default: safetensors)")
     export.add_argument("--function", choices=["log_prob", "elbo", "encode", "decode"], help="what torch_export and "
                         "aoti hold (default: log_prob of a flow, elbo of a VAE, which takes its noise as an input)")
-    export.add_argument("--samples", type=_positive, default=1, metavar="K", help="of the latents in an exported elbo")
+    export.add_argument("--samples", type=_positive, default=1, metavar="K", help="of the latents in an exported elbo "
+                        "(default: 1)")
     export.add_argument("--out", metavar="PATH", help="the file (default: in DIR/export)")
     export.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     export.set_defaults(command=run_export)
@@ -182,7 +187,7 @@ def parser():
 def _natural(text):
     value = int(text) if text.isdecimal() else -1
     if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer of 0 or more, got {text}")
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1, got {text}")
     return value
 
 

@@ -34,6 +34,7 @@ def refused(capsys, *arguments):
     (["sample"], "DIR"),
     (["sample", "no/such/dir"], "no/such/dir: holds no checkpoints"),
     (["sample", ".", "--seed", "-1"], "--seed"),
+    (["sample", ".", "--seed", str(2**63)], "an integer from 0 to 2**63 - 1"),
     (["sample", ".", "-n", "0"], "-n/--count"),
     (["sample", ".", "-n", "many"], "expected an integer from 1 to 4096, got many"),
     (["evaluate", "no/such/dir"], "no/such/dir: holds no checkpoints"),
