@@ -22,7 +22,7 @@ PYTEST = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIV
 .PHONY: train test test-long bench gpu clean
 
 train: $(VENV)/.train $(VENV)/.built
-	$(BIN)/fastflow train $(RECIPE) $(if $(OUT),--out $(OUT))
+	$(BIN)/fastflow train $(RECIPE) $(if $(OUT),--out "$(OUT)")
 
 test: $(VENV)/.test $(VENV)/.built
 	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -m "not slow" tests/interpreter

@@ -68,6 +68,7 @@ def show():
         "GPU": ", ".join(gpus) or "none",
         "Triton": version("triton") or "not installed",
         "C++ compiler": _compiler(shutil.which(shlex.split(cxx)[0]), f"{cxx} not found"),
+        "ninja": version("ninja") or shutil.which("ninja") or "not found",
         "nvcc": _compiler(backends.find_nvcc(), "not found"),
     })
     print("\nbackends")

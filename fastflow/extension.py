@@ -137,7 +137,7 @@ def load(backend):
     if backend in LIBRARIES:
         path = library_path(backend)
         if path is None:
-            raise RuntimeError(f"{LIBRARIES[backend]} was not built; where torch and {COMPILERS[backend]} are, "
+            raise RuntimeError(f"{LIBRARIES[backend]} was not built; where torch, ninja and {COMPILERS[backend]} are, "
                                "`pip install . --no-build-isolation` builds it")
         try:
             torch.ops.load_library(str(path))

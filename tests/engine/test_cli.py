@@ -79,7 +79,8 @@ def test_list_and_version():
 def test_doctor():
     report = run("doctor")
     assert report.returncode == 0, report.stderr
-    for word in ("fastflow", "Python", "torch", "Triton", "C++ compiler", "nvcc", "reference", "cpu", "triton", "cuda"):
+    for word in ("fastflow", "Python", "torch", "Triton", "C++ compiler", "ninja", "nvcc", "reference", "cpu", "triton",
+                 "cuda"):
         assert any(line.strip().startswith(word) for line in report.stdout.splitlines()), word
     assert "available" in report.stdout
 
