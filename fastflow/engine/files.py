@@ -25,9 +25,9 @@ def whole(path):
 
 
 def write_text(path, text):
-    """Writes a file whole or not at all."""
+    """Writes a file in UTF-8, whatever the locale, whole or not at all."""
     with whole(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8")
 
 
 def write_rows(path, rows, columns):

@@ -1,6 +1,9 @@
 """The report of a run and its curves; the whole page is tested with a run's full cycle."""
 
+import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -33,6 +36,14 @@ def test_curves_leave_out_what_is_not_finite_and_lines_that_a_kill_cut_short(tmp
 def test_a_log_with_bytes_that_are_no_text_keeps_its_other_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\x00\n{"step": 2}\n')
     assert read_log(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_texts_are_in_utf_8_whatever_the_locale(tmp_path):
+    code = (f"from pathlib import Path; from fastflow.engine.files import write_text;"
+            f"write_text(Path({str(tmp_path)!r}, 'x'), '\\xe9')")
+    ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_locale, check=True)
+    assert (tmp_path / "x").read_bytes() == b"\xc3\xa9"
 
 
 def test_a_file_that_can_not_be_written_is_named_and_nothing_is_left_of_it(tmp_path):
