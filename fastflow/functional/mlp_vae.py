@@ -1,6 +1,6 @@
 """The terms of the ELBO of the commonest VAE."""
 
-from fastflow import reference
+from fastflow import checks, reference
 from fastflow.autograd import gaussian
 from fastflow.autograd.mlp_vae import MLPVAEFunction
 
@@ -17,6 +17,7 @@ def run_mlp_vae(backend, x, encoder, decoder, *, scale, layout, order, seed=None
         encoder, decoder: (weights, biases, activation) as for wide_mlp, from N to 2D and from D to N features.
         scale, layout, order, seed, generator: as for gaussian_sample_kl.
     """
+    checks.noise(None, seed, generator, "x", x, x.shape[0])
     if seed is None:
         seed = reference.draw_seed(x.device, generator)
     is_int = isinstance(seed, int)

@@ -94,7 +94,7 @@ class HierarchicalVAE(nn.Module):
             n_samples: K.
             by_element: give the KL of each latent too, for which no kernel takes several levels at once.
             eps: one tensor of noise (K, B, D, *S) for each level, or None.
-            seed: int or 0-d int64 tensor; the levels take the counters of its stream one after the other.
+            seed: int of 64 bits or 0-d int64 tensor; the levels take the counters of its stream one after the other.
             generator: torch.Generator that a seed is drawn from otherwise, None for torch's own.
         """
         checks.count("n_samples", n_samples, 1)
@@ -124,6 +124,7 @@ class HierarchicalVAE(nn.Module):
 
     def _descend(self, x, n_samples, eps=None, seed=None, generator=None, by_element=False):
         """(the last h (K*B, H, *S), HierarchyTerms without log p(x | z)) of :meth:`infer`."""
+        checks.noise(eps, seed, generator, "x", x)
         features = self._features(x, n_samples)
         if eps is not None and len(eps) != len(self.levels):
             raise ValueError(f"eps: expected {len(self.levels)} tensors, got {len(eps)}")
