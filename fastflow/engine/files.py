@@ -9,9 +9,9 @@ __all__ = ["read_log", "write_rows", "write_text"]
 
 
 def write_text(path, text):
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, in UTF-8 whatever the locale is."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
 
@@ -29,7 +29,7 @@ def write_rows(path, rows, columns):
 def read_log(path):
     """[dict] of a .jsonl file's lines, without those that are not whole; none for a missing file."""
     lines = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(line))
         except ValueError:
