@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from fastflow.flows.base import centred
 from fastflow.vae.likelihoods.base import Likelihood, normal_like, sum_event, uniform_like
 
 __all__ = ["GaussianLikelihood", "LaplaceLikelihood"]
@@ -119,5 +120,5 @@ class LaplaceLikelihood(LocationScale):
         return -residual.abs() - math.log(2.0)
 
     def _noise(self, like, generator):
-        u = uniform_like(like, generator) - 0.5
+        u = centred(uniform_like(like, generator))
         return -u.sign() * torch.log1p(-2.0 * u.abs())
