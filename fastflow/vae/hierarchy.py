@@ -7,6 +7,7 @@ from torch import nn
 
 from fastflow import checks, reference
 from fastflow.autograd.top_down import run_levels
+from fastflow.flows.base import drawn
 from fastflow.vae import top_down
 from fastflow.vae.elbo import ELBO
 from fastflow.vae.generation import check_temperature, moved, way
@@ -303,6 +304,5 @@ def _zeros(level, h):
 
 def _noise(generator):
     def draw(like):
-        device = like.device if generator is None else generator.device
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+        return drawn(torch.randn, like.shape, like, generator)
     return draw
