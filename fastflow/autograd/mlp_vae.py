@@ -4,6 +4,7 @@ import torch
 
 from fastflow import extension, reference
 from fastflow.autograd import differentiable
+from fastflow.autograd.gaussian import packing_of
 
 
 class MLPVAEFunction(torch.autograd.Function):
@@ -40,12 +41,12 @@ class MLPVAEFunction(torch.autograd.Function):
             return (None, None, None, None, *grads)
         encoder, decoder = _networks(params, layers)
         grad_logits = extension.kernel(backend, "bernoulli_log_prob_bwd")(grad_log_px, x, logits)
-        grad_z, of_decoder = extension.kernel(backend, "wide_mlp_bwd")(grad_logits, z, decoder[0], kept[in_encoder:],
-                                                                  activations[1], True, True)
+        grad_z, of_decoder = extension.kernel(backend, "wide_mlp_bwd")(
+            grad_logits, z, decoder[0], kept[in_encoder:], activations[1], True, True)
         grad_encoded = extension.kernel(backend, "gaussian_bwd")(
             grad_z, grad_kl, None, encoded, None, None, None, eps, seed, *noise, True, False, False, False)[0]
-        _, of_encoder = extension.kernel(backend, "wide_mlp_bwd")(grad_encoded, x, encoder[0], kept[:in_encoder],
-                                                             activations[0], False, True)
+        _, of_encoder = extension.kernel(backend, "wide_mlp_bwd")(
+            grad_encoded, x, encoder[0], kept[:in_encoder], activations[0], False, True)
         grads = of_encoder[0::2] + of_encoder[1::2] + of_decoder[0::2] + of_decoder[1::2]
         if not all(needs):
             grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
@@ -66,6 +67,5 @@ def _reference(x, eps, consts, params):
     encoder, decoder = _networks(params, layers)
     first, second = (reference.LAYER_ACTIVATIONS[activation] for activation in activations)
     z, kl = reference.gaussian_sample_kl(
-        reference.wide_mlp(x, *encoder, activation=first), scale=reference.SCALES[scale],
-        layout="interleave" if flags & 1 else "chunk", order="scale_mean" if flags & 2 else "mean_scale", eps=eps)
+        reference.wide_mlp(x, *encoder, activation=first), scale=reference.SCALES[scale], eps=eps, **packing_of(flags))
     return reference.bernoulli_log_prob(x, reference.wide_mlp(z, *decoder, activation=second)), kl

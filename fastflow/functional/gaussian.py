@@ -77,9 +77,8 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
                                             return_logq=return_logq)
     is_tensor = isinstance(seed, torch.Tensor)
     seed_value = 0 if seed is None or is_tensor else reference.to_int64(seed)
-    flags = ((_gaussian.INTERLEAVED if layout == "interleave" else 0)
-             | (_gaussian.SCALE_IN_FRONT if order == "scale_mean" else 0))
-    consts = (seed_value, offset, n_samples, SCALES.index(scale), flags, REDUCTIONS.index(reduce))
+    consts = (seed_value, offset, n_samples, SCALES.index(scale), _gaussian.flags_of(layout, order),
+              REDUCTIONS.index(reduce))
     operands = (first, raw, prior_mean, prior_raw, eps, seed if is_tensor else None)
     if needs_grad(*operands[:4]):
         z, kl, logq = _gaussian.GaussianFunction.apply(*distinct(*operands), backend, consts, return_logq)

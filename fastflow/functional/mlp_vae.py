@@ -21,9 +21,8 @@ def run_mlp_vae(backend, x, encoder, decoder, *, scale, layout, order, seed=None
     if seed is None:
         seed = reference.draw_seed(x.device, generator)
     is_int = isinstance(seed, int)
-    flags = ((gaussian.INTERLEAVED if layout == "interleave" else 0)
-             | (gaussian.SCALE_IN_FRONT if order == "scale_mean" else 0))
-    noise = reference.to_int64(seed) if is_int else 0, 0, None, reference.SCALES.index(scale), flags, 0
+    noise = (reference.to_int64(seed) if is_int else 0, 0, None, reference.SCALES.index(scale),
+             gaussian.flags_of(layout, order), 0)
     activations = [reference.LAYER_ACTIVATIONS.index(kind) for *_, kind in (encoder, decoder)]
     consts = (len(encoder[0]), len(decoder[0])), activations, noise
     return MLPVAEFunction.apply(x, None if is_int else seed, backend, consts, *encoder[0], *encoder[1], *decoder[0],
