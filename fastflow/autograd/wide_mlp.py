@@ -31,7 +31,7 @@ class WideMLPFunction(torch.autograd.Function):
         if differentiable.wanted((grad,)):
             def network(x, *params):
                 return (reference.wide_mlp(x, params[:layers], params[layers:],
-                                      activation=reference.LAYER_ACTIVATIONS[activation]),)
+                                           activation=reference.LAYER_ACTIVATIONS[activation]),)
             grads = differentiable.reference_grads(network, (x, *params), needs, (grad,))
         else:
             grad_x, found = extension.kernel(backend, "wide_mlp_bwd")(grad, x, params[:layers], kept, activation,

@@ -80,4 +80,3 @@ class RunLog:
 
         pixels = numpy.array(Image.open(path))
         self._writer.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
-

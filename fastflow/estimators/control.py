@@ -57,7 +57,8 @@ class REBAR(Estimator):
 
 
 class RELAX(REBAR):
-    """REBAR with a learned part in the control variate: c(z) = eta f(relaxed z) + network(z). 
+    """REBAR with a learned part in the control variate: c(z) = eta f(relaxed z) + network(z).
+
     Args:
         network: module from perturbed logits (N, *event) to (N,), see :func:`~fastflow.estimators.baseline_network`.
         temperature, eta: as for REBAR; eta=None leaves f out of the control variate.

@@ -1,6 +1,5 @@
 """Ready autoencoders with quantised latents."""
 
-
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.model import LIKELIHOODS, named
 from fastflow.vae.models.basic import front
