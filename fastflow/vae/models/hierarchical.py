@@ -9,19 +9,11 @@ from torch import nn
 from fastflow import checks
 from fastflow.vae.hierarchy import HierarchicalVAE
 from fastflow.vae.level import Level
-from fastflow.vae.likelihoods import Likelihood
-from fastflow.vae.model import LIKELIHOODS, named
+from fastflow.vae.model import likelihood_of
 from fastflow.vae.models.basic import front
 from fastflow.vae.top_down import ResidualMerge
 
 __all__ = ["HVAE", "NVAE", "VDVAE"]
-
-
-def _likelihood(likelihood):
-    likelihood = named("likelihood", likelihood, LIKELIHOODS)
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(f"likelihood: expected a Likelihood, got {type(likelihood).__name__}")
-    return likelihood
 
 
 def _zeroed(layer):
@@ -64,7 +56,7 @@ class HVAE(HierarchicalVAE):
 
     def __init__(self, event_shape, latent_features=(8, 16), hidden=256, *, mode="ladder", likelihood="bernoulli",
                  objective=None):
-        likelihood = _likelihood(likelihood)
+        likelihood = likelihood_of(likelihood)
         size = math.prod(event_shape)
         stages = [nn.Sequential(*front(likelihood), nn.Flatten(), nn.Linear(size, hidden), nn.SiLU())]
         stages += [nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU()) for _ in latent_features[1:]]
@@ -132,7 +124,7 @@ class NVAE(HierarchicalVAE):
 
     def __init__(self, image_shape, groups=(2, 2), *, channels=32, latent_channels=8, mode="residual",
                  likelihood="bernoulli", objective=None):
-        likelihood = _likelihood(likelihood)
+        likelihood = likelihood_of(likelihood)
         checks.choice("mode", mode, ("residual", "absolute"))
         size, height, width = image_shape
         factor = 2 ** len(groups)
