@@ -14,6 +14,7 @@ def sum_event(values, event_dims):
 
 
 def promoted(tensor):
+    """The tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
