@@ -60,15 +60,23 @@ class NeutralHierarchicalVAE(nn.Module):
 
     def __init__(self, vae):
         super().__init__()
-        self.bottom_up, self.decoder = plain(vae.bottom_up), plain(vae.decoder)
+        self.stages, self.taken, self.decoder = plain(vae.bottom_up.stages), vae.bottom_up.taken, plain(vae.decoder)
         self.priors, self.posteriors, self.merges = (nn.ModuleList(plain(getattr(level, name))
                                                                    for level in vae.levels)
                                                      for name in ("prior", "posterior", "merge"))
         self.top = nn.Parameter(vae.top.detach().clone())
 
+    def features(self, x):
+        """What each level sees of x, from the top down."""
+        found = []
+        for stage, count in zip(self.stages, self.taken, strict=True):
+            x = stage(x)
+            found += [x] * count
+        return found[::-1]
+
     def forward(self, x, eps=None):
         h, kl = self.top.expand(len(x), *self.top.shape[1:]), 0.0
-        levels = zip(self.priors, self.posteriors, self.merges, self.bottom_up(x), strict=True)
+        levels = zip(self.priors, self.posteriors, self.merges, self.features(x), strict=True)
         for index, (prior, posterior, merge, d) in enumerate(levels):
             mean_p, raw_p = prior(h).chunk(2, 1)
             delta_mean, delta_raw = posterior(torch.cat([h, d], 1)).chunk(2, 1)

@@ -202,11 +202,12 @@ std::tuple<Tensor, Tensor, Tensor> activated_conv_bwd(const Tensor& grad, const 
                                                       int64_t activation, bool need_x, bool need_weights);
 
 std::tuple<Tensor, std::vector<Tensor>> wide_mlp_fwd(const Tensor& x, std::vector<Tensor> weights,
-                                                std::vector<Tensor> biases, int64_t activation, bool keep);
+                                                     std::vector<Tensor> biases, int64_t activation, bool keep);
 
-std::tuple<Tensor, std::vector<Tensor>> wide_mlp_bwd(const Tensor& grad, const Tensor& x, std::vector<Tensor> weights,
-                                                std::vector<Tensor> kept, int64_t activation, bool need_x,
-                                                bool need_params);
+std::tuple<Tensor, std::vector<Tensor>> wide_mlp_bwd(const Tensor& grad, std::vector<Tensor> grads_hidden,
+                                                     const Tensor& x, std::vector<Tensor> weights,
+                                                     std::vector<Tensor> kept, int64_t activation, bool need_x,
+                                                     bool need_params);
 
 Tensor bernoulli_log_prob_fwd(const Tensor& x, const Tensor& logits);
 

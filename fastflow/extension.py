@@ -66,10 +66,11 @@ SCHEMAS = (
     "int activation, bool channels_last) -> Tensor",
     "activated_conv_bwd(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool transposed, "
     "int activation, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor)",
-    # kept: of each hidden layer its activations and, of silu, their slopes. grads: of each layer weight and bias.
+    # kept: of each hidden layer its activations and, of silu, their slopes. grads_hidden: by each hidden layer's
+    # activations, or nothing. grads: of each layer weight and bias.
     "wide_mlp_fwd(Tensor x, Tensor[] weights, Tensor[] biases, int activation, bool keep) -> (Tensor, Tensor[])",
-    "wide_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor[] kept, int activation, bool need_x, "
-    "bool need_params) -> (Tensor, Tensor[])",
+    "wide_mlp_bwd(Tensor grad, Tensor[] grads_hidden, Tensor x, Tensor[] weights, Tensor[] kept, int activation, "
+    "bool need_x, bool need_params) -> (Tensor, Tensor[])",
     # x (B, *event), logits (N, *event) with N a multiple of B; results (N,) and like logits.
     "bernoulli_log_prob_fwd(Tensor x, Tensor logits) -> Tensor",
     "bernoulli_log_prob_bwd(Tensor grad, Tensor x, Tensor logits) -> Tensor",

@@ -175,7 +175,7 @@ def wide_mlp_fwd(x, weights, biases, activation, keep):
     return x.new_empty((x.shape[0], weights[-1].shape[0])), hidden if keep else []
 
 
-def wide_mlp_bwd(grad, x, weights, kept, activation, need_x, need_params):
+def wide_mlp_bwd(grad, grads_hidden, x, weights, kept, activation, need_x, need_params):
     grads = [x.new_empty(shape) for w in weights for shape in (w.shape, w.shape[:1])]
     return x.new_empty(x.shape) if need_x else _nothing(x), grads if need_params else []
 

@@ -35,6 +35,8 @@ class Case:
 
     @property
     def outputs(self):
+        if self.options.get("hidden"):
+            return ("y", *(f"h{layer}" for layer in range(len(self.shapes) // 2 - 1)))
         return {"affine_coupling": ("y", "logdet"), "mlp_flow": ("z", "logdet"), "conv_net": ("y",),
                 "activated_conv": ("y",), "mlp": ("y",), "wide_mlp": ("y",),
                 "spline": ("y", "logdet"), "bernoulli_log_prob": ("log_prob",),
@@ -91,7 +93,8 @@ class Case:
             return (getattr(module, self.op)(**t, **options),)
         if self.op in ("mlp", "wide_mlp"):
             weights, biases = (tuple(t[f"{kind}{i}"] for i in range(len(t) // 2)) for kind in "wb")
-            return (getattr(module, self.op)(t["x"], weights, biases, **options),)
+            result = getattr(module, self.op)(t["x"], weights, biases, **options)
+            return (result[0], *result[1]) if options.get("hidden") else (result,)
         if self.op == "mlp_flow":
             return self._call_mlp_flow(t, module)
         return getattr(module, self.op)(**t, **options)
@@ -223,7 +226,9 @@ def mlp_case(name, sizes, *, op="mlp", batch=3, **options):
 MLP_CASES = (mlp_case("mlp", (5, 19, 8, 7), activation="tanh"),
              mlp_case("mlp_residual", (4, 17, 17, 17, 6), residual=True),
              mlp_case("wide_silu", (5, 7, 4), op="wide_mlp", activation="silu"),
-             mlp_case("wide_relu", (4, 6, 5, 2), op="wide_mlp", activation="relu"))
+             mlp_case("wide_relu", (4, 6, 5, 2), op="wide_mlp", activation="relu"),
+             mlp_case("wide_silu_hidden", (4, 6, 5, 2), op="wide_mlp", activation="silu", hidden=True),
+             mlp_case("wide_relu_hidden", (4, 6, 2), op="wide_mlp", activation="relu", hidden=True))
 # With the operations that have no kernel on a GPU.
 CPU_CASES = CASES + CONV_CASES + ACTIVATED_CASES + BERNOULLI_CASES + MLP_CASES
 

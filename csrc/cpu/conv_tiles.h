@@ -86,7 +86,8 @@ struct Walk {
   }
 };
 
-// A sum's part over some of its runs: the first begins with the bias, the last finishes the value.
+// A sum's part over some of its runs: the last finishes the value, to which the bias is added then; a sum that began
+// with it would round more.
 struct Part {
   bool first, last;
 };
@@ -101,7 +102,7 @@ inline void expand_tile(const Runs& runs, Part part, Walk<const T>& from, const 
   for (int r = 0; r < R; ++r) {
     in[r] = from.next();
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[r][n] = part.first && finish.bias ? load(finish.bias + n * W) : Vec<T>{};
+    for (int n = 0; n < N; ++n) sum[r][n] = Vec<T>{};
   }
   for (int64_t run = 0; run < runs.count; ++run) {
 #pragma GCC unroll 1
@@ -130,7 +131,7 @@ inline void expand_tile(const Runs& runs, Part part, Walk<const T>& from, const 
         store(out + n * W, value);
         continue;
       }
-      if (finish.bias) value = rectify(value, finish.slope);
+      if (finish.bias) value = rectify(value + load(finish.bias + n * W), finish.slope);
       if (finish.gate) value = gated(value, load(finish.gate + r * finish.gate_step + n * W), finish.slope);
       store(out + n * W, value);
     }

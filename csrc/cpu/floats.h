@@ -97,13 +97,29 @@ alignas(64) constexpr float powers_of_two[32] = {
     0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f77p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f,
     0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f};
 
+// 1 / c and log c for a c near 1 + j/31.
+alignas(64) constexpr float unit_reciprocals[32] = {
+    0x1p+0f, 0x1.fp-1f, 0x1.e1p-1f, 0x1.d3p-1f, 0x1.c58p-1f, 0x1.b9p-1f, 0x1.adp-1f, 0x1.a18p-1f, 0x1.97p-1f,
+    0x1.8dp-1f, 0x1.83p-1f, 0x1.7ap-1f, 0x1.71p-1f, 0x1.688p-1f, 0x1.608p-1f, 0x1.59p-1f, 0x1.518p-1f, 0x1.4a8p-1f,
+    0x1.44p-1f, 0x1.3d8p-1f, 0x1.37p-1f, 0x1.31p-1f, 0x1.2b8p-1f, 0x1.26p-1f, 0x1.208p-1f, 0x1.1b8p-1f, 0x1.168p-1f,
+    0x1.118p-1f, 0x1.0dp-1f, 0x1.088p-1f, 0x1.04p-1f, 0x1p-1f};
+alignas(64) constexpr float unit_logs[32] = {
+    0x0p+0f, 0x1.0415d8p-5f, 0x1.ffa692p-5f, 0x1.78d022p-4f, 0x1.f0f70cp-4f, 0x1.31b994p-3f, 0x1.6a399ep-3f,
+    0x1.a1dfc4p-3f, 0x1.d60a18p-3f, 0x1.047e6p-2f, 0x1.1e9e16p-2f, 0x1.36b678p-2f, 0x1.4f637ep-2f, 0x1.6740aep-2f,
+    0x1.7e3b8ap-2f, 0x1.944144p-2f, 0x1.aac2e6p-2f, 0x1.c03924p-2f, 0x1.d49024p-2f, 0x1.e950acp-2f, 0x1.fe7f18p-2f,
+    0x1.0938fap-1f, 0x1.128a24p-1f, 0x1.1c0784p-1f, 0x1.25b2c6p-1f, 0x1.2ea64cp-1f, 0x1.37c29ap-1f, 0x1.410928p-1f,
+    0x1.4987acp-1f, 0x1.522aep-1f, 0x1.5af406p-1f, 0x1.62e43p-1f};
+
+FASTFLOW_HD Floats entry(const float* table, Floats bits) {
+  return _mm512_permutex2var_ps(_mm512_load_ps(table), _mm512_castps_si512(bits.v), _mm512_load_ps(table + 16));
+}
+
 // exp(x) for x within [exp_low, exp_high] or NaN, within 1.1 ulp: x = n ln 2 + r with n a multiple of 1/32, whose last
 // five bits choose the fraction's power.
 FASTFLOW_HD Floats exp_by_table(Floats x) {
   const Floats rounder = 0x1.8p18, rounded = fma(x, math::Bits<float>::log2e, rounder), n = rounded - rounder;
   const Floats r = less_multiple_of_ln2(x, n), expm1 = fma(r * r, fma(r, 1. / 6., 0.5), r);
-  const Floats power = _mm512_permutex2var_ps(_mm512_load_ps(powers_of_two), _mm512_castps_si512(rounded.v),
-                                              _mm512_load_ps(powers_of_two + 16));
+  const Floats power = entry(powers_of_two, rounded);
   return times_power(fma(power, expm1, power), n);
 }
 
@@ -114,6 +130,13 @@ FASTFLOW_HD Floats exp(Floats x) {
 }
 FASTFLOW_HD Floats exp_decay(Floats x) {
   return exp_by_table(larger(math::Bits<float>::exp_low, _mm512_or_ps(x.v, _mm512_set1_ps(-0.f))));
+}
+// 1 + w = c (1 + f), and the last five bits of w's sum with a large number are the interval of width 1/31 around w.
+FASTFLOW_HD Floats log1p_unit(Floats w) {
+  const Floats interval = fma(w, 31., 0x1.8p23), reciprocal = entry(unit_reciprocals, interval);
+  const Floats f = fma(w, reciprocal, reciprocal - Floats(1.));
+  const Floats tail = fma(f, fma(f, -0x1.000ca2p-2, 0x1.555f14p-2), -0.5);
+  return entry(unit_logs, interval) + fma(f * f, tail, f);
 }
 
 #endif
@@ -150,6 +173,7 @@ using FASTFLOW_ISA::exp;
 using FASTFLOW_ISA::exp_decay;
 using FASTFLOW_ISA::exp_moderate;
 using FASTFLOW_ISA::fma;
+using FASTFLOW_ISA::log1p_unit;
 using FASTFLOW_ISA::select;
 
 template <>

@@ -42,10 +42,17 @@ struct ByColumn {
   static constexpr int64_t row = 1;
 };
 
-// A function of its own: inlined into a large one, its sums do not all stay in registers.
-template <class T, int M, int N, class A, class Start, class Finish>
+struct Nothing {
+  template <class... Args>
+  inline void operator()(Args...) const {}
+};
+
+// A function of its own: inlined into a large one, its sums do not all stay in registers. meanwhile(i, j, p) is called
+// before the p-th terms of the block at (i, j) are added: what it does takes no time while multiplications fill it.
+template <class T, int M, int N, class A, class Start, class Finish, class Meanwhile = Nothing>
 [[gnu::noinline]] static void matmul_block(int64_t i, int64_t j, int64_t k, const A& a, const T* b, int64_t ldb,
-                                           const Start& start, const Finish& finish) {
+                                           const Start& start, const Finish& finish,
+                                           const Meanwhile& meanwhile = {}) {
   constexpr int W = Simd<T>::lanes;
   Vec<T> sum[M][N];
 #pragma GCC unroll 8
@@ -56,6 +63,7 @@ template <class T, int M, int N, class A, class Start, class Finish>
   const T* row = b + j;
 #pragma GCC unroll 1
   for (int64_t p = 0; p < k; ++p, factors += a.column, row += ldb) {
+    meanwhile(i, j, p);
     Vec<T> values[N];
 #pragma GCC unroll 4
     for (int c = 0; c < N; ++c) values[c] = vec(row + c * W);
@@ -91,20 +99,20 @@ static inline void matmul_columns(int64_t m, int64_t j, const Args&... args) {
 
 // start(i, j) + A B, handed vector by vector to finish(i, j, value): A (m, k) of any strides, B (k, n) in rows of ldb
 // elements, aligned and n a whole number of vectors. The terms of a sum are added in order.
-template <class T, class A, class Start, class Finish>
-static inline void matmul(int64_t m, int64_t n, int64_t k, const A& a, const T* b, int64_t ldb,
-                          const Start& start, const Finish& finish) {
+template <class T, class A, class Start, class Finish, class... Meanwhile>
+static inline void matmul(int64_t m, int64_t n, int64_t k, const A& a, const T* b, int64_t ldb, const Start& start,
+                          const Finish& finish, const Meanwhile&... meanwhile) {
   constexpr int W = Simd<T>::lanes;
   int64_t j = 0;
   for (; j + matmul_vectors * W <= n; j += matmul_vectors * W)
-    matmul_columns<T, matmul_vectors>(m, j, k, a, b, ldb, start, finish);
+    matmul_columns<T, matmul_vectors>(m, j, k, a, b, ldb, start, finish, meanwhile...);
   if constexpr (matmul_vectors > 2) {
     if (j + 2 * W <= n) {
-      matmul_columns<T, 2>(m, j, k, a, b, ldb, start, finish);
+      matmul_columns<T, 2>(m, j, k, a, b, ldb, start, finish, meanwhile...);
       j += 2 * W;
     }
   }
-  if (j < n) matmul_columns<T, 1>(m, j, k, a, b, ldb, start, finish);
+  if (j < n) matmul_columns<T, 1>(m, j, k, a, b, ldb, start, finish, meanwhile...);
 }
 
 // to (n, m) = the transpose of from (m, n); both in whole squares of vectors, in rows of ldf and ldt elements.

@@ -65,13 +65,18 @@ void activate(Activation activation, int64_t features, int64_t n, T* values, T* 
 }
 
 // W x + b of n samples, handed vector by vector to finish(i, j, value). Of a few features there is no more to do than
-// to write the results, which the blocks of a product would do in many small calls.
+// to write the results, which the blocks of a product would do in many small calls. In a longer sum the bias comes
+// last, which rounds less.
 template <class T, class Finish>
 void linear_rows(const FlowLinear& linear, int64_t n, const T* x, const Finish& finish) {
   const T* bias = static_cast<const T*>(linear.bias.data);
-  auto start = [&](int64_t i, int64_t) { return splat(bias[i * linear.bias.row]); };
   const Strided<T> weights = weights_of<T>(linear);
-  if (linear.in > thin_in || linear.in == 0) return matmul(linear.out, n, linear.in, weights, x, tile, start, finish);
+  if (linear.in > thin_in || linear.in == 0)
+    return matmul(linear.out, n, linear.in, weights, x, tile, [](int64_t, int64_t) { return Vec<T>{}; },
+                  [&](int64_t i, int64_t j, Vec<T> sum) { finish(i, j, sum + splat(bias[i * linear.bias.row])); },
+                  [&](int64_t i, int64_t, int64_t p) {  // the weights of the next rows
+                    __builtin_prefetch(weights.data + (i + matmul_rows) * weights.row + p * matmul_rows);
+                  });
   const int64_t out = linear.out, next = linear.bias.row;
   with_count<thin_in>(linear.in, [&](auto in) {
     for (int64_t j = 0; j < n; j += Simd<T>::lanes) {
@@ -97,6 +102,15 @@ void linear_forward(const FlowLinear& linear, bool last, Activation activation, 
   if (!last) activate(activation, linear.out, n, y, slopes);
 }
 
+// Asks for the lines of transposed weights, whose rows lie side by side, that later blocks of a product read.
+template <class T>
+struct NextLines {
+  Strided<T> weights;
+  void operator()(int64_t i, int64_t, int64_t p) const {
+    __builtin_prefetch(weights.data + (i + 64 / static_cast<int64_t>(sizeof(T))) * weights.row + p * weights.column);
+  }
+};
+
 // The gradient of the activations y below a layer from that of its results: W^T grad times the activation's slope.
 template <class T>
 void linear_backward(const FlowLinear& linear, Activation activation, int64_t n, const T* grad, const T* y,
@@ -104,9 +118,8 @@ void linear_backward(const FlowLinear& linear, Activation activation, int64_t n,
   const Strided<T> weights = transposed(weights_of<T>(linear));
   auto start = [](int64_t, int64_t) { return Vec<T>{}; };
   auto run = [&](const auto& chain) {
-    matmul(linear.in, n, linear.out, weights, grad, tile, start, [&](int64_t i, int64_t j, Vec<T> value) {
-      vec(to + i * tile + j) = chain(i * tile + j, value);
-    });
+    auto finish = [&](int64_t i, int64_t j, Vec<T> value) { vec(to + i * tile + j) = chain(i * tile + j, value); };
+    matmul(linear.in, n, linear.out, weights, grad, tile, start, finish, NextLines<T>{weights});
   };
   if (activation == Activation::relu)
     run([&](int64_t at, Vec<T> value) { return relu_gradient<T>(vec(y + at), value); });
@@ -122,7 +135,7 @@ void input_backward(const FlowLinear& linear, int64_t first, int64_t count, int6
   Strided<T> weights = transposed(weights_of<T>(linear));
   weights.data += first * weights.row;
   matmul(count, n, linear.out, weights, grad, tile, [](int64_t, int64_t) { return Vec<T>{}; },
-         [&](int64_t i, int64_t j, Vec<T> value) { vec(to + i * tile + j) += value; });
+         [&](int64_t i, int64_t j, Vec<T> value) { vec(to + i * tile + j) += value; }, NextLines<T>{weights});
 }
 
 // The sums of a layer's gradients over samples that are not yet sums over lanes: a vector to each bias and, of a thin

@@ -106,11 +106,12 @@ struct Network {
       const T* const weight = static_cast<const T*>(job.packed) + layer.packed;
       const int64_t ld = padded(layer.out), columns = vectors_of<T>(layer.out);
       const T* const bias = weight + layer.in * ld;
-      auto from_bias = [&](int64_t, int64_t j) { return vec(bias + j); };
+      auto from_zero = [](int64_t, int64_t) { return Vec<T>{}; };  // the bias comes last, which rounds less
       if (l == last) {
         T* const y = static_cast<T*>(job.y) + first * layer.out;
-        matmul(n, columns, layer.in, in, weight, ld, from_bias,
-               [&](int64_t i, int64_t j, Vec<T> v) { store_row(y + i * layer.out, j, layer.out, v); });
+        matmul(n, columns, layer.in, in, weight, ld, from_zero, [&](int64_t i, int64_t j, Vec<T> v) {
+          store_row(y + i * layer.out, j, layer.out, v + vec(bias + j));
+        });
         return;
       }
       T* const to = keep != nullptr ? kept(keep, l + 1, first) : rows[l % 2];
@@ -119,14 +120,12 @@ struct Network {
       // The sum that later layers add to, where it is not what this layer hands on itself.
       T* const target = shape.residual && l % 2 == 0 && acts ? sum : to;
       auto finish = [&](int64_t i, int64_t j, Vec<T> v) {
+        v += vec(bias + j);
+        if (shape.adds(l)) v += vec(sum + i * ld + j);
         vec(target + i * ld + j) = v;
         if (fused) vec(to + i * ld + j) = rectified<T>(v);
       };
-      if (shape.adds(l))
-        matmul(n, columns, layer.in, in, weight, ld,
-               [&](int64_t i, int64_t j) { return vec(sum + i * ld + j) + vec(bias + j); }, finish);
-      else
-        matmul(n, columns, layer.in, in, weight, ld, from_bias, finish);
+      matmul(n, columns, layer.in, in, weight, ld, from_zero, finish);
       if (acts && !fused)
         for (int64_t i = 0; i < n; ++i)
           activate(shape.activation, columns, target + i * ld, to + i * ld,

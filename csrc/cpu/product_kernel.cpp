@@ -7,7 +7,9 @@
 namespace fastflow::FASTFLOW_ISA {
 namespace {
 
-constexpr int64_t longest = 160;  // terms that are summed at a time: a panel of 40 KiB; longer sums would round more
+// Terms that are summed at a time: a panel of 50 KiB; longer sums would round more. Of one row or two BLAS sums far
+// fewer in one go.
+constexpr int64_t longest = 200, longest_of_few = 32;
 
 // panel (count, width), rows of `width` elements, = B's rows [p, p + count) in columns [j, j + n), zeros behind them.
 template <class T>
@@ -45,16 +47,19 @@ Ahead ahead_of(const Product& job, int64_t p, int64_t count, int64_t j, int64_t 
   return {};
 }
 
-// *to = value, or += value, and then no less than 0 if that is wanted: the first `left` lanes, where there are no more.
+// *to = value, or += value, and in the end the bias is added and the sum no less than 0 if that is wanted: the first
+// `left` lanes, where there are no more.
 template <class T>
-static inline void put(T* to, int64_t left, Vec<T> value, bool add, bool relu) {
+static inline void put(T* to, int64_t left, Vec<T> value, bool add, const Vec<T>* bias, bool relu) {
   constexpr int W = Simd<T>::lanes;
   if (left >= W) {
     if (add) value += load(to);
+    if (bias != nullptr) value += *bias;
     store(to, relu ? (value <= Vec<T>{} ? Vec<T>{} : value) : value);  // NaN stays
   } else {
     for (int64_t l = 0; l < left; ++l) {
-      const T sum = add ? to[l] + value[l] : value[l];
+      T sum = add ? to[l] + value[l] : value[l];
+      if (bias != nullptr) sum += (*bias)[l];
       to[l] = relu && sum <= T(0) ? T(0) : sum;
     }
   }
@@ -69,7 +74,7 @@ void panel_of(const Product& job, int64_t index, int64_t first, int64_t last) {
   const int64_t j = job.first_column(index), n = at_most(job.first_column(index + 1), job.n) - j;
   const int64_t next_j = at_most(j + n, job.n), next_n = at_most(job.first_column(index + 2), job.n) - next_j;
   const int64_t width = round_up(n, job.granule()), rows = last - first;
-  const int64_t blocks = at_least(1, (job.k + longest - 1) / longest);
+  const int64_t most = job.m > 2 ? longest : longest_of_few, blocks = at_least(1, (job.k + most - 1) / most);
   if (job.bias != nullptr)
     for (int64_t c = 0; c < n; ++c) bias[c] = static_cast<const T*>(job.bias)[j + c];
   for (int64_t block = 0; block < blocks; ++block) {
@@ -80,18 +85,23 @@ void panel_of(const Product& job, int64_t index, int64_t first, int64_t last) {
     A a{static_cast<const T*>(job.a), job.lda};
     a.data += first * a.row + p * a.column;
     T* const out = static_cast<T*>(job.out) + first * job.n + j;
-    const bool add = block > 0, relu = job.relu && block == blocks - 1;
-    auto start = [&](int64_t i, int64_t c) {
-      ahead.one();
-      __builtin_prefetch(out + i * job.n + c, 1);
-      return add ? Vec<T>{} : vec(bias + c);
+    const bool add = block > 0, last_one = block == blocks - 1, relu = job.relu && last_one;
+    const bool biased = job.bias != nullptr && last_one;
+    auto start = [](int64_t, int64_t) { return Vec<T>{}; };
+    auto meanwhile = [&](int64_t i, int64_t, int64_t p) {
+      if (p < matmul_rows * matmul_vectors)
+        __builtin_prefetch(out + (i + p / matmul_vectors) * job.n + p % matmul_vectors * W, 1);
+      else
+        ahead.one();
     };
-    auto finish = [&](int64_t i, int64_t c, Vec<T> value) { put(out + i * job.n + c, n - c, value, add, relu); };
+    auto finish = [&](int64_t i, int64_t c, Vec<T> value) {
+      put(out + i * job.n + c, n - c, value, add, biased ? &vec(bias + c) : nullptr, relu);
+    };
     const T* const b = panel;
     if (matmul_vectors > 3 && width == 3 * W)
-      matmul_columns<T, 3>(rows, int64_t(0), count, a, b, width, start, finish);
+      matmul_columns<T, 3>(rows, int64_t(0), count, a, b, width, start, finish, meanwhile);
     else
-      matmul(rows, width, count, a, b, width, start, finish);
+      matmul(rows, width, count, a, b, width, start, finish, meanwhile);
   }
 }
 

@@ -32,7 +32,7 @@ Tensor layer(const Tensor& x, const Tensor& weight, const Tensor& bias, LayerAct
 }  // namespace
 
 std::tuple<Tensor, std::vector<Tensor>> wide_mlp_fwd(const Tensor& x, std::vector<Tensor> weights,
-                                                std::vector<Tensor> biases, int64_t activation, bool keep) {
+                                                     std::vector<Tensor> biases, int64_t activation, bool keep) {
   const auto kind = static_cast<LayerActivation>(activation);
   std::vector<Tensor> kept;
   Tensor h = x;
@@ -47,13 +47,14 @@ std::tuple<Tensor, std::vector<Tensor>> wide_mlp_fwd(const Tensor& x, std::vecto
   return {h, kept};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> wide_mlp_bwd(const Tensor& grad, const Tensor& x, std::vector<Tensor> weights,
-                                                std::vector<Tensor> kept, int64_t activation, bool need_x,
-                                                bool need_params) {
+std::tuple<Tensor, std::vector<Tensor>> wide_mlp_bwd(const Tensor& grad, std::vector<Tensor> grads_hidden,
+                                                     const Tensor& x, std::vector<Tensor> weights,
+                                                     std::vector<Tensor> kept, int64_t activation, bool need_x,
+                                                     bool need_params) {
   const auto kind = static_cast<LayerActivation>(activation);
   const int64_t stride = kind == LayerActivation::silu ? 2 : 1, layers = static_cast<int64_t>(weights.size());
   std::vector<Tensor> grads(need_params ? 2 * weights.size() : 0, x);
-  Tensor g = torch::stable::contiguous(grad);
+  Tensor g = torch::stable::contiguous(grad), added = g;
   for (int64_t i = layers - 1; i >= 0; --i) {
     WideMlpBackward job{};
     job.rows = g.size(0);
@@ -64,6 +65,10 @@ std::tuple<Tensor, std::vector<Tensor>> wide_mlp_bwd(const Tensor& grad, const T
     if (i < layers - 1) {
       job.values = kept[i * stride].data_ptr();
       job.slopes = kind == LayerActivation::silu ? kept[i * stride + 1].data_ptr() : nullptr;
+      if (!grads_hidden.empty()) {
+        added = torch::stable::contiguous(grads_hidden[i]);
+        job.added = added.data_ptr();
+      }
     }
     Tensor sums = need_params ? empty({job.columns}, g.scalar_type(), g) : nothing(g);
     job.sums = need_params ? sums.mutable_data_ptr() : nullptr;

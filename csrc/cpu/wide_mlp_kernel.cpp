@@ -17,6 +17,11 @@ void columns(const WideMlpBackward& job, int64_t first, int64_t count) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t at = row * job.columns + first;
       T* const __restrict grad = static_cast<T*>(job.grad) + at;
+      if (job.added != nullptr) {
+        const T* const added = static_cast<const T*>(job.added) + at;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) grad[i] += added[i];
+      }
       if constexpr (activation == LayerActivation::none) {
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) sums[i] += grad[i];

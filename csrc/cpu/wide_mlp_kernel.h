@@ -15,13 +15,15 @@ struct WideMlpSilu {
   void *values, *slopes;  // slopes or null
 };
 
-// grad (rows, columns) times the activation's slope, in place, and its sums over the rows.
+// grad (rows, columns), plus `added` if there is one, times the activation's slope, in place, and its sums over the
+// rows.
 struct WideMlpBackward {
   int64_t rows, columns;
   LayerActivation activation;
   bool is_double;
   void* grad;
   const void *values, *slopes;  // of the activation; values of relu, slopes of silu
+  const void* added;            // like grad, or null
   void* sums;                   // or null
   static constexpr int64_t block = 64;  // columns that are taken together
   int64_t blocks() const { return (columns + block - 1) / block; }

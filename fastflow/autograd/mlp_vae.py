@@ -42,11 +42,11 @@ class MLPVAEFunction(torch.autograd.Function):
         encoder, decoder = _networks(params, layers)
         grad_logits = extension.kernel(backend, "bernoulli_log_prob_bwd")(grad_log_px, x, logits)
         grad_z, of_decoder = extension.kernel(backend, "wide_mlp_bwd")(
-            grad_logits, z, decoder[0], kept[in_encoder:], activations[1], True, True)
+            grad_logits, [], z, decoder[0], kept[in_encoder:], activations[1], True, True)
         grad_encoded = extension.kernel(backend, "gaussian_bwd")(
             grad_z, grad_kl, None, encoded, None, None, None, eps, seed, *noise, True, False, False, False)[0]
         _, of_encoder = extension.kernel(backend, "wide_mlp_bwd")(
-            grad_encoded, x, encoder[0], kept[:in_encoder], activations[0], False, True)
+            grad_encoded, [], x, encoder[0], kept[:in_encoder], activations[0], False, True)
         grads = of_encoder[0::2] + of_encoder[1::2] + of_decoder[0::2] + of_decoder[1::2]
         if not all(needs):
             grads = [g if need else None for g, need in zip(grads, needs, strict=True)]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fastflow import checks
+from fastflow.diagnostics.mode import in_eval
 from fastflow.vae.likelihoods import BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood
 from fastflow.vae.posteriors.gaussian import prior_moments
 
@@ -95,7 +96,7 @@ class BitsBack:
         checks.tensor("x", x, floating=False)
         if len(x) < 1:
             raise ValueError("x: expected at least one example, got none")
-        with self._in_eval():
+        with in_eval(self.model):
             moments = self._moments(x[:self.batch_size])
             n_words = moments[0].size * SYMBOL_BITS // 32 + 4
             words = np.random.default_rng(seed).integers(1, 2**32, n_words, dtype=np.uint32)
@@ -124,7 +125,7 @@ class BitsBack:
         coder = self._ans(message.words)
         starts = list(range(0, message.n, self.batch_size))
         parts = []
-        with self._in_eval():
+        with in_eval(self.model):
             for i in reversed(starts):
                 count = min(self.batch_size, message.n - i)
                 shape = like.new_empty((count, *like.shape[1:]))
@@ -174,23 +175,6 @@ class BitsBack:
                 raise ValueError(f"x: expected integers from 0 to {n_levels - 1}")
             values = integers
         return values, model, table
-
-    def _in_eval(self):
-        return _Eval(self.model)
-
-
-class _Eval:
-    """The model in eval mode, and back."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __enter__(self):
-        self.training = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *_):
-        self.model.train(self.training)
 
 
 def _table(likelihood, output):

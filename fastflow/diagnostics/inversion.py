@@ -56,7 +56,9 @@ def inversion_error(flow, x, context=None):
         Behrmann et al., "Understanding and mitigating exploding inverses in invertible neural networks", 2021,
         arXiv:2006.09347.
     """
-    transform = flow.transform if isinstance(flow, Flow) else flow
+    transform = flow
+    if isinstance(flow, Flow):
+        transform, context = flow.transform, flow.context_of_transform(context)
     check_transform("flow", transform)
     checks.tensor("x", x)
     # An ordinary composition, taken apart; anything else, multi-scale transforms among them, is one layer.

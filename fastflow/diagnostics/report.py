@@ -23,6 +23,7 @@ from fastflow.diagnostics.latents import (
     posterior_moments,
 )
 from fastflow.diagnostics.linear import LinearOptimum, data_eigenvalues, linear_optimum
+from fastflow.diagnostics.mode import in_eval
 from fastflow.diagnostics.rate_distortion import RateDistortion, Traversal, rate_distortion, traversal_grid
 from fastflow.vae import DiscreteVAE, GaussianLikelihood, HierarchicalVAE, QuantizedVAE, SemiSupervisedVAE
 
@@ -126,9 +127,7 @@ def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_d
         raise ValueError(f"x: expected at least 2 examples, got {len(x)}")
     x = x[:max_examples]
     context = None if context is None else context[:max_examples]
-    training = model.training
-    model.eval()
-    try:
+    with in_eval(model):
         if isinstance(model, SemiSupervisedVAE):
             likeliest = torch.cat([model.classify(batch).argmax(1) for batch in x.split(batch_size)])
             context = likeliest if context is None else torch.where(context < 0, likeliest, context)
@@ -146,8 +145,6 @@ def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_d
         elif isinstance(model, QuantizedVAE):
             latents = _quantized(model, x, batch_size)
         return Diagnosis(len(x), x[0].numel(), point, prediction=_prediction(model, x, beta, latents), **latents)
-    finally:
-        model.train(training)
 
 
 def _gaussian(model, x, context, n_samples, n_dims, batch_size, generator):

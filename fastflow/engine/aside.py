@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from fastflow.diagnostics.mode import in_eval
+
 __all__ = ["aside"]
 
 
@@ -11,11 +13,6 @@ __all__ = ["aside"]
 def aside(model, device, seed):
     """Inside, the model is in evaluation mode, without gradients, and torch's generators are seeded; afterwards mode
     and generators are as before."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(seed)
-            yield
-    finally:
-        model.train(was_training)
+    with in_eval(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        yield

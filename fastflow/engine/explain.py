@@ -46,7 +46,7 @@ def _objective(step, inner):
 
 
 def _own(model):
-    return "" if getattr(unwrap(model), "dequantization", None) is None else " by the flow itself"
+    return "" if getattr(unwrap(model), "dequantizer", None) is None else " by the flow itself"
 
 
 def launched(step, batch):

@@ -31,6 +31,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from fastflow import backends, extension
+from fastflow.diagnostics.mode import in_eval
 from fastflow.engine.errors import RunError
 from fastflow.engine.files import write_text
 from fastflow.engine.programs import default_function, program
@@ -166,10 +167,9 @@ def _read_weights(path, about, model):
 
 def _write_program(model, path, format, function, n_samples, example, context, backend):
     """Traces the function with any batch size and writes it; what the description says about it."""
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), contextlib.nullcontext() if backend is None else backends.use_backend(backend):
+        with (in_eval(model), torch.no_grad(),
+              contextlib.nullcontext() if backend is None else backends.use_backend(backend)):
             function = default_function(model) if function is None else function
             module, inputs = program(model, function, n_samples, example, context)
             batch, dims = torch.export.Dim("batch"), [int(name == "noise") for name in inputs]  # noise is (K, B, ...)
@@ -184,8 +184,6 @@ def _write_program(model, path, format, function, n_samples, example, context, b
     except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.UserError, RuntimeError) as error:
         raise RunError(f"{function} of {type(model).__name__} can't be exported to {format}: "
                        f"{' '.join(str(error).split())[:300]}") from error
-    finally:
-        model.train(training)
     operators = sorted({str(node.target).removesuffix(".default") for node in exported.graph.nodes
                         if node.op == "call_function" and str(node.target).startswith("fastflow_")})
     described = [tree_map(lambda t, dim=dim: _about(t, dim), value)

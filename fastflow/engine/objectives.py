@@ -59,7 +59,7 @@ class Objective:
         if x.dtype == torch.bool or x.is_complex():
             raise TypeError(f"x: expected a floating or integer dtype, got {x.dtype}")
         inner = unwrap(model)
-        if getattr(inner, "dequantization", None) is not None:
+        if getattr(inner, "dequantizer", None) is not None:
             inner.check_bins(self.n_bins)
             return x, 0.0
         parameter = next(inner.parameters(), None)

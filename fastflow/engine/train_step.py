@@ -64,7 +64,8 @@ class TrainStep:
             that. False does not look.
         conditioner_dtype: torch.bfloat16 runs conditioners (encoder and decoder of a VAE) under autocast to it;
             parameters, z, log-determinants and factorisations stay in float32. None leaves all as it is.
-        accumulate: N calls make one update, that of the N batches as one, whatever their sizes.
+        accumulate: N calls make one update, that of the N batches as one, whatever their sizes; what is taken over a
+            batch (its statistics, the gates of free bits, MMD) is each batch's own.
         ema_decay: average the parameters with this decay after every update, see ``ema``; None does not.
         ema_warmup: let the average forget faster early on, see :class:`~fastflow.engine.ema.EMA`; 0 does not.
         channels_last: keep the weights of convolutions channels-last, as the flows for images keep their data. None: in

@@ -95,7 +95,7 @@ class Bernoulli(Discrete):
 
     def one_hot(self, b):
         """(N, sites, 2) of b (N, *event), as :meth:`table` orders the classes."""
-        b = b.reshape(len(b), -1)
+        b = b.reshape(len(b), math.prod(self.sites))
         return torch.stack([1.0 - b, b], -1)
 
     def log_prob(self, b):
@@ -172,7 +172,7 @@ class Categorical(Discrete):
 
     def one_hot(self, b):
         """(N, sites, C) of b (N, *event), as :meth:`table` orders the classes."""
-        return b.reshape(len(b), -1, self.n_classes)
+        return b.reshape(len(b), math.prod(self.sites), self.n_classes)
 
     def log_prob(self, b):
         """(K, B) nats of b (K, B, *sites, C)."""
@@ -198,7 +198,7 @@ class Categorical(Discrete):
         return F.one_hot(index, self.n_classes).to(self.logits.dtype)
 
     def table(self):
-        return self.log_probs.reshape(self.logits.shape[0], -1, self.n_classes)
+        return self.log_probs.reshape(self.logits.shape[0], math.prod(self.sites), self.n_classes)
 
     def perturb(self, u):
         """Log-probabilities plus Gumbel noise, largest at the sample."""

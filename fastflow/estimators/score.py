@@ -68,7 +68,7 @@ class MovingAverage(REINFORCE):
     def signal(self, q, values):
         # Divided by the weight gathered so far, it is not drawn towards zero.
         signal = values - self.average / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
-        if self.training:
+        if self.training and values.numel():
             self.average.lerp_(values.mean().to(self.average), 1.0 - self.decay)
             self.weight.lerp_(torch.ones_like(self.weight), 1.0 - self.decay)
         return signal, nothing(values)
@@ -100,6 +100,8 @@ class NeuralBaseline(REINFORCE):
 class NVIL(NeuralBaseline):
     """A neural baseline, then a moving average of what is left, then division by its moving standard deviation where
     that is above 1. The division changes the gradient's length, not its direction: ``normalise=False`` is unbiased.
+    What depends on q's logits beside the samples is not divided, the closed KL of a DiscreteVAE among it, which so
+    weighs the more.
 
     References:
         Mnih and Gregor, "Neural variational inference and learning in belief networks", 2014, arXiv:1402.0030.
@@ -118,7 +120,7 @@ class NVIL(NeuralBaseline):
         signal = centred - self.average
         if self.normalise:
             signal = signal / self.variance.sqrt().clamp(min=1.0)
-        if self.training:
+        if self.training and values.numel():
             self.average.lerp_(centred.mean().to(self.average), 1.0 - self.decay)
             self.variance.lerp_(centred.var(correction=0).to(self.variance), 1.0 - self.decay)
         return signal, auxiliary
@@ -150,7 +152,7 @@ class VIMCO(REINFORCE):
 
 def baseline_network(event_shape, hidden=(64,)):
     """A fully connected network from logits (B, *event_shape) to (B,)."""
-    layers, width = [nn.Flatten()], math.prod(event_shape)
+    layers, width = [nn.Flatten() if event_shape else nn.Unflatten(0, (-1, 1))], math.prod(event_shape)
     for size in hidden:
         layers += [nn.Linear(width, size), nn.SiLU()]
         width = size

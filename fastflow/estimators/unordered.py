@@ -53,7 +53,7 @@ def _without_replacement(table, k, generator):
         gap = perturbed - perturbed.amax(-1, keepdim=True)
         shift = gumbel[..., None] - perturbed + torch.log(-torch.expm1(gap))
         perturbed = gumbel[..., None] - shift.clamp(min=0) - torch.log1p(torch.exp(-shift.abs()))
-        gumbel, chosen = perturbed.flatten(1).topk(min(k, perturbed[0].numel()), 1)
+        gumbel, chosen = perturbed.flatten(1).topk(min(k, perturbed.shape[1] * classes), 1)
         log_q = child.flatten(1).gather(1, chosen)
         parent = (chosen // classes)[..., None].expand(-1, -1, site)
         index = torch.cat([index.gather(1, parent), (chosen % classes)[..., None]], 2)

@@ -11,7 +11,7 @@ from torch.distributions import Distribution, transform_to
 from fastflow import checks
 from fastflow.flows.logdets import sum_event
 
-__all__ = ["Base", "StandardLogistic", "StandardNormal", "as_base", "centred", "drawn"]
+__all__ = ["Base", "StandardLogistic", "StandardNormal", "as_base", "centred", "drawn", "seeded"]
 
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -123,12 +123,16 @@ class _DistributionBase:
         safe = torch.where(spread, z, transform_to(support)(torch.zeros_like(z)))
         value = torch.where(inside, distribution.log_prob(safe), -torch.inf)
         value = torch.where(missing, torch.nan, value)
-        return sum_event(value)
+        if value.dim() < 2:
+            return value
+        # Beside an element that has left the support, an infinite density of another counts nothing.
+        without = (~inside).flatten(1).any(1) & ~missing.flatten(1).any(1)
+        return torch.where(without, -torch.inf, value.flatten(1).sum(1))
 
     def sample(self, n, *, generator=None, temperature=1.0):
         distribution = self._tempered(temperature)
         draw = distribution.rsample if distribution.has_rsample else distribution.sample
-        with _seeded(generator):
+        with seeded(generator):
             return draw((n,))
 
     def _tempered(self, temperature):
@@ -141,8 +145,9 @@ class _DistributionBase:
 
 
 @contextlib.contextmanager
-def _seeded(generator):
-    """Torch's own generators, seeded from ``generator`` and set back afterwards: distributions take no generator."""
+def seeded(generator):
+    """Torch's own generators, seeded from ``generator`` and set back afterwards, for what takes none, such as
+    torch.distributions; None leaves them as they are."""
     if generator is None:
         yield
         return

@@ -9,9 +9,11 @@ from torch import nn
 from torch.distributions import Distribution, constraints
 
 from fastflow import checks
-from fastflow.flows.base import as_base
+from fastflow.flows.base import as_base, seeded
+from fastflow.flows.contexts import takes_context
 from fastflow.flows.images import bits_per_dim, dequantize
-from fastflow.flows.transform import check_transform, initialize
+from fastflow.flows.surjections import UniformDequantization
+from fastflow.flows.transform import Compose, check_transform, initialize
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -25,7 +27,7 @@ class Flow(nn.Module):
         transform: data to noise, any :class:`Transform`.
         base: distribution of the noise: a StandardNormal, an object like it, or a torch.distributions object, whose
             batch dimensions count as event dimensions. Only modules follow ``.to()``. One whose attribute
-            ``conditional`` is true gets the context as well.
+            ``conditional`` is true gets the context as well, and alone where the transform was built without one.
         dequantization: surjection from integers to what the transform takes, such as a
             :class:`VariationalDequantization`; None for the uniform one of :meth:`bits_per_dim` and engine.TrainStep.
 
@@ -45,6 +47,8 @@ class Flow(nn.Module):
         self.transform = transform
         self.base = base
         self.dequantization = dequantization
+        self._transform_takes_context = None  # not known yet
+        self.context_of_transform(None)
 
     @classmethod
     def from_config(cls, name, **overrides):
@@ -67,14 +71,14 @@ class Flow(nn.Module):
         Args:
             x: (B, *event). Integers of a flow with a ``dequantization`` give a bound of the log-probability of the
                 integers, a lower one in expectation over the noise that is drawn.
-            context: (B, ...) that conditions each x, handed to the transform, or None.
+            context: (B, ...) that conditions each x, handed to the transform and to a conditional base, or None.
 
         Returns:
             (B,); -inf outside the support.
         """
         if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
             return self._log_prob_of_integers(x, context)
-        z, logdet = self.transform(x, context)
+        z, logdet = self.transform(x, self.context_of_transform(context))
         return as_base(self.base).log_prob(z, **self._of_base(context)) + logdet
 
     @torch.no_grad()
@@ -95,7 +99,8 @@ class Flow(nn.Module):
             (n, *event), with a context (n, B, *event).
         """
         z, context, lead = self._noise(n, context, generator, temperature)
-        return self.transform.inverse(z, context)[0].unflatten(0, lead)
+        with self._drawing(generator):
+            return self.transform.inverse(z, self.context_of_transform(context))[0].unflatten(0, lead)
 
     def sample_and_log_prob(self, n, context=None, *, generator=None, temperature=1.0):
         """(samples as of :meth:`rsample`, their log-density (n,) or (n, B) in nats), both with gradients.
@@ -105,7 +110,8 @@ class Flow(nn.Module):
         if temperature == 0:
             raise ValueError("temperature: expected a positive number, because there is no density at 0, got 0")
         z, context, lead = self._noise(n, context, generator, temperature)
-        x, logdet = self.transform.inverse(z, context)
+        with self._drawing(generator):
+            x, logdet = self.transform.inverse(z, self.context_of_transform(context))
         log_prob = as_base(self.base).log_prob(z, temperature, **self._of_base(context)) - logdet
         return x.unflatten(0, lead), log_prob.unflatten(0, lead)
 
@@ -119,7 +125,15 @@ class Flow(nn.Module):
         """Set the data-dependent parameters (ActNorm) from a batch x (B, *event), anew at every call."""
         if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
             x = initialize(self.dequantization, x, context)
-        initialize(self.transform, x, context)
+        initialize(self.transform, x, self.context_of_transform(context))
+
+    def context_of_transform(self, context):
+        """What the transform is handed of a context: None where that is for the base alone."""
+        if not getattr(self.base, "conditional", False):
+            return context
+        if self._transform_takes_context is None:
+            self._transform_takes_context = takes_context(self.transform)
+        return context if self._transform_takes_context else None
 
     def shard_groups(self):
         """[module]: disjoint submodules that FSDP2 gathers and frees one at a time; what is left is one group more.
@@ -137,7 +151,7 @@ class Flow(nn.Module):
         """Bits per dimension of integer-valued images, with every constant counted.
 
         The images are dequantised as x/n_bins - 0.5 + U/n_bins; with D elements per image the result is
-        -(log_prob - D log n_bins) / (D log 2), an upper bound in expectation over U. With a ``dequantization`` the flow
+        -(log_prob - D log n_bins) / (D log 2), an upper bound in expectation over U. With a ``dequantizer`` the flow
         dequantises by that, and the bound is its own.
 
         Args:
@@ -150,26 +164,48 @@ class Flow(nn.Module):
             (B,).
         """
         checks.tensor("x", x, floating=False)
-        if self.dequantization is not None:
+        with self._drawing(generator):
+            if self.dequantizer is None:
+                values = dequantize(x, n_bins, generator=generator, dtype=self._dtype())
+                return bits_per_dim(self.log_prob(values, context), math.prod(x.shape[1:]), n_bins)
             self.check_bins(n_bins)
-            log_prob = self._log_prob_of_integers(x, context, generator)
+            inside = self.dequantization is None
+            log_prob = self.log_prob(x, context) if inside else self._log_prob_of_integers(x, context, generator)
             return -log_prob / (math.prod(x.shape[1:]) * math.log(2.0))
-        values = dequantize(x, n_bins, generator=generator, dtype=self._dtype())
-        return bits_per_dim(self.log_prob(values, context), math.prod(x.shape[1:]), n_bins)
+
+    @property
+    def dequantizer(self):
+        """What makes real numbers of integers: the ``dequantization``, or one that the transform begins with; None for
+        a flow that takes real numbers."""
+        if self.dequantization is not None:
+            return self.dequantization
+        first = self.transform
+        while isinstance(first, Compose) and len(first.transforms):
+            first = first.transforms[0]
+        return first if isinstance(first, UniformDequantization) else None
 
     def check_bins(self, n_bins):
-        """ValueError unless ``n_bins`` is that of the ``dequantization``."""
-        if n_bins != self.dequantization.n_bins:
-            raise ValueError(f"n_bins: expected {self.dequantization.n_bins}, that of the flow's dequantization, got "
+        """ValueError unless ``n_bins`` is that of the ``dequantizer``."""
+        if n_bins != self.dequantizer.n_bins:
+            raise ValueError(f"n_bins: expected {self.dequantizer.n_bins}, that of the flow's dequantization, got "
                              f"{n_bins}")
 
     def _log_prob_of_integers(self, x, context, generator=None):
         values, contribution = self.dequantization(x, context, generator=generator, dtype=self._dtype())
         return self.log_prob(values, context) + contribution
 
+    def _drawing(self, generator):
+        """Inside, surjections of the transform, which are not handed a generator, draw from this one."""
+        inside = isinstance(self.transform, nn.Module) and generator is not None
+        draws = inside and any(getattr(module, "draws", False) for module in self.transform.modules())
+        return seeded(generator if draws else None)
+
     def _dtype(self):
-        tensors = (t for t in (*self.parameters(), *self.buffers()) if t.dtype == torch.float64)
-        return torch.float32 if next(tensors, None) is None else torch.float64
+        """What data the flow takes: float64 where its parameters are, or the base's buffers where it has none."""
+        tensors = list(self.parameters())
+        if not tensors and isinstance(self.base, nn.Module):
+            tensors = list(self.base.buffers())  # not the transform's: constants are kept in float64 for either
+        return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
     def _noise(self, n, context, generator, temperature):
         if not 0.0 <= temperature < math.inf:
@@ -191,7 +227,8 @@ class Flow(nn.Module):
 
 
 class FlowDistribution(Distribution):
-    """A flow, under one context or (B, ...) contexts, with the interface of torch.distributions."""
+    """A flow, under one context or (B, ...) contexts, with the interface of torch.distributions. :meth:`expand` gives
+    it further batch dimensions, as Pyro's plates do."""
 
     arg_constraints = {}
     has_rsample = True
@@ -208,6 +245,16 @@ class FlowDistribution(Distribution):
     def support(self):
         return constraints.independent(constraints.real, len(self.event_shape))
 
+    def expand(self, batch_shape, _instance=None):
+        """The same law with ``batch_shape``, to which the present one broadcasts."""
+        new = self._get_checked_instance(FlowDistribution, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.flow, new.context = self.flow, self.context
+        if self.context is not None:
+            new.context = self.context.expand(*batch_shape, *self.context.shape[len(self.batch_shape):])
+        Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        return new
+
     def log_prob(self, value):
         """Log-density (*sample, *batch) of value (*sample, *batch, *event), in nats."""
         checks.tensor("value", value, floating=False)
@@ -215,12 +262,12 @@ class FlowDistribution(Distribution):
         if value.dim() < event_dims or value.shape[value.dim() - event_dims:] != self.event_shape:
             raise ValueError(f"value: expected shape (*, {', '.join(map(str, self.event_shape))}), got "
                              f"{tuple(value.shape)}")
-        lead = value.shape[:value.dim() - event_dims]
+        lead = torch.broadcast_shapes(value.shape[:value.dim() - event_dims], self.batch_shape)
         context = self.context
         if context is not None:
-            lead = torch.broadcast_shapes(lead, self.batch_shape)
-            value = value.expand(*lead, *self.event_shape)
-            context = context.expand(*lead, *context.shape[1:]).reshape(-1, *context.shape[1:])
+            own = context.shape[len(self.batch_shape):]
+            context = context.expand(*lead, *own).reshape(-1, *own)
+        value = value.expand(*lead, *self.event_shape)
         return self.flow.log_prob(value.reshape(-1, *self.event_shape), context).reshape(lead)
 
     def sample(self, sample_shape=()):
@@ -228,8 +275,11 @@ class FlowDistribution(Distribution):
             return self.rsample(sample_shape)
 
     def rsample(self, sample_shape=()):
-        shape = torch.Size(sample_shape)
-        x = self.flow.rsample(math.prod(shape), self.context)
+        shape, context = torch.Size(sample_shape), self.context
+        if context is None:
+            x = self.flow.rsample(math.prod(shape + self.batch_shape))
+        else:
+            x = self.flow.rsample(math.prod(shape), context.reshape(-1, *context.shape[len(self.batch_shape):]))
         return x.reshape(*shape, *self.batch_shape, *self.event_shape)
 
 

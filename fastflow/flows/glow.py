@@ -181,6 +181,9 @@ class GlowTransform(nn.Module):
     def noise_shape(self, event_shape):
         return (math.prod(self.event_shape),)
 
+    def data_shape(self, event_shape):
+        return self.event_shape
+
     def unpack(self, z):
         """The latents (B, C, H, W) of each level, finest first, that z (B, D) packs."""
         checks.tensor("z", z)

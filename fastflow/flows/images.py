@@ -19,8 +19,7 @@ def dequantize(x, n_bins=256, *, generator=None, dtype=torch.float32):
         dtype: torch.float32 or torch.float64, of the result.
     """
     checks.tensor("x", x, floating=False)
-    if n_bins < 1:
-        raise ValueError(f"n_bins: expected a positive int, got {n_bins}")
+    checks.count("n_bins", n_bins, 1)
     if generator is None:  # passing one, torch.compile takes no symbolic sizes
         noise = torch.rand(x.shape, dtype=dtype, device=x.device)
     else:

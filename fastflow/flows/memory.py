@@ -309,6 +309,7 @@ class _InvertPath:
         self.states[index] = x
         if index in self.truth and x.numel():
             true = self.truth.pop(index)
+            true = true if true.is_floating_point() else true.float()  # what stands before a dequantisation
             scale = true.abs().amax().clamp(min=torch.finfo(true.dtype).tiny)
             self.mode.drifts.append(((x - true).abs().amax() / scale).float())
 

@@ -333,6 +333,9 @@ class Split(nn.Module):
     def noise_shape(self, event_shape):
         return (math.prod(self.event_shape),)
 
+    def data_shape(self, event_shape):
+        return self.event_shape
+
     def initialize(self, x, context=None):
         z1, z2, _ = self.split(x, None, context)
         if self.rest is not None:

@@ -66,6 +66,9 @@ class Patchify(nn.Module):
     def noise_shape(self, event_shape):
         return self.token_shape
 
+    def data_shape(self, event_shape):
+        return self.image_shape
+
     def extra_repr(self):
         return f"{self.image_shape}, patch_size={self.patch_size}, scale={self.scale}"
 

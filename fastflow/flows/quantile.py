@@ -44,7 +44,7 @@ class CDF(nn.Module):
         """(z, logdet) of x (B, *event), logdet (B,) in nats; ``context`` is ignored."""
         checks.tensor("x", x)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        outside = ~(self.distribution.support.check(x) | torch.isnan(x))
+        outside = ~(self.distribution.support.check(x) | torch.isnan(x)) | torch.isinf(x)
         safe = torch.where(outside, self._inner(x), x)
         missing = torch.isnan(safe)
         safe = torch.where(missing, self._inner(x), safe)
@@ -57,12 +57,12 @@ class CDF(nn.Module):
         checks.tensor("z", z)
         dtype = torch.promote_types(torch.result_type(z, self._sample), torch.float32)
         missing, outside = torch.isnan(z), (z <= 0.0) | (z >= 1.0)
-        safe = torch.where(outside | missing, 0.5, z).to(dtype)
+        safe = torch.where(outside | missing, 0.4, z).to(dtype)  # not the median, at which a density may be infinite
         try:
             # In float64, because near 0 torch's icdf of a normal law has no digits in float32.
             with torch.no_grad():  # where it has no finite value even so, z is as good as at its end
                 outside = outside | ~torch.isfinite(self.distribution.icdf(safe.double()).to(dtype))
-            x = self.distribution.icdf(torch.where(outside, 0.5, safe).double()).to(dtype)
+            x = self.distribution.icdf(torch.where(outside, 0.4, safe).double()).to(dtype)
         except NotImplementedError:
             x = self._solve(safe)
         slope = torch.where(outside, -math.inf, -self.distribution.log_prob(x))

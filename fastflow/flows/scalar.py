@@ -45,7 +45,7 @@ class ScalarTransform(nn.Module):
 
     Attributes:
         domain, codomain: (low, high), the open intervals that f maps onto each other.
-        inner: a point of the domain.
+        inner: a point of the domain whose image is none that a density may be infinite at, as 0 and 1 are for some.
     """
 
     domain = codomain = (-INF, INF)
@@ -133,33 +133,38 @@ class Affine(ScalarTransform):
 class Log(ScalarTransform):
     """z = log(x) on (0, inf); Flow(Log(), base) is the law of x = exp(z), such as a log-normal."""
 
-    domain, inner = (0.0, INF), 1.0
+    domain, inner = (0.0, INF), 2.0
 
     def f(self, x):
         z = torch.log(x)
         return z, -z
 
     def f_inverse(self, z):
-        return torch.exp(z), z
+        return torch.exp(z), _finite_slope(z)
 
 
 class Exp(ScalarTransform):
     """z = exp(x) onto (0, inf); Flow(Exp(), base) is the law of x = log(z) for a positive z."""
 
-    codomain = (0.0, INF)
+    codomain, inner = (0.0, INF), 0.3
 
     def f(self, x):
-        return torch.exp(x), torch.where(x == INF, -INF, x)  # an infinite slope would make NaN of a zero density
+        return torch.exp(x), _finite_slope(x)
 
     def f_inverse(self, z):
         x = torch.log(z)
         return x, -x
 
 
+def _finite_slope(x):
+    """x, the log of exp's slope, where that is finite: an infinite one would make NaN of a zero density."""
+    return torch.where(x == INF, -INF, x)
+
+
 class Softplus(ScalarTransform):
     """z = log(1 + exp(x)) onto (0, inf), with log f' = logsigmoid(x)."""
 
-    codomain = (0.0, INF)
+    codomain, inner = (0.0, INF), 0.3
 
     def f(self, x):
         return -F.logsigmoid(-x), F.logsigmoid(x)  # softplus itself is cut off at 20
@@ -172,7 +177,7 @@ class Softplus(ScalarTransform):
 class Sigmoid(ScalarTransform):
     """z = 1/(1 + exp(-x)) onto (0, 1), with log f' = logsigmoid(x) + logsigmoid(-x)."""
 
-    codomain = (0.0, 1.0)
+    codomain, inner = (0.0, 1.0), 0.3
 
     def f(self, x):
         return torch.sigmoid(x), F.logsigmoid(x) + F.logsigmoid(-x)
@@ -192,7 +197,7 @@ class Logit(ScalarTransform):
         Dinh et al., "Density estimation using Real NVP", 2017, arXiv:1605.08803, section 4.1.
     """
 
-    inner = 0.5
+    inner = 0.6
 
     def __init__(self, alpha=0.0):
         super().__init__()
@@ -218,7 +223,7 @@ class Logit(ScalarTransform):
 class Tanh(ScalarTransform):
     """z = tanh(x) onto (-1, 1), with log f' = 2 (log 2 - |x| - log1p(exp(-2 |x|)))."""
 
-    codomain = (-1.0, 1.0)
+    codomain, inner = (-1.0, 1.0), 0.3
 
     def f(self, x):
         size = x.abs()
@@ -232,7 +237,7 @@ class Tanh(ScalarTransform):
 class Atan(ScalarTransform):
     """z = atan(x) onto (-pi/2, pi/2), with log f' = -log(1 + x^2)."""
 
-    codomain = (-math.pi / 2, math.pi / 2)
+    codomain, inner = (-math.pi / 2, math.pi / 2), 0.3
 
     def f(self, x):
         return torch.atan(x), -_log_one_plus_square(x)
@@ -257,7 +262,7 @@ class Power(ScalarTransform):
     """
 
     domain = codomain = (0.0, INF)
-    inner = 1.0
+    inner = 0.7
 
     def __init__(self, exponent):
         super().__init__()

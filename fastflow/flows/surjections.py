@@ -3,7 +3,7 @@
 They are used like transforms, ``t(x, context) -> (z, contribution)`` and ``t.inverse(z, context) -> (x,
 -contribution)`` with the contribution (B,) in nats of the same pair (x, z), and stand in a Compose like them. Where
 ``exact`` is true the log-likelihood is that of the base plus contributions, as for bijections. Elsewhere z is drawn,
-and the sum is a lower bound of it in expectation.
+and the sum is a lower bound of it in expectation. ``draws`` says that one of the two directions is drawn.
 
 References:
     Nielsen et al., "SurVAE flows: surjections to bridge the gap between VAEs and flows", 2020, arXiv:2007.02731.
@@ -51,17 +51,20 @@ class UniformDequantization(nn.Module):
     """
 
     exact = False
+    draws = True
 
     def __init__(self, n_bins=256):
         super().__init__()
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # follows .double()
         if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
             raise ValueError(f"n_bins: expected a positive int, got {n_bins!r}")
         self.n_bins = n_bins
 
-    def forward(self, x, context=None, *, generator=None, dtype=torch.float32):
-        """(z (B, *event) in ``dtype``, contribution (B,)) of integer-valued x of any dtype."""
+    def forward(self, x, context=None, *, generator=None, dtype=None):
+        """(z (B, *event) in ``dtype``, None for the module's own, contribution (B,)) of integer-valued x of any
+        dtype."""
         checks.tensor("x", x, floating=False)
-        z = dequantize(x, self.n_bins, generator=generator, dtype=dtype)
+        z = dequantize(x, self.n_bins, generator=generator, dtype=self._dtype(dtype))
         return z, self._width(z).expand(len(z))
 
     def inverse(self, z, context=None):
@@ -74,6 +77,9 @@ class UniformDequantization(nn.Module):
 
     def _integers(self, z):
         return torch.floor((z + 0.5) * self.n_bins).clamp(0, self.n_bins - 1).long()
+
+    def _dtype(self, given):
+        return torch.promote_types(self.anchor.dtype, torch.float32) if given is None else given
 
     def _width(self, z):
         dtype = torch.promote_types(z.dtype, torch.float32)
@@ -102,9 +108,10 @@ class VariationalDequantization(UniformDequantization):
         self.noise = noise
         self.encoder = encoder
 
-    def forward(self, x, context=None, *, generator=None, dtype=torch.float32):
-        """(z (B, *event) in ``dtype``, contribution (B,)) of integer-valued x of any dtype; ``context`` is ignored."""
+    def forward(self, x, context=None, *, generator=None, dtype=None):
+        """As of :class:`UniformDequantization`; ``context`` is ignored."""
         checks.tensor("x", x, floating=False)
+        dtype = self._dtype(dtype)
         u, log_q = _draw(self.noise, self._condition(x, dtype), generator)
         z = (x.to(dtype) + u.to(dtype)) / self.n_bins - 0.5
         # Rounding must not carry the last bin to 0.5, which lies outside.
@@ -142,6 +149,7 @@ class Slice(nn.Module):
     """
 
     exact = True
+    draws = True
 
     def __init__(self, keep, decoder):
         super().__init__()
@@ -184,6 +192,7 @@ class Augment(nn.Module):
     """
 
     exact = False
+    draws = True
 
     def __init__(self, channels, extra, encoder):
         super().__init__()
@@ -209,3 +218,6 @@ class Augment(nn.Module):
 
     def noise_shape(self, event_shape):
         return (self.channels + self.extra, *event_shape[1:])
+
+    def data_shape(self, event_shape):
+        return (self.channels, *event_shape[1:])

@@ -8,7 +8,7 @@ from torch import nn
 from fastflow.flows import fused, memory, sequence
 from fastflow.flows.logdets import zero_logdet
 
-__all__ = ["Compose", "Inverse", "Transform", "initialize", "noise_shape"]
+__all__ = ["Compose", "Inverse", "Transform", "data_shape", "initialize", "noise_shape"]
 
 
 @runtime_checkable
@@ -47,6 +47,11 @@ def initialize(transform, x, context=None):
 def noise_shape(transform, event_shape):
     """The shape of one z for data whose shape is ``event_shape``."""
     return transform.noise_shape(event_shape) if hasattr(transform, "noise_shape") else tuple(event_shape)
+
+
+def data_shape(transform, event_shape):
+    """The shape of one x for noise whose shape is ``event_shape``."""
+    return transform.data_shape(event_shape) if hasattr(transform, "data_shape") else tuple(event_shape)
 
 
 class Compose(nn.Module):
@@ -103,6 +108,11 @@ class Compose(nn.Module):
             event_shape = noise_shape(transform, event_shape)
         return event_shape
 
+    def data_shape(self, event_shape):
+        for transform in reversed(self.transforms):
+            event_shape = data_shape(transform, event_shape)
+        return event_shape
+
     def unpack(self, z):
         """The latents that z (B, D) packs: those of the last transform."""
         last = self.transforms[-1] if len(self.transforms) else None
@@ -128,7 +138,10 @@ class Inverse(nn.Module):
 
     def noise_shape(self, event_shape):
         """The transform's ``data_shape`` of it, where shapes change, else the shape itself."""
-        return (self.transform.data_shape if hasattr(self.transform, "data_shape") else tuple)(event_shape)
+        return data_shape(self.transform, event_shape)
+
+    def data_shape(self, event_shape):
+        return noise_shape(self.transform, event_shape)
 
     def parts(self):
         """The parts of the transform, each the other way, in the order in which they run then."""
@@ -148,3 +161,8 @@ class _Foreign(nn.Module):
 
     def inverse(self, z, context=None):
         return self.transform.inverse(z, context)
+
+    def __getattr__(self, name):
+        if name in ("data_shape", "initialize", "noise_shape", "unpack"):  # what a transform may have besides
+            return getattr(self.__dict__["transform"], name)
+        return super().__getattr__(name)

@@ -1,5 +1,6 @@
 """What a context adds to the hidden channels of a convolutional conditioner."""
 
+import torch
 from torch import nn
 
 from fastflow import checks
@@ -54,9 +55,23 @@ class ContextShift(nn.Module):
         if self.context_features is not None:
             checks.shape("context", context, (x.shape[0], self.context_features))
             return self.layer(context)[:, :, None, None]
-        arranged = context if self.arrange is None else self.arrange(context)
+        arranged, cause = self._arranged(context)
         expected = (x.shape[0], self.context_channels, *x.shape[2:])
-        if tuple(arranged.shape) != expected:
+        if arranged is None or tuple(arranged.shape) != expected:
             raise ValueError(f"context: expected an image whose channels and size fit x of shape {tuple(x.shape)} "
-                             f"({expected} once arranged), got shape {tuple(context.shape)}")
+                             f"({expected} once arranged), got shape {tuple(context.shape)}") from cause
         return self.layer(arranged)
+
+    def _arranged(self, context):
+        """(the image at the positions of x, None), or (None, the error) of a shape that ``arrange`` does not take."""
+        if self.arrange is None:
+            return context, None
+        try:
+            if context.shape[0]:
+                return self.arrange(context), None
+            # For an empty batch torch's pixel_unshuffle leaves the shape as it was.
+            return self.arrange(context.new_zeros(1, *context.shape[1:]))[:0], None
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            return None, error

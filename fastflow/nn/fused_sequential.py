@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastflow import backends, functional
@@ -91,6 +92,28 @@ def whole_mlp(network, shape_in, shape_out, dtype):
             or shape_out is not None and weights[-1].shape[0] != math.prod(shape_out)):
         return None
     return weights, biases, activation
+
+
+def stacked(stages, x):
+    """[the answer of every stage] to x (B, features), where each is an nn.Sequential of a Linear layer and ReLU or
+    SiLU, by functional.wide_mlp; None where they are fewer than two or something else, or no kernel serves."""
+    if (len(stages) < 2 or x.dim() != 2 or torch.compiler.is_compiling()
+            or nn.modules.module._has_any_global_hook()):
+        return None
+    layers = []
+    for stage in stages:
+        if type(stage) is not nn.Sequential or len(stage._modules) != 2 or not untouched(stage):
+            return None
+        layers += stage._modules.values()
+    weights, biases, activation = chain(layers, 0, x.shape[1], x.dtype)
+    last = layers[-1]
+    if len(weights) < len(stages) or ACTIVATIONS.get(type(last)) != activation or not untouched(last):
+        return None
+    backend, _ = backends.prefers("wide_mlp", x, *weights, *biases)
+    if backend == "reference":
+        return None
+    out, values = run_wide_mlp(backend, x, weights, biases, activation, hidden=True)
+    return [*values, getattr(F, activation)(out)]
 
 
 def _convolution(layers, at, x):

@@ -18,16 +18,21 @@ class MLP(nn.Module):
         hidden: sizes of the hidden layers.
         context_features: size of the context, or None for a network without one.
         activation: constructor of the activation module.
+
+    Raises:
+        ValueError, TypeError: a size is no int that fits; the message names it.
     """
 
     def __init__(self, in_features, out_features, hidden=(64, 64), *, context_features=None, activation=nn.ReLU):
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = in_features = checks.count("in_features", in_features)
+        self.out_features = out_features = checks.count("out_features", out_features)
+        if context_features is not None:
+            context_features = checks.count("context_features", context_features, 1)
         self.context_features = context_features
         width = in_features + (context_features or 0)
         layers = []
-        for size in hidden:
+        for size in (checks.count("hidden", size, 1) for size in hidden):
             layers += [_linear(width, size), activation()]
             width = size
         last = _linear(width, out_features)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from fastflow import checks
 from fastflow.nn import FusedSequential
 
 __all__ = ["LogCounts", "Rescale", "conv_decoder", "conv_encoder", "conv_feature_decoder", "conv_feature_encoder",
@@ -102,7 +103,7 @@ class LogCounts(nn.Module):
 
 def _mlp(features, hidden, out_features, activation):
     layers = []
-    for size in hidden:
+    for size in (checks.count("hidden", size, 1) for size in hidden):
         layers += [nn.Linear(features, size), activation()]
         features = size
     return [*layers, nn.Linear(features, out_features)]
@@ -110,6 +111,8 @@ def _mlp(features, hidden, out_features, activation):
 
 def _scaled(image_shape, channels):
     """(C, height, width) with the sides halved once for each of ``channels``."""
+    for channel in channels:
+        checks.count("channels", channel, 1)
     factor = 2 ** len(channels)
     size, height, width = image_shape
     if height % factor or width % factor:

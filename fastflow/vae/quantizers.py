@@ -145,8 +145,8 @@ class FSQ(nn.Module):
         offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
         bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
         whole = bounded + (torch.round(bounded) - bounded).detach()
-        digits = torch.round(bounded).detach() + torch.floor(0.5 * sizes)
-        codes = (digits * self._constants(z, self._bases())).sum(1).round().to(torch.int64)
+        digits = (torch.round(bounded).detach() + torch.floor(0.5 * sizes)).to(torch.int64)
+        codes = sum(digit * base for digit, base in zip(digits.unbind(1), self._bases(), strict=True))
         return Quantized(whole / torch.floor(0.5 * sizes), codes, z.new_zeros(len(z)))
 
     def lookup(self, codes):

@@ -1,5 +1,6 @@
 """The collapse monitor, the density-ratio check, traversals and the report."""
 
+import importlib.util
 import math
 import warnings
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from fastflow import diagnostics, vae
+from fastflow.engine.aside import aside
+from fastflow.engine.export import export
 from tests.gaussian_models import linear, randn
 
 
@@ -146,3 +149,22 @@ def test_report_of_other_models(options):
     assert found.kl is not None and found.traversal is None
     with pytest.raises(ValueError, match="^x: expected at least 2"):
         diagnostics.diagnose(model, x[:1])
+
+
+def test_what_looks_at_a_model_leaves_every_part_in_its_mode(tmp_path):
+    """A part that is kept in eval mode while the rest trains, as a pretrained encoder with batch statistics is."""
+    model = vae.MLPVAE((6,), 2, (8,)).train()
+    model.encoder.eval()
+    x = torch.bernoulli(torch.full((8, 6), 0.4))
+
+    def look():
+        with aside(model, torch.device("cpu"), seed=0):
+            assert not any(module.training for module in model.modules())
+
+    calls = [look, lambda: diagnostics.diagnose(model, x), lambda: export(model, tmp_path / "one", "torch_export")]
+    if importlib.util.find_spec("constriction"):
+        calls.append(lambda: diagnostics.BitsBack(model).encode(x))
+    for call in calls:
+        call()
+        assert model.training and model.decoder.training
+        assert not any(module.training for module in model.encoder.modules())

@@ -278,6 +278,18 @@ def test_measuring_leaves_the_estimator_alone():
     assert estimator.weight == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("make", [lambda n: Bernoulli(torch.zeros(n, 3)), lambda n: Categorical(torch.zeros(n, 2, 4)),
+                                  lambda n: Bernoulli(torch.zeros(n))])
+def test_empty_batches(name, make):
+    """No values, and averages over calls that stay as they are."""
+    q = make(0).detached()
+    estimator = estimators.create(name, q.event_shape)
+    estimate = estimator(q, lambda b: b.flatten(2).sum(2) if b.dim() > 2 else b, 3)
+    assert estimate.value.shape == (0,) and estimate.samples.shape[1:] == q.logits.shape
+    assert all(value.isfinite().all() for value in estimator.state_dict().values())
+
+
 def test_scalar_events():
     q = Bernoulli(torch.tensor([0.3, -0.2], dtype=torch.float64))
     for name in ("reinforce", "rloo", "disarm", "arm", "rebar", "unordered-set", "vimco", "gumbel-softmax"):

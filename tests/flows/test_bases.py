@@ -8,14 +8,17 @@ from torch import distributions as D
 from torch import nn
 
 from fastflow import flows
+from fastflow.diagnostics import inversion_error
+from fastflow.engine import TrainStep
+from fastflow.nn import AffineCoupling
 
 
-def scattered(base, seed=0):
+def scattered(base, seed=0, size=0.4):
     torch.manual_seed(seed)
     base = base.double()
     with torch.no_grad():
         for p in base.parameters():
-            p.add_(0.4 * torch.randn_like(p))
+            p.add_(size * torch.randn_like(p))
     return base
 
 
@@ -210,6 +213,61 @@ def test_class_conditional_base():
     for wrong in (None, labels.float(), labels[:, None]):
         with pytest.raises(ValueError, match="context"):
             base.log_prob(x, context=wrong)
+
+
+UNCONDITIONAL = {
+    "realnvp": (lambda: flows.RealNVP(4, n_layers=2, hidden=(4,)), (4,)),
+    "maf": (lambda: flows.MAF(4, n_layers=1), (4,)),
+    "nsf": (lambda: flows.NSF(4, n_layers=2, hidden=(4,)), (4,)), "jet": (
+        lambda: flows.Jet((1, 4, 4), patch_size=2, channels=8, couplings=2, depth=1, heads=2), (1, 4, 4)),
+    "glow": (lambda: flows.Glow((1, 4, 4), 2, 1, 4), (1, 4, 4)), "residual": (
+        lambda: flows.ResidualFlow(4, n_layers=1, hidden=(4,)).eval(), (4,)),
+    "realnvp-image": (lambda: flows.RealNVPImage((1, 4, 4), 2, 1, 4, 1), (1, 4, 4)),
+    "slice": (lambda: flows.Flow(flows.Compose(
+        flows.Slice(2, flows.ConditionalNormal(2, nn.Linear(2, 4))), flows.RealNVP(2, n_layers=2).transform),
+        flows.StandardNormal(2)), (4,)),
+    "one input": (lambda: flows.Flow(coupled(nn.Sequential(nn.Linear(2, 4))), flows.StandardNormal(4)), (4,)),
+}
+
+
+def coupled(conditioner):
+    return flows.Compose(AffineCoupling(conditioner), flows.Sylvester(4))
+
+
+@pytest.mark.parametrize("name", UNCONDITIONAL)
+def test_classes_of_the_base_alone(name):
+    """A transform that was built without a context is not handed that of the base."""
+    make, shape = UNCONDITIONAL[name]
+    plain = scattered(make(), seed=1, size=0.05)
+    base = scattered(flows.ClassConditionalNormal(plain.base.event_shape, 3), size=0.05)
+    flow, labels = flows.Flow(plain.transform, base), torch.tensor([2, 0, 1])
+    x = torch.rand(3, *shape, dtype=torch.float64) - 0.5
+    flow.initialize(x, labels)
+    z, logdet = plain.transform(x)
+    log_prob = flow.log_prob(x, labels)
+    torch.testing.assert_close(log_prob, base.log_prob(z, context=labels) + logdet)
+    draws, density = flow.sample_and_log_prob(2, labels)
+    assert draws.shape == (2, 3, *shape)
+    torch.testing.assert_close(density[1], flow.log_prob(draws[1], labels), rtol=1e-4, atol=1e-5)
+    assert name == "slice" or inversion_error(flow, x, labels).absolute < 1e-4
+    for memory in ("none", "save_z"):
+        step = TrainStep(flow, torch.optim.SGD(flow.parameters(), lr=0.0), memory=memory)
+        if name != "residual":
+            torch.testing.assert_close(step(x, labels), -log_prob.mean().detach())
+
+
+def test_a_transform_with_a_context_shares_it_with_the_base():
+    class Own(nn.Module):
+        def forward(self, x, context):
+            return torch.cat([x + context, context], 1)
+
+    for transform in (flows.RealNVP(2, n_layers=2, hidden=(4,), context_features=1).transform, AffineCoupling(Own())):
+        flow = flows.Flow(transform, flows.ConditionalNormal(2, nn.Linear(1, 4))).double()
+        context, x = torch.randn(3, 1, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+        z, logdet = transform(x, context)
+        torch.testing.assert_close(flow.log_prob(x, context), flow.base.log_prob(z, context=context) + logdet)
+    with pytest.raises(ValueError, match="^context"):  # nobody takes it
+        flows.RealNVP(2)(torch.zeros(3, 2), torch.zeros(3, 1))
 
 
 def test_priors_that_positions_share():

@@ -92,6 +92,22 @@ def test_memory_modes_give_the_plain_gradients(name, mode):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_empty_batches_under_a_conditioning_image(name):
+    model = MODELS[name](context_channels=2)
+    x, context = torch.zeros(0, 3, 8, 8), torch.zeros(0, 2, 8, 8)
+    assert model(x, context).shape == (0,)
+    assert model.sample(2, context).shape == (2, 0, 3, 8, 8)
+    assert model.sample(0, torch.zeros(3, 2, 8, 8)).shape == (0, 3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shape", [(2, 2, 7, 7), (2, 2), (2, 2, 8), (2, 2, 16, 16), (2, 3, 8, 8)])
+def test_a_conditioning_image_of_another_shape_is_named(name, shape):
+    with pytest.raises(ValueError, match="^context"):
+        MODELS[name](context_channels=2)(torch.zeros(2, 3, 8, 8), torch.zeros(shape))
+
+
 def test_a_conditioning_image_reaches_what_lies_beside_it():
     """Unshuffled, not averaged: a pixel of the context moves parameters around its own place alone."""
     net = ConvNet(6, 6, 4, context_channels=8, arrange=torch.nn.PixelUnshuffle(2))

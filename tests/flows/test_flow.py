@@ -153,6 +153,38 @@ def test_as_distribution():
     assert plain.log_prob(plain.sample()).shape == ()
 
 
+@pytest.mark.parametrize("conditional", [False, True])
+def test_expanded_distributions(conditional):
+    """Further batch dimensions: each of them draws its own, under its context."""
+    flow = scattered(flows.RealNVP(3, n_layers=2, hidden=(4,), context_features=2 if conditional else None)).double()
+    context = torch.randn(4, 2, dtype=torch.float64) if conditional else None
+    wide = flow.as_distribution(context).expand((5, 4)).expand((2, 5, 4))
+    assert wide.batch_shape == (2, 5, 4) and wide.event_shape == (3,)
+    x = wide.sample((6,))
+    assert x.shape == (6, 2, 5, 4, 3) and len(x.view(-1, 3).unique(dim=0)) == 240
+    log_prob = wide.log_prob(x)
+    assert log_prob.shape == (6, 2, 5, 4)
+    torch.testing.assert_close(log_prob[3, 1, 2], flow.log_prob(x[3, 1, 2], context))
+    torch.testing.assert_close(wide.log_prob(x[0, 0, 0]), log_prob[0, 0, 0].expand(2, 5, 4))
+    assert torch.distributions.Independent(wide, 2).log_prob(x).shape == (6, 2)
+    if conditional:
+        with pytest.raises(RuntimeError):
+            flow.as_distribution(context).expand((5,))
+
+
+def test_pyros_plates_expand():
+    pyro = pytest.importorskip("pyro")
+    flow, x = scattered(flows.RealNVP(2, n_layers=2, hidden=(4,))), torch.randn(7, 2)
+
+    def model(seen=None):
+        with pyro.plate("data", 7):
+            return pyro.sample("x", flow.as_distribution(), obs=seen)
+
+    total = pyro.poutine.trace(model).get_trace(x).log_prob_sum()
+    torch.testing.assert_close(total, flow.log_prob(x).sum())
+    assert model().shape == (7, 2)
+
+
 def test_initialize():
     x = torch.randn(200, 2) * 3 + 5
     flow = flows.Flow(flows.Compose(ActNorm(2), AffineCoupling(MLP(1, 2)), flows.Inverse(ActNorm(2)), ActNorm(2)),
@@ -195,6 +227,15 @@ def test_bits_per_dim_accounting():
     torch.testing.assert_close(bits, -(log_prob - 4 * math.log(256)) / (4 * math.log(2)))
 
 
+@pytest.mark.parametrize("layers", [[], [ActNorm(1)]])
+def test_constants_of_a_transform_do_not_make_the_data_double(layers):
+    """Affine keeps numbers in float64 for either precision; what data the flow takes, its parameters and base say."""
+    flow = flows.Flow(flows.Compose(flows.Affine(0.5, 1.0), *layers), flows.StandardNormal((1, 2, 2)))
+    x = torch.randint(0, 256, (3, 1, 2, 2))
+    assert flow.bits_per_dim(x).dtype == torch.float32
+    assert flow.double().bits_per_dim(x).dtype == torch.float64
+
+
 def test_dequantize_stays_inside():
     for dtype in (torch.float32, torch.float64):
         values = flows.dequantize(torch.full((1 << 18,), 255, dtype=torch.uint8), dtype=dtype)
@@ -210,6 +251,9 @@ def test_dequantize_stays_inside():
     (TypeError, lambda: flows.NSF(2.5), "^features: expected an int, got float"),
     (ValueError, lambda: flows.RealNVP(2)(torch.zeros(1, 3)), "x: expected"),
     (ValueError, lambda: flows.dequantize(torch.zeros(1), 0), "n_bins"),
+    (TypeError, lambda: flows.dequantize(torch.zeros(1), 2.5), "n_bins"),
+    (ValueError, lambda: flows.RealNVP(2, hidden=(0,)), "hidden"),
+    (ValueError, lambda: flows.NSF(2, context_features=0), "context_features"),
     (ValueError, lambda: flows.RealNVP(2).sample(-1), "n: expected"),
     (TypeError, lambda: flows.RealNVP(2).rsample(2.5), "n: expected"),
     (TypeError, lambda: flows.RealNVP(2).sample_and_log_prob((2, 3)), "n: expected"),

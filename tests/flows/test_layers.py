@@ -184,6 +184,10 @@ def test_conv_net():
 
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: AffineCoupling(MLP(1, 2), split="rows"), "split"),
+    (ValueError, lambda: MLP(-1, 2), "in_features"),
+    (ValueError, lambda: MLP(1, 2, (4, 0)), "hidden"),
+    (TypeError, lambda: MLP(1, 2, (4.0,)), "hidden"),
+    (ValueError, lambda: MLP(1, 2, context_features=0), "context_features"),
     (ValueError, lambda: AffineCoupling(MLP(1, 2), split=torch.tensor([0.5, 1.0])), "split"),
     (ValueError, lambda: AffineCoupling(MLP(1, 2), scale="cubic"), "scale"),
     (ValueError, lambda: AffineCoupling(MLP(1, 2), layout="rows"), "layout"),

@@ -222,3 +222,16 @@ def test_infinite_values_have_no_density():
     for transform, base in ((flows.Exp(), D.Exponential(torch.ones(1))), (flows.Compose(), flows.StandardNormal(1)),
                             (flows.Compose(), D.Gamma(torch.full((1,), 2.0), torch.ones(1)))):
         assert torch.isneginf(flows.Flow(transform, base).log_prob(x)).all()
+
+
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+@every_transform
+def test_outside_is_minus_infinity_under_a_base_with_poles(name, way):
+    """A density that is infinite at 0 and 1: what stands in for a point outside must not be carried there."""
+    transform = TRANSFORMS[name]() if way == "forward" else flows.Inverse(TRANSFORMS[name]())
+    for base in (D.Beta(torch.tensor(0.5).double(), torch.tensor(0.5).double()),
+                 D.Gamma(torch.tensor(0.5).double(), torch.tensor(1.0).double())):
+        flow = flows.Flow(transform, base.expand((2,)))
+        x = torch.tensor([-math.inf, -1e30, -1.0, 1.5, 1e30, math.inf], dtype=torch.float64)
+        values = flow.log_prob(x[:, None].expand(-1, 2))
+        assert not values.isnan().any() and values[[0, 5]].eq(-math.inf).all()

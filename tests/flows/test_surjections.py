@@ -8,6 +8,7 @@ from flow_checks import scattered
 from torch import nn
 
 from fastflow import flows
+from fastflow.engine import TrainStep
 from fastflow.nn import MLP
 
 BINS = 4
@@ -207,6 +208,49 @@ def test_a_flow_with_its_own_dequantisation():
                                  for f in (plain, uniform)))
     with pytest.raises(ValueError, match="^n_bins: expected 4"):
         flow.bits_per_dim(x)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "variational"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dequantisation_inside_the_transform_counts_as_the_flows_own(kind, dtype):
+    """The same figures, gradients and precision as with ``dequantization=``, nothing dequantised twice."""
+    surjection = (flows.UniformDequantization(BINS) if kind == "uniform"
+                  else flows.VariationalDequantization(noise_flow(2), n_bins=BINS))
+    inner = scattered(flows.RealNVP(2, n_layers=2, hidden=(4,)), 0.1)
+    layers = flows.Compose(flows.Compose(surjection, flows.Affine(0.5, 2.0)), inner.transform)
+    inside = flows.Flow(layers, inner.base).to(dtype)
+    beside = flows.Flow(flows.Compose(flows.Affine(0.5, 2.0), inner.transform), inner.base, surjection).to(dtype)
+    assert inside.dequantizer is beside.dequantizer is surjection and inner.dequantizer is None
+    x = torch.randint(0, BINS, (6, 2))
+    bits, losses = [], []
+    for flow in (inside, beside):
+        torch.manual_seed(1)
+        bits.append(flow.bits_per_dim(x, BINS))
+        for memory in ("none", "save_z", "invert"):
+            step = TrainStep(flow, torch.optim.SGD(flow.parameters(), lr=0.0), memory=memory, n_bins=BINS)
+            torch.manual_seed(1)
+            losses.append(step(x))
+    assert bits[0].dtype == dtype
+    torch.testing.assert_close(*bits)
+    torch.testing.assert_close(torch.stack(losses), (bits[0].mean() * 2 * math.log(2)).detach().expand(6))
+    with pytest.raises(ValueError, match="^n_bins: expected 4"):
+        inside.bits_per_dim(x)
+
+
+def test_a_generator_reaches_what_surjections_draw():
+    def twice(function):
+        states = torch.get_rng_state()
+        found = [function(torch.Generator().manual_seed(2)) for _ in range(2)]
+        assert torch.equal(torch.get_rng_state(), states)
+        return found
+
+    conditional = flows.ConditionalNormal((1,), MLP(1, 2, (4,)))
+    cut = flows.Flow(flows.Compose(flows.Slice(1, conditional)), flows.StandardNormal(1))
+    assert torch.equal(*twice(lambda g: cut.sample(5, generator=g)))
+    assert torch.equal(*twice(lambda g: cut.sample_and_log_prob(5, generator=g)[1]))
+    wide = flows.Flow(flows.Compose(flows.Augment(1, 1, conditional)), flows.StandardNormal(2))
+    x = torch.randint(0, BINS, (6, 1))
+    assert torch.equal(*twice(lambda g: wide.bits_per_dim(x, BINS, generator=g)))
 
 
 @pytest.mark.parametrize(("error", "make", "message"), [

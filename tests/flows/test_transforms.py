@@ -1,5 +1,7 @@
 """What every transform must satisfy: inverse, log-determinant against autograd's Jacobian, gradients."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -161,6 +163,27 @@ def test_state_dict_round_trip(name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("shape", "build"), [
+    ((8, 2, 4), lambda: flows.Inverse(flows.Compose(flows.Squeeze(), flows.Reverse()))),
+    ((8, 2, 4), lambda: flows.Inverse(flows.Inverse(flows.CheckerboardSqueeze()))),
+    ((8, 2, 4), lambda: flows.Compose(flows.Patchify((8, 2, 4), 2), flows.Inverse(flows.Patchify((8, 2, 4), 2)))),
+    ((8, 2, 4), lambda: flows.Inverse(flows.Compose(flows.Inverse(flows.Flatten((8, 2, 4)))))),
+    ((8, 2, 4), lambda: flows.Compose(flows.Split((8, 2, 4)), flows.Inverse(flows.Split((4, 4, 4))))),
+    ((16,), lambda: flows.Compose(flows.Inverse(small_glow()), flows.Squeeze())),
+])
+def test_shapes_of_what_runs_the_other_way(shape, build):
+    transform, x = build(), torch.randn(3, *shape)
+    z, _ = transform(x)
+    assert flows.transform.noise_shape(transform, shape) == tuple(z.shape[1:])
+    assert flows.transform.data_shape(transform, z.shape[1:]) == shape
+
+
+def test_latents_behind_a_composition_that_runs_the_other_way():
+    split = flows.Split((16, 2, 2), flows.Inverse(flows.Compose(flows.Squeeze(), flows.Reverse())))
+    x = torch.randn(3, 16, 2, 2)
+    assert torch.equal(split.inverse(split(x)[0])[0], x)
+
+
 def test_foreign_transforms():
     class Double:
         def __call__(self, x, context=None):
@@ -177,6 +200,39 @@ def test_foreign_transforms():
     assert flows.Flow(Double(), flows.StandardNormal((2,))).log_prob(x).shape == (3,)
     with pytest.raises(TypeError, match=r"transforms\[1\]"):
         flows.Compose(Double(), object())
+
+
+def test_a_foreign_transform_may_have_what_a_transform_may():
+    """Its shapes, latents and data-dependent parameters are asked for inside a composition too."""
+    class Halves:
+        shift = 0.0
+
+        def __call__(self, x, context=None):
+            return torch.cat([x, x - self.shift], 1)[:, :2 * x.shape[1]], x.new_zeros(len(x))
+
+        def inverse(self, z, context=None):
+            return z[:, :z.shape[1] // 2], z.new_zeros(len(z))
+
+        def initialize(self, x, context=None):
+            self.shift = x.mean().item()
+            return self(x)[0]
+
+        def noise_shape(self, event_shape):
+            return (2 * event_shape[0],)
+
+        def data_shape(self, event_shape):
+            return (event_shape[0] // 2,)
+
+        def unpack(self, z):
+            return list(z.chunk(2, 1))
+
+    halves = Halves()
+    composed, x = flows.Compose(halves), torch.randn(3, 2) + 4.0
+    assert composed.noise_shape((2,)) == (4,) and composed.data_shape((4,)) == (2,)
+    assert torch.equal(composed.initialize(x)[:, 2:], x - x.mean()) and halves.shift != 0.0
+    assert [part.shape for part in composed.unpack(composed(x)[0])] == [(3, 2), (3, 2)]
+    copied = copy.deepcopy(composed)
+    assert torch.equal(copied(x)[0], composed(x)[0])
 
 
 @pytest.mark.parametrize(("make", "message"), [

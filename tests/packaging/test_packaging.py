@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastflow import extension
+from fastflow import backends, extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +79,16 @@ def test_binary_needs_only_the_stable_abi(backend):
     assert "aoti_torch_" in symbols
     unstable = [line for line in symbols.splitlines() if any(ns in line for ns in ("at::", "c10::", "torch::", "Py"))]
     assert not unstable
+
+
+def test_the_script_for_other_torches_holds_every_operation():
+    """load_library.py, whose answers are wanted from torch 2.10 and from the newest, under the torch that is here."""
+    if extension.library_path("cpu") is None:
+        pytest.skip("the CPU library was not built")
+    run = subprocess.run([sys.executable, ROOT / "tests/packaging/load_library.py"], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("cpu equals the reference") == len(backends.OPS)
 
 
 def test_kernels_are_imported_by_one_name():

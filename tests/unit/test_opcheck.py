@@ -179,7 +179,8 @@ def wide_mlp_backward_samples():
     for x, weights, biases, activation, _ in wide_mlp_samples():
         kept = [r(len(x), w.shape[0], dtype=x.dtype) for w in weights[:-1] for _ in range(activation)]
         for needs in ((True, True), (True, False), (False, True)):
-            yield r(len(x), len(biases[-1]), dtype=x.dtype), x, weights, kept, activation, *needs
+            for by_hidden in ([], [r(*h.shape, dtype=x.dtype, layout=layouts.permuted) for h in kept[::activation]]):
+                yield r(len(x), len(biases[-1]), dtype=x.dtype), by_hidden, x, weights, kept, activation, *needs
 
 
 def flow_samples():

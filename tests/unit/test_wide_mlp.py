@@ -29,6 +29,29 @@ def test_sizes(batch, sizes, dtype, activation, threads):
     assert kernels_run(lambda: evaluate(case, tensors, cotangents=cotangents)) == KERNELS
 
 
+@pytest.mark.parametrize(("batch", "sizes"), [*(s for s in SIZES if len(s[1]) > 2), (32, (128,) * 21)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_activations_of_the_hidden_layers(batch, sizes, dtype, activation, threads):
+    case = mlp_case("hidden", sizes, op="wide_mlp", batch=batch, activation=activation, hidden=True)
+    tensors = case.tensors(dtype)
+    cotangents = cotangents_of(case, tensors)
+    for count in (1, 2):
+        threads(count)
+        check_by_ratio(case, tensors, cotangents=cotangents)
+    for asked in (("y",), ("h0",), case.outputs[1:]):
+        some = {name: cotangents[name] for name in asked}
+        check_by_ratio(case, tensors, cotangents=some, needs=("x", "w0", "b0", "w1"))
+    assert kernels_run(lambda: evaluate(case, tensors, cotangents=cotangents)) == KERNELS
+
+
+def test_a_network_of_one_layer_has_no_hidden_ones():
+    x, weight, bias = torch.randn(3, 4), torch.randn(2, 4), torch.randn(2)
+    for module in (functional, reference):
+        out, values = module.wide_mlp(x, [weight], [bias], hidden=True)
+        assert values == () and out.shape == (3, 2)
+
+
 def test_it_is_torchs_layers():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.SiLU(), torch.nn.Linear(9, 4)).double()

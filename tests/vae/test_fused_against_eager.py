@@ -54,10 +54,11 @@ def test_a_step_runs_on_the_kernels_and_the_reference_on_none():
     x = images(16)
     model = MODELS["hierarchical"]()
     ran = kernels_run(lambda: (-model(x).value.mean()).backward())
-    assert ran == {f"fastflow_cpu::{op}_{way}" for op in ("top_down", "bernoulli_log_prob") for way in ("fwd", "bwd")}
+    assert ran == {f"fastflow_cpu::{op}_{way}" for op in ("wide_mlp", "top_down", "bernoulli_log_prob")
+                   for way in ("fwd", "bwd")}
     model.levels[1].prior.register_forward_hook(lambda *call: None)  # this level runs by itself
     ran = kernels_run(lambda: (-model(x).value.mean()).backward())
-    assert ran == {f"fastflow_cpu::{op}_{way}" for op in ("gaussian", "top_down", "bernoulli_log_prob")
+    assert ran == {f"fastflow_cpu::{op}_{way}" for op in ("wide_mlp", "gaussian", "top_down", "bernoulli_log_prob")
                    for way in ("fwd", "bwd")}
     with backends.use_backend("reference"):
         assert not kernels_run(lambda: (-model(x).value.mean()).backward())

@@ -187,6 +187,13 @@ def test_compiles_to_one_graph(name):
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: vae.MLPVAE(SHAPE, 0), "latent_features"),
     (ValueError, lambda: vae.BetaVAE(SHAPE, 2, network="transformer"), "network"),
+    (ValueError, lambda: vae.MLPVAE(SHAPE, 2, (4, 0)), "hidden"),
+    (ValueError, lambda: vae.ConvVAE((1, 4, 4), 2, (0,)), "channels"),
+    (ValueError, lambda: vae.ConditionalVAE(SHAPE, 0, 3), "latent_features"),
+    (ValueError, lambda: vae.ConditionalVAE(SHAPE, 2, 0), "n_classes"),
+    (ValueError, lambda: vae.HVAE(SHAPE, (2, 0)), "latent_features"),
+    (ValueError, lambda: vae.NVAE((1, 4, 4), (0,)), "groups"),
+    (ValueError, lambda: vae.VDVAE((1, 4, 4), (1,), latent_channels=0), "latent_channels"),
     (TypeError, lambda: vae.MLPVAE(SHAPE, 2, likelihood=torch.nn.ReLU()), "likelihood"),
     (TypeError, lambda: vae.ConditionalVAE(SHAPE, 2, 3, likelihood=torch.nn.ReLU()), "likelihood: expected"),
     (ValueError, lambda: vae.FlowPosteriorVAE(SHAPE, 2, flow="spline"), "flow"),

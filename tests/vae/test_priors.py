@@ -200,6 +200,7 @@ def test_conditional_flow_prior():
     (ValueError, lambda: vae.MixturePrior(2, 0), "n_components"),
     (ValueError, lambda: vae.VampPrior(torch.zeros(3)), "inputs"),
     (ValueError, lambda: vae.VampPrior(torch.zeros(3, 2), bounds=(1, 0)), "bounds"),
+    (ValueError, lambda: vae.VampPrior(torch.full((3, 2), 1.5), bounds=(0.0, 1.0)), "inputs"),
     (RuntimeError, lambda: vae.VampPrior(torch.zeros(3, 2)).log_prob(torch.zeros(1, 2)), "VAE"),
     (ValueError, lambda: vae.VampVAE((4,), 2, n_components=3, sizes=(4,), posterior="full").sample(2, temperature=0.5),
      "temperature"),

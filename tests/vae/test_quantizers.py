@@ -82,6 +82,13 @@ def test_fsq_has_every_code_once(levels):
     assert torch.equal(found.loss, torch.zeros(quantizer.n_codes))
 
 
+def test_fsq_codes_beyond_what_float32_counts():
+    quantizer = vae.FSQ((16,) * 7)  # 2^28 codes
+    found = quantizer(randn(50, 7, seed=0).float() * 2.0)
+    assert torch.equal(quantizer.lookup(found.codes), found.z)
+    assert found.codes.max() > 2**24 and found.codes.max() < quantizer.n_codes
+
+
 def test_fsq_gradient_is_that_of_the_bound():
     quantizer, z = vae.FSQ((5, 4)), randn(3, 2, 2, seed=0).requires_grad_()
     gradient, = torch.autograd.grad(quantizer(z).z.sum(), z)

@@ -246,6 +246,8 @@ class ConditionalVAE(VAE):
                  likelihood="bernoulli", **options):
         posterior = named("posterior", posterior, POSTERIORS)
         likelihood = likelihood_of(likelihood)
+        latent_features = checks.count("latent_features", latent_features, 1)
+        n_classes = checks.count("n_classes", n_classes, 1)
         size = torch.Size(event_shape).numel()
         n_params = posterior.n_params(latent_features)
         encoder = mlp_encoder((size + n_classes,), latent_features, hidden, n_params=n_params)

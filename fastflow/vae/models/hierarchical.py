@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
+from fastflow.nn.fused_sequential import FusedSequential, stacked
 from fastflow.vae.hierarchy import HierarchicalVAE
 from fastflow.vae.level import Level
 from fastflow.vae.model import likelihood_of
@@ -32,10 +33,14 @@ class _BottomUp(nn.Module):
         self.taken = taken
 
     def forward(self, x):
-        features = []
-        for stage, count in zip(self.stages, self.taken, strict=True):
-            x = stage(x)
-            features += [x] * count
+        first, *others = self.stages
+        answers = [first(x)]
+        together = stacked(others, answers[0])
+        if together is None:
+            for stage in others:
+                answers.append(stage(answers[-1]))
+        features = [answer for answer, count in zip(answers + (together or []), self.taken, strict=True)
+                    for _ in range(count)]
         return features[::-1]
 
 
@@ -57,6 +62,8 @@ class HVAE(HierarchicalVAE):
     def __init__(self, event_shape, latent_features=(8, 16), hidden=256, *, mode="ladder", likelihood="bernoulli",
                  objective=None):
         likelihood = likelihood_of(likelihood)
+        hidden = checks.count("hidden", hidden, 1)
+        latent_features = [checks.count("latent_features", d, 1) for d in latent_features]
         size = math.prod(event_shape)
         stages = [nn.Sequential(*front(likelihood), nn.Flatten(), nn.Linear(size, hidden), nn.SiLU())]
         stages += [nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU()) for _ in latent_features[1:]]
@@ -69,8 +76,8 @@ class HVAE(HierarchicalVAE):
             merge = nn.Sequential(nn.Linear(hidden + d, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             levels.append(Level(prior, posterior, ResidualMerge(merge, hidden), mode=mode))
         shape = likelihood.output_shape(event_shape)
-        decoder = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(shape)),
-                                nn.Unflatten(1, shape))
+        decoder = FusedSequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, math.prod(shape)),
+                                  nn.Unflatten(1, shape))
         super().__init__(_BottomUp(stages, [1] * len(stages)), levels, decoder, likelihood, (hidden,),
                          objective=objective)
 
@@ -126,6 +133,9 @@ class NVAE(HierarchicalVAE):
                  likelihood="bernoulli", objective=None):
         likelihood = likelihood_of(likelihood)
         checks.choice("mode", mode, ("residual", "absolute"))
+        groups = [checks.count("groups", count, 1) for count in groups]
+        channels = checks.count("channels", channels, 1)
+        latent_channels = checks.count("latent_channels", latent_channels, 1)
         size, height, width = image_shape
         factor = 2 ** len(groups)
         if not groups or height % factor or width % factor:

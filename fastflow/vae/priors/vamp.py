@@ -33,6 +33,9 @@ class VampPrior(nn.Module):
             raise ValueError(f"inputs: expected shape (C, *event) with C >= 1, got {tuple(inputs.shape)}")
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ValueError(f"bounds: expected (low, high) with low < high, got {bounds!r}")
+        if bounds is not None and not inputs.is_meta and bool(((inputs < bounds[0]) | (inputs > bounds[1])).any()):
+            raise ValueError(f"inputs: expected values within the bounds {bounds!r}, got values from "
+                             f"{inputs.min().item():g} to {inputs.max().item():g}")
         self.bounds = bounds
         self.inputs = nn.Parameter(inputs.detach().clone(), requires_grad=trainable)
         self._inference = None  # not modules of this one: the model has them already
