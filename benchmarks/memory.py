@@ -11,7 +11,6 @@ are medians of interleaved training steps with Adam, on a CPU those of one threa
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -195,11 +194,7 @@ def main(argv=None):
                 show(row)
                 rows.append({"group": what, **row})
     if args.results:
-        args.results.mkdir(parents=True, exist_ok=True)
-        info = run.machine(args.device)
-        path = args.results / f"{args.device}-memory-{args.what}-{info['date'][:10]}.json"
-        path.write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
-        print(f"written to {path}")
+        run.save(args.results, f"{args.device}-memory-{args.what}", {"machine": run.machine(args.device), "rows": rows})
     return 0
 
 

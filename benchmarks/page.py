@@ -107,7 +107,7 @@ loop. `fastflow bench ops`
 
 def records(pattern):
     """The records of that name in RESULTS, newest first."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob(pattern)]
+    found = [json.loads(path.read_text("utf-8")) for path in RESULTS.glob(pattern)]
     return sorted(found, key=lambda record: record["machine"]["date"], reverse=True)
 
 
@@ -193,8 +193,8 @@ def _device(device):
 
     where = "" if device == "cpu" else f", {device}"
     operations = newest(device, lambda row: row["group"] == "slogdet")
-    groups = ("affine_coupling", "gaussian_sample_kl", "bernoulli_log_prob", "conv_net", "activated_conv", "mlp_flow",
-              "spline", "slogdet")
+    groups = ("affine_coupling", "gaussian_sample_kl", "bernoulli_log_prob", "wide_mlp", "conv_net", "activated_conv",
+              "mlp_flow", "spline", "slogdet")
     parts = [
         _section(f"Glow beside other libraries{where}", GLOW.format(fastest=", ".join(peers.FASTEST_GLOW)), of("glow"),
                  ratios("glow"), _differences(peers.GLOW_DIFFERENCES)),
@@ -207,22 +207,23 @@ def _device(device):
         _section(f"Operations{where}", OPERATIONS, operations,
                  lambda record: [line for group in groups if any(row["group"] == group for row in record["rows"])
                                  for line in (*table.markdown(record, (group,)), "")][:-1])]
-    others = ()
+    shown = [(of("glow"), ("glow",)), (of("realnvp"), ("realnvp", "realnvp wider")),
+             (of("realnvp compiled"), ("realnvp compiled",)), (operations, groups)]
     if device == "cpu":
         parts[3:3] = [_vaes(), _adapters()]
-        others = (next(iter(records(f"cpu-{name}-*.json")), None) for name in ("vae-speed", "adapters"))
-    used = [r for r in (of("glow"), of("realnvp"), of("realnvp compiled"), operations, *others) if r]
-    return [line for part in parts for line in part] + _no_gain(device, used)
+        shown += [(next(iter(records(f"cpu-{name}-*.json")), None), None) for name in ("vae-speed", "adapters")]
+    return [line for part in parts for line in part] + _no_gain(device, shown)
 
 
-def _no_gain(device, used):
-    """Every comparison on this page in which fastflow gains less than NO_GAIN."""
-    found = {}
-    for record in used:
-        for row in record["rows"]:
-            for name, ratio in row["speedup_over"].items():
-                if ratio < NO_GAIN:
-                    found[f"- {row['case']}{table.regime(row)}: {ratio:.2f} over {name}"] = None
+def _no_gain(device, shown):
+    """Every comparison in the tables of ``shown``, [(record or None, its groups or None for all)], in which fastflow
+    gains less than NO_GAIN."""
+    found = []
+    for record, groups in shown:
+        for row in record["rows"] if record else ():
+            if groups is None or row["group"] in groups:
+                found += [f"- {row['case']}{table.regime(row)}: {ratio:.2f} over {name}"
+                          for name, ratio in row["speedup_over"].items() if ratio < NO_GAIN]
     where = "" if device == "cpu" else f", {device}"
     return [f"## No gain{where}", "", f"Every ratio above that is below {NO_GAIN}:", "", *(found or ["- none"]), ""]
 
@@ -276,6 +277,6 @@ def render():
 
 if __name__ == "__main__":
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(render())
+    PAGE.write_text(render(), "utf-8")
     print(f"written to {PAGE}")
     sys.exit(0)

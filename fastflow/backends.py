@@ -218,8 +218,8 @@ def choose(op, *tensors):
     wanted = requested()
     if wanted is None:
         return _choose(op, tensors)[0]
-    reason = wanted != "reference" and (needs_reference(tensors) or refusal(wanted, op, tensors))
-    if reason:
+    reason = _unmet(wanted, op, tensors)
+    if reason is not None:
         raise RuntimeError(f"backend {wanted!r} was requested for {op}, but {reason}")
     return wanted
 
@@ -234,8 +234,13 @@ def prefers(op, *tensors):
     wanted = requested()
     if wanted is None:
         return _choose(op, tensors)
-    reason = wanted != "reference" and (needs_reference(tensors) or refusal(wanted, op, tensors))
-    return ("reference", reason) if reason else (wanted, "requested by use_backend")
+    reason = _unmet(wanted, op, tensors)
+    return (wanted, "requested by use_backend") if reason is None else ("reference", reason)
+
+
+def _unmet(wanted, op, tensors):
+    """Why a request of use_backend can't be met, or None."""
+    return None if wanted == "reference" else needs_reference(tensors) or refusal(wanted, op, tensors)
 
 
 def _choose(op, tensors):

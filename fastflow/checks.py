@@ -46,6 +46,26 @@ def same_device(name, value, reference_name, like):
         raise ValueError(f"{name}: expected device {like.device} like {reference_name}, got {value.device}")
 
 
+def noise(eps, seed, generator, name, like, batch=None):
+    """At most one of ``eps`` and ``seed`` is given; the seed is an int of 64 bits, signed or not, or an int64 tensor on
+    the device of ``like``, the operand ``name``: 0-d, or (batch,) too where there is a ``batch``."""
+    if eps is not None and seed is not None:
+        raise ValueError("eps and seed: expected at most one of them, got both")
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed: expected an int or an int64 tensor, got {seed.dtype}")
+        if seed.dim() != 0 and (batch is None or tuple(seed.shape) != (batch,)):
+            raise ValueError(f"seed: expected shape (){'' if batch is None else f' or ({batch},)'}, got "
+                             f"{tuple(seed.shape)}")
+        same_device("seed", seed, name, like)
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
+    elif seed is not None and not -2**63 <= seed < 2**64:
+        raise ValueError(f"seed: expected an int of 64 bits, -2^63 to 2^64 - 1, got {seed}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+
+
 def no_mixed_double(named):
     """float64 operands are not mixed with lower dtypes; ``named`` is [(name, tensor or None)]."""
     present = [(name, t.dtype) for name, t in named if t is not None]

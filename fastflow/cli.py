@@ -328,7 +328,7 @@ def run_evaluate(arguments):
     set_threads(trained.settings)
     if arguments.samples and not is_vae(trained.model):
         fail(f"--samples: a model of kind {trained.settings.model.kind!r} has no latents to draw; leave it out")
-    n_samples = arguments.samples or getattr(trained.settings.model, "n_samples", 1)  # as at the end of the run
+    n_samples = arguments.samples or getattr(trained.settings.model, "n_samples", 1)  # as in training
     examples = load_data(trained.settings)
     test = examples.test
     unit = "rows" if test.is_floating_point() else "images"

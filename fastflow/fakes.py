@@ -23,14 +23,14 @@ def _empty_in_format_of(like, shape, dtype):
 
 
 def affine_coupling_fwd(x, params, shift, logdet, passive, kept, flags, kind, gain, offset, out_gain, clamp,
-                              eps, hard_min, hard_max, shift_gain):
+                        eps, hard_min, hard_max, shift_gain):
     channels = x.shape[1] + (0 if passive is None else passive.shape[1])
     y = _empty_in_format_of(x, (x.shape[0], channels, *x.shape[2:]), _widen(x, params, shift, passive))
     return y, x.new_empty((x.shape[0],), dtype=_compute_dtype(x.dtype))
 
 
 def affine_coupling_bwd(grad_y, grad_logdet, x, params, shift, kept, need_x, need_params, need_shift, flags,
-                              kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain):
+                        kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain):
     return tuple(_empty_in_format_of(t, t.shape, t.dtype) if need else _nothing(x)
                  for t, need in ((x, need_x), (params, need_params), (shift, need_shift)))
 
@@ -50,7 +50,7 @@ def plu_weight_bwd(grad_weight, lower, upper, log_s, sign_s, perm):
 
 
 def gaussian_fwd(params, raw, prior_mean, prior_raw, eps, seed, seed_value, offset, n_samples, scale, flags,
-                       reduce, want_logq, save_eps):
+                 reduce, want_logq, save_eps):
     shape = list(params.shape)
     if raw is None:
         shape[1] //= 2
@@ -64,7 +64,7 @@ def gaussian_fwd(params, raw, prior_mean, prior_raw, eps, seed, seed_value, offs
 
 
 def gaussian_bwd(grad_z, grad_kl, grad_logq, params, raw, prior_mean, prior_raw, eps, seed, seed_value, offset,
-                       n_samples, scale, flags, reduce, need_params, need_raw, need_prior_mean, need_prior_raw):
+                 n_samples, scale, flags, reduce, need_params, need_raw, need_prior_mean, need_prior_raw):
     return tuple(_empty_in_format_of(t, t.shape, t.dtype) if need else _nothing(params)
                  for t, need in ((params, need_params), (raw, need_raw), (prior_mean, need_prior_mean),
                                  (prior_raw, need_prior_raw)))
@@ -139,7 +139,7 @@ def _kept(params, steps):
 
 
 def mlp_flow_bwd(grad_z, grad_logdet, z, saved, context, params, steps, constants, inverse, need_x, need_context,
-                       need_params):
+                 need_params):
     grad_context = need_context and context is not None
     return (z.new_empty(z.shape) if need_x else _nothing(z), z.new_empty(context.shape if grad_context else (0,)),
             [p.new_empty(p.shape) if p.is_floating_point() else _nothing(z) for p in params] if need_params else [])
@@ -209,7 +209,7 @@ def _in_lines(rows):
 
 
 def top_down_bwd(grad_next, grad_z, grad_kl, grad_log_q, grad_log_p, h, features, saved, params, levels, need_h,
-                       need_features, need_params):
+                 need_features, need_params):
     return (h.new_empty(h.shape) if need_h else _nothing(h),
             [d.new_empty(d.shape) for d in features] if need_features else [],
             [p.new_empty(p.shape) for p in params] if need_params else [])

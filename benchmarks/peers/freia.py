@@ -96,7 +96,7 @@ SWAP = _swapping_seed()
 
 
 def load_realnvp(peer, flow):
-    """Give its one-sided couplings the weights of realnvp.dialect("FrEIA")."""
+    """Give its one-sided couplings the weights of realnvp.fastflow_realnvp(dialect="FrEIA")."""
     actnorm, *modules = peer.inn.module_list
     own, *layers = flow.transform.transforms
     with torch.no_grad():

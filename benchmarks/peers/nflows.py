@@ -134,7 +134,7 @@ class RealNVP(nn.Module):
 
 
 def load_realnvp(peer, flow):
-    """Give it the weights of realnvp.dialect("nflows")."""
+    """Give it the weights of realnvp.fastflow_realnvp(dialect="nflows")."""
     actnorm, *couplings = peer.flow._transform._transforms
     own, *layers = flow.transform.transforms
     with torch.no_grad():

@@ -119,7 +119,8 @@ class RealNVP(nn.Module):
 
 
 def load_realnvp(peer, flow):
-    """Give it the weights of realnvp.dialect("normflows"): (x + t) * exp(r) there, (x - t') * exp(-r') here."""
+    """Give it the weights of realnvp.fastflow_realnvp(dialect="normflows"): (x + t) * exp(r) there,
+    (x - t') * exp(-r') here."""
     flows = list(peer.flow.flows)[::-1]
     actnorm, couplings = flows[0], flows[1::2]
     own, *layers = flow.transform.transforms

@@ -42,7 +42,7 @@ class RealNVP(nn.Module):
 
 
 def load_realnvp(peer, flow):
-    """Give it the weights of realnvp.dialect("torchflows")."""
+    """Give it the weights of realnvp.fastflow_realnvp(dialect="torchflows")."""
     affine, *couplings = peer.flow.bijection.layers
     own, *layers = flow.transform.transforms
     with torch.no_grad():

@@ -36,7 +36,7 @@ def _affine(shift, scale):
 
 
 def load_realnvp(peer, flow):
-    """Give it the weights of realnvp.dialect("zuko")."""
+    """Give it the weights of realnvp.fastflow_realnvp(dialect="zuko")."""
     affine, *couplings = peer.flow.transform.transforms
     own, *layers = flow.transform.transforms
     with torch.no_grad():

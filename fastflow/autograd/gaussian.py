@@ -11,6 +11,17 @@ INTERLEAVED, SCALE_IN_FRONT = 1, 2
 REDRAWN_BYTES = 2 << 20
 
 
+def flags_of(layout, order):
+    """How the kernel is told the packing of params."""
+    return (INTERLEAVED if layout == "interleave" else 0) | (SCALE_IN_FRONT if order == "scale_mean" else 0)
+
+
+def packing_of(flags):
+    """The layout and order that :func:`flags_of` took, as keyword arguments."""
+    return {"layout": "interleave" if flags & INTERLEAVED else "chunk",
+            "order": "scale_mean" if flags & SCALE_IN_FRONT else "mean_scale"}
+
+
 class GaussianFunction(torch.autograd.Function):
     """(z, kl, logq) of params (packed, or the mean of a pair), raw (of a pair), prior_mean and prior_raw.
 
@@ -70,8 +81,6 @@ def sample_kl(mean, logvar, eps, want_logq=False):
 def _reference(params, raw, prior_mean, prior_raw, eps, consts):
     _, _, n_samples, scale, flags, reduce = consts
     return reference.gaussian_sample_kl(
-        params if raw is None else (params, raw), scale=reference.SCALES[scale],
-        layout="interleave" if flags & INTERLEAVED else "chunk",
-        order="scale_mean" if flags & SCALE_IN_FRONT else "mean_scale",
+        params if raw is None else (params, raw), scale=reference.SCALES[scale], **packing_of(flags),
         prior=None if prior_mean is None else (prior_mean, prior_raw), eps=eps, n_samples=n_samples,
         reduce=reference.REDUCTIONS[reduce], return_logq=True)

@@ -4,6 +4,7 @@ import torch
 
 from fastflow import extension, reference
 from fastflow.autograd import differentiable
+from fastflow.autograd.gaussian import packing_of
 
 
 class MLPVAEFunction(torch.autograd.Function):
@@ -66,6 +67,5 @@ def _reference(x, eps, consts, params):
     encoder, decoder = _networks(params, layers)
     first, second = (reference.LAYER_ACTIVATIONS[activation] for activation in activations)
     z, kl = reference.gaussian_sample_kl(
-        reference.wide_mlp(x, *encoder, activation=first), scale=reference.SCALES[scale],
-        layout="interleave" if flags & 1 else "chunk", order="scale_mean" if flags & 2 else "mean_scale", eps=eps)
+        reference.wide_mlp(x, *encoder, activation=first), scale=reference.SCALES[scale], eps=eps, **packing_of(flags))
     return reference.bernoulli_log_prob(x, reference.wide_mlp(z, *decoder, activation=second)), kl

@@ -14,10 +14,12 @@ def check(h, features, levels, eps):
     if h.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"h: expected float32 or float64, got {h.dtype}")
     if not isinstance(levels, (tuple, list)) or not levels:
-        raise ValueError("levels: expected a sequence of one or more LatentLevel")
-    for name, values in (("features", features), ("eps", eps)):
-        if values is not None and (not isinstance(values, (tuple, list)) or len(values) != len(levels)):
-            raise ValueError(f"{name}: expected {len(levels)} tensors, one for each level")
+        got = type(levels).__name__ if levels else "none"
+        raise ValueError(f"levels: expected a sequence of one or more LatentLevel, got {got}")
+    for name, values in (("features", features), *([] if eps is None else [("eps", eps)])):
+        if not isinstance(values, (tuple, list)) or len(values) != len(levels):
+            got = len(values) if isinstance(values, (tuple, list)) else type(values).__name__
+            raise ValueError(f"{name}: expected a sequence of {len(levels)} tensors, one for each level, got {got}")
     width = h.shape[1]
     for index, (level, d) in enumerate(zip(levels, features, strict=True)):
         if not isinstance(level, reference.LatentLevel):

@@ -200,5 +200,5 @@ def _constriction():
     try:
         import constriction
     except ImportError as error:
-        raise ImportError("bits-back coding needs constriction: pip install fastflow[compression]") from error
+        raise ImportError("bits-back coding needs constriction: pip install 'fastflow[compression]'") from error
     return constriction.stream.stack.AnsCoder, constriction.stream.model

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from fastflow import checks
+from fastflow.flows.base import drawn
 from fastflow.vae.penalties import decompose_kl
 from fastflow.vae.posteriors.gaussian import kl_by_element, log_normal, prior_moments
 
@@ -108,7 +109,7 @@ def information(mean, log_sigma, prior=None, *, n_samples=1, log_prior=None, gen
 
         def log_prior(z):
             return log_normal(z, mean_p, log_sigma_p).sum(1)
-    z = mean + torch.exp(log_sigma) * _normal_like(mean.expand(n_samples, *mean.shape), generator)
+    z = mean + torch.exp(log_sigma) * drawn(torch.randn, (n_samples, *mean.shape), mean, generator)
     own = log_normal(z, mean, log_sigma).sum(2)
     flat = z.flatten(0, 1)
     marginal, target = (t.unflatten(0, own.shape) for t in (aggregate_log_prob(flat, mean, log_sigma), log_prior(flat)))
@@ -187,8 +188,3 @@ def _prior(prior, mean, log_sigma):
     if moments is None:
         raise TypeError(f"prior: expected None or a GaussianPrior, got {type(prior).__name__}")
     return [t.flatten(1) for t in moments]
-
-
-def _normal_like(tensor, generator):
-    device = tensor.device if generator is None else generator.device
-    return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=device).to(tensor.device)

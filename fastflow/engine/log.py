@@ -34,7 +34,7 @@ class RunLog:
             if self._path.is_file():
                 entries = read_log(self._path)
                 write_text(self._path, "".join(json.dumps(e) + "\n" for e in entries if e["step"] <= self._step))
-            self._file = open(self._path, "a", buffering=1)
+            self._file = open(self._path, "a", buffering=1, encoding="utf-8")
         if self._folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -80,4 +80,3 @@ class RunLog:
 
         pixels = numpy.array(Image.open(path))
         self._writer.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
-

@@ -19,7 +19,6 @@ __all__ = ["parameter_count", "plan"]
 PROBES = (2, 4)  # examples in the two batches that are traced
 
 
-
 def plan(settings):
     """{name: int} of one training step of these settings in one process.
 

@@ -195,7 +195,7 @@ class Trainer:
         self._settle()
         if self.watch.over:
             self._say(f"step {self.step}: {self.watch.since} evaluations in a row were not better than that of step "
-                         f"{self.watch.best_step} (train.patience)")
+                      f"{self.watch.best_step} (train.patience)")
         elif self.step < train.steps:
             self._say(f"step {self.step}: {train.max_seconds:g} seconds are over (train.max_seconds)")
         self.save()

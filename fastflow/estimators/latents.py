@@ -16,6 +16,13 @@ __all__ = ["Bernoulli", "Categorical"]
 MAX_STATES = 2**16
 
 
+def uniform(shape, like, generator):
+    """Uniform numbers on (0, 1) in like's dtype, on the generator's device where there is one, then moved to like's."""
+    device = like.device if generator is None else generator.device
+    u = torch.rand(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    return u.clamp_(min=torch.finfo(u.dtype).tiny)
+
+
 class Discrete:
     """What both families share.
 
@@ -44,9 +51,7 @@ class Discrete:
 
     def noise(self, n, generator=None):
         """(n, B, *event) uniform on (0, 1), of which :meth:`perturb` makes n samples."""
-        u = torch.rand((n, *self.logits.shape), generator=generator, dtype=self.logits.dtype,
-                       device=self.logits.device)
-        return u.clamp_(min=torch.finfo(u.dtype).tiny)
+        return uniform((n, *self.logits.shape), self.logits, generator)
 
     @torch.no_grad()
     def sample(self, n=1, *, generator=None):

@@ -3,6 +3,7 @@
 import torch
 
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
+from fastflow.estimators.latents import uniform
 
 __all__ = ["UnorderedSet"]
 
@@ -47,8 +48,7 @@ def _without_replacement(table, k, generator):
     index = torch.zeros(batch, 1, 0, dtype=torch.long, device=table.device)
     for site in range(sites):
         child = log_q[..., None] + table[:, None, site]
-        u = torch.rand(child.shape, generator=generator, dtype=child.dtype, device=child.device)
-        perturbed = child - torch.log(-torch.log(u.clamp_(min=torch.finfo(u.dtype).tiny)))
+        perturbed = child - torch.log(-torch.log(uniform(child.shape, child, generator)))
         # Given that the largest of the children is their parent's value.
         gap = perturbed - perturbed.amax(-1, keepdim=True)
         shift = gumbel[..., None] - perturbed + torch.log(-torch.expm1(gap))

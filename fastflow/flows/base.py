@@ -9,11 +9,56 @@ from torch import nn
 from torch.distributions import Distribution, transform_to
 
 from fastflow import checks
+from fastflow.flows.logdets import sum_event
 
-__all__ = ["StandardLogistic", "StandardNormal", "as_base", "seeded"]
+__all__ = ["Base", "StandardLogistic", "StandardNormal", "as_base", "centred", "drawn", "seeded"]
 
 
-class StandardNormal(nn.Module):
+HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
+
+
+def drawn(draw, shape, like, generator, dtype=None):
+    """``draw`` (torch.randn, torch.rand) of ``shape``, in like's dtype or ``dtype``: on the generator's device where
+    there is one, then moved to like's."""
+    device = like.device if generator is None else generator.device
+    return draw(shape, generator=generator, dtype=like.dtype if dtype is None else dtype, device=device).to(like.device)
+
+
+def centred(u):
+    """Numbers of torch.rand, uniform on (-1/2, 1/2), symmetric and never at an end: of the values k/n, 0 <= k < n, that
+    torch.rand takes, the least is an end."""
+    return (u - 0.5) + 0.25 * torch.finfo(u.dtype).eps  # 1/(2n), exact in this order alone
+
+
+class Base(nn.Module):
+    """What the bases share."""
+
+    conditional = False
+
+    def __init__(self, event_shape):
+        super().__init__()
+        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+
+    def forward(self, z):
+        return self.log_prob(z)
+
+    def extra_repr(self):
+        return str(tuple(self.event_shape))
+
+    def _checked(self, z):
+        checks.tensor("z", z)
+        checks.shape("z", z, (z.shape[0], *self.event_shape))
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    def _noise(self, n, like, generator, draw=torch.randn):
+        return drawn(draw, (n, *self.event_shape), like, generator, torch.promote_types(like.dtype, torch.float32))
+
+    def _refuse_temperature(self, temperature):
+        if temperature != 1.0:
+            raise ValueError(f"temperature: expected 1 for a base of type {type(self).__name__}, got {temperature}")
+
+
+class StandardNormal(Base):
     """N(0, I) over tensors of ``event_shape``.
 
     Samples have the dtype and device that the module was moved to, so that they follow the flow's ``.double()`` and
@@ -21,58 +66,41 @@ class StandardNormal(nn.Module):
     """
 
     def __init__(self, event_shape):
-        super().__init__()
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        super().__init__(event_shape)
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
-
-    def forward(self, z):
-        return self.log_prob(z)
 
     def log_prob(self, z, temperature=1.0):
         """(B,) nats of z (B, *event_shape) under N(0, temperature^2 I)."""
-        checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], *self.event_shape))
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = self._checked(z)
         if temperature != 1.0:
             z = z / temperature
-        constant = math.prod(self.event_shape) * (0.5 * math.log(2.0 * math.pi) + math.log(temperature))
-        squares = z * z
-        return -0.5 * (squares.flatten(1).sum(1) if z.dim() > 1 else squares) - constant
+        constant = math.prod(self.event_shape) * (HALF_LOG_TWO_PI + math.log(temperature))
+        return -0.5 * sum_event(z * z) - constant
 
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, *event_shape) with standard deviation ``temperature``."""
-        device = self.anchor.device if generator is None else generator.device
-        dtype = torch.promote_types(self.anchor.dtype, torch.float32)
-        z = torch.randn((n, *self.event_shape), generator=generator, dtype=dtype, device=device).to(self.anchor.device)
+        z = self._noise(n, self.anchor, generator)
         return z if temperature == 1.0 else temperature * z
 
-    def extra_repr(self):
-        return str(tuple(self.event_shape))
 
-
-class StandardLogistic(StandardNormal):
+class StandardLogistic(Base):
     """Independent logistics of location 0 and scale 1 over tensors of ``event_shape``; samples follow the module's
     dtype and device, as those of StandardNormal do."""
 
+    def __init__(self, event_shape):
+        super().__init__(event_shape)
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)
+
     def log_prob(self, z, temperature=1.0):
         """(B,) nats of z (B, *event_shape) under logistics of scale ``temperature``."""
-        checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], *self.event_shape))
-        z = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
-        values = F.logsigmoid(z) + F.logsigmoid(-z)
+        z = self._checked(z) / temperature
         constant = math.prod(self.event_shape) * math.log(temperature)
-        return (values.flatten(1).sum(1) if z.dim() > 1 else values) - constant
+        return sum_event(F.logsigmoid(z) + F.logsigmoid(-z)) - constant
 
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, *event_shape) of scale ``temperature``."""
-        device = self.anchor.device if generator is None else generator.device
-        dtype = torch.promote_types(self.anchor.dtype, torch.float32)
-        u = torch.rand((n, *self.event_shape), generator=generator, dtype=dtype, device=device).to(self.anchor.device)
-        # Of the n values that torch.rand can take, k/n, 0 has no logit: half a step up they are symmetric as well.
-        return temperature * torch.logit(u + 2.0**(-25 if dtype == torch.float32 else -54))
-
-    def extra_repr(self):
-        return str(tuple(self.event_shape))
+        u = centred(self._noise(n, self.anchor, generator, torch.rand))
+        return 2.0 * temperature * torch.atanh(2.0 * u)  # the logit of u + 1/2
 
 
 class _DistributionBase:

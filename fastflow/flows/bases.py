@@ -12,47 +12,12 @@ import torch
 from torch import nn
 
 from fastflow import checks
-from fastflow.flows.base import as_base
+from fastflow.flows.base import HALF_LOG_TWO_PI, Base, as_base
+from fastflow.flows.logdets import sum_event
 from fastflow.flows.special import log1p_ratio, log_gamma_half_step, log_ndtri
 
 __all__ = ["ClassConditionalNormal", "ConditionalNormal", "DiagonalNormal", "FullNormal", "Mixture", "StudentT",
            "TruncatedNormal", "Uniform"]
-
-HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
-
-
-class Base(nn.Module):
-    """What the bases share."""
-
-    conditional = False
-
-    def __init__(self, event_shape):
-        super().__init__()
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
-
-    def forward(self, z):
-        return self.log_prob(z)
-
-    def extra_repr(self):
-        return str(tuple(self.event_shape))
-
-    def _checked(self, z):
-        checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], *self.event_shape))
-        return z.to(torch.promote_types(z.dtype, torch.float32))
-
-    def _noise(self, n, like, generator, draw=torch.randn):
-        device = like.device if generator is None else generator.device
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return draw((n, *self.event_shape), generator=generator, dtype=dtype, device=device).to(like.device)
-
-    def _refuse_temperature(self, temperature):
-        if temperature != 1.0:
-            raise ValueError(f"temperature: expected 1 for a base of type {type(self).__name__}, got {temperature}")
-
-
-def _total(values):
-    return values.flatten(1).sum(1) if values.dim() > 1 else values
 
 
 def _shared(event_shape, per_channel):
@@ -62,7 +27,7 @@ def _shared(event_shape, per_channel):
 
 def _normal_log_prob(z, loc, log_scale, temperature):
     standard = (z - loc) * torch.exp(-log_scale) / temperature
-    return _total(-0.5 * standard.square() - log_scale - HALF_LOG_TWO_PI - math.log(temperature))
+    return sum_event(-0.5 * standard.square() - log_scale - HALF_LOG_TWO_PI - math.log(temperature))
 
 
 class DiagonalNormal(Base):
@@ -240,7 +205,7 @@ class Uniform(Base):
         z = self._checked(z)
         inside = (z >= self.low) & (z < self.high)
         value = torch.where(inside, -torch.log(self.high - self.low), -math.inf)
-        return _total(torch.where(torch.isnan(z), math.nan, value))
+        return sum_event(torch.where(torch.isnan(z), math.nan, value))
 
     def sample(self, n, *, generator=None, temperature=1.0):
         self._refuse_temperature(temperature)
@@ -287,7 +252,7 @@ class TruncatedNormal(Base):
         value = value - self._log_mass(low, high)[1]
         if narrow is not None:
             value = torch.where(narrow, self._log_prob_of_narrow(z, scale, narrow), value)
-        return _total(torch.where((z < self.low) | (z > self.high), -math.inf, value))
+        return sum_event(torch.where((z < self.low) | (z > self.high), -math.inf, value))
 
     def _narrow(self, scale):
         """Where the density is nearly that of a uniform law, its mass the difference of nearly equal numbers; None
@@ -346,7 +311,7 @@ class StudentT(Base):
         tail = torch.where(near, torch.where(near, square, 0.0) * log1p_ratio(torch.where(near, ratio, 0.0)),
                            torch.exp(torch.where(near, 0.0, self.log_df)) * growth)
         constant = log_gamma_half_step(self.log_df - math.log(2.0)) - HALF_LOG_TWO_PI
-        return _total(constant - log_scale - 0.5 * (tail + growth))
+        return sum_event(constant - log_scale - 0.5 * (tail + growth))
 
     def sample(self, n, *, generator=None, temperature=1.0):
         normal = self._noise(n, self.loc, generator)

@@ -5,7 +5,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.autograd.differentiable import outside_inference_mode
-from fastflow.flows.base import StandardNormal, as_base
+from fastflow.flows.base import StandardNormal, as_base, drawn
 from fastflow.flows.flow import Flow
 from fastflow.flows.tabular import FEATURES
 from fastflow.flows.transform import Compose
@@ -190,8 +190,7 @@ def flow_matching_loss(flow, x, context=None, *, sigma_min=0.0, noise=None, t=No
         noise = base.sample(x.shape[0], generator=generator).to(x.dtype)
     checks.shape("noise", noise, x.shape)
     if t is None:
-        t = torch.rand(x.shape[0], generator=generator, dtype=x.dtype,
-                       device=x.device if generator is None else generator.device).to(x.device)
+        t = drawn(torch.rand, (x.shape[0],), x, generator)
     checks.shape("t", t, (x.shape[0],))
     time = t.view(-1, *(1,) * (x.dim() - 1))
     position = (1.0 - (1.0 - sigma_min) * time) * noise + time * x

@@ -157,6 +157,7 @@ class Flow(nn.Module):
         Args:
             x: (B, C, H, W), values 0..n_bins-1, any dtype.
             n_bins: number of values.
+            context: as of log_prob.
             generator: torch.Generator of U, None for torch's own.
 
         Returns:
@@ -209,7 +210,7 @@ class Flow(nn.Module):
     def _noise(self, n, context, generator, temperature):
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
-        checks.count("n", n)
+        n = checks.count("n", n)
         lead = (n,)
         if context is not None:
             checks.tensor("context", context, floating=False)

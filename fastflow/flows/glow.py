@@ -239,9 +239,9 @@ class Glow(Flow):
     Each of ``n_levels`` levels squeezes 2x2 blocks into channels, runs ``n_steps`` steps (ActNorm folded into an
     invertible 1x1 convolution, affine coupling) and, but for the last, sends half of its channels out as latents under
     a Gaussian prior learned from the other half. A context conditions the couplings, these priors and, by one more,
-    the latents of the last level. Conditioners are convolutions 3x3, 1x1, 3x3 with ReLU and plain
-    biases, the last zero-initialised. Call :meth:`initialize` on a batch of dequantised images before training, and
-    :meth:`bits_per_dim` on integer images.
+    the latents of the last level. Conditioners are convolutions 3x3, 1x1, 3x3 with ReLU and plain biases, the last
+    zero-initialised. Call :meth:`initialize` on a batch of dequantised images before training, and :meth:`bits_per_dim`
+    on integer images.
 
     Args:
         image_shape: (C, H, W), H and W divisible by 2**n_levels.

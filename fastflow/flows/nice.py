@@ -6,6 +6,7 @@ from torch import nn
 from fastflow import checks
 from fastflow.flows.base import StandardLogistic, StandardNormal
 from fastflow.flows.flow import Flow
+from fastflow.flows.tabular import halves
 from fastflow.flows.transform import Compose
 from fastflow.nn import MLP, AffineCoupling
 
@@ -65,15 +66,8 @@ class NICE(Flow):
     def __init__(self, features, *, n_layers=4, hidden=(64, 64), context_features=None, activation=nn.ReLU,
                  prior="normal"):
         checks.choice("prior", prior, ("normal", "logistic"))
-        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
-            raise ValueError(f"features: expected a positive int, got {features!r}")
-        if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 0:
-            raise ValueError(f"n_layers: expected a non-negative int, got {n_layers!r}")
         layers = []
-        for index in range(n_layers):
-            flip = index % 2 == 1 and features > 1
-            first = features // 2
-            passive, active = (features - first, first) if flip else (first, features - first)
+        for passive, active, flip in halves(features, n_layers):
             conditioner = MLP(passive, active, hidden, context_features=context_features, activation=activation)
             layers.append(AffineCoupling(conditioner, flip=flip, scale="additive"))
         base = StandardNormal if prior == "normal" else StandardLogistic

@@ -8,7 +8,7 @@ from fastflow.flows.autoregressive import MaskedAutoregressive
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.permutation import Permute
-from fastflow.flows.tabular import FEATURES
+from fastflow.flows.tabular import FEATURES, halves
 from fastflow.flows.transform import Compose
 from fastflow.nn import MLP, ActNorm, SplineCoupling
 
@@ -94,10 +94,8 @@ class NSF(Flow):
 
     def __init__(self, features, *, n_layers=8, n_bins=8, hidden=(64, 64), tail_bound=3.0, context_features=None,
                  autoregressive=False, permutation="flip", kind="rq", activation=nn.ReLU):
-        if features < 1:
-            raise ValueError(f"features: expected a positive int, got {features}")
-        if n_layers < 0:
-            raise ValueError(f"n_layers: expected a non-negative int, got {n_layers}")
+        checks.count("features", features, 1)
+        checks.count("n_layers", n_layers)
         checks.choice("permutation", permutation, ("flip", "random"))
         options = {"n_bins": n_bins, "tail_bound": tail_bound, "kind": kind}
         build = _autoregressive_layers if autoregressive else _coupling_layers
@@ -108,10 +106,7 @@ class NSF(Flow):
 
 def _coupling_layers(features, n_layers, options, permutation, hidden, context_features, activation):
     per_feature, layers = functional.spline_params(options["kind"], options["n_bins"]), []
-    for index in range(n_layers):
-        flip = permutation == "flip" and index % 2 == 1 and features > 1
-        first = features // 2
-        passive, active = (features - first, first) if flip else (first, features - first)
+    for index, (passive, active, flip) in enumerate(halves(features, n_layers, permutation == "flip")):
         conditioner = MLP(passive, active * per_feature, hidden, context_features=context_features,
                           activation=activation)
         coupling = SplineCoupling(conditioner, flip=flip, **options)

@@ -4,7 +4,7 @@ from torch import nn
 
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
-from fastflow.flows.tabular import masked_configs
+from fastflow.flows.tabular import halves, masked_configs
 from fastflow.flows.transform import Compose
 from fastflow.nn import MLP, ActNorm, AffineCoupling
 
@@ -37,16 +37,9 @@ class RealNVP(Flow):
 
     def __init__(self, features, *, n_layers=8, hidden=(64, 64), context_features=None, scale="tanh",
                  activation=nn.ReLU):
-        if features < 1:
-            raise ValueError(f"features: expected a positive int, got {features}")
-        if n_layers < 0:
-            raise ValueError(f"n_layers: expected a non-negative int, got {n_layers}")
-        layers = [ActNorm(features)]
-        for index in range(n_layers):
-            flip = index % 2 == 1 and features > 1
-            first = features // 2
-            passive, active = (features - first, first) if flip else (first, features - first)
+        layers = []
+        for passive, active, flip in halves(features, n_layers):
             conditioner = MLP(passive, 2 * active, hidden, context_features=context_features, activation=activation)
             layers.append(AffineCoupling(conditioner, flip=flip, scale=scale))
-        super().__init__(Compose(*layers), StandardNormal((features,)))
+        super().__init__(Compose(ActNorm(features), *layers), StandardNormal((features,)))
         self.features = features

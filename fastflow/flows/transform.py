@@ -19,8 +19,8 @@ class Transform(Protocol):
     noise is made of several latents packed as one (B, D) tensor also has ``unpack(z)``; one with data-dependent
     parameters has ``initialize(x, context=None)``, which sets them from a batch and returns z; one whose noise has
     another shape than its data has ``noise_shape(event_shape)``, shapes without the batch dimension, and for use in an
-    :class:`Inverse` the other way ``data_shape(event_shape)``; one that only runs
-    others in turn has ``parts()``, which lists them.
+    :class:`Inverse` the other way ``data_shape(event_shape)``; one that only runs others in turn has ``parts()``, which
+    lists them.
     """
 
     def __call__(self, x, context=None):

@@ -17,10 +17,11 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
     CPU kernel takes a sample through all three while its hidden maps lie in the cache, for hidden channels in multiples
     of 16. On a GPU, with 128 hidden channels or more and at most 64 others, where TrainStep records a graph or the
     hidden maps have 2^25 elements, they are matrix products over the pixels, a 3x3 kernel's nine taps side by side,
-    under autocast in its dtype. Else the convolutions are PyTorch's. In
-    float32, for images of even height and width above 2 and I + O >= 12, its 3x3 convolutions run in Winograd's form
-    F(2x2, 3x3), within the same bound on the error; samples with a result that is not finite, and gradients of weights
-    that are not, are computed again from plain sums.
+    under autocast in its dtype. Else the convolutions are PyTorch's.
+
+    In float32, for images of even height and width above 2 and I + O >= 12, the CPU kernel's 3x3 convolutions run in
+    Winograd's form F(2x2, 3x3), within the same bound on the error; samples with a result that is not finite, and
+    gradients of weights that are not, are computed again from plain sums.
 
     Args:
         x: (B, I, H, W), any strides.

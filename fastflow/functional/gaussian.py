@@ -57,7 +57,11 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
     n_samples = None if n_samples is None else checks.count("n_samples", n_samples)
     z_shape = shape if n_samples is None else (n_samples, *shape)
     offset = checks.count("offset", offset)
-    _check_noise(eps, seed, generator, z_shape, shape[0], first)
+    checks.noise(eps, seed, generator, "params", first, shape[0])
+    if eps is not None:
+        checks.tensor("eps", eps)
+        checks.shape("eps", eps, z_shape)
+        checks.same_device("eps", eps, "params", first)
     checks.no_mixed_double([("params", first), ("params[1]", raw), ("prior[0]", prior_mean), ("prior[1]", prior_raw),
                             ("eps", eps)])
 
@@ -73,9 +77,8 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
                                             return_logq=return_logq)
     is_tensor = isinstance(seed, torch.Tensor)
     seed_value = 0 if seed is None or is_tensor else reference.to_int64(seed)
-    flags = ((_gaussian.INTERLEAVED if layout == "interleave" else 0)
-             | (_gaussian.SCALE_IN_FRONT if order == "scale_mean" else 0))
-    consts = (seed_value, offset, n_samples, SCALES.index(scale), flags, REDUCTIONS.index(reduce))
+    consts = (seed_value, offset, n_samples, SCALES.index(scale), _gaussian.flags_of(layout, order),
+              REDUCTIONS.index(reduce))
     operands = (first, raw, prior_mean, prior_raw, eps, seed if is_tensor else None)
     if needs_grad(*operands[:4]):
         z, kl, logq = _gaussian.GaussianFunction.apply(*distinct(*operands), backend, consts, return_logq)
@@ -117,24 +120,3 @@ def _gaussian_prior(prior, shape, like):
     if prior[0].shape[0] != prior[1].shape[0]:  # kernels take one batch for both
         return tuple(t.expand(shape) for t in prior)
     return prior[0], prior[1]
-
-
-def _check_noise(eps, seed, generator, z_shape, batch, like):
-    if eps is not None and seed is not None:
-        raise ValueError("eps and seed: expected at most one of them, got both")
-    if eps is not None:
-        checks.tensor("eps", eps)
-        checks.shape("eps", eps, z_shape)
-        checks.same_device("eps", eps, "params", like)
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed: expected an int or an int64 tensor, got {seed.dtype}")
-        if seed.dim() != 0 and tuple(seed.shape) != (batch,):
-            raise ValueError(f"seed: expected shape () or ({batch},), got {tuple(seed.shape)}")
-        checks.same_device("seed", seed, "params", like)
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
-    elif seed is not None and not -2**63 <= seed < 2**64:
-        raise ValueError(f"seed: expected an int of 64 bits, -2^63 to 2^64 - 1, got {seed}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")

@@ -1,6 +1,6 @@
 """The terms of the ELBO of the commonest VAE."""
 
-from fastflow import reference
+from fastflow import checks, reference
 from fastflow.autograd import gaussian
 from fastflow.autograd.mlp_vae import MLPVAEFunction
 
@@ -17,12 +17,12 @@ def run_mlp_vae(backend, x, encoder, decoder, *, scale, layout, order, seed=None
         encoder, decoder: (weights, biases, activation) as for wide_mlp, from N to 2D and from D to N features.
         scale, layout, order, seed, generator: as for gaussian_sample_kl.
     """
+    checks.noise(None, seed, generator, "x", x, x.shape[0])
     if seed is None:
         seed = reference.draw_seed(x.device, generator)
     is_int = isinstance(seed, int)
-    flags = ((gaussian.INTERLEAVED if layout == "interleave" else 0)
-             | (gaussian.SCALE_IN_FRONT if order == "scale_mean" else 0))
-    noise = reference.to_int64(seed) if is_int else 0, 0, None, reference.SCALES.index(scale), flags, 0
+    noise = (reference.to_int64(seed) if is_int else 0, 0, None, reference.SCALES.index(scale),
+             gaussian.flags_of(layout, order), 0)
     activations = [reference.LAYER_ACTIVATIONS.index(kind) for *_, kind in (encoder, decoder)]
     consts = (len(encoder[0]), len(decoder[0])), activations, noise
     return MLPVAEFunction.apply(x, None if is_int else seed, backend, consts, *encoder[0], *encoder[1], *decoder[0],

@@ -1,7 +1,5 @@
 """The top-down pass of a hierarchy of latents: the public operation."""
 
-import torch
-
 from fastflow import checks, reference
 from fastflow.autograd import top_down as _top_down
 
@@ -21,9 +19,9 @@ def top_down(h, features, levels, *, eps=None, seed=None, offset=0, generator=No
         levels: sequence of LatentLevel(prior, posterior, merge, mode, scale), whose networks are
             MLPBlock(weights, biases, activation, residual).
         eps: noise (B, D), one for each level; carries no gradient. Excludes seed.
-        seed: int, or a 0-d int64 tensor. The levels take the counters of its stream one after the other, each as
-            gaussian_sample_kl does.
-        offset: first counter.
+        seed: int of 64 bits, signed or not, or a 0-d int64 tensor. The levels take the counters of its stream
+            one after the other, each as gaussian_sample_kl does.
+        offset: first counter, a non-negative int below 2^63.
         generator: torch.Generator that a seed is drawn from when neither eps nor seed is given; None: torch's own.
 
     Returns:
@@ -42,14 +40,8 @@ def top_down(h, features, levels, *, eps=None, seed=None, offset=0, generator=No
         Vahdat and Kautz, "NVAE", 2020, arXiv:2007.03898, section 3.2.
     """
     _top_down.check(h, features, levels, eps)
-    if eps is not None and seed is not None:
-        raise ValueError("eps and seed: expected at most one of them, got both")
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {seed.dtype} {tuple(seed.shape)}")
-        checks.same_device("seed", seed, "h", h)
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
+    checks.noise(eps, seed, generator, "h", h)
+    offset = checks.count("offset", offset)
     if eps is None and seed is None:
         seed = reference.draw_seed(h.device, generator)
     return _top_down.run_levels(h, features, levels, eps, seed, offset)

@@ -11,10 +11,14 @@ __all__ = ["Bank", "WeightBank", "convolutions"]
 
 
 class Bank:
-    """What one call hands to its layers: the factors of the direction that it runs, the other one if a layer asks."""
+    """What one call hands to its layers: the factors of the direction that it runs, the other one if a layer asks.
+
+    Attributes:
+        live: whether the call still runs.
+    """
 
     def __init__(self, layers, inverse, root):
-        self.layers, self.root = layers, root
+        self.layers, self.root, self.live = layers, root, True
         self.index = {id(layer): i for i, layer in enumerate(layers)}
         self.by_direction = {inverse: factorize(layers, inverse, root)}
 
@@ -70,5 +74,6 @@ class WeightBank(nn.Module):
         try:
             yield
         finally:
-            for layer, held in zip(layers, previous, strict=True):
-                layer._bank = held
+            bank.live = False
+            for layer, held in zip(layers, previous, strict=True):  # of a call in another thread, it may be over by now
+                layer._bank = held if held is not None and held.live else None

@@ -1,6 +1,6 @@
 """The mathematics of every fused operation in eager PyTorch: the truth that each backend is held against.
 
-Every function here has a namesake with the same signature in :mod:`fastflow.functional`. These versions are
+Every operation here has a namesake with the same signature in :mod:`fastflow.functional`. These versions are
 differentiable to any order, work under ``torch.func`` and forward-mode AD, and run on any device. They validate
 nothing beyond what the mathematics needs; :mod:`fastflow.functional` checks arguments.
 """

@@ -8,7 +8,7 @@ from torch import nn
 from fastflow import checks, estimators
 from fastflow.vae.elbo import ELBO, iwae
 from fastflow.vae.generation import way
-from fastflow.vae.model import LIKELIHOODS
+from fastflow.vae.model import LIKELIHOODS, named
 from fastflow.vae.priors import BitPrior
 
 __all__ = ["DiscreteVAE"]
@@ -45,14 +45,11 @@ class DiscreteVAE(nn.Module):
         checks.choice("prior", prior, ("uniform", "learned", "autoregressive"))
         if prior == "autoregressive" and n_classes != 2:
             raise ValueError(f"prior: 'autoregressive' is for bits, got {n_classes} classes")
-        if isinstance(likelihood, str):
-            checks.choice("likelihood", likelihood, tuple(LIKELIHOODS))
-            likelihood = LIKELIHOODS[likelihood]()
         self.encoder = encoder
         self.decoder = decoder
         self.latent_shape = torch.Size(latent_shape)
         self.n_classes = n_classes
-        self.likelihood = likelihood
+        self.likelihood = named("likelihood", likelihood, LIKELIHOODS)
         event_shape = self.latent_shape if n_classes == 2 else (*self.latent_shape, n_classes)
         self.estimator = estimators.create(estimator, event_shape)
         self.prior_logits = nn.Parameter(torch.zeros(1, *event_shape), requires_grad=prior == "learned")

@@ -8,7 +8,7 @@ from torch.distributions import Distribution
 
 from fastflow import checks
 from fastflow.flows import Flow
-from fastflow.flows.base import as_base
+from fastflow.flows.base import as_base, drawn
 
 __all__ = ["Generation", "lerp", "slerp"]
 
@@ -106,9 +106,7 @@ class Generation:
             return prior.sample(n, context=context, generator=generator, temperature=temperature)
         like = next((p for p in self.decoder.parameters()), torch.zeros(()))
         dtype = torch.promote_types(like.dtype, torch.float32)
-        device = like.device if generator is None else generator.device
-        z = temperature * torch.randn((n, *self._latent_shape()), generator=generator, dtype=dtype, device=device)
-        return z.to(like.device)
+        return temperature * drawn(torch.randn, (n, *self._latent_shape()), like, generator, dtype)
 
     def encode(self, x, context=None):
         """The posterior's mean (B, D, *S) for each x."""

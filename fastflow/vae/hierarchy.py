@@ -7,6 +7,7 @@ from torch import nn
 
 from fastflow import checks, reference
 from fastflow.autograd.top_down import run_levels
+from fastflow.flows.base import drawn
 from fastflow.vae import top_down
 from fastflow.vae.elbo import ELBO
 from fastflow.vae.generation import check_temperature, moved, way
@@ -94,7 +95,7 @@ class HierarchicalVAE(nn.Module):
             n_samples: K.
             by_element: give the KL of each latent too, for which no kernel takes several levels at once.
             eps: one tensor of noise (K, B, D, *S) for each level, or None.
-            seed: int or 0-d int64 tensor; the levels take the counters of its stream one after the other.
+            seed: int of 64 bits or 0-d int64 tensor; the levels take the counters of its stream one after the other.
             generator: torch.Generator that a seed is drawn from otherwise, None for torch's own.
         """
         checks.count("n_samples", n_samples, 1)
@@ -124,6 +125,7 @@ class HierarchicalVAE(nn.Module):
 
     def _descend(self, x, n_samples, eps=None, seed=None, generator=None, by_element=False):
         """(the last h (K*B, H, *S), HierarchyTerms without log p(x | z)) of :meth:`infer`."""
+        checks.noise(eps, seed, generator, "x", x)
         features = self._features(x, n_samples)
         if eps is not None and len(eps) != len(self.levels):
             raise ValueError(f"eps: expected {len(self.levels)} tensors, got {len(eps)}")
@@ -302,6 +304,5 @@ def _zeros(level, h):
 
 def _noise(generator):
     def draw(like):
-        device = like.device if generator is None else generator.device
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+        return drawn(torch.randn, like.shape, like, generator)
     return draw

@@ -179,4 +179,3 @@ class Task(nn.Module):
     def predict(self, z):
         """The likelihood's mean, for classes the likeliest one, at z (N, D, *S); (N, 1) of targets (N,)."""
         return self.likelihood.mean(self.head(z))
-

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fastflow import checks, functional, reference
-from fastflow.vae.posteriors.gaussian import log_normal, promoted
+from fastflow.vae.likelihoods.base import promoted
+from fastflow.vae.posteriors.gaussian import log_normal
 
 __all__ = ["Level", "LevelParams", "log_priors"]
 

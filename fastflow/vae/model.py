@@ -15,6 +15,7 @@ from fastflow.vae.likelihoods import (
     ContinuousBernoulliLikelihood,
     GaussianLikelihood,
     LaplaceLikelihood,
+    Likelihood,
     PoissonLikelihood,
 )
 from fastflow.vae.one_node import one_node
@@ -218,3 +219,11 @@ def named(name, value, table):
         return value
     checks.choice(name, value, tuple(table))
     return table[value]()
+
+
+def likelihood_of(value):
+    """The likelihood of that name, or ``value``, which is checked to be one."""
+    likelihood = named("likelihood", value, LIKELIHOODS)
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(f"likelihood: expected a Likelihood, got {type(likelihood).__name__}")
+    return likelihood

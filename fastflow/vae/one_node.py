@@ -37,4 +37,4 @@ def one_node(model, x, *, seed=None, generator=None, eps=None):
     if model.latent_shape is None:
         model.latent_shape = torch.Size(latents)
     return run_mlp_vae(backend, x.flatten(1), encoding, decoding, scale=posterior.scale,
-                                  layout=posterior.layout, order=posterior.order, seed=seed, generator=generator)
+                       layout=posterior.layout, order=posterior.order, seed=seed, generator=generator)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from fastflow import checks
 from fastflow.estimators.mutual_information import barber_agakov, info_nce, leave_one_out_upper, nwj
+from fastflow.flows.base import drawn
 from fastflow.vae.model import draws_from_posterior
 from fastflow.vae.posteriors.gaussian import log_normal
 
@@ -296,8 +297,7 @@ def discriminator_loss(logits_q, logits_p):
 
 def permute_dims(z, generator=None):
     """z (N, D) with every column shuffled on its own: samples of the product of the marginals."""
-    device = z.device if generator is None else generator.device
-    order = torch.rand(z.shape, generator=generator, device=device).argsort(0).to(z.device)
+    order = drawn(torch.rand, z.shape, z, generator, torch.float32).argsort(0)
     return z.gather(0, order)
 
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,3 +202,11 @@ def test_the_patches_recipe_beats_a_gaussian(tmp_path, fastflow):
     fastflow("train", "realnvp-patches", "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["log_prob"] > gaussian(load_data(load_settings("realnvp-patches"))) + 50.0
+
+
+def test_files_are_utf8_in_every_locale(tmp_path):
+    script = ("import pathlib, sys, torch; from fastflow.engine.files import write_rows; "
+              "write_rows(pathlib.Path(sys.argv[1]), torch.ones(1, 2), ['gr\\u00f6\\u00dfe', '\\u03bb'])")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # all is ASCII there
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "rows.csv")], check=True, env=environment)
+    assert (tmp_path / "rows.csv").read_text("utf-8") == "größe,λ\n1,1\n"

@@ -221,6 +221,20 @@ def test_generators_reproduce():
         assert torch.equal(first, second), name
 
 
+def test_a_generator_of_another_device_serves(monkeypatch):
+    """A GPU refuses to draw from a generator of the CPU; the meta device, here in its place, would not."""
+    rand, logits = torch.rand, torch.zeros(2, 3, device="meta")
+
+    def strict(shape, *, generator, dtype, device):
+        assert torch.device(device) == generator.device
+        return rand(shape, generator=generator, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "rand", strict)
+    for name in ("rloo", "unordered-set"):
+        drawn = estimators.create(name, (3,))(Bernoulli(logits), lambda b: b.sum(2), 2, generator=torch.Generator())
+        assert drawn.samples.device == logits.device and drawn.samples.shape == (2, 2, 3)
+
+
 def test_measuring_one_by_one_and_together_agree():
     """Reading the logits inside f turns the batch off; the result is the same in law."""
     q = bits().detached()

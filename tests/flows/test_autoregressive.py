@@ -268,7 +268,7 @@ def test_nan_stays_in_its_sample():
     (lambda: flows.MaskedAutoregressive(2).inverse(torch.zeros(1, 2).double()), TypeError, "weight|z"),
     (lambda: flows.MAF(0), ValueError, "features"), (lambda: flows.MAF(2, n_layers=-1), ValueError, "n_layers"),
     (lambda: flows.IAF(2, order="sorted"), ValueError, "order"), (lambda: flows.NICE(0), ValueError, "features"),
-    (lambda: flows.NICE(2, n_layers=1.5), ValueError, "n_layers"),
+    (lambda: flows.NICE(2, n_layers=1.5), TypeError, "n_layers"),
     (lambda: flows.NICE(2)(torch.zeros(1, 3)), ValueError, "x|params")])
 def test_refusals(call, error, match):
     with pytest.raises(error, match=match):

@@ -33,6 +33,17 @@ BASES = {"diagonal": lambda: flows.DiagonalNormal(2), "full": lambda: flows.Full
 every_base = pytest.mark.parametrize("name", BASES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logistic_samples_are_symmetric_up_to_the_ends_of_torch_rand(dtype, monkeypatch):
+    """torch.rand takes the values k/n, 0 <= k < n, of which the outermost would have infinite logits."""
+    n = 2 / torch.finfo(dtype).eps
+    u = torch.tensor([0.0, 1.0 / n, 0.25, 0.75, (n - 2) / n, (n - 1) / n], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: u.to(dtype).view(shape))
+    z = flows.StandardLogistic(2).to(dtype).sample(3).flatten()
+    assert z.isfinite().all() and torch.equal(z[:2], -z.flip(0)[:2])
+    torch.testing.assert_close(z[2:4], torch.tensor([-math.log(3.0), math.log(3.0)], dtype=dtype))
+
+
 def test_densities_against_torch_distributions():
     z = torch.randn(7, 3, dtype=torch.float64)
     base = scattered(flows.DiagonalNormal(3))

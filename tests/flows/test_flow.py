@@ -247,6 +247,8 @@ def test_dequantize_stays_inside():
     (TypeError, lambda: flows.Flow(flows.Reverse(), nn.ReLU()), "base"),
     (ValueError, lambda: flows.Flow(flows.Reverse(), flows.StandardNormal((2,)))(torch.zeros(1, 3)), "z: expected"),
     (ValueError, lambda: flows.RealNVP(0), "features"),
+    (TypeError, lambda: flows.RealNVP("2"), "^features: expected an int, got str"),
+    (TypeError, lambda: flows.NSF(2.5), "^features: expected an int, got float"),
     (ValueError, lambda: flows.RealNVP(2)(torch.zeros(1, 3)), "x: expected"),
     (ValueError, lambda: flows.dequantize(torch.zeros(1), 0), "n_bins"),
     (TypeError, lambda: flows.dequantize(torch.zeros(1), 2.5), "n_bins"),

@@ -105,6 +105,17 @@ def test_nothing_is_kept():
     torch.testing.assert_close(pickle.loads(pickle.dumps(bank))(x), bank(x))
 
 
+def test_calls_that_overlap_leave_no_trace():
+    """As of two threads: the second to enter is the last to leave, and must not put back the first one's factors."""
+    bank = WeightBank(model())
+    first, second = bank.factorized(), bank.factorized()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert all(layer._bank is None for layer in bank.model.modules() if isinstance(layer, InvertibleConv1x1))
+
+
 def test_an_exception_leaves_no_trace():
     class Failing(nn.Module):
         def forward(self, x, context=None):

@@ -222,3 +222,15 @@ def test_the_page_is_that_of_the_records():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert page.PAGE.read_text() == page.render(), "run python -m benchmarks.page"
+
+
+def test_every_ratio_without_gain_stands_once_and_in_a_table():
+    text = page.render()
+    tables = [line for line in text.splitlines() if line.startswith("| ")]
+    section = text.partition("\n## No gain\n")[2].partition("\n## ")[0]
+    lines = [line.removeprefix("- ") for line in section.splitlines() if line.startswith("- ") and line != "- none"]
+    assert len(lines) == len(set(lines))
+    for line in lines:
+        case = line.rpartition(": ")[0].rpartition(" thread")[0].rpartition(", ")[0]
+        ratio = line.rpartition(": ")[2].split()[0]
+        assert any(row.startswith(f"| {case} |") and ratio in row for row in tables), line

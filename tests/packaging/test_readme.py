@@ -74,3 +74,15 @@ def test_figures_are_those_of_the_results_file():
         (("glow", "realnvp", "realnvp wider"), ("eager", FASTEST))) for line in markdown(results, groups, baselines)]
     assert rows == [line for line in measured if line in rows] and rows
     assert len(rows) == len({row["case"] for row in results["rows"]})
+
+
+@pytest.mark.parametrize(("words", "case"), [
+    ("Splines", "spline"), ("Affine couplings", "affine_coupling"), ("Gaussian samples", "gaussian_sample_kl"),
+    ("Log-determinants", "slogdet"), ("A RealNVP of two features", "RealNVP training step, 2-D"),
+    ("A Glow of", "Glow training step"), ("Networks of an MLP VAE", "wide_mlp")])
+def test_summary_spans_the_tables(words, case):
+    """The least and the greatest ratio over eager PyTorch at one thread, of training's direction."""
+    ratios = sorted((line.split("|")[2].split()[0] for line in README.splitlines()
+                     if line.startswith(f"| {case}") and (" step, " in line or "forward+backward" in line)), key=float)
+    (cell,) = re.findall(rf"^\| {words}.*\| (.+) \|$", README, re.M)
+    assert cell.split(" to ") == ([ratios[0], ratios[-1]] if len(ratios) > 1 else ratios)

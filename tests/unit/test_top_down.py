@@ -230,6 +230,13 @@ def test_compiles_as_one_graph():
     (ValueError, lambda a: a.update(eps=[e[:, :0] for e in a["eps"]]), r"eps\[0\]"),
     (ValueError, lambda a: a.update(seed=3), "eps and seed"),
     (TypeError, lambda a: a.update(eps=None, seed=0.5), "seed"),
+    (ValueError, lambda a: a.update(eps=None, seed=2**64), "seed"),
+    (ValueError, lambda a: a.update(eps=None, seed=torch.zeros(4, dtype=torch.int64)), "seed"),
+    (ValueError, lambda a: a.update(eps=None, offset=-1), "offset"),
+    (TypeError, lambda a: a.update(eps=None, generator=0), "generator"),
+    (ValueError, lambda a: a.update(features=None), "features: expected a sequence of 3 tensors.*got NoneType"),
+    (ValueError, lambda a: a.update(eps=a["eps"][:2]), "eps: .*got 2"),
+    (ValueError, lambda a: a.update(levels=[]), "levels: .*got none"),
 ])
 def test_bad_arguments_are_named(error, change, message):
     arguments = dict(zip(("h", "features", "levels", "eps"), problem(SIZES[0], 4), strict=True))

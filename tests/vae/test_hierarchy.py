@@ -148,6 +148,20 @@ def small(mode, n_levels=4, hidden=12):
     return model, (torch.rand(70, 1, 4, 4) > 0.5).double()
 
 
+@pytest.mark.parametrize("hooked", [False, True], ids=["one kernel", "level by level"])
+@pytest.mark.parametrize(("error", "seed"), [
+    (ValueError, 2**64), (TypeError, 0.5), (TypeError, torch.tensor(1.0)),
+    (ValueError, torch.zeros(70, dtype=torch.int64))])
+def test_a_seed_is_refused_whatever_runs_the_levels(error, seed, hooked):
+    model, x = small("ladder", 2)
+    if hooked:
+        for level in model.levels:
+            level.merge.register_forward_hook(lambda *call: None)
+    assert model.explain(x).startswith("0 of 2" if hooked else "2 of 2")
+    with pytest.raises(error, match="^seed: "):
+        model.infer(x, seed=seed)
+
+
 def figures(model, x, eps):
     """The terms of two samples, and the gradient of a loss that takes all of them."""
     terms = model.infer(x, 2, eps=eps)

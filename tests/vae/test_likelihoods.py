@@ -114,6 +114,12 @@ def test_agrees_with_torch(likelihood, make, x):
         torch.testing.assert_close(likelihood.mean(output[0]), make(*output[0].chunk(p, 1)).mean, rtol=1e-7, atol=1e-8)
 
 
+def test_laplace_samples_are_finite_at_the_ends_of_torch_rand(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.tensor([0.0, 0.5, 1.0 - 2.0**-24]).expand(shape))
+    x = LaplaceLikelihood(1.0).sample(torch.zeros(1, 3))
+    assert x.isfinite().all() and torch.equal(x[0, 0], -x[0, 2])
+
+
 def test_labels_are_one_column():
     likelihood, labels, logits = CategoricalLikelihood(3), torch.tensor([0, 2]), normal(5, 2, 3)
     assert likelihood.output_shape(()) == (3,)

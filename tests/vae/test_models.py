@@ -195,6 +195,7 @@ def test_compiles_to_one_graph(name):
     (ValueError, lambda: vae.NVAE((1, 4, 4), (0,)), "groups"),
     (ValueError, lambda: vae.VDVAE((1, 4, 4), (1,), latent_channels=0), "latent_channels"),
     (TypeError, lambda: vae.MLPVAE(SHAPE, 2, likelihood=torch.nn.ReLU()), "likelihood"),
+    (TypeError, lambda: vae.ConditionalVAE(SHAPE, 2, 3, likelihood=torch.nn.ReLU()), "likelihood: expected"),
     (ValueError, lambda: vae.FlowPosteriorVAE(SHAPE, 2, flow="spline"), "flow"),
     (ValueError, lambda: vae.FlowPriorVAE(SHAPE, 2, flow="glow"), "flow"),
     (TypeError, lambda: vae.MLPVAE(SHAPE, 2, posterior=torch.nn.ReLU()), "posterior"),

@@ -73,6 +73,8 @@ def test_noise_is_that_of_the_parts():
     torch.testing.assert_close(model(x, loss_only=True, generator=torch.Generator().manual_seed(8)).distortion,
                                model.elbo(x, generator=torch.Generator().manual_seed(8)).distortion, rtol=1e-12,
                                atol=1e-12)
+    with pytest.raises(ValueError, match="^seed: expected an int of 64 bits"):
+        model(x, loss_only=True, seed=2**64)
 
 
 def hooked():

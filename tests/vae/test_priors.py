@@ -139,10 +139,11 @@ def test_code_prior_sums_to_one():
     assert torch.equal(prior.sample(2, (3,), temperature=0.0), prior.sample(2, (3,), temperature=0.0))
 
 
-@pytest.mark.parametrize("name", ["mixture", "autoregressive", "maf"])
+@pytest.mark.parametrize("name", ["mixture", "autoregressive", "maf", "logistic"])
 def test_monte_carlo_kl_in_a_vae(name):
     """The mean of log q - log p at the samples; gradients reach the prior."""
-    prior, problem = PRIORS[name](), PPCA(3, 2)
+    prior = flows.StandardLogistic(2).double() if name == "logistic" else PRIORS[name]()
+    problem = PPCA(3, 2)
     model = vae.VAE(problem.encoder(torch.zeros(2, dtype=torch.float64)), problem.decoder(), prior=prior,
                     likelihood=vae.GaussianLikelihood(0.7))
     bound = model(problem.x, n_samples=3, seed=1)

@@ -14,6 +14,7 @@ def sum_event(values, event_dims):
 
 
 def promoted(tensor):
+    """The tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -77,15 +78,3 @@ class Likelihood(nn.Module):
             raise ValueError(f"output: expected a multiple of {self.params_per_element} channels, got "
                              f"{output.shape[dim]}")
         return output.chunk(self.params_per_element, dim)
-
-
-def uniform_like(tensor, generator):
-    """Uniform numbers in [0, 1), drawn on the generator's device."""
-    device = tensor.device if generator is None else generator.device
-    return torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype, device=device).to(tensor.device)
-
-
-def normal_like(tensor, generator):
-    """Standard normals, drawn on the generator's device."""
-    device = tensor.device if generator is None else generator.device
-    return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=device).to(tensor.device)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from fastflow import functional
+from fastflow.flows.base import drawn
 from fastflow.flows.special import STIRLING_FROM, log1p_ratio, stirling_tail
-from fastflow.vae.likelihoods.base import Likelihood, uniform_like
+from fastflow.vae.likelihoods.base import Likelihood
 
 __all__ = ["BernoulliLikelihood", "CategoricalLikelihood", "ContinuousBernoulliLikelihood",
            "NegativeBinomialLikelihood", "PoissonLikelihood"]
@@ -57,7 +58,7 @@ class ContinuousBernoulliLikelihood(Likelihood):
 
     def draw(self, generator, logits):
         # The quantile log(1 + u (exp(h) - 1)) / h for h < 0; the law of -h is its mirror image.
-        u = uniform_like(logits, generator)
+        u = drawn(torch.rand, logits.shape, logits, generator)
         h = -logits.abs()
         flat = h > -1e-3
         safe = torch.where(flat, -1.0, h)

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from fastflow.vae.likelihoods.base import Likelihood, normal_like, sum_event, uniform_like
+from fastflow.flows.base import centred, drawn
+from fastflow.vae.likelihoods.base import Likelihood, sum_event
 
 __all__ = ["GaussianLikelihood", "LaplaceLikelihood"]
 
@@ -97,7 +98,7 @@ class GaussianLikelihood(LocationScale):
         return -0.5 * residual * residual - 0.5 * math.log(2.0 * math.pi)
 
     def _noise(self, like, generator):
-        return normal_like(like, generator)
+        return drawn(torch.randn, like.shape, like, generator)
 
 
 class LaplaceLikelihood(LocationScale):
@@ -119,5 +120,5 @@ class LaplaceLikelihood(LocationScale):
         return -residual.abs() - math.log(2.0)
 
     def _noise(self, like, generator):
-        u = uniform_like(like, generator) - 0.5
+        u = centred(drawn(torch.rand, like.shape, like, generator))
         return -u.sign() * torch.log1p(-2.0 * u.abs())

@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastflow.vae.likelihoods.base import Likelihood, promoted, sum_event, uniform_like
+from fastflow.flows.base import drawn
+from fastflow.vae.likelihoods.base import Likelihood, promoted, sum_event
 
 __all__ = ["DiscretizedLogisticLikelihood", "LogisticMixtureLikelihood"]
 
@@ -54,7 +55,7 @@ def _level(position, n_bins):
 
 def _logistic(like, generator):
     tiny = torch.finfo(like.dtype).tiny
-    u = uniform_like(like, generator).clamp_min(tiny)
+    u = drawn(torch.rand, like.shape, like, generator).clamp_min(tiny)
     return torch.log(u) - torch.log1p(-u)
 
 
@@ -145,7 +146,8 @@ class LogisticMixtureLikelihood(Likelihood):
     def sample(self, output, *, generator=None):
         """(N, C, *S) levels, channel after channel of a component drawn for each pixel."""
         logits, means, raws, coefficients = self._split(promoted(output), 1)
-        gumbel = -torch.log(-torch.log(uniform_like(logits, generator).clamp_min(torch.finfo(logits.dtype).tiny)))
+        u = drawn(torch.rand, logits.shape, logits, generator).clamp_min(torch.finfo(logits.dtype).tiny)
+        gumbel = -torch.log(-torch.log(u))
         chosen = (logits + gumbel).argmax(1, keepdim=True)
         levels = []
         for c, (mean, raw) in enumerate(zip(means, raws, strict=True)):

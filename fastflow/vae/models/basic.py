@@ -5,8 +5,7 @@ import torch
 from fastflow import checks
 from fastflow.flows import MAF, RealNVP
 from fastflow.vae.labels import Conditioned
-from fastflow.vae.likelihoods import Likelihood
-from fastflow.vae.model import LIKELIHOODS, POSTERIORS, VAE, named
+from fastflow.vae.model import POSTERIORS, VAE, likelihood_of, named
 from fastflow.vae.networks import (
     LogCounts,
     Rescale,
@@ -68,9 +67,7 @@ class ReadyVAE(VAE):
                  likelihood="bernoulli", **options):
         event_shape = tuple(event_shape)
         posterior = named("posterior", posterior, POSTERIORS)
-        likelihood = named("likelihood", likelihood, LIKELIHOODS)
-        if not isinstance(likelihood, Likelihood):
-            raise TypeError(f"likelihood: expected a Likelihood, got {type(likelihood).__name__}")
+        likelihood = likelihood_of(likelihood)
         if not hasattr(posterior, "n_params"):
             raise TypeError(f"posterior: expected one of posteriors/, with n_params, got {type(posterior).__name__}")
         encoder, decoder = networks(network, event_shape, latent_features, sizes, posterior.n_params(latent_features),
@@ -248,7 +245,7 @@ class ConditionalVAE(VAE):
     def __init__(self, event_shape, latent_features, n_classes, hidden=(256, 256), *, posterior="gaussian",
                  likelihood="bernoulli", **options):
         posterior = named("posterior", posterior, POSTERIORS)
-        likelihood = named("likelihood", likelihood, LIKELIHOODS)
+        likelihood = likelihood_of(likelihood)
         latent_features = checks.count("latent_features", latent_features, 1)
         n_classes = checks.count("n_classes", n_classes, 1)
         size = torch.Size(event_shape).numel()

@@ -10,19 +10,11 @@ from fastflow import checks
 from fastflow.nn.fused_sequential import FusedSequential, stacked
 from fastflow.vae.hierarchy import HierarchicalVAE
 from fastflow.vae.level import Level
-from fastflow.vae.likelihoods import Likelihood
-from fastflow.vae.model import LIKELIHOODS, named
+from fastflow.vae.model import likelihood_of
 from fastflow.vae.models.basic import front
 from fastflow.vae.top_down import ResidualMerge
 
 __all__ = ["HVAE", "NVAE", "VDVAE"]
-
-
-def _likelihood(likelihood):
-    likelihood = named("likelihood", likelihood, LIKELIHOODS)
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(f"likelihood: expected a Likelihood, got {type(likelihood).__name__}")
-    return likelihood
 
 
 def _zeroed(layer):
@@ -69,7 +61,7 @@ class HVAE(HierarchicalVAE):
 
     def __init__(self, event_shape, latent_features=(8, 16), hidden=256, *, mode="ladder", likelihood="bernoulli",
                  objective=None):
-        likelihood = _likelihood(likelihood)
+        likelihood = likelihood_of(likelihood)
         hidden = checks.count("hidden", hidden, 1)
         latent_features = [checks.count("latent_features", d, 1) for d in latent_features]
         size = math.prod(event_shape)
@@ -139,7 +131,7 @@ class NVAE(HierarchicalVAE):
 
     def __init__(self, image_shape, groups=(2, 2), *, channels=32, latent_channels=8, mode="residual",
                  likelihood="bernoulli", objective=None):
-        likelihood = _likelihood(likelihood)
+        likelihood = likelihood_of(likelihood)
         checks.choice("mode", mode, ("residual", "absolute"))
         groups = [checks.count("groups", count, 1) for count in groups]
         channels = checks.count("channels", channels, 1)

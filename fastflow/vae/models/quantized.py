@@ -1,8 +1,6 @@
 """Ready autoencoders with quantised latents."""
 
-
-from fastflow.vae.likelihoods import Likelihood
-from fastflow.vae.model import LIKELIHOODS, named
+from fastflow.vae.model import likelihood_of
 from fastflow.vae.models.basic import front
 from fastflow.vae.networks import conv_feature_decoder, conv_feature_encoder
 from fastflow.vae.priors import CodePrior
@@ -16,9 +14,7 @@ class _ConvQuantizedVAE(QuantizedVAE):
     """Convolutional networks around a quantiser of maps."""
 
     def __init__(self, image_shape, quantizer, channels, likelihood, learned_prior):
-        likelihood = named("likelihood", likelihood, LIKELIHOODS)
-        if not isinstance(likelihood, Likelihood):
-            raise TypeError(f"likelihood: expected a Likelihood, got {type(likelihood).__name__}")
+        likelihood = likelihood_of(likelihood)
         encoder = conv_feature_encoder(image_shape, quantizer.features, channels)
         decoder = conv_feature_decoder(quantizer.features, likelihood.output_shape(image_shape), channels[::-1])
         factor = 2 ** len(channels)

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from fastflow.vae.posteriors.gaussian import GaussianPosterior, is_standard, promoted
+from fastflow.vae.likelihoods.base import promoted
+from fastflow.vae.posteriors.gaussian import GaussianPosterior, is_standard
 
 __all__ = ["DeltaGaussianPosterior", "ar1_least_rate", "delta_gaussian"]
 

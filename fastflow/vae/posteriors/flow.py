@@ -7,7 +7,8 @@ from fastflow import checks
 from fastflow.flows import IAF, Compose, Inverse, Planar, RealNVP
 from fastflow.flows.amortised import Amortised, vectors
 from fastflow.flows.transform import check_transform
-from fastflow.vae.posteriors.gaussian import GaussianPosterior, is_standard, promoted
+from fastflow.vae.likelihoods.base import promoted
+from fastflow.vae.posteriors.gaussian import GaussianPosterior, is_standard
 
 __all__ = ["FlowPosterior", "HouseholderReflections"]
 

@@ -8,15 +8,12 @@ from torch import nn
 from fastflow import checks, functional, reference
 from fastflow.flows import StandardNormal
 from fastflow.nn import GaussianSample
+from fastflow.vae.likelihoods.base import promoted
 from fastflow.vae.priors.gaussian import GaussianPrior
 
 __all__ = ["DeterministicPosterior", "FullGaussianPosterior", "GaussianPosterior", "LowRankGaussianPosterior"]
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
-
-
-def promoted(tensor):
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def is_standard(prior):

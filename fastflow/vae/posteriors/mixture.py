@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from fastflow.vae.posteriors.gaussian import check_params, log_normal, promoted, standard_noise
+from fastflow.vae.likelihoods.base import promoted
+from fastflow.vae.posteriors.gaussian import check_params, log_normal, standard_noise
 
 __all__ = ["MixturePosterior"]
 

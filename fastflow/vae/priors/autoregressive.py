@@ -8,6 +8,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.flows import MADE
+from fastflow.flows.base import drawn
 
 __all__ = ["AutoregressivePrior", "CodePrior"]
 
@@ -54,13 +55,12 @@ class AutoregressivePrior(nn.Module):
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, D), feature by feature; ``temperature`` scales the components' standard deviations."""
         network, weight = self.network, self.network.layers[0].weight
-        device = weight.device if generator is None else generator.device
         sweep, found = network.sweep(n), []
         for _ in range(network.features):
             log_weights, means, log_sigmas = self._split(sweep.params())
-            u = torch.rand((n, 1), generator=generator, dtype=weight.dtype, device=device).to(weight.device)
+            u = drawn(torch.rand, (n, 1), weight, generator)
             chosen = (u > torch.exp(log_weights).cumsum(1)).sum(1, keepdim=True).clamp_max(self.n_components - 1)
-            noise = torch.randn((n, 1), generator=generator, dtype=weight.dtype, device=device).to(weight.device)
+            noise = drawn(torch.randn, (n, 1), weight, generator)
             z = means.gather(1, chosen) + temperature * torch.exp(log_sigmas.gather(1, chosen)) * noise
             sweep.push(z)
             found.append(z)

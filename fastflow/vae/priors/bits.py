@@ -8,6 +8,7 @@ from torch import nn
 from fastflow import checks
 from fastflow.estimators import Bernoulli
 from fastflow.flows import MADE
+from fastflow.flows.base import drawn
 
 __all__ = ["BitPrior"]
 
@@ -45,14 +46,13 @@ class BitPrior(nn.Module):
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, D, *S), bit by bit; logits are divided by ``temperature``, 0 takes the likelier value each time."""
         weight = self.network.layers[0].weight
-        device = weight.device if generator is None else generator.device
         sweep, found = self.network.sweep(n), []
         for _ in range(self.network.features):
             logits = sweep.params()
             if temperature == 0.0:
                 bit = (logits > 0).to(weight.dtype)
             else:
-                u = torch.rand((n, 1), generator=generator, dtype=weight.dtype, device=device).to(weight.device)
+                u = drawn(torch.rand, (n, 1), weight, generator)
                 bit = (u < torch.sigmoid(logits / temperature)).to(weight.dtype)
             sweep.push(bit)
             found.append(bit)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks, functional, reference
+from fastflow.flows.base import drawn
 
 __all__ = ["GaussianPrior", "MixturePrior"]
 
@@ -40,7 +41,8 @@ class GaussianPrior(nn.Module):
 
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, D, *S) with the standard deviation times ``temperature``."""
-        return self.mean + temperature * self.sigma_and_log()[0] * _normal((n, *self.event_shape), self.mean, generator)
+        noise = drawn(torch.randn, (n, *self.event_shape), self.mean, generator)
+        return self.mean + temperature * self.sigma_and_log()[0] * noise
 
 
 class MixturePrior(nn.Module):
@@ -74,7 +76,7 @@ class MixturePrior(nn.Module):
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, D, *S); ``temperature`` scales the components' standard deviations."""
         chosen = choose(torch.softmax(self.logits, 0), n, generator)
-        noise = _normal((n, *self.event_shape), self.mean, generator)
+        noise = drawn(torch.randn, (n, *self.event_shape), self.mean, generator)
         return self.mean[chosen] + temperature * torch.exp(self.log_sigma[chosen]) * noise
 
 
@@ -84,8 +86,3 @@ def choose(weights, n, generator):
         return torch.zeros(0, dtype=torch.int64, device=weights.device)
     device = weights.device if generator is None else generator.device
     return torch.multinomial(weights.detach().to(device), n, replacement=True, generator=generator).to(weights.device)
-
-
-def _normal(shape, like, generator):
-    device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
