@@ -96,7 +96,7 @@ def _verifying(fused, name):
     def encode(self, *args, **kwargs):
         output = fused.encode(self, *args, **kwargs)
         posterior = _posterior(output)
-        if type(self) is fused.Checked and not torch.compiler.is_compiling():
+        if isinstance(self, fused.Checked) and not torch.compiler.is_compiling():
             reason = verify.difference(_FusedMoments(), _MOMENTS, "forward", (posterior.parameters,), {})
             swaps.settle(self, reason)
             if isinstance(reason, str):

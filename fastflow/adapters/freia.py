@@ -10,9 +10,9 @@ from FrEIA.modules import all_in_one_block, coupling_layers
 from torch import nn
 
 from fastflow import functional
-from fastflow.adapters.layers import fusable, plain, remembered, reorder, worthwhile
+from fastflow.adapters.layers import fusable, joins, plain, remembered, reorder, worthwhile
 from fastflow.adapters.networks import covered, evaluate, fits_one_kernel, weights_of
-from fastflow.adapters.swap import PREFIX, swap, swap_of
+from fastflow.adapters.swap import PREFIX, swap
 from fastflow.autograd import chain, mlp_affine
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
@@ -372,7 +372,8 @@ class SequenceINN(sequence_inn.SequenceINN):
         """(steps, None, context, whether all its blocks keep volume, whose log-det is the number 0) of each run of
         blocks and (None, index, None, False) of those that stay by themselves."""
         blocks = list(self.module_list)
-        whole = [plain(block, AllInOneBlock) and not block.GIN and _order_of(block) is not None for block in blocks]
+        whole = [isinstance(block, AllInOneBlock) and joins(block) and not block.GIN and _order_of(block) is not None
+                 for block in blocks]
         scaled = [block for block, fits in zip(blocks, whole, strict=True) if fits]
         together = len(scaled) > 1 and all(_alike(scaled[0], block) for block in scaled)
         scalings = dict(zip(scaled, _scalings(scaled), strict=True)) if together and x.dim() == 2 else {}
@@ -385,7 +386,7 @@ class SequenceINN(sequence_inn.SequenceINN):
             elif whole[index]:
                 steps = block._fastflow_steps(x, context, scalings.get(block))
                 steps = steps and block._fastflow_permuted(steps, _order_of(block))
-            elif isinstance(block, _TwoSided) and plain(block, swap_of(block).fused):
+            elif isinstance(block, _TwoSided) and joins(block):
                 steps = block._fastflow_steps(x, context) or block._fastflow_chain(x, rev)
             keeps_volume = steps is not None and isinstance(block, VOLUME_PRESERVING)
             if (steps is not None and runs and runs[-1][0] is not None and last == condition

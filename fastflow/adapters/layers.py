@@ -4,9 +4,9 @@ import torch
 
 from fastflow import backends, functional
 from fastflow.adapters import verify
-from fastflow.adapters.swap import PREFIX
+from fastflow.adapters.swap import PREFIX, joins, plain
 
-__all__ = ["couple", "fusable", "order", "order_of", "plain", "remembered", "reorder", "worthwhile"]
+__all__ = ["couple", "fusable", "joins", "order", "order_of", "plain", "remembered", "reorder", "worthwhile"]
 
 SMALL = 4096  # elements below which, on a CPU, a host's own few operations cost what a kernel and its call do
 
@@ -21,14 +21,6 @@ def fusable(x, *others):
 def worthwhile(x):
     """Whether x is large enough for a kernel to gain on the host's own operations."""
     return x.numel() >= SMALL or not x.is_cpu or verify.running()
-
-
-def plain(module, kind):
-    """Whether a call of ``module`` is that of its class ``kind`` and nothing more."""
-    own = module.__dict__
-    return type(module) is kind and not (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        or "forward" in own)
 
 
 def remembered(module, name, compute, *tensors, traced=None):

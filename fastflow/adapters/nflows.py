@@ -9,7 +9,7 @@ from torch import nn
 from fastflow import backends
 from fastflow.adapters import lu as lu_maps
 from fastflow.adapters import splines
-from fastflow.adapters.layers import couple, fusable, order, plain, remembered, reorder, worthwhile
+from fastflow.adapters.layers import couple, fusable, joins, order, remembered, reorder, worthwhile
 from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, covered, residual_weights
 from fastflow.adapters.swap import swap, swap_of
 from fastflow.autograd import chain, mlp
@@ -212,6 +212,6 @@ class CompositeTransform(base.CompositeTransform):
 
     def _fastflow_step(self, transform, inputs, context):
         known = swap_of(transform)
-        if known is None or known.host not in CHAINED or not plain(transform, known.fused):
+        if known is None or known.host not in CHAINED or not joins(transform):
             return None
         return transform._fastflow_step(inputs, context)

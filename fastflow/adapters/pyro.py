@@ -14,7 +14,7 @@ from pyro.distributions.transforms.utils import clamp_preserve_gradients
 
 from fastflow import functional
 from fastflow.adapters.layers import fusable, worthwhile
-from fastflow.adapters.swap import swap
+from fastflow.adapters.swap import swap, swap_of
 
 
 def _opposite(method, args, kwargs, result):
@@ -23,7 +23,7 @@ def _opposite(method, args, kwargs, result):
 
 def _logdet(module):
     """The log-determinant that the last call left, of noise to data."""
-    known = module.__dict__.get("_fastflow_logdet")
+    known = None if swap_of(module) is None else module._fastflow_logdet  # an original has that of an earlier call
     return module._cached_log_scale.flatten(module.dim).sum(-1) if known is None else known
 
 

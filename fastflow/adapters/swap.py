@@ -8,7 +8,7 @@ import torch
 
 from fastflow.adapters import verify
 
-__all__ = ["PREFIX", "SWAPS", "Swap", "put", "settle", "swap", "swap_of", "undo"]
+__all__ = ["PREFIX", "SWAPS", "Swap", "joins", "plain", "put", "settle", "swap", "swap_of", "undo"]
 
 PREFIX = "_fastflow_"  # of everything that a swapped layer holds beside what its host class put there
 SWAPS = {}  # {host class: Swap}, filled by the adapters as they are imported
@@ -36,6 +36,15 @@ class Swap:
     fit: Callable
     opposite: Callable
     observe: Callable
+
+    def within(self, cls, kind):
+        """``cls`` with ``kind`` in the place of the host's class, the fused or the checked one: torch puts a class of
+        its own above a layer's where it parametrizes or shards it."""
+        if cls in (self.host, self.fused, self.checked):
+            return kind
+        bases = tuple(self.within(base, kind) if issubclass(base, self.host) else base for base in cls.__bases__)
+        return type(cls)(cls.__name__, bases, {key: value for key, value in vars(cls).items()
+                                               if key not in ("__dict__", "__weakref__")})
 
 
 def swap(host, *, methods=("forward", "inverse"), fit=None, opposite=None, observe=None, verifying=None):
@@ -66,17 +75,34 @@ def swap_of(module):
     return getattr(type(module), "_fastflow_swap", None)
 
 
+def joins(module):
+    """Whether a call of a swapped layer is its fused class's and nothing more, so that a container may run it together
+    with others. One that waits is called by itself, which verifies it, unless what calls save is recorded: activation
+    checkpointing repeats the call, which has to save the same again."""
+    known = swap_of(module)
+    return plain(module, known.fused) or (plain(module, known.checked) and verify.recorded())
+
+
+def plain(module, kind):
+    """Whether a call of ``module`` is that of its class ``kind`` and nothing more."""
+    own = module.__dict__
+    return type(module) is kind and not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        or "forward" in own)
+
+
 def put(module, known, constants, report=None, name=None):
     """Make ``module``, of class known.host, the fused one; with a report, one that its first call verifies."""
     module.__dict__.update(constants or {})
-    module.__class__ = known.fused if report is None else known.checked
+    module.__class__ = known.within(type(module), known.fused if report is None else known.checked)
     if report is not None:
         _RECORDS[module] = (report, name)
 
 
 def undo(module):
     """Make a swapped module what it was."""
-    module.__class__ = swap_of(module).host
+    known = swap_of(module)
+    module.__class__ = known.within(type(module), known.host)
     _RECORDS.pop(module, None)
     for key in [key for key in module.__dict__ if key.startswith(PREFIX)]:
         del module.__dict__[key]
@@ -93,14 +119,12 @@ def _loading(fused):
 
 
 def _verifying(fused, name):
-    inherited = getattr(fused, name)
-
     def method(self, *args, **kwargs):
-        if type(self) is fused.Checked and not torch.compiler.is_compiling():
-            settle(self, verify.difference(self, swap_of(self), name, args, kwargs))
-        if type(self) is not fused.Checked:  # of the class, as an attribute of the layer may have brought us here
-            return getattr(type(self), name)(self, *args, **kwargs)
-        return inherited(self, *args, **kwargs)
+        known = fused._fastflow_swap
+        if isinstance(self, fused.Checked) and not torch.compiler.is_compiling():
+            settle(self, verify.difference(self, known, name, args, kwargs))
+        kind = fused if isinstance(self, fused) else known.host  # an attribute of the layer may have brought us here
+        return getattr(kind, name)(self, *args, **kwargs)
 
     method.__name__ = name
     return method
@@ -114,7 +138,7 @@ def settle(module, reason):
     known = swap_of(module)
     report, name = _RECORDS.pop(module, (None, None))
     if reason is None:
-        module.__class__ = known.fused
+        module.__class__ = known.within(type(module), known.fused)
         if report is not None:
             report.verified.add(name)
         return

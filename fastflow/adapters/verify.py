@@ -11,9 +11,9 @@ import torch
 
 from fastflow import backends
 
-__all__ = ["NO_TEST", "difference", "running", "tensors", "warn"]
+__all__ = ["NO_TEST", "difference", "recorded", "running", "tensors", "warn"]
 
-NO_TEST = object()  # a call that proves nothing: it raises, or its tensors hold no values
+NO_TEST = object()  # a call that proves nothing: it raises, its tensors hold no values or a mode records operations
 # Largest error, relative to 1 + the largest value of the tensor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Where it is larger, what rounding does to the original is the measure: how far it is from its own result in float64,
@@ -35,6 +35,16 @@ _state = _State()
 def running():
     """Whether a layer is being verified now, so that it takes its fused form however small the call is."""
     return _state.running
+
+
+def recorded():
+    """Whether saved tensors or single operations are recorded now, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and bool(
+        _active_modes() or torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+def _active_modes():
+    return torch._C._len_torch_dispatch_stack()
 
 
 def tensors(value):
@@ -61,7 +71,7 @@ def difference(module, known, method, args, kwargs):
     Neither the layer nor the random generators notice.
     """
     operands = [*tensors(args), *tensors(kwargs), *module.parameters(), *module.buffers()]
-    if (not operands or backends.needs_reference(operands) is not None
+    if (not operands or _active_modes() or backends.needs_reference(operands) is not None
             or any(isinstance(t, torch._subclasses.FakeTensor) or t.is_meta for t in operands)):
         return NO_TEST
     trial = _Trial(module, known)
@@ -148,6 +158,10 @@ def _error(got, want):
     return float(torch.nan_to_num(error, nan=torch.inf))
 
 
+def _itself(t):
+    return t
+
+
 def _double(t, leaf):
     return t.double()
 
@@ -190,9 +204,10 @@ def _replica(module, original, change, memo):
     all fused."""
     if id(module) in memo:
         return memo[id(module)]
-    known = getattr(type(module), "_fastflow_swap", None)
-    kind = type(module) if known is None else known.host if original else known.fused
-    memo[id(module)] = copy = kind.__new__(kind)
+    kind, known = type(module), getattr(type(module), "_fastflow_swap", None)
+    if known is not None:
+        kind = known.within(kind, known.host if original else known.fused)
+    memo[id(module)] = copy = object.__new__(kind)  # what torch puts above a class where it shards it has another way
     copy.__dict__.update((key, _shallow(value, module, copy)) for key, value in module.__dict__.items())
 
     def own(t):
@@ -225,12 +240,14 @@ def _shallow(value, module, copy):
 
 @contextlib.contextmanager
 def _isolated(device):
-    """Gradients on, autocast off, the state of the random generators put back at the end."""
+    """Gradients on, autocast and hooks on saved tensors off, the state of the random generators put back at the end."""
     devices = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if torch._C._autograd._top_saved_tensors_default_hooks(False):  # activation checkpointing counts what is saved
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
         for kind in {"cpu", device.type}:
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

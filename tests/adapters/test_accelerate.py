@@ -254,6 +254,71 @@ def test_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_layer_parametrized_after_it_was_swapped(verify):
+    layer, plain = Stand().eval(), Stand().eval()
+    swap.swap(Stand, methods=("forward",))(Fused)
+    try:
+        report = fastflow.accelerate(layer, verify=verify)
+        for module in (layer, plain):
+            nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+        x = torch.randn(3, 2)
+        assert torch.equal(layer(x), plain(x)) and isinstance(layer, Fused)
+        assert report.verified == ({""} if verify else set())
+        fastflow.accelerate(layer)
+        assert torch.equal(layer(x), plain(x)) and isinstance(layer, Fused)
+        assert fastflow.restore(layer) == [""] and not isinstance(layer, Fused)
+        assert torch.equal(layer(x), plain(x))
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+        assert type(layer) is Stand and torch.equal(layer(x), plain(x))
+    finally:
+        del swap.SWAPS[Stand], Fused._fastflow_swap, Fused.Checked, Fused._load_from_state_dict
+
+
+def test_fully_sharded_layers(tmp_path):
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    model = nn.Sequential(coupling(), coupling())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Composed(model)
+        plain, x = copy.deepcopy(model), torch.randn(8, 4)
+        report = fastflow.accelerate(model)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for layer in (*model.layers, model):
+            fully_shard(layer, mesh=mesh)
+        for verified in (set(report.swapped), set(report.swapped), set()):
+            for m in (model, plain):
+                m.zero_grad()
+                m(x).sum().backward()
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                close(p.grad.full_tensor(), q.grad, 1e-5)
+            assert report.verified >= verified and all(isinstance(layer, FSDPModule) for layer in model.layers)
+            fastflow.restore(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Composed(nn.Module):
+    """The layers' z and log-determinants one after the other, in one tensor."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        total = 0.0
+        for layer in self.layers:
+            x, logdet = layer(x)
+            total = total + logdet
+        return torch.cat([x.square(), total[:, None]], 1)
+
+
 def test_half_precision_and_autocast_are_the_hosts():
     layer = coupling()
     fused, _ = accelerated(layer)

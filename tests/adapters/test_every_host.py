@@ -1,6 +1,8 @@
-"""What accelerated models of every library go through alike: copies, state dicts, DDP, torch.compile, Lightning."""
+"""What accelerated models of every library go through alike: copies, state dicts, DDP, activation checkpointing,
+torch.compile, Lightning."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from adapter_checks import close, scattered
 from torch import nn
+from torch.utils import checkpoint
 
 import fastflow
 from fastflow.adapters import layers as adapter_layers
@@ -206,6 +209,23 @@ def test_distributed_data_parallel_before_and_after(host, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def _products_saved(context, op, *args, **kwargs):
+    return checkpoint.CheckpointPolicy.MUST_SAVE if "mm" in str(op) else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@HOSTS
+@pytest.mark.parametrize("contexts", [checkpoint.noop_context_fn, functools.partial(
+    checkpoint.create_selective_checkpoint_contexts, _products_saved)], ids=["all", "selective"])
+def test_activation_checkpointing_repeats_what_the_first_call_saved(host, contexts):
+    model, loss, want = build(host)
+    report = fastflow.accelerate(model)
+    call = functools.partial(checkpoint.checkpoint, Loss(model, loss), use_reentrant=False, context_fn=contexts)
+    as_wanted_twice(call, model, want)
+    assert bool(report.verified) == (contexts is checkpoint.noop_context_fn)
+    as_wanted_twice(Loss(model, loss), model, want)
+    assert report.verified and swapped(model) == list(report.swapped)  # none was put back
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("host", [host for host in EVERY if host is not pythae])  # which torch.compile can't trace
@@ -220,6 +240,16 @@ def test_compiled_before_and_after(host, before):
         fastflow.accelerate(compiled)
     assert swapped(model)
     as_wanted_twice(compiled, model, want)
+
+
+@HOSTS
+def test_verified_after_calls_without(host):
+    model, loss, want = build(host)
+    fastflow.accelerate(model, verify=False)
+    same(model, loss, want)
+    report = fastflow.accelerate(model)
+    same(model, loss, want)
+    assert report.verified and swapped(model) == list(report.swapped)
 
 
 @pytest.mark.slow
