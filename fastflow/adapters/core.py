@@ -38,6 +38,7 @@ def accelerate(model, *, verify=True, example=None, fix=False):
         example: input, or a tuple of inputs, to verify with at once: the model runs on it (a density's log_prob; else
             its forward) and is put back in the state it was in. Layers that the run does not reach keep waiting.
         fix: where the host is known to be wrong, compute what is right; else the host's value wherever it is finite.
+            Of layers swapped before, the last call's counts.
 
     Returns:
         Report: ``swapped`` and ``skipped`` (name: why). It is kept up to date as layers are verified.
@@ -53,6 +54,8 @@ def accelerate(model, *, verify=True, example=None, fix=False):
         known = swaps.swap_of(module)
         if known is not None:
             report.swapped[name] = _title(known.host)
+            constants = known.fit(module, fix)
+            module.__dict__.update(constants if isinstance(constants, dict) else {})
             if verify:
                 swaps.put(module, known, None, report, name)
             continue

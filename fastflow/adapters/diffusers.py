@@ -3,7 +3,8 @@ kernel.
 
 diffusers' own ways stay: log-variances are clamped to [-30, 20], with no gradient outside; noise comes from one
 generator, one for each sample, or a CPU's; and ``kl`` and ``nll`` of video (B, C, T, H, W) sum over C, T and H, so that
-they have shape (B, W). With ``fix=True`` they sum over all but the batch, whatever the shape.
+they have shape (B, W). With ``fix=True`` they sum over all but the batch, whatever the shape, unless ``nll`` is given
+other dims.
 """
 
 import torch
@@ -55,7 +56,7 @@ class Posterior(vae.DiagonalGaussianDistribution):
         return 0.5 * (distance + torch.expm1(d) - d).flatten(1).sum(1)
 
     def nll(self, sample, dims=(1, 2, 3)):
-        if self._fastflow_fix:
+        if self._fastflow_fix and tuple(dims) == (1, 2, 3):
             dims = tuple(range(1, self.mean.dim()))
         return super().nll(sample, dims)
 

@@ -36,8 +36,8 @@ def weights_of(network, linear=nn.Linear, widest=MAX_HIDDEN):
         if index % 2 == 0:
             if not plain(layer, linear):
                 return None
-            weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-            if bias is None or weight.dim() != 2 or (index < len(layers) - 1 and len(bias) > widest):
+            weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+            if weight is None or bias is None or weight.dim() != 2 or (index < len(layers) - 1 and len(bias) > widest):
                 return None
             weights.append(weight)
             biases.append(bias)
@@ -66,14 +66,16 @@ def residual_weights(network, block, linear):
         if dropout.p and dropout.training:
             return None
         kind = _activation(part.activation)
-        if kind is None or activation not in (None, kind):
-            return None
+        if kind is None or activation not in (None, kind) or getattr(part.activation, "inplace", False):
+            return None  # in place it works on what the block adds at its end, too
         activation = kind
         layers += part._modules["linear_layers"]._modules.values()
     layers.append(own["final_layer"])
-    if not all(plain(layer, linear) and layer._parameters["bias"] is not None for layer in layers):
+    if not all(plain(layer, linear) for layer in layers):
         return None
-    weights, biases = (tuple(layer._parameters[name] for layer in layers) for name in ("weight", "bias"))
+    weights, biases = (tuple(layer._parameters.get(name) for layer in layers) for name in ("weight", "bias"))
+    if any(t is None for t in (*weights, *biases)):
+        return None
     return weights, biases, activation or "relu", True, () if linear is nn.Linear else masks_of(layers)
 
 

@@ -143,6 +143,7 @@ def test_the_reduction_of_video_is_the_hosts_or_mended():
         z = posterior.sample()
         found[fix] = posterior.kl(), posterior.kl(fused.encode(x.flip(0)).latent_dist), posterior.nll(z.detach())
         close(before, found[fix][0], 1e-10)
+        close(posterior.nll(z.detach(), dims=[2, 4]).sum((1, 2)), found[fix][2].reshape(2, -1).sum(1), 1e-10)
         assert report.verified == {""}
     width = model.encode(x).latent_dist.mean.shape[-1]
     for host, mended in zip(*found.values(), strict=True):

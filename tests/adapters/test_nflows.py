@@ -191,6 +191,7 @@ NETS = {  # whether the kernel for networks takes it in training and in evaluati
     "no blocks": (True, True, {"num_blocks": 0}),
     "dropout": (False, True, {"dropout_probability": 0.3}),
     "batch norm": (False, False, {"use_batch_norm": True}),
+    "in place": (False, False, {"activation": nn.ReLU(inplace=True)}),  # which changes what a block adds at its end
     "another activation": (False, False, {"activation": nn.functional.elu}),
 }
 
@@ -215,6 +216,19 @@ def test_conditioners(name, monkeypatch):
     fused(x)
     handle.remove()
     assert seen == [1]
+
+
+def test_weights_that_are_no_parameters_are_the_hosts():
+    """As a network that makes another one's weights puts them there."""
+    layer = scattered(transforms.AffineCouplingTransform(MASKS["mixed"], network()))
+    final = layer.transform_net.final_layer
+    weight = 1.5 * final.weight.detach()
+    del final.weight
+    final.weight = weight.requires_grad_()
+    fused, _ = accelerated(layer, verify=False)
+    x = torch.randn(6, D)
+    for got, want in zip(fused(x), layer(x), strict=True):
+        close(got, want, 1e-5)
 
 
 def test_masked_conditioners_see_what_is_loaded_into_their_masks():

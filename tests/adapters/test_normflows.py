@@ -7,6 +7,7 @@ import torch
 from adapter_checks import accelerated, close, same, same_training, scattered
 from torch import nn
 
+import fastflow
 from fastflow.adapters import layers as adapter_layers
 
 nf = pytest.importorskip("normflows")
@@ -87,6 +88,14 @@ def test_the_logarithm_of_a_sigmoid_that_underflows(block, scale_map, fix):
     for call in BOTH:
         close(call(fused, z)[1], call(double, z)[1], 1e-12)
         assert torch.isfinite(call(double, z)[1]).all()
+
+
+def test_fix_is_that_of_the_last_call():
+    layer = nf.flows.AffineCoupling(Raw(-120.0), True, "sigmoid")
+    z = [torch.full((2, 3), 0.5), torch.full((2, 3), 0.7)]
+    for fix in (False, True, False):
+        fastflow.accelerate(layer, verify=False, fix=fix)
+        assert torch.isfinite(layer(z)[1]).all() == fix
 
 
 @DTYPES
