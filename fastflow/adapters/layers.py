@@ -13,14 +13,16 @@ SMALL = 4096  # elements below which, on a CPU, a host's own few operations cost
 
 def fusable(x, *others):
     """Whether x and the others are float32, or all are float64: in lower precision and under autocast a host's dtypes
-    are its own affair."""
+    are its own affair. torch.jit.trace sees the host's operations, which can be saved and loaded anywhere."""
     dtype = x.dtype
-    return (dtype is torch.float32 or dtype is torch.float64) and all(t.dtype is dtype for t in others)
+    return ((dtype is torch.float32 or dtype is torch.float64) and all(t.dtype is dtype for t in others)
+            and not torch.jit.is_tracing())
 
 
 def worthwhile(x):
-    """Whether x is large enough for a kernel to gain on the host's own operations."""
-    return x.numel() >= SMALL or not x.is_cpu or verify.running()
+    """Whether x is large enough for a kernel to gain on the host's own operations. An export for batches of any size
+    takes the host's."""
+    return not torch.compiler.is_exporting() and (x.numel() >= SMALL or not x.is_cpu or verify.running())
 
 
 def remembered(module, name, compute, *tensors, traced=None):

@@ -13,7 +13,7 @@ from fastflow import backends
 
 __all__ = ["NO_TEST", "difference", "recorded", "running", "tensors", "warn"]
 
-NO_TEST = object()  # a call that proves nothing: it raises, its tensors hold no values or a mode records operations
+NO_TEST = object()  # a call that proves nothing: it raises, its tensors hold no values, or operations are recorded
 # Largest error, relative to 1 + the largest value of the tensor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Where it is larger, what rounding does to the original is the measure: how far it is from its own result in float64,
@@ -71,7 +71,7 @@ def difference(module, known, method, args, kwargs):
     Neither the layer nor the random generators notice.
     """
     operands = [*tensors(args), *tensors(kwargs), *module.parameters(), *module.buffers()]
-    if (not operands or _active_modes() or backends.needs_reference(operands) is not None
+    if (not operands or _active_modes() or torch.jit.is_tracing() or backends.needs_reference(operands) is not None
             or any(isinstance(t, torch._subclasses.FakeTensor) or t.is_meta for t in operands)):
         return NO_TEST
     trial = _Trial(module, known)

@@ -254,6 +254,22 @@ def test_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("make", [coupling, lambda: transforms.LULinear(4)])
+def test_traced_layers_are_the_hosts_and_can_be_saved(make, verify):
+    layer = make().double()
+    fused, x = copy.deepcopy(layer), torch.randn(6, 4, dtype=torch.float64)
+    report = fastflow.accelerate(fused, verify=verify)
+    saved = io.BytesIO()
+    torch.jit.save(torch.jit.trace(fused, x), saved)
+    saved.seek(0)
+    for got, want in zip(torch.jit.load(saved)(2 * x), layer(2 * x), strict=True):
+        close(got, want, 1e-10)
+    fused(x)
+    assert report.verified == ({""} if verify else set())
+
+
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x

@@ -185,6 +185,16 @@ def test_simple_realnvp_compiles():
                                                                            "_orig_mod._transforms.1"]
 
 
+def test_an_export_for_any_batch_does_not_depend_on_its_size():
+    fused, _ = accelerated(scattered(transforms.MaskedAffineAutoregressiveTransform(D, 8)).eval(), verify=False)
+    x = torch.randn(8, D)
+    exported = torch.export.export(fused, (x,), strict=True, dynamic_shapes=(
+        {0: torch.export.Dim("batch", min=2)},)).module()
+    for data in (x, x.repeat(200, 1)):
+        for got, want in zip(exported(data), fused(data), strict=True):
+            close(got, want, 1e-5)
+
+
 NETS = {  # whether the kernel for networks takes it in training and in evaluation
     "residual": (True, True, {}),
     "tanh": (True, True, {"activation": torch.tanh}),
