@@ -42,7 +42,12 @@ def wanted(grads):
     """Whether a backward with these incoming gradients must be differentiable or run under vmap."""
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or any(g is not None and torch._C._functorch.is_batchedtensor(g) for g in grads)
+    return torch.is_grad_enabled() or any(g is not None and _is_batched(g) for g in grads)
+
+
+def _is_batched(t):
+    """Whether t is a batch of torch.func.vmap or of the older vmap, under which is_grads_batched runs."""
+    return torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 def reference_grads(forward, inputs, needs, grads):

@@ -107,8 +107,6 @@ class _DeferredAffine(torch.autograd.Function):
         with full_precision(x.device.type):
             if needs[0]:
                 grad_x = _images(rows @ matrix, x)
-            if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched: a ledger takes plain tensors
-                return grad_x, rows.t() @ _rows(x), rows.sum(0) if needs[2] else None, None, None
         ctx.ledger.put(ctx.index, rows, _rows(x))
         return grad_x, None, None, None, None
 

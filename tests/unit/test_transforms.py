@@ -10,6 +10,21 @@ from fastflow import backends, functional, reference
 # Small calls of every op on one sample or matrix: (name, function of one operand given a module, that operand).
 X, PARAMS, W = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64), torch.eye(
     3, dtype=torch.float64) + 0.3 * torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def coupling(w):
+    """A step of mlp_flow on three features."""
+    return reference.MLPCoupling((w[:, :1], torch.cat([w, w[:1]])), (w[0], w[1, [0, 1, 2, 0]]), activation="tanh",
+                                 scale="tanh")
+
+
+def level(w):
+    """A level of top_down with one latent, three features of data and a state of three."""
+    block = reference.MLPBlock
+    return reference.LatentLevel(block((w[:2],), (w[0, :2],)), block((torch.cat([w, w], 1)[:2],), (w[1, :2],)),
+                                 block((w[:, [0, 1, 2, 0]],), (w[2],)), scale="logstd")
+
+
 CALLS = {
     "affine y by x": (lambda m, x: m.affine_coupling(x, PARAMS, scale="tanh")[0], X),
     "affine logdet by params": (lambda m, p: m.affine_coupling(X, p, scale="sigmoid")[1], PARAMS),
@@ -25,6 +40,13 @@ CALLS = {
     "spline y by params": (lambda m, p: m.spline(X, p, kind="linear")[0], PARAMS),
     "spline logdet by params": (lambda m, p: m.spline(X[:, :1], p[:, :5])[1], PARAMS),
     "spline inverse by x": (lambda m, x: m.spline(x[:, :1], PARAMS[:, :5], inverse=True)[0], X),
+    "bernoulli": (lambda m, x: m.bernoulli_log_prob(torch.sigmoid(X), x), X),
+    "mlp": (lambda m, w: m.mlp(X, [w, w * 2], [w[0], w[1]], activation="tanh"), W),
+    "wide mlp": (lambda m, w: m.wide_mlp(X, [w, w * 2], [w[0], w[1]], activation="relu"), W),
+    "flow z by x": (lambda m, x: m.mlp_flow(x, [coupling(W)])[0], X),
+    "flow logdet by weights": (lambda m, w: m.mlp_flow(X, [coupling(w)])[1], W),
+    "top down h by weights": (lambda m, w: m.top_down(X, [X], [level(w)], seed=5)[0], W),
+    "top down kl by h": (lambda m, x: m.top_down(x, [X], [level(W)], seed=5)[2], X),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 
