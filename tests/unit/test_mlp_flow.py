@@ -9,6 +9,7 @@ from cases import check_together as check
 from cases import cotangents_of, evaluate, flow_case, kernels_run, upcast
 from op_checks import check_with_instructions
 from tolerances import assert_bitwise, assert_by_ratio, assert_same_nonfinite
+from torch._subclasses import FakeTensorMode
 
 from fastflow import extension, functional, reference
 from fastflow.autograd import mlp_flow
@@ -257,6 +258,26 @@ def test_an_order_that_is_no_permutation_is_refused_by_the_kernel_too():
     for order in ([0, 0, 1], [0, 1, 3], [-1, 0, 1]):
         with pytest.raises(RuntimeError, match="no permutation"):
             mlp_flow.run_steps(torch.randn(4, 3), [functional.Permutation(torch.tensor(order))], None, False)
+
+
+def test_an_order_of_any_strides():
+    order, x = torch.tensor([[2, 0], [0, 1], [1, 2]])[:, 0], torch.randn(4, 3, requires_grad=True)
+    z = functional.mlp_flow(x, [functional.Permutation(order)])[0]
+    assert torch.equal(z, x[:, order])
+    assert torch.equal(functional.mlp_flow(z, [functional.Permutation(order)], inverse=True)[0], x)
+
+
+def test_an_order_without_values_to_look_at():
+    """Meta and fake tensors, and one order for each member of an ensemble."""
+    order, x = torch.tensor([2, 0, 1]), torch.randn(4, 3)
+    assert functional.mlp_flow(x.to("meta"), [functional.Permutation(order.to("meta"))])[0].shape == (4, 3)
+    mode = FakeTensorMode()
+    with mode:
+        z, logdet = functional.mlp_flow(mode.from_tensor(x), [functional.Permutation(mode.from_tensor(order))])
+    assert z.shape == (4, 3) and logdet.shape == (4,)
+    orders = torch.stack([order, order.flip(0)])
+    got = torch.func.vmap(lambda o: functional.mlp_flow(x, [functional.Permutation(o)])[0])(orders)
+    assert torch.equal(got, torch.stack([x[:, o] for o in orders]))
 
 
 def test_the_operator_with_a_permutation():
