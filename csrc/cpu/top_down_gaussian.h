@@ -16,12 +16,12 @@ struct LatentRows {
   const T *prior_mean, *prior_raw, *mean, *raw, *eps;
 };
 
-// q = N(mean, sigma^2) and p.
+// q = N(mean, sigma^2) and p; `away` is the mean minus p's, without a rounding where the network says it ("residual").
 // Of "ladder": the likelihood's d(log sigma)/d(raw), and the shares that it and the prior have in q's precision.
 template <class T>
 struct Gaussians {
   gaussian::Sigma<T> p, q;
-  T mean, likelihood_slope, share, prior_share;
+  T mean, away, likelihood_slope, share, prior_share;
 };
 
 template <int scale, LevelMode mode, class T>
@@ -31,9 +31,11 @@ FASTFLOW_HD Gaussians<T> gaussians_of(T prior_mean, T prior_raw, T mean, T raw) 
   if constexpr (mode == LevelMode::residual) {
     g.q = gaussian::sigma_of<scale>(prior_raw + raw);
     g.mean = prior_mean + mean;
+    g.away = mean + (prior_mean - prior_mean);  // NaN where the prior's mean is not finite
   } else if constexpr (mode == LevelMode::absolute) {
     g.q = gaussian::sigma_of<scale>(raw);
     g.mean = mean;
+    g.away = mean - prior_mean;
   } else {
     const gaussian::Sigma<T> likelihood = gaussian::sigma_of<scale>(raw);
     const T apart = T(2) * (likelihood.log - g.p.log);
@@ -43,6 +45,7 @@ FASTFLOW_HD Gaussians<T> gaussians_of(T prior_mean, T prior_raw, T mean, T raw) 
     const T lower = apart < T(0) ? likelihood.log : g.p.log;
     g.q = gaussian::sigma_of<gaussian::logstd>(math::fma(T(-0.5), math::softplus(-math::abs(apart)), lower));
     g.mean = mean * g.share + prior_mean * g.prior_share;
+    g.away = g.mean - prior_mean;
   }
   return g;
 }
@@ -62,8 +65,7 @@ void sample_row(int64_t n, const LatentRows<T>& in, T* to, const TermRows& terms
     const T z = math::fma(g.q.value, eps[i], g.mean);
     const T t = (z - prior_mean[i]) / g.p.value;
     to[i] = z;
-    kl[i] = mode == LevelMode::residual ? gaussian::kl_prior(mean[i], g.q.log, T(0), g.p)
-                                        : gaussian::kl_prior(g.mean, g.q.log, prior_mean[i], g.p);
+    kl[i] = gaussian::kl_prior(g.away, g.q.log, T(0), g.p);
     log_q[i] = -math::fma(T(0.5) * eps[i], eps[i], T(gaussian::half_log_two_pi) + g.q.log);
     log_p[i] = -math::fma(T(0.5) * t, t, T(gaussian::half_log_two_pi) + g.p.log);
   }
@@ -98,9 +100,7 @@ void gradient_row(int64_t n, const LatentRows<T>& in, const T* z, const Incoming
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const Gaussians<T> g = gaussians_of<scale, mode>(prior_mean[i], prior_raw[i], mean[i], raw[i]);
-    const gaussian::KlSlopes<T> slope = mode == LevelMode::residual
-                                            ? gaussian::kl_prior_slopes(mean[i], g.q, T(0), g.p)
-                                            : gaussian::kl_prior_slopes(g.mean, g.q, prior_mean[i], g.p);
+    const gaussian::KlSlopes<T> slope = gaussian::kl_prior_slopes(g.away, g.q, T(0), g.p);
     const T t = (z[i] - prior_mean[i]) / g.p.value, steep = t / g.p.value;
     const T along = by_z[i] - (has_p ? by_p[i] * steep : T(0));
     const T of_mean = along + (has_kl ? by_kl[i] * slope.mean : T(0));

@@ -262,3 +262,20 @@ for sizes in SIZES[:2]:
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_on_older_processors(isa):
     check_with_instructions(isa, SCRIPT)
+
+
+@pytest.mark.parametrize("mode", ["residual", "absolute", "ladder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_prior_mean_that_is_not_finite_shows_in_the_kl_divergence(mode, value):
+    """Of "residual" too, whose KL divergence follows from what the posterior's network says alone."""
+    h, features, levels, eps = problem(SIZES[0][:1], 70, mode)
+    levels[0].prior.biases[-1].data[0] = value
+    found = []
+    for module in (functional, reference):
+        bias = levels[0].posterior.biases[-1].detach().requires_grad_()
+        levels[0].posterior.biases = (*levels[0].posterior.biases[:-1], bias)
+        kl = module.top_down(h, features, levels, eps=eps)[2]
+        found.append((kl.detach(), *torch.autograd.grad(kl.sum(), bias)))
+    (kl, grad), (true_kl, true_grad) = found
+    assert torch.equal(kl.isnan(), true_kl.isnan()) and not kl.isfinite().any()
+    assert grad[true_grad.isnan()].isnan().all()
