@@ -34,6 +34,12 @@ def count(name, value, least=0):
     return value
 
 
+def number(name, value):
+    """``value`` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
 def shape(name, value, expected):
     """``value`` has exactly the shape ``expected``."""
     if tuple(value.shape) != tuple(expected):

@@ -44,6 +44,7 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
     checks.tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected shape (B, I, H, W), got {tuple(x.shape)}")
+    checks.number("negative_slope", negative_slope)
     if not negative_slope >= 0.0:
         raise ValueError(f"negative_slope: expected a number >= 0, got {negative_slope!r}")
     checks.tensor("w1", w1)

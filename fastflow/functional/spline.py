@@ -122,5 +122,6 @@ def check_spline_constants(n_bins, kind, tail_bound, min_width, min_height, min_
             ("gain", gain, lambda v: True, "a finite number"),
             ("clamp", 1.0 if clamp is None else clamp, lambda v: v > 0, "None or a positive number"),
             ("end_derivative", end_derivative, lambda v: v > 0, "a positive number")):
+        checks.number(name, value)
         if not (abs(value) < math.inf and fits(value)):
             raise ValueError(f"{name}: expected {wanted}, got {value!r}")

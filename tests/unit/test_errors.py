@@ -165,6 +165,7 @@ CONV = {
     "w3 elsewhere": (ValueError, "w3", lambda: conv(w3=r(5, 16, 3, 3, **META))),
     "b3 of another size": (ValueError, "b3", lambda: conv(b3=r(1))),
     "negative slope": (ValueError, "negative_slope", lambda: conv(negative_slope=-0.1)),
+    "slope a string": (TypeError, "negative_slope", lambda: conv(negative_slope="0.1")),
     "slope NaN": (ValueError, "negative_slope", lambda: conv(negative_slope=float("nan"))),
 }
 D2 = r(3, 4)
@@ -320,6 +321,8 @@ SPLINE = {
     "spline of an unknown kind": (ValueError, "kind", lambda: spline(X, S, kind="cubic")),
     "spline with unknown tails": (ValueError, "tails", lambda: spline(X, S, tails="circular")),
     "spline of no interval": (ValueError, "tail_bound", lambda: spline(X, S, tail_bound=0.0)),
+    "spline of no number": (TypeError, "tail_bound", lambda: spline(X, S, tail_bound="3")),
+    "spline of no number as gain": (TypeError, "gain", lambda: spline(X, S, gain=None)),
     "spline of an endless interval": (ValueError, "tail_bound", lambda: spline(X, S, tail_bound=float("inf"))),
     "spline of bins too wide": (ValueError, "min_width", lambda: spline(X, S, min_width=0.5)),
     "spline of bins too high": (ValueError, "min_height", lambda: spline(X, S, min_height=-0.1)),

@@ -233,6 +233,7 @@ def test_compiles_as_one_graph():
     (ValueError, lambda a: a.update(eps=None, seed=2**64), "seed"),
     (ValueError, lambda a: a.update(eps=None, seed=torch.zeros(4, dtype=torch.int64)), "seed"),
     (ValueError, lambda a: a.update(eps=None, offset=-1), "offset"),
+    (TypeError, lambda a: a.update(eps=None, offset=1.5), "offset"),
     (TypeError, lambda a: a.update(eps=None, generator=0), "generator"),
     (ValueError, lambda a: a.update(features=None), "features: expected a sequence of 3 tensors.*got NoneType"),
     (ValueError, lambda a: a.update(eps=a["eps"][:2]), "eps: .*got 2"),
