@@ -22,8 +22,9 @@ Written by `python -m benchmarks.page` from the records under `benchmarks/result
 A ratio says how many times faster fastflow is: the quotient of medians of interleaved runs, first at one thread in CPU
 time, then at all threads in wall time (missing where only one thread was measured). float32, the same fused Adam for
 everybody. A contender other than fastflow runs in the fastest of its settings (memory format, form of the 1x1 weights,
-kind of block), found anew in each regime. The machine is shared with others; single ratios vary by 10 to 30 % from run
-to run.
+kind of block), found anew in each regime. glibc's malloc keeps freed memory, for all of them: else the page faults of
+its trimming would decide some rows by luck. The machine is shared with others; single ratios vary by 10 to 30 % from
+run to run.
 """
 
 GLOW = """\

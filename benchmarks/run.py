@@ -36,7 +36,8 @@ def machine(device):
         commit = ""
     info = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": commit,
             "python": platform.python_version(), "torch": torch.__version__, "system": platform.platform(),
-            "processor": _processor(), "cores": os.cpu_count(), "device": device}
+            "processor": _processor(), "cores": os.cpu_count(), "device": device,
+            "malloc": "keeps what is freed" if timing.keep_memory() else "as it is"}
     if device == "cuda":
         info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     try:

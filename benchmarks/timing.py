@@ -1,6 +1,8 @@
 """Interleaved timing: every variant once per round, so that a drifting machine hits all alike, and in every other round
 in the opposite order, so that none always comes after the same other one, whose leavings are in the caches."""
 
+import ctypes
+import functools
 import time
 
 import torch
@@ -38,6 +40,19 @@ def cuda_seconds(call, repeats):
 _MEASURES = {"cpu": _cpu_seconds, "wall": _wall_seconds, "cuda": cuda_seconds}
 
 
+@functools.cache
+def keep_memory():
+    """Lets glibc's malloc keep what is freed, for all contenders alike, and says whether it does. It gives the end of
+    its heap back to the system when that grows beyond a bound; whose calls then wait for the pages to be zeroed again,
+    a millisecond for every megabyte or two, depends on what the process has allocated before, not on the contender."""
+    trim_threshold, mmap_threshold, largest, most_on_heap = -1, -3, 2**31 - 1, 32 << 20
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return False
+    return bool(mallopt(trim_threshold, largest) and mallopt(mmap_threshold, most_on_heap))
+
+
 def interleave(variants, clock, rounds=15, warmup=3, round_seconds=None):
     """Seconds per call of each variant, in every round, every other one in reverse order. One that raises is left out
     from then on.
@@ -53,6 +68,7 @@ def interleave(variants, clock, rounds=15, warmup=3, round_seconds=None):
         {name: [seconds, one per round]} of those that ran to the end, {name: what it raised, in a line} of the rest.
     """
     measure = _MEASURES[clock]
+    keep_memory()
     repeats, samples, failed = {}, {name: [] for name in variants}, {}
     round_seconds = ROUND_SECONDS if round_seconds is None else round_seconds
     for turn in range(rounds + 1):  # the first warms up and finds the repeats

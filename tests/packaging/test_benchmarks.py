@@ -60,6 +60,12 @@ def test_one_call_that_was_held_up_does_not_set_the_repeats_of_a_row(benchmarks,
     assert seen[-4:] == [100] * 4
 
 
+def test_malloc_keeps_what_is_freed_or_the_record_says_so():
+    from benchmarks import run, timing
+
+    assert run.machine("cpu")["malloc"] == ("keeps what is freed" if timing.keep_memory() else "as it is")
+
+
 def fail():
     raise RuntimeError("no such size\nand many details")
 
