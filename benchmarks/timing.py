@@ -43,8 +43,8 @@ _MEASURES = {"cpu": _cpu_seconds, "wall": _wall_seconds, "cuda": cuda_seconds}
 @functools.cache
 def keep_memory():
     """Lets glibc's malloc keep what is freed, for all contenders alike, and says whether it does. It gives the end of
-    its heap back to the system when that grows beyond a bound; whose calls then wait for the pages to be zeroed again,
-    a millisecond for every megabyte or two, depends on what the process has allocated before, not on the contender."""
+    its heap back to the system when that grows beyond a bound; whose calls then wait for the pages to be zeroed again
+    depends on what the process has allocated before, not on the contender."""
     trim_threshold, mmap_threshold, largest, most_on_heap = -1, -3, 2**31 - 1, 32 << 20
     try:
         mallopt = ctypes.CDLL(None).mallopt
