@@ -59,7 +59,7 @@ PREFERENCE = {
 # one. triton: what fits in registers. cuda: what fits in shared memory.
 SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
 CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide it
-ACTIVATED_CONV_WEIGHTS = 2**17
+ACTIVATED_CONV_WEIGHTS = 9 * 128**2
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)

@@ -1,112 +1,13 @@
 // activated_conv, sample by sample: a padded copy of its maps, activated on the way, stays in the cache.
 #include "activated_conv_kernel.h"
 
-#include <cstddef>
-
-#include "silu.h"
+#include "activated_conv_maps.h"
 #include "conv_tiles.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
 
-constexpr int64_t longest_piece = 32;  // of a sum's terms
-
-// A map of one sample inside a buffer, channels innermost.
-template <class T>
-struct Map {
-  T* first;  // pixel (0, 0)
-  int64_t height, width, channels, row;  // row: from one row to the next
-
-  int64_t line() const { return width * channels; }
-};
-
-bool lies_like(const Image& image, int64_t height, int64_t width, int64_t channels) {
-  return (channels == 1 || image.channel == 1) && (width == 1 || image.column == channels) &&
-         (height == 1 || image.row == width * channels);
-}
-
-template <class T>
-void read(const Image& image, int64_t b, const Map<T>& to) {
-  const T* const from = static_cast<const T*>(image.data) + b * image.sample;
-  for (int64_t y = 0; y < to.height; ++y) {
-    const T* const row = from + y * image.row;
-    T* const line = to.first + y * to.row;
-    if (image.channel == 1 && image.column == to.channels)
-      __builtin_memcpy(line, row, static_cast<size_t>(to.line()) * sizeof(T));
-    else if (image.channel == 1)
-      for (int64_t x = 0; x < to.width; ++x)
-        for (int64_t c = 0; c < to.channels; ++c) line[x * to.channels + c] = row[x * image.column + c];
-    else
-      for (int64_t c = 0; c < to.channels; ++c)
-        for (int64_t x = 0; x < to.width; ++x)
-          line[x * to.channels + c] = row[x * image.column + c * image.channel];
-  }
-}
-
-template <class T>
-void write(const Map<T>& from, const Image& image, int64_t b) {
-  T* const to = static_cast<T*>(image.data) + b * image.sample;
-  for (int64_t y = 0; y < from.height; ++y) {
-    T* const row = to + y * image.row;
-    const T* const line = from.first + y * from.row;
-    for (int64_t c = 0; c < from.channels; ++c)
-      for (int64_t x = 0; x < from.width; ++x) row[x * image.column + c * image.channel] = line[x * from.channels + c];
-  }
-}
-
-// Activates a map in place, and leaves the slopes, if wanted, as adjacent lines.
-template <class T>
-void activate(ConvActivation activation, const Map<T>& map, T* slopes) {
-  if (activation == ConvActivation::none) return;
-  const int64_t count = map.line();
-  for (int64_t y = 0; y < map.height; ++y) {
-    T* const __restrict values = map.first + y * map.row;
-    if (activation == ConvActivation::relu) {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) values[i] = values[i] <= T(0) ? T(0) : values[i];
-    } else {
-      silu(count, values, values, slopes == nullptr ? slopes : slopes + y * count);
-    }
-  }
-}
-
-// grad, adjacent lines, times the activation's slope: a rectifier's is known from the activated map.
-template <class T>
-void chain(ConvActivation activation, const Map<T>& activated, const T* slopes, T* grad) {
-  if (activation == ConvActivation::none) return;
-  const int64_t count = activated.line();
-  for (int64_t y = 0; y < activated.height; ++y, grad += count) {
-    if (activation == ConvActivation::relu) {
-      const T* const values = activated.first + y * activated.row;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) grad[i] = values[i] <= T(0) ? T(0) : grad[i];
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) grad[i] *= slopes[y * count + i];
-    }
-  }
-}
-
-// The fine map inside a padded one; rows and columns that no tap meets are left out.
-template <class T>
-Map<T> fine_map(const ActivatedConv& shape, T* padded) {
-  const int64_t rows = shape.fine_rows() - shape.padding, columns = shape.fine_columns() - shape.padding;
-  const int64_t step = shape.fine_columns() * shape.fine;
-  return {padded + shape.padding * (step + shape.fine), rows < shape.fine_height ? rows : shape.fine_height,
-          columns < shape.fine_width ? columns : shape.fine_width, shape.fine, step};
-}
-
-template <class T>
-Map<T> coarse_map(const ActivatedConv& shape, T* padded) {
-  const int64_t step = shape.coarse_columns() * shape.coarse;
-  return {padded + shape.margin_rows() * step + shape.margin_columns() * shape.coarse, shape.coarse_height,
-          shape.coarse_width, shape.coarse, step};
-}
-
-template <class T>
-void clear(T* values, int64_t count) {
-  __builtin_memset(values, 0, static_cast<size_t>(count) * sizeof(T));
-}
+constexpr int64_t longest_piece = 64;  // of a sum's terms
 
 template <class T>
 Finish<T> biased(const T* bias) {
@@ -221,16 +122,8 @@ class Backward {
     const T* const w = static_cast<const T*>(job_.weight);
     T* const to = direct_ ? static_cast<T*>(job_.grad_x.data) + b * job_.grad_x.sample : grad_x_;
     shape_.transposed ? gather<T>(shape_, fine, w, nullptr, to) : scatter<T>(shape_, coarse, w, nullptr, to);
-    chain_rows(x, to);
+    chain_rows(shape_.activation, x, slopes_, x_width_, to);
     if (!direct_) write(Map<T>{to, x_height_, x_width_, x_channels_, x_width_ * x_channels_}, job_.grad_x, b);
-  }
-
-  // Rows and columns of x that no tap meets have a gradient of zero, whatever the slope.
-  void chain_rows(const Map<T>& x, T* to) {
-    if (x.width == x_width_) return chain(shape_.activation, x, slopes_, to);
-    for (int64_t y = 0; y < x.height; ++y)
-      chain(shape_.activation, Map<T>{x.first + y * x.row, 1, x.width, x.channels, x.row},
-            slopes_ + y * x.line(), to + y * x_width_ * x_channels_);
   }
 
   void weights(int64_t count, T* to) {

@@ -23,6 +23,19 @@ struct ActivatedConv {
   // Whether scatter has vectors along the fine channels, too; else along those that it sums over.
   bool wide() const { return fine % 16 == 0; }
 
+  // Seen as a map of stride^2 times as many channels, a fine map meets these taps in each dimension with stride 1.
+  int64_t dense_taps() const {
+    return kernel_height == kernel_width && kernel_height % stride == 0 ? kernel_height / stride : 0;
+  }
+  int64_t depth() const { return stride * stride * fine; }
+
+  // Whether it runs in Winograd's form (conv_segments.h). float64 keeps the plain sums, whose error is smaller; of few
+  // channels the transforms cost what they save.
+  bool winograd() const {
+    return !is_double && (dense_taps() == 2 || dense_taps() == 3) && wide() && coarse >= 32 && depth() >= 32 &&
+           coarse_height > 1 && coarse_width > 1;
+  }
+
   // Taps of a kernel's length that meet fine positions of one residue modulo the stride.
   int64_t taps(int64_t residue, int64_t kernel) const {
     return residue < kernel ? (kernel - residue + stride - 1) / stride : 0;
@@ -69,14 +82,16 @@ struct ActivatedConvBackward {
   bool need_x, need_weights;
   void* partials;  // groups() rows of partial_values(), zeros
   static constexpr int64_t most_groups = 16, chunk_pixels = 64;
+  static constexpr int64_t winograd_chunks = 4;  // in a group, at least: it clears and transforms all weights' points
 
   int64_t chunk() const {
     const int64_t samples = shape.coarse_pixels() > 0 ? (chunk_pixels - 1) / shape.coarse_pixels() + 1 : 1;
     return samples < shape.batch ? samples : shape.batch > 0 ? shape.batch : 1;
   }
   int64_t groups() const {
-    const int64_t chunks = (shape.batch + chunk() - 1) / chunk();
-    return chunks < most_groups ? chunks : most_groups;
+    const int64_t size = shape.winograd() ? winograd_chunks * chunk() : chunk();
+    const int64_t count = (shape.batch + size - 1) / size;
+    return count < most_groups ? count : most_groups;
   }
   int64_t partial_values() const {  // gradients of the weight (taps, fine, coarse), and of the bias
     const int64_t bias = shape.transposed ? shape.fine : shape.coarse;
@@ -88,9 +103,20 @@ struct ActivatedConvBackward {
   }
 };
 
+// winograd_conv: the same in Winograd's form, with the points of the weights, (16, residues, fine, coarse) where it
+// gathers, (16, coarse, residues, fine) where it scatters, made from taps (fine, coarse) or (coarse, fine). Samples, and
+// in backward groups, whose results are not all finite are spoilt: plain sums may be finite there, or NaN in fewer
+// places.
 FASTFLOW_EACH_ISA(void activated_conv_forward(const ActivatedConvForward& job, void* scratch, int64_t begin,
                                               int64_t end);
                   void activated_conv_backward(const ActivatedConvBackward& job, void* scratch, int64_t begin,
-                                               int64_t end);)
+                                               int64_t end);
+                  int64_t winograd_conv_scratch(const ActivatedConv& shape, bool backward);
+                  void winograd_conv_weights(const ActivatedConv& shape, const float* taps, bool gathers, int64_t begin,
+                                             int64_t end, float* to);
+                  void winograd_conv_forward(const ActivatedConvForward& job, void* scratch, int64_t begin,
+                                             int64_t end, bool* spoilt);
+                  void winograd_conv_backward(const ActivatedConvBackward& job, void* scratch, int64_t begin,
+                                              int64_t end, bool* spoilt);)
 
 }  // namespace fastflow

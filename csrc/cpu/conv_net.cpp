@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../fastflow.h"
+#include "flags.h"
 #include "operands.h"
 #include "runtime.h"
 #include "slogdet_scratch.h"
@@ -117,30 +118,6 @@ Tensor result_like(const Tensor& like, const Dims& sizes) {
 int64_t packed_values(const ConvShape& shape) {
   return (shape.winograd() ? 16 * (shape.in + shape.out) * shape.hidden : 0) + shape.size2() + 2 * shape.hidden +
          shape.out;
-}
-
-// Which samples or groups the plain form is to compute.
-using Flags = std::unique_ptr<bool[]>;
-
-Flags flags(int64_t count, bool value) {
-  Flags result(new bool[count]);
-  std::fill_n(result.get(), count, value);
-  return result;
-}
-
-bool any(const Flags& flags, int64_t count) {
-  return std::any_of(flags.get(), flags.get() + count, [](bool flag) { return flag; });
-}
-
-// f(begin, end) of every run of set flags.
-template <class F>
-void for_each_run(const Flags& flags, int64_t begin, int64_t end, const F& f) {
-  for (int64_t i = begin; i < end;) {
-    const int64_t from = i++;
-    if (!flags[from]) continue;
-    while (i < end && flags[i]) ++i;
-    f(from, i);
-  }
 }
 
 // Adds the groups' rows in order and hands the gradients out.

@@ -1,6 +1,8 @@
 """activated_conv: values and gradients against float64 at many sizes, against torch's own modules, the order of sums,
 non-finite values and refusals."""
 
+import itertools
+
 import layouts
 import pytest
 import torch
@@ -19,6 +21,14 @@ DOWN = [((6, 1, 28, 28), 32, (4, 4), 2, 1), ((4, 32, 14, 14), 64, (4, 4), 2, 1),
         ((40, 2, 4, 4), 16, (4, 4), 2, 1)]
 UP = [((4, 64, 7, 7), 32, (4, 4), 2, 1), ((6, 32, 14, 14), 1, (4, 4), 2, 1), ((16, 16, 4, 5), 3, (5, 3), 3, 2),
       ((32, 16, 3, 2), 16, (2, 1), 3, 0), ((99, 16, 1, 1), 5, (1, 1), 1, 0), ((40, 16, 2, 2), 32, (3, 3), 1, 1)]
+
+# In Winograd's form in float32: 2 or 3 taps in each dimension for every residue modulo the stride, outputs cut into
+# long and short segments of either number; rows that no tap meets; much padding; maps that are taken in bands.
+DOWN += [((4, 32, 9, 6), 64, (3, 3), 1, 1), ((8, 16, 12, 16), 32, (6, 6), 2, 2), ((6, 16, 13, 15), 48, (4, 4), 2, 0),
+         ((6, 32, 4, 3), 32, (2, 2), 1, 2), ((2, 16, 11, 13), 32, (6, 6), 3, 3), ((1, 32, 61, 41), 32, (3, 3), 1, 1),
+         ((1, 16, 130, 50), 32, (4, 4), 2, 1)]
+UP += [((6, 32, 5, 3), 16, (4, 4), 2, 1), ((8, 48, 4, 2), 32, (6, 6), 2, 2), ((4, 32, 8, 6), 16, (4, 4), 2, 0),
+       ((4, 32, 7, 9), 32, (3, 3), 1, 2), ((2, 32, 61, 40), 16, (4, 4), 2, 1)]
 
 
 def cases(activation):
@@ -68,7 +78,7 @@ def test_every_subset_of_gradients(transposed):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_samples_do_not_depend_on_their_neighbours_nor_results_on_threads(threads, transposed):
-    case = activated_conv_case("batch", (37, 16, 4, 4), 32, (4, 4), stride=2, padding=1, transposed=transposed,
+    case = activated_conv_case("batch", (37, 32, 4, 4), 32, (4, 4), stride=2, padding=1, transposed=transposed,
                                activation="silu")
     check_samples_and_threads(case, threads)
 
@@ -77,15 +87,34 @@ def test_samples_do_not_depend_on_their_neighbours_nor_results_on_threads(thread
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_non_finite_inputs(value, activation):
     """As torch's layers have them, where no weight of theirs is zero: -Inf is nothing behind a rectifier, NaN stays."""
-    for transposed in (False, True):
-        case = activated_conv_case("nonfinite", (2, 16, 5, 5), 16, (3, 3), stride=2, padding=1, transposed=transposed,
-                                   activation=activation)
+    for transposed, (channels, taps) in itertools.product((False, True), ((16, 3), (32, 4))):  # plain, Winograd's form
+        case = activated_conv_case("nonfinite", (3, channels, 5, 5), channels, (taps, taps), stride=2, padding=1,
+                                   transposed=transposed, activation=activation)
         tensors = case.tensors(torch.float32)
         for name, index in (("x", (1, 2, 3, 1)), ("bias", (5,))):
             spoilt = {n: t.clone() for n, t in tensors.items()}
             spoilt[name][index] = value
             got, want = (evaluate(case, spoilt, module=m)[0]["y"] for m in (functional, reference))
             assert_same_nonfinite(got, want, f"{name}={value}")
+            if name == "x":
+                assert_bitwise(got[::2], evaluate(case, tensors)[0]["y"][::2])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_non_finite_operands_are_the_plain_sums(transposed):
+    """float64, which has no other form, says where a gradient is NaN: not in a whole tile of Winograd's form."""
+    case = activated_conv_case("nonfinite", (33, 32, 7, 6), 32, (4, 4), stride=2, padding=1, transposed=transposed,
+                               activation="relu")
+    for name, value in itertools.product(("x", "y"), (float("inf"), -float("inf"), float("nan"), 1e38)):
+        both = []
+        for dtype in (torch.float32, torch.float64):
+            tensors = case.tensors(dtype)
+            cotangents = cotangents_of(case, tensors)
+            (tensors if name == "x" else cotangents)[name][7, 3, 2, 1] = value
+            both.append(evaluate(case, tensors, cotangents=cotangents)[1])
+        for grad, plain in ((grads[n] for grads in both) for n in both[0]):
+            assert_same_nonfinite(grad, plain.float(), f"{name}={value}")
+            assert value != 1e38 or grad.isfinite().any()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)], ids=str)
