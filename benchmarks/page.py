@@ -87,9 +87,9 @@ pythae's own trainer. Aims: {goals}. `python -m benchmarks.vae_speed`
 ADAPTERS = """\
 Models of other libraries before and after `fastflow.accelerate(model)`: a training step, or what the case's name says.
 The one line swaps normflows' conditioners too; "couplings alone" leaves them to the host, where they take three
-quarters of a step: at most 1.3 would be gained if all else took no time. pythae's latent head draws torch's random
-numbers, as pythae does, which takes as long before as after, and is a node of autograd in Python, whose own cost is
-most of a small call. The layers on inputs of 64 x 8 show what a swap costs where there is little to gain.
+quarters of a step: at most 1.3 would be gained if all else took no time. pythae's latent head runs torch's generator in
+its kernel, which draws the numbers that pythae does; a node of autograd in Python is most of a small call. The layers
+on inputs of 64 x 8 show what a swap costs where there is little to gain.
 `python -m benchmarks.adapters`
 """
 

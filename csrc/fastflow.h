@@ -159,6 +159,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
     int64_t offset, optional<int64_t> n_samples, int64_t scale, int64_t flags, int64_t reduce, bool need_params,
     bool need_raw, bool need_prior_mean, bool need_prior_raw);
 
+std::tuple<Tensor, Tensor, Tensor> latent_head_fwd(const Tensor& mean, const Tensor& logvar, const Tensor& state);
+
+std::tuple<Tensor, Tensor> latent_head_bwd(const Tensor& grad_z, const Tensor& grad_kl, const Tensor& mean,
+                                           const Tensor& logvar, const Tensor& eps);
+
 std::tuple<Tensor, Tensor, Tensor> mlp_flow_fwd(const Tensor& x, const optional<Tensor>& context,
                                                 std::vector<Tensor> params, std::vector<int64_t> steps,
                                                 std::vector<double> constants, bool inverse, int64_t save);

@@ -23,6 +23,8 @@ FASTFLOW_LIBRARY {
   m.impl("spline_bwd", TORCH_BOX(&fastflow::spline_bwd));
   m.impl("philox4x32", TORCH_BOX(&fastflow::philox4x32));
 #if !defined(FASTFLOW_CUDA) && !defined(FASTFLOW_SIMT)
+  m.impl("latent_head_fwd", TORCH_BOX(&fastflow::latent_head_fwd));
+  m.impl("latent_head_bwd", TORCH_BOX(&fastflow::latent_head_bwd));
   m.impl("conv_net_fwd", TORCH_BOX(&fastflow::conv_net_fwd));
   m.impl("conv_net_bwd", TORCH_BOX(&fastflow::conv_net_bwd));
   m.impl("activated_conv_fwd", TORCH_BOX(&fastflow::activated_conv_fwd));

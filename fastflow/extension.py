@@ -42,6 +42,10 @@ SCHEMAS = (
     "Tensor? prior_raw, Tensor? eps, Tensor? seed, int seed_value, int offset, int? n_samples, int scale, int flags, "
     "int reduce, bool need_params, bool need_raw, bool need_prior_mean, bool need_prior_raw)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    # Of contiguous float32 tensors, with torch's own noise: state is torch.Generator.get_state(), which moves on.
+    # Results: z, the mean over the batch of KL(q || N(0, I)), and the noise.
+    "latent_head_fwd(Tensor mean, Tensor logvar, Tensor(a!) state) -> (Tensor, Tensor, Tensor)",
+    "latent_head_bwd(Tensor grad_z, Tensor grad_kl, Tensor mean, Tensor logvar, Tensor eps) -> (Tensor, Tensor)",
     "philox4x32(Tensor counter, Tensor key) -> Tensor",
     "conv_net_fwd(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, Tensor b3, float slope, bool keep)"
     " -> (Tensor, Tensor, Tensor)",
@@ -90,7 +94,7 @@ SCHEMAS = (
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "mlp_fwd", "mlp_bwd",
              "wide_mlp_fwd", "wide_mlp_bwd", "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd", "top_down_fwd",
-             "top_down_bwd")
+             "top_down_bwd", "latent_head_fwd", "latent_head_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 TRITON_ALONE = ("gather_taps", "sum_taps", "rectified_sum")  # elsewhere reference/taps.py
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}

@@ -1,5 +1,4 @@
-// The Gaussian operators' loops over contiguous arrays. For gaussian_kernel.cpp alone: compiled once per instruction
-// set.
+// The Gaussian operators' loops over contiguous arrays, compiled once per instruction set.
 //
 // The structs that functions return by value are taken by value too, and loops say that nothing overlaps (ivdep, in
 // each_element): GCC vectorises them all then, which it does not with references to those structs or under `omp simd`.

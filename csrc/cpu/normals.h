@@ -47,12 +47,9 @@ FASTFLOW_HD __m512i of_all(uint32_t value) { return _mm512_set1_epi32(static_cas
 FASTFLOW_HD __m512i shifted_right(__m512i a, unsigned bits) { return _mm512_maskz_srli_epi32(0xffff, a, bits); }
 FASTFLOW_HD __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 
-// sqrt(-2 log u) with u = (w >> 8) * 2^-24 + 2^-25.
-FASTFLOW_HD __m512 radius(__m512i w) {
-  // u 2^32 has 25 bits. All but the last, which is 128, are a float without error; to round its sum with that one
-  // serves to find the exponent e and the interval of u = 2^e m, 3/4 <= m < 3/2.
-  const __m512 last = of_all(128.f);
-  const __m512 u = _mm512_maskz_cvtepu32_ps(0xffff, _mm512_and_epi32(w, of_all(0xffffff00u)));
+// sqrt(-2 log((u + last) 2^-32)), 0 < u + last <= 2^32. To round the sum serves to find the exponent e and the interval
+// of what the logarithm is of, 2^e m, 3/4 <= m < 3/2.
+FASTFLOW_HD __m512 radius(__m512 u, __m512 last) {
   const __m512i bits = _mm512_castps_si512(u + last);
   const __m512i power = _mm512_add_epi32(bits, of_all((1u << 22) - (32u << 23)));
   const __m512i exponent = _mm512_and_epi32(power, of_all(0xffu << 23)), interval = shifted_right(bits, 18);
@@ -66,12 +63,17 @@ FASTFLOW_HD __m512 radius(__m512i w) {
   return _mm512_maskz_sqrt_ps(0xffff, fma(e, of_all(-0x1.62e43p+0f), of_m));
 }
 
-// cos and sin of 2 pi u with u = (w >> 8) * 2^-24 + 2^-25.
-FASTFLOW_HD void cos_sin(__m512i w, __m512& cosine, __m512& sine) {
+// The same with u = (w >> 8) * 2^-24 + 2^-25: 25 bits, all but the last of which are a float without error.
+FASTFLOW_HD __m512 radius(__m512i w) {
+  return radius(_mm512_maskz_cvtepu32_ps(0xffff, _mm512_and_epi32(w, of_all(0xffffff00u))), of_all(128.f));
+}
+
+// cos and sin of 2 pi u with u = (w >> 8) * 2^-24 + last * 2^-37.
+FASTFLOW_HD void cos_sin(__m512i w, uint32_t last, __m512& cosine, __m512& sine) {
   // The first five bits are the sector, the others the way from its middle.
   const __m512i sector = shifted_right(w, 27);
   const __m512i way = _mm512_ternarylogic_epi32(_mm512_maskz_slli_epi32(0xffff, w, 5), of_all(0xffffe000u),
-                                                of_all(0x80001000u), (0xf0 & 0xcc) ^ 0xaa);
+                                                of_all(0x80000000u | last), (0xf0 & 0xcc) ^ 0xaa);
   const __m512 angle = _mm512_maskz_cvtepi32_ps(0xffff, way) * of_all(0x1.921fb6p-35f), z = angle * angle;
   const __m512 s = angle * fma(z, of_all(-0x1.5530b6p-3f), of_all(1.f));
   const __m512 c = z * fma(z, of_all(0x1.553c2ap-5f), of_all(-0.5f));
@@ -83,7 +85,7 @@ FASTFLOW_HD void cos_sin(__m512i w, __m512& cosine, __m512& sine) {
 // The 32 normals of sixteen pairs of words, in the order of the pairs.
 FASTFLOW_HD void store_normals(float* out, __m512i radius_words, __m512i angle_words) {
   __m512 cosine, sine;
-  cos_sin(angle_words, cosine, sine);
+  cos_sin(angle_words, 1u << 12, cosine, sine);
   const __m512 r = radius(radius_words), first = r * cosine, second = r * sine;
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_add_epi32(low, of_all(8u));

@@ -14,6 +14,7 @@ from fastflow import functional
 from fastflow.adapters.layers import fusable
 from fastflow.adapters.swap import swap
 from fastflow.autograd.gaussian import sample_kl
+from fastflow.autograd.latent_head import sample_mean_kl
 
 
 def _reconstruction(module, recon_x, x):
@@ -55,11 +56,10 @@ class _Head:
         finally:
             self._modules["encoder"] = encoder
 
-    def _fastflow_output(self, x, z, kl, beta=1.0):
+    def _fastflow_output(self, x, z, reg_loss, beta=1.0):
         recon_x = self.decoder(z)["reconstruction"]
         losses, factor = _reconstruction(self, recon_x.reshape(len(x), -1), x.reshape(len(x), -1))
         recon_loss = losses.sum() * (factor / len(x))
-        reg_loss = kl.mean(0)
         return ModelOutput(recon_loss=recon_loss, reg_loss=reg_loss, loss=torch.add(recon_loss, reg_loss, alpha=beta),
                            recon_x=recon_x, z=z)
 
@@ -78,8 +78,7 @@ class VAE(_Head, models.VAE):
     """z and its KL divergence to N(0, I)."""
 
     def _fastflow_latent(self, x, mean, logvar):
-        z, kl = sample_kl(mean, logvar, torch.randn_like(logvar))
-        return self._fastflow_output(x, z, kl)
+        return self._fastflow_output(x, *sample_mean_kl(mean, logvar))
 
 
 @_head(models.BetaVAE)
@@ -87,8 +86,7 @@ class BetaVAE(_Head, models.BetaVAE):
     """z and its KL divergence to N(0, I), weighted by beta."""
 
     def _fastflow_latent(self, x, mean, logvar):
-        z, kl = sample_kl(mean, logvar, torch.randn_like(logvar))
-        return self._fastflow_output(x, z, kl, self.beta)
+        return self._fastflow_output(x, *sample_mean_kl(mean, logvar), self.beta)
 
 
 @_head(models.IWAE)
@@ -118,7 +116,8 @@ def _without_constant(logq, features):
 def _flow_latent(self, x, mean, logvar):
     z, _, logq = sample_kl(mean, logvar, torch.randn_like(logvar), True)
     zk, logdet = self._fastflow_flow(z)
-    return self._fastflow_output(x, zk, _without_constant(logq, z.shape[1]) + 0.5 * zk.square().sum(1) - logdet)
+    kl = _without_constant(logq, z.shape[1]) + 0.5 * zk.square().sum(1) - logdet
+    return self._fastflow_output(x, zk, kl.mean(0))
 
 
 @_head(models.VAE_LinNF)

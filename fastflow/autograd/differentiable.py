@@ -7,6 +7,7 @@ gradients are batched by vmap (is_grads_batched), it computes by this instead.
 import functools
 
 import torch
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 
 def outside_inference_mode(function):
@@ -42,12 +43,9 @@ def wanted(grads):
     """Whether a backward with these incoming gradients must be differentiable or run under vmap."""
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or any(g is not None and _is_batched(g) for g in grads)
-
-
-def _is_batched(t):
-    """Whether t is a batch of torch.func.vmap or of the older vmap, under which is_grads_batched runs."""
-    return torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t)
+    # Batches are of torch.func.vmap, or of the older vmap, under which is_grads_batched runs.
+    return torch.is_grad_enabled() or any(
+        g is not None and (is_batchedtensor(g) or is_legacy_batchedtensor(g)) for g in grads)
 
 
 def reference_grads(forward, inputs, needs, grads):

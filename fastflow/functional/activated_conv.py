@@ -15,11 +15,11 @@ def activated_conv(x, weight, bias=None, *, stride=1, padding=0, transposed=Fals
 
     The activated map is made sample by sample on its way through the cache and is not kept: backward makes it again.
     A transposed convolution runs as one dense convolution for each residue of the output's position modulo the
-    stride, without zeros between its inputs. Square kernels of 2 or 3 taps for each residue (3x3 with stride 1, 4x4 with
-    stride 2) run in Winograd's form in float32, forward and backward, where both sides have channels in multiples of
-    16, and 32 on the side with fewer positions: it takes half of the multiplications and rounds a little otherwise.
-    The CPU kernel takes weights whose first dimension is a multiple of 16, up to a size; for others, on other devices,
-    in half precision and under autocast the layers are PyTorch's.
+    stride, without zeros between its inputs. Square kernels of 2 or 3 taps for each residue (3x3 with stride 1, 4x4
+    with stride 2) run in Winograd's form in float32, forward and backward, where both sides have channels in multiples
+    of 16, and 32 on the side with fewer positions: it takes about half of the multiplications. The CPU kernel takes
+    weights whose first dimension is a multiple of 16, up to a size; for others, on other devices, in half precision
+    and under autocast the layers are PyTorch's.
 
     Args:
         x: (B, I, H, W), any strides.

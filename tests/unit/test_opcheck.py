@@ -103,6 +103,16 @@ def gaussian_backward_samples():
         yield None, r(shape[0]), None, *pair, None, None, eps, None, 0, 0, None, 0, 0, 0, False, True, False, False
 
 
+def head_samples():
+    for shape in ((4, 4), (3, 7, 5)):
+        yield r(*shape), r(*shape), torch.Generator().get_state()
+
+
+def head_backward_samples():
+    for shape in ((4, 4), (3, 7, 5)):
+        yield r(*shape), r(), r(*shape), r(*shape), r(*shape)
+
+
 def philox_samples():
     yield torch.randint(0, 2**32, (7, 4)), torch.randint(0, 2**32, (7, 2))
     yield torch.randint(0, 2**32, (0, 4)), torch.randint(0, 2**32, (0, 2))
@@ -300,6 +310,7 @@ def rectified_samples():
 SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backward_samples,
            "slogdet_fwd": slogdet_samples, "plu_weight_fwd": plu_samples, "plu_weight_bwd": plu_backward_samples,
            "gaussian_fwd": gaussian_samples, "gaussian_bwd": gaussian_backward_samples, "philox4x32": philox_samples,
+           "latent_head_fwd": head_samples, "latent_head_bwd": head_backward_samples,
            "conv_net_fwd": conv_net_samples, "conv_net_bwd": conv_net_backward_samples,
            "activated_conv_fwd": activated_conv_samples, "activated_conv_bwd": activated_conv_backward_samples,
            "mlp_fwd": mlp_samples, "mlp_bwd": mlp_backward_samples,

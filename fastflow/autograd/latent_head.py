@@ -1,0 +1,90 @@
+"""Between a VAE's encoder and decoder with torch's own noise: what the adapters of VAEs call."""
+
+import functools
+import sys
+import threading
+
+import torch
+
+from fastflow import backends, extension, reference
+from fastflow.autograd import differentiable
+from fastflow.autograd.gaussian import sample_kl
+
+LEAST = 16  # of fewer numbers torch makes its normals in another way
+_OWN_MEMORY = (torch.Tensor, torch.nn.Parameter)
+
+
+def sample_mean_kl(mean, logvar):
+    """(z, the mean over the batch of KL(q || N(0, I)) in nats) of mean and logvar (B, ...), with the noise that
+    torch.randn_like(logvar) would have drawn, to 2e-6, and the default generator left as by it.
+
+    On a CPU one kernel runs the generator, too, where it is this thread's alone; torch's own draw takes most of the
+    time of a large head. Elsewhere torch draws.
+    """
+    if _fits(mean, logvar):
+        return _apply(mean, logvar)
+    z, kl = sample_kl(mean, logvar, torch.randn_like(logvar))
+    return z, kl.mean(0)
+
+
+def _fits(mean, logvar):
+    return (type(mean) in _OWN_MEMORY and type(logvar) in _OWN_MEMORY and not torch.compiler.is_compiling()
+            and mean.is_cpu and logvar.is_cpu and mean.dtype is torch.float32 and logvar.dtype is torch.float32
+            and mean.numel() >= LEAST and mean.shape == logvar.shape
+            and mean.is_contiguous() and logvar.is_contiguous()
+            and backends.requested() in (None, "cpu") and backends.needs_reference((mean, logvar)) is None
+            and draws_as_torch() and _is_alone())
+
+
+@functools.cache
+def draws_as_torch():
+    """Whether there is a kernel, and its noise and the state that it leaves are those of this torch."""
+    if not backends.status()["cpu"].startswith("available"):
+        return False
+    generator = torch.Generator()
+    generator.manual_seed(0)
+    for count in (1000, 33):  # whole blocks of sixteen and not
+        zeros, state = torch.zeros(1, count), generator.get_state()
+        eps = extension.load("cpu")["latent_head_fwd"](zeros, zeros, state)[2]
+        expected = torch.randn(1, count, generator=generator)
+        if not torch.equal(state, generator.get_state()) or not torch.allclose(eps, expected, rtol=0, atol=4e-6):
+            return False
+    return True
+
+
+def _is_alone():
+    """Whether no other thread of Python can draw between a look at the generator's state and setting it. tqdm's
+    monitor, which redraws bars, doesn't."""
+    if threading.active_count() == 1:
+        return True
+    monitor, own = getattr(sys.modules.get("tqdm"), "TMonitor", ()), threading.current_thread()
+    return all(thread is own or isinstance(thread, monitor) for thread in threading.enumerate())
+
+
+class LatentHead(torch.autograd.Function):
+    """(z, mean KL) of contiguous float32 mean and logvar. Saves both and the noise."""
+
+    @staticmethod
+    def forward(ctx, mean, logvar):
+        ctx.set_materialize_grads(False)
+        generator = torch.default_generator
+        state = generator.get_state()
+        z, kl, eps = extension.load("cpu")["latent_head_fwd"](mean, logvar, state)
+        generator.set_state(state)
+        ctx.save_for_backward(mean, logvar, eps)
+        return z, kl
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_kl):
+        mean, logvar, eps = ctx.saved_tensors
+        if grad_z is None or grad_kl is None or differentiable.wanted((grad_z, grad_kl)):
+            def both(mean, logvar):
+                z, kl = reference.gaussian_sample_kl((mean, logvar), eps=eps)
+                return z, kl.mean(0)
+            return tuple(differentiable.reference_grads(both, (mean, logvar), ctx.needs_input_grad,
+                                                        (grad_z, grad_kl)))
+        return extension.load("cpu")["latent_head_bwd"](grad_z, grad_kl, mean, logvar, eps)
+
+
+# Function.apply looks for transforms of torch.func first, of which there is none here.
+_apply = super(torch.autograd.Function, LatentHead).apply
