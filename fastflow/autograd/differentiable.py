@@ -39,6 +39,14 @@ def distinct(*tensors):
     return [t.view_as(t) if t is not None and any(t is u for u in tensors[:i]) else t for i, t in enumerate(tensors)]
 
 
+def apply(function, *args):
+    """function.apply(*args) of a call that backends.choose has given to a kernel: without Function.apply's own look for
+    transforms of torch.func, which costs time for every argument."""
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def wanted(grads):
     """Whether a backward with these incoming gradients must be differentiable or run under vmap."""
     if torch.compiler.is_compiling():

@@ -72,7 +72,8 @@ def sample_kl(mean, logvar, eps, want_logq=False):
         return reference.gaussian_sample_kl((mean, logvar), eps=eps, return_logq=want_logq)
     operands, consts = (mean, logvar, None, None, eps, None), (0, 0, None, 0, 0, 0)
     if differentiable.needs_grad(mean, logvar):
-        z, kl, logq = GaussianFunction.apply(*differentiable.distinct(*operands), backend, consts, want_logq)
+        z, kl, logq = differentiable.apply(GaussianFunction, *differentiable.distinct(*operands), backend, consts,
+                                           want_logq)
     else:
         z, kl, logq, _ = extension.kernel(backend, "gaussian_fwd")(*operands, *consts, want_logq, False)
     return (z, kl, logq) if want_logq else (z, kl)

@@ -22,7 +22,7 @@ def sample_mean_kl(mean, logvar):
     time of a large head. Elsewhere torch draws.
     """
     if _fits(mean, logvar):
-        return _apply(mean, logvar)
+        return differentiable.apply(LatentHead, mean, logvar)
     z, kl = sample_kl(mean, logvar, torch.randn_like(logvar))
     return z, kl.mean(0)
 
@@ -85,6 +85,3 @@ class LatentHead(torch.autograd.Function):
                                                         (grad_z, grad_kl)))
         return extension.load("cpu")["latent_head_bwd"](grad_z, grad_kl, mean, logvar, eps)
 
-
-# Function.apply looks for transforms of torch.func first, of which there is none here.
-_apply = super(torch.autograd.Function, LatentHead).apply

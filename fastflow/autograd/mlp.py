@@ -106,5 +106,5 @@ def run(x, weights, biases, activation="relu", residual=False, masks=()):
     kind = reference.ACTIVATIONS.index(activation)
     if differentiable.needs_grad(x, *params):
         x, *tensors = differentiable.distinct(x, *params, *masks)
-        return MLPFunction.apply(x, backend, kind, residual, len(params), *tensors)
+        return differentiable.apply(MLPFunction, x, backend, kind, residual, len(params), *tensors)
     return forward(backend, x, masked(params, masks), kind, residual)[0]

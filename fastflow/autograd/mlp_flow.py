@@ -203,7 +203,8 @@ def run_program(x, params, code, constants, context, inverse, save):
         return reference.mlp_flow(x, steps_of(params, code, constants), context=context, inverse=inverse)
     if differentiable.needs_grad(x, context, *params):
         operands = differentiable.distinct(x, context, *params)
-        return MLPFlowFunction.apply(*operands[:2], backend, code, constants, inverse, save, *operands[2:])
+        return differentiable.apply(MLPFlowFunction, *operands[:2], backend, code, constants, inverse, save,
+                                    *operands[2:])
     return forward(backend, x, context, params, code, constants, inverse)
 
 

@@ -57,6 +57,6 @@ def _covers(group, grads, states):
         return False
     dtype = group["params"][0].dtype
     return all(states) and dtype.is_floating_point and all(
-        type(p) in _PLAIN and p.device.type == "cpu" and p.dtype == dtype
-        and type(g) is torch.Tensor and g.dtype == dtype and g.layout == torch.strided
+        type(p) in _PLAIN and p.is_cpu and p.dtype is dtype
+        and type(g) is torch.Tensor and g.dtype is dtype and g.layout is torch.strided
         for p, g in zip(group["params"], grads, strict=True))

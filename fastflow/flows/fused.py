@@ -185,17 +185,19 @@ def _shared_bytes(x, context_features, biases, activation):
 def linear_stack(layers, dtype, owner):
     """(weights, biases, class of the activations or None) of Linear layers with one kind of activation between, or
     what is in the way, said of ``owner``."""
-    weights, biases, activation = [], [], None
-    for index, layer in enumerate(layers):
-        kind = type(layer)
+    weights, biases, activation, is_linear = [], [], None, False
+    for layer in layers:
+        kind, is_linear = type(layer), not is_linear
         if is_hooked(layer):
             return HOOKED
-        if index % 2:
-            if kind not in ACTIVATIONS or (activation is not None and kind is not activation):
-                return f"{owner}'s activation {kind.__name__} is none of one kind among ReLU, SiLU, Tanh"
-            activation = kind
+        if not is_linear:
+            if kind is not activation:
+                if kind not in ACTIVATIONS or activation is not None:
+                    return f"{owner}'s activation {kind.__name__} is none of one kind among ReLU, SiLU, Tanh"
+                activation = kind
             continue
-        weight, bias = own_parameters(layer, "weight", "bias")
+        own = layer._parameters
+        weight, bias = own.get("weight"), own.get("bias")
         if kind is not nn.Linear or weight is None or bias is None:
             return f"{owner} is not Linear layers, each with a bias, with activations between"
         if weight.dtype is not dtype or bias.dtype is not dtype:

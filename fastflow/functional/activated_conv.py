@@ -4,7 +4,7 @@ import torch
 
 from fastflow import backends, checks, reference
 from fastflow.autograd import activated_conv as _activated
-from fastflow.autograd.differentiable import distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, needs_grad
 
 __all__ = ["activated_conv"]
 
@@ -70,5 +70,5 @@ def activated_conv(x, weight, bias=None, *, stride=1, padding=0, transposed=Fals
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     consts = stride, padding, bool(transposed), reference.LAYER_ACTIVATIONS.index(activation), bool(channels_last)
     if needs_grad(x, weight, bias):
-        return _activated.ActivatedConvFunction.apply(*distinct(x, weight, bias), backend, consts)
+        return apply(_activated.ActivatedConvFunction, *distinct(x, weight, bias), backend, consts)
     return _activated.forward(backend, x, weight, bias, consts)

@@ -4,7 +4,7 @@ import torch
 
 from fastflow import backends, checks, reference
 from fastflow.autograd import affine_coupling as _affine
-from fastflow.autograd.differentiable import distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, needs_grad
 from fastflow.reference import LAYOUTS, ScaleMap
 
 __all__ = ["affine_coupling"]
@@ -67,7 +67,7 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
              | (_affine.SHIFT_FIRST if shift_first else 0) | (_affine.INVERSE if inverse else 0))
     how = backend, kept, flags, scale
     if needs_grad(*operands):
-        return _affine.AffineCouplingFunction.apply(*distinct(*operands), how)
+        return apply(_affine.AffineCouplingFunction, *distinct(*operands), how)
     return _affine.forward(*operands, how)
 
 

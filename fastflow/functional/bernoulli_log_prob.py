@@ -4,7 +4,7 @@ import torch
 
 from fastflow import backends, checks, reference
 from fastflow.autograd import bernoulli_log_prob as _bernoulli
-from fastflow.autograd.differentiable import distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, needs_grad
 
 __all__ = ["bernoulli_log_prob"]
 
@@ -49,7 +49,7 @@ def bernoulli_log_prob(x, logits):
         return reference.bernoulli_log_prob(x, logits)
     rows = logits.flatten(0, lead) if lead else logits
     if needs_grad(x, logits):
-        result = _bernoulli.BernoulliLogProbFunction.apply(*distinct(x, rows), backend)
+        result = apply(_bernoulli.BernoulliLogProbFunction, *distinct(x, rows), backend)
     else:
         result = _bernoulli.forward(backend, x, rows)
     return result.view(logits.shape[:lead + 1]) if lead else result

@@ -5,7 +5,7 @@ import torch
 from fastflow import backends, checks, reference
 from fastflow.autograd import conv_net as _conv_net
 from fastflow.autograd import conv_products as _conv_products
-from fastflow.autograd.differentiable import distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, needs_grad
 
 __all__ = ["conv_net"]
 
@@ -62,10 +62,10 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
     if _conv_products.serves(x, w1, w3, negative_slope):
         lowered = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype("cuda") if lowered else x.dtype
-        return _conv_products.ConvNetProducts.apply(*operands, dtype)
+        return apply(_conv_products.ConvNetProducts, *operands, dtype)
     backend = backends.choose("conv_net", *operands)
     if backend == "reference":
         return reference.conv_net(*operands, negative_slope=negative_slope)
     if needs_grad(*operands):
-        return _conv_net.ConvNetFunction.apply(*distinct(*operands), backend, float(negative_slope))
+        return apply(_conv_net.ConvNetFunction, *distinct(*operands), backend, float(negative_slope))
     return _conv_net.forward(backend, operands, float(negative_slope))[0]

@@ -4,7 +4,7 @@ import torch
 
 from fastflow import backends, checks, reference
 from fastflow.autograd import gaussian as _gaussian
-from fastflow.autograd.differentiable import distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, needs_grad
 from fastflow.extension import kernel
 from fastflow.reference import LAYOUTS, REDUCTIONS, SCALES
 
@@ -81,7 +81,7 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
               REDUCTIONS.index(reduce))
     operands = (first, raw, prior_mean, prior_raw, eps, seed if is_tensor else None)
     if needs_grad(*operands[:4]):
-        z, kl, logq = _gaussian.GaussianFunction.apply(*distinct(*operands), backend, consts, return_logq)
+        z, kl, logq = apply(_gaussian.GaussianFunction, *distinct(*operands), backend, consts, return_logq)
     else:
         z, kl, logq, _ = kernel(backend, "gaussian_fwd")(*operands, *consts, return_logq, False)
     return (z, kl, logq) if return_logq else (z, kl)

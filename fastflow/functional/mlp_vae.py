@@ -2,6 +2,7 @@
 
 from fastflow import checks, reference
 from fastflow.autograd import gaussian
+from fastflow.autograd.differentiable import apply
 from fastflow.autograd.mlp_vae import MLPVAEFunction
 
 __all__ = ["run_mlp_vae"]
@@ -25,5 +26,5 @@ def run_mlp_vae(backend, x, encoder, decoder, *, scale, layout, order, seed=None
              gaussian.flags_of(layout, order), 0)
     activations = [reference.LAYER_ACTIVATIONS.index(kind) for *_, kind in (encoder, decoder)]
     consts = (len(encoder[0]), len(decoder[0])), activations, noise
-    return MLPVAEFunction.apply(x, None if is_int else seed, backend, consts, *encoder[0], *encoder[1], *decoder[0],
-                                *decoder[1])
+    return apply(MLPVAEFunction, x, None if is_int else seed, backend, consts, *encoder[0], *encoder[1], *decoder[0],
+                 *decoder[1])

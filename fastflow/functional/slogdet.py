@@ -3,7 +3,7 @@
 import torch
 
 from fastflow import backends, checks, reference
-from fastflow.autograd.differentiable import distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, needs_grad
 from fastflow.autograd.slogdet import PluWeightFunction, SlogdetFunction
 from fastflow.extension import kernel
 
@@ -37,7 +37,7 @@ def slogdet(weight):
     if backend == "reference":
         return reference.slogdet(weight)
     if needs_grad(weight):
-        return SlogdetFunction.apply(weight, backend)[:2]
+        return apply(SlogdetFunction, weight, backend)[:2]
     return kernel(backend, "slogdet_fwd")(weight, False)[:2]
 
 
@@ -53,7 +53,7 @@ def slogdet_inverse(weight):
     if backend == "reference":
         return reference.slogdet_inverse(weight)
     if needs_grad(weight):
-        return SlogdetFunction.apply(weight, backend)
+        return apply(SlogdetFunction, weight, backend)
     return kernel(backend, "slogdet_fwd")(weight, True)
 
 
@@ -92,5 +92,5 @@ def plu_weight(lower, upper, log_s, sign_s, perm):
     if backend == "reference":
         return reference.plu_weight(lower, upper, log_s, sign_s, perm)
     if needs_grad(lower, upper, log_s):
-        return PluWeightFunction.apply(*distinct(lower, upper, log_s, sign_s, perm), backend)
+        return apply(PluWeightFunction, *distinct(lower, upper, log_s, sign_s, perm), backend)
     return kernel(backend, "plu_weight_fwd")(lower, upper, log_s, sign_s, perm)

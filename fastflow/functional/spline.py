@@ -4,7 +4,7 @@ import math
 
 from fastflow import backends, checks, reference
 from fastflow.autograd import spline as _spline
-from fastflow.autograd.differentiable import distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, needs_grad
 
 __all__ = ["check_spline_constants", "spline", "spline_params"]
 
@@ -80,7 +80,7 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
               float(min_derivative), float(gain), _spline.NO_CLAMP if clamp is None else float(clamp),
               float(end_derivative))
     if needs_grad(x, params, logdet):
-        return _spline.SplineFunction.apply(*distinct(x, params, logdet), backend, consts)
+        return apply(_spline.SplineFunction, *distinct(x, params, logdet), backend, consts)
     return _spline.forward(backend, x, params, logdet, consts)
 
 

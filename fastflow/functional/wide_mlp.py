@@ -3,7 +3,7 @@
 from fastflow import backends, checks, reference
 from fastflow.autograd import mlp as _mlp
 from fastflow.autograd import wide_mlp as _wide_mlp
-from fastflow.autograd.differentiable import distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, needs_grad
 
 __all__ = ["wide_mlp"]
 
@@ -43,7 +43,7 @@ def run_wide_mlp(backend, x, weights, biases, activation, hidden=False):
     kind = reference.LAYER_ACTIVATIONS.index(activation)
     if needs_grad(x, *weights, *biases):
         x, *params = distinct(x, *weights, *biases)
-        results = _wide_mlp.WideMLPFunction.apply(x, backend, kind, hidden, *params)
+        results = apply(_wide_mlp.WideMLPFunction, x, backend, kind, hidden, *params)
         return (results[0], results[1:]) if hidden else results
     out, kept = _wide_mlp.forward(backend, x, weights, biases, kind, hidden)
     return (out, tuple(_wide_mlp.hidden_values(kept, kind))) if hidden else out
