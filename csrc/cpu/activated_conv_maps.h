@@ -96,13 +96,17 @@ void chain_rows(ConvActivation activation, const Map<T>& x, const T* slopes, int
           grad + y * width * x.channels);
 }
 
-// The fine map inside a padded one; rows and columns that no tap meets are left out.
+// The fine map inside a padded one; rows and columns that no tap meets are left out, all of them where the padding's
+// are the only ones met.
 template <class T>
 Map<T> fine_map(const ActivatedConv& shape, T* padded) {
-  const int64_t rows = shape.fine_rows() - shape.padding, columns = shape.fine_columns() - shape.padding;
+  const auto met = [&](int64_t reached, int64_t size) {
+    const int64_t inside = reached - shape.padding;
+    return inside < 0 ? 0 : inside < size ? inside : size;
+  };
   const int64_t step = shape.fine_columns() * shape.fine;
-  return {padded + shape.padding * (step + shape.fine), rows < shape.fine_height ? rows : shape.fine_height,
-          columns < shape.fine_width ? columns : shape.fine_width, shape.fine, step};
+  return {padded + shape.padding * (step + shape.fine), met(shape.fine_rows(), shape.fine_height),
+          met(shape.fine_columns(), shape.fine_width), shape.fine, step};
 }
 
 template <class T>

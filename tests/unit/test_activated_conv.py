@@ -117,6 +117,19 @@ def test_gradients_of_non_finite_operands_are_the_plain_sums(transposed):
             assert value != 1e38 or grad.isfinite().any()
 
 
+@pytest.mark.parametrize("kernel", [(5, 1), (1, 5), (1, 1)], ids=str)
+def test_a_padding_that_holds_all_that_taps_meet(kernel):
+    """x is met in some rows and no column, or in nothing at all: the result is the bias, x's gradient zero."""
+    case = activated_conv_case("outside", (3, 16, 1, 1), 16, kernel, stride=6, padding=2, activation="silu")
+    tensors = case.tensors(torch.float32)
+    tensors["x"] = tensors["x"].as_strided((3, 16, 1, 1), (16, 1, 16, 16))
+    results, grads = evaluate(case, tensors, cotangents=cotangents_of(case, tensors))
+    assert kernels_run(lambda: evaluate(case, tensors)) <= KERNELS
+    assert_bitwise(results["y"], tensors["bias"].view(-1, 1, 1).expand_as(results["y"]))
+    assert not grads["x"].any()
+    assert not grads["weight"].any()
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)], ids=str)
 def test_zero_sizes(shape):
     case = activated_conv_case("empty", shape, 16, (2, 2))
