@@ -5,6 +5,7 @@ import sys
 import threading
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastflow import backends, extension, reference
 from fastflow.autograd import differentiable
@@ -12,6 +13,7 @@ from fastflow.autograd.gaussian import sample_kl
 
 LEAST = 16  # of fewer numbers torch makes its normals in another way
 _OWN_MEMORY = (torch.Tensor, torch.nn.Parameter)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def sample_mean_kl(mean, logvar):
@@ -33,7 +35,12 @@ def _fits(mean, logvar):
             and mean.numel() >= LEAST and mean.shape == logvar.shape
             and mean.is_contiguous() and logvar.is_contiguous()
             and backends.requested() in (None, "cpu") and backends.needs_reference((mean, logvar)) is None
-            and draws_as_torch() and _is_alone())
+            and not _is_traced() and draws_as_torch() and _is_alone())
+
+
+def _is_traced():
+    """Whether make_fx records the operators: its graph would keep today's state of the generator."""
+    return torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 @functools.cache
@@ -41,24 +48,24 @@ def draws_as_torch():
     """Whether there is a kernel, and its noise and the state that it leaves are those of this torch."""
     if not backends.status()["cpu"].startswith("available"):
         return False
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     generator.manual_seed(0)
-    for count in (1000, 33):  # whole blocks of sixteen and not
-        zeros, state = torch.zeros(1, count), generator.get_state()
-        eps = extension.load("cpu")["latent_head_fwd"](zeros, zeros, state)[2]
-        expected = torch.randn(1, count, generator=generator)
-        if not torch.equal(state, generator.get_state()) or not torch.allclose(eps, expected, rtol=0, atol=4e-6):
-            return False
+    options = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    with _disable_current_modes():
+        for count in (1000, 33):  # whole blocks of sixteen and not
+            zeros, state = torch.zeros(1, count, **options), generator.get_state()
+            eps = extension.load("cpu")["latent_head_fwd"](zeros, zeros, state)[2]
+            expected = torch.randn(1, count, generator=generator, **options)
+            if not torch.equal(state, generator.get_state()) or not torch.allclose(eps, expected, rtol=0, atol=4e-6):
+                return False
     return True
 
 
 def _is_alone():
     """Whether no other thread of Python can draw between a look at the generator's state and setting it. tqdm's
-    monitor, which redraws bars, doesn't."""
-    if threading.active_count() == 1:
-        return True
-    monitor, own = getattr(sys.modules.get("tqdm"), "TMonitor", ()), threading.current_thread()
-    return all(thread is own or isinstance(thread, monitor) for thread in threading.enumerate())
+    monitor, which redraws bars, doesn't. A thread that Python did not start isn't listed, but sees the main one."""
+    monitor, own = getattr(sys.modules.get("tqdm"), "TMonitor", ()), threading.get_ident()
+    return all(thread.ident == own or isinstance(thread, monitor) for thread in threading.enumerate())
 
 
 class LatentHead(torch.autograd.Function):

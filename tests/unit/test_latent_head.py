@@ -1,6 +1,8 @@
 """sample_mean_kl: torch's own noise from torch's own generator, values and gradients against float64, and when torch
 draws instead."""
 
+import _thread
+import contextlib
 import sys
 import threading
 import types
@@ -9,6 +11,8 @@ import pytest
 import torch
 from cases import kernels_run
 from tolerances import GRADIENT_FACTOR, assert_by_ratio
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastflow import backends, extension, reference
 from fastflow.autograd import latent_head
@@ -27,7 +31,6 @@ def alone(monkeypatch):
     everyone = threading.enumerate
     before = set(everyone()) - {threading.current_thread()}
     monkeypatch.setattr(threading, "enumerate", lambda: [t for t in everyone() if t not in before])
-    monkeypatch.setattr(threading, "active_count", lambda: len(threading.enumerate()))
 
 
 def operands(shape, dtype=torch.float32):
@@ -133,6 +136,16 @@ def test_non_finite_parameters(value):
         torch.testing.assert_close(kl, kls.mean(0), equal_nan=True)
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def runs_kernel(mean, logvar):
     cotangents = torch.ones_like(mean), torch.ones((), dtype=mean.dtype)
     return kernels_run(lambda: torch.autograd.grad(sample_mean_kl(mean, logvar), (mean, logvar),
@@ -184,6 +197,44 @@ def test_a_torch_that_draws_otherwise_is_left_to_itself(monkeypatch):
         assert runs_kernel(*operands((4, 8)))
     finally:
         latent_head.draws_as_torch.cache_clear()
+
+
+def test_torch_draws_in_a_thread_that_python_did_not_start():
+    """The main thread is another one, though the only one that is listed."""
+    found, done = [], threading.Event()
+
+    def call():
+        try:
+            found.append(runs_kernel(*operands((4, 8))))
+        finally:
+            done.set()
+
+    _thread.start_new_thread(call, ())
+    assert done.wait(60)
+    assert found == [False]
+
+
+@pytest.mark.parametrize("settings", [lambda: default_dtype(torch.float64), lambda: torch.device("meta"),
+                                      lambda: FakeTensorMode(allow_non_fake_inputs=True)],
+                         ids=["dtype", "device", "mode"])
+def test_what_torch_draws_is_asked_whatever_the_callers_settings(settings):
+    latent_head.draws_as_torch.cache_clear()
+    try:
+        with settings():
+            assert latent_head.draws_as_torch()
+    finally:
+        latent_head.draws_as_torch.cache_clear()
+
+
+def test_a_graph_of_make_fx_draws_at_every_run():
+    mean, logvar = (t.detach() for t in operands((4, 8)))
+    graph = make_fx(lambda m, s: sample_mean_kl(m, s)[0])(mean, logvar)
+    results = []
+    for call in (graph, graph, sample_mean_kl):
+        torch.manual_seed(6)
+        results.append(call(mean, logvar))
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2][0])
 
 
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
