@@ -96,7 +96,7 @@ class GlowTransform(nn.Module):
         super().__init__()
         self.event_shape = tuple(image_shape)
         self.squeeze = SQUEEZES[squeeze](channels_last=True)
-        self.conditional = bool(context)
+        self.conditional = self.takes_context = bool(context)
         n_params = 1 if ScaleMap.of(coupling["scale"]).kind == "additive" else 2
         self.levels = nn.ModuleList()
         self.level_shapes = []  # of the data inside each level

@@ -90,7 +90,8 @@ class LipschitzMLP(nn.Module):
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
         if not bound > 0:
             raise ValueError(f"bound: expected a positive number, got {bound!r}")
-        self.event_shape, self.bound, self.context_features = (features,), bound, context_features
+        self.event_shape, self.bound = (features,), bound
+        self.context_features, self.takes_context = context_features, context_features is not None
         sizes = (features, *hidden, features)
         each = bound ** (1.0 / (len(sizes) - 1))
         self.layers = nn.ModuleList(SpectralLinear(a, b, each) for a, b in zip(sizes[:-1], sizes[1:], strict=True))

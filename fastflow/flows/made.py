@@ -61,7 +61,8 @@ class MADE(nn.Module):
         if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(features, device="cpu")):
             raise ValueError(f"order: expected each of 0..{features - 1} once, got {order.tolist()}")
         self.features, self.params_per_feature = features, params_per_feature
-        self.context_features, self.layout = context_features, layout
+        self.context_features, self.takes_context = context_features, context_features is not None
+        self.layout = layout
         self.register_buffer("order", order.to(torch.get_default_device()))
 
         lowest = 0 if context_features is not None or features == 1 else 1

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastflow import checks, functional
 from fastflow.flows import memory
+from fastflow.flows.contexts import takes_context
 from fastflow.flows.logdets import zero_logdet
 from fastflow.flows.transform import check_transform, initialize, noise_shape
 from fastflow.functional import ScaleMap
@@ -283,6 +284,10 @@ class Split(nn.Module):
         self.rest = rest
         self.prior, self.conditional = prior, bool(conditional)
         self.scale = self.SCALE if scale is None else ScaleMap.of(scale)
+
+    @property
+    def takes_context(self):
+        return self.conditional or (self.rest is not None and takes_context(self.rest))
 
     def split(self, x, logdet=None, context=None):
         """(x1, z2, logdet) of x (B, C, *S), z2 (B, C - C // 2, *S); a running ``logdet`` (B,) is added."""

@@ -52,6 +52,7 @@ class UniformDequantization(nn.Module):
 
     exact = False
     draws = True
+    takes_context = False
 
     def __init__(self, n_bins=256):
         super().__init__()
@@ -150,6 +151,7 @@ class Slice(nn.Module):
 
     exact = True
     draws = True
+    takes_context = False  # that of its own networks is what passes through
 
     def __init__(self, keep, decoder):
         super().__init__()
@@ -193,6 +195,7 @@ class Augment(nn.Module):
 
     exact = False
     draws = True
+    takes_context = False  # that of its own networks is what passes through
 
     def __init__(self, channels, extra, encoder):
         super().__init__()

@@ -29,6 +29,7 @@ class _CausalTransformer(nn.Module):
 
     def __init__(self, tokens, features, channels, layers, head_dim, expansion, num_classes):
         super().__init__()
+        self.takes_context = bool(num_classes)
         self.proj_in = nn.Linear(features, channels)
         self.pos_embed = nn.Parameter(1e-2 * torch.randn(tokens, channels))
         self.class_embed = nn.Parameter(1e-2 * torch.randn(num_classes, channels)) if num_classes else None

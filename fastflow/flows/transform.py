@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastflow.flows import fused, memory, sequence
+from fastflow.flows.contexts import takes_context
 from fastflow.flows.logdets import zero_logdet
 
 __all__ = ["Compose", "Inverse", "Transform", "data_shape", "initialize", "noise_shape"]
@@ -21,6 +22,10 @@ class Transform(Protocol):
     another shape than its data has ``noise_shape(event_shape)``, shapes without the batch dimension, and for use in an
     :class:`Inverse` the other way ``data_shape(event_shape)``; one that only runs others in turn has ``parts()``, which
     lists them.
+
+    Behind a conditional base a transform is handed the context where it takes one. ``takes_context``, True or False,
+    says so, in a transform or in a network inside one; of a module without that attribute its parts say it, or, if it
+    is a class of your own, a forward of more than one input.
     """
 
     def __call__(self, x, context=None):
@@ -155,6 +160,10 @@ class _Foreign(nn.Module):
     def __init__(self, transform):
         super().__init__()
         self.transform = transform
+
+    @property
+    def takes_context(self):
+        return takes_context(self.transform)
 
     def forward(self, x, context=None):
         return self.transform(x, context)

@@ -34,6 +34,7 @@ class ContextShift(nn.Module):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a positive int or None, got {value!r}")
         self.context_features, self.context_channels, self.arrange = context_features, context_channels, arrange
+        self.takes_context = context_features is not None or context_channels is not None
         self.layer = None
         if context_features is not None:
             self.layer = nn.Linear(context_features, hidden_channels, bias=False)

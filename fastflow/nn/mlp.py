@@ -29,7 +29,7 @@ class MLP(nn.Module):
         self.out_features = out_features = checks.count("out_features", out_features)
         if context_features is not None:
             context_features = checks.count("context_features", context_features, 1)
-        self.context_features = context_features
+        self.context_features, self.takes_context = context_features, context_features is not None
         width = in_features + (context_features or 0)
         layers = []
         for size in (checks.count("hidden", size, 1) for size in hidden):

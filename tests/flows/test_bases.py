@@ -10,7 +10,8 @@ from torch import nn
 from fastflow import flows
 from fastflow.diagnostics import inversion_error
 from fastflow.engine import TrainStep
-from fastflow.nn import AffineCoupling
+from fastflow.flows.contexts import takes_context
+from fastflow.nn import MLP, AffineCoupling
 
 
 def scattered(base, seed=0, size=0.4):
@@ -268,6 +269,47 @@ def test_a_transform_with_a_context_shares_it_with_the_base():
         torch.testing.assert_close(flow.log_prob(x, context), flow.base.log_prob(z, context=context) + logdet)
     with pytest.raises(ValueError, match="^context"):  # nobody takes it
         flows.RealNVP(2)(torch.zeros(3, 2), torch.zeros(3, 1))
+
+
+class Doubling:
+    """A transform that is no module, and refuses a context."""
+
+    def __call__(self, x, context=None):
+        assert context is None
+        return 2 * x, x.new_full((len(x),), x.shape[1] * math.log(2))
+
+    def inverse(self, z, context=None):
+        raise NotImplementedError
+
+
+def test_a_transform_says_itself_whether_it_takes_a_context():
+    class Says(Doubling):
+        takes_context = False
+
+    class Module(Doubling, nn.Module):
+        def forward(self, x, context=None):
+            raise NotImplementedError
+
+    base = flows.ConditionalNormal(2, nn.Linear(1, 4))
+    context, x = torch.randn(3, 1), torch.randn(3, 2)
+    quiet, said = Module(), Module()
+    said.takes_context = False
+    for transform in (Says(), said):
+        for whole in (transform, flows.Compose(transform), flows.Inverse(flows.Inverse(transform))):
+            want = base.log_prob(2 * x, context=context) + 2 * math.log(2)
+            torch.testing.assert_close(flows.Flow(whole, base).log_prob(x, context), want)
+    for transform in (Doubling(), quiet, flows.Compose(Doubling()), flows.Compose(quiet)):
+        with pytest.raises(AssertionError):  # it looks as if, and is handed it
+            flows.Flow(transform, base).log_prob(x, context)
+
+
+def test_a_split_takes_the_context_of_its_prior_or_its_rest():
+    rest = flows.RealNVP(2, n_layers=1, hidden=(4,), context_features=1).transform
+    prior = MLP(2, 4, (4,), context_features=1)
+    plain = flows.RealNVP(2, n_layers=1, hidden=(4,)).transform
+    assert takes_context(flows.Split((4,), rest)) and not takes_context(flows.Split((4,), plain))
+    assert takes_context(flows.Split((4,), prior=prior, conditional=True))
+    assert takes_context(flows.Split((4,), rest, prior=nn.Linear(2, 4)))
 
 
 def test_priors_that_positions_share():

@@ -13,6 +13,7 @@ from torch import nn
 
 import fastflow.nn
 from fastflow import flows
+from fastflow.flows.contexts import takes_context
 from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1, MixtureCoupling, SplineCoupling
 
 SEEDS, MODEL_SEEDS, BATCH, CONTEXT = 20, 5, 3, 2
@@ -267,6 +268,13 @@ def test_the_context_is_respected(name):
         transform(x, context[:, :1])
     with pytest.raises(ValueError, match="context"):
         build(name, row.sizes[-1], 1)[0](x, context)
+
+
+@every_row
+def test_every_transform_says_whether_it_takes_a_context(name):
+    row = ROWS[name]
+    assert not takes_context(row.make(row.sizes[-1], None))
+    assert takes_context(row.make(row.sizes[-1], CONTEXT)) == row.contextual
 
 
 @pytest.mark.parametrize(("name", "features"), [(name, features) for name, row in ROWS.items() if row.density
