@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastflow.adapters import verify
+from fastflow.nn.hooks import is_hooked
 
 __all__ = ["PREFIX", "SWAPS", "Swap", "joins", "plain", "put", "settle", "swap", "swap_of", "undo"]
 
@@ -85,10 +86,7 @@ def joins(module):
 
 def plain(module, kind):
     """Whether a call of ``module`` is that of its class ``kind`` and nothing more."""
-    own = module.__dict__
-    return type(module) is kind and not (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        or "forward" in own)
+    return type(module) is kind and not is_hooked(module)
 
 
 def put(module, known, constants, report=None, name=None):

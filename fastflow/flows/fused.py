@@ -11,6 +11,7 @@ from fastflow import backends, functional
 from fastflow.autograd.mlp_flow import SAVE_ACTIVATIONS, SAVE_OVERWRITTEN, run_steps
 from fastflow.flows import plan
 from fastflow.nn import MLP, ActNorm, AffineCoupling
+from fastflow.nn.hooks import is_hooked
 
 __all__ = ["MAX_FEATURES", "MAX_HIDDEN", "explain", "runs"]
 
@@ -212,10 +213,3 @@ def linear_stack(layers, dtype, owner):
 def own_parameters(module, *names):
     """The parameters of these names, whatever functional_call has put there; None where it is no parameter."""
     return map(module._parameters.get, names)
-
-
-def is_hooked(module):
-    """Whether a call of the module would run more than its class's forward."""
-    own = module.__dict__
-    return (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-            or "forward" in own or "inverse" in own)

@@ -1,10 +1,13 @@
 """Any sequence of transforms in a memory mode."""
 
+from torch import nn
+
 from fastflow.flows import memory
 from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, TransformLink
 from fastflow.flows.logdets import zero_logdet
 from fastflow.nn import ActNorm, AffineCoupling, InvertibleConv1x1
 from fastflow.nn.factors import factorize
+from fastflow.nn.hooks import is_hooked
 
 __all__ = ["flatten", "run"]
 
@@ -12,7 +15,8 @@ __all__ = ["flatten", "run"]
 def flatten(transforms):
     """The transforms, each replaced by its ``parts()`` if it has such a method and no hooks, which belong to the whole
     (those of FSDP2 among them)."""
-    return [part for t in transforms for part in (t.parts() if hasattr(t, "parts") and not _hooked(t) else [t])]
+    return [part for t in transforms for part in (t.parts() if hasattr(t, "parts") and not (
+        isinstance(t, nn.Module) and is_hooked(t)) else [t])]
 
 
 def run(transforms, x, context=None):
@@ -42,7 +46,7 @@ def run(transforms, x, context=None):
 
 def _factors(transforms, undo):
     """{index: Factors} of the 1x1 convolutions, each size factorised once."""
-    places = [i for i, t in enumerate(transforms) if _is(t, InvertibleConv1x1) and not _hooked(t)]
+    places = [i for i, t in enumerate(transforms) if _is(t, InvertibleConv1x1) and not is_hooked(t)]
     convs = [transforms[i] for i in places]
     if convs and convs[0]._bank is not None and not undo:  # inside a WeightBank
         return {i: conv._bank.factors(conv, False) for i, conv in zip(places, convs, strict=True)}
@@ -62,7 +66,3 @@ def _link(transform, context, factors):
 def _is(transform, kind):
     """Whether it is of that kind and runs as that does."""
     return isinstance(transform, kind) and type(transform).forward is kind.forward
-
-
-def _hooked(transform):
-    return bool(getattr(transform, "_forward_hooks", None) or getattr(transform, "_forward_pre_hooks", None))

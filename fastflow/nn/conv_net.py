@@ -6,6 +6,7 @@ from torch import nn
 from fastflow import backends, functional
 from fastflow.autograd import conv_products
 from fastflow.nn.context import ContextShift
+from fastflow.nn.hooks import is_hooked
 
 __all__ = ["ConvNet"]
 
@@ -52,12 +53,6 @@ class ConvNet(nn.Module):
 
 
 def _as_made(layer, padding):
-    return (type(layer) is nn.Conv2d and untouched(layer) and layer.padding == (padding, padding)
+    return (type(layer) is nn.Conv2d and not is_hooked(layer) and layer.padding == (padding, padding)
             and layer.padding_mode == "zeros" and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
             and layer.bias is not None)
-
-
-def untouched(module):
-    """Whether a call of ``module`` is its class's forward and nothing more."""
-    return "forward" not in module.__dict__ and not (module._forward_hooks or module._forward_pre_hooks
-                                                     or module._backward_hooks or module._backward_pre_hooks)

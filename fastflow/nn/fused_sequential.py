@@ -8,7 +8,7 @@ from torch import nn
 
 from fastflow import backends, functional
 from fastflow.functional.wide_mlp import run_wide_mlp
-from fastflow.nn.conv_net import untouched
+from fastflow.nn.hooks import is_hooked
 
 __all__ = ["FusedSequential"]
 
@@ -54,7 +54,7 @@ def chain(layers, at, features, dtype):
     """(weights, biases, activation) of the Linear layers from ``at`` on with one activation between them that take
     ``features`` in ``dtype``; empty where there is none."""
     weights, biases, kind = [], [], None
-    while at < len(layers) and type(layers[at]) is nn.Linear and untouched(layers[at]):
+    while at < len(layers) and type(layers[at]) is nn.Linear and not is_hooked(layers[at]):
         parameters = layers[at]._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if weight is None or bias is None or weight.shape[1] != features or weight.dtype != dtype:
@@ -64,7 +64,7 @@ def chain(layers, at, features, dtype):
         features = weight.shape[0]
         at += 2
         activation = type(layers[at - 1]) if at <= len(layers) else None
-        if activation not in ACTIVATIONS or kind not in (None, activation) or not untouched(layers[at - 1]):
+        if activation not in ACTIVATIONS or kind not in (None, activation) or is_hooked(layers[at - 1]):
             break
         kind = activation
     return weights, biases, ACTIVATIONS.get(kind)
@@ -74,10 +74,10 @@ def whole_mlp(network, shape_in, shape_out, dtype):
     """(weights, biases, activation) of a FusedSequential that is a chain of Linear layers, two at least, from elements
     of shape_in (flattened by it where they are more than a vector) to shape_out (likewise; None: any vector); else
     None."""
-    if type(network) is not FusedSequential or not untouched(network):
+    if type(network) is not FusedSequential or is_hooked(network):
         return None
     layers = list(network._modules.values())
-    if not layers or not (untouched(layers[0]) and untouched(layers[-1])):
+    if not layers or is_hooked(layers[0]) or is_hooked(layers[-1]):
         return None
     at, end = 0, len(layers)
     if type(layers[0]) is nn.Flatten and layers[0].start_dim == 1 and layers[0].end_dim == -1:
@@ -102,12 +102,12 @@ def stacked(stages, x):
         return None
     layers = []
     for stage in stages:
-        if type(stage) is not nn.Sequential or len(stage._modules) != 2 or not untouched(stage):
+        if type(stage) is not nn.Sequential or len(stage._modules) != 2 or is_hooked(stage):
             return None
         layers += stage._modules.values()
     weights, biases, activation = chain(layers, 0, x.shape[1], x.dtype)
     last = layers[-1]
-    if len(weights) < len(stages) or ACTIVATIONS.get(type(last)) != activation or not untouched(last):
+    if len(weights) < len(stages) or ACTIVATIONS.get(type(last)) != activation or is_hooked(last):
         return None
     backend, _ = backends.prefers("wide_mlp", x, *weights, *biases)
     if backend == "reference":
@@ -120,7 +120,7 @@ def _convolution(layers, at, x):
     """The same of a convolution at ``at``, or behind an activation there."""
     layer, activation, taken = layers[at], "none", 1
     if type(layer) in ACTIVATIONS:
-        if at + 1 == len(layers) or not untouched(layer) or getattr(layer, "inplace", False):
+        if at + 1 == len(layers) or is_hooked(layer) or getattr(layer, "inplace", False):
             return 0, None
         layer, activation, taken = layers[at + 1], ACTIVATIONS[type(layer)], 2
     if not _is_simple(layer) or not _fits(layer, x) or not backends.serves("activated_conv", x, layer.weight,
@@ -134,7 +134,7 @@ def _convolution(layers, at, x):
 
 def _is_simple(layer):
     """Whether functional.activated_conv can say what a call of this layer computes."""
-    return (type(layer) in (nn.Conv2d, nn.ConvTranspose2d) and untouched(layer) and layer.groups == 1
+    return (type(layer) in (nn.Conv2d, nn.ConvTranspose2d) and not is_hooked(layer) and layer.groups == 1
             and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and not any(layer.output_padding)
             and isinstance(layer.padding, tuple) and len(set(layer.padding)) == len(set(layer.stride)) == 1)
 

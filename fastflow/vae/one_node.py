@@ -4,8 +4,8 @@ import torch
 
 from fastflow import backends
 from fastflow.functional.mlp_vae import run_mlp_vae
-from fastflow.nn.conv_net import untouched
 from fastflow.nn.fused_sequential import whole_mlp
+from fastflow.nn.hooks import is_hooked
 from fastflow.vae.likelihoods import BernoulliLikelihood
 
 __all__ = ["one_node"]
@@ -20,7 +20,7 @@ def one_node(model, x, *, seed=None, generator=None, eps=None):
     likelihood, posterior = model.likelihood, model.posterior
     if (type(likelihood) is not BernoulliLikelihood or eps is not None or seed is not None and type(seed) is not int
             or torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.requires_grad or x.dim() < 2
-            or x.shape[0] == 0 or not untouched(likelihood) or not untouched(posterior)):
+            or x.shape[0] == 0 or is_hooked(likelihood) or is_hooked(posterior)):
         return None
     event = x.shape[1:]
     encoding = whole_mlp(model.encoder, event, None, x.dtype)

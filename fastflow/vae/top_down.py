@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fastflow import backends, extension, functional
-from fastflow.flows.fused import ACTIVATIONS, HOOKED, is_hooked, linear_stack
+from fastflow.flows.fused import ACTIVATIONS, HOOKED, linear_stack
+from fastflow.nn.hooks import is_hooked
 from fastflow.vae.level import Level
 
 __all__ = ["MAX_WIDTH", "ResidualMerge", "explain", "runs"]

@@ -295,6 +295,24 @@ def test_each_conditioner_runs_once_more_and_nothing_is_factorised_again(monkeyp
         assert len(calls) == 12 and factorised == [3, 3]
 
 
+@pytest.mark.parametrize("name", ["save_z", "invert"])
+def test_methods_and_backward_hooks_of_a_part_count(name):
+    """A composition in another and a 1x1 convolution with a forward of its own, or a hook on gradients, run whole."""
+    for part in (flows.Compose(coupling()), InvertibleConv1x1(6)):
+        flow = flows.Flow(flows.Compose(ActNorm(6), part, coupling()), flows.StandardNormal(6)).double()
+        x, seen, forward = torch.randn(4, 6, dtype=torch.float64), [], part.forward
+        handle = part.register_full_backward_pre_hook(lambda *_, seen=seen: seen.append("hook"))
+        with memory.saving(mode_of(flow, name)):
+            loss = flow(x).sum()
+        loss.backward()
+        assert set(seen) == {"hook"}
+        handle.remove()
+        part.forward = lambda *args, forward=forward, seen=seen: (seen.append("forward"), forward(*args))[1]
+        with memory.saving(mode_of(flow, name)):
+            flow(x)
+        assert set(seen) == {"hook", "forward"}
+
+
 def bytes_of(model, x, name, keep_every=None):
     mode = mode_of(model, name, keep_every)
 
