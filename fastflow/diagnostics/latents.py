@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from fastflow import checks
-from fastflow.flows.base import drawn
+from fastflow.draws import drawn
 from fastflow.vae.penalties import decompose_kl
 from fastflow.vae.posteriors.gaussian import kl_by_element, log_normal, prior_moments
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastflow import checks
+from fastflow.draws import drawn
 
 __all__ = ["Bernoulli", "Categorical"]
 
@@ -17,10 +18,8 @@ MAX_STATES = 2**16
 
 
 def uniform(shape, like, generator):
-    """Uniform numbers on (0, 1) in like's dtype, on the generator's device where there is one, then moved to like's."""
-    device = like.device if generator is None else generator.device
-    u = torch.rand(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
-    return u.clamp_(min=torch.finfo(u.dtype).tiny)
+    """Uniform numbers on (0, 1) in like's dtype."""
+    return drawn(torch.rand, shape, like, generator).clamp_(min=torch.finfo(like.dtype).tiny)
 
 
 class Discrete:

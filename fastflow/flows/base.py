@@ -9,19 +9,13 @@ from torch import nn
 from torch.distributions import Distribution, transform_to
 
 from fastflow import checks
+from fastflow.draws import drawn
 from fastflow.flows.logdets import sum_event
 
-__all__ = ["Base", "StandardLogistic", "StandardNormal", "as_base", "centred", "drawn", "seeded"]
+__all__ = ["Base", "StandardLogistic", "StandardNormal", "as_base", "centred", "seeded"]
 
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
-
-
-def drawn(draw, shape, like, generator, dtype=None):
-    """``draw`` (torch.randn, torch.rand) of ``shape``, in like's dtype or ``dtype``: on the generator's device where
-    there is one, then moved to like's."""
-    device = like.device if generator is None else generator.device
-    return draw(shape, generator=generator, dtype=like.dtype if dtype is None else dtype, device=device).to(like.device)
 
 
 def centred(u):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.draws import choose
 from fastflow.flows.base import HALF_LOG_TWO_PI, Base, as_base
 from fastflow.flows.logdets import sum_event
 from fastflow.flows.special import log1p_ratio, log_gamma_half_step, log_ndtri
@@ -172,11 +173,7 @@ class Mixture(Base):
         return torch.logsumexp(torch.log_softmax(self.logits, 0)[:, None] + each, 0)
 
     def sample(self, n, *, generator=None, temperature=1.0):
-        weights = torch.softmax(self.logits.detach(), 0)
-        if generator is not None:
-            weights = weights.to(generator.device)
-        chosen = torch.multinomial(weights, n, replacement=True, generator=generator) if n else torch.zeros(
-            0, dtype=torch.int64, device=weights.device)
+        chosen = choose(torch.softmax(self.logits, 0), n, generator)
         parts = [b.sample(int((chosen == k).sum()), generator=generator, temperature=temperature)
                  for k, b in enumerate(self.components)]
         order = torch.argsort(torch.argsort(chosen, stable=True))

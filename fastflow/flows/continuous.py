@@ -5,7 +5,8 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.autograd.differentiable import outside_inference_mode
-from fastflow.flows.base import StandardNormal, as_base, drawn
+from fastflow.draws import drawn
+from fastflow.flows.base import StandardNormal, as_base
 from fastflow.flows.flow import Flow
 from fastflow.flows.tabular import FEATURES
 from fastflow.flows.transform import Compose

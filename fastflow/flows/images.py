@@ -5,6 +5,7 @@ import math
 import torch
 
 from fastflow import checks
+from fastflow.draws import drawn
 
 __all__ = ["bits_per_dim", "check_image_model", "dequantize"]
 
@@ -23,7 +24,7 @@ def dequantize(x, n_bins=256, *, generator=None, dtype=torch.float32):
     if generator is None:  # passing one, torch.compile takes no symbolic sizes
         noise = torch.rand(x.shape, dtype=dtype, device=x.device)
     else:
-        noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=generator.device).to(x.device)
+        noise = drawn(torch.rand, x.shape, x, generator, dtype)
     # Rounding must not carry the last bin to 0.5, which lies outside.
     below = 0.5 - (2.0**-25 if dtype == torch.float32 else 2.0**-54)
     return noise.add_(x).div_(n_bins).sub_(0.5).clamp_(max=below)

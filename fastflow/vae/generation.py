@@ -7,8 +7,9 @@ from torch import nn
 from torch.distributions import Distribution
 
 from fastflow import checks
+from fastflow.draws import drawn
 from fastflow.flows import Flow
-from fastflow.flows.base import as_base, drawn
+from fastflow.flows.base import as_base
 
 __all__ = ["Generation", "lerp", "slerp"]
 

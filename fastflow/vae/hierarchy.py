@@ -7,7 +7,7 @@ from torch import nn
 
 from fastflow import checks, reference
 from fastflow.autograd.top_down import run_levels
-from fastflow.flows.base import drawn
+from fastflow.draws import drawn
 from fastflow.vae import top_down
 from fastflow.vae.elbo import ELBO
 from fastflow.vae.generation import check_temperature, moved, way

@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import functional_call
 
 from fastflow import checks
+from fastflow.draws import drawn
 from fastflow.estimators.mutual_information import barber_agakov, info_nce, leave_one_out_upper, nwj
-from fastflow.flows.base import drawn
 from fastflow.vae.model import draws_from_posterior
 from fastflow.vae.posteriors.gaussian import log_normal
 

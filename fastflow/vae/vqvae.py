@@ -1,11 +1,13 @@
 """Autoencoders with quantised latents."""
 
+import functools
 import math
 
 import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.draws import drawn
 from fastflow.vae.elbo import ELBO
 from fastflow.vae.generation import check_temperature, moved, way
 from fastflow.vae.likelihoods import Likelihood
@@ -85,10 +87,8 @@ class QuantizedVAE(nn.Module):
         if self.prior is not None:
             codes = self.prior.sample(n, self.code_shape, generator=generator, temperature=temperature)
         else:
-            parameter = next(self.parameters())
-            device = parameter.device if generator is None else generator.device
-            codes = torch.randint(self.quantizer.n_codes, (n, *self.code_shape), generator=generator, device=device)
-            codes = codes.to(parameter.device)
+            codes = drawn(functools.partial(torch.randint, self.quantizer.n_codes), (n, *self.code_shape),
+                          next(self.parameters()), generator, torch.int64)
         output = self.decode(codes)
         return self.likelihood.mean(output) if mean else self.likelihood.sample(output, generator=generator)
 

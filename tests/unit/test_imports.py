@@ -15,7 +15,7 @@ LAYERS = {
     "engine": {"vae", "diagnostics", "data", "launches"},
     "diagnostics": {"vae", "flows"},
     "vae": {"flows", "estimators"},
-    "flows": {"nn"},
+    "flows": {"nn", "draws"},
     "nn": {"functional"},
     "functional": {"autograd", "reference", "checks", "extension"},
     "autograd": {"kernels", "extension", "reference"},
@@ -24,20 +24,21 @@ LAYERS = {
     "backends": {"extension"},
     "launches": {"extension"},
     "doctor": set(),
+    "draws": set(),
     "fakes": set(),
     "kernels": set(),
     "reference": set(),
     "checks": set(),
     "data": set(),
-    "estimators": set(),
+    "estimators": {"draws"},
     "recipes": set(),
 }
 EVERYONE = {"backends", "checks"}
-LEAVES = {"kernels", "reference", "checks", "extension", "fakes", "backends"}  # these do not import backends in turn
+LEAVES = {"kernels", "reference", "checks", "draws", "extension", "fakes", "backends"}  # do not import backends in turn
 THIRD_PARTY = {"reference": {"torch"}, "kernels": {"torch", "triton"}, "checks": {"torch"}, "backends": {"torch"},
                "extension": {"torch"}, "fakes": {"torch"}, "functional": {"torch"}, "autograd": {"torch"},
                "nn": {"torch"}, "flows": {"torch", "numpy", "torchdiffeq"}, "vae": {"torch", "numpy"},
-               "estimators": {"torch"}}
+               "draws": {"torch"}, "estimators": {"torch"}}
 
 
 def sources():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastflow import functional
-from fastflow.flows.base import drawn
+from fastflow.draws import drawn
 from fastflow.flows.special import STIRLING_FROM, log1p_ratio, stirling_tail
 from fastflow.vae.likelihoods.base import Likelihood
 

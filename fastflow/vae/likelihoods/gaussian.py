@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from fastflow.flows.base import centred, drawn
+from fastflow.draws import drawn
+from fastflow.flows.base import centred
 from fastflow.vae.likelihoods.base import Likelihood, sum_event
 
 __all__ = ["GaussianLikelihood", "LaplaceLikelihood"]

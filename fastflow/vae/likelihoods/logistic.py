@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastflow.flows.base import drawn
+from fastflow.draws import drawn
 from fastflow.vae.likelihoods.base import Likelihood, promoted, sum_event
 
 __all__ = ["DiscretizedLogisticLikelihood", "LogisticMixtureLikelihood"]

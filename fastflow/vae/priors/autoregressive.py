@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
+from fastflow.draws import choose, drawn
 from fastflow.flows import MADE
-from fastflow.flows.base import drawn
 
 __all__ = ["AutoregressivePrior", "CodePrior"]
 
@@ -123,9 +123,7 @@ class CodePrior(nn.Module):
             if temperature == 0.0:
                 following = logits.argmax(1, keepdim=True)
             else:
-                probs = torch.softmax(logits / temperature, 1)
-                device = probs.device if generator is None else generator.device
-                following = torch.multinomial(probs.to(device), 1, generator=generator).to(logits.device)
+                following = choose(torch.softmax(logits / temperature, 1), 1, generator)
             codes = torch.cat([codes, following], 1)
         return codes[:, 1:].view(n, *shape)
 

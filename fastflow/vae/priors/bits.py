@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.draws import drawn
 from fastflow.estimators import Bernoulli
 from fastflow.flows import MADE
-from fastflow.flows.base import drawn
 
 __all__ = ["BitPrior"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks, functional, reference
-from fastflow.flows.base import drawn
+from fastflow.draws import choose, drawn
 
 __all__ = ["GaussianPrior", "MixturePrior"]
 
@@ -78,11 +78,3 @@ class MixturePrior(nn.Module):
         chosen = choose(torch.softmax(self.logits, 0), n, generator)
         noise = drawn(torch.randn, (n, *self.event_shape), self.mean, generator)
         return self.mean[chosen] + temperature * torch.exp(self.log_sigma[chosen]) * noise
-
-
-def choose(weights, n, generator):
-    """n indices (n,) drawn with the weights (C,)."""
-    if n == 0:
-        return torch.zeros(0, dtype=torch.int64, device=weights.device)
-    device = weights.device if generator is None else generator.device
-    return torch.multinomial(weights.detach().to(device), n, replacement=True, generator=generator).to(weights.device)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
-from fastflow.vae.priors.gaussian import choose
+from fastflow.draws import choose
 
 __all__ = ["VampPrior"]
 
