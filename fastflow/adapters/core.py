@@ -101,7 +101,7 @@ def _adapter(host, name):
     try:
         return importlib.import_module(name)
     except (ImportError, AttributeError) as error:
-        for kind in [kind for kind, known in swaps.SWAPS.items() if known.fused.__module__ == name]:
+        for kind in [kind for kind in swaps.SWAPS if _host(kind) == host]:
             del swaps.SWAPS[kind]
         return f"the adapter does not fit {host} {_version(host)}: {error}"
 
@@ -111,8 +111,12 @@ def _version(host):
     return importlib.metadata.version(packages[0]) if packages else getattr(sys.modules[host], "__version__", "unknown")
 
 
+def _host(kind):
+    return kind.__module__.partition(".")[0]
+
+
 def _title(kind):
-    return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
+    return f"{_host(kind)} {kind.__name__}"
 
 
 def _unknown(kind, adapters, inside):
@@ -121,7 +125,7 @@ def _unknown(kind, adapters, inside):
     for base in kind.__mro__:
         if base in swaps.SWAPS:
             return f"{kind.__name__} is a subclass of {_title(base)}"
-    adapter = adapters.get(kind.__module__.partition(".")[0])
+    adapter = adapters.get(_host(kind))
     if isinstance(adapter, str):
         return f"{_title(kind)}: {adapter}"
     return None if adapter is None or inside else f"{_title(kind)} has no fused form"

@@ -365,8 +365,12 @@ def test_what_is_no_module_is_an_error(function):
 def test_a_library_that_its_adapter_does_not_fit_is_reported(tmp_path, monkeypatch):
     """Its layers stay as they are, all of them, and those of other libraries are swapped."""
     for name, body in {
-            "oldhost": "import torch\n__version__ = '0.3'\nclass Known(torch.nn.Identity): pass\n",
-            "oldhost_adapter": "import oldhost\nfrom fastflow.adapters.swap import swap\n"
+            "oldhost": "import torch\n__version__ = '0.3'\nclass Known(torch.nn.Identity): pass\n"
+                       "class Apart(Known): pass\n",
+            "oldhost_parts": "import oldhost\nfrom fastflow.adapters.swap import swap\n"
+                             "@swap(oldhost.Apart)\nclass Apart(oldhost.Apart):\n    inverse = None\n",
+            "oldhost_adapter": "import oldhost\nfrom fastflow.adapters import oldhost_parts\n"
+                               "from fastflow.adapters.swap import swap\n"
                                "@swap(oldhost.Known)\nclass Known(oldhost.Known):\n    inverse = None\n"
                                "oldhost.Missing\n"}.items():
         (tmp_path / f"{name}.py").write_text(body)
@@ -376,9 +380,10 @@ def test_a_library_that_its_adapter_does_not_fit_is_reported(tmp_path, monkeypat
     library = importlib.import_module("oldhost")
     try:
         for _ in range(2):
-            report = fastflow.accelerate(nn.ModuleList([library.Known(), coupling()]))
+            report = fastflow.accelerate(nn.ModuleList([library.Known(), coupling(), library.Apart()]))
             assert list(report.swapped) == ["1"] and "has no attribute 'Missing'" in report.skipped["0"]
             assert "the adapter does not fit oldhost 0.3" in report.skipped["0"]
+            assert report.skipped["2"] == report.skipped["0"].replace("Known", "Apart")
     finally:
         del sys.modules["oldhost"]
 

@@ -114,7 +114,7 @@ def test_frameworks_keep_their_references():
         report = same(scattered(net).double(), calls, inputs, count)
         assert len(report.verified) == count
     fastflow.accelerate(graph)
-    assert all(type(node.module).__module__ == "fastflow.adapters.freia" for node in graph.node_list
+    assert all(type(node.module).__module__ == "fastflow.adapters.freia_couplings" for node in graph.node_list
                if node.module is not None)
 
 
