@@ -2,17 +2,51 @@
 
 import torch
 
+from fastflow.engine import checkpoint
 from fastflow.engine import settings as settings_module
 from fastflow.engine import state as state_module
-from fastflow.engine.distributed import gathered
+from fastflow.engine.distributed import gathered, is_sharded
 from fastflow.engine.errors import CheckpointError, SettingsError
+from fastflow.engine.models import build_model
 
-__all__ = ["check_continuation", "restore", "snapshot", "weights"]
+__all__ = ["check_continuation", "restore", "save", "whole_model"]
 
 
 def weights(model, keep=True):
     """{name: whole tensor on the CPU} of the model's state, {} if not ``keep``; all processes gather it together."""
     return gathered(model.state_dict(), keep)
+
+
+def whole_model(trainer):
+    """The model in the first process, of a sharded one a copy that is whole, None in the others; all call it
+    together."""
+    first = trainer.processes.rank == 0
+    if not is_sharded(trainer.model):
+        return trainer.model if first else None
+    state, model = weights(trainer.model, first), build_model(trainer.settings)
+    if not first:
+        return None
+    model.load_state_dict(state)
+    return model.to(trainer.device)
+
+
+def save(trainer, directory):
+    """Writes a checkpoint of this moment into ``directory`` and returns its path; all processes call it together.
+
+    Raises:
+        CheckpointError: it could not be written, in every process.
+    """
+    (tensors, state), failure, train = snapshot(trainer), None, trainer.settings.train
+    if trainer.processes.rank == 0:
+        try:
+            checkpoint.save(directory, trainer.step, tensors, state, train.keep_checkpoints,
+                            trainer.watch.best_step if train.patience else None)
+        except CheckpointError as error:
+            failure = error
+    path = checkpoint.path_of(directory, trainer.step)
+    if trainer.processes.most(failure is not None):
+        raise failure or CheckpointError(f"{path}: process 0 could not write it")
+    return path
 
 
 def snapshot(trainer):

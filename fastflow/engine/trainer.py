@@ -15,8 +15,8 @@ from fastflow.engine.batches import Batches
 from fastflow.engine.collapse import CollapseWatch
 from fastflow.engine.datasets import completed, levels_of_values, load_data
 from fastflow.engine.devices import choose_device, set_threads
-from fastflow.engine.distributed import Processes, is_sharded
-from fastflow.engine.errors import CheckpointError, NonFiniteError, RunError, SettingsError
+from fastflow.engine.distributed import Processes
+from fastflow.engine.errors import NonFiniteError, RunError, SettingsError
 from fastflow.engine.evaluate import describe, evaluate
 from fastflow.engine.faults import explained
 from fastflow.engine.files import write_text
@@ -28,7 +28,7 @@ from fastflow.engine.objectives import objective_for
 from fastflow.engine.progress import TrainProgress
 from fastflow.engine.rate import LearningRate, kl_weight
 from fastflow.engine.signals import Interrupted, StopSignals
-from fastflow.engine.snapshot import check_continuation, restore, snapshot, weights
+from fastflow.engine.snapshot import check_continuation, restore, save, whole_model
 from fastflow.engine.state import seed_host_random
 from fastflow.engine.watch import Watch, score
 from fastflow.vae import Schedule
@@ -357,14 +357,9 @@ class Trainer:
         """Draws what the model generates, and with ``page`` the diagnosis of a VAE; see
         :func:`fastflow.engine.gallery.draw`. The first process returns what that does."""
         with self._averaged():
-            model, state = self.model, None
-            if is_sharded(model):  # sampling goes past the forward that would gather the shards
-                state, model = weights(model, self.processes.rank == 0), build_model(self.settings)
-            if self.processes.rank:
+            model = whole_model(self)  # sampling goes past the forward that would gather shards
+            if model is None:
                 return {}
-            if state is not None:
-                model.load_state_dict(state)
-                model.to(self.device)
             found = draw(self.out, model, self.train_step.objective, self.settings, self.data, self.device, self.step,
                          self.title, page)
         for name in ("samples", "reconstructions"):
@@ -378,20 +373,8 @@ class Trainer:
         Raises:
             CheckpointError: it could not be written; earlier ones are intact.
         """
-        if self._saved is not None and checkpoint.step_of(self._saved) == self.step:
-            return
-        tensors, state = snapshot(self)
-        failure = None
-        if self.processes.rank == 0:
-            try:
-                checkpoint.save(self._checkpoints, self.step, tensors, state, self.settings.train.keep_checkpoints,
-                                self.watch.best_step if self.settings.train.patience else None)
-            except CheckpointError as error:
-                failure = error
-        path = checkpoint.path_of(self._checkpoints, self.step)
-        if self.processes.most(failure is not None):
-            raise failure or CheckpointError(f"{path}: process 0 could not write it")
-        self._saved = path
+        if self._saved is None or checkpoint.step_of(self._saved) != self.step:
+            self._saved = save(self, self._checkpoints)
 
 
 class _Stop(Exception):
