@@ -29,8 +29,10 @@ def count(name, value, least=0):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not least <= value < 2**63:
-        raise ValueError(f"{name}: expected an int >= {least} and below 2^63, got {value}")
+    if value < least:
+        raise ValueError(f"{name}: expected an int >= {least}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected an int below 2^63, got {value}")
     return value
 
 

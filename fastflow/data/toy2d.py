@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from fastflow import checks
+
 __all__ = ["TARGETS", "Checkerboard", "GaussianMixture", "Moons", "Ring", "kl_divergence"]
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
@@ -47,8 +49,7 @@ class GaussianMixture(_Target):
     """``n_components`` equally likely N(m_k, sigma^2 I), the means evenly spread on a circle around the origin."""
 
     def __init__(self, n_components=8, radius=2.0, sigma=0.2):
-        if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
-            raise ValueError(f"n_components: expected a positive int, got {n_components!r}")
+        n_components = checks.count("n_components", n_components, 1)
         _positive(radius=radius, sigma=sigma)
         self.n_components, self.radius, self.sigma = n_components, radius, sigma
         angles = torch.arange(n_components, dtype=torch.float64) * (2.0 * math.pi / n_components)
@@ -137,8 +138,7 @@ class Moons(_Target):
 
     def __init__(self, sigma=0.1, scale=1.5, n_nodes=192):
         _positive(sigma=sigma, scale=scale)
-        if isinstance(n_nodes, bool) or not isinstance(n_nodes, int) or n_nodes < 1:
-            raise ValueError(f"n_nodes: expected a positive int, got {n_nodes!r}")
+        n_nodes = checks.count("n_nodes", n_nodes, 1)
         self.sigma, self.scale, self.n_nodes = sigma, scale, n_nodes
         nodes, weights = _gauss_legendre(n_nodes)
         upper = _arc(0.5 * math.pi * (nodes + 1.0))

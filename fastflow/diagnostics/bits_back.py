@@ -77,8 +77,7 @@ class BitsBack:
             raise ValueError(f"precision: expected an int from 0 to 12, got {precision!r}")
         if not 0.0 < bound <= 64.0:
             raise ValueError(f"bound: expected a number above 0, at most 64, got {bound!r}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive int, got {batch_size!r}")
+        batch_size = checks.count("batch_size", batch_size, 1)
         self.model, self.step, self.batch_size = model, 2.0**-precision, batch_size
         limit = round(bound / self.step)
         self._gaussian = self._models.QuantizedGaussian(-limit, limit)

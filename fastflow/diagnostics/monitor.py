@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from fastflow import checks
 from fastflow.diagnostics.discrete import code_usage
 from fastflow.diagnostics.kl import kl_per_latent
 from fastflow.diagnostics.latents import dimension_kl
@@ -46,8 +47,7 @@ class CollapseMonitor:
         if not threshold >= 0:
             raise ValueError(f"threshold: expected a number >= 0, got {threshold!r}")
         for name, value, least in (("every", every, 1), ("patience", patience, 1), ("warmup", warmup, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+            checks.count(name, value, least)
         self.least_active, self.threshold, self.every = least_active, threshold, every
         self.patience, self.warmup, self.callback = patience, warmup, callback
         self.kl, self.active, self.collapsed = None, None, False

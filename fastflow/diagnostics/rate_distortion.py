@@ -107,8 +107,7 @@ def traversal_grid(model, x, n_dims=10, values=None, *, index=0):
     mean, log_sigma = posterior_moments(model, x)
     prior = model.prior if prior_moments(model.prior, mean) is not None else None
     kl = dimension_kl(mean, log_sigma, prior).mean(0)
-    if isinstance(n_dims, bool) or not isinstance(n_dims, int) or n_dims < 1:
-        raise ValueError(f"n_dims: expected a positive int, got {n_dims!r}")
+    n_dims = checks.count("n_dims", n_dims, 1)
     if not 0 <= index < len(x):
         raise ValueError(f"index: expected one from 0 to {len(x) - 1}, got {index!r}")
     dims = kl.argsort(descending=True, stable=True)[:n_dims]

@@ -71,8 +71,7 @@ def self_consuming_chain(fit, sample, fresh, n, generations, *, fresh_fraction=0
         Alemohammad et al., "Self-consuming generative models go MAD", 2023, arXiv:2307.01850.
     """
     n_fresh = _n_fresh(n, fresh_fraction)
-    if isinstance(generations, bool) or not isinstance(generations, int) or generations < 0:
-        raise ValueError(f"generations: expected an int >= 0, got {generations!r}")
+    generations = checks.count("generations", generations)
     models = [fit(fresh(n))]
     for _ in range(generations):
         parts = [fresh(n_fresh)] if n_fresh else []
@@ -179,8 +178,7 @@ class GaussianChain:
 
 
 def _n_fresh(n, fraction):
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise ValueError(f"n: expected an int of at least 2, got {n!r}")
+    n = checks.count("n", n, 2)
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fresh_fraction: expected a number from 0 to 1, got {fraction!r}")
     return round(fraction * n)

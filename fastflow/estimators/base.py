@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastflow import checks
 from fastflow.estimators.latents import Discrete
 
 __all__ = ["Estimate", "Estimator"]
@@ -48,8 +49,7 @@ class Estimator(nn.Module):
     def forward(self, q, f, n_samples=1, *, generator=None):
         if not isinstance(q, Discrete):
             raise TypeError(f"q: expected a Bernoulli or Categorical, got {type(q).__name__}")
-        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < self.least_samples:
-            raise ValueError(f"n_samples: expected an integer of at least {self.least_samples}, got {n_samples!r}")
+        n_samples = checks.count("n_samples", n_samples, self.least_samples)
         return self.estimate(q, f, n_samples, generator)
 
     def estimate(self, q, f, n_samples, generator):

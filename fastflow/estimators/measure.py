@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastflow import checks
 from fastflow.estimators.enumeration import exact
 
 __all__ = ["Measurement", "measure"]
@@ -64,10 +65,8 @@ def measure(estimator, q, f, n_samples=1, n_repeats=1000, *, n_warmup=100, param
     Raises:
         ValueError: q or, for a K-sample objective, its tuples have more than 65536 states.
     """
-    if isinstance(n_repeats, bool) or not isinstance(n_repeats, int) or n_repeats < 2:
-        raise ValueError(f"n_repeats: expected an integer of at least 2, got {n_repeats!r}")
-    if isinstance(n_warmup, bool) or not isinstance(n_warmup, int) or n_warmup < 0:
-        raise ValueError(f"n_warmup: expected a non-negative integer, got {n_warmup!r}")
+    n_repeats = checks.count("n_repeats", n_repeats, 2)
+    n_warmup = checks.count("n_warmup", n_warmup)
     parameters = tuple(parameters)
     # Read from the class itself: a subclass may average over a call that its parent does not.
     independent = vars(type(estimator)).get("independent_rows", False)

@@ -28,8 +28,7 @@ class Amortised(nn.Module):
         self.start = nn.Parameter(torch.cat([start.reshape(-1) for start in starts]))
         self.network = None
         if context_features is not None:
-            if isinstance(context_features, bool) or not isinstance(context_features, int) or context_features < 1:
-                raise ValueError(f"context_features: expected a positive int or None, got {context_features!r}")
+            context_features = checks.count("context_features", context_features, 1)
             self.network = MLP(0, len(self.start), hidden, context_features=context_features)
 
     def forward(self, x, context=None):

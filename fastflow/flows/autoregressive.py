@@ -114,10 +114,8 @@ class _AutoregressiveFlow(Flow):
 
     def __init__(self, features, n_layers, hidden, context_features, scale, transformer, order, actnorm, activation,
                  wrap):
-        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
-            raise ValueError(f"features: expected a positive int, got {features!r}")
-        if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 0:
-            raise ValueError(f"n_layers: expected a non-negative int, got {n_layers!r}")
+        features = checks.count("features", features, 1)
+        n_layers = checks.count("n_layers", n_layers)
         checks.choice("order", order, ("reverse", "random"))
         layers = []
         for index in range(n_layers):

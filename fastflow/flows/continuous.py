@@ -27,8 +27,7 @@ class VelocityMLP(nn.Module):
 
     def __init__(self, features, hidden=(64, 64), *, context_features=None, activation=nn.Tanh):
         super().__init__()
-        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
-            raise ValueError(f"features: expected a positive int, got {features!r}")
+        features = checks.count("features", features, 1)
         self.event_shape = (features,)
         self.network = MLP(features + 1, features, hidden, context_features=context_features, activation=activation)
 
@@ -229,8 +228,7 @@ class FFJORD(Flow):
     configs = CONFIGS
 
     def __init__(self, features, *, n_layers=1, hidden=(64, 64), context_features=None, activation=nn.Tanh, **options):
-        if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 1:
-            raise ValueError(f"n_layers: expected a positive int, got {n_layers!r}")
+        n_layers = checks.count("n_layers", n_layers, 1)
         layers = [ContinuousTransform(VelocityMLP(features, hidden, context_features=context_features,
                                                   activation=activation), **options) for _ in range(n_layers)]
         super().__init__(layers[0] if n_layers == 1 else Compose(*layers), StandardNormal((features,)))

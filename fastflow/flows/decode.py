@@ -74,8 +74,7 @@ class GaussSeidelJacobi:
         for name, value in (("segment_length", segment_length), ("max_iterations", max_iterations)):
             if value is None and name == "max_iterations":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            checks.count(name, value, 1)
         if not tolerance >= 0.0:
             raise ValueError(f"tolerance: expected a number >= 0, got {tolerance!r}")
         self.segment_length, self.tolerance, self.max_iterations = segment_length, tolerance, max_iterations

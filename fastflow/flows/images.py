@@ -44,11 +44,10 @@ def bits_per_dim(log_prob, n_dims, n_bins=256):
 
 
 def check_image_model(image_shape, divisor, **sizes):
-    """``image_shape`` as a tuple (C, H, W) with H and W divisible by ``divisor``; ValueError naming the argument else,
-    or if one of ``sizes`` is no positive int."""
+    """``image_shape`` as a tuple (C, H, W) with H and W divisible by ``divisor``, and ``sizes`` positive ints; an error
+    that names the argument else."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        checks.count(name, value, 1)
     image_shape = tuple(image_shape)
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape: expected (C, H, W), got {image_shape}")

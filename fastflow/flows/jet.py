@@ -124,7 +124,7 @@ class Jet(Flow):
         data_scale: multiplies the images; 2 gives the couplings values in [-1, 1], as in the paper.
 
     Raises:
-        ValueError: a size that does not fit; the message names the argument.
+        ValueError, TypeError: a size that does not fit; the message names the argument.
 
     References:
         Kolesnikov et al., "Jet: a modern transformer-based normalizing flow", 2024, arXiv:2412.15129.
@@ -136,8 +136,7 @@ class Jet(Flow):
                  spatial=SPATIAL, data_scale=2.0):
         patches = Patchify(image_shape, patch_size, channels_last=True, scale=data_scale)
         for name, value in (("channels", channels), ("couplings", couplings), ("depth", depth)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            checks.count(name, value, 1)
         if not kinds:
             raise ValueError("kinds: expected at least one")
         for kind in kinds:

@@ -26,8 +26,7 @@ class LinearMap(nn.Module):
 
     def __init__(self, channels, bias=True):
         super().__init__()
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"channels: expected a positive int, got {channels!r}")
+        channels = checks.count("channels", channels, 1)
         self.channels = channels
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 

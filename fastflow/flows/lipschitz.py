@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastflow import checks
+
 __all__ = ["LipSwish", "LipschitzMLP", "SpectralLinear", "spectral_bound"]
 
 
@@ -86,8 +88,7 @@ class LipschitzMLP(nn.Module):
         super().__init__()
         for name, value in (("features", features), *(("hidden", size) for size in hidden),
                             *(() if context_features is None else (("context_features", context_features),))):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            checks.count(name, value, 1)
         if not bound > 0:
             raise ValueError(f"bound: expected a positive number, got {bound!r}")
         self.event_shape, self.bound = (features,), bound

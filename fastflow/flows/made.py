@@ -39,7 +39,7 @@ class MADE(nn.Module):
         activation: constructor of the activation module, which must act on each element alone.
 
     Raises:
-        ValueError: a size, the order or the layout is not as above.
+        ValueError, TypeError: a size, the order or the layout is not as above.
 
     References:
         Germain et al., "MADE: masked autoencoder for distribution estimation", 2015, arXiv:1502.03509.
@@ -51,8 +51,7 @@ class MADE(nn.Module):
         for name, value in (("features", features), ("params_per_feature", params_per_feature),
                             *(("hidden", size) for size in hidden),
                             *(() if context_features is None else (("context_features", context_features),))):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            checks.count(name, value, 1)
         checks.choice("layout", layout, ("chunk", "interleave"))
         # Masks are worked out on the CPU whatever the default device, which may be the meta device.
         order = range(features) if order is None else order

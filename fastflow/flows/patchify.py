@@ -15,8 +15,7 @@ def patch_grid(image_shape, patch_size):
     image_shape = tuple(image_shape)
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape: expected (C, H, W), got {image_shape}")
-    if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
-        raise ValueError(f"patch_size: expected a positive int, got {patch_size!r}")
+    patch_size = checks.count("patch_size", patch_size, 1)
     channels, height, width = image_shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"image_shape: expected height and width divisible by patch_size = {patch_size}, "

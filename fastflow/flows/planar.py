@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastflow import checks
 from fastflow.flows.amortised import Amortised, vectors
 
 __all__ = ["Planar", "Radial", "bent", "log_slope", "unbent"]
@@ -89,7 +90,7 @@ class Planar(nn.Module):
 
     def __init__(self, features, *, context_features=None, hidden=(64,)):
         super().__init__()
-        self.features = _features(features)
+        self.features = checks.count("features", features, 1)
         w = torch.randn(features) / features**0.5
         u = UNIT * w / w.square().sum()
         self.parameters_of = Amortised([u, w, torch.zeros(1)], context_features, hidden)
@@ -135,7 +136,7 @@ class Radial(nn.Module):
 
     def __init__(self, features, *, context_features=None, hidden=(64,)):
         super().__init__()
-        self.features = _features(features)
+        self.features = checks.count("features", features, 1)
         start = torch.full((1,), UNIT)
         self.parameters_of = Amortised([torch.randn(features), start, start], context_features, hidden)
 
@@ -170,9 +171,3 @@ class Radial(nn.Module):
         tangential = torch.log(total + r) - torch.log(alpha + r)
         radial = torch.log(r.square() + 2.0 * alpha * r + alpha * total) - 2.0 * torch.log(alpha + r)
         return ((self.features - 1) * tangential + radial)[:, 0]
-
-
-def _features(value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"features: expected a positive int, got {value!r}")
-    return value

@@ -70,8 +70,7 @@ class InvertibleResidual(nn.Module):
         for name, value, least in (("exact_features", exact_features, 0), ("n_exact_terms", n_exact_terms, 0),
                                    ("n_probes", n_probes, 1), ("n_eval_terms", n_eval_terms, 1),
                                    ("max_iterations", max_iterations, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+            checks.count(name, value, least)
         if not 0.0 < stop < 1.0:
             raise ValueError(f"stop: expected a probability between 0 and 1, got {stop!r}")
         if tolerance is not None and not tolerance > 0:
@@ -245,10 +244,8 @@ class ResidualFlow(Flow):
 
     def __init__(self, features, *, n_layers=8, hidden=(64, 64), context_features=None, bound=0.97,
                  activation=LipSwish, actnorm=True, **options):
-        if isinstance(n_layers, bool) or not isinstance(n_layers, int) or n_layers < 0:
-            raise ValueError(f"n_layers: expected a non-negative int, got {n_layers!r}")
-        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
-            raise ValueError(f"features: expected a positive int, got {features!r}")
+        n_layers = checks.count("n_layers", n_layers)
+        features = checks.count("features", features, 1)
         layers = []
         for _ in range(n_layers):
             net = LipschitzMLP(features, hidden, bound=bound, context_features=context_features, activation=activation)

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from fastflow import checks
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.images import check_image_model
@@ -66,8 +67,7 @@ class ResidualFlowImage(Flow):
     def __init__(self, image_shape, n_levels=3, n_blocks=16, hidden_channels=512, *, n_fc_blocks=4,
                  fc_hidden=(128, 128), bound=0.98, activation=LipSwish, alpha=0.05, squeeze_first=False,
                  factor_out=False, context_features=None, dequantization=None, **options):
-        if isinstance(n_fc_blocks, bool) or not isinstance(n_fc_blocks, int) or n_fc_blocks < 0:
-            raise ValueError(f"n_fc_blocks: expected a non-negative int, got {n_fc_blocks!r}")
+        n_fc_blocks = checks.count("n_fc_blocks", n_fc_blocks)
         image_shape = check_image_model(image_shape, 2**(max(n_levels, 1) - (not squeeze_first)), n_levels=n_levels,
                                         n_blocks=n_blocks, hidden_channels=hidden_channels)
 

@@ -57,9 +57,7 @@ class UniformDequantization(nn.Module):
     def __init__(self, n_bins=256):
         super().__init__()
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # follows .double()
-        if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
-            raise ValueError(f"n_bins: expected a positive int, got {n_bins!r}")
-        self.n_bins = n_bins
+        self.n_bins = checks.count("n_bins", n_bins, 1)
 
     def forward(self, x, context=None, *, generator=None, dtype=None):
         """(z (B, *event) in ``dtype``, None for the module's own, contribution (B,)) of integer-valued x of any
@@ -155,8 +153,7 @@ class Slice(nn.Module):
 
     def __init__(self, keep, decoder):
         super().__init__()
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"keep: expected a positive int, got {keep!r}")
+        keep = checks.count("keep", keep, 1)
         _check_conditional("decoder", decoder)
         self.keep, self.decoder = keep, decoder
 
@@ -200,8 +197,7 @@ class Augment(nn.Module):
     def __init__(self, channels, extra, encoder):
         super().__init__()
         for name, value in (("channels", channels), ("extra", extra)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            checks.count(name, value, 1)
         _check_conditional("encoder", encoder)
         self.channels, self.extra, self.encoder = channels, extra, encoder
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastflow import checks
 from fastflow.flows.amortised import Amortised, vectors
 from fastflow.flows.planar import UNIT, log_slope, unbent
 
@@ -32,14 +33,12 @@ class Sylvester(nn.Module):
 
     def __init__(self, features, rank=None, *, n_reflections=None, context_features=None, hidden=(64,)):
         super().__init__()
-        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
-            raise ValueError(f"features: expected a positive int, got {features!r}")
+        features = checks.count("features", features, 1)
         rank = features if rank is None else rank
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= features:
             raise ValueError(f"rank: expected an int from 1 to {features}, got {rank!r}")
         count = rank if n_reflections is None else n_reflections
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"n_reflections: expected a non-negative int, got {count!r}")
+        count = checks.count("n_reflections", count)
         self.features, self.rank = features, rank
         small = 0.01 * torch.randn(2, rank, rank)
         self.parameters_of = Amortised(

@@ -87,8 +87,7 @@ class TarFlowBlock(nn.Module):
         for name, value, least in (("tokens", tokens, 2), ("features", features, 1), ("channels", channels, 1),
                                    ("layers", layers, 1), ("head_dim", head_dim, 1), ("expansion", expansion, 1),
                                    ("num_classes", num_classes, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+            checks.count(name, value, least)
         if channels % head_dim:
             raise ValueError(f"channels: expected a multiple of head_dim = {head_dim}, got {channels}")
         self.token_shape, self.num_classes, self.flip = (tokens, features), num_classes, bool(flip)
@@ -161,7 +160,7 @@ class TarFlow(Flow):
         data_scale: multiplies the images; 2 gives the transformers values in [-1, 1], as in the paper.
 
     Raises:
-        ValueError: a size that does not fit; the message names the argument.
+        ValueError, TypeError: a size that does not fit; the message names the argument.
 
     References:
         Zhai et al., "Normalizing flows are capable generative models", 2025, arXiv:2412.06329.
@@ -172,8 +171,7 @@ class TarFlow(Flow):
     def __init__(self, image_shape, patch_size=2, channels=768, blocks=8, layers_per_block=8, *, num_classes=0,
                  head_dim=64, expansion=4, data_scale=2.0):
         patches = Patchify(image_shape, patch_size, scale=data_scale)
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-            raise ValueError(f"blocks: expected a positive int, got {blocks!r}")
+        blocks = checks.count("blocks", blocks, 1)
         if patches.token_shape[0] < 2:
             raise ValueError(f"patch_size: expected at least two patches in an image of {tuple(image_shape)}, "
                              f"got {patch_size}")

@@ -105,8 +105,7 @@ def spline_params(kind, n_bins):
         ValueError: an unknown kind, or ``n_bins`` is not a positive int.
     """
     checks.choice("kind", kind, reference.SPLINES)
-    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
-        raise ValueError(f"n_bins: expected a positive int, got {n_bins!r}")
+    n_bins = checks.count("n_bins", n_bins, 1)
     return reference.spline_params(kind, n_bins)
 
 

@@ -25,8 +25,7 @@ def mixture_start(n_components):
 
 def check_mixture(n_components, scale, log_scale_bound):
     """The ScaleMap that ``scale`` names; ValueError that names the option that does not fit."""
-    if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
-        raise ValueError(f"n_components: expected a positive int, got {n_components!r}")
+    checks.count("n_components", n_components, 1)
     if not 0.0 < log_scale_bound < float("inf"):
         raise ValueError(f"log_scale_bound: expected a positive number, got {log_scale_bound!r}")
     scale = ScaleMap.of(scale)

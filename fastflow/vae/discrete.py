@@ -40,8 +40,7 @@ class DiscreteVAE(nn.Module):
                  prior="uniform"):
         super().__init__()
         latent_shape = [latent_shape] if isinstance(latent_shape, int) else latent_shape
-        if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
-            raise ValueError(f"n_classes: expected an integer of at least 2, got {n_classes!r}")
+        n_classes = checks.count("n_classes", n_classes, 2)
         checks.choice("prior", prior, ("uniform", "learned", "autoregressive"))
         if prior == "autoregressive" and n_classes != 2:
             raise ValueError(f"prior: 'autoregressive' is for bits, got {n_classes} classes")

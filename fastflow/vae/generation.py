@@ -51,8 +51,7 @@ PATHS = {"lerp": lerp, "slerp": slerp}
 def way(start, end, steps, path):
     """(steps, B, *S) from ``start`` to ``end`` (B, *S), both included, along a path named in PATHS."""
     checks.choice("path", path, tuple(PATHS))
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"steps: expected an int of at least 2, got {steps!r}")
+    steps = checks.count("steps", steps, 2)
     return PATHS[path](start, end, torch.linspace(0.0, 1.0, steps, device=start.device, dtype=start.dtype))
 
 

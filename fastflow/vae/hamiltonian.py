@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from fastflow import functional, reference
+from fastflow import checks, functional, reference
 from fastflow.autograd.differentiable import outside_inference_mode
 from fastflow.vae.elbo import Inference
 from fastflow.vae.model import VAE
@@ -35,8 +35,7 @@ class HamiltonianVAE(VAE):
 
     def __init__(self, encoder, decoder, *, n_steps=3, step_size=0.1, beta_zero=0.9, **options):
         super().__init__(encoder, decoder, **options)
-        if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 0:
-            raise ValueError(f"n_steps: expected an int >= 0, got {n_steps!r}")
+        n_steps = checks.count("n_steps", n_steps)
         if not 0.0 < step_size < math.inf:
             raise ValueError(f"step_size: expected a finite positive number, got {step_size!r}")
         if not 0.0 < beta_zero < 1.0:

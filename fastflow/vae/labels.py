@@ -71,8 +71,7 @@ class SemiSupervisedVAE(VAE):
         if options.get("objective") is not None:
             raise ValueError("objective: a SemiSupervisedVAE has one of its own")
         super().__init__(encoder, decoder, **options)
-        if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
-            raise ValueError(f"n_classes: expected an int of at least 2, got {n_classes!r}")
+        n_classes = checks.count("n_classes", n_classes, 2)
         logits = torch.zeros(n_classes) if label_logits is None else label_logits.detach().clone()
         checks.shape("label_logits", logits, (n_classes,))
         self.classifier = classifier

@@ -123,8 +123,7 @@ class BoundObjective(nn.Module):
     def __init__(self, name, n_samples=50, **options):
         super().__init__()
         checks.choice("name", name, (*OF_WEIGHTS, *OF_MODEL))
-        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
-            raise ValueError(f"n_samples: expected a positive int, got {n_samples!r}")
+        n_samples = checks.count("n_samples", n_samples, 1)
         if options.keys() != (wanted := OPTIONS.get(name, set())):
             raise TypeError(f"options: {name} takes {', '.join(sorted(wanted)) or 'none'}, got "
                             f"{', '.join(sorted(options)) or 'none'}")

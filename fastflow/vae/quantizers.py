@@ -46,8 +46,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, n_codes, features, *, commitment=0.25, decay=None, restart_below=0.0):
         super().__init__()
         for name, value, least in (("n_codes", n_codes, 2), ("features", features, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+            checks.count(name, value, least)
         if decay is not None and not 0.0 < decay < 1.0:
             raise ValueError(f"decay: expected a number in (0, 1) or None, got {decay!r}")
         if restart_below and decay is None:

@@ -86,8 +86,7 @@ class Schedule:
         self._follow()
 
     def _advance(self, unit, n):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"n: expected an integer >= 0, got {n!r}")
+        n = checks.count("n", n)
         if unit == self.unit:
             self.count += n
             self._follow()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -249,6 +250,10 @@ def test_dequantize_stays_inside():
     (ValueError, lambda: flows.RealNVP(0), "features"),
     (TypeError, lambda: flows.RealNVP("2"), "^features: expected an int, got str"),
     (TypeError, lambda: flows.NSF(2.5), "^features: expected an int, got float"),
+    (TypeError, lambda: flows.MAF(2.5), "^features: expected an int, got float"),
+    (TypeError, lambda: flows.Planar(True), "^features: expected an int, got bool"),
+    (ValueError, lambda: flows.Dense(0), "^channels: expected an int >= 1, got 0"),
+    (ValueError, lambda: flows.MAF(2**63), r"^features: expected an int below 2\^63, got 9223372036854775808"),
     (ValueError, lambda: flows.RealNVP(2)(torch.zeros(1, 3)), "x: expected"),
     (ValueError, lambda: flows.dequantize(torch.zeros(1), 0), "n_bins"),
     (TypeError, lambda: flows.dequantize(torch.zeros(1), 2.5), "n_bins"),
@@ -269,6 +274,12 @@ def test_dequantize_stays_inside():
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_sizes_may_be_integers_of_numpy():
+    for make in (flows.MAF, flows.RealNVP, flows.ResidualFlow, flows.FFJORD):
+        flow = make(np.int64(2), n_layers=np.int64(1), hidden=(np.int64(4),))
+        assert flow.sample(3).shape == (3, 2)
 
 
 def test_realnvp_compiles_to_one_graph():

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastflow import functional
+from fastflow import checks, functional
 from fastflow.draws import drawn
 from fastflow.flows.special import STIRLING_FROM, log1p_ratio, stirling_tail
 from fastflow.vae.likelihoods.base import Likelihood
@@ -90,9 +90,7 @@ class CategoricalLikelihood(Likelihood):
 
     def __init__(self, n_classes):
         super().__init__()
-        if isinstance(n_classes, bool) or not isinstance(n_classes, int) or n_classes < 2:
-            raise ValueError(f"n_classes: expected an int of at least 2, got {n_classes!r}")
-        self.params_per_element = n_classes
+        self.params_per_element = checks.count("n_classes", n_classes, 2)
 
     def log_density(self, x, *logits):
         log_p = torch.log_softmax(torch.stack(logits, -1), -1)

@@ -5,18 +5,13 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.vae.likelihoods.base import Likelihood, promoted, sum_event
 
 __all__ = ["DiscretizedLogisticLikelihood", "LogisticMixtureLikelihood"]
 
 LEAST_LOG_SCALE = -7.0
-
-
-def _levels(n_bins):
-    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 2:
-        raise ValueError(f"n_bins: expected an int of at least 2, got {n_bins!r}")
-    return n_bins
 
 
 def _bounded(raw):
@@ -74,7 +69,7 @@ class DiscretizedLogisticLikelihood(Likelihood):
 
     def __init__(self, n_bins=256):
         super().__init__()
-        self.n_bins = _levels(n_bins)
+        self.n_bins = checks.count("n_bins", n_bins, 2)
 
     def log_density(self, x, mean, raw):
         return _log_mass(x, mean, _bounded(raw), self.n_bins)
@@ -107,9 +102,9 @@ class LogisticMixtureLikelihood(Likelihood):
     def __init__(self, channels, n_components=10, n_bins=256):
         super().__init__()
         for name, value in (("channels", channels), ("n_components", n_components)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
-        self.channels, self.n_components, self.n_bins = channels, n_components, _levels(n_bins)
+            checks.count(name, value, 1)
+        self.channels, self.n_components = channels, n_components
+        self.n_bins = checks.count("n_bins", n_bins, 2)
         self.params_per_component = 1 + 2 * channels + channels * (channels - 1) // 2
 
     def output_shape(self, event_shape):

@@ -37,8 +37,7 @@ def front(likelihood):
 def networks(kind, event_shape, latent_features, sizes, n_params, likelihood):
     """(encoder, decoder) of a kind, "mlp" or "conv", with hidden sizes or channels from the data inwards."""
     checks.choice("network", kind, ("mlp", "conv"))
-    if isinstance(latent_features, bool) or not isinstance(latent_features, int) or latent_features < 1:
-        raise ValueError(f"latent_features: expected a positive int, got {latent_features!r}")
+    latent_features = checks.count("latent_features", latent_features, 1)
     output_shape = likelihood.output_shape(event_shape)
     if kind == "mlp":
         sizes = (256, 256) if sizes is None else tuple(sizes)

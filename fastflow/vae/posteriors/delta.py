@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from fastflow import checks
 from fastflow.vae.likelihoods.base import promoted
 from fastflow.vae.posteriors.gaussian import GaussianPosterior, is_standard
 
@@ -72,8 +73,7 @@ def ar1_least_rate(correlation, length):
     """
     if not -1.0 < correlation < 1.0:
         raise ValueError(f"correlation: expected a number between -1 and 1, got {correlation!r}")
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length: expected a positive integer, got {length!r}")
+    length = checks.count("length", length, 1)
     square = correlation**2
     return 0.0 if length == 1 else 0.5 * ((length - 2) * math.log1p(square) - math.log1p(-square))
 

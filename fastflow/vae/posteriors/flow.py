@@ -35,8 +35,7 @@ class FlowPosterior(nn.Module):
     def __init__(self, transform, *, context_features=0, base=None):
         super().__init__()
         check_transform("transform", transform)
-        if isinstance(context_features, bool) or not isinstance(context_features, int) or context_features < 0:
-            raise ValueError(f"context_features: expected an int >= 0, got {context_features!r}")
+        context_features = checks.count("context_features", context_features)
         base = GaussianPosterior() if base is None else base
         if not isinstance(base, GaussianPosterior):
             raise TypeError(f"base: expected a GaussianPosterior, got {type(base).__name__}")
@@ -133,8 +132,7 @@ class HouseholderReflections(nn.Module):
         super().__init__()
         count = features if n_reflections is None else n_reflections
         for name, value in (("features", features), ("n_reflections", count)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            checks.count(name, value, 1)
         self.features = features
         self.vectors = Amortised([torch.randn(count, features)], context_features, hidden)
 

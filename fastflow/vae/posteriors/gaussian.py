@@ -119,9 +119,7 @@ class LowRankGaussianPosterior(nn.Module):
 
     def __init__(self, rank=1):
         super().__init__()
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank: expected a positive int, got {rank!r}")
-        self.rank = rank
+        self.rank = checks.count("rank", rank, 1)
 
     def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
         """As the other posteriors; eps is (K, B, D + rank)."""

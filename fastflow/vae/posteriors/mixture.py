@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from fastflow import checks
 from fastflow.vae.likelihoods.base import promoted
 from fastflow.vae.posteriors.gaussian import check_params, log_normal, standard_noise
 
@@ -29,9 +30,7 @@ class MixturePosterior(nn.Module):
 
     def __init__(self, n_components=4):
         super().__init__()
-        if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
-            raise ValueError(f"n_components: expected a positive int, got {n_components!r}")
-        self.n_components = n_components
+        self.n_components = checks.count("n_components", n_components, 1)
 
     def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
         """As the other posteriors; eps is (K, B, D + 1), whose last column chooses the component by its quantile."""

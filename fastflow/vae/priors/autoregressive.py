@@ -31,8 +31,7 @@ class AutoregressivePrior(nn.Module):
 
     def __init__(self, features, n_components=5, hidden=(64, 64), *, order=None, activation=nn.ReLU):
         super().__init__()
-        if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
-            raise ValueError(f"n_components: expected a positive int, got {n_components!r}")
+        n_components = checks.count("n_components", n_components, 1)
         self.n_components = n_components
         self.event_shape = torch.Size([features])
         self.network = MADE(features, 3 * n_components, hidden, order=order, layout="interleave",
@@ -91,8 +90,7 @@ class CodePrior(nn.Module):
     def __init__(self, n_codes, hidden=64, n_layers=5):
         super().__init__()
         for name, value, least in (("n_codes", n_codes, 2), ("hidden", hidden, 1), ("n_layers", n_layers, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+            checks.count(name, value, least)
         self.n_codes = n_codes
         self.receptive_field = 2**n_layers
         self.embedding = nn.Embedding(n_codes + 1, hidden)  # the last starts the sequence

@@ -56,8 +56,7 @@ class MixturePrior(nn.Module):
 
     def __init__(self, latent_shape, n_components=10):
         super().__init__()
-        if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
-            raise ValueError(f"n_components: expected a positive int, got {n_components!r}")
+        n_components = checks.count("n_components", n_components, 1)
         self.event_shape = torch.Size([latent_shape] if isinstance(latent_shape, int) else latent_shape)
         self.logits = nn.Parameter(torch.zeros(n_components))
         self.mean = nn.Parameter(torch.randn(n_components, *self.event_shape))
