@@ -64,7 +64,10 @@ def draws_as_torch():
 def _is_alone():
     """Whether no other thread of Python can draw between a look at the generator's state and setting it. tqdm's
     monitor, which redraws bars, doesn't. A thread that Python did not start isn't listed, but sees the main one."""
-    monitor, own = getattr(sys.modules.get("tqdm"), "TMonitor", ()), threading.get_ident()
+    own = threading.get_ident()
+    if threading.active_count() == 1:
+        return threading.main_thread().ident == own
+    monitor = getattr(sys.modules.get("tqdm"), "TMonitor", ())
     return all(thread.ident == own or isinstance(thread, monitor) for thread in threading.enumerate())
 
 
