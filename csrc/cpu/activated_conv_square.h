@@ -15,7 +15,8 @@ namespace fastflow::FASTFLOW_ISA {
 namespace {
 
 using T = float;
-constexpr int64_t longest_piece = 32;        // of a sum's terms
+constexpr int64_t longest_gathered = 32;     // of a sum's terms; what scatters adds up differences of such sums,
+constexpr int64_t longest_scattered = 16;    // in which their rounding shows
 constexpr int64_t most_values = 128 * 1024;  // of the points that are in work at once
 constexpr int64_t most_rows = 64;            // of points that are summed before they are added to what is there
 
@@ -107,10 +108,12 @@ class Square {
   }
 
   void to_coarse(const Band& band, const T* fine, const T* weights, T* coarse) const {
-    multiply(band.rows, shape_.depth(), fine, plan_.fine_step, weights, shape_.coarse, coarse, plan_.coarse_step);
+    multiply(band.rows, shape_.depth(), fine, plan_.fine_step, weights, shape_.coarse, coarse, plan_.coarse_step,
+             longest_gathered);
   }
   void to_fine(const Band& band, const T* coarse, const T* weights, T* fine) const {
-    multiply(band.rows, shape_.coarse, coarse, plan_.coarse_step, weights, shape_.depth(), fine, plan_.fine_step);
+    multiply(band.rows, shape_.coarse, coarse, plan_.coarse_step, weights, shape_.depth(), fine, plan_.fine_step,
+             longest_scattered);
   }
 
   // to[16][fine][coarse] += the sums over the band.
@@ -163,11 +166,11 @@ class Square {
   }
 
   static void multiply(const PointRows& rows, int64_t terms, const T* from, int64_t from_step, const T* weights,
-                       int64_t results, T* to, int64_t to_step) {
+                       int64_t results, T* to, int64_t to_step, int64_t longest) {
     for (int p = 0; p < square_points; ++p, weights += terms * results)
       expand({1, terms, 0}, rows.rows[p], Grid<const T>{from + rows.first[p] * from_step, rows.rows[p], from_step, 0},
              weights, results, Finish<T>{}, Grid<T>{to + rows.first[p] * to_step, rows.rows[p], to_step, 0},
-             longest_piece);
+             longest);
   }
 
   const ActivatedConv& shape_;

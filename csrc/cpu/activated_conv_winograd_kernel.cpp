@@ -13,10 +13,6 @@ bool finite(const T* values, int64_t count) {
   return sum_lanes<T>(sum) == 0;
 }
 
-int64_t most_samples(const ActivatedConv& shape, const Plan& plan) {
-  return plan.samples < shape.batch ? plan.samples : shape.batch;
-}
-
 Map<T> plain_coarse_map(const ActivatedConv& shape, T* values) {
   return {values, shape.coarse_height, shape.coarse_width, shape.coarse, shape.coarse_width * shape.coarse};
 }
@@ -41,7 +37,7 @@ void forward(const ActivatedConvForward& job, void* scratch, int64_t begin, int6
   const ActivatedConv& shape = job.shape;
   const Plan plan(shape);
   const Square<Taps> square(shape, plan);
-  const int64_t most = most_samples(shape, plan), fine_values = shape.fine_values();
+  const int64_t most = plan.samples, fine_values = shape.fine_values();
   const int64_t coarse_values = shape.coarse_pixels() * shape.coarse;
   const int64_t out_values = shape.transposed ? shape.fine_pixels() * shape.fine : coarse_values;
   Arena<T> arena{static_cast<T*>(scratch)};
@@ -93,7 +89,7 @@ class Backward {
  public:
   Backward(const ActivatedConvBackward& job, void* scratch)
       : job_(job), shape_(job.shape), plan_(shape_), square_(shape_, plan_),
-        most_(most_samples(shape_, plan_)), fine_values_(shape_.fine_values()),
+        most_(plan_.samples), fine_values_(shape_.fine_values()),
         coarse_values_(shape_.coarse_pixels() * shape_.coarse) {
     Arena<T> arena{static_cast<T*>(scratch)};
     fine_ = arena.take(most_ * fine_values_);
