@@ -35,12 +35,8 @@ def _fits(mean, logvar):
             and mean.numel() >= LEAST and mean.shape == logvar.shape
             and mean.is_contiguous() and logvar.is_contiguous()
             and backends.requested() in (None, "cpu") and backends.needs_reference((mean, logvar)) is None
-            and not _is_traced() and draws_as_torch() and _is_alone())
-
-
-def _is_traced():
-    """Whether make_fx records the operators: its graph would keep today's state of the generator."""
-    return torch._C._get_dispatch_mode(_PROXY) is not None
+            # make_fx would keep today's state of the generator in its graph.
+            and torch._C._get_dispatch_mode(_PROXY) is None and draws_as_torch() and _is_alone())
 
 
 @functools.cache
@@ -65,8 +61,8 @@ def _is_alone():
     """Whether no other thread of Python can draw between a look at the generator's state and setting it. tqdm's
     monitor, which redraws bars, doesn't. A thread that Python did not start isn't listed, but sees the main one."""
     own = threading.get_ident()
-    if threading.active_count() == 1:
-        return threading.main_thread().ident == own
+    if threading.active_count() == 1 and threading.main_thread().ident == own:
+        return True
     monitor = getattr(sys.modules.get("tqdm"), "TMonitor", ())
     return all(thread.ident == own or isinstance(thread, monitor) for thread in threading.enumerate())
 
