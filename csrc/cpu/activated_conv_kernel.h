@@ -29,8 +29,8 @@ struct ActivatedConv {
   }
   int64_t depth() const { return stride * stride * fine; }
 
-  // Whether it runs in Winograd's form (conv_segments.h). float64 keeps the plain sums, whose error is smaller; of few
-  // channels the transforms cost what they save.
+  // Whether it runs in Winograd's form (conv_segments.h). float64 keeps the plain sums, whose error is smaller; the
+  // fewer channels a product sums over, the more of its time the transforms are.
   bool winograd() const {
     return !is_double && (dense_taps() == 2 || dense_taps() == 3) && wide() && coarse >= 32 && depth() >= 32 &&
            coarse_height > 1 && coarse_width > 1;

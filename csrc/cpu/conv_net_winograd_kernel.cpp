@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "conv_segments.h"
 #include "conv_tiles.h"
 #include "winograd.h"
 
@@ -181,6 +182,9 @@ class Chunk {
   T *zeros_, *inputs_, *outputs_, *result_, *grid_;
 };
 
+// to[9][n] from points[16][n].
+void put_taps(int64_t n, const T* points, T* to) { taps_of_points<3>(points, n, n, to, 3 * n, n); }
+
 class WinogradBackward {
  public:
   WinogradBackward(const ConvBackward& job, void* scratch)
@@ -207,8 +211,8 @@ class WinogradBackward {
     for (int64_t b = job_.first(group); b < end; b += job_.chunk())
       finite &= samples(b, end - b < job_.chunk() ? end - b : job_.chunk(), sums2, biases);
     if (!job_.need_weights) return finite;
-    taps_of_points(shape_.in * shape_.hidden, taps1_, sums);
-    taps_of_points(shape_.out * shape_.hidden, taps3_, sums3);
+    put_taps(shape_.in * shape_.hidden, taps1_, sums);
+    put_taps(shape_.out * shape_.hidden, taps3_, sums3);
     Simd<T>::Lane bad{};
     for (int64_t i = 0; i < job_.partial_values(); i += W) bad |= not_finite(load(sums + i));
     return finite && !any(bad);
@@ -290,6 +294,8 @@ void winograd_backward(const ConvBackward& job, void* scratch, int64_t begin, in
   for (int64_t group = begin; group < end; ++group) spoilt[group] = !backward.group(group);
 }
 
-void winograd_taps(int64_t count, const float* taps, float* to) { tap_points(count, taps, to); }
+void winograd_taps(int64_t count, const float* taps, float* to) {
+  tap_points<3>(taps, 3 * count, count, count, to, count);
+}
 
 }  // namespace fastflow::FASTFLOW_ISA

@@ -179,164 +179,99 @@ template <class T>
 struct Points {
   T* data;
   int64_t place[square_points];
+  T* of(int row, int column) const { return data + place[line_points * row + column]; }
 };
+
+// A map of one dimension, from ColumnsIn (RowsIn) values to ColumnsOut (RowsOut), along both: `down` the columns of
+// load(row, column), then `across` their rows, to store(row, column, value).
+template <int RowsIn, int ColumnsIn, int RowsOut, int ColumnsOut, class T, class Load, class Down, class Across,
+          class Store>
+[[gnu::always_inline]] inline void along_both(const Load& load, const Down& down, const Across& across,
+                                              const Store& store) {
+  Vec<T> half[4][4];
+#pragma GCC unroll 4
+  for (int x = 0; x < ColumnsIn; ++x) {
+    Vec<T> from[4], to[4];
+#pragma GCC unroll 4
+    for (int y = 0; y < RowsIn; ++y) from[y] = load(y, x);
+    down(from, to);
+#pragma GCC unroll 4
+    for (int y = 0; y < RowsOut; ++y) half[y][x] = to[y];
+  }
+#pragma GCC unroll 4
+  for (int y = 0; y < RowsOut; ++y) {
+    Vec<T> to[4];
+    across(half[y], to);
+#pragma GCC unroll 4
+    for (int x = 0; x < ColumnsOut; ++x) store(y, x, to[x]);
+  }
+}
 
 // points = B^T d B of the inputs.
 template <bool V, bool H, class T>
 [[gnu::noinline]] void input_points(const Pixel<const T>& from, const Points<T>& points) {
-  constexpr int W = Simd<T>::lanes;
-  for (int64_t c = 0; c < from.length; c += W) {
-    Vec<T> half[4][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < inputs_of<H>; ++x) {
-      Vec<T> d[4], v[4];
-#pragma GCC unroll 4
-      for (int y = 0; y < inputs_of<V>; ++y) d[y] = load(from.at + y * from.down + x * from.right + c);
-      spread_inputs<V>(d, v);
-#pragma GCC unroll 4
-      for (int y = 0; y < inputs_of<V>; ++y) half[y][x] = v[y];
-    }
-#pragma GCC unroll 4
-    for (int y = 0; y < inputs_of<V>; ++y) {
-      Vec<T> v[4];
-      spread_inputs<H>(half[y], v);
-#pragma GCC unroll 4
-      for (int x = 0; x < inputs_of<H>; ++x)
-        store(points.data + points.place[line_points * point_of(V, y) + point_of(H, x)] + c, v[x]);
-    }
-  }
+  for (int64_t c = 0; c < from.length; c += Simd<T>::lanes)
+    along_both<inputs_of<V>, inputs_of<H>, inputs_of<V>, inputs_of<H>, T>(
+        [&](int y, int x) { return load(from.at + y * from.down + x * from.right + c); },
+        [](auto& d, auto& v) { spread_inputs<V>(d, v); }, [](auto& d, auto& v) { spread_inputs<H>(d, v); },
+        [&](int y, int x, Vec<T> value) { store(points.of(point_of(V, y), point_of(H, x)) + c, value); });
 }
 
 // The inputs += B points B^T.
 template <bool V, bool H, class T>
 [[gnu::noinline]] void add_inputs(const Points<const T>& points, const Pixel<T>& to) {
-  constexpr int W = Simd<T>::lanes;
-  for (int64_t c = 0; c < to.length; c += W) {
-    Vec<T> half[4][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < inputs_of<H>; ++x) {
-      Vec<T> v[4], d[4];
-#pragma GCC unroll 4
-      for (int y = 0; y < inputs_of<V>; ++y)
-        v[y] = load(points.data + points.place[line_points * point_of(V, y) + point_of(H, x)] + c);
-      gather_inputs<V>(v, d);
-#pragma GCC unroll 4
-      for (int y = 0; y < inputs_of<V>; ++y) half[y][x] = d[y];
-    }
-#pragma GCC unroll 4
-    for (int y = 0; y < inputs_of<V>; ++y) {
-      Vec<T> d[4];
-      gather_inputs<H>(half[y], d);
-#pragma GCC unroll 4
-      for (int x = 0; x < inputs_of<H>; ++x) {
-        T* const at = to.at + y * to.down + x * to.right + c;
-        store(at, load(at) + d[x]);
-      }
-    }
-  }
+  for (int64_t c = 0; c < to.length; c += Simd<T>::lanes)
+    along_both<inputs_of<V>, inputs_of<H>, inputs_of<V>, inputs_of<H>, T>(
+        [&](int y, int x) { return load(points.of(point_of(V, y), point_of(H, x)) + c); },
+        [](auto& v, auto& d) { gather_inputs<V>(v, d); }, [](auto& v, auto& d) { gather_inputs<H>(v, d); },
+        [&](int y, int x, Vec<T> value) {
+          T* const at = to.at + y * to.down + x * to.right + c;
+          store(at, load(at) + value);
+        });
 }
 
 // points = A y A^T of the outputs.
 template <bool V, bool H, int Taps, class T>
 [[gnu::noinline]] void output_points(const Pixel<const T>& from, const Points<T>& points) {
-  constexpr int W = Simd<T>::lanes;
-  for (int64_t c = 0; c < from.length; c += W) {
-    Vec<T> half[4][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < outputs_of<H, Taps>; ++x) {
-      Vec<T> y[4], m[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < outputs_of<V, Taps>; ++i) y[i] = load(from.at + i * from.down + x * from.right + c);
-      spread_outputs<V, Taps>(y, m);
-#pragma GCC unroll 4
-      for (int i = 0; i < inputs_of<V>; ++i) half[i][x] = m[i];
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < inputs_of<V>; ++i) {
-      Vec<T> m[4];
-      spread_outputs<H, Taps>(half[i], m);
-#pragma GCC unroll 4
-      for (int x = 0; x < inputs_of<H>; ++x)
-        store(points.data + points.place[line_points * point_of(V, i) + point_of(H, x)] + c, m[x]);
-    }
-  }
+  for (int64_t c = 0; c < from.length; c += Simd<T>::lanes)
+    along_both<outputs_of<V, Taps>, outputs_of<H, Taps>, inputs_of<V>, inputs_of<H>, T>(
+        [&](int y, int x) { return load(from.at + y * from.down + x * from.right + c); },
+        [](auto& y, auto& m) { spread_outputs<V, Taps>(y, m); },
+        [](auto& y, auto& m) { spread_outputs<H, Taps>(y, m); },
+        [&](int y, int x, Vec<T> value) { store(points.of(point_of(V, y), point_of(H, x)) + c, value); });
 }
 
 // The outputs = A^T points A, and the bias, if there is one.
 template <bool V, bool H, int Taps, class T>
 [[gnu::noinline]] void put_outputs(const Points<const T>& points, const T* bias, const Pixel<T>& to) {
-  constexpr int W = Simd<T>::lanes;
-  for (int64_t c = 0; c < to.length; c += W) {
+  for (int64_t c = 0; c < to.length; c += Simd<T>::lanes) {
     const Vec<T> shift = bias ? load(bias + c) : Vec<T>{};
-    Vec<T> half[4][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < inputs_of<H>; ++x) {
-      Vec<T> m[4], y[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < inputs_of<V>; ++i)
-        m[i] = load(points.data + points.place[line_points * point_of(V, i) + point_of(H, x)] + c);
-      gather_outputs<V, Taps>(m, y);
-#pragma GCC unroll 4
-      for (int i = 0; i < outputs_of<V, Taps>; ++i) half[i][x] = y[i];
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < outputs_of<V, Taps>; ++i) {
-      Vec<T> y[4];
-      gather_outputs<H, Taps>(half[i], y);
-#pragma GCC unroll 4
-      for (int x = 0; x < outputs_of<H, Taps>; ++x) store(to.at + i * to.down + x * to.right + c, y[x] + shift);
-    }
+    along_both<inputs_of<V>, inputs_of<H>, outputs_of<V, Taps>, outputs_of<H, Taps>, T>(
+        [&](int y, int x) { return load(points.of(point_of(V, y), point_of(H, x)) + c); },
+        [](auto& m, auto& y) { gather_outputs<V, Taps>(m, y); },
+        [](auto& m, auto& y) { gather_outputs<H, Taps>(m, y); },
+        [&](int y, int x, Vec<T> value) { store(to.at + y * to.down + x * to.right + c, value + shift); });
   }
 }
 
 // to[16] = G taps G^T of `count` adjacent values; tap (a, b) at from + a down + b right, the points `step` apart.
 template <int Taps, class T>
 inline void tap_points(const T* from, int64_t down, int64_t right, int64_t count, T* to, int64_t step) {
-  constexpr int W = Simd<T>::lanes;
-  for (int64_t c = 0; c < count; c += W) {
-    Vec<T> half[4][4];
-#pragma GCC unroll 4
-    for (int b = 0; b < Taps; ++b) {
-      Vec<T> g[4], u[4];
-#pragma GCC unroll 4
-      for (int a = 0; a < Taps; ++a) g[a] = load(from + a * down + b * right + c);
-      spread_taps<Taps>(g, u);
-#pragma GCC unroll 4
-      for (int a = 0; a < line_points; ++a) half[a][b] = u[a];
-    }
-#pragma GCC unroll 4
-    for (int a = 0; a < line_points; ++a) {
-      Vec<T> u[4];
-      spread_taps<Taps>(half[a], u);
-#pragma GCC unroll 4
-      for (int b = 0; b < line_points; ++b) store(to + (line_points * a + b) * step + c, u[b]);
-    }
-  }
+  const auto spread = [](auto& g, auto& u) { spread_taps<Taps>(g, u); };
+  for (int64_t c = 0; c < count; c += Simd<T>::lanes)
+    along_both<Taps, Taps, line_points, line_points, T>(
+        [&](int a, int b) { return load(from + a * down + b * right + c); }, spread, spread,
+        [&](int a, int b, Vec<T> value) { store(to + (line_points * a + b) * step + c, value); });
 }
 
 // The adjoint: taps = G^T points G.
 template <int Taps, class T>
 inline void taps_of_points(const T* from, int64_t step, int64_t count, T* to, int64_t down, int64_t right) {
-  constexpr int W = Simd<T>::lanes;
-  for (int64_t c = 0; c < count; c += W) {
-    Vec<T> half[4][4];
-#pragma GCC unroll 4
-    for (int b = 0; b < line_points; ++b) {
-      Vec<T> u[4], g[4];
-#pragma GCC unroll 4
-      for (int a = 0; a < line_points; ++a) u[a] = load(from + (line_points * a + b) * step + c);
-      gather_taps<Taps>(u, g);
-#pragma GCC unroll 4
-      for (int a = 0; a < Taps; ++a) half[a][b] = g[a];
-    }
-#pragma GCC unroll 4
-    for (int a = 0; a < Taps; ++a) {
-      Vec<T> g[4];
-      gather_taps<Taps>(half[a], g);
-#pragma GCC unroll 4
-      for (int b = 0; b < Taps; ++b) store(to + a * down + b * right + c, g[b]);
-    }
-  }
+  const auto gather = [](auto& u, auto& g) { gather_taps<Taps>(u, g); };
+  for (int64_t c = 0; c < count; c += Simd<T>::lanes)
+    along_both<line_points, line_points, Taps, Taps, T>(
+        [&](int a, int b) { return load(from + (line_points * a + b) * step + c); }, gather, gather,
+        [&](int a, int b, Vec<T> value) { store(to + a * down + b * right + c, value); });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Winograd's form F(2x2, 3x3) of 3x3 convolutions (winograd.h): tiles of images, points of taps and of inputs. Compiled
-// once per instruction set.
+// Winograd's form F(2x2, 3x3) of 3x3 convolutions (winograd.h): tiles of images and points of inputs; the points of
+// taps are conv_segments.h's. Compiled once per instruction set.
 #pragma once
 
 #include "vectors.h"
@@ -32,52 +32,6 @@ template <class T>
 inline int64_t point_step(int64_t values) {
   constexpr int64_t line = 64 / sizeof(T);
   return (values + line - 1) / line * line | line;
-}
-
-// Points of taps: to[16][n] = G from[9][n] G^T.
-template <class T>
-inline void tap_points(int64_t n, const T* from, T* to) {
-  constexpr int W = Simd<T>::lanes;
-  for (int64_t i = 0; i < n; i += W) {
-    Vec<T> half[4][3];
-    for (int c = 0; c < 3; ++c) {
-      const Vec<T> g0 = load(from + c * n + i), g1 = load(from + (3 + c) * n + i), g2 = load(from + (6 + c) * n + i);
-      half[0][c] = g0;
-      half[1][c] = T(0.5) * ((g0 + g2) + g1);
-      half[2][c] = T(0.5) * ((g0 + g2) - g1);
-      half[3][c] = g2;
-    }
-    for (int r = 0; r < 4; ++r) {
-      const Vec<T> outer = half[r][0] + half[r][2];
-      store(to + (4 * r) * n + i, half[r][0]);
-      store(to + (4 * r + 1) * n + i, T(0.5) * (outer + half[r][1]));
-      store(to + (4 * r + 2) * n + i, T(0.5) * (outer - half[r][1]));
-      store(to + (4 * r + 3) * n + i, half[r][2]);
-    }
-  }
-}
-
-// The adjoint: to[9][n] = G^T from[16][n] G.
-template <class T>
-inline void taps_of_points(int64_t n, const T* from, T* to) {
-  constexpr int W = Simd<T>::lanes;
-  const auto adjoint = [](Vec<T> u0, Vec<T> u1, Vec<T> u2, Vec<T> u3, Vec<T>* g) {
-    const Vec<T> sum = T(0.5) * (u1 + u2);
-    g[0] = u0 + sum;
-    g[1] = T(0.5) * (u1 - u2);
-    g[2] = sum + u3;
-  };
-  for (int64_t i = 0; i < n; i += W) {
-    Vec<T> half[4][3];
-    for (int r = 0; r < 4; ++r)
-      adjoint(load(from + 4 * r * n + i), load(from + (4 * r + 1) * n + i), load(from + (4 * r + 2) * n + i),
-              load(from + (4 * r + 3) * n + i), half[r]);
-    for (int c = 0; c < 3; ++c) {
-      Vec<T> g[3];
-      adjoint(half[0][c], half[1][c], half[2][c], half[3][c], g);
-      for (int r = 0; r < 3; ++r) store(to + (3 * r + c) * n + i, g[r]);
-    }
-  }
 }
 
 // Points of inputs, v[16][tile][channels], of samples with channels innermost, in whole vectors, and a border of one.

@@ -39,8 +39,9 @@ def operands(shape, dtype=torch.float32):
 
 
 def noise(shape):
-    """What the kernel draws."""
+    """What the kernel draws: not torch, with which it would be compared in vain."""
     zeros = torch.zeros(shape)
+    assert latent_head._fits(zeros, zeros)
     return sample_mean_kl(zeros, zeros)[0]
 
 
