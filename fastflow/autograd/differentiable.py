@@ -51,9 +51,13 @@ def wanted(grads):
     """Whether a backward with these incoming gradients must be differentiable or run under vmap."""
     if torch.compiler.is_compiling():
         return False
-    # Batches are of torch.func.vmap, or of the older vmap, under which is_grads_batched runs.
-    return torch.is_grad_enabled() or any(
-        g is not None and (is_batchedtensor(g) or is_legacy_batchedtensor(g)) for g in grads)
+    if torch.is_grad_enabled():
+        return True
+    for g in grads:  # any() of a generator takes longer, and every backward of a small layer comes by here
+        # Batches are of torch.func.vmap, or of the older vmap, under which is_grads_batched runs.
+        if g is not None and (is_batchedtensor(g) or is_legacy_batchedtensor(g)):
+            return True
+    return False
 
 
 def reference_grads(forward, inputs, needs, grads):
