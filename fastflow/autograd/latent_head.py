@@ -77,7 +77,8 @@ def _is_alone():
 
 def _others_do_not_draw():
     harmless = getattr(sys.modules.get("tqdm"), "TMonitor", ())
-    return all(thread.ident == threading.get_ident() or isinstance(thread, harmless) for thread in threading.enumerate())
+    own = threading.get_ident()
+    return all(thread.ident == own or isinstance(thread, harmless) for thread in threading.enumerate())
 
 
 class LatentHead(torch.autograd.Function):
