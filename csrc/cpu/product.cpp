@@ -11,7 +11,7 @@ namespace fastflow {
 namespace {
 
 constexpr int64_t grain = 1 << 20;  // multiply-adds that are worth a thread
-constexpr int64_t most_chunks = 8, rows = 24;  // of each chunk, so many at least
+constexpr int64_t chunks = 8, fewest_rows = 24, most_rows = 210;  // of a chunk; more chunks where it would have more
 
 }  // namespace
 
@@ -34,7 +34,7 @@ Tensor product(const Tensor& a, const Tensor& b, const Tensor* bias, bool relu) 
   job.bias = bias == nullptr ? nullptr : bias->data_ptr();
   job.relu = relu;
   job.out = out.mutable_data_ptr();
-  job.chunks = std::max<int64_t>(1, std::min(most_chunks, job.m / rows));
+  job.chunks = std::max({int64_t(1), std::min(chunks, job.m / fewest_rows), job.m / most_rows});
   const int64_t each = std::max<int64_t>(1, job.m * job.n * job.k / job.units());
   parallel_for(0, job.units(), std::max<int64_t>(1, grain / each),
                [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(product, job, begin, end); });

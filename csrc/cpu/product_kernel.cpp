@@ -10,6 +10,9 @@ namespace {
 // Terms that are summed at a time: a panel of 50 KiB; longer sums would round more. Of one row or two BLAS sums far
 // fewer in one go.
 constexpr int64_t longest = 200, longest_of_few = 32;
+// Rows of A whose `longest` elements, 320 KiB, stay in a cache of the core's own while panel after panel passes.
+template <class T>
+constexpr int64_t rows_together = 420 * 4 / sizeof(T);
 
 // panel (count, width), rows of `width` elements, = B's rows [p, p + count) in columns [j, j + n), zeros behind them.
 template <class T>
@@ -65,56 +68,62 @@ static inline void put(T* to, int64_t left, Vec<T> value, bool add, const Vec<T>
   }
 }
 
-// The panel's columns of rows [first, last). A is ByRow or ByColumn.
+// The panel's columns of rows [first, last): the terms of block `block` of `blocks`, which are added to those of the
+// blocks before it. next: the panel that follows. A is ByRow or ByColumn.
 template <class T, class A>
-void panel_of(const Product& job, int64_t index, int64_t first, int64_t last) {
+void block_of(const Product& job, int64_t index, int64_t next, int64_t first, int64_t last, int64_t block,
+              int64_t blocks) {
   constexpr int W = Simd<T>::lanes;
   constexpr int64_t widest = Product::together * Product::line / sizeof(T);
   alignas(64) T panel[longest * widest], bias[widest] = {};
   const int64_t j = job.first_column(index), n = at_most(job.first_column(index + 1), job.n) - j;
-  const int64_t next_j = at_most(j + n, job.n), next_n = at_most(job.first_column(index + 2), job.n) - next_j;
+  const int64_t next_j = job.first_column(next), next_n = at_most(job.first_column(next + 1), job.n) - next_j;
   const int64_t width = round_up(n, job.granule()), rows = last - first;
-  const int64_t most = job.m > 2 ? longest : longest_of_few, blocks = at_least(1, (job.k + most - 1) / most);
-  if (job.bias != nullptr)
+  const int64_t p = job.k * block / blocks, count = job.k * (block + 1) / blocks - p;
+  pack(job, p, count, j, n, width, panel);
+  Ahead ahead = ahead_of<T>(job, p, count, next_j, next_n);
+  A a{static_cast<const T*>(job.a), job.lda};
+  a.data += first * a.row + p * a.column;
+  T* const out = static_cast<T*>(job.out) + first * job.n + j;
+  const bool add = block > 0, last_one = block == blocks - 1, relu = job.relu && last_one;
+  const bool biased = job.bias != nullptr && last_one;
+  if (biased)
     for (int64_t c = 0; c < n; ++c) bias[c] = static_cast<const T*>(job.bias)[j + c];
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t p = job.k * block / blocks, next_p = job.k * (block + 1) / blocks, count = next_p - p;
-    pack(job, p, count, j, n, width, panel);
-    Ahead ahead = block + 1 < blocks ? ahead_of<T>(job, next_p, job.k * (block + 2) / blocks - next_p, j, n)
-                                     : ahead_of<T>(job, 0, job.k / blocks, next_j, next_n);
-    A a{static_cast<const T*>(job.a), job.lda};
-    a.data += first * a.row + p * a.column;
-    T* const out = static_cast<T*>(job.out) + first * job.n + j;
-    const bool add = block > 0, last_one = block == blocks - 1, relu = job.relu && last_one;
-    const bool biased = job.bias != nullptr && last_one;
-    auto start = [](int64_t, int64_t) { return Vec<T>{}; };
-    auto meanwhile = [&](int64_t i, int64_t, int64_t p) {
-      if (p < matmul_rows * matmul_vectors)
-        __builtin_prefetch(out + (i + p / matmul_vectors) * job.n + p % matmul_vectors * W, 1);
-      else
-        ahead.one();
-    };
-    auto finish = [&](int64_t i, int64_t c, Vec<T> value) {
-      put(out + i * job.n + c, n - c, value, add, biased ? &vec(bias + c) : nullptr, relu);
-    };
-    const T* const b = panel;
-    if (matmul_vectors > 3 && width == 3 * W)
-      matmul_columns<T, 3>(rows, int64_t(0), count, a, b, width, start, finish, meanwhile);
+  auto start = [](int64_t, int64_t) { return Vec<T>{}; };
+  auto meanwhile = [&](int64_t i, int64_t, int64_t p) {
+    if (p < matmul_rows * matmul_vectors)
+      __builtin_prefetch(out + (i + p / matmul_vectors) * job.n + p % matmul_vectors * W, 1);
     else
-      matmul(rows, width, count, a, b, width, start, finish, meanwhile);
-  }
+      ahead.one();
+  };
+  auto finish = [&](int64_t i, int64_t c, Vec<T> value) {
+    put(out + i * job.n + c, n - c, value, add, biased ? &vec(bias + c) : nullptr, relu);
+  };
+  const T* const b = panel;
+  if (matmul_vectors > 3 && width == 3 * W)
+    matmul_columns<T, 3>(rows, int64_t(0), count, a, b, width, start, finish, meanwhile);
+  else
+    matmul(rows, width, count, a, b, width, start, finish, meanwhile);
 }
 
+// Of as many rows as are worth a copy of B, all panels pass over a block of A's columns before the next block does: of
+// larger parts of A every panel would read each element from a cache that is further away.
 template <class T>
 void units(const Product& job, int64_t begin, int64_t end) {
-  while (begin < end) {  // the chunks of a panel that are one after the other, as one
-    const int64_t panel = begin / job.chunks, chunk = begin % job.chunks;
-    const int64_t stop = at_most(end - panel * job.chunks, job.chunks);
-    const int64_t first = job.m * chunk / job.chunks, last = job.m * stop / job.chunks;
-    job.a_transposed ? panel_of<T, ByColumn<T>>(job, panel, first, last)
-                     : panel_of<T, ByRow<T>>(job, panel, first, last);
-    begin = panel * job.chunks + stop;
-  }
+  const int64_t most = job.m > 2 ? longest : longest_of_few, blocks = at_least(1, (job.k + most - 1) / most);
+  const int64_t first_panel = begin / job.chunks, last_panel = (end - 1) / job.chunks;
+  const int64_t together = at_least(1, rows_together<T> * job.chunks / job.m);
+  for (int64_t group = 0; group < job.chunks; group += together)
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t panel = first_panel; panel <= last_panel; ++panel) {
+        const int64_t from = at_least(group, begin - panel * job.chunks);
+        const int64_t to = at_most(at_most(group + together, job.chunks), end - panel * job.chunks);
+        if (from >= to) continue;
+        const int64_t first = job.m * from / job.chunks, last = job.m * to / job.chunks;
+        const int64_t next = panel < last_panel ? panel + 1 : first_panel;
+        job.a_transposed ? block_of<T, ByColumn<T>>(job, panel, next, first, last, block, blocks)
+                         : block_of<T, ByRow<T>>(job, panel, next, first, last, block, blocks);
+      }
 }
 
 }  // namespace
