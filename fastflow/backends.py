@@ -61,6 +61,10 @@ SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
 CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide it
 ACTIVATED_CONV_WEIGHTS = 9 * 128**2
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
+_NETWORKS = ("conv_net", "activated_conv", "mlp", "wide_mlp")
+_FACTORISATIONS = ("slogdet", "slogdet_inverse")
+_BY_SHAPE = frozenset((*_NETWORKS, *_FACTORISATIONS))  # whose operands may not fit a kernel
+_FIRST = {device: f"first in the table for {device}" for _, device in PREFERENCE}
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 _PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
@@ -172,10 +176,13 @@ def needs_reference(tensors):
 
 def refusal(backend, op, tensors):
     """Why ``backend`` can't run ``op`` on these tensors, or None."""
-    first = tensors[0]
+    return _out_of_reach(backend, op, tensors[0].device.type) or _misfit(backend, op, tensors)
+
+
+def _out_of_reach(backend, op, device):
+    """Why ``backend`` runs ``op`` on no tensors of this kind of device, or None."""
     if backend == "reference":
         return None
-    device = first.device.type
     if backend == "cpu" and device != "cpu":
         return f"the cpu backend takes CPU tensors, these are on {device}"
     if backend in ("triton", "cuda") and device != "cuda" and not (backend == "triton" and device == "cpu"
@@ -184,20 +191,28 @@ def refusal(backend, op, tensors):
     reason = _status_of(backend)
     if not reason.startswith("available"):
         return reason
-    if op in ("conv_net", "activated_conv", "mlp", "wide_mlp"):
-        return _network_refusal(op, backend, tensors[0], tensors[1:])
+    if op in _NETWORKS and backend != "cpu":
+        return f"the {backend} backend leaves networks to PyTorch"
     if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
         return f"{op} has no Triton kernel"
     if backend != "cpu" and f"{op}_fwd" in extension.CPU_ALONE:
         return f"{op} has no {backend} kernel"
-    if backend == "triton" and op.startswith("slogdet") and first.shape[-1] > TRITON_MAX:
-        return f"a {first.shape[-1]}x{first.shape[-1]} matrix does not fit in registers (limit {TRITON_MAX})"
     return None
 
 
-def _network_refusal(op, backend, x, weights):
-    if backend != "cpu":
-        return f"the {backend} backend leaves networks to PyTorch"
+def _misfit(backend, op, tensors):
+    """Why these operands do not fit a backend within whose reach the op is, or None."""
+    if backend == "reference":
+        return None
+    if op in _NETWORKS:
+        return _network_misfit(op, tensors[0], tensors[1:])
+    size = tensors[0].shape[-1] if op in _FACTORISATIONS else 0
+    if backend == "triton" and size > TRITON_MAX:
+        return f"a {size}x{size} matrix does not fit in registers (limit {TRITON_MAX})"
+    return None
+
+
+def _network_misfit(op, x, weights):
     if x.dtype not in (torch.float32, torch.float64):
         return f"the cpu kernel takes float32 and float64, not {x.dtype}"
     if torch.is_autocast_enabled("cpu"):
@@ -247,17 +262,29 @@ def _choose(op, tensors):
     reason = needs_reference(tensors)
     if reason is not None:
         return "reference", reason
-    first = tensors[0]
-    order = PREFERENCE.get((op, first.device.type))
-    if order is None:
-        return "reference", f"there is no kernel for {first.device.type} tensors"
-    for backend in order:
-        reason = refusal(backend, op, tensors)
-        if reason is None and op.startswith("slogdet") and first.shape[-1] > SLOGDET_LIMIT[backend]:
+    device = tensors[0].device.type
+    backends, reason = _within_reach(op, device)
+    for backend in backends:
+        reason = _misfit(backend, op, tensors) if op in _BY_SHAPE else None
+        if reason is None and op in _FACTORISATIONS and tensors[0].shape[-1] > SLOGDET_LIMIT[backend]:
             reason = f"torch.linalg is faster above {SLOGDET_LIMIT[backend]}x{SLOGDET_LIMIT[backend]}"
         if reason is None:
-            return backend, "first in the table for " + first.device.type
+            return backend, _FIRST[device]
     return "reference", reason
+
+
+@extension.constant_under_compile
+def _within_reach(op, device):
+    """(the backends of the table that run ``op`` on this kind of device, in its order, why not the last of the
+    others), found once per thread."""
+    known = _state.__dict__.setdefault("within_reach", {})
+    found = known.get((op, device))
+    if found is None:
+        order = PREFERENCE.get((op, device), ())
+        reasons = [_out_of_reach(backend, op, device) for backend in order]
+        reason = reasons[-1] if order else f"there is no kernel for {device} tensors"
+        found = known[op, device] = [b for b, r in zip(order, reasons, strict=True) if r is None], reason
+    return found
 
 
 def explain(op, *tensors):

@@ -44,7 +44,7 @@ def number(name, value):
 
 def shape(name, value, expected):
     """``value`` has exactly the shape ``expected``."""
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected and tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(value.shape)}")
 
 
@@ -76,12 +76,16 @@ def noise(eps, seed, generator, name, like, batch=None):
 
 def no_mixed_double(named):
     """float64 operands are not mixed with lower dtypes; ``named`` is [(name, tensor or None)]."""
-    present = [(name, t.dtype) for name, t in named if t is not None]
-    doubles = [name for name, dtype in present if dtype == torch.float64]
-    if doubles and len(doubles) < len(present):
-        name, dtype = next((name, dtype) for name, dtype in present if dtype != torch.float64)
-        raise TypeError(f"{name}: expected float64 like {doubles[0]} (float64 is not mixed with a lower dtype), "
-                        f"got {dtype}")
+    double = other = None
+    for name, t in named:
+        if t is not None:
+            if t.dtype is torch.float64:
+                double = double or name
+            elif other is None:
+                other = name, t.dtype
+    if double is not None and other is not None:
+        raise TypeError(f"{other[0]}: expected float64 like {double} (float64 is not mixed with a lower dtype), "
+                        f"got {other[1]}")
 
 
 def with_running_logdet(named, logdet, x):

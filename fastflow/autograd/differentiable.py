@@ -29,7 +29,11 @@ def _recordable(t):
 
 def needs_grad(*tensors):
     """Whether a call with these operands (None among them allowed) is to be recorded."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # noqa: SIM110 - as in wanted()
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def distinct(*tensors):

@@ -13,6 +13,7 @@ from fastflow.nn.hooks import is_hooked
 __all__ = ["FusedSequential"]
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
+MANY_TAPS = 16
 
 
 class FusedSequential(nn.Sequential):
@@ -22,8 +23,9 @@ class FusedSequential(nn.Sequential):
     - Linear layers with ReLU, or with SiLU, between them by functional.wide_mlp, as one layer.
     - Each Conv2d and ConvTranspose2d, with the ReLU or SiLU in front of it, by functional.activated_conv: layers
       without dilation, groups, output padding or padding other than zeros, with equal strides and paddings in both
-      dimensions and, as inputs of a ConvTranspose2d or outputs of a Conv2d, channels in multiples of 16. Between two
-      convolutions maps are channels-last; what leaves the sequence is as contiguous as a convolution's answer.
+      dimensions and, as inputs of a ConvTranspose2d or outputs of a Conv2d, channels in multiples of 16, unless PyTorch
+      is faster (5x5 with stride 1 between 16 channels and more). Between two convolutions maps are channels-last; what
+      leaves the sequence is as contiguous as a convolution's answer.
 
     Layers that are hooked, parametrised or of a subclass are called as they are.
     """
@@ -123,8 +125,8 @@ def _convolution(layers, at, x):
         if at + 1 == len(layers) or is_hooked(layer) or getattr(layer, "inplace", False):
             return 0, None
         layer, activation, taken = layers[at + 1], ACTIVATIONS[type(layer)], 2
-    if not _is_simple(layer) or not _fits(layer, x) or not backends.serves("activated_conv", x, layer.weight,
-                                                                           layer.bias):
+    if (not _is_simple(layer) or not _fits(layer, x) or not _pays(layer)
+            or not backends.serves("activated_conv", x, layer.weight, layer.bias)):
         return 0, None
     return taken, functional.activated_conv(
         x, layer.weight, layer.bias, stride=layer.stride[0], padding=layer.padding[0],
@@ -144,6 +146,17 @@ def _fits(layer, x):
     return (x.dim() == 4 and x.shape[1] == layer.in_channels and x.dtype == layer.weight.dtype
             and (type(layer) is nn.ConvTranspose2d or all(size + 2 * padding >= taps for size, padding, taps in zip(
                 x.shape[2:], layer.padding, layer.kernel_size, strict=True))))
+
+
+def _pays(layer):
+    """Whether functional.activated_conv is not slower than the layer. Kernels of 16 taps and more between wide maps in
+    float32 are, by a tenth to a third, unless they run in Winograd's form or are spread over a finer map."""
+    taps, stride = layer.kernel_size, layer.stride[0]
+    if (layer.weight.dtype != torch.float32 or math.prod(taps) < MANY_TAPS
+            or min(layer.in_channels, layer.out_channels) < 16):
+        return True
+    in_winograd_form = taps[0] == taps[1] and taps[0] / stride in (2, 3)
+    return in_winograd_form or type(layer) is nn.ConvTranspose2d and stride > 1
 
 
 def _meets_convolution(following):

@@ -75,6 +75,20 @@ def test_layers_that_the_kernel_does_not_know_are_called(kind):
     torch.testing.assert_close(network(x), plain(network)(x))
 
 
+@pytest.mark.parametrize(("kernel", "stride", "transposed", "channels", "dtype", "fused"), [
+    (5, 1, False, 16, torch.float32, False), (4, 1, False, 16, torch.float32, False),
+    (5, 2, False, 32, torch.float32, False), (5, 1, True, 16, torch.float32, False),
+    (5, 1, False, 16, torch.float64, True), (5, 1, False, 3, torch.float32, True),
+    (4, 2, False, 16, torch.float32, True), (6, 2, False, 16, torch.float32, True),
+    (3, 1, False, 16, torch.float32, True), (5, 2, True, 16, torch.float32, True)])
+def test_convolutions_run_in_the_kernel_where_it_is_not_slower(kernel, stride, transposed, channels, dtype, fused):
+    torch.manual_seed(0)
+    layer = (nn.ConvTranspose2d if transposed else nn.Conv2d)(channels, 16, kernel, stride, padding=1, dtype=dtype)
+    network, x = FusedSequential(nn.SiLU(), layer), torch.randn(2, channels, 9, 9, dtype=dtype)
+    assert bool(kernels_run(lambda: network(x))) == fused
+    torch.testing.assert_close(network(x), plain(network)(x))
+
+
 def test_hooks_see_every_layer():
     network = FusedSequential(nn.Conv2d(1, 16, 3), nn.SiLU(), nn.Conv2d(16, 16, 3))
     x, seen = torch.randn(2, 1, 6, 6), []
