@@ -7,10 +7,10 @@
 namespace fastflow::FASTFLOW_ISA {
 namespace {
 
-// Terms that are summed at a time: a panel of 50 KiB; longer sums would round more. Of one row or two BLAS sums far
-// fewer in one go.
-constexpr int64_t longest = 200, longest_of_few = 32;
-// Rows of A whose `longest` elements, 320 KiB, stay in a cache of the core's own while panel after panel passes.
+// Terms that are summed at a time: a panel of 34 KiB, most of a first-level cache; longer sums would round more. Of one
+// row or two BLAS sums far fewer in one go.
+constexpr int64_t longest = 136, longest_of_few = 32;
+// Rows of A whose `longest` elements, 220 KiB, stay in a cache of the core's own while panel after panel passes.
 template <class T>
 constexpr int64_t rows_together = 420 * 4 / sizeof(T);
 

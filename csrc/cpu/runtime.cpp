@@ -47,6 +47,15 @@ Isa isa() {
   return chosen;
 }
 
+bool blas_is_faster() {
+#if defined(__x86_64__)
+  static const bool chosen = __builtin_cpu_is("intel") && std::getenv("FASTFLOW_ISA") == nullptr;
+  return chosen && !in_forked_child();
+#else
+  return false;
+#endif
+}
+
 bool in_forked_child() { return forked; }
 
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {

@@ -13,6 +13,10 @@ enum class Isa { baseline, avx2, avx512 };
 // variable FASTFLOW_ISA (baseline, avx2, avx512) lowers it, read once.
 Isa isa();
 
+// Whether torch's matrix products beat this library's: on Intel's processors, for which its BLAS is written. Not where
+// FASTFLOW_ISA is set, which asks for this library's own.
+bool blas_is_faster();
+
 // A forked child has none of its parent's OpenMP threads, and waiting for them would hang.
 bool in_forked_child();
 
