@@ -100,6 +100,11 @@ generation without fresh data, and the least share that holds it within 5 %. The
 samples over that of the data, in brackets a Gaussian's. Arguments: {arguments}. `python -m benchmarks.self_consuming`
 """
 
+XEON = """\
+The tables above once more, on a processor of Intel's: `xeon-*.json`. Its BLAS and convolutions are faster there, so
+what is mostly matrix products gains less; a call of Python costs more.
+"""
+
 OPERATIONS = """\
 Forward and backward unless said otherwise, beside careful eager PyTorch, torch.compile, torch's batched call and a
 loop. `fastflow bench ops`
@@ -182,6 +187,16 @@ def _self_consuming(record):
     return lines
 
 
+OPERATION_GROUPS = ("affine_coupling", "gaussian_sample_kl", "bernoulli_log_prob", "wide_mlp", "conv_net",
+                    "activated_conv", "mlp_flow", "spline", "slogdet")
+
+
+def _by_group(record):
+    """A table for every group of operations that the record holds."""
+    return [table.markdown(record, (group,)) for group in OPERATION_GROUPS
+            if any(row["group"] == group for row in record["rows"])]
+
+
 def _device(device):
     """The sections of one device."""
     def ratios(*groups):
@@ -194,8 +209,6 @@ def _device(device):
 
     where = "" if device == "cpu" else f", {device}"
     operations = newest(device, lambda row: row["group"] == "slogdet")
-    groups = ("affine_coupling", "gaussian_sample_kl", "bernoulli_log_prob", "wide_mlp", "conv_net", "activated_conv",
-              "mlp_flow", "spline", "slogdet")
     parts = [
         _section(f"Glow beside other libraries{where}", GLOW.format(fastest=", ".join(peers.FASTEST_GLOW)), of("glow"),
                  ratios("glow"), _differences(peers.GLOW_DIFFERENCES)),
@@ -206,27 +219,47 @@ def _device(device):
         _section(f"Tabular RealNVP, the others compiled{where}", COMPILED, of("realnvp compiled"),
                  ratios("realnvp compiled")),
         _section(f"Operations{where}", OPERATIONS, operations,
-                 lambda record: [line for group in groups if any(row["group"] == group for row in record["rows"])
-                                 for line in (*table.markdown(record, (group,)), "")][:-1])]
+                 lambda record: [line for lines in _by_group(record) for line in (*lines, "")][:-1])]
     shown = [(of("glow"), ("glow",)), (of("realnvp"), ("realnvp", "realnvp wider")),
-             (of("realnvp compiled"), ("realnvp compiled",)), (operations, groups)]
+             (of("realnvp compiled"), ("realnvp compiled",)), (operations, OPERATION_GROUPS)]
     if device == "cpu":
         parts[3:3] = [_vaes(), _adapters()]
         shown += [(next(iter(records(f"cpu-{name}-*.json")), None), None) for name in ("vae-speed", "adapters")]
     return [line for part in parts for line in part] + _no_gain(device, shown)
 
 
+def _losses(shown):
+    """A line for every comparison in the tables of ``shown`` in which fastflow gains less than NO_GAIN."""
+    return [f"- {row['case']}{table.regime(row)}: {ratio:.2f} over {name}"
+            for record, groups in shown for row in (record["rows"] if record else ())
+            if groups is None or row["group"] in groups
+            for name, ratio in row["speedup_over"].items() if ratio < NO_GAIN]
+
+
 def _no_gain(device, shown):
     """Every comparison in the tables of ``shown``, [(record or None, its groups or None for all)], in which fastflow
     gains less than NO_GAIN."""
-    found = []
-    for record, groups in shown:
-        for row in record["rows"] if record else ():
-            if groups is None or row["group"] in groups:
-                found += [f"- {row['case']}{table.regime(row)}: {ratio:.2f} over {name}"
-                          for name, ratio in row["speedup_over"].items() if ratio < NO_GAIN]
+    found = _losses(shown)
     where = "" if device == "cpu" else f", {device}"
     return [f"## No gain{where}", "", f"Every ratio above that is below {NO_GAIN}:", "", *(found or ["- none"]), ""]
+
+
+def _xeon():
+    """The section of the newest records on a processor of Intel's; nothing where there is none."""
+    found = [next(iter(records(f"xeon-{name}-*.json")), None) for name in ("all", "vae-speed", "adapters")]
+    if None in found:
+        return []
+    lines = ["## On an Intel Xeon", "", *XEON.rstrip().splitlines(), ""]
+    models = ("glow", "realnvp", "realnvp wider")
+    of_models = {"rows": [row for row in found[0]["rows"] if row["group"] in models]}
+    for record, tables in (
+            (found[0], (table.markdown(of_models, baselines=("eager", table.FASTEST)), *_by_group(found[0]))),
+            (found[1], (table.markdown(found[1], baselines=("eager", "pythae")),)),
+            (found[2], (table.markdown(found[2], baselines=("original", "couplings alone")),))):
+        lines += [table.machine(record) + ".", "", *(line for part in tables for line in (*part, ""))]
+    lines += [f"### No gain there, every ratio below {NO_GAIN}", "",
+              *(_losses([(record, None) for record in found]) or ["- none"]), ""]
+    return lines
 
 
 def _gpu_models():
@@ -272,7 +305,7 @@ def render():
                       table.launches)
     for device in ("cpu",) if gpu is None else ("cpu", "cuda"):
         lines += _device(device)
-    lines += models + _bandwidth()
+    lines += _xeon() + models + _bandwidth()
     return "\n".join(lines).rstrip() + "\n"
 
 

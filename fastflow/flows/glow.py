@@ -209,7 +209,7 @@ class GlowTransform(nn.Module):
     def _factorize(self, inverse, undo=False):
         """The factors of each step, level by level."""
         convs = [step.conv for level in self.levels for step in level.steps]
-        bank = convs[0]._bank if convs else None
+        bank = convs[0].bank if convs else None
         if bank is None or undo:
             flat = iter(factorize(convs, inverse, self, undo=undo))
         else:  # inside a WeightBank

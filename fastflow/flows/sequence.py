@@ -48,8 +48,9 @@ def _factors(transforms, undo):
     """{index: Factors} of the 1x1 convolutions, each size factorised once."""
     places = [i for i, t in enumerate(transforms) if _is(t, InvertibleConv1x1) and not is_hooked(t)]
     convs = [transforms[i] for i in places]
-    if convs and convs[0]._bank is not None and not undo:  # inside a WeightBank
-        return {i: conv._bank.factors(conv, False) for i, conv in zip(places, convs, strict=True)}
+    banks = [conv.bank for conv in convs]
+    if None not in banks and not undo:  # inside a WeightBank, or without 1x1 convolutions
+        return {i: bank.factors(conv, False) for i, conv, bank in zip(places, convs, banks, strict=True)}
     return dict(zip(places, factorize(convs, undo=undo), strict=True))
 
 

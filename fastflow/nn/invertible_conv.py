@@ -66,6 +66,12 @@ class InvertibleConv1x1(nn.Module):
         self.register_buffer("perm", permutation.argmax(1))
 
     @property
+    def bank(self):
+        """What a WeightBank's call in this thread shares among its layers, or None."""
+        bank = self._bank  # once: another thread may set it between two looks
+        return bank if bank is not None and bank.serves() else None
+
+    @property
     def anchor(self):
         """The parameter whose dtype and device are the layer's."""
         return self.weight if self.parametrization == "plain" else self.lower
@@ -102,6 +108,7 @@ class InvertibleConv1x1(nn.Module):
 
     def _run(self, x, factors, inverse):
         if factors is None:
-            factors = factorize([self], inverse)[0] if self._bank is None else self._bank.factors(self, inverse)
+            bank = self.bank
+            factors = factorize([self], inverse)[0] if bank is None else bank.factors(self, inverse)
         y = self.apply_factors(x, factors)
         return y, (math.prod(x.shape[2:]) * factors.logabsdet).expand(x.shape[0])

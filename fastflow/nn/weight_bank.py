@@ -1,7 +1,9 @@
 """All 1x1 weights of a model factorised together, once per call."""
 
 import contextlib
+import threading
 
+import torch
 from torch import nn
 
 from fastflow.nn.factors import factorize
@@ -19,8 +21,13 @@ class Bank:
 
     def __init__(self, layers, inverse, root):
         self.layers, self.root, self.live = layers, root, True
+        self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
         self.index = {id(layer): i for i, layer in enumerate(layers)}
         self.by_direction = {inverse: factorize(layers, inverse, root)}
+
+    def serves(self):
+        """Whether it is of this thread: another one may differ in grad mode or autocast."""
+        return torch.compiler.is_compiling() or self.thread in (None, threading.get_ident())
 
     def factors(self, layer, inverse):
         if inverse not in self.by_direction:

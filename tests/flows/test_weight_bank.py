@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -114,6 +115,32 @@ def test_calls_that_overlap_leave_no_trace():
     first.__exit__(None, None, None)
     second.__exit__(None, None, None)
     assert all(layer._bank is None for layer in bank.model.modules() if isinstance(layer, InvertibleConv1x1))
+
+
+@pytest.mark.parametrize("wrap", [lambda layers: layers, WeightBank])
+def test_another_threads_call_without_gradients_takes_none_from_this_one(wrap):
+    bank = WeightBank(model())
+    x, entered, done = torch.randn(2, 4, 4, 4, dtype=torch.float64), threading.Event(), threading.Event()
+
+    @torch.no_grad()
+    def evaluate():
+        with bank.factorized():
+            entered.set()
+            assert done.wait(60)
+
+    other = threading.Thread(target=evaluate)
+    other.start()
+    try:
+        assert entered.wait(60)
+        z, logdet = wrap(bank.model)(x)
+        got = torch.autograd.grad(z.square().sum() + logdet.sum(), list(bank.parameters()))
+    finally:
+        done.set()
+        other.join()
+    z, logdet = bank(x)
+    want = torch.autograd.grad(z.square().sum() + logdet.sum(), list(bank.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_an_exception_leaves_no_trace():
