@@ -139,19 +139,33 @@ def piecewise_case(hidden, inverse=False):
 @pytest.mark.parametrize("hidden", [(64, 64), (5, 16), (128, 32, 8), (16, 48, 7), (16, 7)], ids=str)
 def test_one_feature_through_relu(hidden, inverse, fused, device):
     """Values and gradients where the table stands for two layers. Gradients as vectors: single ones jump where rounding
-    moves a sample across a knot, eager's too."""
+    moves a sample across a knot, eager's too. At the knots themselves, which hang on whether a product and a sum are
+    rounded once or twice, they lie between those on both sides."""
     case, tensors = piecewise_case(hidden, inverse)
     tensors = {name: t.to(device) for name, t in tensors.items()}
-    cotangents = cotangents_of(case, tensors)
-    got = evaluate(case, tensors, cotangents=cotangents)
-    eager = evaluate(case, tensors, cotangents=cotangents, module=reference)
-    truth = evaluate(case, upcast(tensors), cotangents=upcast(cotangents), module=reference)
+    cotangents, knots = cotangents_of(case, tensors), len(tensors["1.w0"])
+
+    def evaluated(tensors, cotangents, module=reference):
+        return evaluate(case, tensors, cotangents=cotangents, module=module)
+
+    got, eager = (evaluated(tensors, cotangents, module) for module in (functional, reference))
+    truth = evaluated(upcast(tensors), upcast(cotangents))
     for name, out in got[0].items():
         assert_by_ratio(out, eager[0][name], truth[0][name], what=name)
-    for name, out in got[1].items():
-        exact = truth[1][name]
-        error, allowed = ((g.double() - exact).norm().item() for g in (out, eager[1][name]))
-        assert error <= 3 * allowed + 4e-7 * exact.norm().item(), (name, error, allowed)
+    sides = [evaluated(upcast(tensors) | {"x": tensors["x"].double() * (1 + nudge)}, upcast(cotangents))[1]["x"][:knots]
+             for nudge in (-1e-6, 1e-6)]
+    least, most = (bound(*sides) + sign * 1e-4 * (1 + sides[0].abs())
+                   for bound, sign in ((torch.minimum, -1), (torch.maximum, 1)))
+    assert ((least <= got[1]["x"][:knots]) & (got[1]["x"][:knots] <= most)).all()
+
+    cotangents = {name: t.clone() for name, t in cotangents.items()}
+    for cotangent in cotangents.values():
+        cotangent[:knots] = 0.0
+    got, eager = (evaluated(tensors, cotangents, module)[1] for module in (functional, reference))
+    truth = evaluated(upcast(tensors), upcast(cotangents))[1]
+    for name, out in got.items():
+        error, allowed = ((g.double() - truth[name]).norm().item() for g in (out, eager[name]))
+        assert error <= 3 * allowed + 4e-7 * truth[name].norm().item(), (name, error, allowed)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")], ids=str)
