@@ -101,8 +101,8 @@ samples over that of the data, in brackets a Gaussian's. Arguments: {arguments}.
 """
 
 XEON = """\
-The tables above once more, on a processor of Intel's: `xeon-*.json`. Its BLAS and convolutions are faster there, so
-what is mostly matrix products gains less; a call of Python costs more.
+The tables above once more, on a processor of Intel's: `xeon-*.json`. PyTorch's BLAS and convolutions are faster there,
+so what is mostly matrix products gains less, and those of wide networks are left to them; a call of Python costs more.
 """
 
 OPERATIONS = """\
