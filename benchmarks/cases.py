@@ -208,21 +208,22 @@ def _conv_net(batch, channels, size, hidden):
 
 # a VAE's convolutions
 
-def _activated_conv(batch, channels, size, out, transposed):
-    """SiLU and a 4x4 convolution of stride 2, in channels_last, which is eager's faster format, too."""
+def _activated_conv(batch, channels, size, out, transposed, kernel=4, stride=2, padding=1):
+    """SiLU and a convolution, of 4x4 and stride 2, in channels_last, which is eager's faster format, too."""
     def build(device):
         torch.manual_seed(0)
-        layer = (torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d)(channels, out, 4, stride=2, padding=1)
+        layer = (torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d)(channels, out, kernel, stride, padding)
         x = _leaf(batch, channels, size, size, device=device).detach()
         inputs = (x.contiguous(memory_format=torch.channels_last).requires_grad_(), *layer.to(device).parameters())
-        options = {"stride": 2, "padding": 1, "transposed": transposed, "activation": "silu", "channels_last": True}
-        sides = 2 * size if transposed else size // 2
+        options = {"stride": stride, "padding": padding, "transposed": transposed, "activation": "silu",
+                   "channels_last": True}
+        sides = size * stride if transposed else size // stride
         grad = torch.randn(batch, out, sides, sides, device=device).contiguous(memory_format=torch.channels_last)
         eager = functools.partial(reference.activated_conv, **options)
         return {"fastflow": _step(functools.partial(functional.activated_conv, **options), inputs, grad),
                 "eager": _step(eager, inputs, grad),
                 "compile": _step(torch.compile(eager, dynamic=False), inputs, grad)}
-    kind = "transposed " if transposed else ""
+    kind = ("transposed " if transposed else "") + (f"{kernel}x{kernel} stride {stride} " if kernel != 4 else "")
     return Case(f"activated_conv {kind}{channels}-{out} channels, batch {batch}, {size}x{size}, forward+backward",
                 "activated_conv", build)
 
@@ -309,5 +310,8 @@ OP_CASES = (
     _wide_mlp(128, 784, 400, 40), _wide_mlp(128, 20, 400, 784), _wide_mlp(1600, 20, 400, 784),
     *(_conv_net(32, channels, size, hidden) for hidden in (64, 128) for channels, size in ((6, 16), (12, 8), (24, 4))),
     *(_activated_conv(128, *sizes) for sizes in ((32, 14, 64, False), (64, 7, 32, True), (32, 14, 1, True))),
+    # what nn.FusedSequential leaves to PyTorch
+    *(_activated_conv(64, 32, 16, 32, False, kernel, stride, kernel // 2)
+      for kernel, stride in ((5, 1), (7, 1), (5, 2))),
     *(_spline(batch, features, 8) for batch, features in ((4096, 64), (256, 8))),
 )

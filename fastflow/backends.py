@@ -63,7 +63,6 @@ ACTIVATED_CONV_WEIGHTS = 9 * 128**2
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 _NETWORKS = ("conv_net", "activated_conv", "mlp", "wide_mlp")
 _FACTORISATIONS = ("slogdet", "slogdet_inverse")
-_BY_SHAPE = frozenset((*_NETWORKS, *_FACTORISATIONS))  # whose operands may not fit a kernel
 _FIRST = {device: f"first in the table for {device}" for _, device in PREFERENCE}
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -160,12 +159,20 @@ def _transform_active():
     return torch._C._are_functorch_transforms_active()
 
 
-def needs_reference(tensors):
-    """Why these operands can't reach a raw kernel now, or None."""
+def transformed():
+    """Why no operands at all can reach a raw kernel now, or None."""
     if _transform_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
+    return None
+
+
+def needs_reference(tensors):
+    """Why these operands can't reach a raw kernel now, or None."""
+    reason = transformed()
+    if reason is not None:
+        return reason
     if not torch.compiler.is_compiling() and _PLAIN_OR_NONE.issuperset(map(type, tensors)):
         return None
     for t in tensors:
@@ -265,7 +272,7 @@ def _choose(op, tensors):
     device = tensors[0].device.type
     backends, reason = _within_reach(op, device)
     for backend in backends:
-        reason = _misfit(backend, op, tensors) if op in _BY_SHAPE else None
+        reason = _misfit(backend, op, tensors)
         if reason is None and op in _FACTORISATIONS and tensors[0].shape[-1] > SLOGDET_LIMIT[backend]:
             reason = f"torch.linalg is faster above {SLOGDET_LIMIT[backend]}x{SLOGDET_LIMIT[backend]}"
         if reason is None:

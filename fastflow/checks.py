@@ -44,7 +44,7 @@ def number(name, value):
 
 def shape(name, value, expected):
     """``value`` has exactly the shape ``expected``."""
-    if value.shape != expected and tuple(value.shape) != tuple(expected):
+    if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(value.shape)}")
 
 

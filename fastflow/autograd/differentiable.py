@@ -57,7 +57,7 @@ def wanted(grads):
         return False
     if torch.is_grad_enabled():
         return True
-    for g in grads:  # noqa: SIM110 - any() takes half as long again, and every small layer's backward comes by here
+    for g in grads:  # noqa: SIM110 - any() takes longer, and every small layer's backward comes by here
         # Batches are of torch.func.vmap, or of the older vmap, under which is_grads_batched runs.
         if g is not None and (is_batchedtensor(g) or is_legacy_batchedtensor(g)):
             return True

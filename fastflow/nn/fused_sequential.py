@@ -150,7 +150,8 @@ def _fits(layer, x):
 
 def _pays(layer):
     """Whether functional.activated_conv is not slower than the layer. Kernels of 16 taps and more between wide maps in
-    float32 are, by a tenth to a third, unless they run in Winograd's form or are spread over a finer map."""
+    float32 are, unless they run in Winograd's form (csrc/cpu/activated_conv_kernel.h) or are spread over a finer map.
+    """
     taps, stride = layer.kernel_size, layer.stride[0]
     if (layer.weight.dtype != torch.float32 or math.prod(taps) < MANY_TAPS
             or min(layer.in_channels, layer.out_channels) < 16):
