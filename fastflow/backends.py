@@ -67,7 +67,17 @@ _FIRST = {device: f"first in the table for {device}" for _, device in PREFERENCE
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 _PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
-_state = threading.local()
+
+
+class _State(threading.local):
+    requested = None  # of the class, since to look for what an object lacks takes four times a whole look here
+    status = None
+
+    def __init__(self):
+        self.within_reach = {}
+
+
+_state = _State()
 
 
 def status():
@@ -114,7 +124,7 @@ def available():
 
 
 def _status():
-    if not hasattr(_state, "status"):
+    if _state.status is None:
         _state.status = status()
     return _state.status
 
@@ -131,7 +141,7 @@ def _triton_interprets():
 
 def requested():
     """The backend that use_backend asks for here, or None."""
-    return getattr(_state, "requested", None)
+    return _state.requested
 
 
 @contextlib.contextmanager
@@ -284,13 +294,12 @@ def _choose(op, tensors):
 def _within_reach(op, device):
     """(the backends of the table that run ``op`` on this kind of device, in its order, why not the last of the
     others), found once per thread."""
-    known = _state.__dict__.setdefault("within_reach", {})
-    found = known.get((op, device))
+    found = _state.within_reach.get((op, device))
     if found is None:
         order = PREFERENCE.get((op, device), ())
         reasons = [_out_of_reach(backend, op, device) for backend in order]
         reason = reasons[-1] if order else f"there is no kernel for {device} tensors"
-        found = known[op, device] = [b for b, r in zip(order, reasons, strict=True) if r is None], reason
+        found = _state.within_reach[op, device] = [b for b, r in zip(order, reasons, strict=True) if r is None], reason
     return found
 
 

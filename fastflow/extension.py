@@ -182,11 +182,11 @@ def launchers():
 
 def kernel(backend, name):
     """What runs op ``name`` on ``backend``: for Triton in eager mode its launcher, where the operands have memory of
-    their own, else the operator."""
+    their own, else the operator, in eager mode as torch's C++ sees it, without OpOverload's own frame of Python."""
     if torch.compiler.is_compiling():
         _load_while_tracing(backend)
         return getattr(getattr(torch.ops, f"fastflow_{backend}"), name).default
-    found = _launcher_or_operator(name) if backend == "triton" else load(backend)[name]
+    found = _launcher_or_operator(name) if backend == "triton" else load(backend)[name]._op
     return _observed(name, found) if observers else found
 
 

@@ -3,7 +3,6 @@
 
 #include "../fastflow.h"
 #include "runtime.h"
-#include "slogdet_scratch.h"
 
 namespace fastflow {
 
@@ -19,13 +18,13 @@ float* results_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr());
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> latent_head_fwd(const Tensor& mean, const Tensor& logvar, const Tensor& state) {
-  const Dims sizes = sizes_of(mean);
-  Tensor z = empty(sizes, ScalarType::Float, mean), eps = empty(sizes, ScalarType::Float, mean);
+  const Dims sizes = sizes_of(mean), strides = contiguous_strides(sizes);
+  Tensor z = empty_strided(sizes, strides, ScalarType::Float, mean);
+  Tensor eps = empty_strided(sizes, strides, ScalarType::Float, mean);
   Tensor kl = empty({}, ScalarType::Float, mean);
   char* const generator = static_cast<char*>(state.mutable_data_ptr());
   const int64_t count = mean.numel();
-  const Scratch partial = make_scratch((drawn / head_tile + 1) * 4);
-  float* const partials = static_cast<float*>(partial.get());
+  float partials[drawn / head_tile + 1];
   double total = 0.;
   for (int64_t first = 0; first < count;) {
     const int64_t left = count - first, now = left < drawn + head_tile ? left : drawn;  // the last ones are not alone
@@ -46,8 +45,9 @@ std::tuple<Tensor, Tensor, Tensor> latent_head_fwd(const Tensor& mean, const Ten
 
 std::tuple<Tensor, Tensor> latent_head_bwd(const Tensor& grad_z, const Tensor& grad_kl, const Tensor& mean,
                                            const Tensor& logvar, const Tensor& eps) {
-  const Dims sizes = sizes_of(mean);
-  Tensor to_mean = empty(sizes, ScalarType::Float, mean), to_logvar = empty(sizes, ScalarType::Float, mean);
+  const Dims sizes = sizes_of(mean), strides = contiguous_strides(sizes);
+  Tensor to_mean = empty_strided(sizes, strides, ScalarType::Float, mean);
+  Tensor to_logvar = empty_strided(sizes, strides, ScalarType::Float, mean);
   const Tensor grad = grad_z.is_contiguous() ? grad_z : torch::stable::contiguous(grad_z);
   const int64_t count = mean.numel();
   const LatentHeadBackward b{values_of(mean), values_of(logvar), values_of(eps), values_of(grad),

@@ -11,6 +11,7 @@ def forward(backend, x, weight, bias, consts):
     return extension.kernel(backend, "activated_conv_fwd")(x, weight, bias, *consts)
 
 
+@differentiable.direct
 class ActivatedConvFunction(torch.autograd.Function):
     """The result for x, weight and bias. Saves the three, and nothing of the activated map."""
 

@@ -15,6 +15,7 @@ def forward(x, params, shift, logdet, passive, how):
                                                             *scale.scalars)
 
 
+@differentiable.direct
 class AffineCouplingFunction(torch.autograd.Function):
     """(y, logdet) of x, params (packed, raw of a pair, or additive's shift), shift (of a pair), logdet and passive.
 

@@ -11,6 +11,7 @@ def forward(backend, x, logits):
     return extension.kernel(backend, "bernoulli_log_prob_fwd")(x, logits)
 
 
+@differentiable.direct
 class BernoulliLogProbFunction(torch.autograd.Function):
     """(N,) of x (B, *event) and logits (N, *event), N a multiple of B. Saves both as they came."""
 

@@ -59,6 +59,7 @@ def _reference(x, shapes, tensors):
     return x, total
 
 
+@differentiable.direct
 class ChainFunction(torch.autograd.Function):
     """(y, logdet) of x and the tensors of all steps. shapes: (kind, constants, number of tensors) of each."""
 

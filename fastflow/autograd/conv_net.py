@@ -11,6 +11,7 @@ def forward(backend, operands, slope, keep=False):
     return extension.kernel(backend, "conv_net_fwd")(*operands, slope, keep)
 
 
+@differentiable.direct
 class ConvNetFunction(torch.autograd.Function):
     """The output for x, w1, b1, w2, b2, w3, b3. Saves them (but not the biases) and both hidden maps."""
 

@@ -126,6 +126,7 @@ def _epilogue_keeps_nan(bias, rows, weight):
     return bool(result[len(rows) // 2].isnan().all())
 
 
+@differentiable.direct
 class ConvNetProducts(torch.autograd.Function):
     """The output for x, w1, b1, w2, b2, w3, b3, computed in ``dtype``. Saves the input's taps and both hidden maps."""
 

@@ -22,6 +22,7 @@ def packing_of(flags):
             "order": "scale_mean" if flags & SCALE_IN_FRONT else "mean_scale"}
 
 
+@differentiable.direct
 class GaussianFunction(torch.autograd.Function):
     """(z, kl, logq) of params (packed, or the mean of a pair), raw (of a pair), prior_mean and prior_raw.
 

@@ -80,6 +80,7 @@ def _others_do_not_draw():
     return all(thread.ident == own or isinstance(thread, harmless) for thread in threading.enumerate())
 
 
+@differentiable.direct
 class LatentHead(torch.autograd.Function):
     """(z, mean KL) of contiguous float32 mean and logvar. Saves both and the noise."""
 
@@ -88,7 +89,7 @@ class LatentHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         generator = torch.default_generator
         state = generator.get_state()
-        z, kl, eps = extension.load("cpu")["latent_head_fwd"](mean, logvar, state)
+        z, kl, eps = extension.load("cpu")["latent_head_fwd"]._op(mean, logvar, state)
         generator.set_state(state)
         ctx.save_for_backward(mean, logvar, eps)
         return z, kl
@@ -102,7 +103,7 @@ class LatentHead(torch.autograd.Function):
                 return z, kl.mean(0)
             return tuple(differentiable.reference_grads(both, (mean, logvar), ctx.needs_input_grad,
                                                         (grad_z, grad_kl)))
-        return extension.load("cpu")["latent_head_bwd"](grad_z, grad_kl, mean, logvar, eps)
+        return extension.load("cpu")["latent_head_bwd"]._op(grad_z, grad_kl, mean, logvar, eps)
 
 
 # Without Function.apply's own look for what _fits has ruled out.

@@ -61,6 +61,7 @@ def gradients(found, masks, needs):
     return [g if need else None for g, need in zip(masked(found, masks), needs, strict=True)]
 
 
+@differentiable.direct
 class MLPFunction(torch.autograd.Function):
     """y of x and ``count`` parameters, weight and bias of every layer in turn, and masks of the weights or none behind
     them. Saves them, the hidden activations and the masked weights."""

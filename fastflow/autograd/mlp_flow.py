@@ -147,6 +147,7 @@ def forward(backend, x, context, params, code, constants, inverse):
     return extension.kernel(backend, "mlp_flow_fwd")(x, context, params, code, constants, inverse, SAVE_NOTHING)[:2]
 
 
+@differentiable.direct
 class MLPFlowFunction(torch.autograd.Function):
     """(z, logdet) of x, context and the parameters of the steps, which ``code`` and ``constants`` describe.
 

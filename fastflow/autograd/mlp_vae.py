@@ -7,6 +7,7 @@ from fastflow.autograd import differentiable
 from fastflow.autograd.gaussian import packing_of
 
 
+@differentiable.direct
 class MLPVAEFunction(torch.autograd.Function):
     """(log p(x | z), KL), each (B,), of x (B, N), a seed tensor or None, and the networks' parameters: the encoder's
     weights and biases, the decoder's weights and biases.

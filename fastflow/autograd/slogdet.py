@@ -6,6 +6,7 @@ from fastflow import extension, reference
 from fastflow.autograd import differentiable
 
 
+@differentiable.direct
 class SlogdetFunction(torch.autograd.Function):
     """(sign, log|det|, inverse) of weight; the inverse is saved, for it is the gradient's transpose."""
 
@@ -42,6 +43,7 @@ class SlogdetFunction(torch.autograd.Function):
             return inverse.mT @ grad @ inverse.mT
 
 
+@differentiable.direct
 class PluWeightFunction(torch.autograd.Function):
     """W = P L U from its parameters; perm and sign_s carry no gradient."""
 

@@ -13,6 +13,7 @@ def forward(backend, x, params, logdet, consts):
     return extension.kernel(backend, "spline_fwd")(x, params, logdet, *consts)
 
 
+@differentiable.direct
 class SplineFunction(torch.autograd.Function):
     """(y, logdet) of x, params and logdet. Saves x and the params as they came.
 

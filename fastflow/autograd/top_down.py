@@ -100,6 +100,7 @@ def levels_of(params, code):
     return levels
 
 
+@differentiable.direct
 class TopDownFunction(torch.autograd.Function):
     """(next h, latents of all levels in one vector, kl, log q, log p) of h, ``count`` features, where given as many
     tensors of noise, and the parameters of the levels, which ``code`` describes. noise: (seed, its value, offset).

@@ -16,6 +16,7 @@ def hidden_values(kept, activation):
     return kept[::activation]
 
 
+@differentiable.direct
 class WideMLPFunction(torch.autograd.Function):
     """The output for x and the layers' weights, then their biases; with ``hidden`` the activations of the hidden layers
     behind it. Saves them all but the output."""

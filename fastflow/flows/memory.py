@@ -27,7 +27,13 @@ from fastflow.flows.recompute import recomputed
 __all__ = ["Mode", "kept", "path", "saving"]
 
 NAMES = ("none", "save_z", "invert")
-_state = threading.local()
+
+
+class _State(threading.local):
+    mode = None
+
+
+_state = _State()
 
 
 class Mode:
@@ -83,7 +89,7 @@ def _refuse_uninvertible(model):
 def saving(mode):
     """Flows called inside (with gradients) run in ``mode``, a :class:`Mode`, or plainly with None. Their backward may
     run outside."""
-    previous = getattr(_state, "mode", None)
+    previous = _state.mode
     _state.mode = mode
     try:
         yield
@@ -93,7 +99,7 @@ def saving(mode):
 
 def active():
     """The mode in force here, or None."""
-    return getattr(_state, "mode", None) if torch.is_grad_enabled() else None
+    return _state.mode if torch.is_grad_enabled() else None
 
 
 def path():
