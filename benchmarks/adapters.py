@@ -123,10 +123,10 @@ def pyro_spline_coupling(features, hidden, n_bins=8):
     return transforms.SplineCoupling(features, half, DenseNN(half, [hidden], sizes), n_bins, order="quadratic")
 
 
-def pythae_vae(latent):
+def pythae_vae(latent, shape=(1, 28, 28)):
     from pythae import models
 
-    return models.VAE(models.VAEConfig(input_dim=(1, 28, 28), latent_dim=latent))
+    return models.VAE(models.VAEConfig(input_dim=shape, latent_dim=latent))
 
 
 def _pyro_log_prob(transform, x):
@@ -252,6 +252,7 @@ CASES = (
     *(_case(f"small: torchflows {kind}, 64 x 8", lambda kind=kind: torchflows(kind, 8), _log_prob, (64, 8), "small")
       for kind in ("RealNVP", "InverseRealNVP", "NICE", "MAF", "CouplingRQNSF")),
     _case("small: zuko MAF, 64 x 8", lambda: zuko("MAF", 8, 16, 4), _lazy_log_prob, (64, 8), "small"),
+    _case("small: pythae VAE, 64 x 8", lambda: pythae_vae(2, (8,)), _bound, (64, 8), "small"),
 )
 
 

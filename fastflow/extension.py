@@ -6,6 +6,7 @@ dispatcher boundary. C++ registers its implementations under these schemas; Trit
 Nothing is loaded before :func:`load` is called.
 """
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -153,6 +154,18 @@ def load(backend):
             if triton_interprets():
                 _libraries["fastflow_triton"].impl(name, launcher, "CPU")
     return {name: getattr(ops, name).default for name in NAMES}
+
+
+@functools.cache
+def own_products():
+    """Whether the CPU library multiplies matrices itself here and faster than torch; on Intel's processors it has torch
+    do it.
+
+    Raises:
+        RuntimeError: as of :func:`load`.
+    """
+    load("cpu")
+    return bool(ctypes.CDLL(str(library_path("cpu"))).fastflow_own_products())
 
 
 def triton_interprets():

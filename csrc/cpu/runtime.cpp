@@ -58,6 +58,8 @@ bool blas_is_faster() {
 
 bool in_forked_child() { return forked; }
 
+extern "C" __attribute__((visibility("default"))) int fastflow_own_products() { return !blas_is_faster(); }
+
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, least = uintptr_t(32) << 20;

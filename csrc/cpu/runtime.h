@@ -17,6 +17,9 @@ Isa isa();
 // FASTFLOW_ISA is set, which asks for this library's own.
 bool blas_is_faster();
 
+// The opposite, for fastflow/extension.py.
+extern "C" int fastflow_own_products();
+
 // A forked child has none of its parent's OpenMP threads, and waiting for them would hang.
 bool in_forked_child();
 

@@ -11,6 +11,7 @@ from pythae import models
 from pythae.models.base.base_utils import ModelOutput
 
 from fastflow import functional
+from fastflow.adapters import pythae_networks  # noqa: F401 - fills SWAPS
 from fastflow.adapters.layers import fusable
 from fastflow.adapters.swap import swap
 from fastflow.autograd.gaussian import sample_kl

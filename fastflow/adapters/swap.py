@@ -1,5 +1,6 @@
 """How a fused class takes the place of a class of a host library."""
 
+import importlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from fastflow.adapters import verify
 from fastflow.nn.hooks import is_hooked
 
-__all__ = ["PREFIX", "SWAPS", "Swap", "joins", "plain", "put", "settle", "swap", "swap_of", "undo"]
+__all__ = ["PREFIX", "SWAPS", "Swap", "joins", "plain", "put", "revived", "settle", "swap", "swap_of", "undo"]
 
 PREFIX = "_fastflow_"  # of everything that a swapped layer holds beside what its host class put there
 SWAPS = {}  # {host class: Swap}, filled by the adapters as they are imported
@@ -104,6 +105,14 @@ def undo(module):
     _RECORDS.pop(module, None)
     for key in [key for key in module.__dict__ if key.startswith(PREFIX)]:
         del module.__dict__[key]
+
+
+def revived(adapter, host, checked):
+    """An empty layer under ``host``'s Swap, which the module named ``adapter`` registers: what pickle calls for a layer
+    whose own class it can't take, as where the host has cloudpickle copy the module of whatever class it finds."""
+    importlib.import_module(adapter)
+    known = SWAPS[host]
+    return object.__new__(known.checked if checked else known.fused)
 
 
 def _loading(fused):
