@@ -313,8 +313,8 @@ def explain(op, *tensors):
     """One line: the backend that ``op`` would use on ``tensors``, then why. Its first word is the backend's name.
 
     Raises:
-        ValueError: ``op`` is not an operation of fastflow, or no tensor is given.
-        TypeError: an operand is not a tensor.
+        ValueError: ``op`` is not an operation of fastflow, no tensor is given, or for a factorisation no matrix.
+        TypeError: an operand is not a tensor, or the first is None.
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
@@ -324,6 +324,10 @@ def explain(op, *tensors):
     for t in operands:
         if t is not None and not isinstance(t, torch.Tensor):
             raise TypeError(f"tensors: expected tensors, pairs of them or None, got {type(t).__name__}")
+    if operands[0] is None:
+        raise TypeError("tensors: expected a tensor first, got None")
+    if op in _FACTORISATIONS and operands[0].dim() < 2:
+        raise ValueError(f"tensors: expected matrices (*, C, C) for {op}, got shape {tuple(operands[0].shape)}")
     wanted = requested()
     if wanted is None:
         backend, reason = _choose(op, operands)

@@ -55,8 +55,8 @@ def same_device(name, value, reference_name, like):
 
 
 def noise(eps, seed, generator, name, like, batch=None):
-    """At most one of ``eps`` and ``seed`` is given; the seed is an int of 64 bits, signed or not, or an int64 tensor on
-    the device of ``like``, the operand ``name``: 0-d, or (batch,) too where there is a ``batch``."""
+    """At most one of ``eps`` and ``seed`` is given; the seed is an int, be it numpy's, of 64 bits, signed or not, or an
+    int64 tensor on the device of ``like``, the operand ``name``: 0-d, or (batch,) too where there is a ``batch``."""
     if eps is not None and seed is not None:
         raise ValueError("eps and seed: expected at most one of them, got both")
     if isinstance(seed, torch.Tensor):
@@ -66,7 +66,7 @@ def noise(eps, seed, generator, name, like, batch=None):
             raise ValueError(f"seed: expected shape (){'' if batch is None else f' or ({batch},)'}, got "
                              f"{tuple(seed.shape)}")
         same_device("seed", seed, name, like)
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
         raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
     elif seed is not None and not -2**63 <= seed < 2**64:
         raise ValueError(f"seed: expected an int of 64 bits, -2^63 to 2^64 - 1, got {seed}")

@@ -207,11 +207,12 @@ def kernel(backend, name):
 def _launcher_or_operator(name):
     """Triton's launcher, past the dispatcher and its cost; but the operator where a dispatch mode is active or an
     argument is of another type than those that a launch takes, as a FakeTensor, which names a GPU and has no memory
-    there."""
+    there, or does not say by its memory alone what it holds, as the imaginary part of a conjugate."""
     launcher, operator = launchers()[name], load("triton")[name]
 
     def call(*args):
-        plain = _LAUNCHABLE.issuperset(map(type, args)) and not torch._C._len_torch_dispatch_stack()
+        plain = (_LAUNCHABLE.issuperset(map(type, args)) and not torch._C._len_torch_dispatch_stack()
+                 and not any(isinstance(t, torch.Tensor) and (t.is_neg() or t._is_zerotensor()) for t in args))
         return (launcher if plain else operator)(*args)
     return call
 

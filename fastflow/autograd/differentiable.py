@@ -9,6 +9,9 @@ import functools
 import torch
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
+from fastflow import backends
+from fastflow.reference.layout import memory_format_of
+
 
 def outside_inference_mode(function):
     """The function, which makes graphs of its own: torch.inference_mode(), where none can be made, is to it as
@@ -41,6 +44,29 @@ def distinct(*tensors):
     if not torch.compiler.is_compiling():
         return tensors
     return [t.view_as(t) if t is not None and any(t is u for u in tensors[:i]) else t for i, t in enumerate(tensors)]
+
+
+class _KeptFormat(torch.autograd.Function):
+    """A tensor whose gradient comes in the memory format that the tensor itself suggests."""
+
+    @staticmethod
+    def forward(ctx, t):
+        ctx.save_for_backward(t)
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _in_format(grad, *ctx.saved_tensors)
+
+
+def keeping_format(t):
+    """The tensor (or a pair of tensors), to be given to a reference: the gradient's format is its own, as it is behind
+    a kernel. Transforms and compilers have formats of their own."""
+    if isinstance(t, (tuple, list)):
+        return [keeping_format(part) for part in t]
+    wanted = (t.dim() in (4, 5) and needs_grad(t) and not torch.compiler.is_compiling()
+              and backends.transformed() is None)
+    return _KeptFormat.apply(t) if wanted else t
 
 
 def apply(function, *args):
@@ -86,7 +112,14 @@ def reference_grads(forward, inputs, needs, grads):
         found = iter(torch.autograd.grad([o for o, _ in outputs], sources, [g for _, g in outputs],
                                          create_graph=create_graph, allow_unused=True) if outputs else
                      [None] * len(sources))
-    return [next(found) if need else None for need in needs]
+    return [_in_format(next(found), t) if need else None for t, need in zip(inputs, needs, strict=True)]
+
+
+def _in_format(grad, t):
+    """The gradient in the memory format that its tensor suggests, as kernels give it; batched ones as they come."""
+    if grad is None or t.dim() not in (4, 5) or is_batchedtensor(grad) or is_legacy_batchedtensor(grad):
+        return grad
+    return grad.contiguous(memory_format=memory_format_of(t))
 
 
 def _alias(t, linked):

@@ -4,7 +4,7 @@ import torch
 
 from fastflow import backends, checks, reference
 from fastflow.autograd import affine_coupling as _affine
-from fastflow.autograd.differentiable import apply, distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, keeping_format, needs_grad
 from fastflow.reference import LAYOUTS, ScaleMap
 
 __all__ = ["affine_coupling"]
@@ -60,8 +60,8 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
     operands = x, first, shift, logdet, passive_tensor
     backend = backends.choose("affine_coupling", *operands)
     if backend == "reference":
-        return reference.affine_coupling(x, params, scale=scale, layout=layout, order=order, shift_first=shift_first,
-                                         inverse=inverse, logdet=logdet, passive=passive)
+        return reference.affine_coupling(x, keeping_format(params), scale=scale, layout=layout, order=order,
+                                         shift_first=shift_first, inverse=inverse, logdet=logdet, passive=passive)
     flags = ((_affine.INTERLEAVED if layout == "interleave" else 0)
              | (_affine.SHIFT_IN_FRONT if order == "shift_scale" else 0)
              | (_affine.SHIFT_FIRST if shift_first else 0) | (_affine.INVERSE if inverse else 0))

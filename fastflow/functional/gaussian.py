@@ -4,7 +4,7 @@ import torch
 
 from fastflow import backends, checks, reference
 from fastflow.autograd import gaussian as _gaussian
-from fastflow.autograd.differentiable import apply, distinct, needs_grad
+from fastflow.autograd.differentiable import apply, distinct, keeping_format, needs_grad
 from fastflow.extension import kernel
 from fastflow.reference import LAYOUTS, REDUCTIONS, SCALES
 
@@ -72,9 +72,11 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
     elif seed is None:
         seed = reference.draw_seed(first.device, generator)
     if backend == "reference":
-        return reference.gaussian_sample_kl(params, scale=scale, layout=layout, order=order, prior=prior, eps=eps,
-                                            seed=seed, offset=offset, n_samples=n_samples, reduce=reduce,
-                                            return_logq=return_logq)
+        return reference.gaussian_sample_kl(keeping_format(params), scale=scale, layout=layout, order=order,
+                                            prior=prior, eps=eps, seed=seed, offset=offset, n_samples=n_samples,
+                                            reduce=reduce, return_logq=return_logq)
+    z_dtype = reference.result_dtype(first, raw, eps, prior_mean, prior_raw)
+    prior_mean, prior_raw = _one_batch(prior_mean, prior_raw, shape)
     is_tensor = isinstance(seed, torch.Tensor)
     seed_value = 0 if seed is None or is_tensor else reference.to_int64(seed)
     consts = (seed_value, offset, n_samples, SCALES.index(scale), _gaussian.flags_of(layout, order),
@@ -84,6 +86,7 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
         z, kl, logq = apply(_gaussian.GaussianFunction, *distinct(*operands), backend, consts, return_logq)
     else:
         z, kl, logq, _ = kernel(backend, "gaussian_fwd")(*operands, *consts, return_logq, False)
+    z = z if z.dtype == z_dtype else z.to(z_dtype)
     return (z, kl, logq) if return_logq else (z, kl)
 
 
@@ -117,6 +120,12 @@ def _gaussian_prior(prior, shape, like):
         if tuple(t.shape[1:]) != tuple(shape[1:]) or t.dim() != len(shape) or t.shape[0] not in (1, shape[0]):
             raise ValueError(f"{name}: expected shape {shape} or {(1, *shape[1:])}, got {tuple(t.shape)}")
         checks.same_device(name, t, "params", like)
-    if prior[0].shape[0] != prior[1].shape[0]:  # kernels take one batch for both
-        return tuple(t.expand(shape) for t in prior)
     return prior[0], prior[1]
+
+
+def _one_batch(mean, raw, shape):
+    """A prior with one batch for both, as kernels take it. What is repeated for it is float32 at least, in which the
+    gradients of its rows are added up."""
+    if mean is None or mean.shape[0] == raw.shape[0]:
+        return mean, raw
+    return tuple(t if t.shape[0] == shape[0] else t.to(reference.compute_dtype(t)).expand(shape) for t in (mean, raw))

@@ -1,5 +1,7 @@
 """The terms of the ELBO of the commonest VAE."""
 
+import torch
+
 from fastflow import checks, reference
 from fastflow.autograd import gaussian
 from fastflow.autograd.differentiable import apply
@@ -21,7 +23,7 @@ def run_mlp_vae(backend, x, encoder, decoder, *, scale, layout, order, seed=None
     checks.noise(None, seed, generator, "x", x, x.shape[0])
     if seed is None:
         seed = reference.draw_seed(x.device, generator)
-    is_int = isinstance(seed, int)
+    is_int = not isinstance(seed, torch.Tensor)
     noise = (reference.to_int64(seed) if is_int else 0, 0, None, reference.SCALES.index(scale),
              gaussian.flags_of(layout, order), 0)
     activations = [reference.LAYER_ACTIVATIONS.index(kind) for *_, kind in (encoder, decoder)]

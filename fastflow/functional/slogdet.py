@@ -26,8 +26,9 @@ def slogdet(weight):
         sign: (*,) -1, 0 or 1, not differentiable.
         logabsdet: (*,) log|det| in nats; its gradient is the inverse transpose.
         Both float64 for a float64 weight, else float32. Singular, that is with a pivot of exactly zero, as behind a
-        zero row or column or two equal rows: sign 0, logabsdet -inf. NaN in, NaN out. No exception, no host
-        synchronisation, and no matrix of the batch affects another.
+        zero row or column (and two equal rows, but for the reference, whose LAPACK may round them apart): sign 0,
+        logabsdet -inf, and NaN for its gradient. NaN in, NaN out. No exception, no host synchronisation, and no matrix
+        of the batch affects another.
 
     Raises:
         ValueError, TypeError: weight is not a floating tensor of square matrices.

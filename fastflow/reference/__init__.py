@@ -121,30 +121,35 @@ def full_precision(device_type):
     return contextlib.nullcontext()
 
 
-def _lu_operand(weight):
-    """The matrix in the dtype that it is factorised in, and which matrices of the batch hold a NaN."""
+def _factorised(weight):
+    """(sign, log|det|, which matrices have no finite log|det|, the weight in the dtype that it is factorised in with
+    the identity in their place, a term of theirs: 0, with the derivative NaN)."""
     w = weight.to(torch.float64 if weight.shape[-1] <= FLOAT64_UP_TO else compute_dtype(weight))
-    return w, torch.isnan(w.detach()).flatten(-2).any(-1)
+    fixed = w.detach()
+    sign, found = torch.linalg.slogdet(fixed)
+    # CUDA's slogdet swallows NaN (pytorch#173638), LAPACK's sign is 0 where infinities cancel.
+    nan = torch.isnan(fixed).flatten(-2).any(-1) | torch.isnan(found)
+    sign, found = torch.where(nan, math.nan, sign), torch.where(nan, math.nan, found)
+    broken = ~torch.isfinite(found)
+    each = broken[..., None, None]
+    zero = torch.where(each, w.nan_to_num() - fixed.nan_to_num(), 1.0)  # whose root has no derivative
+    term = (0.0 * zero.sqrt()).sum((-2, -1))
+    # torch raises on the way back from a singular matrix.
+    w = torch.where(each, torch.eye(w.shape[-1], device=w.device, dtype=w.dtype), w)
+    return sign, torch.where(broken, found + term, torch.linalg.slogdet(w)[1]), each, w, term[..., None, None]
 
 
 def slogdet(weight):
     """(sign, log|det|) of a batch of square matrices; see functional.slogdet."""
-    w, nan = _lu_operand(weight)
-    sign, logabsdet = torch.linalg.slogdet(w)
-    dtype = compute_dtype(weight)
-    # CUDA's slogdet swallows NaN (pytorch#173638), LAPACK's sign is 0 where infinities cancel.
-    nan = nan | torch.isnan(logabsdet.detach())
-    return (torch.where(nan, math.nan, sign.detach()).to(dtype), torch.where(nan, math.nan, logabsdet).to(dtype))
+    sign, logabsdet, *_ = _factorised(weight)
+    return sign.to(compute_dtype(weight)), logabsdet.to(compute_dtype(weight))
 
 
 def slogdet_inverse(weight):
     """(sign, log|det|, inverse); see functional.slogdet_inverse."""
-    w, _ = _lu_operand(weight)
-    sign, logabsdet = slogdet(weight)
-    broken = ~torch.isfinite(logabsdet.detach())[..., None, None]
-    identity = torch.eye(w.shape[-1], device=w.device, dtype=w.dtype)
-    inverse = torch.linalg.inv_ex(torch.where(broken, identity, w)).inverse
-    return sign, logabsdet, torch.where(broken, math.nan, inverse).to(compute_dtype(weight)).contiguous()
+    sign, logabsdet, broken, w, term = _factorised(weight)
+    inverse = torch.where(broken, math.nan + term, torch.linalg.inv_ex(w).inverse)
+    return *(t.to(compute_dtype(weight)) for t in (sign, logabsdet)), inverse.to(compute_dtype(weight)).contiguous()
 
 
 def plu_weight(lower, upper, log_s, sign_s, perm):
@@ -180,6 +185,8 @@ def draw_seed(device, generator=None):
 def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_scale", prior=None, eps=None, seed=None,
                        offset=0, generator=None, n_samples=None, reduce="sample", return_logq=False):
     """z = mean + sigma*eps, KL(N(mean, sigma^2) || prior) and log q(z), in nats; see functional.gaussian_sample_kl."""
+    if eps is not None and seed is not None:
+        raise ValueError("eps and seed: expected at most one of them, got both")
     mean, raw = split_params(params, layout, order == "mean_scale")
     dtype = compute_dtype(mean, raw, eps, *(prior or ()))
     out_dtype = result_dtype(mean, raw, eps, *(prior or ()))

@@ -29,7 +29,8 @@ def philox4x32(counter, key):
 
 
 def to_int64(value):
-    """The low 64 bits of an int as a signed one."""
+    """The low 64 bits of an int, be it numpy's, as a signed one."""
+    value = value if isinstance(value, int) else int(value)
     return ((value & 0xFFFFFFFFFFFFFFFF) ^ (1 << 63)) - (1 << 63)
 
 

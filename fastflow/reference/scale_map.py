@@ -187,10 +187,11 @@ class ScaleMap:
         if self.eps != 0.0:
             s = s + self.eps
             log_s = torch.logaddexp(log_s, torch.full_like(log_s, math.log(self.eps)))
-        if self.hard_min is not None or self.hard_max is not None:
-            s = torch.clamp(s, self.hard_min, self.hard_max)
-            log_s = torch.clamp(log_s, math.log(self.hard_min) if self.hard_min else None,
-                                None if self.hard_max is None else math.log(self.hard_max))
+        # s >= 0 needs no bound of 0, nor one that its dtype can't reach, whose logarithms torch.clamp would refuse.
+        if self.hard_min:
+            s, log_s = s.clamp(min=self.hard_min), log_s.clamp(min=math.log(self.hard_min))
+        if self.hard_max is not None and self.hard_max <= torch.finfo(s.dtype).max:
+            s, log_s = s.clamp(max=self.hard_max), log_s.clamp(max=math.log(self.hard_max))
         return s, log_s
 
 

@@ -50,6 +50,23 @@ def test_fake_tensors_are_planned_and_no_kernel_reads_them(case, launches):
             assert real is grads or t.stride() == real[name].stride(), name
 
 
+@pytest.mark.parametrize("case", cases.TRITON_CASES, ids=str)
+def test_imaginary_parts_of_conjugates_are_read_with_their_sign(case):
+    """Operands and incoming gradients whose memory holds the opposite of their values."""
+    def negated(t):
+        return torch.complex(torch.zeros_like(t), -t).conj().imag if t.is_floating_point() else t
+
+    tensors = case.tensors(torch.float32)
+    cotangents = cases.cotangents_of(case, tensors)
+    want = cases.evaluate(case, tensors, cotangents=cotangents)
+    assert negated(cotangents[case.outputs[-1]]).is_neg()
+    got = cases.evaluate(case, {name: negated(t) for name, t in tensors.items()},
+                         cotangents={name: negated(t) for name, t in cotangents.items()})
+    for ours, plain in zip(got, want, strict=True):
+        for name, t in plain.items():
+            torch.testing.assert_close(ours[name], t, equal_nan=True)
+
+
 @pytest.mark.parametrize("case", cases.AFFINE_CASES + cases.GAUSSIAN_CASES, ids=str)
 @pytest.mark.parametrize("make", [layouts.permuted, layouts.odd_offset, layouts.channel_slice, layouts.expanded(0)],
                          ids=layouts.by_name)

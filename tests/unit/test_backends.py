@@ -73,11 +73,13 @@ def test_explain_gives_a_reason_and_accepts_pairs():
         assert text.split()[0] in NAMES and len(text.split()) > 2
     with backends.use_backend("reference"):
         assert backends.explain("slogdet", torch.eye(3)).split()[0] == "reference"
-    for call in (lambda: backends.explain("cube", x), lambda: backends.explain("slogdet")):
+    for call in (lambda: backends.explain("cube", x), lambda: backends.explain("slogdet"),
+                 lambda: backends.explain("slogdet", torch.zeros(()))):
         with pytest.raises(ValueError, match="^(op|tensors)"):
             call()
-    with pytest.raises(TypeError, match="^tensors"):
-        backends.explain("slogdet", 3)
+    for first in (3, None):
+        with pytest.raises(TypeError, match="^tensors"):
+            backends.explain("slogdet", first)
 
 
 def test_matrices_beyond_the_table_s_limit_go_to_torch_linalg(monkeypatch):

@@ -4,12 +4,14 @@ and the float64 truth."""
 import itertools
 import math
 
+import numpy as np
 import pytest
 import range_checks
 import torch
 from cases import Case, check_by_ratio, cotangents_of
 from torch.distributions import Normal, kl_divergence
 
+from fastflow import reference
 from fastflow.functional import gaussian_sample_kl
 from fastflow.reference import SCALES
 
@@ -128,6 +130,28 @@ def test_prior_halves_of_different_batch(batches, backend, device):
     want = [g if g.shape == w.shape else w.sum(0, keepdim=True) for g, w in zip(got, want, strict=True)]
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
+
+
+def test_shared_half_precision_prior_gets_the_sum_of_exact_gradients(backend, device):
+    """Near the optimum the rows' gradients cancel: rounded before they are added they would be some percent off."""
+    mean, raw = (t.detach().bfloat16() for t in gaussian("logvar", (512, 1), device=device))
+    best = (mean.double().square() + raw.double().exp()).mean().log()
+    shared = best.reshape(1, 1).bfloat16().requires_grad_()
+    z, kl = gaussian_sample_kl((mean, raw), prior=(torch.zeros_like(mean), shared), seed=1)
+    (grad,) = torch.autograd.grad(kl.sum(), shared)
+    exact = shared.detach().double().requires_grad_()
+    truth = gaussian_sample_kl((mean.double(), raw.double()), prior=(torch.zeros_like(mean).double(), exact), seed=1)[1]
+    assert z.dtype == grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad.double(), torch.autograd.grad(truth.sum(), exact)[0], rtol=5e-3, atol=0)
+
+
+def test_seeds_of_numpy_and_both_kinds_of_noise(backend, device):
+    params = torch.randn(2, 6, device=device)
+    got, want = (gaussian_sample_kl(params, seed=seed)[0] for seed in (np.int64(-3), -3))
+    assert torch.equal(got, want)
+    for function in (gaussian_sample_kl, reference.gaussian_sample_kl):
+        with pytest.raises(ValueError, match="^eps and seed"):
+            function(params, eps=torch.zeros(2, 3, device=device), seed=1)
 
 
 def test_given_noise_carries_no_gradient(backend, device):

@@ -114,6 +114,19 @@ def test_is_immutable_and_hashable():
         ScaleMap("exp").gain = 2.0
 
 
+@pytest.mark.parametrize("bounds", [{"hard_min": 0.0}, {"hard_max": 1e40}, {"hard_min": 0.0, "hard_max": 1e40}],
+                         ids=str)
+@pytest.mark.parametrize("kind", ["exp", "sigmoid", "softplus", "tanh"])
+def test_bounds_that_no_scale_reaches_change_nothing(kind, bounds, backend, device):
+    x, params = torch.randn(3, 2, device=device), torch.randn(3, 4, device=device, requires_grad=True)
+    results = []
+    for scale in (ScaleMap(kind), ScaleMap(kind, **bounds)):
+        y, logdet = functional.affine_coupling(x, params, scale=scale)
+        results.append((y, logdet, *torch.autograd.grad(y.sum() + logdet.sum(), params, create_graph=True)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("bounds", [{"hard_min": 0.5}, {"hard_max": 2.0}, {"hard_min": 0.5, "hard_max": 2.0}], ids=str)
 def test_hard_bounds_have_zero_gradient_outside_and_keep_nan(bounds, backend, device):
     raw = torch.tensor([[-3.0], [0.1], [3.0], [math.nan]], dtype=torch.float64, device=device, requires_grad=True)

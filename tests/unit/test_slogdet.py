@@ -8,7 +8,7 @@ import torch
 from cases import Case, check_by_ratio, cotangents_of, evaluate
 from tolerances import GRADIENT_FACTOR, assert_bitwise
 
-from fastflow import functional, reference
+from fastflow import backends, functional, reference
 from fastflow.functional import plu_weight, slogdet, slogdet_inverse
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -190,6 +190,37 @@ def test_gradient_of_a_batch_with_a_singular_matrix(backend, device):
     assert not torch.isfinite(grad[1]).any()
     want = torch.linalg.inv(w[[0, 2]].detach().double()).mT
     torch.testing.assert_close(grad[[0, 2]].double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["create_graph", "grad", "jacrev", "jvp"])
+def test_derivatives_of_a_batch_with_broken_matrices(how, backend, device):
+    """The same where they must be differentiable or a transform asks for them, of log-determinant and inverse, for a
+    singular matrix and one with an infinity and one with a NaN."""
+    w = well_conditioned((4, 3, 3), torch.float64, device)
+    w[1], w[2, 0, 1], w[3, 1, 1] = 0.0, math.inf, math.nan
+    weights = torch.randn(3, 3, dtype=torch.float64, device=device)
+
+    def total(w):
+        _, logabsdet, inverse = slogdet_inverse(w)
+        return logabsdet + (inverse * weights).sum((-2, -1)) + slogdet(w)[1]
+
+    context = backends.use_backend(backend if how == "create_graph" else None)
+    with context:
+        if how == "create_graph":
+            leaf = w.clone().requires_grad_()
+            (found,) = torch.autograd.grad(total(leaf)[0], leaf, create_graph=True)
+            (second,) = torch.autograd.grad(found[0].sum(), leaf)
+            assert second[0].isfinite().all()
+        elif how == "grad":
+            found = torch.func.grad(lambda w: total(w).sum())(w)
+        elif how == "jacrev":
+            found = torch.func.jacrev(total)(w)[torch.arange(4), torch.arange(4)]
+        else:
+            found = torch.func.jvp(total, (w,), (torch.ones_like(w),))[1]
+    assert torch.isnan(found[1:]).all()
+    inverse = torch.linalg.inv(w[0])
+    want = 2 * inverse.mT - inverse.mT @ weights @ inverse.mT
+    torch.testing.assert_close(found[0], want.sum() if how == "jvp" else want)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8, 13, 40, 56])
