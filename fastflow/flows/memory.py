@@ -90,6 +90,9 @@ def saving(mode):
     """Flows called inside (with gradients) run in ``mode``, a :class:`Mode`, or plainly with None. Their backward may
     run outside."""
     previous = _state.mode
+    if previous is mode:  # what torch.compile traces inside a checkpoint may write nothing
+        yield
+        return
     _state.mode = mode
     try:
         yield
@@ -150,7 +153,8 @@ class _Recomputing:
 
     def __call__(self, first, second, x, tensors):
         if self.tracing:
-            return checkpoint(first, *tensors, use_reentrant=False)
+            with saving(None):  # out here, because nothing may be written inside
+                return checkpoint(first, *tensors, use_reentrant=False)
         if self.generators is None:
             return recomputed(first, second, tensors, lambda: self._again(None))
         index = len(self.generators)

@@ -1,5 +1,7 @@
 """The memory modes of TrainStep: what is chosen, said, measured and refused."""
 
+import copy
+
 import pytest
 import torch
 from stand_in_models import Affine, Gauge
@@ -183,6 +185,44 @@ def test_save_z_inside_a_compiled_loss():
     for _ in range(2):
         torch.testing.assert_close(second(x), first(x))
     torch.testing.assert_close(list(model.parameters()), list(plain.parameters()))
+
+
+def inside_another():
+    """Two compositions, the inner one out of sight of the outer."""
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = flows.Compose(flows.RealNVP(4, n_layers=2, hidden=(8,)).transform, flows.Reverse())
+
+        def forward(self, x, context=None):
+            return self.inner(x, context)
+
+        def inverse(self, z, context=None):
+            return self.inner.inverse(z, context)
+    return flows.Flow(flows.Compose(Hidden(), flows.Reverse()), flows.StandardNormal(4))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: flows.RealNVP(4, n_layers=2, hidden=(8,)), lambda: flows.NICE(4, hidden=(8,)),
+    lambda: flows.MAF(4, n_layers=2, hidden=(8,)), lambda: flows.IAF(4, n_layers=2, hidden=(8,)),
+    lambda: flows.NSF(4, n_layers=1, hidden=(8,)),
+    lambda: flows.Jet((3, 8, 8), patch_size=4, channels=8, couplings=2, depth=1, heads=2),
+    lambda: flows.TarFlow((3, 8, 8), patch_size=4, channels=8, head_dim=4, blocks=2, layers_per_block=1),
+    inside_another,
+], ids=["RealNVP", "NICE", "MAF", "IAF", "NSF", "Jet", "TarFlow", "hidden"])
+def test_save_z_of_every_model_inside_a_compiled_loss(make):
+    """Steps, MADEs, splines and attention, with plain gradients."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = make().double()
+    twin = copy.deepcopy(model)
+    x = torch.rand(4, *model.base.event_shape, dtype=torch.float64) - 0.5
+    x = x.view(4, 3, 8, 8) if x.shape[1:].numel() == 192 else x
+    losses = [TrainStep(m, sgd(m, 1.0), **options)(x) for m, options in (
+        (model, {"memory": "save_z", "compile": "aot_eager"}), (twin, {"memory": "none"}))]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+    assert flow_memory.active() is None
 
 
 @pytest.mark.slow
