@@ -6,8 +6,10 @@ import torch
 def drawn(draw, shape, like, generator, dtype=None):
     """``draw`` (torch.randn, torch.rand) of ``shape``, in like's dtype or ``dtype``: on the generator's device where
     there is one, then moved to like's."""
-    device = like.device if generator is None else generator.device
-    return draw(shape, generator=generator, dtype=like.dtype if dtype is None else dtype, device=device).to(like.device)
+    dtype = like.dtype if dtype is None else dtype
+    if generator is None:  # named, even None wants the numbers of a shape: a graph for all batch sizes has symbols
+        return draw(shape, dtype=dtype, device=like.device)
+    return draw(shape, generator=generator, dtype=dtype, device=generator.device).to(like.device)
 
 
 def choose(weights, n, generator):

@@ -52,10 +52,10 @@ class Discrete:
         """(n, B, *event) uniform on (0, 1), of which :meth:`perturb` makes n samples."""
         return uniform((n, *self.logits.shape), self.logits, generator)
 
-    @torch.no_grad()
     def sample(self, n=1, *, generator=None):
         """(n, B, *event) independent draws, without gradient."""
-        return self.harden(self.perturb(self.noise(n, generator)))
+        with torch.no_grad():  # no decorator: torch.compile can't trace one on an object made in its graph
+            return self.harden(self.perturb(self.noise(n, generator)))
 
     def states(self):
         """(S, *event), every value that a sample can take.

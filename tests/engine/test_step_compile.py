@@ -1,9 +1,11 @@
 """TrainStep(compile=...): one graph without a break, for every batch size of 2 and more."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from fastflow import flows
@@ -12,9 +14,14 @@ from fastflow.vae import (
     HVAE,
     MLPVAE,
     VAE,
+    WAE,
+    AdversarialAutoencoder,
     BoundObjective,
     Capacity,
+    DiscreteVAE,
+    FactorVAE,
     FlowPosteriorVAE,
+    InfoVAE,
     KLBalance,
     LinearSchedule,
     PenalizedELBO,
@@ -162,6 +169,28 @@ def test_a_scheduled_capacity_is_followed_without_a_graph_for_each_value():
         schedule.step()
     torch.testing.assert_close(losses[4] - losses[2], torch.tensor(6.0))  # 3 for each of 2 nats
     assert counters["stats"]["unique_graphs"] == 2  # the first call makes the tensor that follows
+
+
+def discrete(estimator, n_classes=2, **options):
+    size = 3 if n_classes == 2 else 3 * n_classes
+    return DiscreteVAE(nn.Linear(8, size), nn.Linear(size, 8), 3, n_classes, estimator, **options)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: WAE((8,), 2, sizes=(8,)), lambda: InfoVAE((8,), 2, sizes=(8,)),
+    lambda: AdversarialAutoencoder((8,), 2, sizes=(8,)), lambda: FactorVAE((8,), 2, sizes=(8,)),
+    *(functools.partial(discrete, name) for name in (
+        "enumeration", "reinforce", "nvil", "rloo", "vimco", "gumbel-softmax", "straight-through", "arm", "disarm",
+        "unordered-set")),
+    lambda: discrete("gumbel-softmax", 3), lambda: discrete("rloo", 3), lambda: discrete("unordered-set", 3),
+    lambda: flows.Flow(flows.Compose(flows.VariationalDequantization(flows.ConditionalNormal(8, nn.Linear(8, 16))),
+                                     flows.RealNVP(8, n_layers=2, hidden=(8,)).transform), flows.StandardNormal(8)),
+])
+def test_noise_is_drawn_for_any_batch_size(make):
+    """Noise that the graph draws itself, not a kernel of fastflow's."""
+    model = make()
+    options = {"n_samples": 2} if isinstance(model, DiscreteVAE) else {}
+    check(model, (8,), batches=(4, 6), integer=isinstance(model, flows.Flow), **options)
 
 
 @pytest.mark.slow
