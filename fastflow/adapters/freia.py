@@ -55,7 +55,9 @@ def _scalings(blocks):
 
 
 def _order_of(module):
-    return None if module.householder else remembered(module, "order", _order, module.w_perm, traced=_hard)
+    if module.householder:
+        return None
+    return remembered(module, "order", _order, module.w_perm, traced=_hard, maybe=True)
 
 
 @swap(all_in_one_block.AllInOneBlock, methods=("forward",), fit=_fit_all_in_one, opposite=reverse)

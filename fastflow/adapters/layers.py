@@ -25,21 +25,28 @@ def worthwhile(x):
     return not torch.compiler.is_exporting() and (x.numel() >= SMALL or not x.is_cpu or verify.running())
 
 
-def remembered(module, name, compute, *tensors, traced=None):
+def remembered(module, name, compute, *tensors, traced=None, maybe=False):
     """compute(*tensors), computed again only when one of the module's tensors was exchanged or written to.
 
     torch.compile can't look at values. There ``traced(*tensors)`` puts into the graph what compute gives, unless that
     is known to be None. Without ``traced`` the known value is trusted; layers find it out when they are swapped and
-    when they load a state dict.
+    when they load a state dict. torch.func's tensors have no memory to know them by, and under vmap no values: there
+    it is ``traced`` too, but None where that holds only for some values (``maybe``).
     """
     known = module.__dict__.get(PREFIX + name)
     if torch.compiler.is_compiling():
         value = compute(*tensors) if known is None else known[1]
         return value if traced is None or value is None else traced(*tensors)
-    stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    try:
+        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    except RuntimeError:
+        return None if maybe else (traced or compute)(*tensors)
     if known is None or known[0] != stamp:
-        # The aliases keep the memory, so that no other tensor can come to lie there.
-        known = stamp, compute(*tensors), tuple(t.detach() for t in tensors)
+        if backends.transformed() is not None:  # whatever is made there ends with the transform
+            return compute(*tensors)
+        with torch.inference_mode(False):  # the next call may be one of training
+            # The aliases keep the memory, so that no other tensor can come to lie there.
+            known = stamp, compute(*tensors), tuple(t.detach() for t in tensors)
         module.__dict__[PREFIX + name] = known
     return known[1]
 

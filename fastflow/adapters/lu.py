@@ -21,9 +21,10 @@ def remember(module):
     """lu_linear's Places of the module's entries."""
     bias, places = module.bias, module.__dict__.get(PLACES)
     if places is None or places.zeros.dtype is not bias.dtype or places.zeros.device != bias.device:
-        places = lu_linear.places_of(len(bias), bias.device, bias.dtype)
-        if not torch.compiler.is_compiling():
-            module.__dict__[PLACES] = places
+        if torch.compiler.is_compiling() or backends.transformed() is not None:
+            return lu_linear.places_of(len(bias), bias.device, bias.dtype)
+        with torch.inference_mode(False):  # the next call may be one of training
+            module.__dict__[PLACES] = places = lu_linear.places_of(len(bias), bias.device, bias.dtype)
     return places
 
 

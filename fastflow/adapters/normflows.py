@@ -135,7 +135,7 @@ def _fit_masked(module, fix):
 
 
 def _mask_of(module):
-    return remembered(module, "active", _active, module.b, traced=_rest)
+    return remembered(module, "active", _active, module.b, traced=_rest, maybe=True)
 
 
 @swap(coupling.MaskedAffineFlow, fit=_fit_masked)
