@@ -49,13 +49,11 @@ class _Head:
         return self._fastflow_latent(x, mean, logvar)
 
     def _fastflow_original(self, inputs, encoded, **kwargs):
-        """pythae's own pass, given what the encoder has made already."""
-        encoder = self.encoder
-        self._modules["encoder"] = _Given(encoded)
-        try:
-            return super().forward(inputs, **kwargs)
-        finally:
-            self._modules["encoder"] = encoder
+        """pythae's own pass, given what the encoder has made already. Other threads may call the model meanwhile, so
+        that another object stands in for it."""
+        given = object.__new__(type(self))
+        given.__dict__.update(self.__dict__, _modules={**self._modules, "encoder": lambda x: encoded})
+        return super(_Head, given).forward(inputs, **kwargs)
 
     def _fastflow_output(self, x, z, reg_loss, beta=1.0):
         recon_x = self.decoder(z)["reconstruction"]
@@ -63,15 +61,6 @@ class _Head:
         recon_loss = losses.sum() * (factor / len(x))
         return ModelOutput(recon_loss=recon_loss, reg_loss=reg_loss, loss=torch.add(recon_loss, reg_loss, alpha=beta),
                            recon_x=recon_x, z=z)
-
-
-class _Given(torch.nn.Module):
-    def __init__(self, output):
-        super().__init__()
-        self.output = output
-
-    def forward(self, x):
-        return self.output
 
 
 @_head(models.VAE)

@@ -1,6 +1,7 @@
 """pythae's VAEs under accelerate: loss, sample and gradients of the latent head and of its own networks."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -40,6 +41,34 @@ def test_outputs_and_gradients(kind, dtype):
     x = torch.rand(6, 1, 3, 3, dtype=dtype)
     model = build(kind, "bce" if kind in ("VAE", "IWAE") else "mse").to(dtype)
     same(model.eval(), (run,), [x], 3)
+
+
+def test_threads_call_one_model_in_half_precision():
+    """A decoder that waits for the other thread's, in every call, with the encoder of neither put into the model."""
+    torch.manual_seed(0)
+    model = build("VAE").eval().to(torch.bfloat16)
+    data = [torch.full((4, 1, 3, 3), float(i), dtype=torch.bfloat16) for i in range(2)]
+    want, found, barrier = [model({"data": x}).reg_loss for x in data], [None, None], threading.Barrier(2, timeout=30)
+    fastflow.accelerate(model, verify=False)
+    encoder = model.encoder
+
+    def meet(*call):
+        barrier.wait()
+
+    model.encoder.register_forward_hook(meet)
+    model.decoder.register_forward_pre_hook(meet)
+
+    def work(i):
+        found[i] = model({"data": data[i]}).reg_loss
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert model.encoder is encoder
+    for got, expected in zip(found, want, strict=True):
+        close(got, expected, 1e-2)
 
 
 @pytest.mark.parametrize("kind", ["BetaVAE", "VAE_IAF", "IWAE"])
