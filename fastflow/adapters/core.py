@@ -54,7 +54,7 @@ def accelerate(model, *, verify=True, example=None, fix=False):
         known = swaps.swap_of(module)
         if known is not None:
             report.swapped[name] = _title(known.host)
-            constants = known.fit(module, fix)
+            constants = None if swaps.on_meta(module) else known.fit(module, fix)
             module.__dict__.update(constants if isinstance(constants, dict) else {})
             if verify:
                 swaps.put(module, known, None, report, name)
@@ -65,7 +65,7 @@ def accelerate(model, *, verify=True, example=None, fix=False):
             if reason is not None:
                 report.skipped[name] = reason
             continue
-        constants = known.fit(module, fix)
+        constants = "it is on the meta device" if swaps.on_meta(module) else known.fit(module, fix)
         if isinstance(constants, str):
             report.skipped[name] = f"{_title(known.host)}: {constants}"
             continue

@@ -1,6 +1,8 @@
 """How a fused class takes the place of a class of a host library."""
 
 import importlib
+import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +12,13 @@ import torch
 from fastflow.adapters import verify
 from fastflow.nn.hooks import is_hooked
 
-__all__ = ["PREFIX", "SWAPS", "Swap", "joins", "plain", "put", "revived", "settle", "swap", "swap_of", "undo"]
+__all__ = ["PREFIX", "SWAPS", "Swap", "joins", "on_meta", "plain", "put", "revived", "settle", "swap", "swap_of",
+           "undo"]
 
 PREFIX = "_fastflow_"  # of everything that a swapped layer holds beside what its host class put there
 SWAPS = {}  # {host class: Swap}, filled by the adapters as they are imported
 _RECORDS = weakref.WeakKeyDictionary()  # {swapped layer: (report, name)} while it waits for verification
+_SETTLING = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,11 @@ def swap_of(module):
     return getattr(type(module), "_fastflow_swap", None)
 
 
+def on_meta(module):
+    """Whether some tensor of the module has no values, so that nothing can be found out of them."""
+    return any(t.is_meta for t in itertools.chain(module.parameters(), module.buffers()))
+
+
 def joins(module):
     """Whether a call of a swapped layer is its fused class's and nothing more, so that a container may run it together
     with others. One that waits is called by itself, which verifies it, unless what calls save is recorded: activation
@@ -121,7 +130,8 @@ def _loading(fused):
 
     def method(self, *args, **kwargs):
         inherited(self, *args, **kwargs)
-        swap_of(self).fit(self, False)
+        if not on_meta(self):
+            swap_of(self).fit(self, False)
     return method
 
 
@@ -142,16 +152,19 @@ def settle(module, reason):
     verify.NO_TEST it keeps waiting."""
     if reason is verify.NO_TEST:
         return
-    known = swap_of(module)
-    report, name = _RECORDS.pop(module, (None, None))
-    if reason is None:
-        module.__class__ = known.within(type(module), known.fused)
+    with _SETTLING:
+        known = swap_of(module)
+        if known is None or not isinstance(module, known.checked):
+            return  # another thread's call was first
+        report, name = _RECORDS.pop(module, (None, None))
+        if reason is None:
+            module.__class__ = known.within(type(module), known.fused)
+            if report is not None:
+                report.verified.add(name)
+            return
+        undo(module)
         if report is not None:
-            report.verified.add(name)
-        return
-    undo(module)
-    if report is not None:
-        report.put_back(name, reason)
+            report.put_back(name, reason)
     verify.warn(known.host, reason)
 
 

@@ -13,7 +13,8 @@ from fastflow import backends
 
 __all__ = ["NO_TEST", "difference", "recorded", "running", "tensors", "warn"]
 
-NO_TEST = object()  # a call that proves nothing: it raises, its tensors hold no values, or operations are recorded
+# A call that proves nothing: it raises, its tensors hold no finite values, or operations are recorded.
+NO_TEST = object()
 # Largest error, relative to 1 + the largest value of the tensor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Where it is larger, what rounding does to the original is the measure: how far it is from its own result in float64,
@@ -79,6 +80,8 @@ def difference(module, known, method, args, kwargs):
         try:
             result, _ = trial.run(True, method, args, kwargs)
         except Exception:  # the real call will raise it
+            return NO_TEST
+        if _blank((args, kwargs)) or _blank(result):
             return NO_TEST
         reason = trial.compare(method, args, kwargs)
         other = known.opposite(method, args, kwargs, result)
@@ -156,6 +159,12 @@ def _error(got, want):
     want = torch.where(finite, want, 0.0)
     error = (torch.where(finite, got, 0.0) - want).abs().max() / (1.0 + want.abs().max())
     return float(torch.nan_to_num(error, nan=torch.inf))
+
+
+def _blank(values):
+    """Whether there are numbers among the values, but none that is finite, so that any others would do."""
+    numbers = [t for t in tensors(values) if t.is_floating_point()]
+    return bool(numbers) and not any(torch.isfinite(t).any() for t in numbers)
 
 
 def _itself(t):

@@ -1,0 +1,92 @@
+"""First calls of swapped layers: by several threads, of data that prove nothing, and layers without values."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastflow
+from fastflow.adapters import swap
+
+
+class Stand(nn.Module):
+    """A layer that is not of a known library."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5, 2.0]))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Wrong(Stand):
+    """Another one's result."""
+
+    meet = staticmethod(lambda: None)
+
+    def forward(self, x):
+        Wrong.meet()
+        return super().forward(x) + 1.0
+
+
+@pytest.fixture
+def known():
+    """Stand is known while the test runs."""
+    swap.swap(Stand, methods=("forward",))(Wrong)
+    yield
+    del swap.SWAPS[Stand], Wrong._fastflow_swap, Wrong.Checked, Wrong._load_from_state_dict
+    Wrong.meet = staticmethod(lambda: None)
+
+
+def test_two_threads_put_one_layer_back(known):
+    layer, x, found, barrier = Stand(), torch.ones(3, 2), [], threading.Barrier(2, timeout=30)
+    report = fastflow.accelerate(layer)
+    Wrong.meet = staticmethod(barrier.wait)  # both are in the fused form before either is settled
+    threads = [threading.Thread(target=lambda: found.append(layer(x))) for _ in range(2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 2 and all(torch.equal(y, x * layer.weight) for y in found)
+    assert type(layer) is Stand and list(report.skipped) == [""] and not report.verified
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+
+
+@pytest.mark.parametrize("x", [torch.ones(0, 2), torch.full((3, 2), float("nan")), torch.full((3, 2), float("inf"))],
+                         ids=["empty", "nan", "inf"])
+def test_data_without_a_finite_number_prove_nothing(known, x):
+    layer = Stand()
+    report = fastflow.accelerate(layer)
+    layer(x)
+    assert type(layer) is Wrong.Checked and not report.verified and not report.skipped
+    with pytest.warns(RuntimeWarning, match="keeps its original form"):
+        layer(torch.ones(3, 2))
+    assert type(layer) is Stand
+
+
+def test_layers_on_the_meta_device_are_left_alone():
+    transforms = pytest.importorskip("nflows.transforms")
+    from nflows.nn import nets
+
+    model = nn.Sequential(transforms.LULinear(3), transforms.ActNorm(3), transforms.AffineCouplingTransform(
+        [0, 1, 0], lambda i, o: nets.ResidualNet(i, o, hidden_features=8))).to("meta")
+    kinds = [type(layer) for layer in model]
+    report = fastflow.accelerate(model)
+    assert [type(layer) for layer in model] == kinds and not report.swapped
+    assert [report.skipped[name].split(": ")[1] for name in "012"] == ["it is on the meta device"] * 3
+
+
+def test_swapped_layers_go_to_the_meta_device_and_back():
+    transforms = pytest.importorskip("nflows.transforms")
+    model = nn.Sequential(transforms.ActNorm(3), transforms.LULinear(3)).eval()
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    fastflow.accelerate(model)
+    model.to("meta")
+    assert len(fastflow.accelerate(model).swapped) == 2
+    model.load_state_dict(state, assign=True)
+    assert model[0](torch.ones(4, 3))[0].shape == (4, 3)
