@@ -13,7 +13,7 @@ from fastflow import backends, functional
 from fastflow.adapters import lu, splines
 from fastflow.adapters.layers import couple, fusable, plain, remembered, worthwhile
 from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, fits_one_kernel, residual_weights, weights_of
-from fastflow.adapters.swap import PREFIX, swap
+from fastflow.adapters.swap import PREFIX, swap, swap_of
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
@@ -245,7 +245,7 @@ class ActNorm(normalization.ActNorm):
 
 
 def _fit_glow(module, fix):
-    kinds = [type(part) for part in module.flows]
+    kinds = [type(part) if swap_of(part) is None else swap_of(part).host for part in module.flows]
     known = [coupling.AffineCouplingBlock, mixing.Invertible1x1Conv, normalization.ActNorm]
     return None if kinds == known or kinds == known[::2] else "its layers are not normflows' own"
 

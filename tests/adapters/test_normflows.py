@@ -152,6 +152,12 @@ def test_a_hook_inside_a_block_is_run():
     assert len(seen) == before + 1
 
 
+def test_a_block_whose_layers_were_swapped_before():
+    block = nf.flows.GlowBlock(4, 16)
+    fastflow.accelerate(block.flows[0])
+    assert "" in fastflow.accelerate(block).swapped
+
+
 def test_an_initialised_glow_block_compiles_whole():
     """The host's own look at its ActNorm breaks the graph."""
     block, z = nf.flows.GlowBlock(4, 16), torch.randn(2, 4, 4, 4)
