@@ -292,16 +292,37 @@ class GlowBlock(glow.GlowBlock):
         return block, conv, norm
 
 
+CONVS = tuple(((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros") for size in (3, 1, 3))
+
+
 def _fit_net(module, fix):
     layers = list(module.net)
     kinds = [type(layer) for layer in layers]
     if kinds != [nn.Conv2d, nn.LeakyReLU, nn.Conv2d, nn.LeakyReLU, nn.Conv2d]:
         return "it is not three convolutions with LeakyReLU between"
-    if any(conv.kernel_size != (size, size) or conv.bias is None
-           for conv, size in zip(layers[::2], (3, 1, 3), strict=True)):
-        return "its convolutions are not 3x3, 1x1, 3x3 with biases"
+    if not _convolves(layers):
+        return "its convolutions are not 3x3, 1x1, 3x3 with biases, each as large as its input"
     slopes = {layer.negative_slope for layer in layers[1::2]}
     return None if len(slopes) == 1 and min(slopes) >= 0 else "its LeakyReLUs differ"
+
+
+def _options(conv):
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+
+
+def _convolves(layers):
+    """Whether the convolutions among five layers are those that the kernel has."""
+    first, _, second, _, third = layers
+    return (_options(first) == CONVS[0] and _options(second) == CONVS[1] and _options(third) == CONVS[2]
+            and first._parameters.get("bias") is not None and second._parameters.get("bias") is not None
+            and third._parameters.get("bias") is not None)
+
+
+def _is_conv_net(layers):
+    """Whether layers, exchanged or changed as they may have been since they were swapped, are those of the kernel."""
+    return (len(layers) == 5 and all(plain(layer, nn.Conv2d if index % 2 == 0 else nn.LeakyReLU)
+                                     for index, layer in enumerate(layers))
+            and layers[1].negative_slope == layers[3].negative_slope and _convolves(layers))
 
 
 @swap(nets.ConvNet2d, methods=("forward",), fit=_fit_net)
@@ -310,8 +331,7 @@ class ConvNet2d(nets.ConvNet2d):
 
     def forward(self, x):
         layers = list(self._modules["net"]._modules.values())
-        if x.dim() == 4 and plain(self.net, nn.Sequential) and all(
-                plain(layer, nn.Conv2d if index % 2 == 0 else nn.LeakyReLU) for index, layer in enumerate(layers)):
+        if x.dim() == 4 and plain(self.net, nn.Sequential) and _is_conv_net(layers):
             operands = (x, *(p for layer in layers[::2] for p in (layer.weight, layer.bias)))
             if fusable(*operands) and backends.serves("conv_net", *operands):
                 return functional.conv_net(*operands, negative_slope=layers[1].negative_slope)

@@ -203,6 +203,37 @@ def test_published_example():
     assert len(report.swapped) == 8 and len(report.verified) == 4
 
 
+CHANGES = {"dilation": {"padding": 2, "dilation": 2}, "stride": {"padding": 1, "stride": 2},
+           "padding": {"padding": 0}, "padding_mode": {"padding": 1, "padding_mode": "reflect"},
+           "groups": {"padding": 1, "groups": 2}, "bias": {"padding": 1, "bias": False}}
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("change", [*CHANGES, "slope", "length"])
+def test_convolutions_of_other_options_are_the_hosts(change, before):
+    torch.manual_seed(0)
+    net, x = scattered(nf.nets.ConvNet2d([4, 16, 16, 8], [3, 1, 3])), torch.randn(2, 4, 6, 6)
+
+    def exchange(net):
+        if change == "slope":
+            net.net[3].negative_slope = 0.5
+        elif change == "length":
+            net.net.append(nn.Tanh())
+        else:
+            torch.manual_seed(1)
+            net.net[0] = nn.Conv2d(4, 16, 3, **CHANGES[change])
+
+    if before:
+        exchange(net)
+    fused, report = accelerated(net)
+    assert before == (report.skipped != {})
+    if not before:
+        fused(x)
+        for one in (net, fused):
+            exchange(one)
+    close(fused(x), net(x), 1e-5)
+
+
 def test_what_is_left_alone():
     tails = nf.flows.CircularCoupledRationalQuadraticSpline(4, 1, 8, [1])
     soft = nf.flows.MaskedAffineFlow(torch.tensor([0.5, 1.0]), nf.nets.MLP([2, 4, 2]))
