@@ -7,7 +7,7 @@ from torch import nn
 
 from fastflow import checks, estimators
 from fastflow.vae.elbo import ELBO, iwae
-from fastflow.vae.generation import way
+from fastflow.vae.generation import for_network, way
 from fastflow.vae.model import LIKELIHOODS, named
 from fastflow.vae.priors import BitPrior
 
@@ -74,6 +74,7 @@ class DiscreteVAE(nn.Module):
 
     def decode(self, z):
         """The likelihood's parameters (N, *event) of latents (N, D, *S) or one-hots (N, D, *S, C)."""
+        z = for_network(z, self.decoder)
         return self.decoder(z if self.n_classes == 2 else z.movedim(-1, 2).flatten(1, 2))
 
     def log_likelihood(self, x, z):

@@ -104,7 +104,8 @@ class Generation:
             if isinstance(prior, Flow):  # which gives as many for each context as it is asked for
                 return prior.sample(1, context, generator=generator, temperature=temperature)[0]
             return prior.sample(n, context=context, generator=generator, temperature=temperature)
-        like = next((p for p in self.decoder.parameters()), torch.zeros(()))
+        like = first_parameter(self.decoder)
+        like = torch.zeros(()) if like is None else like
         dtype = torch.promote_types(like.dtype, torch.float32)
         return temperature * drawn(torch.randn, (n, *self._latent_shape()), like, generator, dtype)
 
@@ -155,10 +156,24 @@ class Generation:
     def _latent_shape(self):
         if self.latent_shape is not None:
             return self.latent_shape
-        first = next((m for m in self.decoder.modules() if not list(m.children())), None)
+        modules = self.decoder.modules() if isinstance(self.decoder, nn.Module) else ()
+        first = next((m for m in modules if not list(m.children())), None)
         if isinstance(first, nn.Linear):
             return (first.in_features,)
         raise ValueError("latent_shape: the shape of z is not known yet; pass VAE(latent_shape=...)")
+
+
+def first_parameter(network):
+    """A parameter of the network, which says the dtype and the device that it works in; None for a plain callable or
+    one without."""
+    return next(network.parameters(), None) if isinstance(network, nn.Module) else None
+
+
+def for_network(z, network):
+    """z, float32 or float64, as a network of half precision takes it."""
+    like = first_parameter(network)
+    half = like is not None and like.dtype in (torch.float16, torch.bfloat16)
+    return z.to(like.dtype) if half and not torch.is_autocast_enabled(z.device.type) else z
 
 
 def check_temperature(temperature):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastflow import checks
-from fastflow.vae.posteriors.gaussian import kl_by_element, prior_moments
+from fastflow.vae.posteriors.closed import kl_by_element, prior_moments
 from fastflow.vae.schedules import Schedule
 
 __all__ = ["Capacity", "FreeBits", "KLBalance", "capacity", "free_bits", "kl_balance"]

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from fastflow import checks
 from fastflow.flows.base import as_base
 from fastflow.vae.elbo import ELBO, Inference, LossTerms
-from fastflow.vae.generation import Generation
+from fastflow.vae.generation import Generation, for_network
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
     ContinuousBernoulliLikelihood,
@@ -20,7 +20,7 @@ from fastflow.vae.likelihoods import (
 )
 from fastflow.vae.one_node import one_node
 from fastflow.vae.posteriors import FullGaussianPosterior, GaussianPosterior, LowRankGaussianPosterior
-from fastflow.vae.posteriors.gaussian import has_closed_kl
+from fastflow.vae.posteriors.closed import has_closed_kl
 
 __all__ = ["VAE"]
 
@@ -39,8 +39,8 @@ class VAE(Generation, nn.Module):
         decoder: module from z (K*B, D, *S) to the likelihood's parameters (K*B, *event), or of the shape that the
             likelihood's output_shape says.
         posterior: "gaussian", "low_rank" (of rank 1), "full" or a posterior object, see posteriors/.
-        prior: None for N(0, I); a GaussianPrior; or, with a Monte-Carlo KL, any prior of priors/, flow, base
-            distribution or torch.distributions object over (D, *S).
+        prior: None for N(0, I); a Gaussian, be it a GaussianPrior, a base distribution or a torch.distributions
+            object; or, with a Monte-Carlo KL, any other of these, prior of priors/ or flow, over (D, *S).
         likelihood: "bernoulli" (the decoder gives logits), "gaussian" (it gives means; one learned sigma),
             "continuous_bernoulli", "laplace", "poisson" or a likelihood object, see likelihoods/.
         latent_shape: (D, *S), needed by :meth:`sample` where it can be seen neither in the prior, nor in a decoder that
@@ -125,6 +125,7 @@ class VAE(Generation, nn.Module):
 
     def decode(self, z, context=None):
         """The decoder's output for z (N, D, *S), given N contexts if the model is conditional."""
+        z = for_network(z, self.decoder)
         return self.decoder(z) if context is None else self.decoder(z, context)
 
     def _loss_terms(self, x, n_samples, beta, *, context=None, kl="auto", **noise):

@@ -76,7 +76,7 @@ def decompose_kl(z, mean, log_sigma, log_pz, dataset_size, method="stratified"):
         dataset_size, method: see :func:`minibatch_weights`.
     """
     checks.tensor("z", z)
-    checks.shape("z", z, (z.shape[0], *mean.shape))
+    checks.events("z", z, mean.shape)
     table = log_normal(z[:, :, None], mean, log_sigma)  # (K, i, j, D): z_i under the posterior of x_j
     weights = minibatch_weights(z.shape[1], dataset_size, method, table.device).log().to(table)
     log_q = torch.logsumexp(table.sum(3) + weights, 2)

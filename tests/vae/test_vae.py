@@ -92,8 +92,7 @@ def test_iwae_rises_towards_the_evidence():
 def test_analytic_and_monte_carlo_kl_agree():
     model, x = ppca(), X.expand(5000, 3)
     analytic = model(x[:1]).kl
-    model.prior = torch.distributions.Normal(torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
-    sampled = model(x).kl
+    sampled = model.elbo(x, kl="monte_carlo").kl
     assert sampled.shape == (5000,) and abs(sampled.mean() - analytic) < 4 * sampled.std() / math.sqrt(5000)
 
 
@@ -225,6 +224,30 @@ def test_compiles_to_one_graph():
         value.elbo.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("posterior", ["gaussian", "low_rank", "full"])
+def test_a_model_in_half_precision(posterior, dtype):
+    """The networks work in it; the terms of the bound are float32."""
+    size = {"gaussian": 4, "low_rank": 6, "full": 5}[posterior]
+    model = vae.VAE(nn.Linear(3, size), nn.Linear(2, 3), posterior, likelihood="gaussian").to(dtype)
+    x = torch.rand(5, 3, dtype=dtype)
+    bound = model.elbo(x, 2)
+    assert {term.dtype for term in bound} == {torch.float32}
+    model(x, loss_only=True).value.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.sample(4).shape == (4, 3) and model.reconstruct(x).shape == (5, 3)
+    assert model.traverse(torch.zeros(2)).shape == (2, 7, 3)
+    for prior in (vae.GaussianPrior(2).to(dtype), torch.distributions.Normal(torch.zeros(2), torch.ones(2))):
+        model = vae.VAE(model.encoder, model.decoder, posterior, prior, likelihood="gaussian")
+        assert {term.dtype for term in model.elbo(x, 2)} == {torch.float32} and model.sample(4).shape == (4, 3)
+
+
+def test_discrete_latents_in_half_precision():
+    model = vae.DiscreteVAE(nn.Linear(3, 2), nn.Linear(2, 3), 2, estimator="rloo").bfloat16()
+    bound = model.elbo(torch.rand(5, 3, dtype=torch.bfloat16), 2)
+    assert {term.dtype for term in bound} == {torch.float32} and model.sample(4).shape == (4, 3)
+
+
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 2), posterior="cauchy"), "posterior"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 2), likelihood="cauchy"), "likelihood"),
@@ -232,7 +255,8 @@ def test_compiles_to_one_graph():
     (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 3))(torch.rand(4, 2)), "decoder output"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 3), nn.Linear(1, 2))(torch.rand(4, 2)), "params"),
     (ValueError, lambda: vae.GaussianPosterior("variance"), "scale"),
-    (ValueError, lambda: vae.GaussianPosterior()(torch.zeros(1, 2), vae.GaussianPrior((1,), "std")), "prior"),
+    (TypeError, lambda: vae.GaussianPosterior()(torch.zeros(1, 2), vae.GaussianPrior((1,), "std").double()), "prior"),
+    (ValueError, lambda: vae.GaussianPosterior()(torch.zeros(1, 2), flows.DiagonalNormal(3)), "prior: expected one"),
     (ValueError, lambda: vae.GaussianLikelihood(0.0), "sigma"),
     (ValueError, lambda: vae.iwae(torch.zeros(0, 2)), "log_w"),
     (ValueError, lambda: vae.MLPVAE((2,), 1, (4,)).elbo(torch.rand(4, 2), 0), "n_samples: expected an int >= 1"),

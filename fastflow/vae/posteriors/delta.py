@@ -6,7 +6,8 @@ import torch
 
 from fastflow import checks
 from fastflow.vae.likelihoods.base import promoted
-from fastflow.vae.posteriors.gaussian import GaussianPosterior, is_standard
+from fastflow.vae.posteriors.closed import is_standard
+from fastflow.vae.posteriors.gaussian import GaussianPosterior
 
 __all__ = ["DeltaGaussianPosterior", "ar1_least_rate", "delta_gaussian"]
 

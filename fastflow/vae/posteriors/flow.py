@@ -8,7 +8,8 @@ from fastflow.flows import IAF, Compose, Inverse, Planar, RealNVP
 from fastflow.flows.amortised import Amortised, vectors
 from fastflow.flows.transform import check_transform
 from fastflow.vae.likelihoods.base import promoted
-from fastflow.vae.posteriors.gaussian import GaussianPosterior, is_standard
+from fastflow.vae.posteriors.closed import is_standard
+from fastflow.vae.posteriors.gaussian import GaussianPosterior
 
 __all__ = ["FlowPosterior", "HouseholderReflections"]
 

@@ -6,33 +6,14 @@ import torch
 from torch import nn
 
 from fastflow import checks, functional, reference
-from fastflow.flows import StandardNormal
 from fastflow.nn import GaussianSample
 from fastflow.vae.likelihoods.base import promoted
+from fastflow.vae.posteriors.closed import dense_moments, is_standard, kl_by_element, kl_to_dense, prior_moments
 from fastflow.vae.priors.gaussian import GaussianPrior
 
 __all__ = ["DeterministicPosterior", "FullGaussianPosterior", "GaussianPosterior", "LowRankGaussianPosterior"]
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
-
-
-def is_standard(prior):
-    """Whether the prior is N(0, I)."""
-    return prior is None or isinstance(prior, StandardNormal)
-
-
-def has_closed_kl(prior):
-    """Whether the KL from a diagonal Gaussian to the prior has a closed form."""
-    return is_standard(prior) or isinstance(prior, GaussianPrior)
-
-
-def prior_moments(prior, like):
-    """(mean, log sigma) (1, D) of N(0, I) or of a GaussianPrior; None for others, with which there is no closed KL."""
-    if is_standard(prior):
-        return like.new_zeros(1, like.shape[1]), like.new_zeros(1, like.shape[1])
-    if isinstance(prior, GaussianPrior):
-        return prior.mean, prior.sigma_and_log()[1]
-    return None
 
 
 def standard_noise(like, n_samples, eps, seed, generator):
@@ -69,13 +50,24 @@ class GaussianPosterior(nn.Module):
         """As the other posteriors; with ``want_log_qz=False`` None stands for log q(z | x), and n_samples None gives
         one z (B, D, *S)."""
         params = promoted(params)
-        gaussian = isinstance(prior, GaussianPrior)
-        if gaussian and prior.scale != self.scale:
-            raise ValueError(f"prior: expected scale {self.scale!r} like the posterior's, got {prior.scale!r}")
+        fused = isinstance(prior, GaussianPrior) and prior.scale == self.scale
         z, kl, *log_qz = functional.gaussian_sample_kl(
             params, scale=self.scale, layout=self.layout, order=self.order, eps=eps, seed=seed, generator=generator,
-            prior=(prior.mean, prior.raw) if gaussian else None, n_samples=n_samples, return_logq=want_log_qz)
-        return z, log_qz[0] if want_log_qz else None, kl if has_closed_kl(prior) else None
+            prior=(prior.mean, prior.raw) if fused else None, n_samples=n_samples, return_logq=want_log_qz)
+        if not (fused or is_standard(prior)):
+            kl = self._kl(params, prior)
+        return z, log_qz[0] if want_log_qz else None, kl
+
+    def _kl(self, params, prior):
+        """(B,) to a prior that the kernel does not know, None where there is no closed form."""
+        if isinstance(prior, GaussianPrior):
+            checks.no_mixed_double([("params", params), ("prior", prior.mean)])
+        mean, log_sigma = GaussianPosterior.moments(self, params)
+        if (moments := prior_moments(prior, mean)) is not None:
+            return kl_by_element(mean, log_sigma, *moments).flatten(1).sum(1)
+        if (moments := dense_moments(prior, mean)) is not None:
+            return kl_to_dense(mean, torch.diag_embed(torch.exp(log_sigma)), log_sigma.flatten(1).sum(1), *moments)
+        return None
 
     def n_params(self, features):
         """Channels of params for D = features."""
@@ -93,13 +85,6 @@ class GaussianPosterior(nn.Module):
     def mean(self, params):
         """The mean (B, D, *S), also the mode."""
         return reference.split_params(params, self.layout, self.order == "mean_scale")[0]
-
-
-def kl_by_element(mean, log_sigma, prior_mean, prior_log_sigma):
-    """KL(N(mean, sigma^2) || N(prior_mean, prior_sigma^2)) in nats, element by element, never negative."""
-    difference = 2.0 * (log_sigma - prior_log_sigma)
-    squares = ((mean - prior_mean) * torch.exp(-prior_log_sigma)).square()
-    return 0.5 * (squares + (torch.expm1(difference) - difference).clamp_min(0.0))
 
 
 def log_normal(z, mean, log_sigma):
@@ -137,6 +122,10 @@ class LowRankGaussianPosterior(nn.Module):
             squares = ((mean - mean_p) * torch.exp(-log_sigma_p)).square()
             kl = 0.5 * ((squares + torch.expm1(difference) - difference).sum(1) + scaled
                         - self._log_capacitance(log_variance, factor)[1])
+        elif (moments := dense_moments(prior, mean)) is not None:
+            root = torch.cat([torch.diag_embed(torch.exp(0.5 * log_variance)), factor], 2)
+            log_det = log_variance.sum(1) + self._log_capacitance(log_variance, factor)[1]
+            kl = kl_to_dense(mean, root, 0.5 * log_det, *moments)
         return z, self.log_prob(params, z), kl
 
     def n_params(self, features):
@@ -188,6 +177,8 @@ class FullGaussianPosterior(nn.Module):
             difference = 2.0 * (log_diagonal - log_sigma_p)
             squares = ((mean - mean_p) * torch.exp(-log_sigma_p)).square()
             kl = 0.5 * ((squares + torch.expm1(difference) - difference).sum(1) + strict)
+        elif (moments := dense_moments(prior, mean)) is not None:
+            kl = kl_to_dense(mean, lower, log_diagonal.sum(1), *moments)
         return z, log_noise - log_diagonal.sum(1), kl
 
     def n_params(self, features):

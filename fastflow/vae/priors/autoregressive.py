@@ -43,7 +43,7 @@ class AutoregressivePrior(nn.Module):
     def log_prob(self, z):
         """(N,) nats of z (N, D), in one pass."""
         checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], *self.event_shape))
+        checks.events("z", z, self.event_shape)
         z = z.to(self.network.layers[0].weight.dtype)
         params = self.network(z).unflatten(1, (z.shape[1], 3 * self.n_components))
         log_weights, means, log_sigmas = self._split(params)

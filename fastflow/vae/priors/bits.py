@@ -34,7 +34,7 @@ class BitPrior(nn.Module):
     def given(self, b):
         """The estimators.Bernoulli (N, D, *S) of each bit given those before it in b (N, D, *S)."""
         checks.tensor("b", b)
-        checks.shape("b", b, (b.shape[0], *self.event_shape))
+        checks.events("b", b, self.event_shape)
         logits = self.network(b.flatten(1).to(self.network.layers[0].weight.dtype))
         return Bernoulli(logits.view(-1, *self.event_shape))
 
