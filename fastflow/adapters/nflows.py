@@ -4,6 +4,7 @@ import torch
 from nflows.flows import Flow
 from nflows.nn.nets import resnet
 from nflows.transforms import autoregressive, base, conv, coupling, lu, made, nonlinearities, normalization
+from nflows.transforms import permutations as orders
 from torch import nn
 
 from fastflow import backends
@@ -15,6 +16,7 @@ from fastflow.adapters.swap import swap, swap_of
 from fastflow.autograd import chain, mlp
 from fastflow.functional import ScaleMap
 from fastflow.nn.channel_affine import channel_affine
+from fastflow.nn.hooks import is_hooked
 
 EXAMPLES = {Flow: lambda flow, inputs, context=None: flow.log_prob(inputs, context)}
 
@@ -52,7 +54,8 @@ class _Coupling:
 
     def _fastflow_couple(self, inputs, context, inverse):
         """(outputs, logabsdet), or None where that is better left to the host, which refuses what it can't take."""
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
+        if (inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs)
+                or self.unconditional_transform is not None):
             return None
         network = self.transform_net
         kernel = covered(network, inputs, context)
@@ -113,9 +116,20 @@ def _back(module):
     return remembered(module, "back", torch.argsort, module.permutation._permutation, traced=torch.argsort)
 
 
+PERMUTATIONS = (orders.RandomPermutation, orders.Permutation, orders.ReversePermutation)
+
+
+def _permutes(permutation):
+    """Whether a convolution's permutation is one of nflows' own, of channels."""
+    return type(permutation) in PERMUTATIONS and permutation._dim == 1
+
+
 def _fit_conv(module, fix):
+    if not _permutes(module.permutation):
+        return "its permutation is not nflows' own, of channels"
     lu_maps.remember(module)
     _back(module)
+    return None
 
 
 @swap(conv.OneByOneConvolution, fit=_fit_conv)
@@ -141,7 +155,9 @@ class OneByOneConvolution(conv.OneByOneConvolution):
         return outputs, (-height * width * logabsdet).repeat(inputs.shape[0])
 
     def _fastflow_fits(self, inputs):
-        return inputs.dim() == 4 and not (self.using_cache and not self.training) and fusable(inputs, self.bias)
+        permutation = self.permutation
+        return (inputs.dim() == 4 and not (self.using_cache and not self.training) and fusable(inputs, self.bias)
+                and _permutes(permutation) and not is_hooked(permutation))
 
 
 def _ready(norm):

@@ -93,6 +93,39 @@ def test_the_cached_path_of_a_linear_map_is_the_hosts():
     assert fused.cache.weight is not None
 
 
+@pytest.mark.parametrize("other", [transforms.IdentityTransform, lambda: transforms.RandomPermutation(3, dim=2)])
+def test_a_convolution_with_another_permutation_is_the_hosts(other):
+    layer, x = transforms.OneByOneConvolution(4, identity_init=False), torch.randn(2, 4, 3, 3)
+    fused, _ = accelerated(layer)
+    fused(x)
+    layer.permutation = fused.permutation = other()
+    for call in BOTH:
+        for got, want in zip(call(fused, x), call(layer, x), strict=True):
+            assert torch.equal(got, want)
+    _, report = accelerated(layer)
+    assert "its permutation is not nflows' own" in report.skipped[""] and not report.swapped
+
+
+def test_hooks_of_a_convolutions_permutation_are_run():
+    layer, x = transforms.OneByOneConvolution(4, identity_init=False), torch.randn(2, 4, 3, 3)
+    fused, _ = accelerated(layer)
+    fused(x)
+    for one in (layer, fused):
+        one.permutation.register_forward_hook(lambda module, args, output: (output[0] * 2.0, output[1]))
+    assert torch.equal(fused(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("kind", ["AffineCouplingTransform", "AdditiveCouplingTransform"])
+def test_a_transform_of_the_passive_features_set_later_is_run(kind):
+    layer, x = scattered(getattr(transforms, kind)(MASKS["mixed"], network())), torch.randn(8, D)
+    fused, _ = accelerated(layer)
+    fused(x)
+    layer.unconditional_transform = fused.unconditional_transform = scattered(transforms.LULinear(2))
+    for call in BOTH:
+        for got, want in zip(call(fused, x), call(layer, x), strict=True):
+            close(got, want, 1e-6)
+
+
 def test_actnorm_initialises_from_its_first_batch():
     layer, x = transforms.ActNorm(D), 3 * torch.randn(50, D) + 1
     fused, report = accelerated(layer)
