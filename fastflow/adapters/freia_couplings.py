@@ -17,6 +17,7 @@ from fastflow.functional import ScaleMap
 # FrEIA's soft clamps as (function, gain, factor): factor * function(gain * u).
 CLAMPS = {"atan": ("atan", 1.0, 0.636), "tanh": ("tanh", 1.0, 1.0), "sigmoid": ("tanh", 0.5, 1.0)}
 ADDITIVE, EXP = ScaleMap("additive"), ScaleMap("exp")
+FUNCTION = PREFIX + "function"  # a block's clamp when it was swapped
 
 
 def reverse(method, args, kwargs, result):
@@ -42,8 +43,14 @@ def _clamp_of(module, fix):
     value = function(probe)
     for kind, (known, gain, factor) in CLAMPS.items():
         if torch.allclose(value, factor * getattr(torch, known)(gain * probe), rtol=0.0, atol=1e-12):
-            return {PREFIX + "clamp": kind}
+            return {PREFIX + "clamp": kind, FUNCTION: function}
     return "its clamp_activation is not one of FrEIA's own"
+
+
+def _clamps(block):
+    """Whether a block's clamp, where it has one, is still that which it had when it was swapped."""
+    own = block.__dict__
+    return own.get(FUNCTION) is None or own[FUNCTION] is own.get("f_clamp")
 
 
 def small_networks(module, x, c, subnets):
@@ -72,7 +79,7 @@ class TwoSided:
     """y1 from x1 given x2, then y2 from x2 given y1; ``rev`` undoes them in the other order."""
 
     def forward(self, x, c=(), rev=False, jac=True):
-        if not fusable(x[0]):
+        if not fusable(x[0]) or not _clamps(self):
             return super().forward(x, c, rev, jac)
         steps = self._fastflow_steps(x[0], c)
         if steps is not None:
@@ -105,13 +112,15 @@ class TwoSided:
 
     def _fastflow_steps(self, x, c):
         """The two couplings as steps of one kernel, or None."""
+        if not _clamps(self):
+            return None
         (first, *more), (second, *_), scale, *centred = self._fastflow_sides()
         return None if more or centred else _two_steps(self, x, c, first, second, scale)
 
     def _fastflow_chain(self, x, rev):
         """The two couplings as steps of one node of autograd, or None."""
         first, second, *how = self._fastflow_sides()
-        if self.conditional:
+        if self.conditional or not _clamps(self):
             return None
         steps = [_step(x, -self.split_len2, first, rev, *how), _step(x, self.split_len1, second, rev, *how)]
         return None if None in steps else steps[::-1] if rev else steps
@@ -183,7 +192,7 @@ class AffineCouplingOneSided(coupling_layers.AffineCouplingOneSided):
     """One affine coupling."""
 
     def forward(self, x, c=(), rev=False, jac=True):
-        if not fusable(x[0]):
+        if not fusable(x[0]) or not _clamps(self):
             return super().forward(x, c, rev, jac)
         step = None if self.conditional else _step(x[0], self.split_len1, (self.subnet,), rev,
                                                    _scale(self._fastflow_clamp, self.clamp))

@@ -140,6 +140,24 @@ def test_clamps_of_others_are_left_alone():
     assert "not one of FrEIA's own" in report.skipped[""] and not report.swapped
 
 
+@pytest.mark.parametrize("subnet", [dense, odd])
+@pytest.mark.parametrize("rows", [8, 2000])
+@pytest.mark.parametrize("kind", AFFINE)
+def test_a_clamp_that_is_set_later_counts(kind, rows, subnet):
+    """Alone and in a sequence, which may take blocks into one kernel."""
+    torch.manual_seed(0)
+    alone, net = scattered(kind([(6,)], subnet_constructor=subnet)), chain((kind, None, {}), (kind, None, {}))
+    x = torch.randn(rows, 6)
+    for model, block, call in ((alone, lambda m: m, lambda m, rev: m((x,), rev=rev)[0][0]),
+                               (net, lambda m: m.module_list[1], lambda m, rev: m(x, rev=rev)[0])):
+        fused, _ = accelerated(model)
+        call(fused, False)
+        for one in (model, fused):
+            block(one).f_clamp = torch.sin
+        for rev in (False, True):
+            close(call(fused, rev), call(model, rev), 1e-5)
+
+
 def test_glow_blocks_train_the_same():
     net = nn.ModuleList([modules.GLOWCouplingBlock([(4,)], subnet_constructor=dense, clamp_activation="TANH")])
     x = torch.randn(20, 4, dtype=torch.float64)
