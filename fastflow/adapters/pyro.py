@@ -158,4 +158,4 @@ class ConditionalSpline(transforms.ConditionalSpline):
         raws = self.nn(context)
         if raws[0].shape[-1] == self.input_dim:
             return torch.cat([raw.transpose(-1, -2) for raw in raws], -1)
-        return torch.cat([raw.reshape(*raw.shape[:-1], self.input_dim, -1) for raw in raws], -1)
+        return torch.cat([raw.unflatten(-1, (self.input_dim, -1)) for raw in raws], -1)

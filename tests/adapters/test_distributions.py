@@ -119,6 +119,15 @@ def test_pyro_conditional_spline(dtype):
          [torch.randn(6, 5, dtype=dtype), torch.randn(6, 3, dtype=dtype)], 1)
 
 
+def test_pyro_conditional_spline_of_an_empty_batch():
+    T = pytest.importorskip("pyro.distributions.transforms")
+    layer = T.conditional_spline(6, 3, [8], order="quadratic")
+    layer, _ = accelerated(layer)
+    layer.condition(torch.randn(4, 3))(torch.randn(4, 6))
+    empty = layer.condition(torch.randn(0, 3))
+    assert empty(torch.randn(0, 6)).shape == empty.inv(torch.randn(0, 6)).shape == (0, 6)
+
+
 def test_pyro_spline_coupling_trains():
     dist = pytest.importorskip("pyro.distributions")
     model = torch.nn.ModuleList([quadratic_coupling(4, 2), quadratic_coupling(4, 2)]).double()
