@@ -34,7 +34,8 @@ def accelerate(model, *, verify=True, example=None, fix=False):
             diffusers at any depth.
         verify: hold every swapped layer against its original at its first call: outputs, inverse and gradients, on
             copies, leaving random generators and buffers as they were. A layer that differs becomes its original again
-            and a RuntimeWarning says so. Calls under torch.compile and torch.func don't count as the first.
+            and a RuntimeWarning says so. Calls under torch.compile and torch.func, or of data without a finite number,
+            don't count as the first.
         example: input, or a tuple of inputs, to verify with at once: the model runs on it (a density's log_prob; else
             its forward) and is put back in the state it was in. Layers that the run does not reach keep waiting.
         fix: where the host is known to be wrong, compute what is right; else the host's value wherever it is finite.
