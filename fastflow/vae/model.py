@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from fastflow import checks
 from fastflow.flows.base import as_base
 from fastflow.vae.elbo import ELBO, Inference, LossTerms
-from fastflow.vae.generation import Generation, for_network
+from fastflow.vae.generation import Generation, first_parameter, for_network
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
     ContinuousBernoulliLikelihood,
@@ -59,11 +59,17 @@ class VAE(Generation, nn.Module):
     def __init__(self, encoder, decoder, posterior="gaussian", prior=None, likelihood="bernoulli", *,
                  latent_shape=None, objective=None, conditional_prior=None):
         super().__init__()
+        posterior, likelihood = named("posterior", posterior, POSTERIORS), named("likelihood", likelihood, LIKELIHOODS)
+        for name, value in (("encoder", encoder), ("decoder", decoder), ("posterior", posterior)):
+            if not callable(value):
+                raise TypeError(f"{name}: expected a module or another callable, got {type(value).__name__}")
+        if not hasattr(likelihood, "log_prob"):
+            raise TypeError(f"likelihood: expected a name or an object with log_prob, got {type(likelihood).__name__}")
         self.encoder = encoder
         self.decoder = decoder
-        self.posterior = named("posterior", posterior, POSTERIORS)
+        self.posterior = posterior
         self.prior = prior
-        self.likelihood = named("likelihood", likelihood, LIKELIHOODS)
+        self.likelihood = likelihood
         if prior is not None and not (hasattr(prior, "log_prob") and hasattr(prior, "sample")):
             raise TypeError(f"prior: expected None or an object with log_prob and sample, got {type(prior).__name__}")
         if objective is not None and not callable(objective):
@@ -134,6 +140,7 @@ class VAE(Generation, nn.Module):
         replaced = own.elbo is not VAE.elbo or own._infer is not VAE._infer or own._terms is not VAE._terms
         if replaced or kl != "auto" or type(self.posterior) is not GaussianPosterior or not has_closed_kl(prior):
             return self.elbo(x, n_samples, beta, context=context, kl=kl, **noise)
+        self._check(x)
         single = n_samples == 1 and noise.get("eps") is None
         if single and context is None and prior is None and (terms := one_node(self, x, **noise)) is not None:
             return LossTerms(-terms[0], terms[1], beta)
@@ -186,7 +193,15 @@ class VAE(Generation, nn.Module):
             raise TypeError(f"posterior: expected log_prob(params, z), which {type(self.posterior).__name__} has not")
         return self.posterior.log_prob(params, z)
 
+    def _check(self, x):
+        """x is a tensor, not in float64 where the encoder works in less."""
+        checks.tensor("x", x, floating=False)
+        like = first_parameter(self.encoder) if x.dtype is torch.float64 else None
+        if like is not None and like.dtype is not torch.float64:
+            raise TypeError(f"x: expected {like.dtype} like the encoder's parameters, got {x.dtype}")
+
     def _encoded(self, x, context):
+        self._check(x)
         return self.encoder(x) if context is None else self.encoder(x, context)
 
     def _prior(self, context):

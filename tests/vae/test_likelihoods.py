@@ -44,7 +44,7 @@ UNIT = (torch.arange(200_000, dtype=torch.float64)[:, None] + 0.5) / 200_000
 
 
 @pytest.mark.parametrize(("likelihood", "grid", "step", "output"), [
-    (BernoulliLikelihood(), torch.tensor([[0.0], [1.0]]), 1.0, [-3.2]),
+    (BernoulliLikelihood(), torch.tensor([[0], [1]]), 1.0, [-3.2]),
     (CategoricalLikelihood(5), torch.arange(5)[:, None], 1.0, [0.3, -1.0, 2.0, 4.0, -9.0]),
     (PoissonLikelihood(), COUNTS, 1.0, [2.3]),
     (NegativeBinomialLikelihood(), COUNTS, 1.0, [2.1, 0.3]),
@@ -268,6 +268,23 @@ def test_level_samples_have_their_probabilities(likelihood):
     x = likelihood.sample(output.expand(n, -1), generator=torch.Generator().manual_seed(3))
     frequency = (x[:, None] == states).all(2).double().mean(0)
     assert ((frequency - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all()
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda each: type(each).__name__)
+def test_double_is_not_mixed(likelihood):
+    """But for integers, which every dtype holds."""
+    shape = (getattr(likelihood, "channels", 1),)
+    x, output = torch.zeros(2, *shape), torch.zeros(2, *likelihood.output_shape(shape))
+    assert likelihood.log_prob(x.long(), output.double()).dtype == torch.float64
+    with pytest.raises(TypeError, match="^x: expected a torch.Tensor"):
+        likelihood.log_prob(x.tolist(), output)
+    if likelihood.takes_integers:
+        torch.testing.assert_close(likelihood.log_prob(x.double(), output), likelihood.log_prob(x, output))
+        return
+    with pytest.raises(TypeError, match="^output: expected float64 like x"):
+        likelihood.log_prob(x.double(), output)
+    with pytest.raises(TypeError, match="^x: expected float64 like output"):
+        likelihood.log_prob(x, output.double())
 
 
 @pytest.mark.parametrize(("error", "make", "message"), [

@@ -242,6 +242,14 @@ def test_a_model_in_half_precision(posterior, dtype):
         assert {term.dtype for term in model.elbo(x, 2)} == {torch.float32} and model.sample(4).shape == (4, 3)
 
 
+def test_plain_functions_as_networks():
+    model = vae.VAE(lambda x: torch.cat([x, x], 1), lambda z: 2.0 * z, likelihood="gaussian")
+    with pytest.raises(ValueError, match="latent_shape: the shape of z is not known yet"):
+        model.sample(3)
+    assert model.elbo(torch.rand(4, 2)).elbo.shape == (4,)
+    assert model.sample(3).shape == (3, 2)
+
+
 def test_discrete_latents_in_half_precision():
     model = vae.DiscreteVAE(nn.Linear(3, 2), nn.Linear(2, 3), 2, estimator="rloo").bfloat16()
     bound = model.elbo(torch.rand(5, 3, dtype=torch.bfloat16), 2)
@@ -252,6 +260,14 @@ def test_discrete_latents_in_half_precision():
     (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 2), posterior="cauchy"), "posterior"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 2), likelihood="cauchy"), "likelihood"),
     (TypeError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 2), prior=nn.ReLU()), "prior"),
+    (TypeError, lambda: vae.VAE(3, nn.Linear(1, 2)), "encoder: expected a module"),
+    (TypeError, lambda: vae.VAE(nn.Linear(2, 2), 3), "decoder: expected a module"),
+    (TypeError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 2), posterior=3), "posterior: expected a module"),
+    (TypeError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 2), likelihood=3), "likelihood: expected a name"),
+    (TypeError, lambda: vae.MLPVAE((2,), 1, (4,)).elbo([[0.0, 1.0]]), "x: expected a torch.Tensor, got list"),
+    (TypeError, lambda: vae.MLPVAE((2,), 1, (4,))(X.numpy(), loss_only=True), "x: expected a torch.Tensor"),
+    (TypeError, lambda: vae.MLPVAE((2,), 1, (4,)).elbo(torch.rand(4, 2).double()), "x: expected torch.float32"),
+    (TypeError, lambda: vae.MLPVAE((2,), 1, (4,))(torch.rand(4, 2).double(), loss_only=True), "x: expected torch.floa"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 3))(torch.rand(4, 2)), "decoder output"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 3), nn.Linear(1, 2))(torch.rand(4, 2)), "params"),
     (ValueError, lambda: vae.GaussianPosterior("variance"), "scale"),

@@ -5,7 +5,7 @@ from torch import nn
 
 from fastflow import checks
 
-__all__ = ["Likelihood", "promoted", "sum_event"]
+__all__ = ["Likelihood", "operands", "promoted", "sum_event"]
 
 
 def sum_event(values, event_dims):
@@ -16,6 +16,15 @@ def sum_event(values, event_dims):
 def promoted(tensor):
     """The tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def operands(x, output, integers):
+    """(x, output) in one dtype, float32 or float64; ``integers`` in x, exact in every dtype, may have any."""
+    checks.tensor("x", x, floating=False)
+    output = promoted(output)
+    if x.is_floating_point() and not integers:
+        checks.no_mixed_double([("output", output), ("x", x)])
+    return x.to(output.dtype), output
 
 
 class Likelihood(nn.Module):
@@ -50,9 +59,10 @@ class Likelihood(nn.Module):
 
         Raises:
             ValueError: the output's shape does not fit x.
+            TypeError: x is no tensor, or it holds real numbers and one of the two is float64, the other in less.
         """
-        output = promoted(output)
-        x = (x[:, None] if x.dim() == 1 else x).to(output.dtype)
+        x, output = operands(x, output, self.takes_integers)
+        x = x[:, None] if x.dim() == 1 else x
         expected = (x.shape[0], *self.output_shape(x.shape[1:]))
         if output.shape[-x.dim():] != expected:
             raise ValueError(f"output: expected shape (*, {', '.join(map(str, expected))}), got {tuple(output.shape)}")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fastflow import checks
 from fastflow.draws import drawn
-from fastflow.vae.likelihoods.base import Likelihood, promoted, sum_event
+from fastflow.vae.likelihoods.base import Likelihood, operands, promoted, sum_event
 
 __all__ = ["DiscretizedLogisticLikelihood", "LogisticMixtureLikelihood"]
 
@@ -114,8 +114,7 @@ class LogisticMixtureLikelihood(Likelihood):
         return (self.n_components * self.params_per_component, *spatial)
 
     def log_prob(self, x, output):
-        output = promoted(output)
-        x = x.to(output.dtype)
+        x, output = operands(x, output, True)
         expected = (x.shape[0], *self.output_shape(x.shape[1:]))
         if output.shape[-x.dim():] != expected:
             raise ValueError(f"output: expected shape (*, {', '.join(map(str, expected))}), got {tuple(output.shape)}")
