@@ -237,9 +237,9 @@ def train(settings, out, title, resume):
     from fastflow.engine.trainer import Trainer
 
     loaded = checkpoint_to_resume(out, resume, warn)
-    out.mkdir(parents=True, exist_ok=True)
     console = Console()
     trainer = Trainer(settings, out, console, title)
+    out.mkdir(parents=True, exist_ok=True)  # nothing is left of a run that was refused
     examples, leads = trainer.data, trainer.processes.rank == 0
     if leads:
         shape = "x".join(map(str, examples.event_shape))

@@ -211,7 +211,11 @@ class Memory:
             return
         self.mode = "none"
         inner, x = unwrap(self.model), batch.x
-        rate, rest = per_image(lambda *part: self.objective(inner, *part)[0], inner, *batch)
+        try:
+            rate, rest = per_image(lambda *part: self.objective(inner, *part)[0], inner, *batch)
+        except (TypeError, ValueError):
+            self.mode = "auto"  # the step itself will say what is wrong, with the sizes of its own batch
+            return
         need, free = rest + rate * len(x), free_bytes(x.device)
         about = f"activations of {len(x)} images take about {_size(need)}"
         if free is None:

@@ -1,11 +1,14 @@
 """What a step minimises, in nats per example, and what an evaluation reports."""
 
+import contextlib
 import inspect
 import math
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastflow.engine.distributed import unwrap
+from fastflow.engine.buffers import Buffers
+from fastflow.engine.distributed import is_sharded, unwrap
 from fastflow.engine.pictures import levels
 from fastflow.flows import bits_per_dim, dequantize
 from fastflow.vae import (
@@ -18,7 +21,7 @@ from fastflow.vae import (
     iwae,
 )
 
-__all__ = ["NegativeELBO", "NegativeLogLikelihood", "levels_of", "objective_for"]
+__all__ = ["NegativeELBO", "NegativeLogLikelihood", "levels_of", "objective_for", "record_latent_shape"]
 
 
 def objective_for(model, *, n_bins=256, n_samples=1, beta=1.0):
@@ -81,6 +84,19 @@ def levels_of(model, x, n_bins):
     if isinstance(likelihood, BernoulliLikelihood):
         return levels((x.float() * (n_bins - 1) + 0.5) / n_bins - 0.5, n_bins)
     return levels(x - 0.5 if isinstance(likelihood, ContinuousBernoulliLikelihood) else x, n_bins)
+
+
+def record_latent_shape(model, objective, x, context=None):
+    """Tells a VAE that is to be compiled the shape of its z, which eager training sees by itself: from an encoder run
+    on no data, which leaves random numbers alone. What can't run so is left to VAE(latent_shape=)."""
+    inner = unwrap(model)
+    if not isinstance(inner, VAE) or inner.latent_shape is not None or is_sharded(model):
+        return
+    buffers = Buffers(inner)
+    with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        x, context = (t if t is None else fake.from_tensor(t, static_shapes=True) for t in (x, context))
+        inner.latent_shape = torch.Size(inner.encode(objective.prepare(inner, x)[0], context).shape[1:])
+    buffers.put_back()  # a counter of batches is counted even so
 
 
 class NegativeLogLikelihood(Objective):

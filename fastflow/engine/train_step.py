@@ -15,7 +15,7 @@ from fastflow.engine.errors import NonFiniteError
 from fastflow.engine.layout import Benchmarked, convolutions_to_channels_last
 from fastflow.engine.memory import DRIFT_BOUND, Memory
 from fastflow.engine.nonfinite import Replay, diagnose
-from fastflow.engine.objectives import objective_for
+from fastflow.engine.objectives import objective_for, record_latent_shape
 from fastflow.engine.precision import Conditioners
 from fastflow.engine.update import Update, can_skip, clear_gradients
 from fastflow.vae import Schedule
@@ -108,6 +108,10 @@ class TrainStep:
         if isinstance(beta, Schedule) and (compile or capture):  # which would take its value for a constant
             beta = beta.tensor(optimizer.param_groups[0]["params"][0].device)
         self.objective = objective_for(model, n_bins=n_bins, n_samples=n_samples, beta=beta)
+        own = {id(p) for p in model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(f"optimizer: expected one over the parameters of the {type(unwrap(model)).__name__}, got "
+                             f"one that holds none of them")
         self.model, self.optimizer = model, optimizer
         self.compile, self.capture = compile, bool(capture)
         if capture and memory in ("save_z", "invert"):
@@ -276,6 +280,7 @@ class TrainStep:
         compiled = torch.compile(self.objective, fullgraph=replicas(self.model) is None, **options)
 
         def loss(model, *batch):
+            record_latent_shape(model, self.objective, *batch[:2])
             for _, tensor in Batch(*batch).named():
                 if len(tensor) > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -44,6 +44,12 @@ def test_what_is_refused_is_named_on_one_line(capsys, arguments, named):
     assert named in refused(capsys, *arguments)
 
 
+def test_a_refused_run_leaves_no_directory(capsys, tmp_path):
+    many, out = "train.batch_size=999999", tmp_path / "runs" / "one"
+    assert "train.batch_size" in refused(capsys, "train", "glow-digits", "--set", many, "--out", out)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_runs_inside_a_directory_are_named(capsys, tmp_path):
     for name in ("beta-2", "beta-1"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)

@@ -82,6 +82,15 @@ def test_a_vae_and_a_tabular_flow_trace_whole():
     check(flows.RealNVP(4, n_layers=2, hidden=(8,)), (4,), integer=False)
 
 
+def test_the_latents_shape_is_known_afterwards():
+    """Of a decoder that does not begin with a linear layer; buffers and random numbers as without compiling."""
+    encoder = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 6))
+    model = VAE(encoder, nn.Sequential(nn.Tanh(), nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4))))
+    check(model, (1, 4, 4))
+    assert model.latent_shape == (3,) and model.sample(2).shape == (2, 1, 4, 4)
+    assert encoder[1].num_batches_tracked == 3
+
+
 def test_inductor():
     check(flows.RealNVP(2, n_layers=1, hidden=(4,)), (2,), batches=(4, 6), backend="inductor", exact=False,
           integer=False)

@@ -220,3 +220,18 @@ def test_other_models_optimizers_and_batches_are_refused():
                              (torch.zeros(2, 1, 2, 2, dtype=torch.bool), TypeError, "x: .* got torch.bool")):
         with pytest.raises(kind, match=message):
             step(x)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = RealNVP(4, n_layers=2), RealNVP(4, n_layers=2)
+    with pytest.raises(ValueError, match="optimizer: expected one over the parameters of the RealNVP"):
+        TrainStep(model, torch.optim.SGD(other.parameters(), 0.1))
+
+
+def test_a_context_that_a_flow_does_not_take_is_reported_with_its_own_size():
+    model = RealNVP(4, n_layers=2)
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ValueError, match=r"context: .*\(8, 3\)"):
+        step(torch.randn(8, 4), torch.randn(8, 3))
+    step(torch.randn(8, 4))
+    assert step.memory.mode == "none"
