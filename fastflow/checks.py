@@ -48,6 +48,13 @@ def shape(name, value, expected):
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(value.shape)}")
 
 
+def events(name, value, event_shape):
+    """``value`` is a batch (B, *event_shape)."""
+    if value.dim() == 0 or tuple(value.shape[1:]) != tuple(event_shape):
+        expected = (value.shape[0] if value.dim() else "B", *event_shape)
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
+
+
 def same_device(name, value, reference_name, like):
     """``value`` is on ``like``'s device."""
     if value.device != like.device:

@@ -7,6 +7,7 @@ gradients are batched by vmap (is_grads_batched), it computes by this instead.
 import functools
 
 import torch
+from torch._C._dynamo import eval_frame
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from fastflow import backends
@@ -22,6 +23,24 @@ def outside_inference_mode(function):
             return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             return function(*map(_recordable, args), **{name: _recordable(t) for name, t in kwargs.items()})
+    return call
+
+
+def uncompiled(function):
+    """The function, which takes gradients of its own in its forward pass and runs until it has converged: torch.compile
+    breaks its graph there and leaves it to eager. torch.compiler.disable does the same and imports Dynamo to do it."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        callback = eval_frame.set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            eval_frame.set_eval_frame(callback)
+
+    call._torchdynamo_disable = True
+    if hasattr(eval_frame, "set_code_exec_strategy"):  # else Dynamo looks at this frame itself, and says so
+        skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+        eval_frame.set_code_exec_strategy(call.__code__, eval_frame._FrameExecStrategy(skip, default))
     return call
 
 

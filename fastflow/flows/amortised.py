@@ -47,5 +47,5 @@ class Amortised(nn.Module):
 def vectors(name, x, features, parameter):
     """x is (B, features), and not of another precision than the parameter if either is float64."""
     checks.tensor(name, x)
-    checks.shape(name, x, (x.shape[0], features))
+    checks.events(name, x, (features,))
     checks.no_mixed_double([("start", parameter), (name, x)])

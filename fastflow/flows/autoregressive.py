@@ -97,7 +97,7 @@ class MaskedAutoregressive(nn.Module):
         """(x, logdet) of z (B, D), feature by feature."""
         network = self.network
         checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], network.features))
+        checks.events("z", z, (network.features,))
         checks.no_mixed_double([("weight", network.layers[0].weight), ("z", z)])
         sweep = network.sweep(z.shape[0], context)
         found, total = [], None

@@ -6,13 +6,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributions import Distribution, transform_to
+from torch.distributions import Distribution, constraints, transform_to
 
 from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.flows.logdets import sum_event
 
-__all__ = ["Base", "StandardLogistic", "StandardNormal", "as_base", "centred", "seeded"]
+__all__ = ["Base", "StandardLogistic", "StandardNormal", "as_base", "centred", "seeded", "to_support"]
 
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -41,7 +41,7 @@ class Base(nn.Module):
 
     def _checked(self, z):
         checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], *self.event_shape))
+        checks.events("z", z, self.event_shape)
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def _noise(self, n, like, generator, draw=torch.randn):
@@ -97,6 +97,15 @@ class StandardLogistic(Base):
         return 2.0 * temperature * torch.atanh(2.0 * u)  # the logit of u + 1/2
 
 
+def to_support(support):
+    """torch.distributions.transform_to(support), and for a mixture, which torch leaves out, that of its first
+    component."""
+    if not isinstance(support, constraints.MixtureSameFamilyConstraint):
+        return transform_to(support)
+    component, dim = to_support(support.base_constraint), -1 - support.event_dim
+    return lambda u: component(u.unsqueeze(dim)).select(dim, 0)
+
+
 class _DistributionBase:
     """A torch.distributions object as a base; batch dimensions count as dimensions of the event."""
 
@@ -106,6 +115,8 @@ class _DistributionBase:
 
     def log_prob(self, z, temperature=1.0):
         distribution = self._tempered(temperature)
+        if z.numel() == 0:
+            return z.flatten(1).sum(1) if z.dim() > 1 else z.clone()
         support = distribution.support
         missing, infinite = torch.isnan(z), torch.isinf(z)
         if support.event_dim:
@@ -114,7 +125,7 @@ class _DistributionBase:
         if support.event_dim:
             spread = inside.view(inside.shape + (1,) * support.event_dim)
         # A point of the support stands in where z has left it, so that neither value nor gradient become NaN.
-        safe = torch.where(spread, z, transform_to(support)(torch.zeros_like(z)))
+        safe = torch.where(spread, z, to_support(support)(torch.zeros_like(z)))
         value = torch.where(inside, distribution.log_prob(safe), -torch.inf)
         value = torch.where(missing, torch.nan, value)
         if value.dim() < 2:

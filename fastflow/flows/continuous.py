@@ -1,10 +1,12 @@
 """Continuous flows: the noise flows along a velocity field to the data; FFJORD and flow matching."""
 
+import math
+
 import torch
 from torch import nn
 
 from fastflow import checks
-from fastflow.autograd.differentiable import outside_inference_mode
+from fastflow.autograd.differentiable import outside_inference_mode, uncompiled
 from fastflow.draws import drawn
 from fastflow.flows.base import StandardNormal, as_base
 from fastflow.flows.flow import Flow
@@ -13,6 +15,9 @@ from fastflow.flows.transform import Compose
 from fastflow.nn import MLP
 
 __all__ = ["CONFIGS", "FFJORD", "ContinuousTransform", "VelocityMLP", "flow_matching_loss"]
+
+
+EXACT_IN_TRAINING = 8  # elements up to which "auto" takes the exact trace in training, too
 
 
 class VelocityMLP(nn.Module):
@@ -49,8 +54,8 @@ class ContinuousTransform(nn.Module):
     Args:
         field: module, called as field(t, x) or field(t, x, context) with t 0-d, (B,) in training by flow matching;
             returns the velocity, like x. Its attribute ``event_shape``, if there is one, is held against x.
-        trace: "exact" (D backward passes per evaluation), "hutchinson" (one), or "auto": Hutchinson's in training,
-            exact in eval mode.
+        trace: "exact" (D backward passes per evaluation), "hutchinson" (one), or "auto": exact in eval mode and for
+            events of up to 8 elements, else Hutchinson's in training.
         method, rtol, atol, options: of torchdiffeq.odeint. Adaptive steps are chosen for the batch as a whole.
         adjoint: gradients by integrating the adjoint equation backwards, in memory that doesn't grow with the steps, to
             the tolerances; else by differentiating the solver's steps, which also has second derivatives.
@@ -77,14 +82,19 @@ class ContinuousTransform(nn.Module):
 
     @property
     def estimates(self):
-        """Whether the log-determinant of training depends on random numbers."""
-        return self.trace != "exact"
+        """Whether the log-determinant of training depends on random numbers, or may, where the events' size is not
+        known."""
+        shape = getattr(self.field, "event_shape", None)
+        return self.trace != "exact" and (self.trace == "hutchinson" or shape is None
+                                          or math.prod(shape) > EXACT_IN_TRAINING)
 
+    @uncompiled
     @outside_inference_mode
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats."""
         return self._integrate("x", x, context, 1.0, 0.0)
 
+    @uncompiled
     @outside_inference_mode
     def inverse(self, z, context=None):
         """(x, logdet) of z."""
@@ -105,7 +115,7 @@ class ContinuousTransform(nn.Module):
         if x.dim() < 2:
             raise ValueError(f"{name}: expected shape (B, *event), got {tuple(x.shape)}")
         if hasattr(self.field, "event_shape"):
-            checks.shape(name, x, (x.shape[0], *self.field.event_shape))
+            checks.events(name, x, self.field.event_shape)
         parameters = tuple(self.field.parameters()) if isinstance(self.field, nn.Module) else ()
         checks.no_mixed_double([(name, x), *(("weight", p) for p in parameters[:1])])
         if x.numel() == 0:
@@ -113,7 +123,8 @@ class ContinuousTransform(nn.Module):
         finite = torch.isfinite(x).flatten(1).all(1)
         spread = finite.view(-1, *(1,) * (x.dim() - 1))
         state = (torch.where(spread, x, 0.0), x.new_zeros(x.shape[0]))
-        exact = self.trace == "exact" or (self.trace == "auto" and not self.training)
+        few = not self.training or math.prod(x.shape[1:]) <= EXACT_IN_TRAINING
+        exact = self.trace == "exact" or (self.trace == "auto" and few)
         probe = None if exact else torch.empty_like(x).bernoulli_(0.5).mul_(2.0).sub_(1.0).detach()
 
         def rate(t, state):
@@ -209,8 +220,8 @@ CONFIGS = {name: {"features": FEATURES[name], "n_layers": n_layers, "hidden": (f
 class FFJORD(Flow):
     """Free-form continuous flow: a :class:`VelocityMLP` integrated from N(0, I) to the data.
 
-    Trained by its likelihood, with Hutchinson's trace in training and the exact one in eval mode, or by
-    :func:`flow_matching_loss`. It starts as the identity.
+    Trained by its likelihood, whose trace is exact in eval mode and for few features, or by :func:`flow_matching_loss`.
+    It starts as the identity.
 
     Args:
         features: D >= 1.

@@ -78,6 +78,7 @@ class Flow(nn.Module):
         """
         if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
             return self._log_prob_of_integers(x, context)
+        _check_context(x, context)
         z, logdet = self.transform(x, self.context_of_transform(context))
         return as_base(self.base).log_prob(z, **self._of_base(context)) + logdet
 
@@ -208,14 +209,15 @@ class Flow(nn.Module):
         return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
     def _noise(self, n, context, generator, temperature):
+        checks.number("temperature", temperature)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
         n = checks.count("n", n)
         lead = (n,)
         if context is not None:
-            checks.tensor("context", context, floating=False)
-            if context.dim() < 1:
-                raise ValueError("context: expected shape (B, ...), got ()")
+            _check_context(None, context)
             lead = (n, context.shape[0])
             context = context.expand(n, *context.shape).flatten(0, 1)
         z = as_base(self.base).sample(math.prod(lead), generator=generator, temperature=temperature,
@@ -224,6 +226,18 @@ class Flow(nn.Module):
 
     def _of_base(self, context):
         return {"context": context} if getattr(self.base, "conditional", False) else {}
+
+
+def _check_context(x, context):
+    """``context`` is None or a tensor (B, ...), with the batch of x where x is a tensor."""
+    if context is None:
+        return
+    checks.tensor("context", context, floating=False)
+    if context.dim() < 1:
+        raise ValueError("context: expected shape (B, ...), got ()")
+    if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != context.shape[0]:
+        raise ValueError(f"context: expected the batch size of x of shape {tuple(x.shape)}, got shape "
+                         f"{tuple(context.shape)}")
 
 
 class FlowDistribution(Distribution):
@@ -262,12 +276,16 @@ class FlowDistribution(Distribution):
         if value.dim() < event_dims or value.shape[value.dim() - event_dims:] != self.event_shape:
             raise ValueError(f"value: expected shape (*, {', '.join(map(str, self.event_shape))}), got "
                              f"{tuple(value.shape)}")
-        lead = torch.broadcast_shapes(value.shape[:value.dim() - event_dims], self.batch_shape)
+        try:
+            lead = torch.broadcast_shapes(value.shape[:value.dim() - event_dims], self.batch_shape)
+        except RuntimeError:
+            raise ValueError(f"value: expected a shape that broadcasts with "
+                             f"{tuple(self.batch_shape + self.event_shape)}, got {tuple(value.shape)}") from None
         context = self.context
         if context is not None:
             own = context.shape[len(self.batch_shape):]
             context = context.expand(*lead, *own).reshape(-1, *own)
-        value = value.expand(*lead, *self.event_shape)
+        value = value.expand(lead + self.event_shape)
         return self.flow.log_prob(value.reshape(-1, *self.event_shape), context).reshape(lead)
 
     def sample(self, sample_shape=()):
@@ -280,7 +298,7 @@ class FlowDistribution(Distribution):
             x = self.flow.rsample(math.prod(shape + self.batch_shape))
         else:
             x = self.flow.rsample(math.prod(shape), context.reshape(-1, *context.shape[len(self.batch_shape):]))
-        return x.reshape(*shape, *self.batch_shape, *self.event_shape)
+        return x.reshape(shape + self.batch_shape + self.event_shape)
 
 
 @functools.cache

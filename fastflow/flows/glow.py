@@ -187,7 +187,7 @@ class GlowTransform(nn.Module):
     def unpack(self, z):
         """The latents (B, C, H, W) of each level, finest first, that z (B, D) packs."""
         checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], math.prod(self.event_shape)))
+        checks.events("z", z, (math.prod(self.event_shape),))
         parts = torch.split(z, [math.prod(shape) for shape in self.latent_shapes], 1)
         return [part.reshape(-1, *shape) for part, shape in zip(parts, self.latent_shapes, strict=True)]
 
@@ -196,7 +196,7 @@ class GlowTransform(nn.Module):
 
     def _check(self, x, context):
         checks.tensor("x", x)
-        checks.shape("x", x, (x.shape[0], *self.event_shape))
+        checks.events("x", x, self.event_shape)
         self._check_context(context)
 
     def _check_context(self, context):

@@ -32,8 +32,8 @@ def jacobian(function, x):
                              f"{tuple(z.shape)}")
         flat = z.reshape(len(x), math.prod(x.shape[1:]))
         rows = [torch.autograd.grad(column.sum(), x, create_graph=create_graph, retain_graph=True,
-                                    materialize_grads=True)[0].flatten(1) if column.requires_grad
-                else torch.zeros_like(x).flatten(1) for column in flat.unbind(1)]
+                                    materialize_grads=True)[0].reshape(flat.shape) if column.requires_grad
+                else torch.zeros_like(flat) for column in flat.unbind(1)]
     matrix = torch.stack(rows, 1) if rows else x.new_zeros(len(x), 0, 0)
     return (z, matrix) if create_graph else (z.detach(), matrix)
 
@@ -77,11 +77,11 @@ class Lambda(nn.Module):
 
     @outside_inference_mode
     def forward(self, x, context=None):
-        """(z, logdet) of x (B, *event), logdet (B,) in nats in x's dtype; ``context`` is ignored."""
+        """(z, logdet) of x (B, *event), logdet (B,) in nats, in float32 at least; ``context`` is ignored."""
         checks.tensor("x", x)
         if self.mode == "exact":
             z, matrix = jacobian(self._in_double, x.double())
-            return z.to(x.dtype), torch.linalg.slogdet(matrix)[1].to(x.dtype)
+            return z.to(x.dtype), torch.linalg.slogdet(matrix)[1].to(torch.promote_types(x.dtype, torch.float32))
         return self._estimate(x)
 
     @outside_inference_mode

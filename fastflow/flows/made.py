@@ -86,7 +86,7 @@ class MADE(nn.Module):
     def forward(self, x, context=None):
         """Params (B, P*D) of x (B, D), given the context (B, context_features) if the network was built for one."""
         checks.tensor("x", x)
-        checks.shape("x", x, (x.shape[0], self.features))
+        checks.events("x", x, (self.features,))
         checks.no_mixed_double([("weight", self.layers[0].weight), ("x", x)])
         h = self.layers[0](x)
         shift = self.context_shift(x.shape[0], context)

@@ -184,12 +184,12 @@ class Flatten(nn.Module):
 
     def forward(self, x, context=None):
         checks.tensor("x", x)
-        checks.shape("x", x, (x.shape[0], *self.event_shape))
+        checks.events("x", x, self.event_shape)
         return x.reshape(x.shape[0], math.prod(self.event_shape)), zero_logdet(x)
 
     def inverse(self, z, context=None):
         checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], math.prod(self.event_shape)))
+        checks.events("z", z, (math.prod(self.event_shape),))
         return z.reshape(z.shape[0], *self.event_shape), zero_logdet(z)
 
     def noise_shape(self, event_shape):
@@ -292,7 +292,7 @@ class Split(nn.Module):
     def split(self, x, logdet=None, context=None):
         """(x1, z2, logdet) of x (B, C, *S), z2 (B, C - C // 2, *S); a running ``logdet`` (B,) is added."""
         checks.tensor("x", x)
-        checks.shape("x", x, (x.shape[0], *self.event_shape))
+        checks.events("x", x, self.event_shape)
         x1, x2 = torch.split(x, self.sizes, 1)
         if self.prior is None:
             return x1, x2, zero_logdet(x) if logdet is None else logdet
@@ -357,6 +357,6 @@ class Split(nn.Module):
 
     def _unpack(self, z):
         checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], math.prod(self.event_shape)))
+        checks.events("z", z, (math.prod(self.event_shape),))
         size = math.prod(self.latent_shape)
         return z[:, :size].reshape(-1, *self.latent_shape), z[:, size:].reshape(-1, *self.rest_shape)

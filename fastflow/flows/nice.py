@@ -39,7 +39,7 @@ class DiagonalScale(nn.Module):
 
     def _check(self, name, x):
         checks.tensor(name, x)
-        checks.shape(name, x, (x.shape[0], len(self.log_scale)))
+        checks.events(name, x, (len(self.log_scale),))
         checks.no_mixed_double([("log_scale", self.log_scale), (name, x)])
 
 

@@ -45,7 +45,7 @@ class Patchify(nn.Module):
     def forward(self, x, context=None):
         """(tokens (B, T, D), logdet (B,)) of x (B, C, H, W)."""
         checks.tensor("x", x)
-        checks.shape("x", x, (x.shape[0], *self.image_shape))
+        checks.events("x", x, self.image_shape)
         blocks = x.unflatten(3, (self.columns, self.patch_size)).unflatten(2, (self.rows, self.patch_size))
         z = blocks.permute(*((0, 2, 4, 3, 5, 1) if self.channels_last else (0, 2, 4, 1, 3, 5)))
         z = z.reshape(x.shape[0], *self.token_shape)
@@ -54,7 +54,7 @@ class Patchify(nn.Module):
     def inverse(self, z, context=None):
         """(images (B, C, H, W), logdet (B,)) of z (B, T, D)."""
         checks.tensor("z", z)
-        checks.shape("z", z, (z.shape[0], *self.token_shape))
+        checks.events("z", z, self.token_shape)
         size, channels = self.patch_size, self.image_shape[0]
         patch = (size, size, channels) if self.channels_last else (channels, size, size)
         blocks = z.reshape(z.shape[0], self.rows, self.columns, *patch)

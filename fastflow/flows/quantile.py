@@ -4,9 +4,10 @@ import math
 
 import torch
 from torch import nn
-from torch.distributions import Distribution, transform_to
+from torch.distributions import Distribution
 
 from fastflow import checks
+from fastflow.flows.base import to_support
 from fastflow.flows.logdets import sum_event
 from fastflow.flows.scalar import strictly_inside
 
@@ -69,17 +70,17 @@ class CDF(nn.Module):
         return torch.where(missing, math.nan, x), sum_event(torch.where(missing, math.nan, slope))
 
     def _inner(self, like):
-        return transform_to(self.distribution.support)(torch.zeros_like(like))
+        return to_support(self.distribution.support)(torch.zeros_like(like))
 
     def _solve(self, z):
         """x with F(x) = z."""
-        to_support = transform_to(self.distribution.support)
+        value_of = to_support(self.distribution.support)
         with torch.no_grad():
             # In the unconstrained u, of which x is a monotone function, for every support alike.
             low, high = torch.full_like(z, -1.0), torch.full_like(z, 1.0)
-            rising = (to_support(high) > to_support(low)).all()
-            value = (lambda u: self.distribution.cdf(to_support(u))) if rising else (
-                lambda u: self.distribution.cdf(to_support(-u)))
+            rising = (value_of(high) > value_of(low)).all()
+            value = (lambda u: self.distribution.cdf(value_of(u))) if rising else (
+                lambda u: self.distribution.cdf(value_of(-u)))
             for _ in range(12):
                 low = torch.where(value(low) > z, 2.0 * low, low)
                 high = torch.where(value(high) < z, 2.0 * high, high)
@@ -87,7 +88,7 @@ class CDF(nn.Module):
                 middle = 0.5 * (low + high)
                 above = value(middle) > z
                 low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-            x = to_support(0.5 * (low + high) * (1.0 if rising else -1.0))
+            x = value_of(0.5 * (low + high) * (1.0 if rising else -1.0))
             slope = torch.exp(self.distribution.log_prob(x))
         # One step of Newton's method, whose derivative is that of the implicit function.
         return x - (self.distribution.cdf(x) - z) / slope

@@ -6,6 +6,7 @@ from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.tabular import halves, masked_configs
 from fastflow.flows.transform import Compose
+from fastflow.functional import ScaleMap
 from fastflow.nn import MLP, ActNorm, AffineCoupling
 
 __all__ = ["CONFIGS", "RealNVP"]
@@ -37,9 +38,11 @@ class RealNVP(Flow):
 
     def __init__(self, features, *, n_layers=8, hidden=(64, 64), context_features=None, scale="tanh",
                  activation=nn.ReLU):
-        layers = []
+        scale, layers = ScaleMap.of(scale), []
+        per_feature = 1 if scale.kind == "additive" else 2  # the shift alone
         for passive, active, flip in halves(features, n_layers):
-            conditioner = MLP(passive, 2 * active, hidden, context_features=context_features, activation=activation)
+            conditioner = MLP(passive, per_feature * active, hidden, context_features=context_features,
+                              activation=activation)
             layers.append(AffineCoupling(conditioner, flip=flip, scale=scale))
         super().__init__(Compose(ActNorm(features), *layers), StandardNormal((features,)))
         self.features = features

@@ -10,6 +10,7 @@ from fastflow.flows.multiscale import Split, Squeeze
 from fastflow.flows.permutation import Permute
 from fastflow.flows.scalar import Affine, Logit
 from fastflow.flows.transform import Compose
+from fastflow.functional import ScaleMap
 from fastflow.nn import ActNorm, AffineCoupling, ConvResNet
 
 __all__ = ["CONFIGS", "RealNVPImage", "image_logit"]
@@ -63,6 +64,9 @@ class RealNVPImage(Flow):
         image_shape = check_image_model(image_shape, 2**(n_levels - 1) if n_levels > 0 else 1, n_levels=n_levels,
                                         n_couplings=n_couplings, hidden_channels=hidden_channels)
 
+        scale = ScaleMap.of(scale)
+        per_channel = 1 if scale.kind == "additive" else 2  # the shift alone
+
         def net(in_channels, out_channels, level, factor):
             context = {"context_features": context_features}
             if context_channels is not None:
@@ -74,7 +78,7 @@ class RealNVPImage(Flow):
             last = level == n_levels - 1
             layers = []
             for index in range(n_couplings + last):
-                coupling = AffineCoupling(net(channels, 2 * channels, level, 2**level), split="checkerboard",
+                coupling = AffineCoupling(net(channels, per_channel * channels, level, 2**level), split="checkerboard",
                                           flip=index % 2 == 1, scale=scale)
                 layers += [ActNorm(channels), coupling]
             if last:
@@ -84,7 +88,7 @@ class RealNVPImage(Flow):
             layers += [Squeeze(), by_pixel]
             half = 2 * channels
             for index in range(n_couplings):
-                layers += [ActNorm(2 * half), AffineCoupling(net(half, 2 * half, level, 2**(level + 1)),
+                layers += [ActNorm(2 * half), AffineCoupling(net(half, per_channel * half, level, 2**(level + 1)),
                                                              flip=index % 2 == 1, scale=scale)]
             rest = Compose(*scales((half, height // 2, width // 2), level + 1))
             return [*layers, Split((2 * half, height // 2, width // 2), rest)]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks, functional
-from fastflow.autograd.differentiable import outside_inference_mode
+from fastflow.autograd.differentiable import outside_inference_mode, uncompiled
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.jacobian import jacobian
@@ -26,14 +26,16 @@ MAX_TERMS = 2000  # of the Neumann series of an implicit gradient: L = 0.98 to f
 class InvertibleResidual(nn.Module):
     """z = x + g(x), invertible because g is a contraction: |g(x) - g(y)| <= L |x - y| with L < 1.
 
-    log|det(I + J)| = sum_k (-1)^(k+1) tr(J^k) / k. In training it is estimated without bias: the trace by
+    log|det(I + J)| = sum_k (-1)^(k+1) tr(J^k) / k. In training it can be estimated without bias: the trace by
     Hutchinson's v'J^k v, the sum by Russian roulette, which goes on after ``n_exact_terms`` with probability
     1 - ``stop`` and divides each later term by the probability of being reached. The gradient is
     v' (sum_k (-1)^k J^k) dJ v, estimated in the same way: only one product with J enters the graph, so that memory
     doesn't grow with the terms.
 
-    In eval mode it is exact, the determinant of the Jacobian, for events of up to ``exact_features`` elements D; above,
-    the series of ``n_eval_terms`` terms under the probes, short by at most :meth:`truncation_bound` in expectation.
+    It is exact, the determinant of the Jacobian, for events of up to ``exact_features`` elements D in eval mode and of
+    up to ``exact_training_features`` in training, which takes D backward passes where an estimate takes six on average.
+    Above, eval mode takes the series of ``n_eval_terms`` terms under the probes, short by at most
+    :meth:`truncation_bound` in expectation.
 
     The inverse iterates x <- z - g(x), which gains a factor L each time; its first and second derivatives are those of
     the implicit function.
@@ -42,7 +44,8 @@ class InvertibleResidual(nn.Module):
         net: module g, called as net(x) or net(x, context), such as :class:`LipschitzMLP` or
             :class:`LipschitzConvNet`; one with a method ``bind(context)`` gives a function of x that is used throughout
             a call. Its attributes ``bound`` and ``event_shape``, if there are any, are taken for L and the shape of x.
-        exact_features: up to how many elements eval mode takes the determinant.
+        exact_features, exact_training_features: up to how many elements the determinant is taken in eval mode and in
+            training.
         n_exact_terms: terms that are always evaluated in training.
         stop: probability of stopping after each further term. The variance is finite where L^2 < 1 - stop, and may be
             elsewhere.
@@ -60,14 +63,14 @@ class InvertibleResidual(nn.Module):
         Chen et al., "Residual flows for invertible generative modeling", 2019, arXiv:1906.02735.
     """
 
-    estimates = True  # the log-determinant in training, by random numbers
-
-    def __init__(self, net, *, exact_features=16, n_exact_terms=4, stop=0.5, n_probes=1, n_eval_terms=40,
-                 tolerance=None, max_iterations=2000):
+    def __init__(self, net, *, exact_features=16, exact_training_features=8, n_exact_terms=4, stop=0.5, n_probes=1,
+                 n_eval_terms=40, tolerance=None, max_iterations=2000):
         super().__init__()
         if not callable(net):
             raise TypeError(f"net: expected a module, got {type(net).__name__}")
-        for name, value, least in (("exact_features", exact_features, 0), ("n_exact_terms", n_exact_terms, 0),
+        for name, value, least in (("exact_features", exact_features, 0),
+                                   ("exact_training_features", exact_training_features, 0),
+                                   ("n_exact_terms", n_exact_terms, 0),
                                    ("n_probes", n_probes, 1), ("n_eval_terms", n_eval_terms, 1),
                                    ("max_iterations", max_iterations, 1)):
             checks.count(name, value, least)
@@ -77,16 +80,26 @@ class InvertibleResidual(nn.Module):
             raise ValueError(f"tolerance: expected a positive number or None, got {tolerance!r}")
         if getattr(net, "bound", 0.0) >= 1.0:
             raise ValueError(f"net: expected a Lipschitz bound below 1, got {net.bound!r}")
-        self.net, self.exact_features, self.n_exact_terms, self.stop = net, exact_features, n_exact_terms, stop
+        self.net, self.n_exact_terms, self.stop = net, n_exact_terms, stop
+        self.exact_features, self.exact_training_features = exact_features, exact_training_features
         self.n_probes, self.n_eval_terms = n_probes, n_eval_terms
         self.tolerance, self.max_iterations = tolerance, max_iterations
 
+    @property
+    def estimates(self):
+        """Whether the log-determinant of training depends on random numbers, or may, where the events' size is not
+        known."""
+        shape = getattr(self.net, "event_shape", None)
+        return shape is None or math.prod(shape) > self.exact_training_features
+
+    @uncompiled
     @outside_inference_mode
     def forward(self, x, context=None):
-        """(z, logdet) of x (B, *event), logdet (B,) in nats; in training logdet is random, without bias."""
+        """(z, logdet) of x (B, *event), logdet (B,) in nats."""
         self._check("x", x)
         return self._evaluate(x, self._function(context))
 
+    @uncompiled
     @outside_inference_mode
     def inverse(self, z, context=None):
         """(x, logdet) of z."""
@@ -111,7 +124,7 @@ class InvertibleResidual(nn.Module):
         parameter = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
         checks.no_mixed_double([("weight", parameter), (name, x)])
         if hasattr(self.net, "event_shape"):
-            checks.shape(name, x, (x.shape[0], *self.net.event_shape))
+            checks.events(name, x, self.net.event_shape)
 
     def _function(self, context):
         if hasattr(self.net, "bind"):
@@ -119,7 +132,7 @@ class InvertibleResidual(nn.Module):
         return self.net if context is None else lambda x: self.net(x, context)
 
     def _evaluate(self, x, function):
-        if not self.training and math.prod(x.shape[1:]) <= self.exact_features:
+        if math.prod(x.shape[1:]) <= (self.exact_training_features if self.training else self.exact_features):
             z, matrix = jacobian(lambda t: t + function(t), x)
             return z, functional.slogdet(matrix)[1]
         return self._estimate(x, function)
@@ -223,7 +236,7 @@ class _Solve(torch.autograd.Function):
 class ResidualFlow(Flow):
     """Invertible residual blocks of fully connected networks, each behind an ActNorm, and one more at the end.
 
-    Densities are exact in eval mode up to ``exact_features`` and estimated without bias in training, see
+    Densities of few features are exact, those of more are estimated without bias in training, see
     :class:`InvertibleResidual`; the base is N(0, I).
 
     Args:

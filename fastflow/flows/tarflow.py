@@ -115,7 +115,7 @@ class TarFlowBlock(nn.Module):
     def check(self, name, value, context):
         """The arguments of both directions fit."""
         checks.tensor(name, value)
-        checks.shape(name, value, (value.shape[0], *self.token_shape))
+        checks.events(name, value, self.token_shape)
         checks.no_mixed_double([("weight", self.network.proj_in.weight), (name, value)])
         if context is None:
             return

@@ -100,7 +100,7 @@ class GatedAttentionNet(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x, context=None):
-        checks.shape("x", x, (x.shape[0], self.first.in_channels, *self.size))
+        checks.events("x", x, (self.first.in_channels, *self.size))
         shift = self.context(x, context)
         h = self.first(x) if shift is None else self.first(x) + shift
         for conv, *attention in self.blocks:

@@ -154,6 +154,73 @@ def test_as_distribution():
     assert plain.log_prob(plain.sample()).shape == ()
 
 
+@pytest.mark.parametrize("base", [torch.distributions.Normal(0.0, 1.0), flows.StandardNormal(())], ids=["torch", "own"])
+def test_as_distribution_of_numbers(base):
+    distribution, law = flows.Flow(flows.Log(), base).as_distribution(), torch.distributions.LogNormal(0.0, 1.0)
+    assert distribution.batch_shape == distribution.event_shape == ()
+    for shape in ((), (4,), (2, 3)):
+        x = distribution.sample(shape)
+        assert x.shape == shape
+        torch.testing.assert_close(distribution.log_prob(x), law.log_prob(x))
+    assert distribution.expand((3,)).sample((2,)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("components", "below"), [
+    (torch.distributions.Normal(torch.tensor([-1.0, 1.0]), 1.0), False),
+    (torch.distributions.Uniform(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])), True),
+    (torch.distributions.Independent(torch.distributions.Gamma(torch.ones(2, 3), 1.0), 1), True)],
+    ids=["real", "an interval each", "positive vectors"])
+def test_mixtures_as_bases(components, below):
+    """``below``: whether they have no mass below 0."""
+    law = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.tensor([0.3, 0.7])), components)
+    flow = flows.Flow(flows.Affine(torch.tensor(1.0), torch.tensor(2.0)), law)
+    # Of its samples those in every component's support, where alone torch says that it has a density.
+    x = flow.sample(20)
+    z, logdet = flow.transform(x)
+    inside = law.support.check(z)
+    torch.testing.assert_close(flow.log_prob(x)[inside], law.log_prob(z[inside]) + logdet[inside])
+    assert inside.any()
+    if below:
+        outside = torch.full_like(x, -9.0).requires_grad_()
+        log_prob = flow.log_prob(outside)
+        assert (log_prob == -math.inf).all()
+        if log_prob.requires_grad:  # a uniform density doesn't depend on where
+            assert torch.autograd.grad(log_prob.sum(), outside)[0].isfinite().all()
+
+
+def test_a_mixture_s_cdf():
+    law = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.tensor([0.3, 0.7])),
+                                                torch.distributions.Normal(torch.tensor([-1.0, 1.0]).double(), 1.0))
+    transform, x = flows.CDF(law), torch.randn(50, 2, dtype=torch.float64)
+    z, logdet = transform(x)
+    torch.testing.assert_close(z, law.cdf(x))
+    back, inverse = transform.inverse(z)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse, -logdet)
+
+
+@pytest.mark.parametrize("law", [
+    torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), torch.ones(2)), 1),
+    torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+    torch.distributions.Normal(torch.zeros(2), 1.0)], ids=lambda law: type(law).__name__)
+def test_an_empty_batch_under_a_law_of_torch(law):
+    x = torch.zeros(0, 2, requires_grad=True)
+    log_prob = flows.Flow(flows.Reverse(), law).log_prob(x)
+    assert log_prob.shape == (0,) and torch.autograd.grad(log_prob.sum(), x)[0].shape == (0, 2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: flows.RealNVP(3, n_layers=2, hidden=(4,), scale="additive"),
+    lambda: flows.RealNVPImage((2, 4, 4), 2, 1, 4, 1, alpha=None, scale="additive")], ids=["tabular", "images"])
+def test_additive_couplings(make):
+    flow = scattered(make().double().eval(), 0.3)
+    x = torch.rand(2, *((3,) if isinstance(flow, flows.RealNVP) else (2, 4, 4)), dtype=torch.float64) - 0.5
+    z, logdet = flow.transform(x)
+    matrix = torch.autograd.functional.jacobian(lambda x: flow.transform(x[None])[0][0], x[0]).reshape(z.shape[1], -1)
+    torch.testing.assert_close(logdet[0], torch.linalg.slogdet(matrix)[1])
+    torch.testing.assert_close(flow.transform.inverse(z)[0], x)
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 def test_expanded_distributions(conditional):
     """Further batch dimensions: each of them draws its own, under its context."""
@@ -171,6 +238,8 @@ def test_expanded_distributions(conditional):
     if conditional:
         with pytest.raises(RuntimeError):
             flow.as_distribution(context).expand((5,))
+        with pytest.raises(ValueError, match="^value: expected a shape that broadcasts"):
+            flow.as_distribution(context).log_prob(torch.zeros(5, 3, dtype=torch.float64))
 
 
 def test_pyros_plates_expand():
@@ -264,6 +333,13 @@ def test_dequantize_stays_inside():
     (TypeError, lambda: flows.RealNVP(2).sample_and_log_prob((2, 3)), "n: expected"),
     (TypeError, lambda: flows.RealNVP(2, context_features=2).sample(1, [1.0, 2.0]), "context: expected"),
     (ValueError, lambda: flows.RealNVP(2, context_features=2).sample(1, torch.tensor(1.0)), "context: expected"),
+    (ValueError, lambda: flows.NICE(2, context_features=2)(torch.zeros(3, 2), torch.zeros(1, 2)), "^context: expected"),
+    (TypeError, lambda: flows.NICE(2, context_features=2)(torch.zeros(3, 2), "context"), "^context: expected"),
+    (TypeError, lambda: flows.RealNVP(2).sample(2, generator=5), "^generator: expected"),
+    (TypeError, lambda: flows.RealNVP(2).sample(2, temperature="1"), "^temperature: expected"),
+    (ValueError, lambda: flows.Glow((1, 4, 4), 1, 1, 4)(torch.tensor(1.0)), "^x: expected"),
+    (ValueError, lambda: flows.Planar(2)(torch.tensor(1.0)), "^x: expected"),
+    (ValueError, lambda: flows.StandardNormal(2).log_prob(torch.tensor(1.0)), "^z: expected"),
     (TypeError, lambda: flows.NICE(2)(torch.zeros(1, 2).double()), "weight: expected float64 like x"),
     (ValueError, lambda: flows.NICE(2)(torch.zeros(1, 5)), "x: expected"),
     (ValueError, lambda: flows.RealNVP(2).as_distribution().log_prob(torch.zeros(2, 4)), r"expected shape \(\*, 2\)"),
@@ -295,6 +371,23 @@ def test_realnvp_compiles_to_one_graph():
         value.sum().backward()
         torch.testing.assert_close(value, flow(x, context))
         torch.testing.assert_close([p.grad for p in flow.parameters()], expected)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: flows.ResidualFlow(2, n_layers=1, hidden=(4,)), lambda: flows.ResidualFlow(9, n_layers=1, hidden=(4,)),
+    lambda: flows.FFJORD(2, hidden=(4,)), lambda: flows.FFJORD(9, hidden=(4,))])
+def test_flows_that_differentiate_inside_a_call_train_under_torch_compile(make, recwarn):
+    flow = scattered(make(), 0.1)
+    x, found = torch.randn(4, flow.features), []
+    for call in (flow, torch.compile(flow, backend="aot_eager")):
+        torch.manual_seed(0)
+        value = call(x)
+        found.append((value, *torch.autograd.grad(value.sum(), list(flow.parameters()), allow_unused=True)))
+    for got, want in zip(*found, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got, want)
+    assert not [warning for warning in recwarn if "Dynamo" in str(warning.message)]
 
 
 SECOND = {  # flows that differentiate inside a call

@@ -97,7 +97,7 @@ def test_the_bound_holds_throughout_training():
 @pytest.mark.parametrize(("n_exact_terms", "stop"), [(0, 0.4), (2, 0.5)])
 def test_roulette_is_unbiased_in_value_and_gradient(n_exact_terms, stop):
     """Means over 200 calls of 100 probes within 4 standard errors of the exact log-determinant and its gradients."""
-    layer = block(3, bound=0.6, n_exact_terms=n_exact_terms, stop=stop).train()
+    layer = block(3, bound=0.6, n_exact_terms=n_exact_terms, stop=stop, exact_training_features=0).train()
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     weight = layer.net.layers[1].weight
     values, gradients = [], []
@@ -114,6 +114,17 @@ def test_roulette_is_unbiased_in_value_and_gradient(n_exact_terms, stop):
         standard = sample.std(0) / math.sqrt(len(sample))
         assert (error.abs() <= 4 * standard + 1e-12).all(), error / standard
         assert (standard < 0.05).all() and (standard > 0).any()
+
+
+def test_small_events_are_exact_in_training():
+    """Eight elements, no random number; nine are estimated."""
+    for features, exact in ((8, True), (9, False)):
+        layer, x = block(features), torch.randn(3, features, dtype=torch.float64)
+        want = layer(x)[1]
+        state = torch.get_rng_state()
+        got = layer.train()(x)[1]
+        assert torch.equal(got, want) == torch.equal(torch.get_rng_state(), state) == exact != layer.estimates
+    assert not flows.ResidualFlow(2).transform.transforms[1].estimates
 
 
 def test_roulette_weights_are_one_over_the_probability_of_being_reached():
@@ -134,7 +145,7 @@ def test_roulette_weights_are_one_over_the_probability_of_being_reached():
 def test_the_gradient_s_memory_does_not_grow_with_the_terms():
     sizes = []
     for n_exact_terms in (2, 30):
-        layer = block(3, n_exact_terms=n_exact_terms, stop=0.999).train()
+        layer = block(3, n_exact_terms=n_exact_terms, stop=0.999, exact_training_features=0).train()
         total = 0
 
         def pack(tensor):

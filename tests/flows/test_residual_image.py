@@ -67,7 +67,7 @@ def block(seed=0, *, bound=0.7, shape=(1, 2, 2), size=0.5, context=None, **optio
 def test_roulette_is_unbiased_and_eval_is_exact():
     """Means over 150 calls of 60 probes within 4 standard errors of the float64 Jacobian's log-determinant, and of its
     gradient in a kernel; eval mode gives that log-determinant itself."""
-    layer = block(shape=(2, 2, 2), n_exact_terms=1, stop=0.4)
+    layer = block(shape=(2, 2, 2), n_exact_terms=1, stop=0.4, exact_training_features=0)
     x = torch.randn(2, 2, 2, 2, dtype=torch.float64)
     check_bijection(layer, x)
     weight = layer.net.layers[1].weight
@@ -163,6 +163,11 @@ def test_the_series_in_eval_mode_is_within_its_bound():
 def test_memory_modes(name):
     """Kept inputs give the gradients of the plain pass from the same random numbers; recovered ones can't."""
     flow = scattered(MODELS[name](), 0.1)
+    for module in flow.modules():  # however small the images
+        if isinstance(module, flows.ContinuousTransform):
+            module.trace = "hutchinson"
+        elif isinstance(module, flows.InvertibleResidual):
+            module.exact_training_features = 0
     x = flows.dequantize(torch.randint(0, 256, (2, *flow.image_shape)))
     gradients = []
     for mode in (None, memory.Mode("save_z", flow)):
