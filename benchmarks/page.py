@@ -100,10 +100,13 @@ generation without fresh data, and the least share that holds it within 5 %. The
 samples over that of the data, in brackets a Gaussian's. Arguments: {arguments}. `python -m benchmarks.self_consuming`
 """
 
-XEON = """\
+ELSEWHERE = {"xeon": ("On an Intel Xeon", """\
 The tables above once more, on a processor of Intel's: `xeon-*.json`. PyTorch's BLAS and convolutions are faster there,
 so what is mostly matrix products gains less, and those of wide networks are left to them; a call of Python costs more.
-"""
+"""), "zen4": ("On an AMD EPYC of the fourth generation", """\
+The tables above once more, on the processor before: `zen4-*.json`. Its vectors of 512 bits are worked on in halves, as
+PyTorch's BLAS does on every AMD, so what is mostly matrix products gains less.
+""")}  # {a record's prefix: (title, words)}
 
 OPERATIONS = """\
 Forward and backward unless said otherwise, beside careful eager PyTorch, torch.compile, torch's batched call and a
@@ -244,12 +247,12 @@ def _no_gain(device, shown):
     return [f"## No gain{where}", "", f"Every ratio above that is below {NO_GAIN}:", "", *(found or ["- none"]), ""]
 
 
-def _xeon():
-    """The section of the newest records on a processor of Intel's; nothing where there is none."""
-    found = [next(iter(records(f"xeon-{name}-*.json")), None) for name in ("all", "vae-speed", "adapters")]
+def _elsewhere(prefix, title, words):
+    """The section of the newest records on another processor; nothing where there is none."""
+    found = [next(iter(records(f"{prefix}-{name}-*.json")), None) for name in ("all", "vae-speed", "adapters")]
     if None in found:
         return []
-    lines = ["## On an Intel Xeon", "", *XEON.rstrip().splitlines(), ""]
+    lines = [f"## {title}", "", *words.rstrip().splitlines(), ""]
     models = ("glow", "realnvp", "realnvp wider")
     for record, tables in (
             (found[0], (table.markdown(found[0], models, ("eager", table.FASTEST)), *_by_group(found[0]))),
@@ -304,7 +307,9 @@ def render():
                       table.launches)
     for device in ("cpu",) if gpu is None else ("cpu", "cuda"):
         lines += _device(device)
-    lines += _xeon() + models + _bandwidth()
+    for prefix, (title, words) in ELSEWHERE.items():
+        lines += _elsewhere(prefix, title, words)
+    lines += models + _bandwidth()
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -48,11 +48,14 @@ def machine(device):
 
 
 def _processor():
+    """Its name, and where there are numbers family and model: a virtual machine's name may stand for generations."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        first = ""
+    own = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    numbers = [f"{key.removeprefix('cpu ')} {own[key]}" for key in ("cpu family", "model") if key in own]
+    return ", ".join([own.get("model name") or platform.processor(), *numbers])
 
 
 def save(folder, name, content):
