@@ -110,10 +110,14 @@ def wanted(grads):
     if torch.is_grad_enabled():
         return True
     for g in grads:  # noqa: SIM110 - any() takes longer, and every small layer's backward comes by here
-        # Batches are of torch.func.vmap, or of the older vmap, under which is_grads_batched runs.
-        if g is not None and (is_batchedtensor(g) or is_legacy_batchedtensor(g)):
+        if g is not None and (is_batchedtensor(g) or is_legacy_batchedtensor(g)):  # as batched()
             return True
     return False
+
+
+def batched(t):
+    """Whether a tensor is a batch of torch.func.vmap, or of the older vmap, under which is_grads_batched runs."""
+    return is_batchedtensor(t) or is_legacy_batchedtensor(t)
 
 
 def reference_grads(forward, inputs, needs, grads):
@@ -136,7 +140,7 @@ def reference_grads(forward, inputs, needs, grads):
 
 def _in_format(grad, t):
     """The gradient in the memory format that its tensor suggests, as kernels give it; batched ones as they come."""
-    if grad is None or t.dim() not in (4, 5) or is_batchedtensor(grad) or is_legacy_batchedtensor(grad):
+    if grad is None or t.dim() not in (4, 5) or batched(grad):
         return grad
     return grad.contiguous(memory_format=memory_format_of(t))
 

@@ -53,11 +53,17 @@ def draws_as_torch():
     with _disable_current_modes():
         for count in (1000, 33):  # whole blocks of sixteen and not
             zeros, state = torch.zeros(1, count, **options), generator.get_state()
-            eps = extension.load("cpu")["latent_head_fwd"](zeros, zeros, state)[2]
+            eps = _kernels()[0](zeros, zeros, state)[2]
             expected = torch.randn(1, count, generator=generator, **options)
             if not torch.equal(state, generator.get_state()) or not torch.allclose(eps, expected, rtol=0, atol=4e-6):
                 return False
     return True
+
+
+@functools.cache
+def _kernels():
+    """What computes forward and backward, past the looks of extension.kernel, which _fits has had."""
+    return tuple(extension.load("cpu")[name]._op for name in ("latent_head_fwd", "latent_head_bwd"))
 
 
 class _Here(threading.local):
@@ -89,7 +95,7 @@ class LatentHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         generator = torch.default_generator
         state = generator.get_state()
-        z, kl, eps = extension.load("cpu")["latent_head_fwd"]._op(mean, logvar, state)
+        z, kl, eps = _kernels()[0](mean, logvar, state)
         generator.set_state(state)
         ctx.save_for_backward(mean, logvar, eps)
         return z, kl
@@ -97,13 +103,14 @@ class LatentHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_z, grad_kl):
         mean, logvar, eps = ctx.saved_tensors
-        if grad_z is None or grad_kl is None or differentiable.wanted((grad_z, grad_kl)):
+        if (torch.is_grad_enabled() or grad_z is None or grad_kl is None
+                or differentiable.batched(grad_z) or differentiable.batched(grad_kl)):
             def both(mean, logvar):
                 z, kl = reference.gaussian_sample_kl((mean, logvar), eps=eps)
                 return z, kl.mean(0)
             return tuple(differentiable.reference_grads(both, (mean, logvar), ctx.needs_input_grad,
                                                         (grad_z, grad_kl)))
-        return extension.load("cpu")["latent_head_bwd"]._op(grad_z, grad_kl, mean, logvar, eps)
+        return _kernels()[1](grad_z, grad_kl, mean, logvar, eps)
 
 
 # Without Function.apply's own look for what _fits has ruled out.
