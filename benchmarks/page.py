@@ -87,9 +87,10 @@ pythae's own trainer. Aims: {goals}. `python -m benchmarks.vae_speed`
 ADAPTERS = """\
 Models of other libraries before and after `fastflow.accelerate(model)`: a training step, or what the case's name says.
 The one line swaps normflows' conditioners too; "couplings alone" leaves them to the host, where they take three
-quarters of a step: at most 1.3 would be gained if all else took no time. pythae's latent head runs torch's generator in
-its kernel, which draws the numbers that pythae does; a node of autograd in Python is most of a small call. The layers
-on inputs of 64 x 8 show what a swap costs where there is little to gain.
+quarters of a step: at most 1.3 would be gained if all else took no time. pythae's own fully connected networks are
+swapped where the cpu backend's products beat PyTorch's; its latent head runs torch's generator in its kernel, which
+draws the numbers that pythae does, and a node of autograd in Python is most of a small call. The layers on inputs of
+64 x 8 show what a swap costs where there is little to gain.
 `python -m benchmarks.adapters`
 """
 
@@ -104,8 +105,7 @@ ELSEWHERE = {"xeon": ("On an Intel Xeon", """\
 The tables above once more, on a processor of Intel's: `xeon-*.json`. PyTorch's BLAS and convolutions are faster there,
 so what is mostly matrix products gains less, and those of wide networks are left to them; a call of Python costs more.
 """), "zen4": ("On an AMD EPYC of the fourth generation", """\
-The tables above once more, on the processor before: `zen4-*.json`. Its vectors of 512 bits are worked on in halves, as
-PyTorch's BLAS does on every AMD, so what is mostly matrix products gains less.
+The tables above once more, on the generation before: `zen4-*.json`. What is mostly matrix products gains less there.
 """)}  # {a record's prefix: (title, words)}
 
 OPERATIONS = """\
