@@ -70,12 +70,12 @@ class _KeptFormat(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, t):
-        ctx.save_for_backward(t)
+        ctx.format = memory_format_of(t)
         return t.view_as(t)
 
     @staticmethod
     def backward(ctx, grad):
-        return _in_format(grad, *ctx.saved_tensors)
+        return _in_format(grad, ctx.format)
 
 
 def keeping_format(t):
@@ -135,14 +135,15 @@ def reference_grads(forward, inputs, needs, grads):
         found = iter(torch.autograd.grad([o for o, _ in outputs], sources, [g for _, g in outputs],
                                          create_graph=create_graph, allow_unused=True) if outputs else
                      [None] * len(sources))
-    return [_in_format(next(found), t) if need else None for t, need in zip(inputs, needs, strict=True)]
+    return [_in_format(next(found), memory_format_of(t) if t.dim() in (4, 5) else None) if need else None
+            for t, need in zip(inputs, needs, strict=True)]
 
 
-def _in_format(grad, t):
-    """The gradient in the memory format that its tensor suggests, as kernels give it; batched ones as they come."""
-    if grad is None or t.dim() not in (4, 5) or batched(grad):
+def _in_format(grad, memory_format):
+    """The gradient in the format of its tensor, if there is one, as kernels give it; batched ones as they come."""
+    if grad is None or memory_format is None or batched(grad):
         return grad
-    return grad.contiguous(memory_format=memory_format_of(t))
+    return grad.contiguous(memory_format=memory_format)
 
 
 def _alias(t, linked):
