@@ -138,7 +138,8 @@ def test_hierarchies_and_quantisers_compile(make):
     model = make()
     losses = []
     for compile in (False, True):
-        step = TrainStep(copy.deepcopy(model), sgd(model), compile=compile)
+        own = copy.deepcopy(model)
+        step = TrainStep(own, sgd(own), compile=compile)
         torch.manual_seed(1)
         losses.append(step(X / 7.0))
     torch.testing.assert_close(*losses)
