@@ -70,7 +70,7 @@ _PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
 
 
 class _State(threading.local):
-    requested = None  # of the class, since to look for what an object lacks takes four times a whole look here
+    requested = None  # of the class: to look for what an object lacks makes an error first, which costs every call
     status = None
 
     def __init__(self):

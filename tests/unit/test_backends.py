@@ -1,5 +1,7 @@
 """Which backend runs: what is available, what explain() promises, what use_backend() forces, and a spy on what ran."""
 
+import os
+import pathlib
 import shutil
 import threading
 
@@ -101,6 +103,13 @@ def test_meta_tensors_use_the_reference():
     assert backends.explain("affine_coupling", x, x).split()[0] == "reference"
     y, logdet = functional.affine_coupling(x, torch.ones(2, 6, device="meta"))
     assert y.shape == (2, 3) and logdet.shape == (2,) and y.is_meta
+
+
+def test_products_are_torchs_on_intels_processors_alone():
+    """But for FASTFLOW_ISA, which asks for the library's own."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    intel = cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text() and "FASTFLOW_ISA" not in os.environ
+    assert backends.own_products() == (backends.available()["cpu"] and not intel)
 
 
 def test_use_backend_nests_and_is_undone_by_an_exception():
