@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, MixtureSameFamily, transform_to
 
 from fastflow import checks
 from fastflow.flows.base import to_support
@@ -33,6 +33,12 @@ class CDF(nn.Module):
         if not isinstance(distribution, Distribution) or distribution.event_shape or distribution.support.is_discrete:
             raise TypeError(f"distribution: expected a continuous torch.distributions object over scalars, got "
                             f"{distribution!r}")
+        if isinstance(distribution, MixtureSameFamily):
+            ends = distribution.mixture_distribution.probs.new_ones(distribution.component_distribution.batch_shape)
+            values = transform_to(distribution.support.base_constraint)(torch.stack([-ends, ends]))
+            if not (values == values[..., :1]).all():
+                raise TypeError(f"distribution: expected a mixture whose components share one support, got "
+                                f"{distribution!r}")
         try:
             with torch.no_grad():
                 self._sample = distribution.sample()  # for its dtype and dimensions

@@ -197,6 +197,10 @@ def test_a_mixture_s_cdf():
     back, inverse = transform.inverse(z)
     torch.testing.assert_close(back, x)
     torch.testing.assert_close(inverse, -logdet)
+    weights, low = torch.distributions.Categorical(torch.tensor([0.3, 0.7])), torch.tensor([1.0, 2.0])
+    flows.CDF(torch.distributions.MixtureSameFamily(weights, torch.distributions.Gamma(low, 1.0)))
+    with pytest.raises(TypeError, match="^distribution: expected a mixture whose components share one support"):
+        flows.CDF(torch.distributions.MixtureSameFamily(weights, torch.distributions.Uniform(low, low + 2.0)))
 
 
 @pytest.mark.parametrize("law", [
