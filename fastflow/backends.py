@@ -36,6 +36,7 @@ PREFERENCE = {
     ("slogdet_inverse", "cpu"): ("cpu",),
     ("plu_weight", "cpu"): ("cpu",),
     ("conv_net", "cpu"): ("cpu",),
+    ("conv_net", "cuda"): ("triton",),
     ("mlp", "cpu"): ("cpu",),
     ("mlp_flow", "cpu"): ("cpu",),
     ("spline", "cpu"): ("cpu",),
@@ -59,6 +60,8 @@ PREFERENCE = {
 # one. triton: what fits in registers. cuda: what fits in shared memory.
 SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
 CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide it
+# On a GPU: the fewest hidden channels that fill its products, the most others beside which the taps' columns are small.
+CONV_NET_HIDDEN, CONV_NET_OTHERS = 128, 64
 ACTIVATED_CONV_WEIGHTS = 9 * 128**2
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 _NETWORKS = ("conv_net", "activated_conv", "mlp", "wide_mlp")
@@ -214,10 +217,10 @@ def _out_of_reach(backend, op, device):
     reason = _status_of(backend)
     if not reason.startswith("available"):
         return reason
-    if op in _NETWORKS and backend != "cpu":
-        return f"the {backend} backend leaves networks to PyTorch"
     if backend == "triton" and f"{op}_fwd" in extension.WITHOUT_TRITON:
         return f"{op} has no Triton kernel"
+    if backend == "cuda" and f"{op}_fwd" in extension.WITHOUT_CUDA:
+        return f"{op} has no CUDA kernel"
     if backend != "cpu" and f"{op}_fwd" in extension.CPU_ALONE:
         return f"{op} has no {backend} kernel"
     return None
@@ -228,7 +231,7 @@ def _misfit(backend, op, tensors):
     if backend == "reference":
         return None
     if op in _NETWORKS:
-        return _network_misfit(op, tensors[0], tensors[1:])
+        return (_network_misfit if backend == "cpu" else _triton_misfit)(op, tensors[0], tensors[1:])
     size = tensors[0].shape[-1] if op in _FACTORISATIONS else 0
     if backend == "triton" and size > TRITON_MAX:
         return f"a {size}x{size} matrix does not fit in registers (limit {TRITON_MAX})"
@@ -245,6 +248,31 @@ def _network_misfit(op, x, weights):
     if op == "activated_conv" and weights and weights[0].numel() > ACTIVATED_CONV_WEIGHTS:
         return f"a weight of {weights[0].numel()} elements does not stay in the cache (limit {ACTIVATED_CONV_WEIGHTS})"
     return None
+
+
+def _triton_misfit(op, x, weights):
+    if torch.compiler.is_compiling():
+        return "torch.compile has convolutions of its own"
+    if any(0 in w.shape for w in weights):
+        return "the triton kernel takes no empty weights"
+    if any(w.dtype != x.dtype for w in weights):
+        return "the operands are of different dtypes"
+    return None
+
+
+def _library_is_faster(x, weights):
+    """Why conv_net's layers are rather left to cuDNN than to Triton, or None."""
+    if x.dtype == torch.float64 or (x.dtype == torch.float32 and not extension.convolutions_in_tf32()):
+        return f"{x.dtype} without TF32 is left to cuDNN"
+    if len(weights) > 4 and not fills_products(x.shape[1], weights[0].shape[0], weights[4].shape[0]):
+        return (f"fewer than {CONV_NET_HIDDEN} hidden channels or more than {CONV_NET_OTHERS} others are left to "
+                "cuDNN")
+    return None
+
+
+def fills_products(inner, hidden, out):
+    """Whether Triton's conv_net is preferred for so many channels."""
+    return hidden >= CONV_NET_HIDDEN and max(inner, out) <= CONV_NET_OTHERS
 
 
 def choose(op, *tensors):
@@ -291,6 +319,8 @@ def _choose(op, tensors):
         reason = _misfit(backend, op, tensors)
         if reason is None and op in _FACTORISATIONS and tensors[0].shape[-1] > SLOGDET_LIMIT[backend]:
             reason = f"torch.linalg is faster above {SLOGDET_LIMIT[backend]}x{SLOGDET_LIMIT[backend]}"
+        if reason is None and op == "conv_net" and backend == "triton":
+            reason = _library_is_faster(tensors[0], tensors[1:])
         if reason is None:
             return backend, _FIRST[device]
     return "reference", reason

@@ -25,7 +25,7 @@ SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_
 # kept: how many channels of x itself pass, the first ones, or the last ones if negative; 0 with a tensor `passive`.
 # reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
 # that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
-# the layers of conv_net, activated_conv, mlp and wide_mlp are torch's, and the rest is the reference's.
+# the layers of activated_conv, mlp and wide_mlp are torch's, and the rest is the reference's.
 SCHEMAS = (
     f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
@@ -79,11 +79,6 @@ SCHEMAS = (
     # x (B, *event), logits (N, *event) with N a multiple of B; results (N,) and like logits.
     "bernoulli_log_prob_fwd(Tensor x, Tensor logits) -> Tensor",
     "bernoulli_log_prob_bwd(Tensor grad, Tensor x, Tensor logits) -> Tensor",
-    # The taps of a 3x3 convolution: kernels/taps.py.
-    "gather_taps(Tensor x, int sign, bool channel_major, int columns) -> Tensor",
-    "sum_taps(Tensor z, Tensor? bias, int batch, int channels, int height, int width, int sign, bool channel_major)"
-    " -> Tensor",
-    "rectified_sum(Tensor grad, Tensor h) -> (Tensor, Tensor)",
     # levels: see csrc/cpu/top_down.cpp. Results: next h, latents of all levels in one vector, kl, log q and log p
     # (L, B), and with `save` what backward needs.
     "top_down_fwd(Tensor h, Tensor[] features, Tensor[] eps, Tensor? seed, int seed_value, int offset, "
@@ -93,11 +88,11 @@ SCHEMAS = (
     "bool need_params) -> (Tensor, Tensor[], Tensor[])",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-CPU_ALONE = ("conv_net_fwd", "conv_net_bwd", "activated_conv_fwd", "activated_conv_bwd", "mlp_fwd", "mlp_bwd",
+CPU_ALONE = ("activated_conv_fwd", "activated_conv_bwd", "mlp_fwd", "mlp_bwd",
              "wide_mlp_fwd", "wide_mlp_bwd", "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd", "top_down_fwd",
              "top_down_bwd", "latent_head_fwd", "latent_head_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
-TRITON_ALONE = ("gather_taps", "sum_taps", "rectified_sum")  # elsewhere reference/taps.py
+WITHOUT_CUDA = ("conv_net_fwd", "conv_net_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 COMPILERS = {"cpu": "a C++ compiler", "cuda": "nvcc"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
@@ -168,6 +163,13 @@ def own_products():
     return bool(ctypes.CDLL(str(library_path("cpu"))).fastflow_own_products())
 
 
+def convolutions_in_tf32():
+    """Whether torch lets float32 convolutions on a GPU run in TF32, and Triton's products for them with it."""
+    from fastflow.kernels import layout
+
+    return layout.convolutions_in_tf32()
+
+
 def triton_interprets():
     """Whether Triton runs kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -182,9 +184,9 @@ def triton_modules():
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed")
-    from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet, spline, taps
+    from fastflow.kernels import affine_coupling, conv_net, gaussian, plu_weight, slogdet, spline
 
-    return affine_coupling, gaussian, plu_weight, slogdet, spline, taps
+    return affine_coupling, conv_net, gaussian, plu_weight, slogdet, spline
 
 
 @functools.cache

@@ -97,18 +97,6 @@ def conv_net_bwd(grad, x, w1, w2, w3, h1, h2, slope, need_x, need_weights):
     return like(x, need_x), *(f(w) for w in (w1, w2, w3) for f in (lambda w: like(w, need_weights), bias))
 
 
-def gather_taps(x, sign, channel_major, columns):
-    return x.new_empty((x.shape[0] * x.shape[2] * x.shape[3], columns))
-
-
-def sum_taps(z, bias, batch, channels, height, width, sign, channel_major):
-    return z.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
-
-
-def rectified_sum(grad, h):
-    return grad.new_empty(grad.shape), grad.new_empty(grad.shape[1:], dtype=_compute_dtype(grad.dtype))
-
-
 def mlp_fwd(x, params, activation, residual, keep):
     hidden = params[2::2]  # each weight's columns are kept in rows of whole lines, under silu with their slopes
     sizes = [(w.shape[1] + 15) // 16 * 16 * (2 if activation == 1 and not (residual and w is hidden[-1]) else 1)

@@ -209,6 +209,10 @@ def _stem_of(name):
 def _preferred(name, args):
     """The backend that backends.PREFERENCE gives CUDA tensors in a call of this operator; None: the reference."""
     stem = _stem_of(name)
+    if stem == "conv_net":
+        x, w1, w3 = (args[at] for at in ((0, 1, 5) if name.endswith("_fwd") else (1, 2, 4)))
+        if not backends.fills_products(x.shape[1], len(w1), len(w3)):
+            return None
     for backend in backends.PREFERENCE.get((_OPS.get(stem, stem), "cuda"), ()):
         if stem != "slogdet" or args[0].shape[-1] <= backends.SLOGDET_LIMIT[backend]:
             return backend

@@ -3,6 +3,7 @@ cut into tiles. And the one place where a kernel is launched."""
 
 import functools
 import math
+import os
 
 import torch
 import triton
@@ -16,6 +17,7 @@ INT32_LIMIT = 2**31 - 2**16  # indices below it stay in 32 bits, a tile's paddin
 # Of every launch. Products and sums are fused where a kernel says so and nowhere else: which of them a compiler would
 # fuse differs between variants of one kernel, and would undo sums that keep their roundings.
 OPTIONS = {"enable_fp_fusion": False}
+INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def launch(kernel, programs, like, *args, **meta):
@@ -29,6 +31,14 @@ def registers(count):
     """The launch option of at most ``count`` registers per thread. ptxas, left to choose a bound of its own, may spill
     a register or two to fit one more block on a multiprocessor; these bounds are tried to have no spill."""
     return {} if torch.version.hip else {"maxnreg": count}
+
+
+def convolutions_in_tf32():
+    """Whether torch lets cuDNN round the operands of float32 convolutions to 10 bits."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by torch's newer names, which the older ones refuse to read
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def ceil_div(a, b):

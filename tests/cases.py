@@ -182,8 +182,7 @@ SPLINE_CASES = (
     Case("linear_spline_inverse", "spline", {"x": (3, 6), "params": (3, 24), "logdet": (3,)},
          {"kind": "linear", "inverse": True, "tail_bound": 1.0}),
 )
-TRITON_CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES + SPLINE_CASES
-CASES = TRITON_CASES + FLOW_CASES
+CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES + SPLINE_CASES + FLOW_CASES
 
 
 def conv_case(name, x, hidden, out, **options):
@@ -193,6 +192,7 @@ def conv_case(name, x, hidden, out, **options):
 
 
 CONV_CASES = (conv_case("relu", (3, 5, 6, 7), 16, 4), conv_case("leaky", (3, 2, 4, 4), 48, 7, negative_slope=0.2))
+TRITON_CASES = AFFINE_CASES + SLOGDET_CASES + GAUSSIAN_CASES + SPLINE_CASES + CONV_CASES
 
 
 def activated_conv_case(name, x, out, kernel, **options):

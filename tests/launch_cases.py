@@ -1,10 +1,10 @@
 """Calls whose kernel launches are counted, of every way in which an operator's launches depend on its arguments:
-(case, launches on Triton forward, backward, on CUDA forward, backward); None where there is no Triton kernel."""
+(case, launches on Triton forward, backward, on CUDA forward, backward); None where there is no such kernel."""
 
 import itertools
 
 import torch
-from cases import Case, flow_case
+from cases import Case, conv_case, flow_case
 
 from fastflow import functional
 
@@ -68,6 +68,8 @@ LAUNCH_CASES = (
     (_gaussian("one_sample", _pair(1, 9, prior=1)), 1, 1, 1, 1),
     (_gaussian("many_share", _pair(70, 3, prior=1)), 1, 2, 1, 3),
     (_gaussian("very_many_share", _pair(520, 3, prior=1)), 1, 3, 1, 3),
+    (conv_case("conv_net", (3, 2, 4, 5), 16, 3), 4, 6, None, None),
+    (conv_case("no_images", (0, 2, 4, 5), 16, 3), 0, 1, None, None),
 )
 
 
@@ -118,12 +120,12 @@ def operator_calls(device, batches, events, mixed_priors=False):
             priors = [zeros(n, channels, *s) for n in own]
             consts = 1, 0, samples, 0, 0, reduce
             yield "gaussian_bwd", (z, incoming, None, mean, mean, *priors, None, None, *consts, *needs)
-    for batch, channels, side in itertools.product(batches, (0, 3), (0, 1, 4)):
-        columns = 9 * channels + 5
-        yield "gather_taps", (zeros(batch, channels, side, side), 1, True, columns)
-        yield "gather_taps", (zeros(batch, channels, side, side), 1, False, 0)
-        yield "sum_taps", (zeros(batch * side * side, columns), None, batch, channels, side, side, 1, False)
-        yield "rectified_sum", (zeros(batch, channels), zeros(batch, channels))
+    for batch, channels, side in itertools.product(batches, (1, 3), (0, 1, 4)):
+        x, maps = zeros(batch, channels, side, side), zeros(batch * side * side, 130)
+        w1, w2, w3 = zeros(130, channels, 3, 3), zeros(130, 130, 1, 1), zeros(channels + 2, 130, 3, 3)
+        yield "conv_net_fwd", (x, w1, w1[:, 0, 0, 0], w2, w2[:, 0, 0, 0], w3, w3[:, 0, 0, 0], 0.1, side == 4)
+        for needs in itertools.product((False, True), repeat=2):
+            yield "conv_net_bwd", (zeros(batch, channels + 2, side, side), x, w1, w2, w3, maps, maps, 0.1, *needs)
     yield from flow_calls(device, batches)
     for count in (0, 1, 300):
         yield "philox4x32", (zeros(count, 4, dtype=torch.int64), zeros(count, 2, dtype=torch.int64))

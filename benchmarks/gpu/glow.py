@@ -11,14 +11,14 @@ from benchmarks import contest, glow, step_launches, timing
 from benchmarks.gpu import measuring
 from benchmarks.gpu.unfused import UnfusedGlow
 from benchmarks.neutral_glow import NeutralGlow
-from fastflow.autograd import conv_products
+from fastflow import backends
 from fastflow.engine import TrainStep
 
 FULL = {"n_levels": 3, "n_steps": 32, "hidden_channels": 512, "image_shape": (3, 32, 32)}
 TINY = {"n_levels": 2, "n_steps": 2, "hidden_channels": 8, "image_shape": (3, 8, 8)}
 PEERS = ("nflows", "normflows")
 TRIES = 2  # of each of a peer's settings
-LIBRARY = "fastflow, captured, library convolutions"  # in place of matrix products
+LIBRARY = "fastflow, captured, library convolutions"  # in place of Triton's
 LAUNCHING = ("cudaLaunchKernel", "cuLaunchKernel")
 
 
@@ -46,7 +46,7 @@ def flops(batch, sizes):
 
 def _with_library_convolutions(construct):
     """A captured step, recorded while conditioners leave their convolutions to torch."""
-    with mock.patch.object(conv_products, "LEAST_HIDDEN", math.inf):
+    with mock.patch.object(backends, "CONV_NET_HIDDEN", math.inf):
         step = construct()
         for _ in range(5):
             step()

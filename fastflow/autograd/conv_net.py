@@ -1,4 +1,7 @@
-"""Glow's convolutional conditioner as one torch.autograd.Function."""
+"""Glow's convolutional conditioner as one torch.autograd.Function.
+
+A kernel computes in x's dtype; under autocast the parameters may be of another, which their gradients have.
+"""
 
 import torch
 
@@ -29,7 +32,8 @@ class ConvNetFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:7]
         if differentiable.wanted((grad,)):
             grads = differentiable.reference_grads(
-                lambda *operands: (reference.conv_net(*operands, negative_slope=slope),), inputs, needs, (grad,))
+                lambda x, *params: (reference.conv_net(x, *(p.to(x.dtype) for p in params), negative_slope=slope),),
+                inputs, needs, (grad,))
         else:
             x, w1, _, w2, _, w3, _ = inputs
             grads = extension.kernel(backend, "conv_net_bwd")(grad, x, w1, w2, w3, h1, h2, slope, needs[0],

@@ -1,11 +1,8 @@
 """What a train step does, in words."""
 
-import contextlib
-
 import torch
 
 from fastflow import backends, launches
-from fastflow.autograd.conv_products import recorded
 from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import is_sharded, replicas, unwrap
 from fastflow.engine.precision import conditioners
@@ -59,9 +56,8 @@ def launched(step, batch):
     with torch.random.fork_rng(devices=generator):
         whole = "" if whole is None else f"whole flow: {whole(step.objective.prepare(inner, x)[0], batch.context)}\n"
     parameters = [p for p in inner.parameters() if p.requires_grad]
-    recording = recorded() if step.capture else contextlib.nullcontext()
     buffers = Buffers(inner)
-    with torch.random.fork_rng(devices=generator), launches.count() as counted, step._lowered(), recording:
+    with torch.random.fork_rng(devices=generator), launches.count() as counted, step._lowered():
         loss = step.objective(inner, *batch)[0]
         torch.autograd.grad(loss, parameters, allow_unused=True)
     buffers.put_back()

@@ -4,7 +4,6 @@ import contextlib
 
 import torch
 
-from fastflow.autograd.conv_products import recorded
 from fastflow.engine import capture as capturing
 from fastflow.engine import explain
 from fastflow.engine.batch import Batch
@@ -171,7 +170,7 @@ class TrainStep:
         # The first update makes the optimizer's state, which a skipped one would leave half made: the host checks it.
         late = self.check_finite == "late" and self._updates > 0
         try:
-            with self._convolutions(), recorded() if self.capture else UNCHANGED:
+            with self._convolutions():
                 if self._steps is None or (self.check_finite and not late):
                     loss, parts, flag = self._step(batch, last, late)
                 else:

@@ -4,7 +4,6 @@ import torch
 
 from fastflow import backends, checks, reference
 from fastflow.autograd import conv_net as _conv_net
-from fastflow.autograd import conv_products as _conv_products
 from fastflow.autograd.differentiable import apply, distinct, needs_grad
 
 __all__ = ["conv_net"]
@@ -15,9 +14,10 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
 
     out = conv(r(conv(r(conv(x, w1) + b1), w2) + b2), w3) + b3 with r(h) = max(h, 0) + negative_slope * min(h, 0). The
     CPU kernel takes a sample through all three while its hidden maps lie in the cache, for hidden channels in multiples
-    of 16. On a GPU, with 128 hidden channels or more and at most 64 others, where TrainStep records a graph or the
-    hidden maps have 2^25 elements, they are matrix products over the pixels, a 3x3 kernel's nine taps side by side,
-    under autocast in its dtype. Else the convolutions are PyTorch's.
+    of 16. On a GPU, with 128 hidden channels or more and at most 64 others, Triton's kernels compute them as products
+    over the pixels, with bias, rectifier and what the gradients share within: four launches forward and up to six
+    backward. They multiply in TF32 where torch lets convolutions do that (where not, and in float64, cuDNN is left to
+    it), and under autocast in its dtype. Else the convolutions are PyTorch's.
 
     In float32, for images of even height and width above 2 and I + O >= 12, the CPU kernel's 3x3 convolutions run in
     Winograd's form F(2x2, 3x3), within the same bound on the error; samples with a result that is not finite, and
@@ -59,13 +59,11 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
         if value.dtype != x.dtype:
             raise TypeError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
     operands = (x, w1, b1, w2, b2, w3, b3)
-    if _conv_products.serves(x, w1, w3, negative_slope):
-        lowered = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64
-        dtype = torch.get_autocast_dtype("cuda") if lowered else x.dtype
-        return apply(_conv_products.ConvNetProducts, *operands, dtype)
     backend = backends.choose("conv_net", *operands)
     if backend == "reference":
         return reference.conv_net(*operands, negative_slope=negative_slope)
+    if backend == "triton" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        operands = x.to(torch.get_autocast_dtype(x.device.type)), *operands[1:]
     if needs_grad(*operands):
         return apply(_conv_net.ConvNetFunction, *distinct(*operands), backend, float(negative_slope))
     return _conv_net.forward(backend, operands, float(negative_slope))[0]

@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import backends, functional
-from fastflow.autograd import conv_products
 from fastflow.nn.context import ContextShift
 from fastflow.nn.hooks import is_hooked
 
@@ -14,8 +13,8 @@ __all__ = ["ConvNet"]
 class ConvNet(nn.Module):
     """Convolutions 3x3, 1x1 and 3x3 with ReLU between, and plain biases; the last one starts at zero, so that a
     coupling starts simple. It answers in the memory format of its input. Where functional.conv_net has its own way with
-    them (hidden channels in multiples of 16 on a CPU, 128 or more in large maps or recorded steps on a GPU) the three
-    run in it, unless one of them is hooked or replaced.
+    them (hidden channels in multiples of 16 on a CPU, 128 or more on a GPU) the three run in it, unless one of them is
+    hooked or replaced.
 
     Args:
         in_channels, out_channels: channels of input and output.
@@ -44,8 +43,7 @@ class ConvNet(nn.Module):
         layers = self.conv1, self.conv2, self.conv3
         if shift is None and all(map(_as_made, layers, (1, 0, 1))):
             operands = (x, *(p for layer in layers for p in (layer.weight, layer.bias)))
-            if (conv_products.serves(x, self.conv1.weight, self.conv3.weight, 0.0)
-                    or backends.serves("conv_net", *operands)):
+            if backends.serves("conv_net", *operands):
                 return functional.conv_net(*operands)
         h = self.conv1(x)
         h = F.relu(h if shift is None else h + shift, inplace=True)  # a convolution does not keep its own output

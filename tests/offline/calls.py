@@ -3,8 +3,11 @@
 The tensors are small and on the CPU; only their dtypes, strides and alignment matter, since nothing runs.
 """
 
+import itertools
+from unittest import mock
+
 import torch
-from fastflow.kernels import affine_coupling, gaussian, plu_weight, slogdet, spline, taps
+from fastflow.kernels import affine_coupling, conv_net, gaussian, layout, plu_weight, slogdet, spline
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
 SPLINES = ("rq", "linear")
@@ -121,18 +124,29 @@ def matrix_calls(size, dtype):
     return calls
 
 
-def taps_calls(dtypes, channels=6):
-    """Both ways between pixels and their taps, and the gradient of a rectifier with a bias."""
-    dtype, _ = DTYPES[dtypes]
-    columns = (9 * channels + 7) // 8 * 8
-    x = torch.zeros(4, channels, 16, 16, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    z, h = torch.zeros(1024, columns, dtype=dtype), torch.zeros(1024, 512, dtype=dtype)
-    name = f"{dtypes}-{channels}"
-    return {f"gather_taps-{name}": lambda: taps.gather_taps(x, 1, False, columns),
-            f"gather_taps_back-{name}": lambda: taps.gather_taps(x, -1, True, columns),
-            f"sum_taps-{name}": lambda: taps.sum_taps(z, x[0, :, 0, 0], 4, channels, 16, 16, 1, True),
-            f"sum_taps_back-{name}": lambda: taps.sum_taps(z, None, 4, channels, 16, 16, -1, False),
-            f"rectified_sum-{dtypes}": lambda: taps.rectified_sum(h, h)}
+def conv_net_calls(dtypes, level=0, channels_last=True, tf32=True, hidden=512):
+    """Forward and backward of Glow's conditioner as at a level of the model for CIFAR-10, batch 64. x and the
+    parameters have dtypes of their own."""
+    x_dtype, dtype = DTYPES[dtypes]
+    batch, side, inner = 64, 16 >> level, 6 << level
+
+    def zeros(*shape, dtype=dtype):
+        t = torch.zeros(shape, dtype=dtype)
+        return t.contiguous(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else t
+
+    def in_precision(call):
+        with mock.patch.object(layout, "convolutions_in_tf32", lambda: tf32):
+            call()
+
+    x, grad = (zeros(batch, c, side, side, dtype=x_dtype) for c in (inner, 2 * inner))
+    w1, w2, w3 = zeros(hidden, inner, 3, 3), zeros(hidden, hidden, 1, 1), zeros(2 * inner, hidden, 3, 3)
+    maps = zeros(batch * side * side, hidden, dtype=x_dtype)
+    name = f"{dtypes}-{level}{'' if channels_last else '-contiguous'}{'' if tf32 else '-ieee'}-{hidden}"
+    return {
+        f"conv_net_fwd-{name}": lambda: in_precision(lambda: conv_net.conv_net_fwd(
+            x, w1, zeros(hidden), w2, zeros(hidden), w3, zeros(2 * inner), 0.0, True)),
+        f"conv_net_bwd-{name}": lambda: in_precision(lambda: conv_net.conv_net_bwd(
+            grad, x, w1, w2, w3, maps, maps, 0.0, True, True))}
 
 
 def wide_calls():
@@ -155,7 +169,8 @@ def quick_calls():
     calls |= spline_calls("linear", 8, "bf16_f32", shape=(600, 1))
     for scale in SCALES:
         calls |= gaussian_calls(scale, "f32", scale == "softplus")
-    calls |= taps_calls("f32") | taps_calls("bf16", 24) | taps_calls("f64", 12)
+    calls |= conv_net_calls("f32") | conv_net_calls("bf16_f32", 1) | conv_net_calls("f64", 1, False, hidden=128)
+    calls |= conv_net_calls("f32", 1, tf32=False, hidden=130)
     calls |= matrix_calls(3, torch.float32) | matrix_calls(24, torch.float32) | matrix_calls(32, torch.float64)
     return calls
 
@@ -174,6 +189,9 @@ def all_calls():
         for scale in SCALES:
             for prior in (False, True):
                 calls |= gaussian_calls(scale, dtypes, prior)
+    for dtypes, level, channels_last, hidden in itertools.product(("f32", "bf16", "bf16_f32", "f16"), range(3),
+                                                                  (True, False), (128, 200, 512)):
+        calls |= conv_net_calls(dtypes, level, channels_last, hidden=hidden)
     for size in MATRIX_SIZES:
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             calls |= matrix_calls(size, dtype)

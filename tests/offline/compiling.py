@@ -21,12 +21,13 @@ VECTOR = re.compile(r"(?:ld|st)\.global(?:\.\w+)*?\.v(\d)\.b(\d+)")
 
 @dataclass
 class Compiled:
-    """One kernel for one target: its IRs, and its resources from the machine code."""
+    """One kernel for one target: its IRs, its bytes of shared memory, and its resources from the machine code."""
 
     name: str
     ttir: str
     ptx: str
     cubin: bytes
+    shared: int
 
     def resources(self):
         """{"REG": registers per thread, "STACK": bytes, "LOCAL": bytes, "SHARED": bytes}."""
@@ -72,7 +73,8 @@ def compiled(launch, capability):
     options, signature, constants, attributes = kernel._pack_args(backend, meta, bound, specialization, options)
     result = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target,
                             options=options.__dict__)
-    return Compiled(kernel.fn.__name__, result.asm["ttir"], result.asm["ptx"], result.asm["cubin"])
+    return Compiled(kernel.fn.__name__, result.asm["ttir"], result.asm["ptx"], result.asm["cubin"],
+                    result.metadata.shared)
 
 
 def variant(launch, capability=90):

@@ -88,10 +88,23 @@ def test_aligned_accesses_of_splines_are_16_bytes_wide(name):
 
 
 @pytest.mark.parametrize("dtypes", ["f32", "bf16"])
-def test_accesses_to_hidden_maps_are_16_bytes_wide(dtypes):
-    first, _ = compiling.launches_of(calls.taps_calls(dtypes)[f"rectified_sum-{dtypes}"])
-    loads, stores = compiling.compiled(first, 90).global_accesses()
-    assert set(loads) == {16} and 16 in stores, (loads, stores)
+@pytest.mark.parametrize("level", range(3))
+def test_products_run_on_tensor_cores_and_hidden_maps_move_16_bytes_at_a_time(dtypes, level):
+    """Loads go past the registers into shared memory, while the product before them runs; h alone does not, which the
+    rectifier's gradient is by."""
+    for direction, launches in ((d, compiling.launches_of(c)) for d, c in calls.conv_net_calls(dtypes, level).items()):
+        products = [launch for launch in launches if launch[0].fn.__name__ != "finish_kernel"
+                    and launch[0].fn.__name__ != "sum_taps_kernel"]
+        assert len(products) == (3 if "fwd" in direction else 4)
+        for launch in products:
+            kernel = compiling.compiled(launch, 90)
+            assert "wgmma.mma_async" in kernel.ptx and "mma.sync" not in kernel.ptx, kernel.name
+            assert kernel.shared <= 227 * 1024
+            loads, stores = kernel.global_accesses()
+            if kernel.name == "product_kernel":
+                assert stores.count(16) >= 4 and len(stores) - stores.count(16) <= 1, stores
+            if launch is products[1] and "bwd" in direction:  # of a hidden map and a weight past the registers
+                assert set(loads) == {16}, loads
 
 
 def test_a_misaligned_view_compiles_narrow():

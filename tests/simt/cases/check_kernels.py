@@ -22,10 +22,11 @@ def launches(emulator, function):
     return emulator.simt_launches(), result
 
 
-CASES_OF_LAUNCHES = [case for case, *_ in LAUNCH_CASES]
+ROWS = [row for row in LAUNCH_CASES if row[-1] is not None]
+CASES_OF_LAUNCHES = [case for case, *_ in ROWS]
 
 
-@pytest.mark.parametrize("row", LAUNCH_CASES, ids=lambda row: f"{row[0].op}-{row[0]}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0].op}-{row[0]}")
 def test_launches_are_those_declared(row, emulator):
     case, _, _, forward, backward = row
     tensors = case.tensors(torch.float32)
@@ -40,7 +41,7 @@ def test_launches_are_those_declared(row, emulator):
 
 def test_launches_of_every_operator_are_those_declared(emulator):
     for name, args in operator_calls("cpu", (0, 1, 3, 65), ((2,), (2, 0), (2, 5), (3, 1))):
-        if name in extension.TRITON_ALONE:
+        if name in extension.WITHOUT_CUDA:
             continue
         counted, _ = launches(emulator, lambda: OPS[name](*args))  # noqa: B023
         shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]

@@ -1,0 +1,211 @@
+"""Glow's conditioner on Triton: values and gradients in every dtype and memory format, what is asked for singly, lower
+dtypes inside, what is not finite, and the launches."""
+
+import functools
+import itertools
+
+import layouts
+import pytest
+import torch
+from cases import check_by_ratio, conv_case, cotangents_of, evaluate
+from tolerances import assert_bitwise
+
+from fastflow import backends, functional, nn, reference
+from fastflow.autograd.conv_net import ConvNetFunction
+
+FORWARD = ["product_kernel"] * 3 + ["sum_taps_kernel"]
+BACKWARD = ["product_kernel"] * 3 + ["sum_taps_kernel", "weight_gradients_kernel", "finish_kernel"]
+# (B, I, H, W), hidden, O: Glow's own; odd everything; one pixel; a row; a column; many channels.
+SIZES = [((2, 6, 8, 8), 32, 12), ((3, 5, 5, 7), 21, 3), ((2, 1, 1, 1), 16, 1), ((1, 3, 1, 9), 20, 5),
+         ((2, 5, 7, 1), 7, 3), ((3, 24, 4, 4), 48, 48)]
+LARGE = ((3, 2, 9, 13), 136, 17)  # several tiles in each direction, several parts of the pixels
+
+
+@pytest.fixture(autouse=True)
+def on_triton(triton):
+    """Every test here runs on the Triton backend."""
+
+
+def scaled(case, dtype, layout=layouts.contiguous):
+    tensors = {n: layout(t) for n, t in case.tensors(torch.float64).items()}
+    return {n: (t / (t[0].numel() ** 0.5 if n[0] == "w" else 1.0)).to(dtype) for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize(("precision", "slope", "x", "hidden", "out"), [
+    *((*options, *size) for *options, size in itertools.product(("tf32", "ieee", "float64"), (0.0, 0.2), SIZES)),
+    ("tf32", 0.0, *LARGE), ("ieee", 0.0, *LARGE)], ids=str)
+def test_sizes(precision, slope, x, hidden, out, monkeypatch):
+    """The interpreter multiplies in full; the tiles are those of each precision."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
+    case = conv_case("sizes", x, hidden, out, negative_slope=slope)
+    for layout in (layouts.contiguous, layouts.channels_last):
+        tensors = scaled(case, torch.float64 if precision == "float64" else torch.float32, layout)
+        cotangents = {n: layout(t) for n, t in cotangents_of(case, tensors).items()}
+        check_by_ratio(case, tensors, cotangents=cotangents)
+
+
+@pytest.mark.parametrize("make", layouts.ALL, ids=layouts.by_name)
+def test_layouts(make):
+    case = conv_case("layouts", (3, 5, 4, 6), 18, 4, negative_slope=0.1)
+    tensors = {n: make(t) if t.dim() == 4 else t for n, t in scaled(case, torch.float32).items()}
+    check_by_ratio(case, tensors, cotangents={n: make(t) for n, t in cotangents_of(case, tensors).items()})
+
+
+def test_formats_of_results_and_gradients():
+    case = conv_case("formats", (2, 5, 4, 6), 16, 3)
+    for layout in (layouts.contiguous, layouts.channels_last):
+        tensors = scaled(case, torch.float32, layout)
+        results, grads = evaluate(case, tensors, cotangents=cotangents_of(case, tensors))
+        assert results["y"].stride() == layout(torch.empty(2, 3, 4, 6)).stride()
+        assert all(grads[n].stride() == t.stride() for n, t in tensors.items())
+
+
+def test_launches(launches):
+    case = conv_case("launches", (2, 3, 4, 5), 16, 3)
+    tensors = scaled(case, torch.float32)
+    cotangents = cotangents_of(case, tensors)
+
+    def launched(**options):
+        launches.clear()
+        evaluate(case, tensors, **options)
+        return list(launches)
+
+    assert launched(needs=()) == FORWARD
+    assert launched(cotangents=cotangents) == FORWARD + BACKWARD
+    assert launched(needs=("x",), cotangents=cotangents) == FORWARD + BACKWARD[:4]
+    assert launched(needs=("b2",), cotangents=cotangents) == FORWARD + BACKWARD[:2] + BACKWARD[4:]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    """Operands in it, then parameters in float32 as under autocast: gradients have the dtype of what they belong to."""
+    case = conv_case("half", (3, 5, 6, 7), 40, 4)
+    exact = {n: t.to(dtype).double().requires_grad_() for n, t in scaled(case, torch.float64).items()}
+    truth = reference.conv_net(*exact.values())
+    grad = torch.randn(truth.shape).to(dtype)
+    true = torch.autograd.grad(truth, list(exact.values()), grad.double())
+    for kept in (dtype, torch.float32):
+        leaves = {n: t.detach().to(dtype if n == "x" else kept).requires_grad_() for n, t in exact.items()}
+        y = ConvNetFunction.apply(*leaves.values(), "triton", 0.0)
+        grads = torch.autograd.grad(y, list(leaves.values()), grad)
+        assert y.dtype == dtype
+        for leaf, got, want in zip((y, *leaves.values()), (y, *grads), (truth, *true), strict=True):
+            assert got.dtype == leaf.dtype
+            assert (got.double() - want).norm() < 0.05 * want.norm()
+
+
+def test_autocast_lowers_x_and_the_gradients_stay():
+    case = conv_case("autocast", (2, 3, 4, 5), 16, 4)
+    leaves = {n: t.requires_grad_() for n, t in scaled(case, torch.float32).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = functional.conv_net(*leaves.values())
+        double = functional.conv_net(*(t.detach().double() for t in leaves.values()))
+    assert y.dtype == torch.bfloat16 and double.dtype == torch.float64
+    grads = torch.autograd.grad(y.float().square().sum(), list(leaves.values()))
+    want = reference.conv_net(*leaves.values())
+    for got, true in zip((y, *grads), (want, *torch.autograd.grad(want.square().sum(), list(leaves.values()))),
+                         strict=True):
+        assert (got - true).norm() < 0.1 * true.norm()
+    assert all(g.dtype == torch.float32 for g in grads)
+    first, = torch.autograd.grad(functional.conv_net(*leaves.values()).square().sum(), leaves["x"], create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), leaves["w2"])[0].dtype == torch.float32
+
+
+def second_derivatives(f, leaves):
+    first = torch.autograd.grad(f(*leaves, negative_slope=0.3).square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), (leaves[0], leaves[3]))
+
+
+def test_second_derivatives_and_gradcheck():
+    leaves = [t.requires_grad_() for t in scaled(conv_case("twice", (1, 1, 2, 3), 2, 2), torch.float64).values()]
+    for slope in (0.0, 0.3):
+        assert torch.autograd.gradcheck(functools.partial(functional.conv_net, negative_slope=slope), leaves)
+    found = (second_derivatives(f, leaves) for f in (functional.conv_net, reference.conv_net))
+    for name, got, want in zip("xw", *found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["x", "w1", "b1", "w2", "b2", "w3", "b3"])
+def test_what_is_not_finite_comes_through(name, value):
+    tensors = scaled(conv_case("nonfinite", (2, 3, 7, 8), 16, 4), torch.float32)
+    tensors[name][(0,) * tensors[name].dim()] = value
+    got, want = functional.conv_net(*tensors.values()), reference.conv_net(*tensors.values())
+    assert not want.isfinite().all() or (value < 0.0 and name in ("b1", "b2"))  # which the rectifier makes a zero
+    if name in ("w1", "w3"):  # whether such a weight meets the border's zeros is an implementation's affair
+        got, want = got[..., 2:-2, 2:-2], want[..., 2:-2, 2:-2]
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_nan_in_a_gradient_comes_through():
+    case = conv_case("nan", (2, 3, 5, 6), 16, 4)
+    tensors = scaled(case, torch.float32)
+    cotangents = cotangents_of(case, tensors)
+    cotangents["y"][1, 2, 3, 3] = float("nan")
+    _, got = evaluate(case, tensors, cotangents=cotangents)
+    with backends.use_backend("reference"):
+        _, want = evaluate(case, tensors, cotangents=cotangents)
+    for name, grad in want.items():
+        assert grad.isnan().any() and got[name].isnan()[grad.isnan()].all(), name
+    assert not got["x"][0].isnan().any()
+
+
+def test_samples_do_not_mix_and_runs_are_equal():
+    case = conv_case("samples", (4, 3, 5, 6), 16, 4)
+    tensors = scaled(case, torch.float32)
+    cotangents = cotangents_of(case, tensors)
+    results, grads = evaluate(case, tensors, cotangents=cotangents)
+    again, once_more = evaluate(case, tensors, cotangents=cotangents)
+    assert_bitwise(again["y"], results["y"])
+    assert all(torch.equal(once_more[n], g) for n, g in grads.items())
+    alone, of_one = evaluate(case, {**tensors, "x": tensors["x"][2:3]}, cotangents={"y": cotangents["y"][2:3]})
+    torch.testing.assert_close(alone["y"], results["y"][2:3])
+    torch.testing.assert_close(of_one["x"], grads["x"][2:3])
+
+
+def test_far_strides():
+    """Offsets beyond 2^31 elements: views of one image and one gradient."""
+    case = conv_case("far", (1, 2, 4, 4), 16, 3)
+    tensors = scaled(case, torch.float32)
+    far = {"x": tensors["x"].as_strided((2, 2, 4, 4), (0, 16, 4, 1)), **{n: tensors[n] for n in tensors if n != "x"}}
+    results, _ = evaluate(case, far)
+    one, _ = evaluate(case, tensors)
+    for i in range(2):
+        torch.testing.assert_close(results["y"][i:i + 1], one["y"])
+
+
+def test_what_it_refuses():
+    tensors = list(scaled(conv_case("refused", (2, 3, 4, 4), 16, 4), torch.float32).values())
+    with pytest.raises(RuntimeError, match="no empty weights"):
+        functional.conv_net(tensors[0][:, :0], tensors[1][:, :0], *tensors[2:])
+    with pytest.raises(RuntimeError, match="different dtypes"):
+        backends.explain("conv_net", tensors[0].double(), *tensors[1:])
+
+
+def test_when_it_is_preferred(monkeypatch, launches):
+    """As on a GPU: in many hidden channels and few others, where products may be as inexact as cuDNN's."""
+    monkeypatch.setitem(backends.PREFERENCE, ("conv_net", "cpu"), ("triton",))
+    monkeypatch.setattr(backends._state, "within_reach", {})
+
+    def explained(channels, hidden, out, dtype=torch.float32):
+        operands = conv_case("rule", (2, channels, 2, 2), hidden, out).tensors(dtype)
+        return backends.explain("conv_net", *operands.values())
+
+    with backends.use_backend(None):
+        assert explained(6, 128, 12).startswith("triton")
+        assert explained(6, 128, 12, torch.bfloat16).startswith("triton")
+        for sizes in ((6, 127, 12), (65, 128, 12), (6, 128, 65)):
+            assert explained(*sizes).startswith("reference (fewer than 128 hidden channels or more than 64 others")
+        assert "left to cuDNN" in explained(6, 128, 12, torch.float64)
+        net, x = nn.ConvNet(2, 4, 128), torch.randn(2, 2, 3, 3)
+        net(x)
+        assert launches == FORWARD
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        net(x)
+        assert launches == FORWARD and "without TF32" in explained(6, 128, 12)
+
+
+def test_torch_compile_has_its_own():
+    net, x = nn.ConvNet(2, 4, 16), torch.randn(2, 2, 3, 3)
+    with backends.use_backend(None):
+        torch.testing.assert_close(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
