@@ -20,7 +20,7 @@ from benchmarks import counting
 from benchmarks.neutral_glow import ActNorm as NeutralActNorm
 from benchmarks.neutral_glow import Conv1x1, NeutralGlow
 from benchmarks.neutral_glow import Coupling as NeutralCoupling
-from fastflow import flows, launches
+from fastflow import backends, flows, launches
 from fastflow.engine import TrainStep
 from fastflow.nn import AffineCoupling
 
@@ -126,15 +126,17 @@ def count(model, step):
             counter.add(OTHER, name, split_priors)
             counter.add(COUPLING, name, number - split_priors)
         else:
-            counter.add(CONV1X1 if name.startswith(("slogdet", "plu")) else OTHER, name, number)
+            kinds = {"conv_net": CONV, "slogdet": CONV1X1, "plu_weight": CONV1X1}
+            counter.add(next((kind for stem, kind in kinds.items() if name.startswith(stem)), OTHER), name, number)
     return counter
 
 
 def of_fastflow(n_steps, n_levels=3, parametrization="plain", **options):
-    """The StepCounter of TrainStep on uint8 images with fused Adam; ``options`` are TrainStep's. So few hidden channels
-    go past the CPU's kernel for conditioners: their convolutions are PyTorch's, as on a GPU."""
+    """The StepCounter of TrainStep on uint8 images with fused Adam; ``options`` are TrainStep's. With so many hidden
+    channels conditioners run in a kernel here as on a GPU, where they are other launches."""
     side = 2 * 2**n_levels
-    model = flows.Glow((3, side, side), n_levels, n_steps, hidden_channels=4, parametrization=parametrization)
+    model = flows.Glow((3, side, side), n_levels, n_steps, hidden_channels=backends.CONV_NET_HIDDEN,
+                       parametrization=parametrization)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     step = TrainStep(model, optimizer, **options)
     x = torch.randint(256, (2, 3, side, side), dtype=torch.uint8)
