@@ -5,8 +5,8 @@
 Glow 3x32x32, 3 levels x 32 steps, with fused Adam. Launches are dispatched aten operators that are neither views nor
 allocations, fastflow's own operators as the kernels that they declare (benchmarks/counting.py): exact, on any machine.
 They depend neither on the batch nor, from as many hidden channels on as here, on those. "Of the flow" leaves out the
-optimiser and what the conditioners dispatch, each run alone. Bytes are per image: unique storages of two images less those of
-one, on the CPU, parameters excluded, hidden channels as said.
+optimiser and what the conditioners dispatch, each run alone. Bytes are per image: unique storages of two images less
+those of one, on the CPU, parameters excluded, hidden channels as said.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """What a train step does, in words."""
 
+import collections
+
 import torch
 
 from fastflow import backends, launches
@@ -7,7 +9,7 @@ from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import is_sharded, replicas, unwrap
 from fastflow.engine.precision import conditioners
 from fastflow.engine.update import is_fused
-from fastflow.nn import AffineCoupling, InvertibleConv1x1
+from fastflow.nn import AffineCoupling, ConvNet, InvertibleConv1x1
 
 __all__ = ["choices", "launched"]
 
@@ -76,6 +78,9 @@ def _fused(model, device):
         folded = sum(m.actnorm is not None for m in convolutions)
         parts.append(f"{len(convolutions)} invertible 1x1 convolutions of {len(sizes)} sizes, {folded} with their "
                      "normalisation folded in, factorised together in flows.Glow and nn.WeightBank")
+    if not is_sharded(model):  # whose parameters are whole in a forward pass alone
+        networks = collections.Counter(m.explain() for m in model.modules() if isinstance(m, ConvNet))
+        parts += [f"{count} convolutional conditioners on {where}" for where, count in networks.items()]
     return "; ".join(parts) or "nothing (no coupling or invertible convolution of fastflow.nn inside)"
 
 

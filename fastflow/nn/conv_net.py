@@ -40,14 +40,28 @@ class ConvNet(nn.Module):
 
     def forward(self, x, context=None):
         shift = self.context(x, context)
-        layers = self.conv1, self.conv2, self.conv3
-        if shift is None and all(map(_as_made, layers, (1, 0, 1))):
-            operands = (x, *(p for layer in layers for p in (layer.weight, layer.bias)))
+        if shift is None and self._is_as_made():
+            operands = (x, *self._parameters_in_turn())
             if backends.serves("conv_net", *operands):
                 return functional.conv_net(*operands)
         h = self.conv1(x)
         h = F.relu(h if shift is None else h + shift, inplace=True)  # a convolution does not keep its own output
         return self.conv3(F.relu(self.conv2(h), inplace=True))
+
+
+    def explain(self):
+        """Where a call without a context runs, on the parameters' device: a backend, or PyTorch and why."""
+        if not self._is_as_made():
+            return "PyTorch (a layer is hooked or replaced)"
+        operands = self._parameters_in_turn()
+        backend, reason = backends.prefers("conv_net", operands[0].new_empty(1, operands[0].shape[1], 1, 1), *operands)
+        return backend if backend != "reference" else f"PyTorch ({reason})"
+
+    def _is_as_made(self):
+        return _as_made(self.conv1, 1) and _as_made(self.conv2, 0) and _as_made(self.conv3, 1)
+
+    def _parameters_in_turn(self):
+        return [p for layer in (self.conv1, self.conv2, self.conv3) for p in (layer.weight, layer.bias)]
 
 
 def _as_made(layer, padding):

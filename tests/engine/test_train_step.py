@@ -175,6 +175,7 @@ def test_explain_names_what_is_fused_and_counts_launches():
     before, generator = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
     text = step.explain(x)
     for words in ("6 couplings, each with its log-determinant, on cpu",
+                  "6 convolutional conditioners on PyTorch (the cpu kernel takes channels in multiples of 16, not 4)",
                   "6 invertible 1x1 convolutions of 2 sizes, 6 with", "accumulation: 2 calls make one update",
                   "average: exponential, decay 0.5", "launches of fastflow's",
                   "affine_coupling_bwd       7 launches      7 calls", "slogdet_fwd               2 launches"):
