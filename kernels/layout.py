@@ -35,6 +35,8 @@ def registers(count):
 
 def convolutions_in_tf32():
     """Whether torch lets cuDNN round the operands of float32 convolutions to 10 bits."""
+    if torch.version.hip:
+        return False
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:  # set by torch's newer names, which the older ones refuse to read
