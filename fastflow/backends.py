@@ -11,6 +11,7 @@ The choice reads only metadata: device, dtype, shape class.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -62,6 +63,7 @@ SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
 CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide it
 # On a GPU: the fewest hidden channels that fill its products, the most others beside which the taps' columns are small.
 CONV_NET_HIDDEN, CONV_NET_OTHERS = 128, 64
+TENSOR_CORES = 8, 0  # the first compute capability whose tensor cores take TF32 and bfloat16
 ACTIVATED_CONV_WEIGHTS = 9 * 128**2
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 _NETWORKS = ("conv_net", "activated_conv", "mlp", "wide_mlp")
@@ -260,19 +262,25 @@ def _triton_misfit(op, x, weights):
     return None
 
 
-def _library_is_faster(x, weights):
-    """Why conv_net's layers are rather left to cuDNN than to Triton, or None."""
-    if x.dtype == torch.float64 or (x.dtype == torch.float32 and not extension.convolutions_in_tf32()):
+def leaves_convolutions(x, *weights):
+    """Why conv_net's convolutions, 3x3 ones being its first and last weight, are rather left to the library than to
+    Triton, or None."""
+    if torch.version.hip:
+        return "convolutions are left to MIOpen"
+    if x.is_cuda and torch.cuda.is_available() and _capability(x.device) < TENSOR_CORES:
+        return "a GPU of compute capability below 8.0 is left to cuDNN"
+    lowered = torch.is_autocast_enabled(x.device.type)
+    if x.dtype == torch.float64 or (x.dtype == torch.float32 and not lowered and not extension.convolutions_in_tf32()):
         return f"{x.dtype} without TF32 is left to cuDNN"
-    if len(weights) > 4 and not fills_products(x.shape[1], weights[0].shape[0], weights[4].shape[0]):
-        return (f"fewer than {CONV_NET_HIDDEN} hidden channels or more than {CONV_NET_OTHERS} others are left to "
-                "cuDNN")
+    if len(weights) == 2 and (weights[0].shape[0] < CONV_NET_HIDDEN
+                              or max(x.shape[1], weights[1].shape[0]) > CONV_NET_OTHERS):
+        return f"fewer than {CONV_NET_HIDDEN} hidden channels or more than {CONV_NET_OTHERS} others are left to cuDNN"
     return None
 
 
-def fills_products(inner, hidden, out):
-    """Whether Triton's conv_net is preferred for so many channels."""
-    return hidden >= CONV_NET_HIDDEN and max(inner, out) <= CONV_NET_OTHERS
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device)
 
 
 def choose(op, *tensors):
@@ -320,7 +328,7 @@ def _choose(op, tensors):
         if reason is None and op in _FACTORISATIONS and tensors[0].shape[-1] > SLOGDET_LIMIT[backend]:
             reason = f"torch.linalg is faster above {SLOGDET_LIMIT[backend]}x{SLOGDET_LIMIT[backend]}"
         if reason is None and op == "conv_net" and backend == "triton":
-            reason = _library_is_faster(tensors[0], tensors[1:])
+            reason = leaves_convolutions(tensors[0], *tensors[1:6:4])
         if reason is None:
             return backend, _FIRST[device]
     return "reference", reason

@@ -211,7 +211,7 @@ def _preferred(name, args):
     stem = _stem_of(name)
     if stem == "conv_net":
         x, w1, w3 = (args[at] for at in ((0, 1, 5) if name.endswith("_fwd") else (1, 2, 4)))
-        if not backends.fills_products(x.shape[1], len(w1), len(w3)):
+        if backends.leaves_convolutions(x, w1, w3) is not None:
             return None
     for backend in backends.PREFERENCE.get((_OPS.get(stem, stem), "cuda"), ()):
         if stem != "slogdet" or args[0].shape[-1] <= backends.SLOGDET_LIMIT[backend]:

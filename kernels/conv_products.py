@@ -68,6 +68,22 @@ def _bent(value, by, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def _rounded(value, ROUNDS: tl.constexpr):
+    """float32 rounded to the 10 bits that TF32 keeps, ties away from zero: tensor cores drop the others, which would
+    make every product smaller."""
+    if ROUNDS:
+        bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), float("nan"))
+    return value
+
+
+@triton.jit
+def _copy_rounded(from_ptr, to_ptr, block, size, BLOCK: tl.constexpr):
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(to_ptr + at, _rounded(tl.load(from_ptr + at, mask=at < size, other=0.0), True), mask=at < size)
+
+
+@triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:  # the interpreter has no arithmetic of bfloat16
         a = a.to(total.dtype)
@@ -75,20 +91,18 @@ def _dot(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "depth"])
-def product_kernel(a_ptr, a_strides, weight_ptr, weight_strides, bias_ptr, h_ptr, out_ptr, sums_ptr, pixels, height,
-                   width, depth, INNER: tl.constexpr, OUTER: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr,
-                   CHANNEL_MAJOR: tl.constexpr, SLOPE: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
-                   UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """out[p, j] = sum_k a[p, k] weight[k, j]: with a bias rectified, or where there is h the gradient of what was
-    rectified to h, with its sums over the tile's pixels."""
-    DTYPE: tl.constexpr = a_ptr.dtype.element_ty
+@triton.jit
+def _product_tile(program, a_ptr, a_strides, weight_ptr, weight_strides, bias_ptr, h_ptr, out_ptr, sums_ptr, pixels,
+                  height, width, depth, INNER: tl.constexpr, OUTER: tl.constexpr, TAPS: tl.constexpr,
+                  SIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, SLOPE: tl.constexpr, ROW: tl.constexpr,
+                  PRECISION: tl.constexpr, ROUNDS: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+                  COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     WIDTH: tl.constexpr = OUTER * 9 if TAPS == 2 else OUTER
     ALL: tl.constexpr = INNER * 9 if TAPS == 1 else INNER
     across = tl.cdiv(WIDTH, COLUMNS)
-    tile = tl.program_id(0) // across
+    tile = program // across
     pixel = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
+    column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
     if TAPS == 2:
         tap, channel = _split(column, OUTER, CHANNEL_MAJOR)
         of_column = _weight_offset(tap, channel, weight_strides[1], weight_strides)
@@ -103,6 +117,7 @@ def product_kernel(a_ptr, a_strides, weight_ptr, weight_strides, bias_ptr, h_ptr
         if TAPS == 1:
             tap, channel = _split(k, INNER, CHANNEL_MAJOR)
             a = _gathered(a_ptr, a_strides, found[:, None], at[:, None], tap[None, :], channel[None, :], SIGN)
+            a = _rounded(a, ROUNDS)
             of_k = _weight_offset(tap, channel, weight_strides[0], weight_strides)
         else:
             a = _matrix(a_ptr, row, k, ALL, DEPTH)
@@ -112,7 +127,8 @@ def product_kernel(a_ptr, a_strides, weight_ptr, weight_strides, bias_ptr, h_ptr
         else:
             weight = tl.load(weight_ptr + (of_k[:, None] + of_column[None, :]), other=0.0,
                              mask=(k < ALL)[:, None] & (column < WIDTH)[None, :])
-        total = _dot(a, weight.to(DTYPE), total, PRECISION, UPCAST)
+        weight = _rounded(weight.to(a_ptr.dtype.element_ty), ROUNDS and TAPS == 1)
+        total = _dot(a, weight, total, PRECISION, UPCAST)
     to = pixel[:, None] * ROW + column[None, :]
     there = (pixel < pixels)[:, None] & (column < ROW)[None, :]
     if bias_ptr is not None:
@@ -125,14 +141,45 @@ def product_kernel(a_ptr, a_strides, weight_ptr, weight_strides, bias_ptr, h_ptr
         if sums_ptr is not None:
             tl.store(sums_ptr + (tile.to(tl.int64) * OUTER + column), mask=column < WIDTH,
                      value=tl.sum(tl.where(there, total, 0.0), 0))
-    tl.store(out_ptr + to, total, mask=there)
+    tl.store(out_ptr + to, _rounded(total, ROUNDS and TAPS != 2), mask=there)
+
+
+@triton.jit(do_not_specialize=["pixels", "height", "width", "depth"])
+def product_kernel(a_ptr, a_strides, weight_ptr, weight_strides, bias_ptr, h_ptr, out_ptr, sums_ptr, first_ptr,
+                   first_rounded_ptr, first_size, second_ptr, second_rounded_ptr, second_size, pixels, height, width,
+                   depth, INNER: tl.constexpr, OUTER: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr,
+                   CHANNEL_MAJOR: tl.constexpr, SLOPE: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+                   ROUNDS: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                   DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """out[p, j] = sum_k a[p, k] weight[k, j]: with a bias rectified, or where there is h the gradient of what was
+    rectified to h, with its sums over the tile's pixels.
+
+    ROUNDS: operands are float32 and multiplied in TF32. Hidden maps are rounded when they are written, gathered
+    operands and their weights here; two other weights, which the next products need rounded, by programs of their own.
+    """
+    if first_ptr is None:
+        _product_tile(tl.program_id(0), a_ptr, a_strides, weight_ptr, weight_strides, bias_ptr, h_ptr, out_ptr,
+                      sums_ptr, pixels, height, width, depth, INNER, OUTER, TAPS, SIGN, CHANNEL_MAJOR, SLOPE, ROW,
+                      PRECISION, ROUNDS, UPCAST, ROWS, COLUMNS, DEPTH)
+    else:
+        blocks = tl.cdiv(first_size, BLOCK)
+        others = blocks + tl.cdiv(second_size, BLOCK)
+        program = tl.program_id(0)
+        if program < blocks:
+            _copy_rounded(first_ptr, first_rounded_ptr, program, first_size, BLOCK)
+        elif program < others:
+            _copy_rounded(second_ptr, second_rounded_ptr, program - blocks, second_size, BLOCK)
+        else:
+            _product_tile(program - others, a_ptr, a_strides, weight_ptr, weight_strides, bias_ptr, h_ptr, out_ptr,
+                          sums_ptr, pixels, height, width, depth, INNER, OUTER, TAPS, SIGN, CHANNEL_MAJOR, SLOPE, ROW,
+                          PRECISION, ROUNDS, UPCAST, ROWS, COLUMNS, DEPTH)
 
 
 @triton.jit
 def _of_weight(h_ptr, other_ptr, strides, out_ptr, tile, part, chunk, pixels, height, width, HIDDEN: tl.constexpr,
                CHANNELS: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
-               PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-               DEPTH: tl.constexpr):
+               PRECISION: tl.constexpr, ROUNDS: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+               COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
     """A tile of out[part, n, j] = the sum over the part's pixels of h[p, n] other[p, j]."""
     WIDTH: tl.constexpr = CHANNELS * 9 if TAPS else CHANNELS
     across = tl.cdiv(WIDTH, COLUMNS)
@@ -150,6 +197,7 @@ def _of_weight(h_ptr, other_ptr, strides, out_ptr, tile, part, chunk, pixels, he
         if TAPS:
             found, at = _pixel(pixel, end, strides, height, width, SIGN)
             other = _gathered(other_ptr, strides, found[:, None], at[:, None], tap[None, :], channel[None, :], SIGN)
+            other = _rounded(other, ROUNDS)
         else:
             other = tl.load(other_ptr + (pixel[:, None] * CHANNELS + column[None, :]), other=0.0,
                             mask=(pixel < end)[:, None] & (column < WIDTH)[None, :])
@@ -162,8 +210,9 @@ def _of_weight(h_ptr, other_ptr, strides, out_ptr, tile, part, chunk, pixels, he
 def weight_gradients_kernel(x_ptr, x_strides, grad_ptr, grad_strides, h1_ptr, h2_ptr, g1_ptr, g2_ptr, of_w1_ptr,
                             of_w2_ptr, of_w3_ptr, of_b3_ptr, pixels, height, width, chunk, parts,
                             HIDDEN: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, MAJOR_1: tl.constexpr,
-                            MAJOR_3: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
-                            COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr):
+                            MAJOR_3: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr,
+                            UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+                            CHANNELS: tl.constexpr):
     """The gradients of the three weights and of the last bias, in parts of the pixels."""
     down = tl.cdiv(HIDDEN, ROWS)
     second = down * tl.cdiv(HIDDEN, COLUMNS)
@@ -173,13 +222,13 @@ def weight_gradients_kernel(x_ptr, x_strides, grad_ptr, grad_strides, h1_ptr, h2
     tile = tl.program_id(0) // parts
     if tile < second:
         _of_weight(g2_ptr, h1_ptr, x_strides, of_w2_ptr, tile, part, chunk, pixels, height, width, HIDDEN, HIDDEN,
-                   False, 1, False, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH)
+                   False, 1, False, PRECISION, ROUNDS, UPCAST, ROWS, COLUMNS, DEPTH)
     elif tile < third:
         _of_weight(h2_ptr, grad_ptr, grad_strides, of_w3_ptr, tile - second, part, chunk, pixels, height, width, HIDDEN,
-                   OUT, True, -1, MAJOR_3, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH)
+                   OUT, True, -1, MAJOR_3, PRECISION, ROUNDS, UPCAST, ROWS, COLUMNS, DEPTH)
     elif tile < first:
         _of_weight(g1_ptr, x_ptr, x_strides, of_w1_ptr, tile - third, part, chunk, pixels, height, width, HIDDEN, IN,
-                   True, 1, MAJOR_1, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH)
+                   True, 1, MAJOR_1, PRECISION, ROUNDS, UPCAST, ROWS, COLUMNS, DEPTH)
     else:
         channel = tl.arange(0, CHANNELS)
         begin = part.to(tl.int64) * chunk

@@ -136,6 +136,18 @@ def suggests_channels_last(t):
     return True
 
 
+def is_dense(t):
+    """Whether t's elements fill its memory from the first on, in whatever order of dimensions."""
+    length = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != length:
+            return False
+        length *= size
+    return True
+
+
 def empty_like_format(t, shape, dtype):
     """Uninitialised, in the memory format that t's strides suggest."""
     memory_format = torch.contiguous_format

@@ -39,7 +39,7 @@ def sum_taps_kernel(z_ptr, bias_ptr, out_ptr, out_strides, row_stride, pixels, h
 def sum_taps(z, bias, out, sign, channel_major):
     """out (B, C, H, W) becomes bias plus the sum over a pixel's nine taps of its column in z. One launch."""
     batch, channels, height, width = out.shape
-    block = triton.next_power_of_2(max(channels, 4))
+    block = max(4, 1 << (channels - 1).bit_length())
     rows = max(1, TILE // block)
     pixels = batch * height * width
     layout.launch(sum_taps_kernel, layout.ceil_div(pixels, rows), z, z, bias, out, out.stride(), z.stride(0), pixels,

@@ -28,6 +28,7 @@ class ConvNetFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         *inputs, h1, h2 = ctx.saved_tensors
+        h1, h2 = h1.contiguous(), h2.contiguous()  # hooks may have laid them out anew
         backend, slope = ctx.consts
         needs = ctx.needs_input_grad[:7]
         if differentiable.wanted((grad,)):

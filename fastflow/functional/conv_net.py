@@ -17,7 +17,8 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
     of 16. On a GPU, with 128 hidden channels or more and at most 64 others, Triton's kernels compute them as products
     over the pixels, with bias, rectifier and what the gradients share within: four launches forward and up to six
     backward. They multiply in TF32 where torch lets convolutions do that (where not, and in float64, cuDNN is left to
-    it), and under autocast in its dtype. Else the convolutions are PyTorch's.
+    it), and under autocast in its dtype. Else, and on a GPU before compute capability 8.0, the convolutions are
+    PyTorch's.
 
     In float32, for images of even height and width above 2 and I + O >= 12, the CPU kernel's 3x3 convolutions run in
     Winograd's form F(2x2, 3x3), within the same bound on the error; samples with a result that is not finite, and

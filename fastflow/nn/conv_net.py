@@ -48,7 +48,6 @@ class ConvNet(nn.Module):
         h = F.relu(h if shift is None else h + shift, inplace=True)  # a convolution does not keep its own output
         return self.conv3(F.relu(self.conv2(h), inplace=True))
 
-
     def explain(self):
         """Where a call without a context runs, on the parameters' device: a backend, or PyTorch and why."""
         if not self._is_as_made():

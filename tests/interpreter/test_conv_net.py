@@ -7,7 +7,9 @@ import itertools
 import layouts
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import check_by_ratio, conv_case, cotangents_of, evaluate
+from fastflow.kernels import conv_net as kernels
 from tolerances import assert_bitwise
 
 from fastflow import backends, functional, nn, reference
@@ -51,6 +53,15 @@ def test_layouts(make):
     check_by_ratio(case, tensors, cotangents={n: make(t) for n, t in cotangents_of(case, tensors).items()})
 
 
+@pytest.mark.parametrize("make", [lambda b: torch.stack([b, b + 7.0, b], 1)[:, 0], lambda b: b[0].expand(len(b)),
+                                  lambda b: torch.cat([b[:1], b])[1:]],
+                         ids=["column", "expanded", "offset"])
+def test_layouts_of_biases(make):
+    case = conv_case("biases", (3, 5, 4, 6), 18, 4)
+    tensors = {n: make(t) if t.dim() == 1 else t for n, t in scaled(case, torch.float32).items()}
+    check_by_ratio(case, tensors, cotangents=cotangents_of(case, tensors))
+
+
 def test_formats_of_results_and_gradients():
     case = conv_case("formats", (2, 5, 4, 6), 16, 3)
     for layout in (layouts.contiguous, layouts.channels_last):
@@ -74,6 +85,59 @@ def test_launches(launches):
     assert launched(cotangents=cotangents) == FORWARD + BACKWARD
     assert launched(needs=("x",), cotangents=cotangents) == FORWARD + BACKWARD[:4]
     assert launched(needs=("b2",), cotangents=cotangents) == FORWARD + BACKWARD[:2] + BACKWARD[4:]
+
+
+def in_tf32(t):
+    """float32 to the nearest number of 10 bits, ties away from zero; what is not finite stays."""
+    bits = (t.view(torch.int32) + 0x1000) & -0x2000
+    return torch.where(t.isnan(), t, bits.view(torch.float32))
+
+
+class Rounded(torch.autograd.Function):
+    """A value as a product in TF32 reads it; or the gradient alone."""
+
+    @staticmethod
+    def forward(ctx, t, back):
+        ctx.back = back
+        return t.clone() if back else in_tf32(t.float()).double()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return in_tf32(grad.float()).double() if ctx.back else grad, None
+
+
+@pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last, layouts.padded], ids=layouts.by_name)
+@pytest.mark.parametrize("hidden", [16, 72])
+def test_operands_of_tf32_are_rounded_to_nearest(hidden, layout, monkeypatch, launches):
+    """As on a GPU, where its tensor cores drop what is not: against products in float64 of rounded operands."""
+    monkeypatch.setattr(kernels, "_rounds", lambda precision: precision == "tf32")
+    case = conv_case("tf32", (3, 5, 6, 7), hidden, 4)
+    tensors = {n: layout(t) if t.dim() == 4 else t for n, t in scaled(case, torch.float32).items()}
+    cotangents = cotangents_of(case, tensors)
+    results, grads = evaluate(case, tensors, cotangents=cotangents)
+    assert launches == FORWARD + BACKWARD
+    exact = {n: t.double().requires_grad_() for n, t in tensors.items()}
+    x, w1, b1, w2, b2, w3, b3 = exact.values()
+    x, w1, w2, w3 = (Rounded.apply(t, False) for t in (x, w1, w2, w3))
+    h1 = Rounded.apply(Rounded.apply(F.conv2d(x, w1, padding=1), True).add(b1[:, None, None]).relu(), False)
+    h2 = Rounded.apply(Rounded.apply(F.conv2d(h1, w2), True).add(b2[:, None, None]).relu(), False)
+    y = Rounded.apply(F.conv2d(h2, w3, padding=1), True) + b3[:, None, None]
+    true = dict(zip(exact, torch.autograd.grad(y, list(exact.values()), cotangents["y"].double()), strict=True))
+    for name, got, want in (("y", results["y"], y), *((n, grads[n], true[n]) for n in grads)):
+        # A sum near the middle between two roundings may go either way: most do not, and those that do are few.
+        assert (got - want).norm() < 1e-4 * want.norm(), name
+        assert (got - want).abs().median() < 1e-6 * want.abs().max(), name
+
+
+@pytest.mark.parametrize("bits", [0x7fffffff, 0x7f800001, 0xffffffff - 2**32, 0x7fc00000], ids=hex)
+def test_every_nan_survives_rounding(bits, monkeypatch):
+    monkeypatch.setattr(kernels, "_rounds", lambda precision: precision == "tf32")
+    tensors = scaled(conv_case("nan", (2, 3, 5, 6), 16, 4), torch.float32)
+    for name in ("x", "w2", "b1"):
+        spoilt = {n: t.clone() for n, t in tensors.items()}
+        spoilt[name].view(torch.int32)[(0,) * tensors[name].dim()] = bits
+        got, want = functional.conv_net(*spoilt.values()), reference.conv_net(*spoilt.values())
+        assert want.isnan().any() and torch.equal(got.isnan(), want.isnan()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -203,6 +267,9 @@ def test_when_it_is_preferred(monkeypatch, launches):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         net(x)
         assert launches == FORWARD and "without TF32" in explained(6, 128, 12)
+        with torch.autocast("cpu", torch.bfloat16):  # computes in bfloat16
+            assert net(x).dtype == torch.bfloat16
+        assert launches == FORWARD * 2
 
 
 def test_torch_compile_has_its_own():

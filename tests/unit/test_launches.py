@@ -104,6 +104,20 @@ def test_what_a_backend_refuses_is_not_counted():
     assert counted.by_operator == {"slogdet_fwd": 1} and counted.calls == {"slogdet_fwd": 2}
 
 
+@needs_triton
+def test_convolutions_that_a_gpu_leaves_to_cudnn_are_not_counted(monkeypatch):
+    """Too few hidden channels, or a precision for which the kernels are not preferred."""
+    def counted(hidden, dtype=torch.float32):
+        operands = cases.conv_case("count", (1, 2, 4, 4), hidden, 3).tensors(dtype)
+        with launches.count() as found:
+            functional.conv_net(*(t.requires_grad_() for t in operands.values())).sum().backward()
+        return found.total
+
+    assert (counted(128), counted(112), counted(128, torch.float64)) == (10, 0, 0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert counted(128) == 0
+
+
 def test_blocks_nest_and_end():
     x, params = torch.randn(2, 3), torch.randn(2, 6)
     with launches.count("cuda") as outer:
