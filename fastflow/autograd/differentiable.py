@@ -147,4 +147,6 @@ def _in_format(grad, memory_format):
 
 
 def _alias(t, linked):
-    return t.view_as(t) if linked else t.detach().requires_grad_()
+    if linked or backends.transformed() is not None:  # inside torch.func.vmap no leaf can be made
+        return t.view_as(t)
+    return t.detach().requires_grad_()

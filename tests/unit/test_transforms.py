@@ -117,6 +117,21 @@ def test_batched_gradients(name, backend, device):
     close(jacobians[1], jacobians[0])
 
 
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+def test_vmap_over_backward(case):
+    """torch.func.vmap of torch.autograd.grad, as Jacobians are taken of a pass made once."""
+    leaves = {n: t.requires_grad_(n in case.differentiable) for n, t in case.tensors(torch.float64).items()}
+    outputs = [t for t in case.call(leaves) if t.requires_grad]
+    wanted = [leaves[n] for n in case.differentiable]
+    batch = [torch.randn(3, *t.shape, dtype=torch.float64) for t in outputs]
+
+    def gradients(*grads):
+        return torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
+
+    for got, want in zip(torch.func.vmap(gradients)(*batch), zip(*map(gradients, *batch), strict=True), strict=True):
+        close(got, torch.stack(want))
+
+
 def test_vmap_over_samples_of_noise():
     """randomness="different" draws anew for each entry, a given seed gives each the same."""
     params = torch.randn(4, 2, 6, dtype=torch.float64)
