@@ -47,7 +47,7 @@ def _tiles(pixels, columns, depth, itemsize, precision, taps_are):
     inner = next((k for k in (64, 32) if k <= most and depth % k == 0), 16)
     across = min(128, max(16, triton.next_power_of_2(columns)))
     if precision == "ieee" and itemsize > 2:  # no tensor cores
-        return 32, min(across, 32), 16, {"num_warps": 4, **layout.registers(255 if itemsize == 8 else 168)}
+        return 32, min(across, 32), 16, {"num_warps": itemsize, **layout.registers(168)}
     rows = 128
     while layout.ceil_div(pixels, rows) * layout.ceil_div(columns, across) < PROGRAMS:
         if rows == 128:
