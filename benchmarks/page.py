@@ -70,8 +70,9 @@ backward, per image, on the CPU, parameters excluded, without recomputation. `py
 GPU_MODELS = """\
 float32 with TF32 matrix products and convolutions for everybody, or bfloat16 conditioners where that is said; the same
 fused Adam; medians of interleaved rounds in CUDA events. "Captured": the whole call as one CUDA graph. MFU is the
-model's FLOPs over the time and the peak of an H200 (494 TFLOP/s in TF32, 989 in bfloat16).
-`python -m benchmarks.gpu_models`
+model's FLOPs over the time and the peak of an H200 (494 TFLOP/s in TF32, 989 in bfloat16). The conditioners of the Glow
+below were products of cuBLAS between small kernels, in place of which Triton has kernels of its own since; those are
+not timed yet. `python -m benchmarks.gpu_models`
 """
 
 BANDWIDTH = """\
