@@ -253,8 +253,6 @@ def _network_misfit(op, x, weights):
 
 
 def _triton_misfit(op, x, weights):
-    if torch.compiler.is_compiling():
-        return "torch.compile has convolutions of its own"
     if any(0 in w.shape for w in weights):
         return "the triton kernel takes no empty weights"
     if any(w.dtype != x.dtype for w in weights):
@@ -265,6 +263,8 @@ def _triton_misfit(op, x, weights):
 def leaves_convolutions(x, *weights):
     """Why conv_net's convolutions, 3x3 ones being its first and last weight, are rather left to the library than to
     Triton, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile has convolutions of its own"
     if torch.version.hip:
         return "convolutions are left to MIOpen"
     if x.is_cuda and torch.cuda.is_available() and _capability(x.device) < TENSOR_CORES:

@@ -86,6 +86,13 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def full_precision(request, monkeypatch):
+    """Convolutions on a GPU multiply in float32 itself, so that errors are those of roundings; a test of TF32 asks."""
+    if "gpu" in request.keywords:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def threads():
     """A setter of torch's thread count that is undone after the test."""

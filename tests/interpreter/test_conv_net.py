@@ -272,7 +272,15 @@ def test_when_it_is_preferred(monkeypatch, launches):
         assert launches == FORWARD * 2
 
 
-def test_torch_compile_has_its_own():
-    net, x = nn.ConvNet(2, 4, 16), torch.randn(2, 2, 3, 3)
-    with backends.use_backend(None):
-        torch.testing.assert_close(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
+def test_torch_compile_has_its_own_unless_asked(monkeypatch, launches):
+    monkeypatch.setitem(backends.PREFERENCE, ("conv_net", "cpu"), ("triton",))
+    monkeypatch.setattr(backends._state, "within_reach", {})
+    net, x = nn.ConvNet(2, 4, 128), torch.randn(2, 2, 3, 3)
+    for wanted, expected in ((None, []), ("triton", FORWARD + BACKWARD)):
+        torch._dynamo.reset()
+        launches.clear()
+        with backends.use_backend(wanted):
+            y = torch.compile(net, backend="aot_eager", fullgraph=True)(x.requires_grad_())
+            y.square().sum().backward()
+        assert launches == expected
+        torch.testing.assert_close(y, net(x))

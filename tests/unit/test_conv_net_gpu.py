@@ -13,6 +13,11 @@ pytestmark = pytest.mark.gpu
 SIZES = [((3, 6, 5, 7), 128, 12), ((2, 12, 4, 4), 160, 24), ((9, 24, 8, 8), 512, 48), ((64, 6, 16, 16), 512, 12)]
 
 
+@pytest.fixture(autouse=True)
+def tf32(full_precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+
 def scaled(x, hidden, out, dtype, channels_last=True):
     case = conv_case("gpu", x, hidden, out)
     tensors = {n: t / (t[0].numel() ** 0.5 if n[0] == "w" else 1.0) for n, t in case.tensors(torch.float64).items()}
