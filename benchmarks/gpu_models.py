@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu_models --results FOLDER [--budget 150] [--only PART]... [--list]
 
-Glow as for CIFAR-10, a tabular RealNVP, a hierarchical VAE, the memory of deep Glows, Jet and TarFlow. float32 with
-TF32 matrix products and convolutions for everybody, cuDNN's algorithms tried out (cudnn.benchmark), the same fused
-Adam; medians of interleaved rounds in CUDA events. MFU is the model's FLOPs over the time and the peak of an H200 (494
-TFLOP/s in TF32, 989 in bfloat16). The JSON is rewritten after every case; one that raises or takes longer than
---case-limit stands under "failed", and the next one begins. After --budget seconds no further case begins.
+Glow as for CIFAR-10 and its conditioners alone, a tabular RealNVP, a hierarchical VAE, the memory of deep Glows, Jet
+and TarFlow. float32 with TF32 matrix products and convolutions for everybody, cuDNN's algorithms tried out
+(cudnn.benchmark), the same fused Adam; medians of interleaved rounds in CUDA events. MFU is the model's FLOPs over
+the time and the peak of an H200 (494 TFLOP/s in TF32, 989 in bfloat16). The JSON is rewritten after every case; one
+that raises or takes longer than --case-limit stands under "failed", and the next one begins. After --budget seconds
+no further case begins.
 
     python -m benchmarks.gpu_models --device cpu --tiny       a rehearsal: the same code on small models, no graphs
 """
@@ -21,12 +22,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import run, timing
-from benchmarks.gpu import glow, measuring, memory, realnvp, tokens, vae
+from benchmarks.gpu import conv_net, glow, measuring, memory, realnvp, tokens, vae
 
 BF16 = torch.bfloat16
 # In the order of importance.
 CASES = {
     "glow-64": glow.against_peers(64),
+    "conditioners": conv_net.levels,
     "realnvp-training": realnvp.case_of("training step"),
     "realnvp-log-prob": realnvp.case_of("log_prob"),
     "realnvp-sampling": realnvp.case_of("sampling"),

@@ -29,7 +29,7 @@ def short(monkeypatch, threads):
 def test_every_kind_of_case_runs_on_small_models(short, tmp_path, capsys):
     """Cases that differ in their full sizes or precision alone are the same here."""
     names = ["glow-64", "realnvp-training", "realnvp-log-prob", "realnvp-sampling", "glow-64-unfused", "vae", "kernels",
-             "depth-48", "tarflow-sampling", "jet"]
+             "depth-48", "tarflow-sampling", "jet", "conditioners"]
     assert {name.split("-")[0] for name in names} == {name.split("-")[0] for name in gpu_models.CASES}
     only = [word for name in names for word in ("--only", name)]
     before = torch.backends.cuda.matmul.allow_tf32
