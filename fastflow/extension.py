@@ -88,9 +88,9 @@ SCHEMAS = (
     "bool need_params) -> (Tensor, Tensor[], Tensor[])",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
-CPU_ALONE = ("activated_conv_fwd", "activated_conv_bwd", "mlp_fwd", "mlp_bwd",
-             "wide_mlp_fwd", "wide_mlp_bwd", "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd", "top_down_fwd",
-             "top_down_bwd", "latent_head_fwd", "latent_head_bwd")
+CPU_ALONE = ("activated_conv_fwd", "activated_conv_bwd", "mlp_fwd", "mlp_bwd", "wide_mlp_fwd", "wide_mlp_bwd",
+             "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd", "top_down_fwd", "top_down_bwd", "latent_head_fwd",
+             "latent_head_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 WITHOUT_CUDA = ("conv_net_fwd", "conv_net_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}

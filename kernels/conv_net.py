@@ -9,10 +9,9 @@ products of them.
 import functools
 
 import torch
-import triton
 
-from . import layout, taps
-from .conv_products import finish_kernel, product_kernel, weight_gradients_kernel
+from . import layout
+from .conv_products import finish_kernel, product_kernel, sum_taps_kernel, weight_gradients_kernel
 from .layout import compute_dtype
 
 NO_TAPS, INNER_TAPS, OUTER_TAPS = 0, 1, 2  # whether a weight's taps are summed over, or are columns of the result
@@ -22,6 +21,7 @@ SHARES = 264  # programs that share the sums over the pixels
 ROW = 4  # a row of columns that are summed by their taps begins at 16 bytes
 FINISH_ROWS, FINISH_COLUMNS = 8, 256
 BLOCK = 1024  # elements of a weight that a program rounds
+SUMMED = 512  # elements whose taps a program sums
 
 
 def _precision(dtype):
@@ -45,7 +45,7 @@ def _tiles(pixels, columns, depth, itemsize, precision, taps_are):
     # What is gathered, or lies apart, has an address in registers for every element; what is masked, a predicate.
     most = {NO_TAPS: 128 // itemsize, INNER_TAPS: 16, OUTER_TAPS: 32}[taps_are]
     inner = next((k for k in (64, 32) if k <= most and depth % k == 0), 16)
-    across = min(128, max(16, triton.next_power_of_2(columns)))
+    across = min(128, max(16, layout.next_power_of_2(columns)))
     if precision == "ieee" and itemsize > 2:  # no tensor cores
         return 32, min(across, 32), 16, {"num_warps": itemsize, **layout.registers(168)}
     rows = 128
@@ -86,7 +86,7 @@ def _for_rounding(x, *weights):
     """((weight, room for it rounded), ...) and the weights as later products read them: the rooms, for TF32."""
     if not _rounds(_precision(x.dtype)):
         return None, weights
-    dense = [w if layout.is_dense(w) else w.contiguous() for w in weights]
+    dense = [w if torch.empty_like(w).stride() == w.stride() else w.contiguous() for w in weights]
     pairs = tuple((w, torch.empty_like(w)) for w in dense)
     return pairs, [room for _, room in pairs]
 
@@ -98,6 +98,16 @@ def _image_of(x):
 def _columns(like, pixels, channels):
     """Room for the columns of ``channels`` before their taps are summed."""
     return like.new_empty((pixels, layout.ceil_div(9 * channels, ROW) * ROW), dtype=compute_dtype(like.dtype))
+
+
+def _sum_taps(z, bias, out, sign, channel_major):
+    """out (B, C, H, W) becomes bias plus the sum over a pixel's nine taps of its column in z."""
+    (pixels, height, width), channels = _image_of(out), out.shape[1]
+    block = max(4, layout.next_power_of_2(channels))
+    rows = max(1, SUMMED // block)
+    layout.launch(sum_taps_kernel, layout.ceil_div(pixels, rows), z, z, bias, out, out.stride(), z.stride(0), pixels,
+                  height, width, CHANNELS=channels, SIGN=sign, CHANNEL_MAJOR=channel_major, ROWS=rows, BLOCK=block,
+                  num_warps=4, **layout.registers(128))
 
 
 def conv_net_fwd(x, w1, b1, w2, b2, w3, b3, slope, keep):
@@ -113,7 +123,7 @@ def conv_net_fwd(x, w1, b1, w2, b2, w3, b3, slope, keep):
     columns = _columns(x, image[0], len(w3))
     _product(h2, last, (1, 0), OUTER_TAPS, 1, major, image, columns, slope)
     out = layout.empty_like_format(x, (x.shape[0], len(w3), *x.shape[2:]), x.dtype)
-    taps.sum_taps(columns, b3, out, 1, major)
+    _sum_taps(columns, b3, out, 1, major)
     return (out, h1, h2) if keep else (out, layout.nothing(x), layout.nothing(x))
 
 
@@ -131,7 +141,7 @@ def conv_net_bwd(grad, x, w1, w2, w3, h1, h2, slope, need_x, need_weights):
         columns, major = _columns(x, image[0], x.shape[1]), _channel_major(first)
         _product(g1, first, (0, 1), OUTER_TAPS, 1, major, image, columns, slope)
         g_x = layout.empty_like_format(x, x.shape, x.dtype)
-        taps.sum_taps(columns, None, g_x, -1, major)
+        _sum_taps(columns, None, g_x, -1, major)
     if not need_weights:
         return (g_x, *(layout.nothing(x) for _ in range(6)))
     return (g_x, *_weight_gradients(grad, x, (w1, w2, w3), (h1, h2), (g1, g2), (sums_1, sums_2)))
@@ -160,7 +170,7 @@ def _weight_gradients(grad, x, weights, maps, grads, sums):
     layout.launch(weight_gradients_kernel, parts * tiles, x, x, x.stride(), grad, grad.stride(), *maps, *grads, of_w1,
                   of_w2, of_w3, of_b3, pixels, height, width, chunk, parts, **shape, PRECISION=precision,
                   ROUNDS=_rounds(precision), UPCAST=layout.INTERPRETS, ROWS=tile[0], COLUMNS=tile[1], DEPTH=tile[2],
-                  CHANNELS=1 << (out - 1).bit_length(), num_warps=8, num_stages=3, **layout.registers(255))
+                  CHANNELS=layout.next_power_of_2(out), num_warps=8, num_stages=3, **layout.registers(255))
     found = [layout.empty_like_format(w, w.shape, w.dtype) for w in weights]
     b1, b2, b3 = (w.new_empty(w.shape[:1]) for w in weights)
     g_w1, g_w2, g_w3 = found

@@ -295,3 +295,25 @@ def finish_kernel(of_w1_ptr, of_b1_ptr, of_w2_ptr, of_b2_ptr, of_w3_ptr, of_b3_p
         index = (block - after_w3) * COLUMNS + lane
         to = (index // HIDDEN).to(tl.int64) * w2_strides[0] + (index % HIDDEN).to(tl.int64) * w2_strides[1]
         _finish(of_w2_ptr, parts, w2_ptr, to, index, HIDDEN * HIDDEN, ROWS, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["pixels", "height", "width"])
+def sum_taps_kernel(z_ptr, bias_ptr, out_ptr, out_strides, row_stride, pixels, height, width, CHANNELS: tl.constexpr,
+                    SIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """What is left of a convolution whose weight multiplied first: out = bias plus the sum over a pixel's nine taps of
+    its column in z."""
+    pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    found, at = _pixel(pixel, pixels, out_strides, height, width, SIGN)
+    total = tl.zeros([ROWS, BLOCK], z_ptr.dtype.element_ty)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + channel.to(tl.int64), mask=channel < CHANNELS, other=0.0).to(total.dtype)
+    for tap in tl.static_range(9):
+        row = pixel + SIGN * ((tap // 3 - 1) * width + tap % 3 - 1)
+        column = tap * CHANNELS + channel
+        if CHANNEL_MAJOR:
+            column = channel * 9 + tap
+        total += tl.load(z_ptr + (row * row_stride + column), other=0.0,
+                         mask=(((found >> tap) & 1) != 0) & (channel < CHANNELS))
+    tl.store(out_ptr + (at + channel.to(tl.int64) * out_strides[1]), total,
+             mask=(pixel < pixels) & (channel < CHANNELS))

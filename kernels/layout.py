@@ -3,7 +3,6 @@ cut into tiles. And the one place where a kernel is launched."""
 
 import functools
 import math
-import os
 
 import torch
 import triton
@@ -17,7 +16,7 @@ INT32_LIMIT = 2**31 - 2**16  # indices below it stay in 32 bits, a tile's paddin
 # Of every launch. Products and sums are fused where a kernel says so and nowhere else: which of them a compiler would
 # fuse differs between variants of one kernel, and would undo sums that keep their roundings.
 OPTIONS = {"enable_fp_fusion": False}
-INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETS = triton.knobs.runtime.interpret
 
 
 def launch(kernel, programs, like, *args, **meta):
@@ -109,11 +108,16 @@ def plan(shape, strides, bases=(), lead=1, reorder=False, loose=0):
     return Plan(tuple(m[0] for m in merged), full, bases, loose)
 
 
+def next_power_of_2(n):
+    """The least power of two from n >= 1 on; triton.next_power_of_2 costs microseconds on the host, too."""
+    return 1 << (n - 1).bit_length()
+
+
 @functools.lru_cache(maxsize=4096)
 def tile_of(n, double, largest=2048):
     """(rows, block, num_warps): a tile of ``rows`` samples times ``block`` of the n elements of each."""
     largest //= 4 if double else 1
-    block = min(max(16, triton.next_power_of_2(n)), largest)
+    block = min(max(16, next_power_of_2(max(n, 1))), largest)
     rows = max(1, 512 // block)
     return rows, block, 8 if rows * block >= 2048 else 4
 
@@ -133,18 +137,6 @@ def suggests_channels_last(t):
         if shape[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
             return False
         least = strides[d] * max(shape[d], 1)
-    return True
-
-
-def is_dense(t):
-    """Whether t's elements fill its memory from the first on, in whatever order of dimensions."""
-    length = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != length:
-            return False
-        length *= size
     return True
 
 
@@ -266,7 +258,7 @@ def row_sums(partial, out, carried=None, negate=False):
     """Launch :func:`row_sums_kernel`; partial holds out.numel() rows."""
     rows = out.numel()
     length = partial.numel() // max(rows, 1)
-    block = min(triton.next_power_of_2(max(length, 16)), REDUCE_BLOCK)
+    block = min(next_power_of_2(max(length, 16)), REDUCE_BLOCK)
     per_program = max(1, 512 // block)
     launch(row_sums_kernel, ceil_div(rows, per_program), out, partial, carried,
            0 if carried is None else carried.stride(0), out, rows, length, NEGATE=negate, BLOCK=block, ROWS=per_program)

@@ -92,7 +92,7 @@ def slogdet_fwd(weight, want_inverse):
     logabsdet = weight.new_empty(weight.shape[:-2], dtype=dtype)
     inverse = weight.new_empty(weight.shape if want_inverse else (0,), dtype=dtype)
     flat = weight.reshape(math.prod(weight.shape[:-2]), size, size)
-    padded = max(2, triton.next_power_of_2(size))
+    padded = max(2, layout.next_power_of_2(max(size, 1)))
     layout.launch(slogdet_kernel, flat.shape[0], weight, flat, sign, logabsdet, inverse if want_inverse else None,
                   *flat.stride(), size, SIZE=padded, num_warps=1 if padded <= 16 else 4, **layout.registers(168))
     return sign, logabsdet, inverse

@@ -291,7 +291,7 @@ def _plan(shape, elements, params, per_element):
 def _tile(n, double):
     """(rows, block, num_warps)."""
     most = TILE // 2 if double else TILE
-    block = min(max(1, triton.next_power_of_2(n)), most)
+    block = min(layout.next_power_of_2(max(n, 1)), most)
     return most // block, block, 4
 
 
