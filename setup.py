@@ -36,11 +36,11 @@ rule link
 def write_ninja(build, target, torch, nvcc):
     """build.ninja for both libraries, its objects under ``build``, its results in ``target``, spaces escaped there."""
     common = f"-std=c++20 -I{quote(str(ROOT))}/csrc -I{quote(torch)}/include -DTORCH_TARGET_VERSION=0x020a000000000000"
-    arch = ""
-    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(";", " ").split():
-        number = entry.removesuffix("+PTX").replace(".", "")
-        arch += f" -gencode arch=compute_{number},code=sm_{number}"
-        arch += f" -gencode arch=compute_{number},code=compute_{number}" if entry.endswith("+PTX") else ""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, check=False).stdout if nvcc else b""
+    usual = "7.5 8.0 9.0 10.0+PTX" if b"compute_100" in known else "7.5 8.0 9.0+PTX"  # nvcc before 12.8
+    entries = (os.environ.get("TORCH_CUDA_ARCH_LIST") or usual).replace(";", " ").replace(".", "").split()
+    arch = " ".join(f"-gencode 'arch=compute_{number},code=[sm_{number}{ptx and f',compute_{number}'}]'"
+                    for number, ptx, _ in (entry.partition("+PTX") for entry in entries))
     cxx = os.environ.get("CXX") or "c++"
     lines = [RULES.format(cxx=cxx, nvcc=quote(nvcc), torch=quote(torch), arch=arch,
                           flags=f"-fPIC -fvisibility=hidden -Wall {common}", cuda_flags=common)]

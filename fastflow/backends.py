@@ -11,7 +11,6 @@ The choice reads only metadata: device, dtype, shape class.
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -23,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fastflow import extension
+from fastflow import extension, gpus
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 OPS = ("affine_coupling", "slogdet", "slogdet_inverse", "gaussian_sample_kl", "plu_weight", "conv_net", "mlp",
@@ -63,7 +62,6 @@ SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
 CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide it
 # On a GPU: the fewest hidden channels that fill its products, the most others beside which the taps' columns are small.
 CONV_NET_HIDDEN, CONV_NET_OTHERS = 128, 64
-TENSOR_CORES = 8, 0  # the first compute capability whose tensor cores take TF32 and bfloat16
 ACTIVATED_CONV_WEIGHTS = 9 * 128**2
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
 _NETWORKS = ("conv_net", "activated_conv", "mlp", "wide_mlp")
@@ -204,18 +202,19 @@ def needs_reference(tensors):
 
 def refusal(backend, op, tensors):
     """Why ``backend`` can't run ``op`` on these tensors, or None."""
-    return _out_of_reach(backend, op, tensors[0].device.type) or _misfit(backend, op, tensors)
+    return _out_of_reach(backend, op, tensors[0].device) or _misfit(backend, op, tensors)
 
 
 def _out_of_reach(backend, op, device):
-    """Why ``backend`` runs ``op`` on no tensors of this kind of device, or None."""
+    """Why ``backend`` runs ``op`` on no tensors of this device, or None."""
+    kind = device.type
     if backend == "reference":
         return None
-    if backend == "cpu" and device != "cpu":
-        return f"the cpu backend takes CPU tensors, these are on {device}"
-    if backend in ("triton", "cuda") and device != "cuda" and not (backend == "triton" and device == "cpu"
-                                                                   and _triton_interprets()):
-        return f"the {backend} backend takes CUDA tensors, these are on {device}"
+    if backend == "cpu" and kind != "cpu":
+        return f"the cpu backend takes CPU tensors, these are on {kind}"
+    if backend in ("triton", "cuda") and kind != "cuda" and not (backend == "triton" and kind == "cpu"
+                                                                 and _triton_interprets()):
+        return f"the {backend} backend takes CUDA tensors, these are on {kind}"
     reason = _status_of(backend)
     if not reason.startswith("available"):
         return reason
@@ -225,7 +224,7 @@ def _out_of_reach(backend, op, device):
         return f"{op} has no CUDA kernel"
     if backend != "cpu" and f"{op}_fwd" in extension.CPU_ALONE:
         return f"{op} has no {backend} kernel"
-    return None
+    return gpus.refusal(backend, device) if kind == "cuda" else None
 
 
 def _misfit(backend, op, tensors):
@@ -267,7 +266,7 @@ def leaves_convolutions(x, *weights):
         return "torch.compile has convolutions of its own"
     if torch.version.hip:
         return "convolutions are left to MIOpen"
-    if x.is_cuda and torch.cuda.is_available() and _capability(x.device) < TENSOR_CORES:
+    if x.is_cuda and torch.cuda.is_available() and not gpus.has_tensor_cores(x.device):
         return "a GPU of compute capability below 8.0 is left to cuDNN"
     lowered = torch.is_autocast_enabled(x.device.type)
     if x.dtype == torch.float64 or (x.dtype == torch.float32 and not lowered and not extension.convolutions_in_tf32()):
@@ -276,11 +275,6 @@ def leaves_convolutions(x, *weights):
                               or max(x.shape[1], weights[1].shape[0]) > CONV_NET_OTHERS):
         return f"fewer than {CONV_NET_HIDDEN} hidden channels or more than {CONV_NET_OTHERS} others are left to cuDNN"
     return None
-
-
-@functools.cache
-def _capability(device):
-    return torch.cuda.get_device_capability(device)
 
 
 def choose(op, *tensors):
@@ -321,7 +315,7 @@ def _choose(op, tensors):
     reason = needs_reference(tensors)
     if reason is not None:
         return "reference", reason
-    device = tensors[0].device.type
+    device = tensors[0].device
     backends, reason = _within_reach(op, device)
     for backend in backends:
         reason = _misfit(backend, op, tensors)
@@ -330,19 +324,19 @@ def _choose(op, tensors):
         if reason is None and op == "conv_net" and backend == "triton":
             reason = leaves_convolutions(tensors[0], *tensors[1:6:4])
         if reason is None:
-            return backend, _FIRST[device]
+            return backend, _FIRST[device.type]
     return "reference", reason
 
 
 @extension.constant_under_compile
 def _within_reach(op, device):
-    """(the backends of the table that run ``op`` on this kind of device, in its order, why not the last of the
-    others), found once per thread."""
+    """(the backends of the table that run ``op`` on this device, in its order, why not the last of the others), found
+    once per thread."""
     found = _state.within_reach.get((op, device))
     if found is None:
-        order = PREFERENCE.get((op, device), ())
+        order = PREFERENCE.get((op, device.type), ())
         reasons = [_out_of_reach(backend, op, device) for backend in order]
-        reason = reasons[-1] if order else f"there is no kernel for {device} tensors"
+        reason = reasons[-1] if order else f"there is no kernel for {device.type} tensors"
         found = _state.within_reach[op, device] = [b for b, r in zip(order, reasons, strict=True) if r is None], reason
     return found
 

@@ -163,6 +163,21 @@ def own_products():
     return bool(ctypes.CDLL(str(library_path("cpu"))).fastflow_own_products())
 
 
+def cuda_refusal(device):
+    """Why the CUDA library's kernels can't run on this GPU, as CUDA says it, or None: mostly that there is no code for
+    its compute capability.
+
+    Raises:
+        RuntimeError: as of :func:`load`.
+    """
+    load("cuda")
+    refusal = ctypes.CDLL(str(library_path("cuda"))).fastflow_cuda_refusal
+    refusal.restype = ctypes.c_char_p
+    with torch.cuda.device(device):
+        reason = refusal()
+    return None if reason is None else reason.decode()
+
+
 def convolutions_in_tf32():
     """Whether torch lets float32 convolutions on a GPU run in TF32, and Triton's products for them with it."""
     from fastflow.kernels import layout

@@ -38,21 +38,33 @@
 namespace fastflow {
 
 // Begins to copy 4, 8 or 16 bytes, aligned to as many, from device memory to shared memory. They are there once this
-// thread has waited for their group, and for other threads after a barrier.
+// thread has waited for their group, and for other threads after a barrier. Before sm_80 they are there at once.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
   const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
   if constexpr (Bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(Bytes) : "memory");
+#else
+  if constexpr (Bytes == 16) *static_cast<int4*>(to) = *static_cast<const int4*>(from);
+  else if constexpr (Bytes == 8) *static_cast<int2*>(to) = *static_cast<const int2*>(from);
+  else *static_cast<int*>(to) = *static_cast<const int*>(from);
+#endif
 }
 
 // Ends a group: the copies since the last call, maybe none.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 
 // Waits for all groups of this thread but the last Pending.
 template <int Pending>
 __device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
 }
 
 // Copies 8 bytes of a kernel's __grid_constant__ parameter as from device memory: any thread any address.

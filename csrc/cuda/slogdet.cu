@@ -47,6 +47,21 @@ __device__ __forceinline__ bool conclude(const Matrices& m, int64_t matrix, Verd
   return !(math::abs(log) < math::infinity<T>());
 }
 
+// The largest or the least value of the Group lanes that are the members.
+template <int Group, bool Largest>
+__device__ __forceinline__ unsigned extreme(unsigned members, unsigned value) {
+#if __CUDA_ARCH__ >= 800
+  return Largest ? __reduce_max_sync(members, value) : __reduce_min_sync(members, value);
+#else
+#pragma unroll
+  for (int flip = Group / 2; flip > 0; flip /= 2) {
+    const unsigned other = __shfl_xor_sync(members, value, flip);
+    value = (other > value) == Largest ? other : value;
+  }
+  return value;
+#endif
+}
+
 // A matrix of at most Rows rows to a group of lanes, padded by the identity; lane r of it holds row r. Rows stay where
 // they are: `position` is where the swaps of LU would have put this lane's row. C: the type of the results.
 template <int Rows, class C>
@@ -72,11 +87,11 @@ __global__ void __launch_bounds__(128, 2) slogdet_warp(const __grid_constant__ M
     const bool waits = position >= step && position != kAll && (row < m.size || step >= m.size);
     const uint64_t key = magnitude_key(a[0]);
     const unsigned high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
-    const unsigned most_high = __reduce_max_sync(members, waits ? high : 0u);
+    const unsigned most_high = extreme<kGroup, true>(members, waits ? high : 0u);
     const bool top = waits && high == most_high;
-    const unsigned most_low = __reduce_max_sync(members, top ? low : 0u);
+    const unsigned most_low = extreme<kGroup, true>(members, top ? low : 0u);
     const bool best = top && low == most_low;
-    const unsigned from = __reduce_min_sync(members, best ? position : kAll);  // of equals the lowest
+    const unsigned from = extreme<kGroup, false>(members, best ? position : kAll);  // of equals the lowest
     const int holder = __ffs(__ballot_sync(members, position == from) & members) - 1;
     const double pivot = __shfl_sync(members, a[0], holder);
     odd_swaps ^= from != step;

@@ -7,7 +7,7 @@ put in another's place, autocast) counts. What no run takes is called layer by l
 import torch
 from torch import nn
 
-from fastflow import backends, functional
+from fastflow import backends, functional, gpus
 from fastflow.autograd.mlp_flow import SAVE_ACTIVATIONS, SAVE_OVERWRITTEN, run_steps
 from fastflow.flows import plan
 from fastflow.nn import MLP, ActNorm, AffineCoupling
@@ -16,7 +16,6 @@ from fastflow.nn.hooks import is_hooked
 __all__ = ["MAX_FEATURES", "MAX_HIDDEN", "explain", "runs"]
 
 MAX_FEATURES, MAX_HIDDEN = 64, 128  # beyond them a layer's own matrix products fill the machine
-SHARED_BYTES = 99 * 1024  # that a block has on every GPU since sm_80
 HOOKED = "it has a hook or a method of its own"
 ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
 
@@ -162,7 +161,7 @@ def _linears(network, transform, x, context_features):
     activation = activation or nn.ReLU
     if any(bias.shape[0] > MAX_HIDDEN for bias in biases[:-1]):
         return f"its conditioner has a layer of more than {MAX_HIDDEN}"
-    if x.is_cuda and _shared_bytes(x, context_features, biases, activation) > SHARED_BYTES:
+    if x.is_cuda and _shared_bytes(x, context_features, biases, activation) > gpus.shared_bytes(x.device):
         return "its layers together need more shared memory than a block has"
     passive = (x.shape[1] + 1) // 2 if transform.flip else x.shape[1] // 2
     if weights[0].shape[1] != passive + context_features:

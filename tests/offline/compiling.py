@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-CAPABILITIES = (80, 90, 100)
+# {compute capability times ten: KB of shared memory that a block may have}, 80 as its younger kin 8.6 and 8.9.
+CAPABILITIES = {75: 64, 80: 99, 90: 227, 100: 227, 120: 99}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Hardware approximations that no kernel may use. (rcp and sqrt inside div.rn and sqrt.rn are corrected by ptxas.)
 APPROXIMATE = re.compile(r"\b\w+\.approx\S*|\bdiv\.full\S*|\b(?:ex2|lg2|rsqrt|sin|cos|tanh)\.\S+")

@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80, sm_90 and sm_100, without spills, approximations or narrow accesses."""
+"""Every kernel compiles for every kind of GPU since sm_75, without spills, approximations or narrow accesses."""
 
 import os
 import re
@@ -30,6 +30,7 @@ def check(call, capability):
         assert ".local" not in kernel.ptx, f"{kernel.name}: local memory in the PTX"
         resources = kernel.resources()
         assert resources["STACK"] == resources["LOCAL"] == 0, f"{kernel.name}: spills, {resources}"
+        assert kernel.shared <= compiling.CAPABILITIES[capability] * 1024, f"{kernel.name}: {kernel.shared} bytes"
         assert has_64_bit_offsets(kernel.ttir), f"{kernel.name}: no 64-bit product in its offsets"
     return kernels
 
@@ -46,7 +47,7 @@ def test_compiles(name):
     check(QUICK[name], 90)
 
 
-@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("capability", [75, 80, 100, 120])
 @pytest.mark.parametrize("name", [name for name in WIDE if "-f32" in name])
 def test_compiles_for_other_gpus(name, capability):
     check(WIDE[name], capability)
@@ -56,6 +57,8 @@ def test_compiles_for_other_gpus(name, capability):
 @pytest.mark.parametrize("capability", compiling.CAPABILITIES)
 @pytest.mark.parametrize("name", calls.all_calls())
 def test_compiles_everything(name, capability):
+    if name.startswith("conv_net") and capability < 80:
+        pytest.skip("left to cuDNN, for want of tensor cores that take TF32 and bfloat16")
     check(calls.all_calls()[name], capability)
 
 
@@ -99,12 +102,17 @@ def test_products_run_on_tensor_cores_and_hidden_maps_move_16_bytes_at_a_time(dt
         for launch in products:
             kernel = compiling.compiled(launch, 90)
             assert "wgmma.mma_async" in kernel.ptx and "mma.sync" not in kernel.ptx, kernel.name
-            assert kernel.shared <= 227 * 1024
             loads, stores = kernel.global_accesses()
             if kernel.name == "product_kernel":
                 assert stores.count(16) >= 4 and len(stores) - stores.count(16) <= 1, stores
             if launch is products[1] and "bwd" in direction:  # of a hidden map and a weight past the registers
                 assert set(loads) == {16}, loads
+
+
+@pytest.mark.parametrize("capability", [80, 120])
+def test_products_fit_in_the_shared_memory_of_smaller_gpus(capability):
+    for call in calls.conv_net_calls("f32").values():  # the level of the largest tiles
+        check(call, capability)
 
 
 def test_a_misaligned_view_compiles_narrow():

@@ -2,6 +2,8 @@
 ABI."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -73,8 +75,11 @@ def test_paths_with_spaces_reach_the_compilers_whole(source, tmp_path):
                             "case \"$last\" in -*) exit 0; esac; echo > \"$last\"\n")  # -lpthread ends what links
         compiler.chmod(0o755)
     result = pip("wheel", str(source), "-w", str(tmp_path), CXX=str(cxx), FASTFLOW_BUILD="1",
-                 CUDA_HOME=str(nvcc.parents[1]))
+                 CUDA_HOME=str(nvcc.parents[1]), TORCH_CUDA_ARCH_LIST="")
     words = shown.read_text().splitlines()
+    # That nvcc names no architecture, as one that is older than compute_100 would.
+    assert {"arch=compute_75,code=[sm_75]", "arch=compute_90,code=[sm_90,compute_90]"} <= set(words)
+    assert not any("compute_100" in word for word in words)
     assert f"-I{source.resolve() / 'csrc'}" in words, result.stdout + result.stderr
     assert {f"{source.resolve() / 'csrc/cpu/mlp.cpp'}", f"{source.resolve() / 'csrc/cuda/slogdet.cu'}"} <= set(words)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -102,6 +107,22 @@ def test_a_failed_build_is_an_error_when_it_was_asked_for(source, tmp_path):
     result = pip("install", str(source), "--target", str(tmp_path), CXX=str(cxx), FASTFLOW_BUILD="1",
                  CUDA_HOME=str(tmp_path))
     assert result.returncode != 0 and "_C_cuda.so']' returned non-zero" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("listed", "known", "wanted"), [
+    ("", "compute_90 compute_100 compute_120", ["75,[sm_75]", "80,[sm_80]", "90,[sm_90]", "100,[sm_100,compute_100]"]),
+    ("", "compute_75 compute_90", ["75,[sm_75]", "80,[sm_80]", "90,[sm_90,compute_90]"]),
+    ("7.5;9.0a 12.0+PTX", "compute_100", ["75,[sm_75]", "90a,[sm_90a]", "120,[sm_120,compute_120]"])])
+def test_architectures_of_the_build(source, tmp_path, monkeypatch, listed, known, wanted):
+    """As the environment lists them, or what this nvcc knows of the usual ones, the last as PTX for newer GPUs."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho {known}\n")
+    nvcc.chmod(0o755)
+    runpy.run_path(str(source / "setup.py"))["write_ninja"](tmp_path, "target", "torch", str(nvcc))
+    found = re.findall(r"-gencode 'arch=compute_(\w+),code=(\S+)'", (tmp_path / "build.ninja").read_text())
+    assert [",".join(pair) for pair in found] == wanted
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])

@@ -274,13 +274,11 @@ uint64_t collective(Collective kind, unsigned mask, uint64_t value, int operand)
     pause();
     return self->value;
   }
-  uint64_t values[32] = {}, joined = kind == Collective::minimum ? ~uint64_t{0} : 0;
+  uint64_t values[32] = {}, joined = 0;
   for (int l = 0; l < 32; ++l) {
     if (!(mask >> l & 1)) continue;
     values[l] = lane_at(l)->value;
     if (kind == Collective::ballot) joined |= values[l] << l;
-    if (kind == Collective::maximum) joined = std::max(joined, values[l]);
-    if (kind == Collective::minimum) joined = std::min(joined, values[l]);
   }
   for (int l = 0; l < 32; ++l) {
     if (!(mask >> l & 1)) continue;

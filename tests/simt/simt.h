@@ -40,7 +40,7 @@ struct Index {
   unsigned x, y = 0, z = 0;
 };
 
-enum class Collective { sync, shuffle, ballot, maximum, minimum };
+enum class Collective { sync, shuffle, ballot };
 
 // What the running thread sees of itself; set by the runtime before it is resumed.
 extern Index thread_index, block_index, block_size, grid_size;
@@ -113,14 +113,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
-
-inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
-  return static_cast<unsigned>(simt::collective(simt::Collective::maximum, mask, value, 0));
-}
-
-inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
-  return static_cast<unsigned>(simt::collective(simt::Collective::minimum, mask, value, 0));
-}
 
 template <class T>
 void __stwb(T* to, T value) {

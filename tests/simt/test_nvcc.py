@@ -1,5 +1,6 @@
 """The CUDA sources compile and link with nvcc for every supported GPU, GPU or not, without a register spill."""
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("80", "90", "100")
+ARCHITECTURES = ("75", "80", "90", "100", "120")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc")]
 
@@ -53,6 +54,17 @@ def test_compiles_without_spills_or_warnings(source, compiled):
     assert {arch for _, arch, *_ in kernels} == set(ARCHITECTURES)
     spilled = [k for k in kernels if k[2:] != ("0", "0", "0")]
     assert not spilled, spilled
+
+
+def test_the_library_says_why_it_does_not_run(compiled, tmp_path):
+    """Here for want of a GPU; where there is one, tests/unit/test_gpus.py asks."""
+    library = tmp_path / "device.so"
+    objects = [target for source, (target, _) in compiled.items() if source.stem == "device"]
+    subprocess.run([NVCC, "-shared", *map(str, objects), "-o", str(library)], check=True)
+    refusal = ctypes.CDLL(str(library)).fastflow_cuda_refusal
+    refusal.restype = ctypes.c_char_p
+    found = refusal()
+    assert found is None if torch.cuda.is_available() else b"CUDA" in found
 
 
 @pytest.mark.parametrize(("stem", "operands", "results"), [

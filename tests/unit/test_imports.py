@@ -21,7 +21,8 @@ LAYERS = {
     "autograd": {"kernels", "extension", "reference"},
     "adapters": {"flows", "nn", "functional"},
     "extension": {"kernels", "fakes"},
-    "backends": {"extension"},
+    "backends": {"extension", "gpus"},
+    "gpus": {"extension"},
     "launches": {"extension"},
     "doctor": set(),
     "draws": set(),
@@ -33,12 +34,12 @@ LAYERS = {
     "estimators": {"draws"},
     "recipes": set(),
 }
-EVERYONE = {"backends", "checks"}
-LEAVES = {"kernels", "reference", "checks", "draws", "extension", "fakes", "backends"}  # do not import backends in turn
+EVERYONE = {"backends", "checks", "gpus"}
+LEAVES = {"kernels", "reference", "checks", "draws", "extension", "fakes", "gpus", "backends"}  # import no backends
 THIRD_PARTY = {"reference": {"torch"}, "kernels": {"torch", "triton"}, "checks": {"torch"}, "backends": {"torch"},
                "extension": {"torch"}, "fakes": {"torch"}, "functional": {"torch"}, "autograd": {"torch"},
                "nn": {"torch"}, "flows": {"torch", "numpy", "torchdiffeq"}, "vae": {"torch", "numpy"},
-               "draws": {"torch"}, "estimators": {"torch"}}
+               "draws": {"torch"}, "estimators": {"torch"}, "gpus": {"torch"}}
 
 
 def sources():
