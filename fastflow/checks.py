@@ -36,6 +36,13 @@ def count(name, value, least=0):
     return value
 
 
+def counts(name, values, least=0):
+    """``values`` as a tuple of ints, each as of :func:`count`."""
+    if isinstance(values, (str, torch.Tensor)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name}: expected a sequence of ints, got {type(values).__name__}")
+    return tuple(count(name, value, least) for value in values)
+
+
 def number(name, value):
     """``value`` is a real number."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):

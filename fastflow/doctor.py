@@ -59,13 +59,13 @@ def show():
         _print({"torch": f"can't be imported, and nothing works without it: {error}"})
         raise SystemExit(1) from None
 
-    from fastflow import backends
+    from fastflow import backends, gpus
 
     cxx = os.environ.get("CXX") or "c++"  # as in setup.py
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     _print({
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
-        "GPU": ", ".join(gpus) or "none",
+        "GPU": ", ".join(map(gpus.described, devices)) or "none",
         "Triton": version("triton") or "not installed",
         "C++ compiler": _compiler(shutil.which(shlex.split(cxx)[0]), f"{cxx} not found"),
         "ninja": version("ninja") or shutil.which("ninja") or "not found",
@@ -74,6 +74,9 @@ def show():
     print("\nbackends")
     for name, reason in backends.status().items():
         print(f"  {name:12}{reason}")
+        if name in ("triton", "cuda") and reason.startswith("available"):
+            for refusal in filter(None, (gpus.refusal(name, device) for device in devices)):
+                print(f"  {'':12}{refusal}")
     print("\noptional libraries")
     for module, extra in EXTRAS.items():
         package, extra = DISTRIBUTIONS.get(module, module), f"fastflow[{extra}]"

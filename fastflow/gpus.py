@@ -40,8 +40,12 @@ def refusal(backend, device):
     if reason is None:
         return None
     advice = " (TORCH_CUDA_ARCH_LIST says what the library is built for)" if backend == "cuda" else ""
-    return (f"the {backend} backend does not run on {torch.cuda.get_device_name(device)}, of compute capability "
-            f"{_version(capability(device))}: {reason}{advice}")
+    return f"the {backend} backend does not run on {described(device)}: {reason}{advice}"
+
+
+def described(device):
+    """A GPU's name and compute capability."""
+    return f"{torch.cuda.get_device_name(device)}, of compute capability {_version(capability(device))}"
 
 
 def _version(of):

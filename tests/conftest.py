@@ -93,6 +93,16 @@ def full_precision(request, monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """What a test has compiled is forgotten: it counts towards the limit of compilations of the same function."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+
+
 @pytest.fixture
 def threads():
     """A setter of torch's thread count that is undone after the test."""

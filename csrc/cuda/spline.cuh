@@ -13,6 +13,7 @@ namespace fastflow {
 
 constexpr int64_t kSplineWeight = 4;         // an element costs as much as so many of a coupling
 constexpr int64_t kMostStaged = 100 * 1024;  // bytes of a block; with more, few blocks share a multiprocessor
+constexpr int64_t kStatic = 512;             // more than what a kernel declares beside it
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 template <class T>
@@ -48,7 +49,7 @@ template <class T, int N>
 Staging staging_of(const Spline<T>& s, const Layout<N>& layout, int n, int64_t batch, int64_t step, int block,
                    const Stream& stream) {
   const int64_t dense = layout.rank > 0 ? layout.stride[n][layout.rank - 1] : batch;  // to a warp's next element
-  const int64_t bytes = int64_t{s.params | 1} * block * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = int64_t{s.params | 1} * block * static_cast<int64_t>(sizeof(T)) + kStatic;
   return {step, step < dense && bytes <= std::min(kMostStaged, stream.shared_limit()) ? s.params | 1 : 0};
 }
 

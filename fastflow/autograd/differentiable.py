@@ -9,6 +9,7 @@ import functools
 import torch
 from torch._C._dynamo import eval_frame
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from fastflow import backends
 from fastflow.reference.layout import memory_format_of
@@ -47,6 +48,25 @@ def uncompiled(function):
 def _recordable(t):
     """A copy of a tensor of inference mode, which no graph takes."""
     return t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t
+
+
+def leaf_of(x):
+    """x, or what stands for it where gradients in it are to be taken: with its tangent under forward-mode AD."""
+    if x.requires_grad:
+        return x
+    if forward_ad._current_level < 0:
+        return x.detach().requires_grad_()
+    primal, tangent = forward_ad.unpack_dual(x)
+    leaf = primal.detach().requires_grad_()
+    return leaf if tangent is None else forward_ad.make_dual(leaf, tangent)
+
+
+def detached(x):
+    """x.detach(), but with its tangent under forward-mode AD."""
+    if forward_ad._current_level < 0:
+        return x.detach()
+    primal, tangent = forward_ad.unpack_dual(x)
+    return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent)
 
 
 def needs_grad(*tensors):

@@ -29,9 +29,15 @@ class CudaRecorder:
         """Work inside runs on the side stream, after what came before and before what comes after."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:  # what puts things back after an error comes after the work, too
+            current.wait_stream(self.stream)
+
+    def forget(self):
+        """No graph is replayed any more; a pool that something still holds memory of can't serve new ones."""
+        self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, body):
         """(replay, outputs): ``replay()`` runs what ``body()`` launched, and refreshes the outputs that it returned.
@@ -136,6 +142,8 @@ class CapturedSteps:
 
     def __call__(self, batch, last):
         self._follow_optimizer()
+        if self.accumulating and self._gradients is not None:
+            self._put_gradients_back()
         key = tuple((name, tuple(t.shape), t.stride(), t.dtype) for name, t in batch.named()), last
         shape = self.shapes.get(key)
         if shape is None:
@@ -158,19 +166,18 @@ class CapturedSteps:
             if self.accumulating:
                 self._gradients = [p.grad for p in self.parameters]
             return outputs
-        if self.accumulating:
-            self._put_gradients_back()
         if shape.replay is None:
             shape.replay, shape.outputs = self.recorder.record(lambda: self.body(shape.batch, last))
         shape.replay()
         return _copied(shape.outputs)
 
     def _put_gradients_back(self):
-        """The graphs add to these tensors, whatever zero_grad put in their place."""
-        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
-            if parameter.grad is not gradient:
-                if gradient is not None:
-                    gradient.zero_()
+        """The graphs add to these tensors, whatever zero_grad put in their place, and so must what runs without one."""
+        for index, (parameter, gradient) in enumerate(zip(self.parameters, self._gradients, strict=True)):
+            if gradient is None:  # no graph knows of it yet
+                self._gradients[index] = parameter.grad
+            elif parameter.grad is not gradient:
+                gradient.zero_() if parameter.grad is None else gradient.copy_(parameter.grad)
                 parameter.grad = gradient
 
     def _follow_optimizer(self):
@@ -181,6 +188,8 @@ class CapturedSteps:
                      for group in groups])
         if identity != self._identity or self.optimizer.state is not self._state:
             self.shapes.clear()
+            self._gradients = None
+            self.recorder.forget()
             _make_capturable(self.device, groups)
             self._identity, self._state = identity, self.optimizer.state
             self._rates = [group["lr"] for group in groups]

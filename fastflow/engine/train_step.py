@@ -94,6 +94,8 @@ class TrainStep:
                  ema_decay=None, ema_warmup=0, channels_last=None, n_bins=256, n_samples=1, beta=1.0):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("optimizer: LBFGS evaluates the loss several times in a step, which this one does once")
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {clip_grad_norm!r}")
         if check_finite not in (True, False, "late"):

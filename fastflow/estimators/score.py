@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from fastflow import checks
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
 
 __all__ = ["NVIL", "REINFORCE", "RLOO", "VIMCO", "MovingAverage", "NeuralBaseline", "baseline_network"]
@@ -153,7 +154,7 @@ class VIMCO(REINFORCE):
 def baseline_network(event_shape, hidden=(64,)):
     """A fully connected network from logits (B, *event_shape) to (B,)."""
     layers, width = [nn.Flatten() if event_shape else nn.Unflatten(0, (-1, 1))], math.prod(event_shape)
-    for size in hidden:
+    for size in checks.counts("hidden", hidden, 1):
         layers += [nn.Linear(width, size), nn.SiLU()]
         width = size
     return nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))

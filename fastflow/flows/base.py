@@ -114,6 +114,9 @@ class _DistributionBase:
         self.event_shape = distribution.batch_shape + distribution.event_shape
 
     def log_prob(self, z, temperature=1.0):
+        checks.tensor("z", z)
+        if self.event_shape:  # else it is the law of every element
+            checks.events("z", z, self.event_shape)
         distribution = self._tempered(temperature)
         if z.numel() == 0:
             return z.flatten(1).sum(1) if z.dim() > 1 else z.clone()

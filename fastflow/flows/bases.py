@@ -14,6 +14,7 @@ from torch import nn
 from fastflow import checks
 from fastflow.draws import choose
 from fastflow.flows.base import HALF_LOG_TWO_PI, Base, as_base
+from fastflow.flows.labels import check_labels
 from fastflow.flows.logdets import sum_event
 from fastflow.flows.special import log1p_ratio, log_gamma_half_step, log_ndtri
 
@@ -134,6 +135,7 @@ class ClassConditionalNormal(Base):
             raise ValueError("context: expected the classes (B,) int64, got "
                              + (f"{context.dtype} {tuple(context.shape)}" if isinstance(context, torch.Tensor)
                                 else type(context).__name__))
+        check_labels("context", context, len(self.loc), "n_classes", 0)
         return self.loc[context], self.log_scale[context]
 
     def log_prob(self, z, temperature=1.0, *, context=None):
@@ -170,7 +172,9 @@ class Mixture(Base):
 
     def log_prob(self, z, temperature=1.0):
         each = torch.stack([b.log_prob(self._checked(z), temperature) for b in self.components])
-        return torch.logsumexp(torch.log_softmax(self.logits, 0)[:, None] + each, 0)
+        outside = torch.isneginf(each).all(0)  # of all components, where a logsumexp has NaN for a gradient
+        total = torch.logsumexp(torch.log_softmax(self.logits, 0)[:, None] + torch.where(outside, 0.0, each), 0)
+        return torch.where(outside, -torch.inf, total)
 
     def sample(self, n, *, generator=None, temperature=1.0):
         chosen = choose(torch.softmax(self.logits, 0), n, generator)

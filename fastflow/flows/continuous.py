@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
-from fastflow.autograd.differentiable import outside_inference_mode, uncompiled
+from fastflow.autograd.differentiable import detached, leaf_of, outside_inference_mode, uncompiled
 from fastflow.draws import drawn
 from fastflow.flows.base import StandardNormal, as_base
 from fastflow.flows.flow import Flow
@@ -17,6 +17,7 @@ from fastflow.nn import MLP
 __all__ = ["CONFIGS", "FFJORD", "ContinuousTransform", "VelocityMLP", "flow_matching_loss"]
 
 
+FIXED_STEPS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "fixed_adams")
 EXACT_IN_TRAINING = 8  # elements up to which "auto" takes the exact trace in training, too
 
 
@@ -81,6 +82,11 @@ class ContinuousTransform(nn.Module):
         self.rtol, self.atol, self.adjoint = rtol, atol, bool(adjoint)
 
     @property
+    def adaptive(self):
+        """Whether the steps that are differentiated depend on the values."""
+        return not self.adjoint and self.method not in FIXED_STEPS
+
+    @property
     def estimates(self):
         """Whether the log-determinant of training depends on random numbers, or may, where the events' size is not
         known."""
@@ -119,7 +125,8 @@ class ContinuousTransform(nn.Module):
         parameters = tuple(self.field.parameters()) if isinstance(self.field, nn.Module) else ()
         checks.no_mixed_double([(name, x), *(("weight", p) for p in parameters[:1])])
         if x.numel() == 0:
-            return x.clone(), x.new_zeros(x.shape[0])
+            nothing = self.velocity(x.new_tensor(start), x, context).flatten(1).sum(1) if len(x) == 0 else 0.0
+            return x.clone(), x.new_zeros(x.shape[0]) + nothing
         finite = torch.isfinite(x).flatten(1).all(1)
         spread = finite.view(-1, *(1,) * (x.dim() - 1))
         state = (torch.where(spread, x, 0.0), x.new_zeros(x.shape[0]))
@@ -143,7 +150,7 @@ class ContinuousTransform(nn.Module):
         """The velocity and the trace of its derivative in x."""
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
-            x = x if differentiable and x.requires_grad else x.detach().requires_grad_()
+            x = leaf_of(x if differentiable else detached(x))
             v = self.velocity(t, x, context)
             if not v.requires_grad:
                 trace = x.new_zeros(x.shape[0])
@@ -152,7 +159,7 @@ class ContinuousTransform(nn.Module):
             else:
                 trace = sum(_pull(column.sum(), x, None, differentiable).flatten(1)[:, i]
                             for i, column in enumerate(v.flatten(1).unbind(1)))
-        return (v, trace) if differentiable else (v.detach(), trace.detach())
+        return (v, trace) if differentiable else (detached(v), detached(trace))
 
 
 def _pull(v, x, cotangent, create_graph):

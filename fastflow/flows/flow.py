@@ -12,6 +12,7 @@ from fastflow import checks
 from fastflow.flows.base import as_base, seeded
 from fastflow.flows.contexts import takes_context
 from fastflow.flows.images import bits_per_dim, dequantize
+from fastflow.flows.labels import check_levels
 from fastflow.flows.surjections import UniformDequantization
 from fastflow.flows.transform import Compose, check_transform, initialize
 
@@ -26,7 +27,8 @@ class Flow(nn.Module):
     Args:
         transform: data to noise, any :class:`Transform`.
         base: distribution of the noise: a StandardNormal, an object like it, or a torch.distributions object, whose
-            batch dimensions count as event dimensions. Only modules follow ``.to()``. One whose attribute
+            batch dimensions count as event dimensions; one without any is the law of every element, and can't sample.
+            Only modules follow ``.to()``. One whose attribute
             ``conditional`` is true gets the context as well, and alone where the transform was built without one.
         dequantization: surjection from integers to what the transform takes, such as a
             :class:`VariationalDequantization`; None for the uniform one of :meth:`bits_per_dim` and engine.TrainStep.
@@ -80,6 +82,9 @@ class Flow(nn.Module):
             return self._log_prob_of_integers(x, context)
         _check_context(x, context)
         z, logdet = self.transform(x, self.context_of_transform(context))
+        if isinstance(logdet, torch.Tensor) and logdet.dim() > 0 and logdet.shape != z.shape[:1]:
+            raise ValueError(f"transform: expected a log-determinant of shape {tuple(z.shape[:1])}, got "
+                             f"{tuple(logdet.shape)}")
         return as_base(self.base).log_prob(z, **self._of_base(context)) + logdet
 
     @torch.no_grad()
@@ -163,13 +168,18 @@ class Flow(nn.Module):
 
         Returns:
             (B,).
+
+        Raises:
+            ValueError: values are others than these, on a CPU.
         """
         checks.tensor("x", x, floating=False)
         with self._drawing(generator):
             if self.dequantizer is None:
                 values = dequantize(x, n_bins, generator=generator, dtype=self._dtype())
+                check_levels("x", x, n_bins)
                 return bits_per_dim(self.log_prob(values, context), math.prod(x.shape[1:]), n_bins)
             self.check_bins(n_bins)
+            check_levels("x", x, n_bins)
             inside = self.dequantization is None
             log_prob = self.log_prob(x, context) if inside else self._log_prob_of_integers(x, context, generator)
             return -log_prob / (math.prod(x.shape[1:]) * math.log(2.0))

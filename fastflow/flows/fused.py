@@ -105,7 +105,8 @@ def _refusal(x, context):
     if context is not None and (not isinstance(context, torch.Tensor) or context.dim() != 2
                                 or context.dtype != x.dtype or context.shape[0] != x.shape[0]):
         return f"the context is not (B, K) in {x.dtype}"
-    if torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return "autocast is on"
     if nn.modules.module._has_any_global_hook():
         return "a hook on all modules is registered"

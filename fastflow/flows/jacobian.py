@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
-from fastflow.autograd.differentiable import outside_inference_mode
+from fastflow.autograd.differentiable import detached, leaf_of, outside_inference_mode
 
 __all__ = ["InvertibilityReport", "Lambda", "check_invertible", "jacobian"]
 
@@ -25,7 +25,7 @@ def jacobian(function, x):
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = x if x.requires_grad else x.detach().requires_grad_()
+        x = leaf_of(x)
         z = function(x)
         if z.numel() != x.numel():
             raise ValueError(f"function: expected as many elements per sample as x has, {tuple(x.shape)}, got "
@@ -35,7 +35,7 @@ def jacobian(function, x):
                                     materialize_grads=True)[0].reshape(flat.shape) if column.requires_grad
                 else torch.zeros_like(flat) for column in flat.unbind(1)]
     matrix = torch.stack(rows, 1) if rows else x.new_zeros(len(x), 0, 0)
-    return (z, matrix) if create_graph else (z.detach(), matrix)
+    return (z, matrix) if create_graph else (detached(z), matrix)
 
 
 class Lambda(nn.Module):
@@ -124,16 +124,18 @@ class Lambda(nn.Module):
                                    f"residual {residual.abs().max().item():.1e}); give Lambda an inverse")
         if not torch.is_grad_enabled():
             return x.to(z.dtype)
-        # One more step, through which gradients of z and of the function's parameters follow the implicit function.
-        with torch.no_grad():
-            _, matrix = jacobian(self._in_double, x)
-        residual = (self._in_double(x) - z.double()).flatten(1)
-        return (x - torch.linalg.solve(matrix, residual[..., None])[..., 0].view_as(x)).to(z.dtype)
+        # Further steps don't move x, but each makes one more order of its derivatives, in z and in the function's
+        # parameters, those of the implicit function.
+        for _ in range(2):
+            value, matrix = jacobian(self._in_double, x)
+            residual = (value - z.double()).flatten(1)
+            x = x - torch.linalg.solve(matrix, residual[..., None])[..., 0].view_as(x)
+        return x.to(z.dtype)
 
     def _estimate(self, x):
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
-            leaf = x if x.requires_grad else x.detach().requires_grad_()
+            leaf = leaf_of(x)
             z = self.function(leaf)
             if z.numel() != x.numel():
                 raise ValueError(f"function: expected as many elements as x {tuple(x.shape)} has, got {tuple(z.shape)}")

@@ -86,7 +86,8 @@ class LipschitzMLP(nn.Module):
 
     def __init__(self, features, hidden=(64, 64), *, bound=0.97, context_features=None, activation=LipSwish):
         super().__init__()
-        for name, value in (("features", features), *(("hidden", size) for size in hidden),
+        hidden = checks.counts("hidden", hidden, 1)
+        for name, value in (("features", features),
                             *(() if context_features is None else (("context_features", context_features),))):
             checks.count(name, value, 1)
         if not bound > 0:

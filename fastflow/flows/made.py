@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import backends, checks
+from fastflow.nn.hooks import is_hooked
 
 __all__ = ["MADE", "Sweep"]
 
@@ -49,9 +50,9 @@ class MADE(nn.Module):
                  layout="chunk", activation=nn.ReLU):
         super().__init__()
         for name, value in (("features", features), ("params_per_feature", params_per_feature),
-                            *(("hidden", size) for size in hidden),
                             *(() if context_features is None else (("context_features", context_features),))):
             checks.count(name, value, 1)
+        hidden = checks.counts("hidden", hidden, 1)
         checks.choice("layout", layout, ("chunk", "interleave"))
         # Masks are worked out on the CPU whatever the default device, which may be the meta device.
         order = range(features) if order is None else order
@@ -96,8 +97,11 @@ class MADE(nn.Module):
         return h
 
     def sweep(self, batch, context=None):
-        """A :class:`Sweep` over the features of a batch of that size, for when they become known one by one."""
-        return Sweep(self, batch, context)
+        """A :class:`Sweep` over the features of a batch of that size, for when they become known one by one; where the
+        network or a layer runs more than its class does, as with a hook, one that calls them whole each time."""
+        plain = (type(self).forward is MADE.forward and not is_hooked(self)
+                 and all(type(layer) is MaskedLinear and not is_hooked(layer) for layer in self.layers))
+        return (Sweep if plain else _WholePasses)(self, batch, context)
 
     def context_shift(self, batch, context):
         """What the context adds to the first layer's pre-activations, (B, units) or None."""
@@ -169,6 +173,24 @@ class Sweep:
         """The feature at the present place is x (B, 1); go on to the next."""
         self.inputs.append(x)
         self.place += 1
+
+
+class _WholePasses:
+    """The same from a pass of the whole network at each place, in which the features to come are zero."""
+
+    def __init__(self, network, batch, context=None):
+        weight = network.layers[0].weight
+        self.network, self.context = network, context
+        self.found, self.rest = [weight.new_zeros(batch, 1)] * network.features, network.order.tolist()
+
+    def params(self):
+        network = self.network
+        params, size = network(torch.cat(self.found, 1), self.context), network.params_per_feature
+        whole = params.unflatten(1, (size, -1) if network.layout == "chunk" else (-1, size))
+        return whole.select(2 if network.layout == "chunk" else 1, self.rest[0])
+
+    def push(self, x):
+        self.found[self.rest.pop(0)] = x
 
 
 class _Joined:

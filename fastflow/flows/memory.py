@@ -19,6 +19,8 @@ import threading
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.checkpoint import checkpoint
 
 from fastflow import backends
@@ -51,7 +53,8 @@ class Mode:
 
     Raises:
         ValueError: an unknown name, a keep_every that is no positive int or comes with another mode, or for "invert" a
-            model that holds dropout, batch normalisation or an estimated log-determinant; the message names the module.
+            model that holds dropout, batch normalisation, an estimated log-determinant or a solver of adaptive steps;
+            the message names the module.
     """
 
     def __init__(self, name, model, keep_every=None):
@@ -64,10 +67,18 @@ class Mode:
             raise ValueError(f"keep_every: expected a positive int or None, got {keep_every!r}")
         self.name, self.keep_every = name, keep_every
         self.norms = tuple(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self.iterating = tuple(filter(_iterates, model.modules()))
         self.random = False
         self.drifts = None
         if name == "invert":
             _refuse_uninvertible(model)
+
+
+def _iterates(module):
+    """Whether a call in training moves the buffers of a spectral norm, of torch's parametrization or of its older hook,
+    by a step of power iteration, which a second run must not do again."""
+    return isinstance(module, parametrizations._SpectralNorm) or any(
+        isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
 
 
 def _refuse_uninvertible(model):
@@ -79,6 +90,9 @@ def _refuse_uninvertible(model):
         if getattr(module, "estimates", False):
             raise ValueError(f"memory: 'invert' can't run {name} ({kind}): its estimate of the log-determinant would "
                              f"be drawn anew in backward; use 'save_z'")
+        if getattr(module, "adaptive", False):
+            raise ValueError(f"memory: 'invert' can't run {name} ({kind}): its solver would choose other steps for "
+                             f"recovered values; use 'save_z' or a method of fixed steps")
         p = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
         if isinstance(p, float) and p > 0 or isinstance(module, nn.RReLU):
             raise ValueError(f"memory: 'invert' can't run {name} ({kind}): its random numbers would be drawn anew in "
@@ -184,9 +198,14 @@ class _Recomputing:
                 _set_generators(generators)
             for norm in self.mode.norms:
                 norm.momentum, norm.num_batches_tracked = 0.0, None
+            iterating = [module for module in self.mode.iterating if module.training]
+            for module in iterating:
+                module.training = False
             try:
                 yield
             finally:
+                for module in iterating:
+                    module.training = True
                 for norm, momentum, count in norms:
                     norm.momentum, norm.num_batches_tracked = momentum, count
                 if now is not None:

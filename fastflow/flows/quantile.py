@@ -95,9 +95,11 @@ class CDF(nn.Module):
                 above = value(middle) > z
                 low, high = torch.where(above, low, middle), torch.where(above, middle, high)
             x = value_of(0.5 * (low + high) * (1.0 if rising else -1.0))
-            slope = torch.exp(self.distribution.log_prob(x))
-        # One step of Newton's method, whose derivative is that of the implicit function.
-        return x - (self.distribution.cdf(x) - z) / slope
+        # Newton's steps don't move x any more, but each makes one more order of its derivatives those of the implicit
+        # function.
+        for _ in range(2):
+            x = x - (self.distribution.cdf(x) - z) / torch.exp(self.distribution.log_prob(x))
+        return x
 
 
 class Quantile(nn.Module):

@@ -74,8 +74,10 @@ class _Frame:
 
         def pack(tensor):
             nonlocal count
-            if count >= len(self.kinds) or self.kinds[count] != (tensor.shape, tensor.dtype):
-                raise RuntimeError(self.differs(f"tensor {count} is {tuple(tensor.shape)} {tensor.dtype}"))
+            before = self.kinds[count] if count < len(self.kinds) else None
+            if before != (tensor.shape, tensor.dtype):
+                was = "was none" if before is None else f"was {tuple(before[0])} {before[1]}"
+                raise RuntimeError(self.differs(f"tensor {count} is {tuple(tensor.shape)} {tensor.dtype} and {was}"))
             saved = self.places[count]()
             if saved is not None:  # else its node is gone
                 saved.value, saved.task = tensor.detach(), task
@@ -85,12 +87,11 @@ class _Frame:
         with self.around(), torch.enable_grad(), saved_tensors_hooks(pack, _same):
             self.second(*self.keeper.saved_tensors)
         if count < len(self.kinds):
-            raise RuntimeError(self.differs(f"it ended after {count}"))
+            raise RuntimeError(self.differs(f"{count} tensors, and {len(self.kinds)} before"))
 
     def differs(self, how):
-        kinds = ", ".join(f"{tuple(shape)} {dtype}" for shape, dtype in self.kinds)
-        return (f"memory: a step of the flow saved other tensors when it ran again in backward than before ({how}, "
-                f"before: {kinds}); its operations must not depend on state that changes in between")
+        return (f"memory: a step of the flow saved other tensors when it ran again in backward than before ({how}); "
+                f"its operations must not depend on state that changes in between")
 
 
 def _same(tensor):

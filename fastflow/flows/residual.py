@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks, functional
-from fastflow.autograd.differentiable import outside_inference_mode, uncompiled
+from fastflow.autograd.differentiable import detached, leaf_of, outside_inference_mode, uncompiled
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
 from fastflow.flows.jacobian import jacobian
@@ -140,7 +140,7 @@ class InvertibleResidual(nn.Module):
     def _estimate(self, x, function):
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
-            leaf = x if x.requires_grad else x.detach().requires_grad_()
+            leaf = leaf_of(x)
             y = function(leaf)
         weights = self._weights()
         value, surrogate = 0.0, 0.0
@@ -159,7 +159,7 @@ class InvertibleResidual(nn.Module):
         if not weights:
             value = x.new_zeros(x.shape[0])
         if not differentiable:
-            return x + y.detach(), value
+            return x + detached(y), value
         return x + y, value + (surrogate - surrogate.detach())
 
     def _weights(self):

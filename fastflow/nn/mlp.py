@@ -32,7 +32,7 @@ class MLP(nn.Module):
         self.context_features, self.takes_context = context_features, context_features is not None
         width = in_features + (context_features or 0)
         layers = []
-        for size in (checks.count("hidden", size, 1) for size in hidden):
+        for size in checks.counts("hidden", hidden, 1):
             layers += [_linear(width, size), activation()]
             width = size
         last = _linear(width, out_features)

@@ -103,7 +103,7 @@ class LogCounts(nn.Module):
 
 def _mlp(features, hidden, out_features, activation):
     layers = []
-    for size in (checks.count("hidden", size, 1) for size in hidden):
+    for size in checks.counts("hidden", hidden, 1):
         layers += [nn.Linear(features, size), activation()]
         features = size
     return [*layers, nn.Linear(features, out_features)]

@@ -70,7 +70,6 @@ EVERY = (freia, freia_rev, one_by_one, masked, actnorm, coupling, spline, convol
 @pytest.mark.parametrize("make", EVERY)
 def test_a_state_dict_before_and_after_compiling(make):
     """The third state dict brings what the fused form does not have, where there is such a thing."""
-    torch._dynamo.reset()
     torch.manual_seed(0)
     fused, call = make(0)
     fastflow.accelerate(fused, verify=False)
@@ -87,7 +86,6 @@ def test_a_state_dict_before_and_after_compiling(make):
 
 @pytest.mark.parametrize("make", [freia, one_by_one, masked, coupling, spline, convolution])
 def test_a_write_and_functional_call(make):
-    torch._dynamo.reset()
     torch.manual_seed(0)
     (fused, call), (other, _) = make(0), make(1)
     fastflow.accelerate(fused, verify=False)

@@ -231,7 +231,6 @@ def test_activation_checkpointing_repeats_what_the_first_call_saved(host, contex
 @pytest.mark.parametrize("host", [host for host in EVERY if host is not pythae])  # which torch.compile can't trace
 @pytest.mark.parametrize("before", [True, False])
 def test_compiled_before_and_after(host, before):
-    torch._dynamo.reset()
     model, loss, want = build(host)
     if before:
         fastflow.accelerate(model)

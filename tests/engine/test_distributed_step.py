@@ -172,7 +172,6 @@ def test_capture_is_refused_for_replicas(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_replica(tmp_path):
-    torch._dynamo.reset()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = flows.RealNVP(2, n_layers=1, hidden=(4,))
@@ -186,4 +185,3 @@ def test_a_compiled_replica(tmp_path):
         torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
     finally:
         torch.distributed.destroy_process_group()
-        torch._dynamo.reset()

@@ -142,9 +142,7 @@ def test_three_steps_are_those_of_a_loop_by_hand(case, options):
 
 @pytest.mark.parametrize("case", ["tasks", "m2"])
 def test_compiled_steps_too(case):
-    torch._dynamo.reset()
     compared(case, compile="aot_eager")
-    torch._dynamo.reset()
 
 
 def test_targets_train_a_vae_whose_prior_is_a_flow_in_memory_modes():

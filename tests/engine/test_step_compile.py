@@ -30,14 +30,6 @@ from fastflow.vae import (
 )
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 def glow(n_steps, n_levels=3, **options):
     side = 2 * 2**n_levels
     model = flows.Glow((3, side, side), n_levels, n_steps, hidden_channels=4, **options)

@@ -214,6 +214,8 @@ def test_other_models_optimizers_and_batches_are_refused():
         TrainStep(torch.nn.Linear(2, 2), sgd(model))
     with pytest.raises(TypeError, match="optimizer: expected a torch.optim.Optimizer, got str"):
         TrainStep(model, "adam")
+    with pytest.raises(ValueError, match="optimizer: LBFGS evaluates the loss several times"):
+        TrainStep(model, torch.optim.LBFGS(model.parameters()))
     step = TrainStep(model, sgd(model))
     for x, kind, message in ((None, TypeError, "x: expected a torch.Tensor, got NoneType"),
                              (torch.zeros(0, 1, 2, 2), ValueError, r"x: expected a batch .* got shape \(0, 1, 2, 2\)"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from flow_checks import check_bijection, check_gradients, integral, scattered
 from torch import nn
+from torch.nn.utils import prune
 
 from fastflow import flows
 from fastflow.flows.jacobian import jacobian
@@ -122,6 +123,53 @@ def test_the_sweep_evaluates_every_hidden_unit_once():
         with mode():
             transform.inverse(torch.randn(2, 8, dtype=torch.float64))
         assert Counting.seen == 50
+
+
+@pytest.mark.parametrize("context_features", [None, 2])
+@pytest.mark.parametrize("transformer", [flows.AffineTransformer, Cubic])
+@pytest.mark.parametrize("change", ["hook", "prune", "wrapped", "network"])
+def test_what_runs_in_a_layer_s_call_runs_in_both_directions(change, transformer, context_features):
+    transform = double(4, context_features=context_features, transformer=transformer())
+    network = transform.network
+    if change == "network":
+        network.register_forward_hook(lambda module, inputs, out: 0.5 * out)
+    for index, layer in enumerate(network.layers):
+        if change == "hook":
+            layer.register_forward_hook(lambda module, inputs, out: 1.1 * out)
+        elif change == "prune":
+            prune.random_unstructured(layer, "weight", 0.5)
+            with torch.no_grad():
+                layer.weight_orig *= 0.9  # what the next call sees
+        elif change == "wrapped":
+            network.layers[index] = Halved(layer)
+    context = None if context_features is None else torch.randn(3, 2, dtype=torch.float64)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    z, logdet = transform(x, context)
+    back, minus = transform.inverse(z, context)
+    torch.testing.assert_close((back, minus), (x, -logdet))
+
+
+class Halved(nn.Module):
+    """As a low-rank adapter stands before a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x):
+        return 0.5 * self.layer(x)
+
+
+def test_a_pruned_flow_trains_in_the_direction_of_its_sweep():
+    flow = flows.IAF(4, n_layers=2, hidden=(8,))
+    for layer in [m for m in flow.modules() if isinstance(m, nn.Linear)]:
+        prune.random_unstructured(layer, "weight", 0.5)
+    optimizer, x = torch.optim.SGD(flow.parameters(), lr=0.1), torch.randn(16, 4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        flow.log_prob(x).mean().neg().backward()
+        optimizer.step()
 
 
 def test_gradients():
@@ -266,6 +314,9 @@ def test_nan_stays_in_its_sample():
     (lambda: flows.MaskedAutoregressive(2, transformer=object()), TypeError, "transformer"),
     (lambda: flows.MaskedAutoregressive(2).inverse(torch.zeros(1, 3)), ValueError, "z"),
     (lambda: flows.MaskedAutoregressive(2).inverse(torch.zeros(1, 2).double()), TypeError, "weight|z"),
+    (lambda: flows.MAF(2, hidden=64), TypeError, "hidden: expected a sequence of ints, got int"),
+    (lambda: flows.NICE(2, hidden=64), TypeError, "hidden: expected a sequence of ints, got int"),
+    (lambda: flows.ResidualFlow(2, hidden=64), TypeError, "hidden: expected a sequence of ints, got int"),
     (lambda: flows.MAF(0), ValueError, "features"), (lambda: flows.MAF(2, n_layers=-1), ValueError, "n_layers"),
     (lambda: flows.IAF(2, order="sorted"), ValueError, "order"), (lambda: flows.NICE(0), ValueError, "features"),
     (lambda: flows.NICE(2, n_layers=1.5), TypeError, "n_layers"),

@@ -214,6 +214,9 @@ def test_class_conditional_base():
     for wrong in (None, labels.float(), labels[:, None]):
         with pytest.raises(ValueError, match="context"):
             base.log_prob(x, context=wrong)
+    for wrong, message in ((3, "below n_classes = 3, got 3"), (-1, "from 0 on, got -1")):
+        with pytest.raises(ValueError, match=f"context: expected labels {message}"):
+            flow.log_prob(x, torch.tensor([0, wrong, 1, 2]))
 
 
 UNCONDITIONAL = {
@@ -338,6 +341,24 @@ def test_mixtures_choose_components_by_weight():
     share = torch.stack([((z >= k) & (z < k + 1)).float().mean() for k in range(3)])
     assert (share - torch.tensor([0.2, 0.5, 0.3])).abs().max() < 0.015
     assert z[:100].floor().unique().numel() == 3  # in mixed order
+
+
+def test_a_mixture_outside_all_of_its_components_has_no_gradient_but_no_nan():
+    base = flows.Mixture([flows.Uniform(torch.zeros(1), torch.ones(1)), flows.TruncatedNormal(0.0, 2.0, (1,))])
+    density = base.log_prob(torch.tensor([[0.5], [1.5], [3.0]]))
+    assert torch.isneginf(density).tolist() == [False, False, True]
+    density[:2].mean().backward()
+    assert torch.isfinite(base.logits.grad).all()
+
+
+def test_a_torch_distribution_is_of_the_shape_of_z_or_of_each_element():
+    transform, x = flows.RealNVP(3, n_layers=2).transform, torch.randn(2, 3)
+    plain = flows.Flow(transform, flows.StandardNormal(3)).log_prob(x)
+    for base in (D.Normal(torch.zeros(3), 1.0), D.Normal(0.0, 1.0), D.MultivariateNormal(torch.zeros(3), torch.eye(3))):
+        torch.testing.assert_close(flows.Flow(transform, base).log_prob(x), plain)
+    for shape in ((1,), (4,), (2, 3)):
+        with pytest.raises(ValueError, match="z: expected shape"):
+            flows.Flow(transform, D.Normal(torch.zeros(shape), 1.0)).log_prob(x)
 
 
 @pytest.mark.parametrize(("call", "match"), [

@@ -177,6 +177,13 @@ def test_model_samples_context_and_start():
         assert not flow.sample(2, contexts).requires_grad
 
 
+def test_an_empty_batch_has_a_graph():
+    flow = flows.FFJORD(3, hidden=(4,), context_features=2)
+    log_prob = flow.log_prob(torch.randn(0, 3), torch.randn(0, 2))
+    log_prob.sum().backward()
+    assert log_prob.shape == (0,) and all((p.grad == 0).all() for p in flow.parameters())
+
+
 def test_what_is_not_finite_stays_in_its_sample():
     transform = nonlinear(2)
     x = torch.randn(3, 2, dtype=torch.float64)

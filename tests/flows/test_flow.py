@@ -284,12 +284,34 @@ class Uniform:
         return torch.rand(n, *self.event_shape, generator=generator) - 0.5
 
 
+def test_a_log_determinant_of_another_shape_is_refused():
+    class Elementwise(torch.nn.Module):
+        def forward(self, x, context=None):
+            return 2.0 * x, torch.full_like(x, math.log(2.0))
+
+        def inverse(self, z, context=None):
+            return 0.5 * z, torch.full_like(z, -math.log(2.0))
+
+    with pytest.raises(ValueError, match=r"transform: expected a log-determinant of shape \(3,\), got \(3, 3\)"):
+        flows.Flow(Elementwise(), flows.StandardNormal(3)).log_prob(torch.randn(3, 3))
+
+
 @pytest.mark.parametrize(("n_bins", "bits"), [(256, 8.0), (32, 5.0), (17, math.log2(17))])
 def test_bits_per_dim_of_a_uniform_model(n_bins, bits):
     flow = flows.Flow(flows.Reverse(), Uniform((3, 8, 8)))
     x = torch.randint(0, n_bins, (64, 3, 8, 8), dtype=torch.uint8)
     torch.testing.assert_close(flow.bits_per_dim(x, n_bins), torch.full((64,), bits))
     assert flow.bits_per_dim(torch.full_like(x, n_bins - 1), n_bins).isfinite().all()
+
+
+@pytest.mark.parametrize(("x", "got"), [
+    (torch.tensor([0, 32]), "32"), (torch.tensor([-1, 3]), "-1"), (torch.tensor([0.0, 0.5]), "0.5"),
+    (torch.tensor([0.0, math.inf]), "inf")])
+def test_bits_per_dim_takes_integers_of_so_many_levels(x, got):
+    flow = flows.Flow(flows.Reverse(), flows.StandardNormal((1, 1, 2)))
+    with pytest.raises(ValueError, match=rf"x: expected integers 0\.\.31, got {got}"):
+        flow.bits_per_dim(x.view(1, 1, 1, 2), 32)
+    assert flow.bits_per_dim(torch.tensor([[[[math.nan, 3.0]]]]), 32).isnan().all()
 
 
 def test_bits_per_dim_accounting():

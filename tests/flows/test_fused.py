@@ -129,6 +129,14 @@ def test_a_layer_that_does_not_fit_is_called_by_itself(change, reason):
     torch.testing.assert_close(back, x, rtol=1e-3, atol=1e-3)
 
 
+def test_shapes_can_be_asked_on_the_meta_device():
+    with torch.device("meta"):
+        flow = flows.RealNVP(3, n_layers=2)
+    assert flow.log_prob(torch.randn(4, 3, device="meta")).shape == (4,)
+    with pytest.raises(ValueError, match="x: expected device cpu .* got meta"):
+        flows.RealNVP(3).log_prob(torch.randn(4, 3, device="meta"))
+
+
 def test_what_was_found_out_is_kept_between_calls():
     flow, x = realnvp(), torch.randn(9, 5)
     layers = flow.transform.transforms

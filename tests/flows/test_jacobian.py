@@ -70,6 +70,14 @@ def test_gradients_of_the_exact_mode():
     assert got[1, 2].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-6)
 
 
+def test_second_derivatives_of_newton_s_inverse():
+    scale = torch.tensor([0.7, 1.3], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([[0.7, 0.1], [-1.2, 0.4]], dtype=torch.float64, requires_grad=True)
+    for part in (0, 1):
+        assert torch.autograd.gradgradcheck(
+            lambda z, scale, part=part: flows.Lambda(lambda x: torch.sinh(x) * scale).inverse(z)[part], (z, scale))
+
+
 def test_a_given_inverse_is_used():
     transform = flows.Lambda(torch.exp, torch.log)
     x = torch.randn(3, 2, dtype=torch.float64)

@@ -68,7 +68,6 @@ def test_a_pair_of_params_is_what_the_packed_ones_are(split, width, layout, orde
 
 
 def test_a_mask_compiles_with_every_size_dynamic():
-    torch._dynamo.reset()
     layer = AffineCoupling(nn.Linear(4, 8), split=torch.tensor([1, 0, 1, 0]))
     call = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 3):

@@ -245,6 +245,43 @@ def test_save_z_updates_running_statistics_once():
     assert not all(torch.equal(first[k], results[1][1][k]) for k in first)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("mode", ["save_z", "invert"])
+def test_power_iterations_advance_once(norm, mode):
+    model, x = conditioners_with(lambda: nn.Tanh())
+    for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        norm(layer)
+    first = {k: v.clone() for k, v in model.state_dict().items()}
+    results = []
+    for name in ("none", mode):
+        model.load_state_dict(first)
+        results.append((run(model, [x], [], mode_of(model, name))[1],
+                        {k: v.clone() for k, v in model.state_dict().items()}))
+    assert_equal_gradients(results[1][0], results[0][0], 1e-12)
+    assert all(torch.equal(results[0][1][k], results[1][1][k]) for k in first)
+    assert not all(torch.equal(first[k], results[1][1][k]) for k in first)
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("make", [
+    lambda: flows.ResidualFlow(4, n_layers=3, hidden=(8,)),
+    lambda: flows.FFJORD(4, n_layers=2, hidden=(8,), method="rk4", options={"step_size": 0.25})])
+def test_invert_runs_what_takes_gradients_in_its_inverse(make):
+    model, x = scattered(make(), torch.float64, 0.1), torch.randn(5, 4, dtype=torch.float64)
+    expected = run(model, [x], [], None)
+    mode = mode_of(model, "invert")
+    loss, grads = run(model, [x], [], mode)
+    drift = max(mode.drifts).item()  # of the solver here, to which the two directions are inverse to each other
+    assert drift < 1e-3
+    assert_equal_gradients([loss, *grads], [expected[0], *expected[1]], 1e-9 + 100 * drift)
+
+
+def test_invert_refuses_adaptive_solvers():
+    with pytest.raises(ValueError, match="can't run .* .ContinuousTransform.: its solver would choose other steps"):
+        memory.Mode("invert", flows.FFJORD(4, n_layers=2))
+    memory.Mode("invert", flows.FFJORD(4, n_layers=2, adjoint=True))
+
+
 @pytest.mark.parametrize(("layer", "name"), [
     (lambda: nn.Dropout(0.1), "Dropout"), (lambda: nn.BatchNorm1d(16), "BatchNorm1d"), (nn.RReLU, "RReLU")])
 def test_invert_refuses_by_name(layer, name):
@@ -358,7 +395,6 @@ def test_a_table_flow_keeps_z_of_each_coupling():
 @pytest.mark.parametrize("make", [lambda: glow(torch.float32, n_steps=1), lambda: multiscale(torch.float32)])
 def test_save_z_compiles_to_one_graph(make):
     model, (x,), _ = make()
-    torch._dynamo.reset()  # other compiled models of this process count towards its limit
     expected = run(model, [x], [], None)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss, grads = run(model, [x], [], mode_of(model, "save_z"), compiled)
@@ -368,6 +404,5 @@ def test_save_z_compiles_to_one_graph(make):
 
 def test_invert_does_not_compile():
     model, (x,), _ = glow(n_steps=1)
-    torch._dynamo.reset()  # other compiled models of this process count towards its limit
     with memory.saving(mode_of(model, "invert")), pytest.raises(Exception, match="can't be traced by torch.compile"):
         torch.compile(model, fullgraph=True, backend="eager")(x)

@@ -68,7 +68,7 @@ def test_a_step_may_take_gradients_on_its_way():
 
 
 @pytest.mark.parametrize(("second", "message"), [
-    (lambda x: x.sin().cos().sin(), "it ended after 3, before: .*float64"),
+    (lambda x: x.sin().cos().sin(), "3 tensors, and 4 before"),
     (lambda x: x.repeat(2, 1).sin().cos().sin().exp(), r"tensor 0 is \(8, 3\)"),
     (lambda x: x.float().sin().cos().sin().exp(), "tensor 0 is .*float32"),
     (lambda x: x.sin().cos().sin().sin().exp(), "tensor 4 is"),

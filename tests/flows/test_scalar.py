@@ -164,6 +164,7 @@ def test_a_quantile_without_icdf_has_the_implicit_gradient():
         return flows.Quantile(D.Gamma(torch.tensor(2.5, dtype=torch.float64), rate))(z)[0]
 
     assert torch.autograd.gradcheck(x_of, (z.requires_grad_(), rate))
+    assert torch.autograd.gradgradcheck(x_of, (z, rate))
     torch.testing.assert_close(D.Gamma(2.5, 1.5).cdf(x_of(z, rate).detach()), z.detach(), rtol=1e-9, atol=1e-9)
 
 

@@ -22,14 +22,6 @@ BATCHES = (5, 7, 33)
 TRACED = (AFFINE_CASES[1], SLOGDET_CASES[1], GAUSSIAN_CASES[1])
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled(case, **options):
     """case.call compiled, as a function of the operands in the case's order."""
     names = tuple(case.shapes)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from fastflow import backends, extension, gpus
+from fastflow import backends, doctor, extension, gpus
 
 MISSING = "no kernel image is available for execution on the device"
 
@@ -62,6 +62,17 @@ def test_convolutions_want_tensor_cores(gpu, monkeypatch):
         x, w1, w2, w3 = (tensors(index, *s) for s in ((2, 6, 8, 8), (128, 6, 3, 3), (128, 128, 1, 1), (12, 128, 3, 3)))
         b1, b2, b3 = (tensors(index, n) for n in (128, 128, 12))
         assert backends.choose("conv_net", x, w1, b1, w2, b2, w3, b3) == chosen
+
+
+def test_doctor_says_what_each_gpu_runs(gpu, monkeypatch, capsys):
+    gpu({0: ((9, 0), None), 1: ((7, 5), MISSING)})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(backends, "status", lambda: dict.fromkeys(backends.NAMES, "available: pretended"))
+    doctor.show()
+    shown = capsys.readouterr().out
+    assert "GPU 0, of compute capability 9.0, GPU 1, of compute capability 7.5" in shown
+    assert shown.count("does not run on") == 1
+    assert f"the cuda backend does not run on GPU 1, of compute capability 7.5: {MISSING}" in shown
 
 
 def test_a_block_has_less_shared_memory_before_ampere(gpu):
