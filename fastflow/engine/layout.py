@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from fastflow import measured
 from fastflow.engine.distributed import is_sharded, replicas, unwrap
 from fastflow.flows import Flow
 
@@ -14,34 +15,43 @@ UNCHANGED = contextlib.nullcontext()
 
 class Benchmarked:
     """A context in which cuDNN tries its algorithms for each new shape of convolution and keeps the fastest
-    (torch.backends.cudnn.benchmark): a flow repeats few shapes many times. Nothing where the model has no 2-D
-    convolution on a GPU, where it is on already, or where determinism is asked for.
+    (torch.backends.cudnn.benchmark), and conditioners their kernels beside it: a flow repeats few shapes many times.
+    Nothing where the model has no 2-D convolution on a GPU, or where determinism is asked for.
+
+    Args:
+        model, device: of the step.
+        captured: whether it is recorded as a CUDA graph.
     """
 
-    def __init__(self, model, device):
+    def __init__(self, model, device, captured):
+        self.device, self.captured = device, captured
         self.serves = device.type == "cuda" and any(isinstance(m, torch.nn.Conv2d) for m in unwrap(model).modules())
 
     def __call__(self):
-        cudnn = torch.backends.cudnn
-        if not self.serves or cudnn.benchmark or cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
-            return UNCHANGED
-        return _benchmarking()
+        return _benchmarking(self.captured) if self.serves and not _deterministic() else UNCHANGED
 
     def explain(self):
         if not self.serves:
             return "convolutions: none on a GPU"
-        if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        if _deterministic():
             return "convolutions: deterministic algorithms, as asked for"
-        return "convolutions: the fastest of cuDNN's algorithms, found at each shape's first call"
+        return "; ".join(["convolutions: the fastest of cuDNN's algorithms, found at each shape's first call",
+                          *measured.report(self.device)])
+
+
+def _deterministic():
+    return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 @contextlib.contextmanager
-def _benchmarking():
-    torch.backends.cudnn.benchmark = True
+def _benchmarking(captured):
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
     try:
-        yield
+        with measured.trying(captured):
+            yield
     finally:
-        torch.backends.cudnn.benchmark = False
+        cudnn.benchmark = before
 
 
 def convolutions_to_channels_last(model, optimizer, wanted):

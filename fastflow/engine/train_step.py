@@ -30,10 +30,11 @@ class TrainStep:
 
     The loss is the mean over the batch, in nats, of the negative log-likelihood of a Flow or of the negative ELBO of a
     VAE: anything with ``log_prob`` or ``elbo`` as its ``forward``, wrapped by torch.compile, DistributedDataParallel or
-    FSDP2 or not. On a GPU, cuDNN tries its algorithms at the first convolution of each shape, unless determinism is
-    asked for. Integer images are dequantised inside, x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss
-    is that of the integers (D*log(n_bins) included, so that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli
-    likelihood they become x/(n_bins - 1) instead. Floating x is taken as it is.
+    FSDP2 or not. On a GPU, cuDNN tries its algorithms at the first convolution of each shape, and Glow's conditioners
+    their own kernels beside it, unless determinism is asked for. Integer images are dequantised inside,
+    x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss is that of the integers (D*log(n_bins) included, so
+    that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli likelihood they become x/(n_bins - 1) instead.
+    Floating x is taken as it is.
 
     ``context`` is what x is conditioned on, in conditional flows and VAEs: in a SemiSupervisedVAE labels, -1 where they
     are unknown. ``targets`` are what the tasks of a VAE's objective predict (vae.Task). Both come one for each x.
@@ -135,7 +136,7 @@ class TrainStep:
             self._lowered = self._probed = Conditioners(unwrap(model), conditioner_dtype)
         if parts:
             self._lowered = Conditioners(unwrap(model), conditioner_dtype, True)
-        self._convolutions = Benchmarked(model, self._device)
+        self._convolutions = Benchmarked(model, self._device, self.capture)
         self._synchronizes = synchronizes(model)
         self._loss = self._compiled() if compile and not parts else self.objective
         self.ema = None if ema_decay is None else EMA(unwrap(model), ema_decay, ema_warmup)

@@ -1,8 +1,10 @@
 """Glow's convolutional conditioner in one pass."""
 
+import functools
+
 import torch
 
-from fastflow import backends, checks, reference
+from fastflow import backends, checks, measured, reference
 from fastflow.autograd import conv_net as _conv_net
 from fastflow.autograd.differentiable import apply, distinct, needs_grad
 
@@ -23,6 +25,9 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
     In float32, for images of even height and width above 2 and I + O >= 12, the CPU kernel's 3x3 convolutions run in
     Winograd's form F(2x2, 3x3), within the same bound on the error; samples with a result that is not finite, and
     gradients of weights that are not, are computed again from plain sums.
+
+    Within :func:`fastflow.measured.trying`, as in engine.TrainStep, Triton's kernels are tried beside the library's
+    convolutions on a GPU, and the faster ones serve each shape.
 
     Args:
         x: (B, I, H, W), any strides.
@@ -61,10 +66,17 @@ def conv_net(x, w1, b1, w2, b2, w3, b3, *, negative_slope=0.0):
             raise TypeError(f"{name}: expected {x.dtype} like x, got {value.dtype}")
     operands = (x, w1, b1, w2, b2, w3, b3)
     backend = backends.choose("conv_net", *operands)
+    if backend == "triton":
+        backend = measured.fastest(backend, operands, {
+            name: functools.partial(_run, name, float(negative_slope)) for name in ("triton", "reference")}, "conv_net")
+    return _run(backend, float(negative_slope), *operands)
+
+
+def _run(backend, slope, x, *params):
     if backend == "reference":
-        return reference.conv_net(*operands, negative_slope=negative_slope)
+        return reference.conv_net(x, *params, negative_slope=slope)
     if backend == "triton" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        operands = x.to(torch.get_autocast_dtype(x.device.type)), *operands[1:]
-    if needs_grad(*operands):
-        return apply(_conv_net.ConvNetFunction, *distinct(*operands), backend, float(negative_slope))
-    return _conv_net.forward(backend, operands, float(negative_slope))[0]
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if needs_grad(x, *params):
+        return apply(_conv_net.ConvNetFunction, *distinct(x, *params), backend, slope)
+    return _conv_net.forward(backend, (x, *params), slope)[0]
