@@ -39,6 +39,7 @@ class Flow(nn.Module):
     """
 
     configs = {}
+    _takes = None  # the shape of one x, of a flow whose first layer would speak of another one
 
     def __init__(self, transform, base, dequantization=None):
         super().__init__()
@@ -78,6 +79,9 @@ class Flow(nn.Module):
         Returns:
             (B,); -inf outside the support.
         """
+        if self._takes is not None:
+            checks.tensor("x", x, floating=False)
+            checks.events("x", x, self._takes)
         if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
             return self._log_prob_of_integers(x, context)
         _check_context(x, context)

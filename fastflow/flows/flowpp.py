@@ -156,4 +156,4 @@ class FlowPP(Flow):
         elif dequantization == "uniform":
             noise = UniformDequantization(n_bins)
         super().__init__(transform, StandardNormal(coarse), noise)
-        self.image_shape = image_shape
+        self.image_shape = self._takes = image_shape

@@ -73,3 +73,4 @@ class NICE(Flow):
         base = StandardNormal if prior == "normal" else StandardLogistic
         super().__init__(Compose(*layers, DiagonalScale(features)), base((features,)))
         self.features = features
+        self._takes = (features,)

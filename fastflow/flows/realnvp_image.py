@@ -95,4 +95,4 @@ class RealNVPImage(Flow):
 
         transform = Compose(*image_logit(alpha), *scales(image_shape, 0))
         super().__init__(transform, StandardNormal(transform.noise_shape(image_shape)), dequantization)
-        self.image_shape = image_shape
+        self.image_shape = self._takes = image_shape

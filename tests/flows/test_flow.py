@@ -284,6 +284,16 @@ class Uniform:
         return torch.rand(n, *self.event_shape, generator=generator) - 0.5
 
 
+@pytest.mark.parametrize(("make", "x", "expected"), [
+    (lambda: flows.NICE(3), torch.randn(2, 4), r"\(2, 3\), got \(2, 4\)"),
+    (lambda: flows.RealNVPImage((1, 4, 4), 2, 1, 4, 1), torch.rand(2, 1, 6, 4), r"\(2, 1, 4, 4\), got \(2, 1, 6, 4\)"),
+    (lambda: flows.FlowPP((1, 4, 4), hidden_channels=4), torch.zeros(2, 1, 6, 4, dtype=torch.uint8),
+     r"\(2, 1, 4, 4\), got \(2, 1, 6, 4\)")])
+def test_models_speak_of_the_x_that_they_were_given(make, x, expected):
+    with pytest.raises(ValueError, match=f"x: expected shape {expected}"):
+        make().log_prob(x)
+
+
 def test_a_log_determinant_of_another_shape_is_refused():
     class Elementwise(torch.nn.Module):
         def forward(self, x, context=None):
