@@ -9,7 +9,8 @@ from fastflow.data.files import TEST_NAMES, DataFileError, named_parts, naming, 
 __all__ = ["SUFFIXES", "decode", "read"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-GREY = ("1", "L", "LA", "I", "I;16", "F")
+GREY = ("1", "L", "LA")
+DEEP = ("I", "F")  # as modes of more than 8 bits begin: integers of 16 or 32, floats
 ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 
 
@@ -28,7 +29,7 @@ def read(path, size=None, test_fraction=0.1):
         test_fraction: share of the test part where the folder has none.
 
     Raises:
-        DataFileError: there are no pictures, one can't be decoded, or sizes differ.
+        DataFileError: there are no pictures, one can't be decoded or has more than 8 bits, or sizes differ.
     """
     with naming(path, OSError):
         named = named_parts([name for name in ("train", *TEST_NAMES) if (path / name).is_dir()])
@@ -75,6 +76,8 @@ def decode(sources, size=None, named=None):
     grey, shapes = True, []
     for name, source in zip(names, sources, strict=True):  # headers alone, so that what is allocated is known
         with naming(name, *ERRORS), _open(source) as image:
+            if image.mode.startswith(DEEP):
+                raise DataFileError(name, f"has pixels of mode {image.mode}, expected 8 bits")
             grey = grey and image.mode in GREY
             shapes.append((image.height, image.width))
     if size is None:
@@ -86,8 +89,6 @@ def decode(sources, size=None, named=None):
     out = np.empty((len(names), 1 if grey else 3, height, width), np.uint8)
     for i, (name, source) in enumerate(zip(names, sources, strict=True)):
         with naming(name, *ERRORS), _open(source) as image:
-            if grey and image.mode not in ("1", "L", "LA"):
-                raise DataFileError(name, f"has pixels of mode {image.mode}, expected 8 bits")
             plain = image.convert("L" if grey else "RGB")
             pixels = np.asarray(plain if size is None else _fitted(plain, size))
             out[i] = pixels[None] if grey else pixels.transpose(2, 0, 1)

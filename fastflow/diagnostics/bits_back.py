@@ -16,7 +16,7 @@ import torch
 from fastflow import checks
 from fastflow.diagnostics.mode import in_eval
 from fastflow.vae.likelihoods import BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood
-from fastflow.vae.posteriors.gaussian import prior_moments
+from fastflow.vae.posteriors.closed import is_diagonal, is_standard, prior_moments
 
 __all__ = ["BitsBack", "Message"]
 
@@ -52,8 +52,8 @@ class BitsBack:
     same weights, machine, library version, number of threads and ``batch_size``.
 
     Args:
-        model: a VAE with a GaussianPosterior, prior None or GaussianPrior, and a likelihood of bits or integers:
-            Bernoulli, Categorical or DiscretizedLogistic.
+        model: a VAE with a GaussianPosterior, a prior of independent Gaussians, and a likelihood of bits or
+            integers: Bernoulli, Categorical or DiscretizedLogistic.
         precision: minus the base-2 logarithm of the grid's step, 0 to 12.
         bound: largest |z|, positive.
         batch_size: examples that go through the networks at a time.
@@ -71,8 +71,8 @@ class BitsBack:
         if not isinstance(model.likelihood, kinds):
             raise TypeError(f"model: expected a Bernoulli, Categorical or DiscretizedLogistic likelihood, got "
                             f"{type(model.likelihood).__name__}")
-        if prior_moments(model.prior, torch.zeros(1, 1)) is None:
-            raise TypeError(f"model: expected prior None or a GaussianPrior, got {type(model.prior).__name__}")
+        if not is_diagonal(model.prior):
+            raise TypeError(f"model: expected a prior of independent Gaussians, got {type(model.prior).__name__}")
         if isinstance(precision, bool) or not isinstance(precision, int) or not 0 <= precision <= 12:
             raise ValueError(f"precision: expected an int from 0 to 12, got {precision!r}")
         if not 0.0 < bound <= 64.0:
@@ -149,9 +149,9 @@ class BitsBack:
         return int(np.prod(self._shape))
 
     def _prior(self, size):
-        if self.model.prior is None:
+        if is_standard(self.model.prior):
             return np.zeros(size), np.full(size, 1.0 / self.step)
-        mean, log_sigma = self.model.prior.mean, self.model.prior.sigma_and_log()[1]
+        mean, log_sigma = prior_moments(self.model.prior, torch.zeros(1, *self._shape))
         times = size // mean.numel()
         return np.tile(_flat(mean) / self.step, times), np.tile(np.exp(_flat(log_sigma)) / self.step, times)
 

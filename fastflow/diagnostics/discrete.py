@@ -61,7 +61,7 @@ def discrete_information(q, p, *, n_samples=1, generator=None):
     """
     z = q.sample(n_samples, generator=generator)
     own, target = q.log_prob(z).double(), p.log_prob(z).double()
-    table = q.table().double().flatten(1)
+    table = q.table().double().flatten(1).clamp_min(-1e300)  # for 0 times the -inf of a class that a row never has
     picked = q.one_hot(z.flatten(0, 1)).double().flatten(1)
     rows = max(1, CHUNK // max(1, len(table)))
     marginal = torch.cat([torch.logsumexp(part @ table.mT, 1) for part in picked.split(rows)])

@@ -1,11 +1,12 @@
 """The KL of every single latent, for each kind of VAE."""
 
+import math
+
 import torch
 
 from fastflow import checks
-from fastflow.diagnostics.latents import dimension_kl, posterior_moments
+from fastflow.diagnostics.latents import latents_and_kl
 from fastflow.vae import DiscreteVAE, HierarchicalVAE, QuantizedVAE
-from fastflow.vae.posteriors.gaussian import prior_moments
 
 __all__ = ["kl_per_latent"]
 
@@ -18,7 +19,7 @@ def kl_per_latent(model, x, context=None, *, batch_size=1024, generator=None):
 
     ====================================  ==========================================================================
     VAE with a GaussianPosterior          a dimension of the flattened z; against N(0, 1), for which the sum is no
-                                          longer the rate, where the prior is neither that nor a GaussianPrior
+                                          longer the rate, where the prior is no diagonal Gaussian
     DiscreteVAE                           a bit or class, given the bits before it under a BitPrior
     HierarchicalVAE                       a dimension of a level's z given the levels above, the top level's first
     QuantizedVAE                          a position of the map of codes: -log p(c_t | c_<t), for q is certain
@@ -32,8 +33,7 @@ def kl_per_latent(model, x, context=None, *, batch_size=1024, generator=None):
     if len(x) < 1:
         raise ValueError("x: expected at least one example, got none")
     if hasattr(getattr(model, "posterior", None), "moments"):
-        mean, log_sigma = posterior_moments(model, x, context, batch_size=batch_size)
-        return dimension_kl(mean, log_sigma, closed_prior(model, mean)).mean(0)
+        return latents_and_kl(model, x, context, batch_size=batch_size)[2].mean(0)
     if isinstance(model, HierarchicalVAE):
         def of(batch):
             return torch.cat([kl.flatten(1) for kl in model.latent_kl(batch, generator=generator)], 1)
@@ -48,12 +48,6 @@ def kl_per_latent(model, x, context=None, *, batch_size=1024, generator=None):
     return torch.cat([of(batch) for batch in x.split(batch_size)]).mean(0)
 
 
-def closed_prior(model, mean):
-    """The model's GaussianPrior, None for N(0, I) and for priors to which the KL has no closed form."""
-    prior = model.prior
-    return prior if not hasattr(prior, "given") and prior_moments(prior, mean) is not None else None
-
-
 def discrete_kl(model, q, *, generator=None):
     """KL (B, sites) in nats of each bit or class of a DiscreteVAE's posteriors q to its prior; under a BitPrior that of
     each bit given those before it, at one draw of them."""
@@ -65,4 +59,5 @@ def site_kl(q, p):
     """KL (B, sites) in nats of each element of q (B rows) to that of p (one row or B), estimators.Bernoulli or
     Categorical: sum_c q_c (log q_c - log p_c) + p_c - q_c, whose terms are not negative."""
     log_q, log_p = q.table().double(), p.table().double()
-    return (log_q.exp() * (log_q - log_p) + log_p.exp() - log_q.exp()).clamp_min(0.0).sum(2)
+    ratio = torch.where(log_q == -math.inf, 0.0, log_q - log_p)  # of a class that q never has nothing counts but p_c
+    return (log_q.exp() * ratio + log_p.exp() - log_q.exp()).clamp_min(0.0).sum(2)

@@ -12,7 +12,8 @@ import torch
 from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.vae.penalties import decompose_kl
-from fastflow.vae.posteriors.gaussian import kl_by_element, log_normal, prior_moments
+from fastflow.vae.posteriors.closed import is_standard, kl_by_element, prior_moments
+from fastflow.vae.posteriors.gaussian import log_normal
 
 __all__ = ["InformationTerms", "active_units", "aggregate_log_prob", "dimension_kl", "draw_error", "information",
            "information_terms", "marginal_kl", "minibatch_information", "posterior_moments"]
@@ -48,6 +49,12 @@ def posterior_moments(model, x, context=None, *, batch_size=1024):
     Raises:
         TypeError: the model's posterior is no diagonal Gaussian.
     """
+    return latents_and_kl(model, x, context, batch_size=batch_size)[:2]
+
+
+@torch.no_grad()
+def latents_and_kl(model, x, context=None, *, batch_size=1024):
+    """(mean, log sigma, KL), each (N, D) as of :func:`posterior_moments`, the KL that of :func:`kl_to_prior`."""
     checks.tensor("x", x, floating=False)
     if len(x) < 1:
         raise ValueError("x: expected at least one example, got none")
@@ -56,10 +63,22 @@ def posterior_moments(model, x, context=None, *, batch_size=1024):
         raise TypeError(f"model: expected a VAE with a GaussianPosterior, got one with {type(posterior).__name__}")
     parts = []
     for i in range(0, len(x), batch_size):
-        batch = slice(i, i + batch_size)
-        params = model.encoder(x[batch]) if context is None else model.encoder(x[batch], context[batch])
-        parts.append([t.flatten(1) for t in posterior.moments(params)])
+        some = slice(i, i + batch_size)
+        given = None if context is None else context[some]
+        params = model.encoder(x[some]) if context is None else model.encoder(x[some], given)
+        mean, log_sigma = posterior.moments(params)
+        prior = model.prior.given(given) if hasattr(model.prior, "given") else model.prior
+        parts.append((mean.flatten(1), log_sigma.flatten(1), kl_to_prior(mean, log_sigma, prior)))
     return tuple(torch.cat(t) for t in zip(*parts, strict=True))
+
+
+def kl_to_prior(mean, log_sigma, prior):
+    """KL (B, D) in nats of each latent of posteriors (B, D, *S), flattened, to its prior: any diagonal Gaussian, those
+    of a context among them, of which ``prior`` is the one for these; N(0, 1) in the place of any other prior."""
+    moments = None if is_standard(prior) else prior_moments(prior, mean)
+    if moments is None:
+        moments = mean.new_zeros(()), mean.new_zeros(())
+    return kl_by_element(mean, log_sigma, *moments).flatten(1)
 
 
 def dimension_kl(mean, log_sigma, prior=None):

@@ -8,7 +8,7 @@ import torch
 from fastflow import checks
 from fastflow.diagnostics.discrete import code_usage
 from fastflow.diagnostics.kl import kl_per_latent
-from fastflow.diagnostics.latents import dimension_kl
+from fastflow.diagnostics.latents import kl_to_prior
 from fastflow.vae import QuantizedVAE
 
 __all__ = ["CollapseMonitor", "CollapseWarning"]
@@ -24,7 +24,9 @@ class CollapseMonitor:
     ``attach(model)`` hooks it onto the model's posterior, so that any training loop runs it; or hand it (B, D) KLs
     with :meth:`update`. The KLs are averaged where they are and looked at every ``every`` batches only. It is silent
     inside torch.compile and CUDA-graph capture, which run no Python. Or call :meth:`look` now and then, which takes
-    every kind of VAE: of quantised ones it counts the codes in use.
+    every kind of VAE: of quantised ones it counts the codes in use. The KL is that to the prior where each latent has
+    one of its own, with any diagonal Gaussian, one for each context among them; with other priors, a dense Gaussian, a
+    mixture or a flow, it is that to N(0, I), which says of a prior far from it that latents are used that are not.
 
     Args:
         least_active: warn when fewer latents than this have a mean KL above ``threshold``; an int of at least 1, or a
@@ -64,9 +66,7 @@ class CollapseMonitor:
             if not module.training or torch.compiler.is_compiling() or _capturing(args[0]):
                 return
             with torch.no_grad():
-                mean, log_sigma = (t.flatten(1) for t in module.moments(args[0]))
-                prior = args[1] if len(args) > 1 and hasattr(args[1], "sigma_and_log") else None
-                self.update(dimension_kl(mean, log_sigma, prior))
+                self.update(kl_to_prior(*module.moments(args[0]), args[1] if len(args) > 1 else None))
 
         return posterior.register_forward_hook(hook)
 

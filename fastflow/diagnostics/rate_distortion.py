@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fastflow import checks
-from fastflow.diagnostics.latents import active_units, dimension_kl, posterior_moments
-from fastflow.vae.posteriors.gaussian import prior_moments
+from fastflow.diagnostics.latents import active_units, latents_and_kl, posterior_moments
 
 __all__ = ["RateDistortion", "Traversal", "rate_distortion", "rate_distortion_sweep", "traversal_grid"]
 
@@ -101,12 +100,10 @@ def traversal_grid(model, x, n_dims=10, values=None, *, index=0):
     """Traversal of the ``n_dims`` latents with the largest mean KL over x (N, *event), from example ``index``'s mean.
 
     Args:
-        model: a VAE with a GaussianPosterior; where the prior has no closed KL, the KL to N(0, I) ranks them.
+        model: a VAE with a GaussianPosterior; where the prior is no diagonal Gaussian, the KL to N(0, I) ranks them.
         values: (V,) that each latent takes; None for 7 from -3 to 3.
     """
-    mean, log_sigma = posterior_moments(model, x)
-    prior = model.prior if prior_moments(model.prior, mean) is not None else None
-    kl = dimension_kl(mean, log_sigma, prior).mean(0)
+    kl = latents_and_kl(model, x)[2].mean(0)
     n_dims = checks.count("n_dims", n_dims, 1)
     if not 0 <= index < len(x):
         raise ValueError(f"index: expected one from 0 to {len(x) - 1}, got {index!r}")

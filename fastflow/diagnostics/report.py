@@ -13,14 +13,13 @@ from fastflow.diagnostics.discrete import (
     code_usage,
     discrete_information,
 )
-from fastflow.diagnostics.kl import closed_prior, discrete_kl, kl_per_latent
+from fastflow.diagnostics.kl import discrete_kl, kl_per_latent
 from fastflow.diagnostics.latents import (
     InformationTerms,
     active_units,
-    dimension_kl,
     information,
+    latents_and_kl,
     marginal_kl,
-    posterior_moments,
 )
 from fastflow.diagnostics.linear import LinearOptimum, data_eigenvalues, linear_optimum
 from fastflow.diagnostics.mode import in_eval
@@ -35,7 +34,8 @@ LEVEL_IMAGES = 8
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A VAE measured on N examples. What a kind of model does not have is None.
+    """A VAE measured on N examples. What a kind of model does not have is None, and of one example what is measured on
+    several: the ELBO's error is NaN, active units (but a hierarchy's), information and prediction are None.
 
     Attributes:
         n_examples, size: N, and the numbers in one example.
@@ -81,9 +81,13 @@ class Diagnosis:
     def summary(self):
         """A few lines of text."""
         point = self.point
-        lines = [f"{self.n_examples} examples of {self.size} numbers",
-                 f"ELBO {point.elbo:.6g} +- {point.elbo_error:.2g} nats ({self.bits_per_dim:.4g} bits/dim): "
-                 f"rate {point.rate:.5g}, distortion {point.distortion:.6g}"]
+        one = self.n_examples == 1
+        error = "" if one else f" +- {point.elbo_error:.2g}"
+        lines = [f"{self.n_examples} example{'' if one else 's'} of {self.size} numbers",
+                 f"ELBO {point.elbo:.6g}{error} nats ({self.bits_per_dim:.4g} bits/dim): rate {point.rate:.5g}, "
+                 f"distortion {point.distortion:.6g}"]
+        if one:
+            lines.append("one example alone does not show how examples differ: what is measured on several is left out")
         if self.active is not None:
             active, total = int(self.active.sum()), len(self.kl)
             lines.append(f"active units {active} of {total}" + (": posterior collapse" if active == 0 else ""))
@@ -123,8 +127,8 @@ def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_d
         generator: of the draws of z, or None.
     """
     checks.tensor("x", x, floating=False)
-    if len(x) < 2:
-        raise ValueError(f"x: expected at least 2 examples, got {len(x)}")
+    if len(x) < 1:
+        raise ValueError("x: expected at least one example, got none")
     x = x[:max_examples]
     context = None if context is None else context[:max_examples]
     with in_eval(model):
@@ -148,19 +152,20 @@ def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_d
 
 
 def _gaussian(model, x, context, n_samples, n_dims, batch_size, generator):
-    mean, log_sigma = posterior_moments(model, x, context, batch_size=batch_size)
-    prior = closed_prior(model, mean)
-    found = {"active": active_units(mean), "kl": dimension_kl(mean, log_sigma, prior).mean(0)}
+    mean, log_sigma, kl = latents_and_kl(model, x, context, batch_size=batch_size)
+    found = {"kl": kl.mean(0)}
+    if len(x) > 1:
+        found["active"] = active_units(mean)
     if model.prior is None:
         found["marginal_kl"] = marginal_kl(mean, log_sigma)
     if context is None:
         shape = model.encode(x[:1]).shape[1:]
-        log_prior = None
-        if prior is not model.prior:
-            def log_prior(z):
-                return model._log_prior(z.view(1, -1, *shape))[0]
-        found["information"] = information(mean, log_sigma, prior, n_samples=n_samples, log_prior=log_prior,
-                                           generator=generator)
+
+        def log_prior(z):
+            return model._log_prior(z.view(1, -1, *shape))[0]
+        if len(x) > 1:
+            found["information"] = information(mean, log_sigma, n_samples=n_samples, log_prior=log_prior,
+                                               generator=generator)
         found["traversal"] = traversal_grid(model, x, n_dims)
     return found
 
@@ -171,9 +176,12 @@ def _discrete(model, x, n_samples, n_dims, batch_size, generator):
     kl = discrete_kl(model, q, generator=generator).mean(0)
     dims = kl.argsort(descending=True, stable=True)[:n_dims]
     images = model.traverse(q.mode()[0], dims.tolist())
-    return {"unit": "bit" if model.n_classes == 2 else "class", "kl": kl, "active": active_sites(q),
-            "information": discrete_information(q, p, n_samples=n_samples, generator=generator),
-            "traversal": Traversal(dims, kl[dims], torch.arange(model.n_classes), images)}
+    found = {"unit": "bit" if model.n_classes == 2 else "class", "kl": kl,
+             "traversal": Traversal(dims, kl[dims], torch.arange(model.n_classes), images)}
+    if len(x) > 1:
+        found |= {"active": active_sites(q),
+                  "information": discrete_information(q, p, n_samples=n_samples, generator=generator)}
+    return found
 
 
 def _hierarchical(model, x, batch_size, generator):
@@ -186,13 +194,15 @@ def _hierarchical(model, x, batch_size, generator):
 def _quantized(model, x, batch_size):
     codes = torch.cat([model.codes(batch) for batch in x.split(batch_size)])
     log_probs = torch.cat([model.code_log_probs(part) for part in codes.split(batch_size)])
-    return {"unit": "code position", "kl": -log_probs.mean(0), "codes": code_usage(codes, model.quantizer.n_codes),
-            "information": code_information(codes, log_probs.sum(1))}
+    found = {"unit": "code position", "kl": -log_probs.mean(0), "codes": code_usage(codes, model.quantizer.n_codes)}
+    if len(x) > 1:
+        found["information"] = code_information(codes, log_probs.sum(1))
+    return found
 
 
 def _prediction(model, x, beta, latents):
     likelihood = getattr(model, "likelihood", None)
-    if isinstance(model, (DiscreteVAE, HierarchicalVAE, QuantizedVAE)) or not beta > 0.0 \
+    if len(x) < 2 or isinstance(model, (DiscreteVAE, HierarchicalVAE, QuantizedVAE)) or not beta > 0.0 \
             or not isinstance(likelihood, GaussianLikelihood) or likelihood.mode == "decoder":
         return None
     sigma = math.exp(float(likelihood._log_scale(None)))

@@ -41,11 +41,12 @@ def draw(out, model, objective, settings, images, device, step, title, page=True
              "broken_samples": n_broken}
     if is_vae(model):
         n = len(images.test)
-        shown = torch.arange(0, n, max(1, n // RECONSTRUCTED))[:min(RECONSTRUCTED, n // COLUMNS * COLUMNS)]
+        columns = min(COLUMNS, n)
+        shown = torch.arange(0, n, max(1, n // RECONSTRUCTED))[:min(RECONSTRUCTED, n // columns * columns)]
         original, labels = images.test[shown], None if images.test_labels is None else images.test_labels[shown]
         made = reconstructions(model, objective, original, device, labels=labels).cpu()
-        pairs = torch.stack([original.unflatten(0, (-1, COLUMNS)), made.unflatten(0, (-1, COLUMNS))], 1).flatten(0, 2)
-        found["reconstructions"] = str(save_grid(out / "samples" / f"reconstructions-{name}", pairs, n_bins, COLUMNS))
+        pairs = torch.stack([original.unflatten(0, (-1, columns)), made.unflatten(0, (-1, columns))], 1).flatten(0, 2)
+        found["reconstructions"] = str(save_grid(out / "samples" / f"reconstructions-{name}", pairs, n_bins, columns))
     if page and is_vae(model):
         found["diagnosis"] = str(diagnosed(out, model, objective, settings, images, device, step, title)[1]["page"])
     return found

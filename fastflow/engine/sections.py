@@ -255,6 +255,12 @@ class DiscreteVAESettings(PixelSettings):
                                                         "trained along")
     beta: float = Field(1.0, ge=0, description="weight of the rate in the training loss")
 
+    @model_validator(mode="after")
+    def _go_together(self):
+        if self.estimator in ("rloo", "vimco") and self.n_samples < 2:
+            raise combination(f"model.n_samples: model.estimator={self.estimator} needs at least 2, got 1")
+        return self
+
 
 class VDVAESettings(BoundSettings, PixelSettings):
     kind: Literal["vdvae"]

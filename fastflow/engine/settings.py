@@ -113,6 +113,14 @@ class SweepSettings(Section):
     beta: tuple[Annotated[float, Field(gt=0)], ...] = Field(strict=False, min_length=2, description="a model is "
                                                             "trained with each, in place of model.beta")
 
+    @model_validator(mode="after")
+    def _differ(self):
+        names = [f"{beta:g}" for beta in self.beta]  # of their directories
+        for name in names:
+            if names.count(name) > 1:
+                raise combination(f"sweep.beta: expected different values, got {name} twice")
+        return self
+
 
 class Settings(Section):
     """Everything that defines a run."""

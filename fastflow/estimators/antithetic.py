@@ -1,6 +1,8 @@
 """Estimators of pairs: b from uniform u and its antithetic twin from 1 - u. Categorical latents are first written as
 sticks, independent bits of which the first that is 1 names the class."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -67,8 +69,11 @@ def _bits(q):
     the earlier ones."""
     if isinstance(q, Bernoulli):
         return q
-    later = torch.logcumsumexp(q.logits.flip(-1), -1).flip(-1)[..., 1:]
-    return Bernoulli(q.logits[..., :-1] - later)
+    logits = q.logits
+    never = logits.detach().amax(-1, keepdim=True) - 1e3  # for -inf, that differences and gradients stay numbers
+    logits = torch.where(logits == -math.inf, never, logits)
+    later = torch.logcumsumexp(logits.flip(-1), -1).flip(-1)[..., 1:]
+    return Bernoulli(logits[..., :-1] - later)
 
 
 def _first(bits):

@@ -66,8 +66,9 @@ def evaluate(f, samples):
 
 
 def with_gradient(value, tensor, gradient):
-    """``value`` (B,) unchanged, with ``gradient`` added to what flows back into ``tensor`` (B, ...)."""
-    zero = (tensor - tensor.detach()) * gradient.detach()
+    """``value`` (B,) unchanged, with ``gradient`` added to what flows back into ``tensor`` (B, ...), where that is not
+    infinite."""
+    zero = torch.where(tensor.isinf(), 0.0, tensor - tensor.detach()) * gradient.detach()
     return value + (zero.flatten(1).sum(1) if zero.dim() > 1 else zero)
 
 

@@ -28,15 +28,15 @@ def _sum(q, f, objective, n_samples):
     states = q.states()
     states = states[:, None].expand(-1, q.logits.shape[0], *states.shape[1:])
     values, log_q = evaluate(f, states), q.log_prob(states)
+    weights = log_q.exp()
+    counted = torch.where(weights == 0, 0.0, values)  # one of probability zero counts nothing, even where f is infinite
     if objective == "mean":
-        # A state of probability zero counts nothing, even where f is infinite.
-        weights = log_q.exp()
-        return torch.where(weights > 0, weights * values, 0.0).sum(0), states, values
+        return (weights * counted).sum(0), states, values
     if len(states) ** n_samples > MAX_STATES:
         raise ValueError(f"n_samples: expected at most {MAX_STATES} tuples to enumerate, got "
                          f"{len(states)}**{n_samples}")
     tuples = torch.tensor(list(itertools.product(range(len(states)), repeat=n_samples)), device=values.device)
-    bounds = torch.logsumexp(values[tuples], 1) - math.log(n_samples)
+    bounds = torch.logsumexp(counted[tuples], 1) - math.log(n_samples)
     return (log_q[tuples].sum(1).exp() * bounds).sum(0), states, values
 
 

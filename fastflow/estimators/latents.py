@@ -75,7 +75,7 @@ class Discrete:
 
 
 class Bernoulli(Discrete):
-    """Independent bits; logits (B, *event) are log(p / (1 - p))."""
+    """Independent bits; logits (B, *event) are log(p / (1 - p)), infinite ones those of certain bits."""
 
     LEAST_DIM, SHAPE = 1, "(B, *event)"
     n_classes = 2
@@ -99,7 +99,8 @@ class Bernoulli(Discrete):
 
     def log_prob(self, b):
         """(K, B) nats of b (K, B, *event)."""
-        return _sum(b * self.logits - F.softplus(self.logits), 2)
+        log_zero, log_one = self._log_probs()
+        return _sum(_weighed(b, log_one) + _weighed(1.0 - b, log_zero), 2)
 
     def score(self, b):
         """(K, B, *event), the gradient of :meth:`log_prob` by the logits."""
@@ -107,7 +108,8 @@ class Bernoulli(Discrete):
 
     def entropy(self):
         """(B,) nats."""
-        return _sum(F.softplus(self.logits) - self.probs * self.logits)
+        log_zero, log_one = self._log_probs()
+        return -_sum(_weighed(self.probs, log_one) + _weighed(torch.sigmoid(-self.logits), log_zero))
 
     def kl(self, other):
         """(B,) nats, KL(self || other); other may have one row."""
@@ -115,15 +117,20 @@ class Bernoulli(Discrete):
         near = d.abs() < 1.0
         small = torch.where(near, d, 0.0)
         # Near the other the plain difference would be rounding: softplus(l') - softplus(l) = log1p(p expm1(-d)).
+        zero, one = (own - far for own, far in zip(self._log_probs(), other._log_probs(), strict=True))
         return _sum(torch.where(near, p * small + torch.log1p(p * torch.expm1(-small)),
-                                p * d + F.softplus(other.logits) - F.softplus(self.logits)))
+                                _weighed(p, one) + _weighed(torch.sigmoid(-self.logits), zero)))
 
     def from_index(self, index):
         return index.to(self.logits.dtype)
 
     def table(self):
-        logits = self.logits.flatten(1) if self.logits.dim() > 1 else self.logits[:, None]
-        return torch.stack([-F.softplus(logits), -F.softplus(-logits)], -1)
+        table = torch.stack(self._log_probs(), -1)
+        return table.flatten(1, -2) if table.dim() > 2 else table[:, None]
+
+    def _log_probs(self):
+        """Log-probabilities (B, *event) of 0 and of 1."""
+        return -F.softplus(self.logits), -F.softplus(-self.logits)
 
     def perturb(self, u):
         """Logits plus logistic noise, positive where the sample is 1."""
@@ -134,7 +141,7 @@ class Bernoulli(Discrete):
 
     def relax(self, z, temperature):
         """The binary concrete variable: in (0, 1), near :meth:`harden` for a small temperature."""
-        return torch.sigmoid(z / temperature)
+        return torch.sigmoid(_tempered(z, temperature))
 
     def conditional(self, b, v):
         """Perturbed logits given that they harden to b, of uniform v, with gradient by the logits."""
@@ -145,7 +152,8 @@ class Bernoulli(Discrete):
 
 
 class Categorical(Discrete):
-    """Independent one-hots; logits (B, *sites, C) need not be normalised. The event is (*sites, C)."""
+    """Independent one-hots; logits (B, *sites, C) need not be normalised, those of masked classes are -inf. The event
+    is (*sites, C)."""
 
     LEAST_DIM, SHAPE = 2, "(B, *sites, C)"
 
@@ -175,7 +183,7 @@ class Categorical(Discrete):
 
     def log_prob(self, b):
         """(K, B) nats of b (K, B, *sites, C)."""
-        return _sum(b * self.log_probs, 2)
+        return _sum(_weighed(b, self.log_probs), 2)
 
     def score(self, b):
         """(K, B, *sites, C), the gradient of :meth:`log_prob` by the logits."""
@@ -183,7 +191,7 @@ class Categorical(Discrete):
 
     def entropy(self):
         """(B,) nats."""
-        return -_sum(self.probs * self.log_probs)
+        return -_sum(_weighed(self.probs, self.log_probs))
 
     def kl(self, other):
         """(B,) nats, KL(self || other); other may have one row."""
@@ -191,7 +199,8 @@ class Categorical(Discrete):
         near = d.abs() < 1.0
         small = torch.where(near, d, 0.0)
         # p' - p, zero in the sum, makes each class's term >= 0, and so small ones exact: p' = p exp(-d).
-        return _sum(torch.where(near, p * (small + torch.expm1(-small)), p * d + other.probs - p))
+        return _sum(torch.where(near, p * (small + torch.expm1(-small)),
+                                _weighed(p, d) + other.probs - p))
 
     def from_index(self, index):
         return F.one_hot(index, self.n_classes).to(self.logits.dtype)
@@ -208,7 +217,7 @@ class Categorical(Discrete):
 
     def relax(self, z, temperature):
         """The concrete (Gumbel-softmax) variable: on the simplex, near :meth:`harden` for a small temperature."""
-        return torch.softmax(z / temperature, -1)
+        return torch.softmax(_tempered(z, temperature), -1)
 
     def conditional(self, b, v):
         """Perturbed log-probabilities given that they harden to b, of uniform v, with gradient by the logits."""
@@ -216,6 +225,22 @@ class Categorical(Discrete):
         gumbel = -torch.log(-torch.log(v))
         top = (b * gumbel).sum(-1, keepdim=True)
         return torch.where(b > 0.5, top, -torch.logaddexp(-gumbel - self.log_probs, -top))
+
+
+def for_network(logits):
+    """Logits, perturbed ones too, as a network takes them: infinite ones as +-30."""
+    return torch.where(logits.isinf(), 30.0 * logits.sign(), logits)
+
+
+def _weighed(weights, logs):
+    """weights * logs, and 0 for a weight of 0 whatever the logarithm is, the gradients too."""
+    return weights * torch.where((weights == 0) & ~logs.isfinite(), 0.0, logs)
+
+
+def _tempered(z, temperature):
+    """z / temperature, with no gradient in the temperature from a z that is infinite whatever it is."""
+    fixed = z.isinf()
+    return torch.where(fixed, z, torch.where(fixed, 0.0, z) / temperature)
 
 
 def _sum(terms, lead=1):

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
+from fastflow.estimators.latents import for_network
 
 __all__ = ["NVIL", "REINFORCE", "RLOO", "VIMCO", "MovingAverage", "NeuralBaseline", "baseline_network"]
 
@@ -90,7 +91,7 @@ class NeuralBaseline(REINFORCE):
 
     def signal(self, q, values):
         with torch.enable_grad():
-            baseline = self.network(q.logits.detach())
+            baseline = self.network(for_network(q.logits.detach()))
             if baseline.shape != values.shape[1:]:
                 raise ValueError(f"network: expected output of shape {tuple(values.shape[1:])}, got "
                                  f"{tuple(baseline.shape)}")

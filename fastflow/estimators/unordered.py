@@ -1,5 +1,7 @@
 """The unordered set estimator: samples without replacement, each weighed by the chance of its set."""
 
+import math
+
 import torch
 
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
@@ -29,14 +31,17 @@ class UnorderedSet(Estimator):
     def at(self, q, f, samples):
         """The estimate from given different samples (K, B, *event), the set of one draw for each example."""
         values, log_q = evaluate(f, samples), q.log_prob(samples)
+        # There are so few states that some of probability zero are in the set: they count nothing, whatever f is there.
+        never = log_q == -math.inf
+        counted, log_q = torch.where(never, 0.0, values), torch.where(never, 0.0, log_q)
         with torch.no_grad():
-            log_weights, log_inner = _log_weights(log_q.double())
+            log_weights, log_inner = _log_weights(torch.where(never, -math.inf, log_q).double())
             weights = log_weights.exp().to(values.dtype)
-            signal = values
+            signal = counted
             if len(values) > 1:
-                signal = values - (log_inner.exp().to(values.dtype) * values).sum(1)
+                signal = counted - (log_inner.exp().to(values.dtype) * counted).sum(1)
         score = (weights * signal.detach() * log_q).sum(0)
-        return Estimate((weights * values).sum(0) + score - score.detach(), samples, values, nothing(values))
+        return Estimate((weights * counted).sum(0) + score - score.detach(), samples, values, nothing(values))
 
 
 def _without_replacement(table, k, generator):
@@ -53,6 +58,7 @@ def _without_replacement(table, k, generator):
         gap = perturbed - perturbed.amax(-1, keepdim=True)
         shift = gumbel[..., None] - perturbed + torch.log(-torch.expm1(gap))
         perturbed = gumbel[..., None] - shift.clamp(min=0) - torch.log1p(torch.exp(-shift.abs()))
+        perturbed = torch.where(child == -math.inf, child, perturbed)
         gumbel, chosen = perturbed.flatten(1).topk(min(k, perturbed.shape[1] * classes), 1)
         log_q = child.flatten(1).gather(1, chosen)
         parent = (chosen // classes)[..., None].expand(-1, -1, site)
@@ -71,6 +77,7 @@ def _log_weights(log_q):
     log_x = log_t + log_q - log_rest
     x = log_x.exp()
     factors = torch.where(x > 1e-8, torch.log(-torch.expm1(-x)), log_x - 0.5 * x)  # (T, K, B)
+    factors = torch.where(log_q == -math.inf, 0.0, factors)
     whole = log_t[:, 0] - log_t[:, 0].exp() + factors.sum(1)
     without = torch.logsumexp(whole[:, None] - factors, 0)
     log_weights = log_q + without - torch.logsumexp(whole, 0)

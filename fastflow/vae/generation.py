@@ -10,6 +10,9 @@ from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.flows import Flow
 from fastflow.flows.base import as_base
+from fastflow.nn import FusedSequential
+from fastflow.nn.hooks import is_hooked
+from fastflow.vae.posteriors.closed import misplaced
 
 __all__ = ["Generation", "lerp", "slerp"]
 
@@ -51,6 +54,9 @@ PATHS = {"lerp": lerp, "slerp": slerp}
 def way(start, end, steps, path):
     """(steps, B, *S) from ``start`` to ``end`` (B, *S), both included, along a path named in PATHS."""
     checks.choice("path", path, tuple(PATHS))
+    if end.shape != start.shape:
+        raise ValueError(f"end: expected a batch like start, with latents of shape {tuple(start.shape)}, got "
+                         f"{tuple(end.shape)}")
     steps = checks.count("steps", steps, 2)
     return PATHS[path](start, end, torch.linspace(0.0, 1.0, steps, device=start.device, dtype=start.dtype))
 
@@ -96,22 +102,39 @@ class Generation:
         return x.unflatten(0, lead)
 
     def sample_latents(self, n, context=None, *, generator=None, temperature=1.0):
-        """z (n, D, *S) from the prior, given n contexts if it is conditional."""
+        """z (n, D, *S) from the prior, given n contexts if it is conditional.
+
+        Raises:
+            ValueError: the prior is not over the shape of z, or is the law of every element of a z whose shape is not
+                known yet.
+        """
         if self.prior is not None:
-            prior = as_base(self.prior) if isinstance(self.prior, Distribution) else self.prior
-            if not self.conditional_prior:
-                return prior.sample(n, generator=generator, temperature=temperature)
-            if isinstance(prior, Flow):  # which gives as many for each context as it is asked for
-                return prior.sample(1, context, generator=generator, temperature=temperature)[0]
-            return prior.sample(n, context=context, generator=generator, temperature=temperature)
+            z = self._sample_prior(n, context, generator=generator, temperature=temperature)
+            if self.latent_shape is not None and z.shape[1:] != self.latent_shape:
+                raise misplaced(z.shape[1:], self.latent_shape)
+            return z
         like = first_parameter(self.decoder)
         like = torch.zeros(()) if like is None else like
         dtype = torch.promote_types(like.dtype, torch.float32)
         return temperature * drawn(torch.randn, (n, *self._latent_shape()), like, generator, dtype)
 
+    def _sample_prior(self, n, context, **options):
+        prior = self.prior
+        if isinstance(prior, Distribution):
+            one = not prior.batch_shape + prior.event_shape
+            prior = as_base(prior.expand(self._latent_shape()) if one else prior)
+        if not self.conditional_prior:
+            return prior.sample(n, **options)
+        if isinstance(prior, Flow):  # which gives as many for each context as it is asked for
+            return prior.sample(1, context, **options)[0]
+        return prior.sample(n, context=context, **options)
+
     def encode(self, x, context=None):
         """The posterior's mean (B, D, *S) for each x."""
-        return self.posterior.mean(self._encoded(x, context))
+        mean = self.posterior.mean(self._encoded(x, context))
+        if self.latent_shape is None and not torch.compiler.is_compiling():
+            self.latent_shape = mean.shape[1:]
+        return mean
 
     def reconstruct(self, x, context=None):
         """The likelihood's mean (B, *event) at the posterior's mean for each x."""
@@ -131,6 +154,8 @@ class Generation:
             (len(dims), V, *event).
         """
         checks.tensor("z", z)
+        if self.latent_shape is not None:
+            checks.shape("z", z, self.latent_shape)
         points = moved(z, dims, torch.linspace(-3.0, 3.0, 7) if values is None else torch.as_tensor(values))
         if context is not None:
             context = context.expand(points.shape[0] * points.shape[1], *context.shape[1:])
@@ -167,6 +192,30 @@ def first_parameter(network):
     """A parameter of the network, which says the dtype and the device that it works in; None for a plain callable or
     one without."""
     return next(network.parameters(), None) if isinstance(network, nn.Module) else None
+
+
+def check_dtype(x, network, called):
+    """x has a dtype that the network takes, as far as that can be known: float64 where it works in less is none, and
+    any but that of its parameters is none where the first layer that changes x is a plain linear one or a convolution,
+    for those cast nothing.
+
+    Raises:
+        TypeError: it has not.
+    """
+    like = first_parameter(network)
+    if like is None or x.dtype is like.dtype:
+        return
+    if x.dtype is torch.float64 or not torch.compiler.is_compiling() and _begins_plainly(network) \
+            and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x: expected {like.dtype} like the {called}'s parameters, got {x.dtype}")
+
+
+def _begins_plainly(network):
+    """Whether all that a network does to its input before a linear layer or a convolution is to reshape it."""
+    plain, reshaping = (nn.Sequential.forward, FusedSequential.forward), (nn.Flatten, nn.Unflatten, nn.Identity)
+    while getattr(type(network), "forward", None) in plain and not is_hooked(network):
+        network = next((m for m in network if type(m) not in reshaping or is_hooked(m)), None)
+    return type(network) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and not is_hooked(network)
 
 
 def for_network(z, network):

@@ -44,6 +44,7 @@ class HamiltonianVAE(VAE):
         self.log_step = nn.Parameter(torch.tensor(math.log(step_size)))
         self.logit_beta = nn.Parameter(torch.tensor(math.log(beta_zero) - math.log1p(-beta_zero)))
 
+    @outside_inference_mode
     def evolve(self, x, z, noise, context=None):
         """(z, momentum) at the end, each (K, B, D, *S), from z and standard normals like it."""
         if self.n_steps == 0:

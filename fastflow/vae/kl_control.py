@@ -41,7 +41,7 @@ def free_bits(kl, least, per="dim", *, batch_mean=True, ranks=True):
         raise ValueError(f"least: expected a finite number >= 0, got {least!r}")
     units = _unit_kl(kl, per)
     compared = _batch_mean(units, ranks) if batch_mean else units.detach()
-    return torch.where(compared > least, units, least).sum(1)
+    return torch.where(compared <= least, least, units).sum(1)  # NaN stays NaN
 
 
 def capacity(kl, target, gamma):

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
+from fastflow.flows.labels import check_labels
 from fastflow.vae.elbo import ELBO
+from fastflow.vae.generation import check_dtype
 from fastflow.vae.model import VAE
 from fastflow.vae.objectives import Objective
 
@@ -32,6 +34,7 @@ class Conditioned(nn.Module):
     def forward(self, x, context=None):
         if context is None:
             raise ValueError("context: expected a tensor for a conditional network, got None")
+        check_dtype(x, self.network, "network")
         context = one_hot(context, self.n_classes, x.dtype) if self.n_classes is not None else context.to(x.dtype)
         if context.dim() != 2 or context.shape[0] != x.shape[0]:  # len() would fix it in a graph
             raise ValueError(f"context: expected shape ({len(x)}, context_features), got {tuple(context.shape)}")
@@ -44,6 +47,7 @@ def one_hot(labels, n_classes, dtype):
     """(B, n_classes) of labels (B,) int64."""
     if labels.dtype != torch.int64 or labels.dim() != 1:
         raise ValueError(f"context: expected labels (B,) int64, got {labels.dtype} {tuple(labels.shape)}")
+    check_labels("context", labels, n_classes, "n_classes", 0)
     return F.one_hot(labels, n_classes).to(dtype)
 
 
@@ -91,6 +95,7 @@ class SemiSupervisedVAE(VAE):
         unknown = torch.full((len(x),), -1, device=x.device) if context is None else context
         if unknown.dtype != torch.int64 or unknown.shape != (len(x),):
             raise ValueError(f"context: expected labels ({len(x)},) int64, got {unknown.dtype} {tuple(unknown.shape)}")
+        check_labels("context", unknown, self.n_classes, "n_classes", -1)
         known = unknown >= 0
         every = self._every_label(x, n_samples, beta, **noise)
         log_q = torch.log_softmax(self.classifier(x), 1)
@@ -105,6 +110,7 @@ class SemiSupervisedVAE(VAE):
 
     def labelled(self, x, labels, n_samples=1, beta=1.0, **noise):
         """L(x, y), (B,) nats, of labels (B,) int64."""
+        check_labels("labels", labels, self.n_classes, "n_classes", 0)
         bound = self.elbo(x, n_samples, beta, context=labels, **noise)
         return bound.elbo + torch.log_softmax(self.label_logits, 0)[labels]
 

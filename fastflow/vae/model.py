@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from fastflow import checks
 from fastflow.flows.base import as_base
 from fastflow.vae.elbo import ELBO, Inference, LossTerms
-from fastflow.vae.generation import Generation, first_parameter, for_network
+from fastflow.vae.generation import Generation, check_dtype, for_network
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
     ContinuousBernoulliLikelihood,
@@ -20,7 +20,7 @@ from fastflow.vae.likelihoods import (
 )
 from fastflow.vae.one_node import one_node
 from fastflow.vae.posteriors import FullGaussianPosterior, GaussianPosterior, LowRankGaussianPosterior
-from fastflow.vae.posteriors.closed import has_closed_kl
+from fastflow.vae.posteriors.closed import has_closed_kl, misplaced
 
 __all__ = ["VAE"]
 
@@ -40,7 +40,8 @@ class VAE(Generation, nn.Module):
             likelihood's output_shape says.
         posterior: "gaussian", "low_rank" (of rank 1), "full" or a posterior object, see posteriors/.
         prior: None for N(0, I); a Gaussian, be it a GaussianPrior, a base distribution or a torch.distributions
-            object; or, with a Monte-Carlo KL, any other of these, prior of priors/ or flow, over (D, *S).
+            object; or, with a Monte-Carlo KL, any other of these, prior of priors/ or flow, over (D, *S). A
+            torch.distributions object over single numbers is the law of every element.
         likelihood: "bernoulli" (the decoder gives logits), "gaussian" (it gives means; one learned sigma),
             "continuous_bernoulli", "laplace", "poisson" or a likelihood object, see likelihoods/.
         latent_shape: (D, *S), needed by :meth:`sample` where it can be seen neither in the prior, nor in a decoder that
@@ -194,11 +195,9 @@ class VAE(Generation, nn.Module):
         return self.posterior.log_prob(params, z)
 
     def _check(self, x):
-        """x is a tensor, not in float64 where the encoder works in less."""
+        """x is a tensor of a dtype that the encoder takes."""
         checks.tensor("x", x, floating=False)
-        like = first_parameter(self.encoder) if x.dtype is torch.float64 else None
-        if like is not None and like.dtype is not torch.float64:
-            raise TypeError(f"x: expected {like.dtype} like the encoder's parameters, got {x.dtype}")
+        check_dtype(x, self.encoder, "encoder")
 
     def _encoded(self, x, context):
         self._check(x)
@@ -218,6 +217,8 @@ class VAE(Generation, nn.Module):
             return (self._prior(context) if prior is None else prior).log_prob(z)
         prior, options = self.prior, {}
         prior = as_base(prior) if isinstance(prior, Distribution) else prior
+        if tuple(getattr(prior, "event_shape", ())) not in ((), z.shape[2:]):
+            raise misplaced(prior.event_shape, z.shape[2:])
         if self.conditional_prior:
             if context is None:
                 raise ValueError("context: expected a tensor for a conditional prior, got None")

@@ -36,8 +36,9 @@ class VectorQuantizer(nn.Module):
         features: D.
         commitment: weight of the first term.
         decay: of the moving averages, in (0, 1), or None for a codebook trained by gradients.
-        restart_below: codes whose average count in a batch is below it move to vectors of the batch; 0: never. Only
-            with ``decay``.
+        restart_below: codes whose average count in a batch is below it, a finite number >= 0, move to vectors of the
+            batch; 0: never. Only with ``decay``. An average begins, at first and after a move, at 1 or at twice the
+            threshold, whichever is more, so that a code has a few batches to be chosen in.
 
     References:
         van den Oord et al., "Neural discrete representation learning", 2017, arXiv:1711.00937, and its appendix A.1.
@@ -49,6 +50,9 @@ class VectorQuantizer(nn.Module):
             checks.count(name, value, least)
         if decay is not None and not 0.0 < decay < 1.0:
             raise ValueError(f"decay: expected a number in (0, 1) or None, got {decay!r}")
+        checks.number("restart_below", restart_below)
+        if not 0.0 <= restart_below < math.inf:
+            raise ValueError(f"restart_below: expected a finite number >= 0, got {restart_below!r}")
         if restart_below and decay is None:
             raise ValueError("restart_below: expected 0 without decay")
         self.n_codes, self.features = n_codes, features
@@ -58,8 +62,9 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(start)
         else:
             self.register_buffer("codebook", start)
-            self.register_buffer("counts", torch.ones(n_codes))
-            self.register_buffer("sums", start.clone())
+            self.first_count = max(1.0, 2.0 * restart_below)
+            self.register_buffer("counts", torch.full((n_codes,), self.first_count))
+            self.register_buffer("sums", self.first_count * start)
 
     def forward(self, z):
         """Quantized of z (B, D, *S)."""
@@ -98,8 +103,8 @@ class VectorQuantizer(nn.Module):
             others = rows[torch.randint(len(rows), (self.n_codes,), device=rows.device)]
             if distributed.is_available() and distributed.is_initialized():
                 distributed.broadcast(others, 0)
-            self.sums.copy_(torch.where(dead[:, None], others, self.sums))
-            self.counts.copy_(torch.where(dead, 1.0, self.counts))
+            self.sums.copy_(torch.where(dead[:, None], self.first_count * others, self.sums))
+            self.counts.copy_(torch.where(dead, self.first_count, self.counts))
         used = self.counts > 1e-6  # of codes long unused the average has no digits left: they stay where they are
         self.codebook.copy_(torch.where(used[:, None], self.sums / self.counts[:, None].clamp_min(1e-6), self.codebook))
 

@@ -1,5 +1,6 @@
 """Autoencoders with quantised latents."""
 
+import contextlib
 import functools
 import math
 
@@ -60,7 +61,8 @@ class QuantizedVAE(nn.Module):
 
     def codes(self, x):
         """(B, *S) int64."""
-        return self.quantizer(self.encoder(x)).codes
+        with self._looked_at():
+            return self.quantizer(self.encoder(x)).codes
 
     def code_log_probs(self, codes):
         """(B, T) nats: log p(c_t | c_<t) of each of T codes (B, *S), row by row; their sum is minus the rate."""
@@ -75,7 +77,8 @@ class QuantizedVAE(nn.Module):
 
     def reconstruct(self, x):
         """The likelihood's mean (B, *event) at the codes of each x."""
-        return self.likelihood.mean(self.decoder(self.quantizer(self.encoder(x)).z))
+        with self._looked_at():
+            return self.likelihood.mean(self.decoder(self.quantizer(self.encoder(x)).z))
 
     @torch.no_grad()
     def sample(self, n, *, generator=None, temperature=1.0, mean=False):
@@ -104,6 +107,8 @@ class QuantizedVAE(nn.Module):
         Returns:
             (len(dims), V, *event).
         """
+        if self.code_shape is not None:
+            checks.shape("codes", codes, self.code_shape)
         points = moved(codes, dims, torch.arange(self.quantizer.n_codes) if values is None else torch.as_tensor(values))
         return self.likelihood.mean(self.decode(points.flatten(0, 1))).unflatten(0, points.shape[:2])
 
@@ -111,13 +116,21 @@ class QuantizedVAE(nn.Module):
     def interpolate(self, start, end, steps=8, *, path="lerp"):
         """The likelihood's mean at the codes of points on the way between the encoder's outputs for two batches.
         Arguments and result as for VAE.interpolate."""
-        training = self.quantizer.training
-        self.quantizer.eval()  # whose averages are none of these points' business
-        try:
-            z = way(self.encoder(start), self.encoder(end), steps, path)
+        z = way(self.encoder(start), self.encoder(end), steps, path)
+        with self._looked_at():
             return self.likelihood.mean(self.decoder(self.quantizer(z.flatten(0, 1)).z)).unflatten(0, z.shape[:2])
+
+    @contextlib.contextmanager
+    def _looked_at(self):
+        """Inside, the quantiser's averages do not follow what it is shown: they are those of training."""
+        training = self.quantizer.training
+        if training:
+            self.quantizer.eval()
+        try:
+            yield
         finally:
-            self.quantizer.train(training)
+            if training:
+                self.quantizer.train()
 
     def _bound(self, x, n_samples, beta):
         checks.count("n_samples", n_samples, 1)

@@ -255,6 +255,19 @@ def test_folders_of_pictures(tmp_path, mode):
     assert np.array_equal(found.test, more) and np.array_equal(found.train, train)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("colour", [True, False])
+def test_pictures_of_more_than_8_bits_are_named(tmp_path, dtype, colour):
+    """Beside 8-bit ones, in colour or grey, as well as alone."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    for i in range(4):
+        image.fromarray(pixels if colour else pixels[:, :, 0]).save(tmp_path / f"{i}.tif")
+    image.fromarray(200 * pixels[:, :, 0].astype(dtype)).save(tmp_path / "2.tif")
+    with pytest.raises(data.DataFileError, match=r"2.tif: has pixels of mode (I|I;16|F), expected 8 bits"):
+        data.load(tmp_path)
+
+
 def test_a_folder_without_a_split(tmp_path):
     made = pictures(tmp_path, [f"{i:02}" for i in range(10)])
     found = data.load(tmp_path, test_fraction=0.3)

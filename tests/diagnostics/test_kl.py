@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastflow import diagnostics, estimators, vae
+from fastflow.diagnostics.kl import site_kl
 from tests.gaussian_models import randn
 
 MODELS = {
@@ -85,6 +86,23 @@ def test_information_of_bits_against_enumeration():
         classes, estimators.Categorical(torch.stack([torch.zeros_like(p.logits), p.logits], -1)), n_samples=40_000,
         generator=torch.Generator().manual_seed(2))
     assert abs(same.mutual_information - mutual) < 4 * same.mutual_information_error
+
+
+def test_classes_that_never_happen_have_no_part_in_what_latents_carry():
+    """Of three classes with one masked everywhere the KL and the information are those of the other two."""
+    torch.manual_seed(0)
+    q, p = torch.randn(5, 2, 2, dtype=torch.float64), torch.randn(1, 2, 2, dtype=torch.float64)
+    found = []
+    for pad in (False, True):
+        laws = [estimators.Categorical(torch.nn.functional.pad(t, (0, 1), value=-math.inf) if pad else t)
+                for t in (q, p)]
+        terms = diagnostics.discrete_information(*laws, n_samples=4000, generator=torch.Generator().manual_seed(0))
+        found.append((site_kl(*laws), terms))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    terms, masked = found[0][1], found[1][1]
+    for name in ("mutual_information", "aggregate_kl"):
+        error = getattr(terms, f"{name}_error") + getattr(masked, f"{name}_error")
+        assert abs(getattr(terms, name) - getattr(masked, name)) < 4 * error
 
 
 def test_information_of_codes_is_their_entropy():

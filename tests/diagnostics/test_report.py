@@ -67,6 +67,78 @@ def test_monitor_counts_a_share_after_warmup():
             diagnostics.CollapseMonitor(bad)
 
 
+class Constant(torch.nn.Module):
+    """The same for every x (B, *event)."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+    def forward(self, x, context=None):
+        return self.value.expand(len(x), *self.value.shape)
+
+
+def by_label():
+    table = torch.nn.Embedding(2, 4, dtype=torch.float64)
+    with torch.no_grad():
+        table.weight.copy_(torch.tensor([3.0, 3.0, 2.0 * math.log(0.5), 2.0 * math.log(0.5)]))
+    return vae.ConditionalGaussianPrior(2, table)
+
+
+def learned_to(mean, sigma):
+    prior = vae.GaussianPrior(2, "std").double()
+    with torch.no_grad():
+        prior.mean.fill_(mean)
+        prior.raw.fill_(sigma)
+    return prior
+
+
+@pytest.mark.parametrize("make", [
+    lambda: torch.distributions.Normal(torch.tensor(3.0).double(), 0.5),
+    lambda: torch.distributions.Independent(torch.distributions.Normal(torch.full((2,), 3.0).double(), 0.5), 1),
+    lambda: learned_to(3.0, 0.5), by_label], ids=["normal", "independent", "learned", "conditional"])
+def test_every_look_at_collapse_is_at_the_prior_of_the_model(make):
+    """N(3, 0.5^2) under a prior that is the same carries nothing; of what is moved away as much as the rate says."""
+    prior = make()
+    model = vae.VAE(Constant([3.0, 3.0, 2.0 * math.log(0.5), 2.0 * math.log(0.5)]), lambda z, context=None: z,
+                    prior=prior, likelihood=vae.GaussianLikelihood(1.0))
+    x = randn(6, 2, seed=0)
+    context = torch.arange(6) % 2 if isinstance(prior, vae.ConditionalGaussianPrior) else None
+    for mean, active in ((3.0, 0), (4.0, 2)):
+        with torch.no_grad():
+            model.encoder.value[:2] = mean
+        attached, looked = (diagnostics.CollapseMonitor(every=1, patience=9) for _ in range(2))
+        handle = attached.attach(model)
+        rate = model.elbo(x, context=context).rate.mean()
+        handle.remove()
+        looked.look(model, x, context, when="now")
+        assert attached.active == looked.active == active
+        torch.testing.assert_close(attached.kl.sum(), rate)
+        torch.testing.assert_close(attached.kl, looked.kl)
+        found = diagnostics.diagnose(model, x, context)
+        assert found.kl.sum().item() == pytest.approx(found.point.rate, abs=1e-12)
+        if context is None:
+            torch.testing.assert_close(diagnostics.traversal_grid(model, x).kl.sum(), rate)
+            assert found.information.kl.item() == pytest.approx(found.point.rate, abs=6.0 * found.information.kl_error)
+
+
+def test_a_look_leaves_a_codebook_as_it_is():
+    torch.manual_seed(0)
+    model = vae.VQVAE((1, 4, 4), 8, 4, (8,)).train()
+    x = torch.bernoulli(torch.full((6, 1, 4, 4), 0.4))
+    model(x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    diagnostics.CollapseMonitor().look(model, x, when="now")
+    diagnostics.kl_per_latent(model, x)
+    model.codes(x)
+    model.reconstruct(x)
+    model.interpolate(x, x.flip(0))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    model(x)
+    assert not torch.equal(model.quantizer.codebook, before["quantizer.codebook"])
+
+
 def test_density_ratio_tells_a_shifted_posterior_from_the_prior():
     """N(1, 1) against N(0, 1): KL 1/2, and the best classifier is right Phi(1/2) of the time."""
     q, p = randn(4000, 1, seed=0) + 1.0, randn(4000, 1, seed=1)
@@ -147,8 +219,27 @@ def test_report_of_other_models(options):
     labels = torch.arange(len(x)) % 3
     found = diagnostics.diagnose(conditional, x, labels)
     assert found.kl is not None and found.traversal is None
-    with pytest.raises(ValueError, match="^x: expected at least 2"):
-        diagnostics.diagnose(model, x[:1])
+    with pytest.raises(ValueError, match="^x: expected at least one example, got none"):
+        diagnostics.diagnose(model, x[:0])
+
+
+@pytest.mark.parametrize("make", [
+    lambda: vae.MLPVAE((1, 8, 8), 2, (8,), likelihood="gaussian"),
+    lambda: vae.DiscreteVAE(vae.mlp_encoder((1, 8, 8), 3, (8,), n_params=3), vae.mlp_decoder(3, (1, 8, 8), (8,)), 3),
+    lambda: vae.VDVAE((1, 8, 8), (1, 1), channels=8, latent_channels=2),
+    lambda: vae.VQVAE((1, 8, 8), 4, 2, (4,))], ids=["gaussian", "discrete", "hierarchical", "quantised"])
+def test_report_of_one_example(make):
+    """What several are needed for is left out; the bound and the KLs are those of the example."""
+    torch.manual_seed(0)
+    model, x = make(), torch.bernoulli(torch.full((1, 1, 8, 8), 0.4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = diagnostics.diagnose(model, x)
+    assert math.isfinite(found.point.elbo) and found.kl.isfinite().all()
+    assert found.information is None and found.prediction is None
+    assert (found.active is None) == (not isinstance(model, vae.HierarchicalVAE))
+    text = found.summary()
+    assert "1 example of 64 numbers" in text and "is left out" in text and "nan" not in text
 
 
 def test_what_looks_at_a_model_leaves_every_part_in_its_mode(tmp_path):

@@ -101,6 +101,27 @@ def test_train_resume_evaluate_sample(recipe, tmp_path, fastflow, monkeypatch):
     assert bad.returncode == 1 and "state.json: truncated" in bad.stderr and "of steps 3" in bad.stderr
 
 
+@pytest.mark.parametrize("n", [7, 1])
+def test_a_vae_of_few_held_out_images(n, tmp_path, fastflow):
+    """Pictures of those there are; of one image what several are needed for is left out, and said to be."""
+    for part, count in (("train", 80), ("test", n)):
+        (tmp_path / part).mkdir()
+        for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (count, 8, 8), np.uint8)):
+            Image.fromarray(image).save(tmp_path / part / f"{i}.png")
+    run, data = tmp_path / "run", ["--set", f"data.path={tmp_path}", "--set", "data.shape=[]", "--set",
+                                   "train.batch_size=40", "--set", "train.sample_every=1"]
+    trained = fastflow("train", "vae-digits", *tiny("vae-digits", 2), *data, "--out", run)
+    assert trained.returncode == 0, trained.stderr
+    for step in (1, 2):
+        picture(run / "samples" / f"reconstructions-step-00000{step}.png")
+    evaluated = fastflow("evaluate", run)
+    assert evaluated.returncode == 0 and f"{n} images, step 2" in evaluated.stdout, evaluated.stderr
+    assert ("left out" in evaluated.stdout) == (n == 1) == ("active units" not in evaluated.stdout)
+    assert "nan" not in evaluated.stdout
+    reported = fastflow("report", run)
+    assert reported.returncode == 0 and (run / "report.html").exists(), reported.stderr
+
+
 @pytest.mark.parametrize("format, function, samples", [
     ("torch_export", "decode", 1), pytest.param("torch_export", "elbo", 3, marks=pytest.mark.slow),
     pytest.param("aoti", "decode", 1, marks=pytest.mark.slow)])  # compiles for a minute

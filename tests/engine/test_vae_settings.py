@@ -25,7 +25,7 @@ BOUNDS = {"iwae": (), "miwae": ("bound_groups=2",), "ciwae": ("bound_beta=0.3",)
 
 
 def settings(recipe, *overrides):
-    return load_settings(recipe, [*SMALL[recipe], *overrides])
+    return load_settings(recipe, [*SMALL.get(recipe, ()), *overrides])
 
 
 @pytest.mark.parametrize("recipe", SMALL)
@@ -59,6 +59,10 @@ def test_what_stands_in_the_place_of_the_rate(recipe, overrides, kind, least, pe
     ("vae-digits", ("model.free_bits=0.2", "model.prior=flow"), "model.free_bits: no dimension has a KL of its own to"),
     ("vae-digits", ("model.objective=elbow",), "model.objective: input should be 'elbo', 'iwae'"),
     ("vae-digits", ("model.objective=iwae",), "model.n_samples: model.objective=iwae needs at least 2, got 1"),
+    ("dvae-digits", ("model.estimator=rloo", "model.n_samples=1"), "model.n_samples: model.estimator=rloo needs at "),
+    ("dvae-digits", ("model.estimator=vimco", "model.n_samples=1"), "model.n_samples: model.estimator=vimco needs "),
+    ("beta-sweep-digits", ("sweep.beta=[0.5,0.5]",), "sweep.beta: expected different values, got 0.5 twice"),
+    ("beta-sweep-digits", ("sweep.beta=[1.0,0.5,1.0000001]",), "sweep.beta: expected different values, got 1 twice"),
     ("vae-digits", ("model.objective=miwae", "model.n_samples=4"), "model.bound_groups: needed by "),
     ("vae-digits", ("model.objective=ciwae", "model.n_samples=4", "model.bound_beta=2"), "model.bound_beta: input"),
     ("vdvae-digits", ("model.bound_alpha=0.5",), "model.bound_alpha: does not belong to model.objective=elbo"),
@@ -136,6 +140,10 @@ def test_a_dry_run_refuses_them_in_one_line(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "vae-digits", "--dry-run", "--set", "model.objective=elbow"])
     assert caught.value.code and "model.objective: input should be 'elbo'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "dvae-digits", "--dry-run", "--set", "model.estimator=rloo", "--set", "model.n_samples=1"])
+    error = capsys.readouterr().err
+    assert caught.value.code == 1 and "model.n_samples: model.estimator=rloo" in error and error.count("\n") == 1
 
 
 # The weight in the updates after 0, 1, ... steps, with 4 steps of rise to beta = 2.

@@ -203,6 +203,82 @@ def test_conditional_noise_hardens_to_its_sample_and_has_the_marginal(make):
         assert ((share - level).abs() < 4.5 * math.sqrt(2 * level * (1 - level) / n)).all()
 
 
+MASKED = {
+    "2 of 3 classes": lambda: Categorical(torch.tensor([[0.0, -math.inf, 0.5]], dtype=torch.float64)),
+    "certain classes": lambda: Categorical(torch.tensor([[[0.4, -math.inf, 0.0], [-math.inf, -math.inf, 1.0],
+                                                          [2.0, -math.inf, -math.inf]]], dtype=torch.float64)),
+    "certain bits": lambda: Bernoulli(torch.tensor([[math.inf, 0.3, -math.inf]], dtype=torch.float64)),
+}
+
+
+def uneven(b):
+    return (b * torch.tensor([1.0, 2.0, 4.0], dtype=b.dtype)).flatten(2).sum(2) ** 2
+
+
+def test_what_never_happens_counts_nothing():
+    """E of a function over two of three classes, and of certain bits, with gradients; NaN is NaN."""
+    for objective, k, value, slope in (("mean", 1, 8.5, 3.75), ("iwae", 2, None, None)):
+        q = Categorical(torch.tensor([[0.0, -math.inf, 0.0]], dtype=torch.float64)).detached()
+        for f in (uneven, lambda b, q=q: uneven(b) - q.log_prob(b).detach() - math.log(2.0)):
+            found = exact(q, f, objective=objective, n_samples=k)
+            gradient, = torch.autograd.grad(found.sum(), q.logits)
+            two = Categorical(torch.zeros(1, 2, dtype=torch.float64)).detached()
+            same = exact(two, lambda b: uneven(torch.stack([b[..., 0], 0.0 * b[..., 0], b[..., 1]], -1)),
+                         objective=objective, n_samples=k)
+            torch.testing.assert_close(found, same if value is None else torch.full_like(found, value))
+            of_two, = torch.autograd.grad(same.sum(), two.logits)
+            torch.testing.assert_close(gradient[:, [0, 2]], of_two)
+            assert gradient[0, 1] == 0 and (slope is None or gradient[0, 2] == pytest.approx(slope))
+    bits = MASKED["certain bits"]().detached()
+    p = torch.sigmoid(bits.logits[0, 1]).detach()
+    found = Enumeration()(bits, uneven).value
+    torch.testing.assert_close(found, (1.0 - p + 9.0 * p)[None])
+    gradient, = torch.autograd.grad(found.sum(), bits.logits)
+    torch.testing.assert_close(gradient, torch.stack([0.0 * p, 8.0 * p * (1.0 - p), 0.0 * p])[None])
+    for family in (Categorical, Bernoulli):
+        for objective in ("mean", "iwae"):
+            assert exact(family(torch.tensor([[0.0, math.nan, 0.0]])), uneven, objective=objective).isnan().all()
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_latents_that_are_certain(name):
+    """log-probabilities, entropy and KL are those of what can happen, and finite gradients."""
+    q = MASKED[name]().detached()
+    small = type(q)(q.logits.detach().clamp(-800.0, 800.0))
+    states = q.states()[:, None]
+    log_prob = q.log_prob(states)
+    torch.testing.assert_close(log_prob.exp(), small.log_prob(states).exp())
+    assert log_prob.isinf().any() and not log_prob.isnan().any()
+    other = type(q)(torch.zeros_like(q.logits))
+    torch.testing.assert_close(q.entropy(), small.entropy())
+    torch.testing.assert_close(q.kl(other), small.kl(other))
+    torch.testing.assert_close(q.kl(type(q)(q.logits.detach())), torch.zeros(1).double())
+    assert other.kl(q).item() == math.inf
+    finite = torch.where(log_prob.isinf(), 0.0, log_prob).sum()
+    for value in (finite, q.entropy().sum(), q.kl(other).sum()):
+        assert torch.autograd.grad(value, q.logits, retain_graph=True)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("problem", MASKED)
+@pytest.mark.parametrize("k", [2, 5])
+def test_every_estimator_of_latents_that_are_certain(problem, name, k):
+    q = MASKED[problem]().detached()
+    estimator = estimators.create(name, q.event_shape).double()
+    for f in (uneven, lambda b: uneven(b) - q.log_prob(b)):
+        estimate = estimator(q, f, k)
+        (estimate.value.sum() + estimate.auxiliary).backward()
+        wanted = [q.logits, *(p for p in estimator.parameters() if p.grad is not None)]
+        assert estimate.value.isfinite().all() and all(t.grad.isfinite().all() for t in wanted)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "disarm", "arm", "rebar", "unordered-set"])
+def test_gradients_of_masked_classes_are_unbiased(name):
+    found = measure(estimators.create(name, (3,)).double(), MASKED["2 of 3 classes"](), uneven, 2, 4000,
+                    generator=torch.Generator().manual_seed(0))
+    assert found.is_unbiased() and found.exact[0, 1] == 0 and found.exact[0, 0] < -3.0
+
+
 @pytest.mark.parametrize("logit", [-60.0, 60.0])
 def test_extreme_logits_stay_finite(logit):
     for q in (Bernoulli(torch.full((2, 3), logit)), Categorical(torch.tensor([[[logit, 0.0, 1.0]]]))):

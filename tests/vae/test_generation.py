@@ -136,6 +136,11 @@ def test_discrete_latents_change_one_after_the_other(n_classes):
     (lambda: model().interpolate(PROBLEM.x, PROBLEM.x, 1), "steps"),
     (lambda: model().interpolate(PROBLEM.x, PROBLEM.x, path="bezier"), "path"),
     (lambda: model().sample(1, temperature=math.inf), "temperature"),
+    (lambda: model().interpolate(PROBLEM.x, PROBLEM.x[:2]), "^end: expected a batch like start"),
+    (lambda: vae.HVAE((4,), (2, 3), 8).interpolate(torch.rand(3, 4), torch.rand(1, 4)), "^end: expected a batch"),
+    (lambda: (found := model()).traverse(found.encode(PROBLEM.x)), "^z: expected shape"),
+    (lambda: (found := vae.VQVAE((1, 4, 4), 4, 2, (4,))).elbo(torch.rand(2, 1, 4, 4)) and found.traverse(
+        found.codes(torch.rand(2, 1, 4, 4))), "^codes: expected shape"),
 ])
 def test_errors_name_the_argument(make, message):
     with pytest.raises(ValueError, match=message):

@@ -64,7 +64,8 @@ def test_inference_mode_gives_what_no_grad_gives():
     hvae, found = model(), []
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            found.append(hvae.elbo(PROBLEM.x.clone(), 3, seed=1).log_w)
+            x, z, noise = (t.clone() for t in (PROBLEM.x, randn(3, 4, 2, seed=0), randn(3, 4, 2, seed=1)))
+            found.append((hvae.elbo(x, 3, seed=1).log_w, *hvae.evolve(x, z, noise)))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 

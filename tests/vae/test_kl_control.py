@@ -41,6 +41,11 @@ def test_free_bits_of_each_example():
     torch.testing.assert_close(vae.free_bits(KL[..., 0], 0.0), KL[..., 0].sum(1))
 
 
+@pytest.mark.parametrize("batch_mean", [True, False])
+def test_free_bits_do_not_hide_what_is_not_a_number(batch_mean):
+    assert vae.free_bits(torch.tensor([[math.nan, 1.0]]), 0.1, batch_mean=batch_mean).isnan().all()
+
+
 def test_free_bits_of_gaussians():
     """Below the floor the encoder's KL gradient is exactly zero, above it exactly the KL's own."""
     params = torch.tensor([[0.1, 2.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)

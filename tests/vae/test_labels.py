@@ -217,6 +217,12 @@ def told(objective, targets):
     (lambda: vae.Conditioned(nn.Linear(5, 2), 3)(torch.zeros(2, 2)), "context"),
     (lambda: vae.Conditioned(nn.Linear(5, 2), 3)(torch.zeros(2, 2), torch.zeros(2)), "context"),
     (lambda: vae.Conditioned(nn.Linear(5, 2))(torch.zeros(2, 2), torch.zeros(3, 3)), "context"),
+    (lambda: vae.ConditionalVAE((SIZE,), 2, 3).elbo(X.float().sigmoid(), context=Y + 1),
+     "^context: expected labels below n_classes = 3, got 3"),
+    (lambda: vae.ConditionalVAE((SIZE,), 2, 3).sample(2, Y - 1), "^context: expected labels from 0 on, got -1"),
+    (lambda: m2()(X, context=torch.full((6,), 7)), "^context: expected labels below n_classes = 3, got 7"),
+    (lambda: m2()(X, context=torch.full((6,), -2)), "^context: expected labels from -1 on, got -2"),
+    (lambda: m2().labelled(X, torch.full((6,), -1)), "^labels: expected labels from 0 on, got -1"),
 ])
 def test_errors_name_the_argument(make, message):
     with pytest.raises(ValueError, match=message):

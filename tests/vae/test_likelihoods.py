@@ -188,6 +188,26 @@ def test_negative_binomial_in_float32_whatever_its_r(log_r):
         assert abs(draws.mean() - 20.0) < 0.2 and abs(draws.var() - 20.0) < 1.0
 
 
+@pytest.mark.parametrize("make", [
+    BernoulliLikelihood, ContinuousBernoulliLikelihood, lambda: CategoricalLikelihood(3), PoissonLikelihood,
+    NegativeBinomialLikelihood, lambda: DiscretizedLogisticLikelihood(4), lambda: LogisticMixtureLikelihood(2, 2, 4),
+    lambda: GaussianLikelihood(0.5)])
+def test_not_a_number_stays_so_and_does_not_spread(make):
+    """NaN in x is NaN in log p and in the gradient of its own example alone; infinity is outside of what is bounded."""
+    likelihood, x = make(), torch.tensor([[1.0, 0.0], [1.0, math.nan]])
+    output = normal(2, *likelihood.output_shape((2,))).requires_grad_()
+    log_prob = likelihood.log_prob(x.double(), output)
+    assert log_prob.isnan().tolist() == [False, True]
+    gradient, = torch.autograd.grad(log_prob.sum(), output)
+    assert gradient[0].isfinite().all() and gradient[1].isnan().any()
+    if likelihood.takes_integers:
+        for outside in (-1.0, 0.5, math.inf, -math.inf):
+            x = torch.tensor([[1.0, 0.0], [1.0, outside]]).double()
+            found = likelihood.log_prob(x, output)
+            assert found[1] == -math.inf
+            assert torch.autograd.grad(found[0], output)[0][0].isfinite().all()
+
+
 def test_outside_the_support():
     for likelihood, x, output in [(PoissonLikelihood(), [[-1.0], [0.5]], [[0.0]]),
                                   (NegativeBinomialLikelihood(), [[-1.0], [0.5]], [[0.0, 0.0]]),

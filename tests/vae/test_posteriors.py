@@ -52,6 +52,37 @@ def params_of(posterior, seed=0):
     return 0.7 * randn(BATCH, posterior.n_params(D), seed=seed)
 
 
+@pytest.mark.parametrize("sigma", [1.0, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_low_rank_density_in_float32_keeps_its_digits(rank, sigma):
+    """log q of the sample, known by its noise, the KL and their gradients against float64, which is held against torch
+    where that has the digits; of a z as it is rounded log q is as far off as the rounding is wide."""
+    posterior, d = vae.LowRankGaussianPosterior(rank), 6
+    mean, spread, factor = (randn(BATCH, size, seed=size) for size in (d, d + 1, d * rank + 2))
+    params = torch.cat([mean, 2.0 * math.log(sigma) + 0.3 * spread[:, 1:], factor[:, 2:]], 1).float()
+    eps, found = randn(5, BATCH, d + rank, seed=1).float(), []
+    for dtype in (torch.float32, torch.float64):
+        own = params.to(dtype).requires_grad_()
+        z, log_q, kl = posterior(own, None, 5, eps=eps.to(dtype))
+        slopes = [torch.autograd.grad(t.sum(), own, retain_graph=True)[0] for t in (log_q, kl)]
+        found.append([t.detach().double() for t in (log_q, kl, posterior.log_prob(own, z), *slopes)])
+    for i, (mine, true) in enumerate(zip(*found, strict=True)):
+        atol = 1e-3 + 10.0 * torch.finfo(torch.float32).eps / sigma * d if i == 2 else 1e-4
+        torch.testing.assert_close(mine, true, rtol=1e-5, atol=atol)
+    law = of_torch(posterior, params.double())
+    torch.testing.assert_close(found[1][0], law.log_prob(z.detach()), rtol=0.0, atol=1e-9 + 1e-13 / sigma**2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_low_rank_kl_is_finite_for_the_smallest_sigma(scale):
+    params = torch.cat([torch.zeros(1, 3), torch.full((1, 3), -300.0), scale * torch.tensor([[1.0, 2.0, -1.0]])], 1)
+    _, log_q, kl = vae.LowRankGaussianPosterior(1)(params, None, 2, seed=0)
+    # log det(diag(v) + w w') = 3 log v + log(1 + |w|^2 / v), of which the 1 is nothing here.
+    log_det = -900.0 + scale * (300.0 + math.log(6.0))
+    torch.testing.assert_close(kl, torch.tensor([0.5 * (6.0 * scale - 3.0 - log_det)]))
+    assert log_q.isfinite().all()
+
+
 @pytest.mark.parametrize("posterior", FAMILIES, ids=lambda p: type(p).__name__)
 def test_densities_and_kl_agree_with_torch(posterior):
     params = params_of(posterior)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gaussian_models import PPCA, perturb, randn
 from torch import nn
-from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, MultivariateNormal, Normal
 
 from fastflow import flows, vae
 
@@ -183,6 +183,39 @@ def test_conditional_prior_has_an_analytic_kl():
     assert model.sample(5, labels).shape == (5, 4, 3)
     with pytest.raises(ValueError, match="context"):
         model.sample(5)
+
+
+@pytest.mark.parametrize("make", [lambda: Normal(0.0, 2.0), lambda: Laplace(1.0, 2.0)], ids=["normal", "laplace"])
+def test_a_prior_of_one_number_is_that_of_every_element(make):
+    """Samples have the shape that the bound had, whether that is known from it or from the decoder."""
+    model, law = vae.MLPVAE((4,), 3, (8,), prior=make()), make()
+    z = model.sample_latents(20_000, generator=torch.Generator().manual_seed(0))
+    assert z.shape == (20_000, 3)
+    torch.testing.assert_close(z.mean(0), law.mean.expand(3), rtol=0, atol=4 * law.stddev.item() / 20_000**0.5)
+    torch.testing.assert_close(torch.corrcoef(z.T), torch.eye(3), rtol=0, atol=4 / 20_000**0.5)
+    x = torch.rand(5, 4)
+    inference = model.infer(x, 2, seed=0)
+    torch.testing.assert_close(model.elbo(x, 2, seed=0).log_pz, law.log_prob(inference.z).sum(2))
+    assert model.sample(2).shape == (2, 4)
+    images = vae.VAE(nn.Conv2d(1, 2, 2, 2), nn.ConvTranspose2d(1, 1, 2, 2), prior=make())
+    with pytest.raises(ValueError, match="^latent_shape: the shape of z is not known yet"):
+        images.sample(2)
+    images.elbo(torch.rand(2, 1, 4, 6))
+    assert images.sample_latents(3).shape == (3, 1, 2, 3) and images.sample(3).shape == (3, 1, 4, 6)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: vae.MixturePrior(1), lambda: vae.MixturePrior(2), lambda: vae.GaussianPrior(1, "std"),
+    lambda: vae.GaussianPrior(2, "std"), lambda: vae.AutoregressivePrior(2), lambda: Normal(torch.zeros(1), 2.0),
+    lambda: Normal(torch.zeros(2), 2.0), lambda: Laplace(torch.zeros(1), 2.0), lambda: flows.DiagonalNormal(1),
+    lambda: flows.DiagonalNormal(2), lambda: flows.FullNormal(1), lambda: flows.StudentT(2),
+    lambda: MultivariateNormal(torch.zeros(1), torch.eye(1))])
+def test_a_prior_of_another_shape_is_named(make):
+    x, wanted = torch.rand(5, 4), r"^prior: expected one over \(3,\), the shape of z, got \([12],\)"
+    for call in (lambda model: model.elbo(x), lambda model: model(x, loss_only=True).value,
+                 lambda model: model.elbo(x, kl="monte_carlo"), lambda model: (model.encode(x), model.sample(2))):
+        with pytest.raises(ValueError, match=wanted):
+            call(vae.MLPVAE((4,), 3, (8,), prior=make()))
 
 
 def test_conditional_flow_prior():

@@ -62,6 +62,22 @@ def test_moving_average_codebook():
     assert (far.codebook[2].abs() < 5).all()
 
 
+def test_a_threshold_above_one_restarts_only_codes_that_are_used_less():
+    """Two codes with 50 vectors of a batch each stay, the one that has none is moved, whatever the threshold."""
+    torch.manual_seed(0)
+    z = torch.cat([torch.full((50, 2), 1.0), torch.full((50, 2), -1.0)]) + 0.01 * randn(100, 2, seed=0).float()
+    quantizer, moves = vae.VectorQuantizer(3, 2, decay=0.9, restart_below=20.0), 0
+    quantizer.codebook.copy_(torch.tensor([[1.0, 1.0], [-1.0, -1.0], [100.0, 100.0]]))
+    quantizer.sums.copy_(quantizer.codebook * quantizer.counts[:, None])
+    for _ in range(30):
+        before = quantizer.codebook.clone()
+        quantizer(z)
+        assert (quantizer.codebook[:2] - before[:2]).abs().max() < 0.1
+        moves += int((quantizer.codebook[2] - before[2]).abs().max() > 0.5)
+    assert moves and quantizer.codebook[2].abs().max() < 2.0
+    assert (quantizer.counts >= 20.0).all()
+
+
 @pytest.mark.parametrize("levels", [(2,), (3, 4), (8, 5, 5)])
 def test_fsq_has_every_code_once(levels):
     quantizer = vae.FSQ(levels)
@@ -146,6 +162,10 @@ def test_ready_models(make):
     (ValueError, lambda: vae.VectorQuantizer(1, 2), "n_codes"),
     (ValueError, lambda: vae.VectorQuantizer(3, 2, decay=1.0), "decay"),
     (ValueError, lambda: vae.VectorQuantizer(3, 2, restart_below=0.5), "restart_below"),
+    (ValueError, lambda: vae.VectorQuantizer(3, 2, decay=0.9, restart_below=-1.0), "restart_below"),
+    (ValueError, lambda: vae.VectorQuantizer(3, 2, decay=0.9, restart_below=math.nan), "restart_below"),
+    (ValueError, lambda: vae.VectorQuantizer(3, 2, decay=0.9, restart_below=math.inf), "restart_below"),
+    (TypeError, lambda: vae.VectorQuantizer(3, 2, decay=0.9, restart_below="few"), "restart_below"),
     (ValueError, lambda: vae.VectorQuantizer(3, 2)(torch.zeros(2, 3)), "z"),
     (ValueError, lambda: vae.FSQ((3, 1)), "levels"),
     (ValueError, lambda: vae.FSQ((3, 3))(torch.zeros(2, 3)), "z"),

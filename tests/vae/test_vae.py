@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastflow import flows, vae
+from fastflow.vae import networks
 
 W = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.2, -0.6]], dtype=torch.float64)
 B = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
@@ -250,6 +251,31 @@ def test_plain_functions_as_networks():
     assert model.sample(3).shape == (3, 2)
 
 
+class Casting(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+def encoder_with_a_hook():
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    encoder.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    return encoder
+
+
+@pytest.mark.parametrize(("make", "dtype"), [
+    (lambda: nn.Sequential(nn.Embedding(3, 1), nn.Flatten(), nn.Linear(2, 2)), torch.int64),
+    (lambda: nn.Sequential(networks.LogCounts(), nn.Linear(2, 2)), torch.int64),
+    (lambda: nn.Sequential(networks.Rescale(3), nn.Flatten(), nn.Linear(2, 2)), torch.uint8),
+    (lambda: nn.Sequential(nn.Identity(), Casting(2, 2)), torch.bool), (lambda: Casting(2, 2), torch.int64),
+    (encoder_with_a_hook, torch.float16), (encoder_with_a_hook, torch.int64)])
+def test_x_of_any_dtype_that_the_encoder_takes(make, dtype):
+    model = vae.VAE(make(), nn.Linear(1, 2), likelihood="poisson")
+    assert model.elbo(torch.tensor([[1, 0], [1, 1]]).to(dtype)).elbo.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = vae.VAE(nn.Linear(2, 2), nn.Linear(1, 2), likelihood="poisson")
+        assert plain.elbo(torch.ones(3, 2, dtype=torch.bfloat16)).elbo.isfinite().all()
+
+
 def test_discrete_latents_in_half_precision():
     model = vae.DiscreteVAE(nn.Linear(3, 2), nn.Linear(2, 3), 2, estimator="rloo").bfloat16()
     bound = model.elbo(torch.rand(5, 3, dtype=torch.bfloat16), 2)
@@ -268,6 +294,13 @@ def test_discrete_latents_in_half_precision():
     (TypeError, lambda: vae.MLPVAE((2,), 1, (4,))(X.numpy(), loss_only=True), "x: expected a torch.Tensor"),
     (TypeError, lambda: vae.MLPVAE((2,), 1, (4,)).elbo(torch.rand(4, 2).double()), "x: expected torch.float32"),
     (TypeError, lambda: vae.MLPVAE((2,), 1, (4,))(torch.rand(4, 2).double(), loss_only=True), "x: expected torch.floa"),
+    *((TypeError, lambda make=make, dtype=dtype: make().elbo(torch.ones(4, 1, 4, 4, dtype=dtype)),
+       f"^x: expected torch.float32 like the encoder's parameters, got {dtype}")
+      for make in (lambda: vae.MLPVAE((1, 4, 4), 1, (4,)), lambda: vae.ConvVAE((1, 4, 4), 1, (4,)))
+      for dtype in (torch.int64, torch.bool, torch.float16)),
+    (TypeError, lambda: vae.MLPVAE((2,), 1, (4,)).double().elbo(torch.rand(4, 2)), "^x: expected torch.float64"),
+    (TypeError, lambda: vae.ConditionalVAE((2,), 1, 2).elbo(torch.ones(4, 2).long(), context=torch.zeros(4).long()),
+     "^x: expected torch.float32"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 3))(torch.rand(4, 2)), "decoder output"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 3), nn.Linear(1, 2))(torch.rand(4, 2)), "params"),
     (ValueError, lambda: vae.GaussianPosterior("variance"), "scale"),

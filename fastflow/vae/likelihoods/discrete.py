@@ -97,7 +97,9 @@ class CategoricalLikelihood(Likelihood):
         index = x.to(torch.int64)
         inside = (index == x) & (index >= 0) & (index < self.params_per_element)
         index = torch.where(inside, index, 0).expand(log_p.shape[:-1])
-        return torch.where(inside, log_p.gather(-1, index[..., None])[..., 0], -math.inf)
+        nan = x.isnan()
+        found = log_p.gather(-1, index[..., None])[..., 0] * torch.where(nan, math.nan, 1.0)  # so are its gradients
+        return torch.where(inside | nan, found, -math.inf)
 
     def probs(self, output):
         """(N, C, *S, n_classes) of output (N, n_classes*C, *S)."""
@@ -172,5 +174,5 @@ def _log_rising(count, log_r, large):
 
 
 def _counts(x, value):
-    """-inf where x is not a count."""
-    return torch.where((x < 0.0) | (x != torch.floor(x)), -math.inf, value)
+    """-inf where x is not a count; NaN compares with nothing and stays."""
+    return torch.where((x < 0.0) | (x > torch.floor(x)) | (x == math.inf), -math.inf, value)

@@ -32,7 +32,7 @@ def _log_mass(x, mean, log_scale, n_bins):
     above = torch.where(last, 0.0, F.logsigmoid(torch.where(last, 0.0, upper)))
     below = torch.where(first, 0.0, F.logsigmoid(torch.where(first, 0.0, -lower)))
     width = torch.where(first | last, 0.0, _log_one_minus_exp(math.log(2.0 * half) - log_scale))
-    outside = (x < 0) | (x > n_bins - 1) | (x != torch.floor(x))
+    outside = (x < 0) | (x > n_bins - 1) | (x > torch.floor(x))  # NaN is none of these and stays
     return torch.where(outside, -math.inf, above + below + width)
 
 

@@ -1,5 +1,7 @@
 """The priors to which a Gaussian posterior's KL has a closed form."""
 
+import math
+
 import torch
 from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 
@@ -7,7 +9,8 @@ from fastflow.flows import DiagonalNormal, FullNormal, StandardNormal
 from fastflow.vae.likelihoods.base import promoted
 from fastflow.vae.priors.gaussian import GaussianPrior
 
-__all__ = ["dense_moments", "has_closed_kl", "is_standard", "kl_by_element", "kl_to_dense", "prior_moments"]
+__all__ = ["dense_moments", "has_closed_kl", "is_diagonal", "is_standard", "kl_by_element", "kl_to_dense",
+           "misplaced", "prior_moments"]
 
 DIAGONAL = (GaussianPrior, DiagonalNormal, Normal)
 DENSE = (FullNormal, MultivariateNormal, LowRankMultivariateNormal)
@@ -18,25 +21,34 @@ def is_standard(prior):
     return prior is None or isinstance(prior, StandardNormal)
 
 
+def is_diagonal(prior):
+    """Whether the prior is a Gaussian whose elements are independent."""
+    return is_standard(prior) or isinstance(_law(prior), DIAGONAL)
+
+
 def has_closed_kl(prior):
     """Whether the KL from a diagonal Gaussian to the prior has a closed form."""
-    return is_standard(prior) or isinstance(_law(prior), DIAGONAL + DENSE)
+    return is_diagonal(prior) or isinstance(_law(prior), DENSE)
 
 
 def prior_moments(prior, like):
     """(mean, log sigma), with one batch or like's, of N(0, I) or another diagonal Gaussian; None for other priors."""
     if is_standard(prior):
         return like.new_zeros(1, like.shape[1]), like.new_zeros(1, like.shape[1])
-    law = _law(prior)
+    law, event = _law(prior), like.shape[1:]
     if isinstance(law, GaussianPrior):
+        if math.prod(law.event_shape) != math.prod(event):
+            raise misplaced(law.event_shape, event)
         return promoted(law.mean), promoted(law.sigma_and_log()[1])
     if isinstance(law, DiagonalNormal):
-        mean, log_sigma = law.loc, law.log_scale
+        mean, log_sigma, shape = law.loc, law.log_scale, law.event_shape
     elif isinstance(law, Normal):
-        mean, log_sigma = law.loc, torch.log(law.scale)
+        mean, log_sigma, shape = law.loc, torch.log(law.scale), law.batch_shape
     else:
         return None
-    return _placed(mean, like.shape[1:])[None], _placed(log_sigma, like.shape[1:])[None]
+    if shape not in (event, torch.Size()):  # a law of one number is that of every element
+        raise misplaced(shape, event)
+    return promoted(mean).expand(1, *event), promoted(log_sigma).expand(1, *event)
 
 
 def dense_moments(prior, like):
@@ -45,7 +57,12 @@ def dense_moments(prior, like):
     law = _law(prior)
     if not isinstance(law, DENSE):
         return None
-    return _placed(law.loc, like.shape[1:]), promoted(law.scale_tril)
+    shape, event = tuple(law.loc.shape), tuple(like.shape[1:])
+    fits = len(shape) <= len(event) and all(
+        size in (1, own) for size, own in zip(reversed(shape[:-1]), reversed(event[:-1]), strict=False))
+    if not fits or shape[-1:] != event[-1:]:
+        raise misplaced(shape, event)
+    return promoted(law.loc).expand(event), promoted(law.scale_tril)
 
 
 def kl_by_element(mean, log_sigma, prior_mean, prior_log_sigma):
@@ -72,11 +89,6 @@ def _law(prior):
     return prior
 
 
-def _placed(moment, event_shape):
-    """``moment`` for each element of one z."""
-    shape, event_shape = tuple(moment.shape), tuple(event_shape)
-    fits = len(shape) <= len(event_shape) and all(
-        size in (1, own) for size, own in zip(reversed(shape), reversed(event_shape), strict=False))
-    if not fits:
-        raise ValueError(f"prior: expected one over {event_shape}, the shape of z, got {shape}")
-    return promoted(moment).expand(event_shape)
+def misplaced(shape, event):
+    """The error of a prior over ``shape`` where z has the shape ``event``."""
+    return ValueError(f"prior: expected one over {tuple(event)}, the shape of z, got {tuple(shape)}")

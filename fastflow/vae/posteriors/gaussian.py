@@ -95,8 +95,9 @@ def log_normal(z, mean, log_sigma):
 class LowRankGaussianPosterior(nn.Module):
     """N(mean, W W' + diag(sigma^2)) over (D,), z = mean + sigma eps_1 + W eps_2.
 
-    params are (B, D (2 + rank)): mean, log-variances, and W (D, rank) row by row. Densities and the KL go through the
-    rank x rank capacitance I + W' diag(sigma^-2) W (Woodbury; the determinant lemma).
+    params are (B, D (2 + rank)): mean, log-variances, and W (D, rank) row by row. Densities and the KL go through a QR
+    factorisation of [A; -I], A = diag(1 / sigma) W: log det(I + A'A) is that of its R, and the squared distance to the
+    mean what is left of the standard normals beyond the span of its Q, which loses no digits for a small sigma.
 
     Args:
         rank: of W, at least 1.
@@ -113,6 +114,7 @@ class LowRankGaussianPosterior(nn.Module):
         noise, _ = standard_noise(like, n_samples, eps, seed, generator)
         own, shared = noise.split([mean.shape[1], self.rank], 2)
         z = mean + torch.exp(0.5 * log_variance) * own + torch.einsum("bdr,kbr->kbd", factor, shared)
+        basis, log_det = self._factorised(log_variance, factor)[2:]
         moments = prior_moments(prior, mean)
         kl = None
         if moments is not None:
@@ -120,13 +122,11 @@ class LowRankGaussianPosterior(nn.Module):
             scaled = (factor * torch.exp(-log_sigma_p)[:, :, None]).square().sum((1, 2))
             difference = log_variance - 2.0 * log_sigma_p
             squares = ((mean - mean_p) * torch.exp(-log_sigma_p)).square()
-            kl = 0.5 * ((squares + torch.expm1(difference) - difference).sum(1) + scaled
-                        - self._log_capacitance(log_variance, factor)[1])
+            kl = 0.5 * ((squares + torch.expm1(difference) - difference).sum(1) + scaled - log_det)
         elif (moments := dense_moments(prior, mean)) is not None:
             root = torch.cat([torch.diag_embed(torch.exp(0.5 * log_variance)), factor], 2)
-            log_det = log_variance.sum(1) + self._log_capacitance(log_variance, factor)[1]
-            kl = kl_to_dense(mean, root, 0.5 * log_det, *moments)
-        return z, self.log_prob(params, z), kl
+            kl = kl_to_dense(mean, root, 0.5 * (log_variance.sum(1) + log_det), *moments)
+        return z, self._log_density(_beyond(basis, noise), log_variance, log_det), kl
 
     def n_params(self, features):
         return features * (2 + self.rank)
@@ -134,12 +134,9 @@ class LowRankGaussianPosterior(nn.Module):
     def log_prob(self, params, z):
         """log q(z | x) (K, B) in nats of z (K, B, D)."""
         mean, log_variance, factor = self._split(params)
-        lower, log_det = self._log_capacitance(log_variance, factor)
-        residual = (z - mean) * torch.exp(-0.5 * log_variance)
-        inner = torch.einsum("bdr,kbd->kbr", factor * torch.exp(-0.5 * log_variance)[:, :, None], residual)
-        inner = torch.linalg.solve_triangular(lower, inner[..., None], upper=False)[..., 0]
-        square = residual.square().sum(2) - inner.square().sum(2)
-        return -0.5 * (square + log_variance.sum(1) + log_det + mean.shape[1] * LOG_TWO_PI)
+        inverse, shift, basis, log_det = self._factorised(log_variance, factor)
+        residual = nn.functional.pad((z - mean) * inverse, (0, self.rank))
+        return self._log_density(_beyond(basis, residual) * torch.exp(shift), log_variance, log_det)
 
     def mean(self, params):
         return self._split(params)[0]
@@ -150,12 +147,27 @@ class LowRankGaussianPosterior(nn.Module):
         mean, log_variance, factor = promoted(params).split([d, d, d * self.rank], 1)
         return mean, log_variance, factor.unflatten(1, (d, self.rank))
 
-    def _log_capacitance(self, log_variance, factor):
-        """The Cholesky factor of the capacitance, (B, rank, rank), and its log-determinant (B,)."""
-        scaled = factor * torch.exp(-0.5 * log_variance)[:, :, None]
-        eye = torch.eye(self.rank, dtype=factor.dtype, device=factor.device)
-        lower = torch.linalg.cholesky(eye + scaled.mT @ scaled)
-        return lower, 2.0 * torch.log(lower.diagonal(dim1=1, dim2=2)).sum(1)
+    def _factorised(self, log_variance, factor):
+        """(exp(-shift) / sigma (B, D), shift (B, 1), Q (B, D + rank, rank), log det(I + A'A) (B,)). The shift, and one
+        of each column, keep a small sigma from overflowing; no result depends on them."""
+        log_inverse = -0.5 * log_variance
+        shift = log_inverse.detach().amax(1, keepdim=True).clamp(0.0, 80.0)
+        inverse = torch.exp(log_inverse - shift)
+        scaled = factor * inverse[:, :, None]
+        own = torch.maximum(torch.log(scaled.detach().abs().amax(1)), -shift)
+        below = torch.diag_embed(-torch.exp(-own - shift))
+        basis, upper = torch.linalg.qr(torch.cat([scaled * torch.exp(-own)[:, None], below], 1))
+        log_diagonal = torch.log(upper.diagonal(dim1=1, dim2=2).abs())
+        return inverse, shift, basis, 2.0 * (log_diagonal + own + shift).sum(1)
+
+    def _log_density(self, beyond, log_variance, log_det):
+        """log q(z | x) (K, B) of z whose whitened distance to the mean is that of ``beyond`` (K, B, D + rank) to 0."""
+        return -0.5 * (beyond.square().sum(2) + log_variance.sum(1) + log_det + log_variance.shape[1] * LOG_TWO_PI)
+
+
+def _beyond(basis, vectors):
+    """What of vectors (K, B, N) is orthogonal to the orthonormal columns of ``basis`` (B, N, rank)."""
+    return vectors - torch.einsum("bnr,kbr->kbn", basis, torch.einsum("bnr,kbn->kbr", basis, vectors))
 
 
 class FullGaussianPosterior(nn.Module):

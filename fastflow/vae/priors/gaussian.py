@@ -35,6 +35,7 @@ class GaussianPrior(nn.Module):
 
     def log_prob(self, z):
         """(N,) nats of z (N, D, *S)."""
+        checks.events("z", z, self.event_shape)
         sigma, log_sigma = self.sigma_and_log()
         residual = (z - self.mean) / sigma
         return -(0.5 * residual * residual + log_sigma + 0.5 * math.log(2.0 * math.pi)).flatten(1).sum(1)
@@ -64,6 +65,7 @@ class MixturePrior(nn.Module):
 
     def component_log_prob(self, z):
         """(N, C) nats: the logarithms of w_c N_c at z (N, D, *S); normalised over C, the component's posterior."""
+        checks.events("z", z, self.event_shape)
         residual = (z[:, None] - self.mean) * torch.exp(-self.log_sigma)
         each = -0.5 * residual * residual - self.log_sigma - 0.5 * math.log(2.0 * math.pi)
         return torch.log_softmax(self.logits, 0) + each.flatten(2).sum(2)
