@@ -43,8 +43,9 @@ def program(model, function, n_samples=1, example=None, context=None):
     Of a model that is conditioned on something each function takes that, the context (B, ...), after the others: the
     ELBO is that on log p(x | context), in a SemiSupervisedVAE given the label.
 
-    The noise is standard normal, (K, B, D, *S), a list of such for the levels of a hierarchy from the top down; for
-    bits and classes uniform on (0, 1), (K, B, D, *S) or (K, B, D, *S, C).
+    The noise is standard normal, (K, B, D, *S), of a LowRankGaussianPosterior (K, B, D + rank) and of a
+    MixturePosterior (K, B, D + 1), a list for the levels of a hierarchy from the top down; for bits and classes uniform
+    on (0, 1), (K, B, D, *S) or (K, B, D, *S, C).
 
     Args:
         function: one of FUNCTIONS.
@@ -97,7 +98,9 @@ def _noise(model, x, n_samples, given):
         return model.posterior(x).noise(n_samples)
     if isinstance(model, HierarchicalVAE):
         return [torch.randn(n_samples, *z.shape, dtype=z.dtype, device=z.device) for z in model.latent_kl(x)]
-    return torch.randn_like(model.infer(x, n_samples, **given).z)
+    z = model.infer(x, n_samples, **given).z
+    more = getattr(model.posterior, "more_noise", 0)
+    return torch.randn(*z.shape[:2], z.shape[2] + more, *z.shape[3:], dtype=z.dtype, device=z.device)
 
 
 class _Function(nn.Module):

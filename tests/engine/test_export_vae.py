@@ -16,6 +16,8 @@ MODELS = {
     "gaussian": lambda: vae.MLPVAE((1, 4, 4), 2, (8,), likelihood="gaussian"),
     "iwae": lambda: vae.IWAE((1, 4, 4), 2, n_samples=5, sizes=(8,), likelihood="gaussian"),
     "learned prior": lambda: vae.MLPVAE((1, 4, 4), 2, (8,), prior=vae.GaussianPrior((2,))),
+    "low rank": lambda: vae.MLPVAE((1, 4, 4), 2, (8,), posterior=vae.LowRankGaussianPosterior(1)),
+    "mixture": lambda: vae.MLPVAE((1, 4, 4), 2, (8,), posterior=vae.MixturePosterior(2)),
     "bits": lambda: vae.DiscreteVAE(vae.mlp_encoder((1, 4, 4), 3, (8,), n_params=3),
                                     vae.mlp_decoder(3, (1, 4, 4), (8,)), 3, prior="learned"),
     "classes": lambda: vae.DiscreteVAE(vae.mlp_encoder((1, 4, 4), 2, (8,), n_params=6),
@@ -54,7 +56,8 @@ def noise(model, n):
         return (torch.rand(K, n, *model.prior_logits.shape[1:]),)
     if isinstance(model, vae.HierarchicalVAE):
         return ([torch.randn(K, n, d) for d in (2, 3)],)
-    return (torch.randn(K, n, 2),)
+    more = {vae.LowRankGaussianPosterior: 1, vae.MixturePosterior: 1}.get(type(model.posterior), 0)
+    return (torch.randn(K, n, 2 + more),)
 
 
 def labels(name, n):

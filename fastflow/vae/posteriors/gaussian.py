@@ -105,7 +105,7 @@ class LowRankGaussianPosterior(nn.Module):
 
     def __init__(self, rank=1):
         super().__init__()
-        self.rank = checks.count("rank", rank, 1)
+        self.rank = self.more_noise = checks.count("rank", rank, 1)
 
     def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
         """As the other posteriors; eps is (K, B, D + rank)."""

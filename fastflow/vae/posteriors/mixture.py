@@ -28,6 +28,8 @@ class MixturePosterior(nn.Module):
         Graves, "Stochastic backpropagation through mixture density distributions", 2016, arXiv:1607.05690.
     """
 
+    more_noise = 1  # numbers beside one for each feature
+
     def __init__(self, n_components=4):
         super().__init__()
         self.n_components = checks.count("n_components", n_components, 1)
