@@ -14,7 +14,7 @@ from fastflow.flows.contexts import takes_context
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.labels import check_levels
 from fastflow.flows.surjections import UniformDequantization
-from fastflow.flows.transform import Compose, check_transform, initialize
+from fastflow.flows.transform import Compose, Inverse, check_transform, initialize
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -271,7 +271,15 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self):
-        return constraints.independent(constraints.real, len(self.event_shape))
+        """The domain of the scalar bijection that the data meet first, else all real numbers."""
+        first = self.flow.transform
+        while isinstance(first, Compose) and len(first.transforms):
+            first = first.transforms[0]
+        first, side = (first.transform, "codomain") if isinstance(first, Inverse) else (first, "domain")
+        low, high = getattr(first, side, (-math.inf, math.inf))
+        each = {(False, False): constraints.real, (True, False): constraints.greater_than(low),
+                (False, True): constraints.less_than(high), (True, True): constraints.interval(low, high)}
+        return constraints.independent(each[math.isfinite(low), math.isfinite(high)], len(self.event_shape))
 
     def expand(self, batch_shape, _instance=None):
         """The same law with ``batch_shape``, to which the present one broadcasts."""
