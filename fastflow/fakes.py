@@ -84,7 +84,11 @@ def philox4x32(counter, key):
 
 def conv_net_fwd(x, w1, b1, w2, b2, w3, b3, slope, keep):
     batch, _, *spatial = x.shape
-    maps = [x.new_empty((x.shape[0] * x.shape[2] * x.shape[3], w1.shape[0])) if keep else _nothing(x) for _ in "12"]
+    pixels, hidden = x.shape[0] * x.shape[2] * x.shape[3], w1.shape[0]
+    # kernels/conv_net.py: _turns and _map.
+    turned = x.device.type == "cuda" and x.dtype == torch.float32
+    shape = (hidden, (pixels + 127) // 128, 128) if turned else (pixels, hidden)
+    maps = [x.new_empty(shape) if keep else _nothing(x) for _ in "12"]
     return _empty_in_format_of(x, (batch, w3.shape[0], *spatial), x.dtype), *maps
 
 

@@ -33,12 +33,19 @@ def scaled(case, dtype, layout=layouts.contiguous):
     return {n: (t / (t[0].numel() ** 0.5 if n[0] == "w" else 1.0)).to(dtype) for n, t in tensors.items()}
 
 
+@pytest.fixture
+def turned(monkeypatch):
+    """Maps for backward have a channel in a row, as on a GPU in float32."""
+    monkeypatch.setattr(kernels, "_turns", lambda x: x.dtype == torch.float32)
+
+
 @pytest.mark.parametrize(("precision", "slope", "x", "hidden", "out"), [
     *((*options, *size) for *options, size in itertools.product(("tf32", "ieee", "float64"), (0.0, 0.2), SIZES)),
     ("tf32", 0.0, *LARGE), ("ieee", 0.0, *LARGE)], ids=str)
 def test_sizes(precision, slope, x, hidden, out, monkeypatch):
-    """The interpreter multiplies in full; the tiles are those of each precision."""
+    """The interpreter multiplies in full; the tiles are those of each precision, the maps of TF32 turned."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
+    monkeypatch.setattr(kernels, "_turns", lambda x: precision == "tf32")
     case = conv_case("sizes", x, hidden, out, negative_slope=slope)
     for layout in (layouts.contiguous, layouts.channels_last):
         tensors = scaled(case, torch.float64 if precision == "float64" else torch.float32, layout)
@@ -47,7 +54,10 @@ def test_sizes(precision, slope, x, hidden, out, monkeypatch):
 
 
 @pytest.mark.parametrize("make", layouts.ALL, ids=layouts.by_name)
-def test_layouts(make):
+@pytest.mark.parametrize("rooms", [False, True])
+def test_layouts(make, rooms, monkeypatch):
+    """Two weights as they lie, and copied into rooms of their own first."""
+    monkeypatch.setattr(kernels, "_need_rooms", lambda x, weights, dims: rooms)
     case = conv_case("layouts", (3, 5, 4, 6), 18, 4, negative_slope=0.1)
     tensors = {n: make(t) if t.dim() == 4 else t for n, t in scaled(case, torch.float32).items()}
     check_by_ratio(case, tensors, cotangents={n: make(t) for n, t in cotangents_of(case, tensors).items()})
@@ -87,6 +97,60 @@ def test_launches(launches):
     assert launched(needs=("b2",), cotangents=cotangents) == FORWARD + BACKWARD[:2] + BACKWARD[4:]
 
 
+@pytest.mark.parametrize("turns", [False, True])
+def test_backward_reads_the_maps_that_it_is_given(turns, monkeypatch):
+    """Whatever the precision has become since."""
+    tensors = scaled(conv_case("maps", (3, 5, 7, 9), 36, 4, negative_slope=0.1), torch.float32)
+    x, w1, b1, w2, b2, w3, b3 = tensors.values()
+    cotangent = torch.randn(3, 4, 7, 9)
+    leaves = [t.clone().requires_grad_() for t in tensors.values()]
+    want = torch.autograd.grad(reference.conv_net(*leaves, negative_slope=0.1), leaves, cotangent)
+    monkeypatch.setattr(kernels, "_turns", lambda x: turns)
+    for forward, backward in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", forward)
+        _, h1, h2 = kernels.conv_net_fwd(x, w1, b1, w2, b2, w3, b3, 0.1, True)
+        assert h1.shape == h2.shape == ((36, 2, 128) if turns else (189, 36))
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", backward)
+        for needs in ((True, True), (True, False), (False, True)):
+            got = kernels.conv_net_bwd(cotangent, x, w1, w2, w3, h1, h2, 0.1, *needs)
+            for g, true, need in zip(got, want, (needs[0], *[needs[1]] * 6), strict=True):
+                assert g.numel() == 0 if not need else (g - true).norm() < 1e-5 * true.norm()
+
+
+def test_what_lies_beyond_the_last_pixel_of_a_turned_map_counts_for_nothing(turned, monkeypatch):
+    case = conv_case("beyond", (3, 5, 5, 7), 20, 4)
+    tensors = scaled(case, torch.float32)
+    cotangents = cotangents_of(case, tensors)
+    _, want = evaluate(case, tensors, cotangents=cotangents)
+    real = kernels._map
+    monkeypatch.setattr(kernels, "_map", lambda *args, **options: real(*args, **options).fill_(float("nan")))
+    _, got = evaluate(case, tensors, cotangents=cotangents)
+    assert all(torch.equal(got[n], g) for n, g in want.items())
+
+
+def test_pixels_by_divisions_are_those_by_reciprocals(monkeypatch):
+    case = conv_case("wide", (3, 5, 5, 7), 20, 4)
+    tensors = scaled(case, torch.float32)
+    cotangents = cotangents_of(case, tensors)
+    results, want = evaluate(case, tensors, cotangents=cotangents)
+    assert not kernels._divisors(3 * 5 * 7, 5, 7)[1]
+    real = kernels._divisors
+    monkeypatch.setattr(kernels, "_divisors", lambda *image: (real(*image)[0], True))
+    again, got = evaluate(case, tensors, cotangents=cotangents)
+    assert torch.equal(again["y"], results["y"]) and all(torch.equal(got[n], g) for n, g in want.items())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 28, 255, 256, 257, 1000])
+def test_reciprocals_divide_exactly_while_they_say_so(size):
+    for height, width in ((size, 1), (1, size)):
+        most = next(2**k for k in range(31, 0, -1) if not kernels._divisors(2**k, height, width)[1])
+        divisors, _ = kernels._divisors(most, height, width)
+        assert most >= 2**19
+        n = torch.cat([torch.arange(2000), torch.randint(most, (2000,)), most + torch.arange(-2000, 256)])
+        n = torch.cat([n, n // size * size, n // size * size - 1]).clamp(min=0)
+        assert torch.equal((n * divisors[2 if width == 1 else 3]) >> 30, n // size)
+
+
 def in_tf32(t):
     """float32 to the nearest number of 10 bits, ties away from zero; what is not finite stays."""
     bits = (t.view(torch.int32) + 0x1000) & -0x2000
@@ -108,6 +172,7 @@ class Rounded(torch.autograd.Function):
 
 @pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last, layouts.padded], ids=layouts.by_name)
 @pytest.mark.parametrize("hidden", [16, 72])
+@pytest.mark.usefixtures("turned")
 def test_operands_of_tf32_are_rounded_to_nearest(hidden, layout, monkeypatch, launches):
     """As on a GPU, where its tensor cores drop what is not: against products in float64 of rounded operands."""
     monkeypatch.setattr(kernels, "_rounds", lambda precision: precision == "tf32")
@@ -140,11 +205,12 @@ def test_every_nan_survives_rounding(bits, monkeypatch):
         assert want.isnan().any() and torch.equal(got.isnan(), want.isnan()), name
 
 
+@pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last], ids=layouts.by_name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype):
+def test_half_precision(dtype, layout):
     """Operands in it, then parameters in float32 as under autocast: gradients have the dtype of what they belong to."""
     case = conv_case("half", (3, 5, 6, 7), 40, 4)
-    exact = {n: t.to(dtype).double().requires_grad_() for n, t in scaled(case, torch.float64).items()}
+    exact = {n: t.to(dtype).double().requires_grad_() for n, t in scaled(case, torch.float64, layout).items()}
     truth = reference.conv_net(*exact.values())
     grad = torch.randn(truth.shape).to(dtype)
     true = torch.autograd.grad(truth, list(exact.values()), grad.double())

@@ -140,7 +140,7 @@ def conv_net_calls(dtypes, level=0, channels_last=True, tf32=True, hidden=512):
 
     x, grad = (zeros(batch, c, side, side, dtype=x_dtype) for c in (inner, 2 * inner))
     w1, w2, w3 = zeros(hidden, inner, 3, 3), zeros(hidden, hidden, 1, 1), zeros(2 * inner, hidden, 3, 3)
-    maps = zeros(batch * side * side, hidden, dtype=x_dtype)
+    maps = conv_net._map(x, batch * side * side, hidden, conv_net._turns(x))
     name = f"{dtypes}-{level}{'' if channels_last else '-contiguous'}{'' if tf32 else '-ieee'}-{hidden}"
     return {
         f"conv_net_fwd-{name}": lambda: in_precision(lambda: conv_net.conv_net_fwd(

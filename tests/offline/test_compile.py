@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -20,9 +21,15 @@ WIDE = calls.wide_calls()
 OTHER_TRITON = "FASTFLOW_TRITON36_PYTHON"
 
 
+def launches_on(call, capability):
+    """What ``call`` launches on such a GPU."""
+    with mock.patch.object(calls.conv_net, "_is_hopper", lambda device: capability == 90):
+        return compiling.launches_of(call)
+
+
 def check(call, capability):
     """Compile what ``call`` launches; returns the kernels."""
-    kernels = [compiling.compiled(launch, capability) for launch in compiling.launches_of(call)]
+    kernels = [compiling.compiled(launch, capability) for launch in launches_on(call, capability)]
     assert kernels
     for kernel in kernels:
         found = compiling.APPROXIMATE.findall(kernel.ptx)
@@ -94,8 +101,8 @@ def test_aligned_accesses_of_splines_are_16_bytes_wide(name):
 @pytest.mark.parametrize("level", range(3))
 def test_products_run_on_tensor_cores_and_hidden_maps_move_16_bytes_at_a_time(dtypes, level):
     """Loads go past the registers into shared memory, while the product before them runs; h alone does not, which the
-    rectifier's gradient is by."""
-    for direction, launches in ((d, compiling.launches_of(c)) for d, c in calls.conv_net_calls(dtypes, level).items()):
+    rectifier's gradient is by. Narrow are the bias's sums, of each quarter of a tile."""
+    for direction, launches in ((d, launches_on(c, 90)) for d, c in calls.conv_net_calls(dtypes, level).items()):
         products = [launch for launch in launches if launch[0].fn.__name__ != "finish_kernel"
                     and launch[0].fn.__name__ != "sum_taps_kernel"]
         assert len(products) == (3 if "fwd" in direction else 4)
@@ -104,9 +111,39 @@ def test_products_run_on_tensor_cores_and_hidden_maps_move_16_bytes_at_a_time(dt
             assert "wgmma.mma_async" in kernel.ptx and "mma.sync" not in kernel.ptx, kernel.name
             loads, stores = kernel.global_accesses()
             if kernel.name == "product_kernel":
-                assert stores.count(16) >= 4 and len(stores) - stores.count(16) <= 1, stores
+                assert stores.count(16) >= 4 and len(stores) - stores.count(16) <= 4, stores
             if launch is products[1] and "bwd" in direction:  # of a hidden map and a weight past the registers
                 assert set(loads) == {16}, loads
+
+
+def copies(kernel):
+    """Width in bytes of every copy past the registers into shared memory."""
+    found = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\w+|\d+)", kernel.ptx)
+    return [int(width, 0) for width in found]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16_f32"])
+@pytest.mark.parametrize("level", range(3))
+def test_hidden_maps_and_weights_prepared_are_copied_16_bytes_at_a_time(dtypes, level, channels_last):
+    """In TF32 too, of which Hopper's tensor cores read only what has neighbours that are summed over: the weights are
+    laid out so, and the maps that the weights' gradients are of turned. What is gathered from an image may be narrower.
+    On an H200 two programs share a multiprocessor."""
+    for call in calls.conv_net_calls(dtypes, level, channels_last).values():
+        for launch in launches_on(call, 90):
+            name, taps_are = launch[0].fn.__name__, launch[2].get("TAPS")
+            if name != "weight_gradients_kernel" and taps_are in (None, calls.conv_net.INNER_TAPS):
+                continue
+            kernel = compiling.compiled(launch, 90)
+            widths = copies(kernel)
+            if name == "product_kernel":
+                assert set(widths) == {16}, widths
+            else:  # 3 stages of the tiles of W2, of which both operands count, and of W1 and W3
+                assert widths.count(16) >= 48, widths
+                assert not set(widths) - {16} or dtypes == "f32", widths
+            assert 2 * (kernel.shared + 1024) <= 228 * 1024, kernel.shared
+            if name == "product_kernel" or channels_last:
+                assert kernel.resources()["REG"] <= 128, kernel.resources()
 
 
 @pytest.mark.parametrize("capability", [80, 120])

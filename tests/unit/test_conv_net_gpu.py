@@ -70,3 +70,31 @@ def test_autocast_and_capture():
         got = net(x)
     graph.replay()
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_compile(dtype):
+    """Which trusts what fakes.py says of the maps that forward keeps."""
+    net = nn.ConvNet(6, 12, 128).to("cuda", dtype)
+    torch.nn.init.normal_(net.conv3.weight, std=0.1)
+    x = torch.randn(3, 6, 5, 7, device="cuda", dtype=dtype, requires_grad=True)
+    leaves = [x, *net.parameters()]
+    with backends.use_backend("triton"):
+        want = net(x)
+        got = torch.compile(net, fullgraph=True)(x)
+        torch.testing.assert_close(got, want)
+        for g, w in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (got, want)), strict=True):
+            torch.testing.assert_close(g, w)
+
+
+def test_backward_after_tf32_was_forbidden(monkeypatch):
+    """The maps are as forward left them."""
+    _, tensors = scaled(*SIZES[0], torch.float32)
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    with backends.use_backend("triton"):
+        y = functional.conv_net(*leaves)
+        want = torch.autograd.grad(y.square().sum(), leaves, retain_graph=True)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        got = torch.autograd.grad(y.square().sum(), leaves)
+    for g, w in zip(got, want, strict=True):
+        assert (g - w).norm() < 0.01 * w.norm()
