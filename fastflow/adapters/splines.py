@@ -56,17 +56,19 @@ class SplineCoupling:
         """The forward pass as a step of autograd.chain for data like ``inputs``, or None."""
         if self.unconditional_transform is not None or inputs.dim() != 2 or inputs.shape[1] != self.features:
             return None
-        network = covered(self.transform_net, inputs, context)
+        kept, indices, back = order(self, self.identity_features, self.transform_features)
+        network = covered(self.transform_net, inputs, context) if kept else None
         if network is None:
             return None
-        kept, indices, back = order(self, self.identity_features, self.transform_features)
         return mlp_spline.step(indices, back, kept, network, _constants(self, self.transform_net))
 
     def _fastflow_couple(self, inputs, context, inverse):
         if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
             return (super().inverse if inverse else super().forward)(inputs, context)
         kept, indices, back = order(self, self.identity_features, self.transform_features)
-        network = covered(self.transform_net, inputs, context) if self.unconditional_transform is None else None
+        network = None
+        if self.unconditional_transform is None and kept:  # without a passive part mlp_spline is of another kind
+            network = covered(self.transform_net, inputs, context)
         if network is not None:
             return mlp_spline.run(inputs, indices, back, kept, network, _constants(self, self.transform_net), inverse)
         x = inputs if indices is None else reorder(inputs, indices, back)

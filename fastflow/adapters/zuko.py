@@ -228,7 +228,7 @@ class FusedCoupling(OneCall, transforms.CouplingTransform):
         else:
             y, ladj = self._couple(x if order is None else reorder(x, order, back), c, flip, first)
             y = y if order is None else reorder(y, back, order)
-        return (y, ladj) if len(batch) == 1 else (y.view(*batch, -1), ladj.view(batch))
+        return (y, ladj) if len(batch) == 1 else (y.view(*batch, y.shape[-1]), ladj.view(batch))
 
     def _couple(self, x, c, flip, first):
         step = self._step(x, c, flip, first)

@@ -38,11 +38,13 @@ class AffineCouplingFunction(torch.autograd.Function):
         grad_passive = None
         if need_passive and grad_y is not None:
             channels, dtype = ctx.passive
-            grad_passive = grad_y[:, :channels].to(dtype)
+            grad_passive = grad_y.narrow(1, 0, channels).to(dtype)  # a whole slice is an alias, which vmap may lack
         grads = (None, None, None)
         if (grad_y is not None or grad_logdet is not None) and (need_x or need_params or need_shift):
             if differentiable.wanted((grad_y, grad_logdet)):
-                own = grad_y if grad_y is None or ctx.passive is None else grad_y[:, ctx.passive[0]:]
+                own = grad_y
+                if grad_y is not None and ctx.passive is not None:
+                    own = grad_y.narrow(1, ctx.passive[0], x.shape[1])
                 grads = differentiable.reference_grads(lambda *inputs: _reference(*inputs, kept, flags, scale),
                                                        (x, params, shift), (need_x, need_params, need_shift),
                                                        (own, grad_logdet))

@@ -8,7 +8,12 @@ import functools
 
 import torch
 from torch._C._dynamo import eval_frame
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    is_batchedtensor,
+    is_legacy_batchedtensor,
+)
 from torch.autograd import forward_ad
 
 from fastflow import backends
@@ -124,10 +129,11 @@ def direct(function):
 
 
 def wanted(grads):
-    """Whether a backward with these incoming gradients must be differentiable or run under vmap."""
+    """Whether a backward with these incoming gradients must be differentiable or run under a transform: vmap, or what
+    differentiates the backward of a graph that was made outside of it."""
     if torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or backends.transformed() is not None:
         return True
     for g in grads:  # noqa: SIM110 - any() takes longer, and every small layer's backward comes by here
         if g is not None and (is_batchedtensor(g) or is_legacy_batchedtensor(g)):  # as batched()
@@ -146,6 +152,9 @@ def reference_grads(forward, inputs, needs, grads):
     Differentiable in inputs and ``grads`` if grad mode is on. Inputs that depend on each other are told apart: each
     gradient is the partial one.
     """
+    if _differentiated():
+        found = iter(_pulled_back(forward, inputs, needs, grads))
+        return [next(found) if need else None for need in needs]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [_alias(t, create_graph) if need else t for t, need in zip(inputs, needs, strict=True)]
@@ -157,6 +166,27 @@ def reference_grads(forward, inputs, needs, grads):
                      [None] * len(sources))
     return [_in_format(next(found), memory_format_of(t) if t.dim() in (4, 5) else None) if need else None
             for t, need in zip(inputs, needs, strict=True)]
+
+
+def _differentiated():
+    """Whether torch.func differentiates what runs here: then autograd's graph is that of another level than its."""
+    return backends.transformed() is not None and any(
+        level.key() in (TransformType.Grad, TransformType.Jvp) for level in get_interpreter_stack() or ())
+
+
+def _pulled_back(forward, inputs, needs, grads):
+    """The gradients for the inputs that ``needs`` marks, by a level of torch.func within those that are active."""
+    incoming = []
+
+    def outputs(*given):
+        given = iter(given)
+        found = forward(*(next(given) if need else t for t, need in zip(inputs, needs, strict=True)))
+        pairs = [(o, g) for o, g in zip(found, grads, strict=True) if o is not None and g is not None]
+        incoming.extend(g for _, g in pairs)
+        return tuple(o for o, _ in pairs)
+
+    _, pull = torch.func.vjp(outputs, *(t for t, need in zip(inputs, needs, strict=True) if need))
+    return pull(tuple(incoming))
 
 
 def _in_format(grad, memory_format):

@@ -58,6 +58,7 @@ def gaussian_sample_kl(params, *, scale="logvar", layout="chunk", order="mean_sc
     z_shape = shape if n_samples is None else (n_samples, *shape)
     offset = checks.count("offset", offset)
     checks.noise(eps, seed, generator, "params", first, shape[0])
+    return_logq = bool(return_logq)
     if eps is not None:
         checks.tensor("eps", eps)
         checks.shape("eps", eps, z_shape)

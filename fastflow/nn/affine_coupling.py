@@ -100,6 +100,8 @@ class AffineCoupling(Coupling):
     def _packed(self, pair):
         if len(pair) != 2:
             raise ValueError(f"conditioner output: expected a pair (raw_scale, shift), got {len(pair)} tensors")
+        for part in pair:
+            checks.tensor("conditioner output", part)
         first, second = pair if self.order == "scale_shift" else pair[::-1]
         if self.layout == "chunk":
             return torch.cat([first, second], 1)

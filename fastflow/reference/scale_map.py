@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 from dataclasses import dataclass, fields
 
 import torch
@@ -10,6 +11,14 @@ import torch.nn.functional as F
 __all__ = ["KINDS", "ScaleMap", "log_softplus", "softplus"]
 
 KINDS = ("exp", "sigmoid", "tanh", "atan", "softplus", "rational", "additive")
+
+
+def _check_number(name, value):
+    """``value`` is a real number that is finite as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,7 @@ class ScaleMap:
             value = getattr(self, field.name)
             if value is None and field.default is None:
                 continue
-            if not isinstance(value, numbers.Real):
-                raise TypeError(f"{field.name}: expected a number, got {type(value).__name__}")
-            if not math.isfinite(value):
-                raise ValueError(f"{field.name}: expected a finite number, got {value!r}")
+            _check_number(field.name, value)
         if self.clamp is not None and self.clamp <= 0:
             raise ValueError(f"clamp: expected a positive number, got {self.clamp!r}")
         if self.kind == "sigmoid" and self.out_gain <= 0:
@@ -122,6 +128,9 @@ class ScaleMap:
     def freia(cls, clamp=2.0, kind="all_in_one"):
         """FrEIA: "all_in_one" (AllInOneBlock) log s = clamp*tanh(0.1 r/clamp), shift 0.1 t; for the blocks of
         coupling_layers "atan" clamp*0.636*atan(r), "tanh" clamp*tanh(r), "sigmoid" clamp*(2 sigmoid(r) - 1)."""
+        _check_number("clamp", clamp)
+        if not clamp > 0:
+            raise ValueError(f"clamp: expected a positive number, got {clamp!r}")
         name = kind.lower() if isinstance(kind, str) else kind
         if name == "all_in_one":
             return cls("tanh", gain=0.1, clamp=clamp, shift_gain=0.1)
@@ -136,6 +145,7 @@ class ScaleMap:
     @classmethod
     def zuko(cls, slope=1e-3):
         """zuko MonotonicAffineTransform: log s = r / (1 + abs(r / log(slope)))."""
+        _check_number("slope", slope)
         if not 0.0 < slope < 1.0:
             raise ValueError(f"slope: expected a number between 0 and 1, got {slope!r}")
         return cls("rational", clamp=-math.log(slope))

@@ -58,6 +58,13 @@ def test_couplings(kind, mask, dtype):
     same(scattered(make(MASKS[mask], context)).to(dtype), BOTH, inputs(dtype, context), count)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("kind", ["affine", "additive", "spline"])
+def test_couplings_that_pass_nothing(kind):
+    make, count = LAYERS[kind]
+    same(scattered(make([1] * D, 3)), BOTH, inputs(torch.float32, 3), count)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", WHOLE)
 def test_layers(kind, dtype):

@@ -80,6 +80,14 @@ def test_shapes_of_samples_and_single_points(kind):
             close(got, want, 1e-10)
 
 
+def test_empty_batches_of_several_dims():
+    flow = zuko.flows.RealNVP(3, 2, transforms=2, hidden_features=(16,))
+    fused, _ = accelerated(flow)
+    c, x = torch.randn(2), torch.randn(6, 0, 3)
+    for model in (flow, fused):
+        assert model(c).transform(x).shape == x.shape
+
+
 def test_transforms_tell_what_they_are():
     flow, _ = accelerated(FLOWS["MAF"](0))
     x = torch.randn(3, D)

@@ -89,13 +89,25 @@ def test_dialects_refuse_unknown_kinds(build):
         build()
 
 
+@pytest.mark.parametrize("kind", ["all_in_one", "atan", "tanh", "sigmoid"])
+def test_freia_refuses_what_is_no_clamp(kind):
+    for clamp in (-1, 0.0, math.nan):
+        with pytest.raises(ValueError, match="^clamp: expected a"):
+            ScaleMap.freia(clamp, kind)
+    with pytest.raises(TypeError, match="^clamp: expected a number, got str"):
+        ScaleMap.freia("2", kind)
+    with pytest.raises(TypeError, match="^slope: expected a number, got str"):
+        ScaleMap.zuko("a")
+
+
 @pytest.mark.parametrize("slope", [0.0, 1.0, -1e-3, math.nan])
 def test_zuko_refuses_a_slope_without_a_bound(slope):
     with pytest.raises(ValueError, match="^slope"):
         ScaleMap.zuko(slope)
 
 
-@pytest.mark.parametrize(("name", "value"), [("gain", None), ("offset", "2"), ("clamp", torch.ones(2)), ("eps", [0.1])])
+@pytest.mark.parametrize(("name", "value"), [("gain", None), ("offset", "2"), ("clamp", torch.ones(2)), ("eps", [0.1]),
+                                            ("eps", True)])
 def test_refuses_what_is_no_number(name, value):
     with pytest.raises(TypeError, match=f"^{name}: expected a number, got {type(value).__name__}"):
         ScaleMap("tanh", **{name: value})

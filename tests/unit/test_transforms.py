@@ -76,6 +76,45 @@ def test_func_grad_jacrev_jacfwd_and_hessian(name):
 
 
 @every_call
+def test_transforms_of_the_backward_of_a_graph_made_outside(name):
+    """It is linear in the incoming gradient, and that of a kernel's graph must be to every transform what eager
+    PyTorch's is."""
+    function, operand = CALLS[name]
+    found = []
+    for module in (functional, reference):
+        leaf = operand.clone().requires_grad_()
+        out = function(module, leaf)
+        torch.manual_seed(1)
+        v, w = torch.randn(2, *out.shape, dtype=out.dtype)
+
+        def pulled(v, out=out, leaf=leaf, **options):
+            return torch.autograd.grad(out, leaf, v, retain_graph=True, **options)[0]
+
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(pulled(forward_ad.make_dual(v, w))).tangent
+        found.append((pulled(w), torch.func.jvp(pulled, (v,), (w,))[1], tangent, torch.func.jacfwd(pulled)(v),
+                      torch.func.vmap(pulled)(torch.stack([v, w])),
+                      torch.func.grad(lambda v, pulled=pulled: pulled(v, create_graph=True).square().sum())(v)))
+    noise = 1e-5 if "top down" in name else 1e-10  # the kernel's normals are the reference's to 2e-6
+    torch.testing.assert_close(*found, rtol=noise, atol=0.1 * noise)
+    close(found[0][1:3], (found[0][0],) * 2)
+
+
+@pytest.mark.parametrize("channels", [(3, 0), (0, 2), (0, 0)])
+def test_vmapped_gradients_without_active_or_passive_channels(channels):
+    active, kept = channels
+    x, params, passive = (torch.randn(2, c, dtype=torch.float64, requires_grad=True)
+                          for c in (active, 2 * active, kept))
+    y, logdet = functional.affine_coupling(x, params, passive=passive)
+    leaves, several = [x, params, passive], torch.randn(4, *y.shape, dtype=torch.float64)
+    found = torch.autograd.grad((y, logdet), leaves, (several, several.new_ones(4, 2)), is_grads_batched=True,
+                                retain_graph=True)
+    for i, one in enumerate(several):
+        wanted = torch.autograd.grad((y, logdet), leaves, (one, one.new_ones(2)), retain_graph=True)
+        close([t[i] for t in found], list(wanted))
+
+
+@every_call
 def test_func_vmap_vjp_and_jvp(name):
     function, operand = CALLS[name]
     many = torch.stack([operand, operand * 0.5, operand + 0.1])
