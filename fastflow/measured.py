@@ -4,8 +4,10 @@ A training step repeats few shapes many times, so it may try, as cuDNN does amon
 backends decides, by metadata alone.
 """
 
+import collections
 import contextlib
 import threading
+import warnings
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -14,13 +16,16 @@ from fastflow import backends
 
 WARM_UP, ROUNDS, CALLS = 2, 3, 5
 SLEEP = 20_000_000  # cycles of a GPU, some 10 ms, within which the host has queued the calls of a round
+LONGEST = 8  # times as long, where it has not
 
 
 class _State(threading.local):
-    queued = None
+    paused = False
 
 
 _state = _State()
+# Of all threads, for backward may run a part again in one of its own, and must find what forward found.
+_trying = collections.Counter()
 _found = {}  # {what was tried: (the fastest way, {way: seconds})}
 
 
@@ -32,11 +37,21 @@ def trying(queued):
         queued: True where the calls are to be recorded as a CUDA graph: the GPU's time alone counts. False: the
             elapsed time, in which the host launches.
     """
-    previous, _state.queued = _state.queued, queued
+    _trying[queued] += 1
     try:
         yield
     finally:
-        _state.queued = previous
+        _trying[queued] -= 1
+
+
+@contextlib.contextmanager
+def paused():
+    """Calls of this thread inside neither try nor use what was found."""
+    previous, _state.paused = _state.paused, True
+    try:
+        yield
+    finally:
+        _state.paused = previous
 
 
 def fastest(usual, operands, ways, what):
@@ -47,16 +62,18 @@ def fastest(usual, operands, ways, what):
         ways: {name: function of the operands}, each differentiable in them.
         what: name of the call, for :func:`report`.
     """
-    if _state.queued is None or backends.requested() is not None or not _on_a_gpu(operands[0]):
+    queued = True if _trying[True] else False if _trying[False] else None
+    if queued is None or _state.paused or backends.requested() is not None or not _on_a_gpu(operands[0]):
         return usual
     kind = operands[0].device.type
     lowered = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    key = (what, operands[0].device, _state.queued, lowered,
-           *((t.dtype, tuple(t.shape), t.stride(), t.requires_grad) for t in operands))
+    # Without strides and what needs a gradient, in which a second run may differ.
+    key = what, operands[0].device, queued, lowered, *((t.dtype, tuple(t.shape)) for t in operands)
     if key not in _found:
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in operands) or _recording():
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+        if not recorded or _in_backward() or _capturing():
             return usual
-        seconds = _tried(operands, ways, _state.queued)
+        seconds = _tried(operands, ways, queued, lowered, what)
         _found[key] = min(seconds, key=seconds.get), seconds
     return _found[key][0]
 
@@ -76,21 +93,37 @@ def _on_a_gpu(x):
             and not torch._C._len_torch_dispatch_stack())
 
 
-def _recording():
+def _in_backward():
+    return torch._C._current_graph_task_id() != -1
+
+
+def _capturing():
     return torch.cuda.is_current_stream_capturing()
 
 
-def _tried(operands, ways, queued):
+def _tried(operands, ways, queued, lowered, what):
     leaves = [t.detach().requires_grad_(t.requires_grad) for t in operands]
-    wanted = [t for t in leaves if t.requires_grad]
+    wanted, kind = [t for t in leaves if t.requires_grad], operands[0].device.type
 
     def both_passes(way):
-        out = way(*leaves)
+        # A cache would lower the weights once for all calls.
+        with torch.autocast(kind, dtype=lowered, enabled=lowered is not None, cache_enabled=False):
+            out = way(*leaves)
         torch.autograd.grad(out, wanted, torch.ones_like(out))
 
+    calls = {name: lambda way=way: both_passes(way) for name, way in ways.items()}
     with saved_tensors_hooks(_same, _same):  # what is saved here is no part of the pass
-        return seconds_of({name: lambda way=way: both_passes(way) for name, way in ways.items()}, operands[0].device,
-                          queued)
+        for name in list(calls):
+            try:
+                for _ in range(WARM_UP):
+                    calls[name]()
+            except Exception as error:
+                if len(calls) == 1 or not type(error).__module__.startswith("triton"):
+                    raise
+                warnings.warn(f"{what}: {name} does not run on this GPU and is left out ({error})", RuntimeWarning,
+                              stacklevel=2)
+                del calls[name]
+        return seconds_of(calls, operands[0].device, queued)
 
 
 def _same(tensor):
@@ -101,19 +134,21 @@ def seconds_of(calls, device, queued):
     """{name: seconds of a call}, the least of several interleaved rounds."""
     least = dict.fromkeys(calls, float("inf"))
     with torch.cuda.device(device):
-        for call in calls.values():
-            for _ in range(WARM_UP):
-                call()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(ROUNDS):
             for name, call in calls.items():
-                torch.cuda.synchronize(device)
-                if queued:
-                    torch.cuda._sleep(SLEEP)
-                start.record()
-                for _ in range(CALLS):
-                    call()
-                end.record()
+                longer = 1
+                while longer <= LONGEST:
+                    torch.cuda.synchronize(device)
+                    if queued:
+                        torch.cuda._sleep(longer * SLEEP)
+                    start.record()
+                    for _ in range(CALLS):
+                        call()
+                    end.record()
+                    if not queued or not start.query():
+                        break
+                    longer *= 2  # the GPU woke before all was queued
                 end.synchronize()
                 least[name] = min(least[name], 1e-3 * start.elapsed_time(end) / CALLS)
     return least

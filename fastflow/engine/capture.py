@@ -159,10 +159,10 @@ class CapturedSteps:
                                "which a graph of the GPU can't follow; delete the loss or output that still refers to "
                                "it, or detach what you keep")
         if shape.calls < WARM_UP:
-            shape.calls += 1
             self.eager += 1
             with self.recorder.aside():
                 outputs = self.body(shape.batch, last)
+            shape.calls += 1
             if self.accumulating:
                 self._gradients = [p.grad for p in self.parameters]
             return outputs

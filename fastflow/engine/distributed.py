@@ -8,8 +8,8 @@ import os
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Processes", "agree", "gathered", "is_sharded", "local", "placed_like", "replicas", "synchronized",
-           "synchronizes", "unwrap", "whole", "wrapped"]
+__all__ = ["Processes", "agree", "gathered", "is_compiled", "is_sharded", "local", "mean_over", "placed_like",
+           "replicas", "synchronized", "synchronizes", "unwrap", "whole", "wrapped"]
 
 
 def layers_of(model):
@@ -27,6 +27,14 @@ def layers_of(model):
 def unwrap(model):
     """The model inside torch.compile's and DistributedDataParallel's wrappers."""
     return list(layers_of(model))[-1]
+
+
+def is_compiled(model):
+    """Whether torch.compile, or Module.compile(), is among the wrappers, or on a part that runs steps of a flow."""
+    *wrappers, inner = layers_of(model)
+    parts = [m for m in inner.modules() if m is inner or getattr(m, "saves_memory", False)]
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+               for m in (*wrappers, *parts))
 
 
 def replicas(model):
@@ -147,6 +155,15 @@ class Processes:
     def most(self, number):
         """The largest of the numbers that the processes have."""
         return number if self.count == 1 else max(t.item() for t in self.gather(torch.tensor(float(number))))
+
+
+def mean_over(model, number):
+    """The mean over the processes of a 0-d tensor, where the model's gradients are means over them; else itself."""
+    if replicas(model) is None and not is_sharded(model):
+        return number
+    total = number.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
 
 
 def agree(model, flag):

@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from fastflow import checks
 from fastflow.engine.distributed import local, placed_like
 
 __all__ = ["EMA"]
@@ -15,7 +16,8 @@ class EMA:
     d is ``decay``, or with a ``warmup`` w after n updates min(decay, (1 + n)/(w + n)): it forgets faster at first.
 
     Args:
-        model: the module whose trained parameters are averaged; sharded ones stay sharded.
+        model: the module whose trained parameters are averaged, those that are unfrozen later from then on; sharded
+            ones stay sharded.
         decay: a number in [0, 1).
         warmup: 0 for none, or a number of 1 or more.
 
@@ -25,16 +27,24 @@ class EMA:
     """
 
     def __init__(self, model, decay, warmup=0):
+        checks.number("ema_decay", decay)
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"ema_decay: expected a number in [0, 1) or None, got {decay!r}")
         if warmup and not warmup >= 1:
             raise ValueError(f"ema_warmup: expected 0 or a number of 1 or more, got {warmup!r}")
         self.decay, self.warmup = decay, warmup
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._sources = [p for _, p in named]
-        self.parameters = {name: p.detach().clone() for name, p in named}
+        self._sources, self.parameters = [], {}
+        self._frozen = dict(model.named_parameters())
+        self._join()
         device = self._sources[0].device if self._sources else None
         self.n_updates = torch.zeros((), dtype=torch.float64, device=device)
+
+    def _join(self):
+        """Parameters that are trained from now on begin with what they are."""
+        for name, p in list(self._frozen.items()):
+            if p.requires_grad:
+                self._sources.append(self._frozen.pop(name))
+                self.parameters[name] = p.detach().clone()
 
     def _tensors(self):
         """(averages, parameters): the tensors of this process."""
@@ -43,6 +53,8 @@ class EMA:
     @torch.no_grad()
     def update(self, skip=None):
         """Takes the current parameters in; not where the 0-d device tensor ``skip`` is 1."""
+        if self._frozen:
+            self._join()
         averages, sources = self._tensors()
         self.n_updates += 1 if skip is None else 1 - skip
         if skip is None and not self.warmup:

@@ -6,7 +6,7 @@ import torch
 
 from fastflow import backends, launches
 from fastflow.engine.buffers import Buffers
-from fastflow.engine.distributed import is_sharded, replicas, unwrap
+from fastflow.engine.distributed import is_compiled, is_sharded, replicas, unwrap
 from fastflow.engine.precision import conditioners
 from fastflow.engine.update import is_fused
 from fastflow.nn import AffineCoupling, ConvNet, InvertibleConv1x1
@@ -98,13 +98,15 @@ def _precision(step, model):
     dtype = next(model.parameters()).dtype
     if step.conditioner_dtype is None:
         return f"{dtype} throughout"
+    if dtype == torch.float64:
+        return f"{dtype} throughout, which autocast leaves as it is"
     return (f"{len(conditioners(model))} conditioners under autocast to {step.conditioner_dtype}; parameters, z, "
             f"log-determinants and factorisations in {dtype}")
 
 
 def _compile(step):
     if not step.compile:
-        return "off"
+        return "by the model's own torch.compile" if is_compiled(step.model) else "off"
     if step.compile == "conditioners":
         return f"{len(step._lowered.modules)} conditioners, one graph for all of one shape"
     backend = "inductor" if step.compile is True else step.compile

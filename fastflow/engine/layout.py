@@ -65,11 +65,13 @@ def convolutions_to_channels_last(model, optimizer, wanted):
         ValueError: it is wanted and can't be done.
     """
     inner = unwrap(model)
-    weights = [m.weight for m in inner.modules() if isinstance(m, torch.nn.Conv2d)]
+    # Of a parametrized one the weight is computed: to look at it may move buffers, as a spectral norm's.
+    own = [m._parameters.get("weight") for m in inner.modules() if isinstance(m, torch.nn.Conv2d)]
+    weights = [weight for weight in own if weight is not None]
     if wanted is False:
         return "as it was (channels_last=False)"
     if not weights:
-        return "as it was (there are no 2-D convolutions)"
+        return "as it was (there are no 2-D convolutions with weights of their own)"
     if wanted is None and not isinstance(inner, Flow):
         return "as it was (channels_last=True would convert the convolutions' weights)"
     if not all(map(_converted, weights)) and (reason := _obstacle(model, optimizer, weights)):

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastflow import measured
 from fastflow.engine.batch import mapped
 from fastflow.engine.buffers import Buffers
-from fastflow.engine.distributed import unwrap
+from fastflow.engine.distributed import agree, is_compiled, unwrap
 from fastflow.engine.errors import DriftError
 from fastflow.flows import memory as flow_memory
 
@@ -30,11 +31,16 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, model):
         self.own = {_key(t) for t in (*model.parameters(), *model.buffers())}
         self.storages = {}
-        super().__init__(self._pack, lambda tensor: tensor)
+        self._outer = None
+        super().__init__(self._pack, self._unpack)
 
     def __enter__(self):
+        self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         super().__enter__()
         return self
+
+    def _unpack(self, kept):
+        return kept if self._outer is None else self._outer[1](kept)
 
     def _pack(self, tensor):
         kept = tensor.detach() if tensor.grad_fn is not None else tensor  # an output that holds its node lives forever
@@ -42,7 +48,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
             self.storages[_key(tensor)] = tensor.untyped_storage().nbytes()
         else:
             self.storages[id(kept)] = tensor.numel() * tensor.element_size()
-        return kept
+        return kept if self._outer is None else self._outer[0](tensor)  # hooks that are in force around this
 
     @property
     def total(self):
@@ -152,7 +158,7 @@ class Memory:
         if not drift_bound > 0:
             raise ValueError(f"drift_bound: expected a positive number, got {drift_bound!r}")
         self.model, self.objective = model, objective
-        self.compiled = compiled or hasattr(model, "_orig_mod")
+        self.compiled = compiled or is_compiled(model)
         self.mode, self.drift_bound = mode, drift_bound
         self.saved = self.drift = self._flow_mode = None
         self._first = True
@@ -195,15 +201,22 @@ class Memory:
         """
         if not self._first:
             return
-        drifts = self._flow_mode.drifts if self._flow_mode is not None else None
+        self.refuse_drift(agree_on=self.model)
+        if self._flow_mode is not None:
+            self._flow_mode.drifts = None
+        self._first = False
+
+    def refuse_drift(self, agree_on=None):
+        """Raises as :meth:`check` does, and ends nothing; the processes of the model ``agree_on`` do so together."""
+        drifts = self._flow_mode.drifts if self._first and self._flow_mode is not None else None
         if drifts:
-            self.drift = torch.stack([d.to(drifts[0].device) for d in drifts]).max().item()
+            drift = torch.stack([d.to(drifts[0].device) for d in drifts]).max()
+            drift = torch.where(drift.isnan(), torch.inf, drift)  # which a maximum over processes keeps
+            self.drift = (drift if agree_on is None else agree(agree_on, drift)).item()
             if not self.drift <= self.drift_bound:
                 raise DriftError(f"memory='invert' recovers z with a relative error of {self.drift:.1e} in the first "
                                  f"step, above drift_bound={self.drift_bound:g}; the step was not taken (keep z more "
                                  f"often with keep_every, or use memory='save_z')")
-            self._flow_mode.drifts = None
-        self._first = False
 
     def choose(self, batch):
         """Ends "auto", if that is the mode: the choice for batches like this one."""
@@ -212,7 +225,8 @@ class Memory:
         self.mode = "none"
         inner, x = unwrap(self.model), batch.x
         try:
-            rate, rest = per_image(lambda *part: self.objective(inner, *part)[0], inner, *batch)
+            with measured.paused():
+                rate, rest = per_image(lambda *part: self.objective(inner, *part)[0], inner, *batch)
         except (TypeError, ValueError):
             self.mode = "auto"  # the step itself will say what is wrong, with the sizes of its own batch
             return

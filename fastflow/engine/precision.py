@@ -54,19 +54,39 @@ class Conditioners:
             asked = "conditioner_dtype: expected None" if dtype is not None else "compile: expected a bool"
             raise ValueError(f"{asked} for {type(model).__name__}, in which no network is known to be a conditioner; "
                              "use torch.autocast or torch.compile around what may be lowered or compiled")
-        run = torch.compile(_own_copy(_forward), dynamic=False) if compiled else None
-        # Made once, for torch.compile guards on them.
-        self.forwards = [_changed(module, dtype, run) for module in self.modules]
+        self._how = dtype, compiled
+        self._make()
+
+    def _make(self):
+        dtype, compiled = self._how
+        self._run = torch.compile(_own_copy(_forward), dynamic=False) if compiled else None
+        # Made once for each of a module's own, for torch.compile guards on them.
+        self._own = [module.__dict__.get("forward") for module in self.modules]
+        self._forwards = [_changed(module, dtype, self._run) for module in self.modules]
+
+    def __getstate__(self):  # a copy's functions are of its own modules
+        return {"modules": self.modules, "_how": self._how}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._make()
 
     @contextlib.contextmanager
     def __call__(self):
-        for module, forward in zip(self.modules, self.forwards, strict=True):
+        own = [module.__dict__.get("forward") for module in self.modules]
+        for i, (now, before) in enumerate(zip(own, self._own, strict=True)):
+            if now is not before:
+                self._own[i], self._forwards[i] = now, _changed(self.modules[i], self._how[0], self._run)
+        for module, forward in zip(self.modules, self._forwards, strict=True):
             module.forward = forward
         try:
             yield
         finally:
-            for module in self.modules:
-                del module.forward
+            for module, before in zip(self.modules, own, strict=True):
+                if before is None:
+                    del module.forward
+                else:
+                    module.forward = before
 
 
 def _forward(module, x, *args, **kwargs):

@@ -4,11 +4,12 @@ import contextlib
 
 import torch
 
+from fastflow import checks
 from fastflow.engine import capture as capturing
 from fastflow.engine import explain
 from fastflow.engine.batch import Batch
 from fastflow.engine.buffers import Buffers
-from fastflow.engine.distributed import is_sharded, replicas, synchronized, synchronizes, unwrap
+from fastflow.engine.distributed import is_sharded, mean_over, replicas, synchronized, synchronizes, unwrap
 from fastflow.engine.ema import EMA
 from fastflow.engine.errors import NonFiniteError
 from fastflow.engine.layout import Benchmarked, convolutions_to_channels_last
@@ -23,6 +24,10 @@ __all__ = ["TrainStep"]
 
 UNCHANGED = contextlib.nullcontext()
 ADVICE = "(try a lower learning rate, warm-up or clipping)"
+
+
+def _parameters_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class TrainStep:
@@ -97,6 +102,8 @@ class TrainStep:
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("optimizer: LBFGS evaluates the loss several times in a step, which this one does once")
+        if clip_grad_norm is not None:
+            checks.number("clip_grad_norm", clip_grad_norm)
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {clip_grad_norm!r}")
         if check_finite not in (True, False, "late"):
@@ -122,7 +129,7 @@ class TrainStep:
                              drift_bound, compiled=bool(compile) and compile != "conditioners")
         self.clip_grad_norm, self.accumulate, self.conditioner_dtype = clip_grad_norm, accumulate, conditioner_dtype
         self.check_finite = "late" if capture and check_finite else check_finite
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters = _parameters_of(optimizer)
         self._device = self._parameters[0].device
         recorder = capturing.recorder_for(self._device) if capture else None
         if capture:
@@ -162,6 +169,8 @@ class TrainStep:
         batch = Batch(x, context, targets)
         batch.check()
         self.check()
+        if sum(len(group["params"]) for group in self.optimizer.param_groups) != len(self._parameters):
+            self._parameters[:] = _parameters_of(self.optimizer)  # a group was added; the list is the update's, too
         last = self._calls + 1 == self.accumulate
         if self.check_finite:
             self._replays.append(Replay(batch, self._device))
@@ -207,7 +216,11 @@ class TrainStep:
         """What a step does and why, one line per choice. With a batch ``x`` also the kernels that fastflow's operators
         launch in its forward and backward (see :mod:`fastflow.launches`); nothing is changed by that."""
         text = explain.choices(self)
-        return text if x is None else text + "\n" + explain.launched(self, Batch(x, context, targets))
+        if x is None:
+            return text
+        batch = Batch(x, context, targets)
+        batch.check()
+        return text + "\n" + explain.launched(self, batch)
 
     def _device_step(self, batch, last):
         """What is recorded: one call without a word to the host."""
@@ -226,7 +239,8 @@ class TrainStep:
             (loss if self.accumulate == 1 else loss * len(batch.x)).backward()
         loss, scale, watched = loss.detach(), None, loss.detach()
         if self.accumulate > 1:
-            watched, scale = self._watch.add_(watched), 1.0 / self._total
+            watched = self._watch.add_(watched)
+            scale = 1.0 / (mean_over(self.model, self._total) if last else self._total)
         if not last:
             return loss, parts, None
         norm, flag = self._update.measure(watched, scale)
@@ -246,6 +260,8 @@ class TrainStep:
         """Raises before anything is changed."""
         if not flag:
             return
+        if torch.isfinite(loss):
+            self.memory.refuse_drift()
         if not torch.isfinite(loss):
             what = f"the loss is {loss.item()}"
         elif not torch.isfinite(norm):

@@ -44,9 +44,10 @@ class ConvNet(nn.Module):
             operands = (x, *self._parameters_in_turn())
             if backends.serves("conv_net", *operands):
                 return functional.conv_net(*operands)
+        # In place, for a convolution does not keep its own output; but what hooks of backward give out must stay.
         h = self.conv1(x)
-        h = F.relu(h if shift is None else h + shift, inplace=True)  # a convolution does not keep its own output
-        return self.conv3(F.relu(self.conv2(h), inplace=True))
+        h = F.relu(h if shift is None else h + shift, inplace=shift is not None or not is_hooked(self.conv1))
+        return self.conv3(F.relu(self.conv2(h), inplace=not is_hooked(self.conv2)))
 
     def explain(self):
         """Where a call without a context runs, on the parameters' device: a backend, or PyTorch and why."""

@@ -28,6 +28,13 @@ def batches(n, size):
     return [torch.rand(size, 1, 8, 8, generator=generator, dtype=torch.float64) - 0.5 for _ in range(n)]
 
 
+def uneven(rank):
+    """Batches of 4 and 1 for one process, of 2 and 3, then 1 for the other."""
+    one, two = batches(2, 6)
+    parts = ((one[:4], two[:1]), (one[4:], two[1:4]))[rank]
+    return (*parts, *((two[4:], one[:1]) if rank == 0 else (two[5:], one[1:2])))
+
+
 def sgd(model, fused=True):
     return torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, fused=fused)
 
@@ -62,6 +69,11 @@ def replicas(rank):
             message = str(error)
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         found[name] = before, message
+    model = glow()
+    step = TrainStep(DistributedDataParallel(model), sgd(model), accumulate=2)
+    for x in uneven(rank):
+        step(x)
+    found["uneven"] = [p.detach().clone() for p in model.parameters()]
     reductions = []
     model = glow()
     ddp = DistributedDataParallel(model)
@@ -92,6 +104,8 @@ def shards(rank):
     assert "processes: sharded (FSDP2)" in text and "layout: as it was (parameters are sharded)" in text
     for x in batches(4, 4):
         step(x.chunk(WORLD)[rank])
+    for x in uneven(rank):
+        step(x)
     with step.ema.swapped_in():
         averages = [p.detach().full_tensor() for p in model.parameters()]
     parameters = [p.detach().full_tensor() for p in model.parameters()]
@@ -141,6 +155,12 @@ def test_replicas_equal_one_process_with_all_the_data(results):
         torch.testing.assert_close(first[name][0], [p.detach() for p in model.parameters()], rtol=1e-8, atol=1e-9)
         assert first[name][1].startswith(("the gradients' norm is nan", "the loss or a gradient is not finite"))
         assert "the batch's x is not finite" in second[name][1]
+    model = glow()
+    step = TrainStep(model, sgd(model))
+    for update in (slice(0, 2), slice(2, 4)):
+        step(torch.cat([*uneven(0)[update], *uneven(1)[update]]))
+    assert all(torch.equal(a, b) for a, b in zip(first["uneven"], second["uneven"], strict=True))
+    torch.testing.assert_close(first["uneven"], [p.detach() for p in model.parameters()], rtol=1e-8, atol=1e-9)
     assert first["reductions"] == 2  # one bucket, two updates in eight calls
 
 
@@ -149,6 +169,8 @@ def test_shards_equal_a_whole_model(results):
     step = TrainStep(model, sgd(model), accumulate=2, clip_grad_norm=1.0, ema_decay=0.5)
     for x in batches(4, 4):
         step(x)
+    for i in range(4):
+        step(torch.cat([uneven(0)[i], uneven(1)[i]]))
     for parameters, averages, message, refused, unchanged in (of_shards for _, of_shards in results):
         torch.testing.assert_close(parameters, [p.detach() for p in model.parameters()], rtol=1e-8, atol=1e-9)
         torch.testing.assert_close(averages, list(step.ema.parameters.values()), rtol=1e-8, atol=1e-9)

@@ -124,6 +124,38 @@ def test_drift_is_measured_once_and_reported():
     assert step.memory.drift == drift
 
 
+def test_an_inverse_that_fails_altogether_is_drift(monkeypatch):
+    model = glow().float()
+    coupling = model.transform.levels[0].steps[0].coupling
+    right = coupling._transform
+    coupling._transform = lambda x, params, back, *others: right(
+        x * float("inf") if back else x, params, back, *others)
+    with pytest.raises(DriftError, match="relative error of inf"):
+        TrainStep(model, sgd(model), memory="invert")(images())
+
+
+@pytest.mark.parametrize("compiled", [
+    lambda model: model.compile(backend="eager"), lambda model: model.transform.compile(backend="eager")])
+def test_invert_is_refused_for_a_model_that_compiles_itself(compiled):
+    model = glow()
+    compiled(model)
+    with pytest.raises(ValueError, match="memory: 'invert' can't be combined with torch.compile"):
+        TrainStep(model, sgd(model), memory="invert")
+    assert "compile: by the model's own torch.compile" in TrainStep(model, sgd(model)).explain()
+
+
+@pytest.mark.parametrize("mode", ["none", "save_z"])
+def test_hooks_around_a_step_see_what_is_saved_from_the_first_one_on(mode):
+    model, counts = glow(), []
+    step = TrainStep(model, sgd(model), memory=mode)
+    for _ in range(3):
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t.shape) or t, lambda t: t):
+            step(images())
+        counts.append(len(seen))
+    assert counts[0] == counts[1] == counts[2] > 0
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_drift_above_the_bound_is_refused_and_nothing_changes(broken):
     model = glow().float()

@@ -1,6 +1,7 @@
 """Conditioners in bfloat16, everything else in float32."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -113,6 +114,54 @@ def test_a_copy_made_during_training_is_a_model_of_its_own():
             parameter.zero_()
     assert not torch.equal(twin.transform.levels[0].steps[0].coupling.conditioner(torch.ones(1, 6, 4, 4)),
                            model.transform.levels[0].steps[0].coupling.conditioner(torch.ones(1, 6, 4, 4)))
+
+
+@pytest.mark.parametrize("options", [{"conditioner_dtype": torch.bfloat16}, {"compile": "conditioners"}])
+def test_a_copy_of_the_step_trains_a_model_of_its_own(options):
+    model, x = glow(), torch.rand(4, 3, 8, 8)
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 1e-3), **options)
+    step(x)
+    twin = copy.deepcopy(step)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = twin(x)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    torch.testing.assert_close(step(x), loss, rtol=0, atol=0)
+    for p, q in zip(model.parameters(), twin.model.parameters(), strict=True):
+        assert p is not q and torch.equal(p, q) and torch.equal(p.grad, q.grad)
+
+
+def test_a_step_can_be_pickled():
+    model, x = glow(), torch.rand(4, 3, 8, 8)
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 1e-3), conditioner_dtype=torch.bfloat16)
+    step(x)
+    again = pickle.loads(pickle.dumps(step))
+    torch.testing.assert_close(again(x), step(x), rtol=0, atol=0)
+
+
+def test_a_forward_of_a_conditioner_s_own_stays():
+    model, x, calls = glow(), torch.rand(4, 3, 8, 8), []
+    conditioner = model.transform.levels[0].steps[0].coupling.conditioner
+    usual = conditioner.forward
+
+    def own(*args):
+        calls.append(args[0].dtype)
+        return usual(*args)
+
+    early = TrainStep(model, torch.optim.SGD(model.parameters(), 1e-3), conditioner_dtype=torch.bfloat16)
+    conditioner.forward = own
+    for step in (early, TrainStep(model, torch.optim.SGD(model.parameters(), 1e-3), conditioner_dtype=torch.bfloat16)):
+        calls.clear()
+        step(x)
+        assert calls and conditioner.forward is own
+    calls.clear()
+    model.log_prob(x)
+    assert len(calls) == 1
+
+
+def test_autocast_leaves_float64_as_it_is_and_explain_says_so():
+    model = glow().double()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 1e-3), conditioner_dtype=torch.bfloat16)
+    assert "precision: torch.float64 throughout, which autocast leaves" in step.explain()
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from stand_in_models import Affine
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastflow import flows
-from fastflow.engine import TrainStep
+from fastflow.engine import NonFiniteError, TrainStep
 from fastflow.engine.ema import EMA
 from fastflow.vae import VAE, conv_decoder, conv_encoder
 
@@ -102,6 +102,53 @@ def test_frozen_parameters_are_not_averaged():
     model = Affine()
     model.shift.requires_grad_(False)
     assert list(EMA(model, 0.5).parameters) == ["log_scale"]
+
+
+def test_parameters_that_are_unfrozen_later_are_averaged_from_then_on():
+    model = Affine()
+    model.shift.requires_grad_(False)
+    ema = EMA(model, 0.5)
+    ema.update()
+    model.shift.requires_grad_(True)
+    start = model.shift.detach().clone()
+    ema.update()
+    with torch.no_grad():
+        model.shift += 1.0
+    ema.update()
+    torch.testing.assert_close(ema.parameters["shift"], start + 0.5)
+    with ema.swapped_in():
+        torch.testing.assert_close(model.shift.detach(), start + 0.5)
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"clip_grad_norm": 0.1}])
+def test_a_group_that_is_added_to_the_optimizer_counts(options):
+    model, twin, x = glow(), glow(), torch.rand(8, 3, 8, 8) - 0.5
+    twin.load_state_dict(model.state_dict())
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters[:5], lr=1e-3)
+    step = TrainStep(model, optimizer, **options)
+    optimizer.add_param_group({"params": parameters[5:]})
+    for part in x.chunk(step.accumulate):
+        step(part)
+    (-twin.log_prob(x).mean()).backward()
+    if "clip_grad_norm" in options:
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+    torch.optim.SGD(twin.parameters(), lr=1e-3).step()
+    same(model, twin)
+    parameters[-1].register_hook(lambda g: g * float("nan"))
+    with pytest.raises(NonFiniteError):
+        for part in x.chunk(step.accumulate):
+            step(part)
+
+
+def test_a_step_is_made_without_a_look_at_parametrized_weights():
+    model = glow()
+    for module in [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]:
+        torch.nn.utils.parametrizations.spectral_norm(module)
+    before = copy.deepcopy(model.state_dict())
+    step = TrainStep(model, adam(model, fused=True))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert "layout: as it was (there are no 2-D convolutions with weights of their own)" in step.explain()
 
 
 def test_convolution_weights_go_channels_last_and_so_do_their_gradients():

@@ -67,6 +67,17 @@ def test_a_pair_of_params_is_what_the_packed_ones_are(split, width, layout, orde
         torch.testing.assert_close(pair, one)
 
 
+@pytest.mark.parametrize("name", ["conv1", "conv2", "conv3"])
+def test_backward_hooks_on_convolutions_of_a_conditioner(name):
+    net, x, seen = ConvNet(2, 4, 16), torch.randn(3, 2, 5, 5), []
+    torch.nn.init.normal_(net.conv3.weight)
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    getattr(net, name).register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(grad_output[0]))
+    found = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 1
+
+
 def test_a_mask_compiles_with_every_size_dynamic():
     layer = AffineCoupling(nn.Linear(4, 8), split=torch.tensor([1, 0, 1, 0]))
     call = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
