@@ -13,6 +13,7 @@ from fastflow.flows.patchify import Patchify
 from fastflow.flows.transform import Compose
 from fastflow.functional import ScaleMap
 from fastflow.nn import AffineCoupling
+from fastflow.nn.precision import taken
 from fastflow.nn.transformer import TransformerLayer
 
 __all__ = ["CONFIGS", "Jet"]
@@ -77,6 +78,7 @@ class _ViT(nn.Module):
         if context is not None:
             raise ValueError("context: expected None, because Jet is unconditional")
         checks.no_mixed_double([("weight", self.proj_in.weight), ("x", x)])
+        x = taken(x, self.proj_in.weight)
         tokens = x.transpose(1, 2) if self.channel else x.unflatten(2, (2, self.half)).flatten(1, 2)
         h = self.proj_in(tokens) + self.pos_embed
         for layer in self.layers:

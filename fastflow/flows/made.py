@@ -6,6 +6,7 @@ from torch import nn
 
 from fastflow import backends, checks
 from fastflow.nn.hooks import is_hooked
+from fastflow.nn.precision import taken
 
 __all__ = ["MADE", "Sweep"]
 
@@ -89,7 +90,7 @@ class MADE(nn.Module):
         checks.tensor("x", x)
         checks.events("x", x, (self.features,))
         checks.no_mixed_double([("weight", self.layers[0].weight), ("x", x)])
-        h = self.layers[0](x)
+        h = self.layers[0](taken(x, self.layers[0].weight))
         shift = self.context_shift(x.shape[0], context)
         h = h if shift is None else h + shift
         for activation, layer in zip(self.activations, self.layers[1:], strict=True):
@@ -171,7 +172,7 @@ class Sweep:
 
     def push(self, x):
         """The feature at the present place is x (B, 1); go on to the next."""
-        self.inputs.append(x)
+        self.inputs.append(taken(x, self.network.layers[0].weight))
         self.place += 1
 
 

@@ -13,6 +13,7 @@ from fastflow.flows.logdets import zero_logdet
 from fastflow.flows.transform import check_transform, initialize, noise_shape
 from fastflow.functional import ScaleMap
 from fastflow.nn import ContextShift
+from fastflow.nn.precision import taken
 from fastflow.reference.layout import channels_last
 
 __all__ = ["CheckerboardSqueeze", "ContextPrior", "Flatten", "HaarSqueeze", "Split", "Squeeze", "ZeroConv"]
@@ -210,7 +211,7 @@ class ZeroConv(nn.Conv2d):
         self.shift = _zero_shift(out_channels, context)
 
     def forward(self, x, context=None):
-        h = super().forward(x)
+        h = super().forward(taken(x, self.weight))
         return h if self.shift is None else h + self.shift(x, context)
 
 

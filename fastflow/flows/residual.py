@@ -123,6 +123,9 @@ class InvertibleResidual(nn.Module):
             raise ValueError(f"{name}: expected shape (B, *event), got {tuple(x.shape)}")
         parameter = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
         checks.no_mixed_double([("weight", parameter), (name, x)])
+        if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(f"weight: expected float32 or float64, in which the inverse comes to rest, got "
+                            f"{parameter.dtype}")
         if hasattr(self.net, "event_shape"):
             checks.events(name, x, self.net.event_shape)
 

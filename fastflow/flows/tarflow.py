@@ -12,6 +12,7 @@ from fastflow.flows.flow import Flow
 from fastflow.flows.labels import check_labels
 from fastflow.flows.patchify import Patchify
 from fastflow.flows.transform import Compose
+from fastflow.nn.precision import taken
 from fastflow.nn.transformer import TransformerLayer
 
 __all__ = ["CONFIGS", "TarFlow", "TarFlowBlock"]
@@ -47,7 +48,8 @@ class _CausalTransformer(nn.Module):
             labels: (B,) int64, -1 for none; or None.
             temperature: of the attention, see :class:`TransformerLayer`.
         """
-        h = self.proj_in(x) + (self.pos_embed if rows is None else self.pos_embed.index_select(0, rows))
+        place = self.pos_embed if rows is None else self.pos_embed.index_select(0, rows)
+        h = self.proj_in(taken(x, self.proj_in.weight)) + place
         if self.class_embed is not None:
             h = h + self._embed(labels)
         for index, layer in enumerate(self.layers):

@@ -6,6 +6,7 @@ from torch import nn
 from fastflow import backends, functional
 from fastflow.nn.context import ContextShift
 from fastflow.nn.hooks import is_hooked
+from fastflow.nn.precision import taken
 
 __all__ = ["ConvNet"]
 
@@ -39,6 +40,7 @@ class ConvNet(nn.Module):
         self.context = ContextShift(hidden_channels, **context)
 
     def forward(self, x, context=None):
+        x = taken(x, self.conv1.weight)
         shift = self.context(x, context)
         if shift is None and self._is_as_made():
             operands = (x, *self._parameters_in_turn())

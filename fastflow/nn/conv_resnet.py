@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow.nn.context import ContextShift
+from fastflow.nn.precision import taken
 
 __all__ = ["ConvResNet"]
 
@@ -37,6 +38,7 @@ class ConvResNet(nn.Module):
         self.context = ContextShift(hidden_channels, **context)
 
     def forward(self, x, context=None):
+        x = taken(x, self.first.weight)
         shift = self.context(x, context)
         h = self.first(x) if shift is None else self.first(x) + shift
         for first, second in self.blocks:

@@ -6,6 +6,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.nn.context import ContextShift
+from fastflow.nn.precision import taken
 
 __all__ = ["GatedAttentionNet", "GatedConv"]
 
@@ -101,6 +102,7 @@ class GatedAttentionNet(nn.Module):
 
     def forward(self, x, context=None):
         checks.events("x", x, (self.first.in_channels, *self.size))
+        x = taken(x, self.first.weight)
         shift = self.context(x, context)
         h = self.first(x) if shift is None else self.first(x) + shift
         for conv, *attention in self.blocks:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.nn.precision import taken
 
 __all__ = ["MLP"]
 
@@ -45,6 +46,7 @@ class MLP(nn.Module):
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (B, {self.in_features}), got {tuple(x.shape)}")
         checks.no_mixed_double([("weight", self.layers[0].weight), ("x", x)])
+        x = taken(x, self.layers[0].weight)
         if self.context_features is None:
             if context is not None:
                 raise ValueError(f"context: expected None, because the network was built without context_features, "
