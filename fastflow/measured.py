@@ -10,9 +10,9 @@ import threading
 import warnings
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from fastflow import backends
+from fastflow.autograd.differentiable import unhooked
 
 WARM_UP, ROUNDS, CALLS = 2, 3, 5
 SLEEP = 20_000_000  # cycles of a GPU, some 10 ms, within which the host has queued the calls of a round
@@ -112,7 +112,7 @@ def _tried(operands, ways, queued, lowered, what):
         torch.autograd.grad(out, wanted, torch.ones_like(out))
 
     calls = {name: lambda way=way: both_passes(way) for name, way in ways.items()}
-    with saved_tensors_hooks(_same, _same):  # what is saved here is no part of the pass
+    with unhooked():  # what is saved here is no part of the pass
         for name in list(calls):
             try:
                 for _ in range(WARM_UP):
@@ -124,10 +124,6 @@ def _tried(operands, ways, queued, lowered, what):
                               stacklevel=2)
                 del calls[name]
         return seconds_of(calls, operands[0].device, queued)
-
-
-def _same(tensor):
-    return tensor
 
 
 def seconds_of(calls, device, queued):

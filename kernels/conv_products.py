@@ -29,8 +29,8 @@ def weight_offset(tap, channel, channel_stride, strides):
 
 @triton.jit
 def pixel_of(pixel, pixels, strides, image, DENSE: tl.constexpr, WIDE: tl.constexpr):
-    """(line, place in it, offset) in an image of pixels, int64; beyond the last a line far outside it. A division costs
-    a thread twenty instructions, in 64 bits a hundred: not WIDE, image's reciprocals do instead. DENSE: the pixels lie
+    """(line, place in it, offset) in an image of pixels, int64; beyond the last a line far outside it. Divisions are
+    many instructions, in 64 bits most of all: not WIDE, image's reciprocals do instead. DENSE: the pixels lie
     evenly apart."""
     if WIDE:
         line = pixel // image[1]

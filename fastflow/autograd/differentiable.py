@@ -15,6 +15,7 @@ from torch._C._functorch import (
     is_legacy_batchedtensor,
 )
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastflow import backends
 from fastflow.reference.layout import memory_format_of
@@ -72,6 +73,15 @@ def detached(x):
         return x.detach()
     primal, tangent = forward_ad.unpack_dual(x)
     return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent)
+
+
+def unhooked():
+    """Inside, hooks on saved tensors that are in force outside see nothing."""
+    return saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor):
+    return tensor
 
 
 def needs_grad(*tensors):

@@ -260,14 +260,13 @@ class TrainStep:
         """Raises before anything is changed."""
         if not flag:
             return
-        if torch.isfinite(loss):
-            self.memory.refuse_drift()
         if not torch.isfinite(loss):
             what = f"the loss is {loss.item()}"
-        elif not torch.isfinite(norm):
-            what = f"the gradients' norm is {norm.item()}"
         else:
+            self.memory.refuse_drift()  # which gradients that are not finite may come of
             what = "the loss of another process is not finite"
+            if not torch.isfinite(norm):
+                what = f"the gradients' norm is {norm.item()}"
         replays = self._replays
         self._drop()
         raise self._error(f"{what}; the step was not taken", replays)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing, with_gradient
-from fastflow.estimators.latents import for_network
+from fastflow.estimators.latents import bounded
 from fastflow.estimators.relaxed import temperature_parameter
 
 __all__ = ["REBAR", "RELAX"]
@@ -78,7 +78,7 @@ class RELAX(REBAR):
             self.log_temperature = self.eta = None
 
     def control(self, q, f, z):
-        learned = self.network(for_network(z.flatten(0, 1)))
+        learned = self.network(bounded(z.flatten(0, 1)))
         if learned.shape != (z.shape[0] * z.shape[1],):
             raise ValueError(f"network: expected output of shape {(z.shape[0] * z.shape[1],)}, got "
                              f"{tuple(learned.shape)}")

@@ -227,7 +227,7 @@ class Categorical(Discrete):
         return torch.where(b > 0.5, top, -torch.logaddexp(-gumbel - self.log_probs, -top))
 
 
-def for_network(logits):
+def bounded(logits):
     """Logits, perturbed ones too, as a network takes them: infinite ones as +-30."""
     return torch.where(logits.isinf(), 30.0 * logits.sign(), logits)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
-from fastflow.estimators.latents import for_network
+from fastflow.estimators.latents import bounded
 
 __all__ = ["NVIL", "REINFORCE", "RLOO", "VIMCO", "MovingAverage", "NeuralBaseline", "baseline_network"]
 
@@ -91,7 +91,7 @@ class NeuralBaseline(REINFORCE):
 
     def signal(self, q, values):
         with torch.enable_grad():
-            baseline = self.network(for_network(q.logits.detach()))
+            baseline = self.network(bounded(q.logits.detach()))
             if baseline.shape != values.shape[1:]:
                 raise ValueError(f"network: expected output of shape {tuple(values.shape[1:])}, got "
                                  f"{tuple(baseline.shape)}")

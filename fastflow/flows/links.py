@@ -10,8 +10,8 @@ import contextlib
 import math
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
+from fastflow.autograd.differentiable import unhooked
 from fastflow.flows import memory
 from fastflow.nn import InvertibleConv1x1
 from fastflow.nn.factors import Factors
@@ -26,14 +26,10 @@ class _Link:
     tensors = ()
 
     def rerun(self, z, side, needs, dtype, *tensors):
-        with torch.no_grad(), saved_tensors_hooks(_same, _same):  # an inverse's own gradients stay out of it
+        with torch.no_grad(), unhooked():  # an inverse may take gradients of its own
             x = self.undo(z, side).to(dtype)
         self.forward(_leaf(x, needs), None, *tensors)
         return x
-
-
-def _same(tensor):
-    return tensor
 
 
 def _leaf(x, needs):

@@ -12,6 +12,7 @@ from fastflow.flows import Flow
 from fastflow.flows.base import as_base
 from fastflow.nn import FusedSequential
 from fastflow.nn.hooks import is_hooked
+from fastflow.nn.precision import taken
 from fastflow.vae.posteriors.closed import misplaced
 
 __all__ = ["Generation", "lerp", "slerp"]
@@ -219,10 +220,9 @@ def _begins_plainly(network):
 
 
 def for_network(z, network):
-    """z, float32 or float64, as a network of half precision takes it."""
+    """z, float32 or float64, as the network takes it."""
     like = first_parameter(network)
-    half = like is not None and like.dtype in (torch.float16, torch.bfloat16)
-    return z.to(like.dtype) if half and not torch.is_autocast_enabled(z.device.type) else z
+    return z if like is None or torch.is_autocast_enabled(z.device.type) else taken(z, like)
 
 
 def check_temperature(temperature):

@@ -259,7 +259,7 @@ def test_folders_of_pictures(tmp_path, mode):
 @pytest.mark.parametrize("colour", [True, False])
 def test_pictures_of_more_than_8_bits_are_named(tmp_path, dtype, colour):
     """Beside 8-bit ones, in colour or grey, as well as alone."""
-    image = pytest.importorskip("PIL.Image")
+    image = pytest.importorskip("PIL.Image", reason="Pillow, of the extra data, is not installed")
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     for i in range(4):
         image.fromarray(pixels if colour else pixels[:, :, 0]).save(tmp_path / f"{i}.tif")

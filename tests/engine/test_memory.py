@@ -124,7 +124,7 @@ def test_drift_is_measured_once_and_reported():
     assert step.memory.drift == drift
 
 
-def test_an_inverse_that_fails_altogether_is_drift(monkeypatch):
+def test_an_inverse_that_fails_altogether_is_drift():
     model = glow().float()
     coupling = model.transform.levels[0].steps[0].coupling
     right = coupling._transform

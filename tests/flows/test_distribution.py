@@ -74,7 +74,7 @@ def test_expanded_distributions(conditional):
 
 
 def test_pyros_plates_expand():
-    pyro = pytest.importorskip("pyro")
+    pyro = pytest.importorskip("pyro", reason="Pyro is not installed")
     flow, x = scattered(flows.RealNVP(2, n_layers=2, hidden=(4,))), torch.randn(7, 2)
 
     def model(seen=None):

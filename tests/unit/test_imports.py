@@ -24,7 +24,7 @@ LAYERS = {
     "backends": {"extension", "gpus"},
     "gpus": {"extension"},
     "launches": {"extension"},
-    "measured": set(),
+    "measured": {"autograd"},
     "doctor": set(),
     "draws": set(),
     "fakes": set(),
