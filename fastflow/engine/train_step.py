@@ -236,6 +236,8 @@ class TrainStep:
         with synchronized(self.model, last) if self._synchronizes else UNCHANGED, self._lowered():
             with self.memory.applied(batch):
                 loss, parts = self._loss(self.model, *batch)
+            if not loss.requires_grad:
+                raise ValueError("model: the loss depends on no parameter that requires a gradient; all are frozen")
             (loss if self.accumulate == 1 else loss * len(batch.x)).backward()
         loss, scale, watched = loss.detach(), None, loss.detach()
         if self.accumulate > 1:

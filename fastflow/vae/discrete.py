@@ -7,7 +7,7 @@ from torch import nn
 
 from fastflow import checks, estimators
 from fastflow.vae.elbo import ELBO, iwae
-from fastflow.vae.generation import for_network, way
+from fastflow.vae.generation import encoded, for_network, way
 from fastflow.vae.model import LIKELIHOODS, named
 from fastflow.vae.priors import BitPrior
 
@@ -59,7 +59,7 @@ class DiscreteVAE(nn.Module):
 
     def posterior(self, x):
         """q(z | x), an estimators.Bernoulli (B, D, *S) or Categorical (B, D, *S, C)."""
-        logits = self.encoder(x)
+        logits = encoded(x, self.encoder)
         expected = [x.shape[0], *self.latent_shape]
         if self.n_classes == 2:
             checks.shape("encoder output", logits, expected)

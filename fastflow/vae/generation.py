@@ -195,14 +195,21 @@ def first_parameter(network):
     return next(network.parameters(), None) if isinstance(network, nn.Module) else None
 
 
-def check_dtype(x, network, called):
-    """x has a dtype that the network takes, as far as that can be known: float64 where it works in less is none, and
-    any but that of its parameters is none where the first layer that changes x is a plain linear one or a convolution,
-    for those cast nothing.
+def encoded(x, network, called="encoder"):
+    """network(x), of an x that was checked."""
+    check_input(x, network, called)
+    return network(x)
+
+
+def check_input(x, network, called="encoder"):
+    """x is a tensor of a dtype that the network takes, as far as that can be known: float64 where it works in less is
+    none, and any but that of its parameters is none where the first layer that changes x is a plain linear one or a
+    convolution, for those cast nothing.
 
     Raises:
-        TypeError: it has not.
+        TypeError: it is not.
     """
+    checks.tensor("x", x, floating=False)
     like = first_parameter(network)
     if like is None or x.dtype is like.dtype:
         return

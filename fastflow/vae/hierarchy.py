@@ -10,7 +10,7 @@ from fastflow.autograd.top_down import run_levels
 from fastflow.draws import drawn
 from fastflow.vae import top_down
 from fastflow.vae.elbo import ELBO
-from fastflow.vae.generation import check_temperature, moved, way
+from fastflow.vae.generation import check_temperature, encoded, moved, way
 from fastflow.vae.level import log_priors
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.posteriors.gaussian import log_normal
@@ -275,7 +275,7 @@ class HierarchicalVAE(nn.Module):
 
     def _features(self, x, n_samples=1):
         """What each level sees of x, (K*B, F, *S)."""
-        features = self.bottom_up(x)
+        features = encoded(x, self.bottom_up, "bottom_up")
         if not isinstance(features, (list, tuple)) or len(features) != len(self.levels):
             raise ValueError(f"bottom_up: expected a list of {len(self.levels)} features, one for each level")
         if n_samples == 1:

@@ -7,7 +7,7 @@ from torch import nn
 from fastflow import checks
 from fastflow.flows.labels import check_labels
 from fastflow.vae.elbo import ELBO
-from fastflow.vae.generation import check_dtype
+from fastflow.vae.generation import check_input
 from fastflow.vae.model import VAE
 from fastflow.vae.objectives import Objective
 
@@ -34,7 +34,7 @@ class Conditioned(nn.Module):
     def forward(self, x, context=None):
         if context is None:
             raise ValueError("context: expected a tensor for a conditional network, got None")
-        check_dtype(x, self.network, "network")
+        check_input(x, self.network, "network")
         context = one_hot(context, self.n_classes, x.dtype) if self.n_classes is not None else context.to(x.dtype)
         if context.dim() != 2 or context.shape[0] != x.shape[0]:  # len() would fix it in a graph
             raise ValueError(f"context: expected shape ({len(x)}, context_features), got {tuple(context.shape)}")

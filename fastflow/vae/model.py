@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from fastflow import checks
 from fastflow.flows.base import as_base
 from fastflow.vae.elbo import ELBO, Inference, LossTerms
-from fastflow.vae.generation import Generation, check_dtype, for_network
+from fastflow.vae.generation import Generation, check_input, for_network
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
     ContinuousBernoulliLikelihood,
@@ -141,7 +141,7 @@ class VAE(Generation, nn.Module):
         replaced = own.elbo is not VAE.elbo or own._infer is not VAE._infer or own._terms is not VAE._terms
         if replaced or kl != "auto" or type(self.posterior) is not GaussianPosterior or not has_closed_kl(prior):
             return self.elbo(x, n_samples, beta, context=context, kl=kl, **noise)
-        self._check(x)
+        check_input(x, self.encoder)
         single = n_samples == 1 and noise.get("eps") is None
         if single and context is None and prior is None and (terms := one_node(self, x, **noise)) is not None:
             return LossTerms(-terms[0], terms[1], beta)
@@ -194,13 +194,8 @@ class VAE(Generation, nn.Module):
             raise TypeError(f"posterior: expected log_prob(params, z), which {type(self.posterior).__name__} has not")
         return self.posterior.log_prob(params, z)
 
-    def _check(self, x):
-        """x is a tensor of a dtype that the encoder takes."""
-        checks.tensor("x", x, floating=False)
-        check_dtype(x, self.encoder, "encoder")
-
     def _encoded(self, x, context):
-        self._check(x)
+        check_input(x, self.encoder)
         return self.encoder(x) if context is None else self.encoder(x, context)
 
     def _prior(self, context):

@@ -10,7 +10,7 @@ from torch import nn
 from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.vae.elbo import ELBO
-from fastflow.vae.generation import check_temperature, moved, way
+from fastflow.vae.generation import check_temperature, encoded, moved, way
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.objectives import Objective
 from fastflow.vae.quantizers import count_codes
@@ -62,7 +62,7 @@ class QuantizedVAE(nn.Module):
     def codes(self, x):
         """(B, *S) int64."""
         with self._looked_at():
-            return self.quantizer(self.encoder(x)).codes
+            return self.quantizer(encoded(x, self.encoder)).codes
 
     def code_log_probs(self, codes):
         """(B, T) nats: log p(c_t | c_<t) of each of T codes (B, *S), row by row; their sum is minus the rate."""
@@ -78,7 +78,7 @@ class QuantizedVAE(nn.Module):
     def reconstruct(self, x):
         """The likelihood's mean (B, *event) at the codes of each x."""
         with self._looked_at():
-            return self.likelihood.mean(self.decoder(self.quantizer(self.encoder(x)).z))
+            return self.likelihood.mean(self.decoder(self.quantizer(encoded(x, self.encoder)).z))
 
     @torch.no_grad()
     def sample(self, n, *, generator=None, temperature=1.0, mean=False):
@@ -116,7 +116,7 @@ class QuantizedVAE(nn.Module):
     def interpolate(self, start, end, steps=8, *, path="lerp"):
         """The likelihood's mean at the codes of points on the way between the encoder's outputs for two batches.
         Arguments and result as for VAE.interpolate."""
-        z = way(self.encoder(start), self.encoder(end), steps, path)
+        z = way(encoded(start, self.encoder), encoded(end, self.encoder), steps, path)
         with self._looked_at():
             return self.likelihood.mean(self.decoder(self.quantizer(z.flatten(0, 1)).z)).unflatten(0, z.shape[:2])
 
@@ -134,7 +134,7 @@ class QuantizedVAE(nn.Module):
 
     def _bound(self, x, n_samples, beta):
         checks.count("n_samples", n_samples, 1)
-        z, codes, loss = self.quantizer(self.encoder(x))
+        z, codes, loss = self.quantizer(encoded(x, self.encoder))
         if self.code_shape is None:
             self.code_shape = codes.shape[1:]
         output = self.decoder(z)

@@ -225,6 +225,15 @@ def test_other_models_optimizers_and_batches_are_refused():
             step(x)
 
 
+def test_a_model_whose_parameters_are_all_frozen_is_named():
+    model = RealNVP(4, n_layers=2).requires_grad_(False)
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ValueError, match="model: the loss depends on no parameter that requires a gradient"):
+        step(torch.randn(8, 4))
+    model.requires_grad_()
+    assert step(torch.randn(8, 4)).isfinite()
+
+
 def test_an_optimizer_of_another_model_is_refused():
     model, other = RealNVP(4, n_layers=2), RealNVP(4, n_layers=2)
     with pytest.raises(ValueError, match="optimizer: expected one over the parameters of the RealNVP"):

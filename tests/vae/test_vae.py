@@ -301,6 +301,9 @@ def test_discrete_latents_in_half_precision():
     (TypeError, lambda: vae.MLPVAE((2,), 1, (4,)).double().elbo(torch.rand(4, 2)), "^x: expected torch.float64"),
     (TypeError, lambda: vae.ConditionalVAE((2,), 1, 2).elbo(torch.ones(4, 2).long(), context=torch.zeros(4).long()),
      "^x: expected torch.float32"),
+    *((TypeError, lambda make=make: make().elbo(torch.rand(2, 1, 8, 8).double()), "^x: expected torch.float32 like the")
+      for make in (lambda: vae.HVAE((1, 8, 8), (1, 1), 4), lambda: vae.VQVAE((1, 8, 8), 4, 2, (2, 2)),
+                   lambda: vae.DiscreteVAE(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), nn.Linear(2, 64), 2))),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 3))(torch.rand(4, 2)), "decoder output"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 3), nn.Linear(1, 2))(torch.rand(4, 2)), "params"),
     (ValueError, lambda: vae.GaussianPosterior("variance"), "scale"),
