@@ -13,7 +13,7 @@ __all__ = ["Step", "run"]
 
 
 class Step(NamedTuple):
-    """A layer from x (B, D) to y (B, D).
+    """A layer from x to y, both (B, D) or (B, C, *S).
 
     ``kind`` is a class with static methods, of which none records a graph but ``reference`` for the one that is on:
 
@@ -29,19 +29,19 @@ class Step(NamedTuple):
     tensors: tuple  # parameters, and whatever else the layer consists of; None allowed
 
 
-def run(x, steps):
-    """(y, logdet (B,)) of x through all steps, for operands that fit by construction; logdet is None where no step has
-    one."""
+def run(x, steps, logdet=None):
+    """(y, logdet (B,)) of x through all steps, for operands that fit by construction; to a ``logdet`` that is given
+    those of the steps are added. It is None where neither is."""
     tensors = [t for step in steps for t in step.tensors]
     shapes = tuple((kind, consts, len(own)) for kind, consts, own in steps)
-    if differentiable.needs_grad(x, *tensors):
-        x, *tensors = differentiable.distinct(x, *tensors)
-        return ChainFunction.apply(x, shapes, *tensors)
-    return _forward(x, shapes, tensors, False)[:2]
+    if differentiable.needs_grad(x, logdet, *tensors):
+        x, logdet, *tensors = differentiable.distinct(x, logdet, *tensors)
+        return ChainFunction.apply(x, logdet, shapes, *tensors)
+    return _forward(x, logdet, shapes, tensors, False)[:2]
 
 
-def _forward(x, shapes, tensors, keep):
-    logdet, saved, at = None, [], 0
+def _forward(x, logdet, shapes, tensors, keep):
+    saved, at = [], 0
     for kind, consts, count in shapes:
         x, logdet, *made = kind.forward(x, logdet, tensors[at:at + count], consts, keep)
         saved.append(made)
@@ -49,39 +49,41 @@ def _forward(x, shapes, tensors, keep):
     return x, logdet, saved
 
 
-def _reference(x, shapes, tensors):
-    total, at = None, 0
+def _reference(x, logdet, shapes, tensors):
+    at = 0
     for kind, consts, count in shapes:
-        x, logdet = kind.reference(x, tensors[at:at + count], consts)
-        if logdet is not None:
-            total = logdet if total is None else total + logdet
+        x, own = kind.reference(x, tensors[at:at + count], consts)
+        if own is not None:
+            logdet = own if logdet is None else logdet + own
         at += count
-    return x, total
+    return x, logdet
 
 
 @differentiable.direct
 class ChainFunction(torch.autograd.Function):
-    """(y, logdet) of x and the tensors of all steps. shapes: (kind, constants, number of tensors) of each."""
+    """(y, logdet) of x, a logdet or None, and the tensors of all steps. shapes: (kind, constants, number of tensors) of
+    each."""
 
     @staticmethod
-    def forward(ctx, x, shapes, *tensors):
+    def forward(ctx, x, logdet, shapes, *tensors):
         ctx.set_materialize_grads(False)
-        y, logdet, saved = _forward(x, shapes, tensors, True)
+        y, logdet, saved = _forward(x, logdet, shapes, tensors, True)
         ctx.save_for_backward(x, *tensors, *(t for made in saved for t in made))
         ctx.shapes, ctx.counts = shapes, [len(made) for made in saved]
         return y, logdet
 
     @staticmethod
     def backward(ctx, grad, grad_logdet):
-        needs_x, _, *needs = ctx.needs_input_grad
+        needs_x, needs_logdet, _, *needs = ctx.needs_input_grad
+        through = grad_logdet if needs_logdet else None
         if grad is None and grad_logdet is None:
             return (None,) * len(ctx.needs_input_grad)
         x, *rest = ctx.saved_tensors
         tensors, saved = rest[:len(needs)], rest[len(needs):]
         if differentiable.wanted((grad, grad_logdet)):
-            grad, *grads = differentiable.reference_grads(lambda x, *own: _reference(x, ctx.shapes, own),
+            grad, *grads = differentiable.reference_grads(lambda x, *own: _reference(x, None, ctx.shapes, own),
                                                           (x, *tensors), (needs_x, *needs), (grad, grad_logdet))
-            return (grad, None, *grads)
+            return (grad, through, None, *grads)
         grads, at, end = [None] * len(needs), len(needs), len(saved)
         for (kind, consts, count), made in zip(reversed(ctx.shapes), reversed(ctx.counts), strict=True):
             at, end = at - count, end - made
@@ -90,4 +92,4 @@ class ChainFunction(torch.autograd.Function):
                                              needs[own])
             if not need_x:
                 break
-        return (grad, None, *grads)
+        return (grad, through, None, *grads)

@@ -1,5 +1,6 @@
 """Glow: the multi-scale flow for images."""
 
+import collections
 import math
 
 import torch
@@ -9,12 +10,13 @@ from fastflow import checks
 from fastflow.flows import memory
 from fastflow.flows.base import StandardNormal
 from fastflow.flows.flow import Flow
+from fastflow.flows.glow_step import GlowStep, in_the_way, links
 from fastflow.flows.images import check_image_model
-from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, SplitLink, TransformLink
+from fastflow.flows.links import ShapeLink, SplitLink, TransformLink
 from fastflow.flows.logdets import zero_logdet
 from fastflow.flows.multiscale import ContextPrior, HaarSqueeze, Split, Squeeze, ZeroConv
 from fastflow.functional import ScaleMap
-from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
+from fastflow.nn import ConvNet
 from fastflow.nn.factors import factorize, total_logabsdet
 from fastflow.reference.layout import channels_last
 
@@ -40,37 +42,6 @@ CONFIGS = {
                      **_ADDITIVE},  # trained on 5-bit images, n_bins=32
 }
 """The paper's models by name, for :meth:`Glow.from_config`: keyword arguments of Glow."""
-
-
-class GlowStep(nn.Module):
-    """One step of flow: ActNorm folded into an invertible 1x1 convolution, then an affine coupling.
-
-    Args:
-        channels: C >= 2.
-        conditioner: network of the coupling, from C // 2 channels to twice the rest.
-        parametrization: of the convolution, "plain" or "plu".
-        coupling: further keyword arguments of nn.AffineCoupling.
-    """
-
-    def __init__(self, channels, conditioner, *, parametrization="plain", **coupling):
-        super().__init__()
-        self.conv = InvertibleConv1x1(channels, parametrization, actnorm=ActNorm(channels))
-        self.coupling = AffineCoupling(conditioner, **coupling)
-
-    def forward(self, x, context=None):
-        x, logdet = self.conv(x)
-        return self.coupling(x, context, logdet=logdet)
-
-    def inverse(self, z, context=None):
-        z, logdet = self.coupling.inverse(z, context)
-        x, more = self.conv.inverse(z)
-        return x, logdet + more
-
-    def parts(self):
-        return [self.conv, self.coupling]
-
-    def initialize(self, x, context=None):
-        return self.coupling(self.conv.initialize(x), context)[0]
 
 
 class GlowLevel(nn.Module):
@@ -131,8 +102,7 @@ class GlowTransform(nn.Module):
         for level, shape, level_factors in zip(self.levels, self.level_shapes, factors, strict=True):
             x, logdet = path(x, logdet, ShapeLink(self.squeeze))
             for step, factor in zip(level.steps, level_factors, strict=True):
-                x, logdet = path(x, logdet, ConvLink(step.conv, factor, with_logdet=False),
-                                 CouplingLink(step.coupling, context))
+                x, logdet = path(x, logdet, *links(step, factor, x, context, path.inverts))
             logdet = _add_convolutions(logdet, level_factors, shape, x)
             if level.split is not None:
                 x, logdet, latent = path(x, logdet, SplitLink(level.split, context))
@@ -177,6 +147,15 @@ class GlowTransform(nn.Module):
         if self.prior is not None:
             x = self.prior(x, context)[0]
         return torch.cat([*latents, x.flatten(1)], 1)
+
+    def explain(self, x, context=None):
+        """One line: how many steps of a call with x (B, C, H, W) go through one node of autograd, and why the rest do
+        not."""
+        found = collections.Counter(
+            in_the_way(step, channels_last(x.new_empty(1, *shape)), context)
+            for level, shape in zip(self.levels, self.level_shapes, strict=True) for step in level.steps)
+        text = f"{found.pop(None, 0)} of {sum(len(level.steps) for level in self.levels)} steps as one node of autograd"
+        return "; ".join([text, *(f"{count} not: {why}" for why, count in found.items())])
 
     def noise_shape(self, event_shape):
         return (math.prod(self.event_shape),)

@@ -16,10 +16,10 @@ from fastflow.flows import memory
 from fastflow.nn import InvertibleConv1x1
 from fastflow.nn.factors import Factors
 
-__all__ = ["ConvLink", "CouplingLink", "ShapeLink", "SplitLink", "TransformLink"]
+__all__ = ["ConvLink", "CouplingLink", "Link", "ShapeLink", "SplitLink", "TransformLink"]
 
 
-class _Link:
+class Link:
     heavy = False  # holds a network: worth a z of its own
     sided = False  # a part of the output leaves the flow
     saves_nothing = False
@@ -40,7 +40,7 @@ def _add(logdet, more):
     return more if logdet is None else logdet + more
 
 
-class TransformLink(_Link):
+class TransformLink(Link):
     """Any transform, by its own forward and inverse; ``context`` as it takes it."""
 
     def __init__(self, transform, context=None, *, heavy=True):
@@ -72,7 +72,7 @@ class TransformLink(_Link):
                 module._bank = bank
 
 
-class ShapeLink(_Link):
+class ShapeLink(Link):
     """A transform that moves elements about: its log-determinant is 0 and it saves nothing."""
 
     saves_nothing = True
@@ -87,7 +87,7 @@ class ShapeLink(_Link):
         return self.transform.inverse(z)[0]
 
 
-class CouplingLink(_Link):
+class CouplingLink(Link):
     """An nn.AffineCoupling: one run of the conditioner serves inverse and graph."""
 
     heavy = True
@@ -107,7 +107,7 @@ class CouplingLink(_Link):
         return self.coupling.recompute(z, *(context or (self.context,)), needs=needs, dtype=dtype)
 
 
-class ConvLink(_Link):
+class ConvLink(Link):
     """An nn.InvertibleConv1x1 by ``factors`` computed outside, whose ``undo`` the inverse needs.
 
     Args:
@@ -130,7 +130,7 @@ class ConvLink(_Link):
         return self.conv.apply_factors(z, self.factors.undo)
 
 
-class SplitLink(_Link):
+class SplitLink(Link):
     """The splitting half of a flows.Split; the latents leave. ``context`` is for the prior that takes one."""
 
     heavy = sided = True

@@ -5,6 +5,7 @@ from torch import nn
 
 from fastflow import backends
 from fastflow.autograd import differentiable
+from fastflow.autograd.glow_step import images, rows
 from fastflow.functional import full_precision
 
 __all__ = ["DEFERRED_ON", "Ledger", "channel_affine", "deferrable", "hand_out"]
@@ -55,16 +56,6 @@ def deferrable(*tensors):
             and backends.needs_reference(tensors) is None)
 
 
-def _rows(x):
-    """x (B, C, *S) as (B*S, C), a view where the channels are adjacent."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
-
-
-def _images(rows, like):
-    """Rows of as many channels as ``like`` (B, C, *S) has, in its shape."""
-    return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
-
-
 class Ledger:
     """What one backward pass has left to do: (index, gradient rows, input rows) of every layer that ran."""
 
@@ -91,9 +82,9 @@ class _DeferredAffine(torch.autograd.Function):
     def forward(ctx, x, matrix, offset, ledger, index):
         ctx.save_for_backward(x, matrix, offset)
         ctx.ledger, ctx.index = ledger, index
-        rows = _rows(x)
-        y = rows @ matrix.t() if offset is None else torch.addmm(offset, rows, matrix.t())
-        return _images(y, x)
+        values = rows(x)
+        y = values @ matrix.t() if offset is None else torch.addmm(offset, values, matrix.t())
+        return images(y, x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -103,11 +94,11 @@ class _DeferredAffine(torch.autograd.Function):
             grads = differentiable.reference_grads(lambda *inputs: (channel_affine(*inputs),), (x, matrix, offset),
                                                    needs, (grad,))
             return (*grads, None, None)
-        rows, grad_x = _rows(grad), None
+        values, grad_x = rows(grad), None
         with full_precision(x.device.type):
             if needs[0]:
-                grad_x = _images(rows @ matrix, x)
-        ctx.ledger.put(ctx.index, rows, _rows(x))
+                grad_x = images(values @ matrix, x)
+        ctx.ledger.put(ctx.index, values, rows(x))
         return grad_x, None, None, None, None
 
 

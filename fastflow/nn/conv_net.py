@@ -42,8 +42,8 @@ class ConvNet(nn.Module):
     def forward(self, x, context=None):
         x = taken(x, self.conv1.weight)
         shift = self.context(x, context)
-        if shift is None and self._is_as_made():
-            operands = (x, *self._parameters_in_turn())
+        if shift is None and self.is_as_made():
+            operands = (x, *self.parameters_in_turn())
             if backends.serves("conv_net", *operands):
                 return functional.conv_net(*operands)
         # In place, for a convolution does not keep its own output; but what hooks of backward give out must stay.
@@ -53,16 +53,18 @@ class ConvNet(nn.Module):
 
     def explain(self):
         """Where a call without a context runs, on the parameters' device: a backend, or PyTorch and why."""
-        if not self._is_as_made():
+        if not self.is_as_made():
             return "PyTorch (a layer is hooked or replaced)"
-        operands = self._parameters_in_turn()
+        operands = self.parameters_in_turn()
         backend, reason = backends.prefers("conv_net", operands[0].new_empty(1, operands[0].shape[1], 1, 1), *operands)
         return backend if backend != "reference" else f"PyTorch ({reason})"
 
-    def _is_as_made(self):
+    def is_as_made(self):
+        """Whether the three convolutions are what functional.conv_net computes, none of them hooked."""
         return _as_made(self.conv1, 1) and _as_made(self.conv2, 0) and _as_made(self.conv3, 1)
 
-    def _parameters_in_turn(self):
+    def parameters_in_turn(self):
+        """[w1, b1, w2, b2, w3, b3]."""
         return [p for layer in (self.conv1, self.conv2, self.conv3) for p in (layer.weight, layer.bias)]
 
 

@@ -1,0 +1,98 @@
+"""One step of Glow, and whether its passes go through one node of autograd."""
+
+import torch
+from torch import nn
+
+from fastflow import backends
+from fastflow.autograd import chain, glow_step
+from fastflow.flows.links import ConvLink, CouplingLink, Link
+from fastflow.nn import ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1
+from fastflow.nn.channel_affine import deferrable
+from fastflow.nn.hooks import is_hooked
+
+__all__ = ["GlowStep", "in_the_way", "links"]
+
+
+class GlowStep(nn.Module):
+    """One step of flow: ActNorm folded into an invertible 1x1 convolution, then an affine coupling.
+
+    Args:
+        channels: C >= 2.
+        conditioner: network of the coupling, from C // 2 channels to twice the rest.
+        parametrization: of the convolution, "plain" or "plu".
+        coupling: further keyword arguments of nn.AffineCoupling.
+    """
+
+    def __init__(self, channels, conditioner, *, parametrization="plain", **coupling):
+        super().__init__()
+        self.conv = InvertibleConv1x1(channels, parametrization, actnorm=ActNorm(channels))
+        self.coupling = AffineCoupling(conditioner, **coupling)
+
+    def forward(self, x, context=None):
+        x, logdet = self.conv(x)
+        return self.coupling(x, context, logdet=logdet)
+
+    def inverse(self, z, context=None):
+        z, logdet = self.coupling.inverse(z, context)
+        x, more = self.conv.inverse(z)
+        return x, logdet + more
+
+    def parts(self):
+        return [self.conv, self.coupling]
+
+    def initialize(self, x, context=None):
+        return self.coupling(self.conv.initialize(x), context)[0]
+
+
+def links(step, factors, x, context, inverts):
+    """A GlowStep as links of a pass (flows.memory) without the convolution's log-determinant, which is left to the
+    caller: one link where the kernels of the CPU take all of it, else two."""
+    if not inverts and factors.matrix.dtype is x.dtype and in_the_way(step, x, context) is None:
+        return (StepLink(step.coupling, factors),)
+    return ConvLink(step.conv, factors, with_logdet=False), CouplingLink(step.coupling, context)
+
+
+def in_the_way(step, x, context=None):
+    """Why a call of the step with x does not go through one node of autograd, or None."""
+    coupling = step.coupling
+    network = coupling._modules.get("conditioner")
+    if type(coupling) is not AffineCoupling or type(network) is not ConvNet:
+        return "it is no affine coupling with a ConvNet"
+    if coupling.split != "channel" or coupling.flip or x.shape[1] < 2 or x.shape[1] != step.conv.channels:
+        return "its split is not into the first channels and the rest"
+    if context is not None or network.context.layer is not None:
+        return "it has a context"
+    if torch.compiler.is_compiling():
+        return "torch.compile makes nodes of its own"
+    if deferrable(x):
+        return "the gradients of all 1x1 weights are computed at once"
+    if (is_hooked(coupling) or is_hooked(network) or is_hooked(network.context) or not network.is_as_made()
+            or nn.modules.module._has_any_global_hook()):
+        return "a layer is hooked or replaced"
+    params = network.parameters_in_turn()
+    half, hidden = x.shape[1] // 2, params[0].shape[0]
+    shapes = ((hidden, half, 3, 3), (hidden,), (hidden, hidden, 1, 1), (hidden,),
+              (coupling.params_per_channel * (x.shape[1] - half), hidden, 3, 3))
+    if x.stride(1) != 1 or any(p.dtype is not x.dtype for p in params) \
+            or any(p.shape != shape for p, shape in zip(params, shapes, strict=False)):
+        return "its operands do not go together"  # an error that the parts themselves explain, or autocast's dtypes
+    for op, operands in (("conv_net", (x, *params)), ("affine_coupling", (x,))):
+        backend, reason = backends.prefers(op, *operands)
+        if backend != "cpu":
+            return f"{op}: {reason}"
+    return None
+
+
+class StepLink(Link):
+    """A GlowStep's convolution by ``factors`` computed outside, and its coupling, as one node of autograd."""
+
+    heavy = True
+
+    def __init__(self, coupling, factors):
+        self.coupling, self.tensors = coupling, (factors.matrix, factors.offset)
+
+    def forward(self, x, logdet, matrix, offset):
+        c = self.coupling
+        steps = glow_step.steps(matrix, offset, c.conditioner.parameters_in_turn(), x.shape[1] // 2, c.layout, c.order,
+                                c.shift_first, c.scale)
+        return chain.run(x, steps, logdet)
