@@ -76,14 +76,15 @@ class Packed {
     return place(order.size(), [&](auto* to) { pack(w, order, to); });
   }
 
-  // The 16 points of a weight's 9 taps.
-  const void* add_points(const Tensor& w, const Order& order) {
+  // The 16 points of a weight's 9 taps, of a convolution that `expands` or reduces.
+  const void* add_points(const Tensor& w, const Order& order, bool expands) {
     const int64_t count = order.channels * order.hidden;
     const Scratch taps = make_scratch(order.size() * 4);
     pack(w, order, static_cast<float*>(taps.get()));
     return place(16 * count, [&](auto* to) {
       if constexpr (std::is_same_v<decltype(to), float*>)
-        FASTFLOW_ISA_CALL(winograd_taps, count, static_cast<const float*>(taps.get()), to);
+        FASTFLOW_ISA_CALL(winograd_taps, order.channels, order.hidden, expands,
+                          static_cast<const float*>(taps.get()), to);
     });
   }
 
@@ -165,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_net_fwd(const Tensor& x, const Tensor& w
   job.b3 = packed.add(b3);
   Flags spoilt = flags(shape.batch, !shape.winograd());
   if (shape.winograd()) {
-    job.w1 = packed.add_points(w1, order_of(w1, 0, true, false));
-    job.w3 = packed.add_points(w3, order_of(w3, 0, true, true));
+    job.w1 = packed.add_points(w1, order_of(w1, 0, true, false), true);
+    job.w3 = packed.add_points(w3, order_of(w3, 0, true, true), false);
     parallel_for(0, shape.batch, 1, [&](int64_t begin, int64_t end) {
       const Scratch scratch = make_scratch(winograd_scratch_values(shape, false, !keep) * 4);
       FASTFLOW_ISA_CALL(winograd_forward, job, scratch.get(), begin, end, spoilt.get());
@@ -214,8 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
     job.w2 = packed.add(w2, order_of(w2, 1, true, false));
     Flags spoilt = flags(job.groups(), !shape.winograd());
     if (shape.winograd()) {
-      job.w1 = packed.add_points(w1, order_of(w1, 1, true, false));
-      job.w3 = packed.add_points(w3, order_of(w3, 1, true, true));
+      job.w1 = packed.add_points(w1, order_of(w1, 1, true, false), false);
+      job.w3 = packed.add_points(w3, order_of(w3, 1, true, true), true);
       parallel_for(0, job.groups(), 1, [&](int64_t begin, int64_t end) {
         const Scratch scratch = make_scratch(winograd_scratch_values(shape, true, true) * 4);
         FASTFLOW_ISA_CALL(winograd_backward, job, scratch.get(), begin, end, spoilt.get());

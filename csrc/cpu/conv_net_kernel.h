@@ -98,7 +98,8 @@ FASTFLOW_EACH_ISA(void conv_net_forward(const ConvForward& job, void* scratch, i
                                         bool* spoilt);
                   void winograd_backward(const ConvBackward& job, void* scratch, int64_t begin, int64_t end,
                                          bool* spoilt);
-                  // The 16 points of 9 taps, each of `count` values, a multiple of 16.
-                  void winograd_taps(int64_t count, const float* taps, float* points);)
+                  // The 16 points of taps[9][outer][inner], in all a multiple of 16 values; of a convolution that
+                  // expands, whose inner are its hidden channels, in the order that it reads them in.
+                  void winograd_taps(int64_t outer, int64_t inner, bool expands, const float* taps, float* points);)
 
 }  // namespace fastflow

@@ -9,6 +9,7 @@
 #include "conv_segments.h"
 #include "conv_tiles.h"
 #include "winograd.h"
+#include "winograd_pairs.h"
 
 namespace fastflow::FASTFLOW_ISA {
 namespace {
@@ -103,8 +104,14 @@ class Chunk {
   void points_of(const Border& images) { input_points(tiles_, images.step(), images.data(), inputs_, input_step_); }
 
   void expand3x3(const Border& images, int64_t channels, const void* taps, const Finish<T>& finish, T* out) {
-    expand_points(tiles_, at_, channels, inputs_, input_step_, images.step(), static_cast<const T*>(taps),
-                  shape_.hidden, finish, out);
+    const auto run = [&](const auto& expand) {
+      expand(tiles_, at_, channels, inputs_, input_step_, images.step(), static_cast<const T*>(taps), shape_.hidden,
+             finish, out);
+    };
+    if constexpr (expands_in_pairs)
+      run([](const auto&... args) { expand_pairs(args...); });
+    else
+      run([](const auto&... args) { expand_points(args...); });
   }
 
   void outer3x3(const Border& images, int64_t channels, const T* maps, bool fresh, T* to) {
@@ -294,8 +301,12 @@ void winograd_backward(const ConvBackward& job, void* scratch, int64_t begin, in
   for (int64_t group = begin; group < end; ++group) spoilt[group] = !backward.group(group);
 }
 
-void winograd_taps(int64_t count, const float* taps, float* to) {
-  tap_points<3>(taps, 3 * count, count, count, to, count);
+void winograd_taps(int64_t outer, int64_t inner, bool expands, const float* taps, float* to) {
+  const int64_t count = outer * inner;
+  if (expands && expands_in_pairs)
+    pair_taps(outer, inner, taps, to);
+  else
+    tap_points<3>(taps, 3 * count, count, count, to, count);
 }
 
 }  // namespace fastflow::FASTFLOW_ISA

@@ -178,13 +178,17 @@ inline void expand(const Runs& runs, int64_t count, const Grid<const T>& from, c
         if (piece == 0) scalar = 0;
         Walk<const T> in(from, run * runs.step + scalar);
         Walk<T> out(to, j);
-        for (int64_t t = 0, p = 0; t < pixels.tiles; p += pixels[t++])
+        for (int64_t t = 0, p = 0; t < pixels.tiles; p += pixels[t++]) {
+          if (tail.gate)  // saved long ago: the next tile's comes from far
+            for (int64_t i = p + pixels[t]; i < count && i < p + 2 * pixels[t]; ++i)
+              for (int64_t v = 0; v < vectors; ++v) __builtin_prefetch(tail.gate + i * tail.gate_step + j + v * W);
           with_count<expand_rows>(pixels[t], [&](auto r) {
             Finish<T> end = tail;
             if (end.gate) end.gate += p * end.gate_step + j;
             expand_tile<decltype(r)::value, decltype(n)::value>(here, {pass == 0, pass == passes - 1}, in, weights,
                                                                 hidden, end, out);
           });
+        }
         scalar += here.length;
         weights += here.length * hidden;
       }
