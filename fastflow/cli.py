@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import functools
 import importlib
-import json
 import os
 import sys
 import traceback
@@ -16,6 +15,8 @@ from pathlib import Path
 from fastflow import doctor
 
 __all__ = ["main"]
+
+BUNDLED = ("scikit-learn", "scikit-image")  # libraries that hold data; who asks for those hears if they are missing
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,8 +109,8 @@ def run(argv):
 
 
 def check_extras():
-    """Fails, before anything is loaded, if a library that runs need is missing."""
-    missing = doctor.missing_extras()
+    """Fails, before anything is loaded, if a library that every run needs is missing."""
+    missing = {name: extra for name, extra in doctor.missing_extras().items() if name not in BUNDLED}
     if missing:
         names, extras = ", ".join(missing), ",".join(sorted(set(missing.values())))
         fail(f"this command needs {names}, not installed: pip install 'fastflow[{extras}]'")
@@ -220,11 +221,9 @@ def run_train(arguments):
     from fastflow.engine.run import default_directory
 
     resume = arguments.resume == "auto"
-    out = Path(arguments.out) if arguments.out else default_directory(title, resume)
-    if settings.sweep is None:
-        train(settings, out, title, resume)
-    else:
-        sweep(settings, out, title, resume)
+    place = contextlib.nullcontext(Path(arguments.out)) if arguments.out else default_directory(title, resume)
+    with place as out:
+        (train if settings.sweep is None else sweep)(settings, out, title, resume)
 
 
 def train(settings, out, title, resume):
@@ -232,14 +231,33 @@ def train(settings, out, title, resume):
     from rich.console import Console
 
     from fastflow.engine.evaluate import describe
-    from fastflow.engine.run import checkpoint_to_resume
+    from fastflow.engine.run import check_directory
     from fastflow.engine.signals import Interrupted
     from fastflow.engine.trainer import Trainer
 
+    check_directory(out, resume)
+    trainer = Trainer(settings, out, Console(), title)
+    try:
+        with trainer.claimed():  # not before: nothing is left of a run that was refused
+            results = run_in(out, trainer, title, resume)
+    except Interrupted:
+        trainer.close()  # all processes stop together; one that fails may leave others waiting, and just ends
+        raise
+    trainer.close()
+    if trainer.processes.rank:
+        return
+    print(f"held-out {describe(results)}\n{'':16}{len(trainer.data.test)} {trainer.unit}, step {results['step']}")
+    warn_of_broken(results["broken_samples"])
+    for name in ("samples", "reconstructions", "diagnosis", "curves", "checkpoint"):
+        if name in results:
+            print(f"{name:16}{results[name]}")
+
+
+def run_in(out, trainer, title, resume):
+    """Trains from the newest checkpoint in ``out`` if there is one and ``resume``; returns the results."""
+    from fastflow.engine.run import checkpoint_to_resume
+
     loaded = checkpoint_to_resume(out, resume, warn)
-    console = Console()
-    trainer = Trainer(settings, out, console, title)
-    out.mkdir(parents=True, exist_ok=True)  # nothing is left of a run that was refused
     examples, leads = trainer.data, trainer.processes.rank == 0
     if leads:
         shape = "x".join(map(str, examples.event_shape))
@@ -252,19 +270,7 @@ def train(settings, out, title, resume):
         trainer.resume(loaded)
         if leads:
             print(f"continuing after step {loaded.step}", flush=True)
-    try:
-        results = trainer.run()
-    except Interrupted:
-        trainer.close()  # all processes stop together; one that fails may leave others waiting, and just ends
-        raise
-    trainer.close()
-    if not leads:
-        return
-    print(f"held-out {describe(results)}\n{'':16}{len(examples.test)} {trainer.unit}, step {results['step']}")
-    warn_of_broken(results["broken_samples"])
-    for name in ("samples", "reconstructions", "diagnosis", "curves", "checkpoint"):
-        if name in results:
-            print(f"{name:16}{results[name]}")
+    return trainer.run()
 
 
 def sweep(settings, out, title, resume):
@@ -318,7 +324,7 @@ def run_evaluate(arguments):
     from fastflow.engine.datasets import levels_of_values, load_data
     from fastflow.engine.devices import choose_device, set_threads
     from fastflow.engine.evaluate import describe, evaluate, is_vae
-    from fastflow.engine.files import write_text
+    from fastflow.engine.files import to_json, write_text
     from fastflow.engine.gallery import diagnosed
     from fastflow.engine.objectives import objective_for
     from fastflow.engine.run import load_trained
@@ -337,7 +343,7 @@ def run_evaluate(arguments):
     figures = evaluate(trained.model, objective, test, device, arguments.seed, labels=labels)
     path = Path(arguments.directory) / "evaluation.json"
     record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}
-    write_text(path, json.dumps(record, indent=1) + "\n")
+    write_text(path, to_json(record, indent=1) + "\n")
     print(f"held-out {describe(figures)}\n{'':16}{len(test)} {unit}, step {trained.step}")
     print(f"{'figures':16}{path}")
     if is_vae(trained.model):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fastflow.data import photos
-from fastflow.data.files import split
+from fastflow.data.files import optional, split
 
 __all__ = ["read"]
 
@@ -44,9 +44,7 @@ def _patches():
 
 def _breast_cancer():
     """The 30 measurements of cell nuclei in scikit-learn's Wisconsin data set (Wolberg et al. 1995)."""
-    from sklearn.datasets import load_breast_cancer
-
-    found = load_breast_cancer()
+    found = optional("sklearn.datasets", "data", "breast-cancer").load_breast_cancer()
     rows = found.data.astype(np.float32)
     columns = tuple(name.replace(" ", "_") for name in found.feature_names)
     train, test = split(len(rows), BREAST_CANCER_TEST, "breast-cancer")

@@ -1,14 +1,14 @@
 """Large arrays as one .npy file each, written once and mapped into the memory that all processes of a machine share."""
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
 
 import numpy as np
 from numpy.lib import format as npy
 
-from fastflow.data.files import DataFileError
+from fastflow.data.files import DataFileError, lock
 
 __all__ = ["mapped", "stamp"]
 
@@ -20,9 +20,10 @@ def stamp(files):
 
 
 def mapped(path, shape, parts):
-    """The read-only uint8 array of this shape in the .npy file ``path``, which is written if it is not there.
+    """The uint8 array of this shape in the .npy file ``path``, which is written if it is not there; what is written to
+    the array afterwards is this process's own, and does not reach the file.
 
-    It appears under its name whole or not at all; of several processes one writes it and the others wait.
+    The file appears under its name whole or not at all; of several processes one writes it and the others wait.
 
     Args:
         path: where the file is or is to be; its folder is made.
@@ -36,20 +37,32 @@ def mapped(path, shape, parts):
     if not path.is_file():
         with _unwritable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = path.with_suffix(".lock").open("w")
-        with lock:
+            file = path.with_suffix(".lock").open("w")
+        with file:
             with _unwritable(path):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                locked = lock(file)
             if not path.is_file():
+                with _unwritable(path):
+                    for left in path.parent.glob(f"{path.stem}.tmp-*") if locked else ():  # by one that was killed
+                        left.unlink(missing_ok=True)
                 _write(path, shape, parts)
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = _load(path)
     except (ValueError, OSError, EOFError) as error:
         raise DataFileError(path, f"can't be read ({error}); delete it, and it is made anew") from error
     if array.shape != tuple(shape) or array.dtype != np.uint8 or not array.flags.c_contiguous:
         raise DataFileError(path, f"holds {array.dtype} {array.shape}, expected uint8 {tuple(shape)}; delete it, and "
                                   "it is made anew")
     return array
+
+
+def _load(path):
+    try:
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # the machine has no memory for a copy of all of it
 
 
 def _write(path, shape, parts):

@@ -1,6 +1,6 @@
 """CIFAR-10 (Krizhevsky 2009) from the python or the binary version, as its .tar.gz or extracted.
 
-The python version is pickled. It is read by an unpickler that knows four names, none of which runs code: arrays and
+The python version is pickled. It is read by an unpickler that knows five names, none of which runs code: arrays and
 their types become inert records that are checked field by field.
 """
 
@@ -123,11 +123,13 @@ def _pickled(path, data):
     try:
         batch = _Unpickler(io.BytesIO(data), encoding="latin1").load()
         pixels, labels = batch["data"], batch["labels"]
-        labels = np.asarray(labels, np.int64)
+        labels = np.asarray(labels)
         pixels = pixels.array() if isinstance(pixels, _Array) else None
     except Exception as error:  # a damaged pickle raises anything
         reason = error if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {error}"
         raise DataFileError(path, f"is not a batch of CIFAR-10, truncated or corrupt ({reason})") from error
+    if labels.dtype.kind not in "iu":
+        raise DataFileError(path, f"has labels of type {labels.dtype}, expected integers")
     if pixels is None or pixels.ndim != 2 or pixels.shape[1] != PIXELS or labels.shape != pixels.shape[:1]:
         raise DataFileError(path, f"does not hold rows of {PIXELS} pixels with a label each")
     return pixels, labels
@@ -158,7 +160,18 @@ class _Array:
         if not isinstance(dtype, _DType):
             raise pickle.UnpicklingError("expected an array of bytes")
         data = data.encode("latin1") if isinstance(data, str) else data
+        if not isinstance(data, (bytes, bytearray)):
+            raise pickle.UnpicklingError("expected the bytes of an array")
         return np.frombuffer(bytearray(data), np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+def _from_buffer(data, dtype, shape, order):
+    """Stands for the function by which numpy writes arrays into pickles of protocol 5."""
+    if order not in ("C", "F"):
+        raise pickle.UnpicklingError(f"expected an array in C or F order, got {order!r}")
+    found = _Array()
+    found.state = 1, shape, dtype, order == "F", data
+    return found
 
 
 def _encode(text, encoding):
@@ -168,7 +181,8 @@ def _encode(text, encoding):
 
 class _Unpickler(pickle.Unpickler):
     ADMITTED = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType,
-                ("numpy.core.multiarray", "_reconstruct"): _Array, ("_codecs", "encode"): _encode}
+                ("numpy.core.multiarray", "_reconstruct"): _Array, ("_codecs", "encode"): _encode,
+                ("numpy.core.numeric", "_frombuffer"): _from_buffer}
 
     def find_class(self, module, name):
         try:

@@ -1,11 +1,19 @@
-"""What all readers share: the error that names a file, published checksums, lists of files, a fixed split."""
+"""What all readers share: the error that names a file, published checksums, locks, lists of files, a fixed split."""
 
 import contextlib
+import errno
 import hashlib
+import numbers
 
 import numpy as np
 
-__all__ = ["TEST_NAMES", "VALIDATION_NAMES", "DataFileError", "check_md5", "named_parts", "naming", "optional", "split"]
+try:
+    import fcntl
+except ModuleNotFoundError:  # only Unix has it
+    fcntl = None
+
+__all__ = ["TEST_NAMES", "VALIDATION_NAMES", "DataFileError", "check_md5", "lock", "named_parts", "naming", "optional",
+           "split"]
 
 VALIDATION_NAMES = ("val", "valid", "validation")
 TEST_NAMES = ("test", *VALIDATION_NAMES)  # without a test part, the validation part is the one held out
@@ -39,6 +47,24 @@ def check_md5(path, published):
                                   "changed (verify=False reads it all the same)")
 
 
+def lock(file, wait=True):
+    """Locks an open file until it is closed or the process ends, however it does; returns whether it is locked, which
+    not every file system can do.
+
+    Raises:
+        BlockingIOError: another one has locked it, and this one is not to wait.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
+            raise
+        return False
+    return True
+
+
 def optional(module, extra, purpose):
     """The optional library, imported; ImportError that says how to install it."""
     import importlib
@@ -66,6 +92,8 @@ def split(n, fraction, path, name="test_fraction"):
 
     The rows are drawn by numpy's RandomState with seed 0, whose stream numpy keeps the same in all versions.
     """
+    if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(fraction).__name__}")
     if not 0.0 < fraction < 1.0:
         raise ValueError(f"{name}: expected a number between 0 and 1, got {fraction!r}")
     n_held_out = round(n * fraction)

@@ -1,5 +1,6 @@
 """Folders of pictures, read with pillow."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -11,6 +12,9 @@ __all__ = ["SUFFIXES", "decode", "read"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 GREY = ("1", "L", "LA")
 DEEP = ("I", "F")  # as modes of more than 8 bits begin: integers of 16 or 32, floats
+BITS_PER_SAMPLE = 258  # TIFF's tag
+ORIENTATION = 0x0112  # EXIF's tag
+SIDEWAYS = (5, 6, 7, 8)  # its values for which width and height change places
 ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 
 
@@ -18,8 +22,9 @@ def read(path, size=None, test_fraction=0.1):
     """{"train", "test" and maybe "validation": uint8 (N, C, H, W)}, C = 1 if all pictures are grey, else 3, and for
     each part NAME "NAME_labels", (N,) int64 or None.
 
-    Pictures are taken in the order of their names. Where each lies in a folder of its class, labels are the ranks of
-    the classes' names, else None.
+    Pictures are taken in the order of their names, turned as their EXIF orientation says; files and folders whose name
+    begins with a dot are passed over. Where each lies in a folder of its class, labels are the ranks of the classes'
+    names, else None.
 
     Args:
         path: a folder with train and test (or val, valid, validation in its place, or beside it as the validation
@@ -48,7 +53,8 @@ def read(path, size=None, test_fraction=0.1):
 
 
 def _pictures(root):
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()
+                   and not any(part.startswith(".") for part in f.relative_to(root).parts))
     if not files:
         raise DataFileError(root, f"holds no pictures ({', '.join(SUFFIXES)})")
     return files
@@ -72,14 +78,19 @@ def decode(sources, size=None, named=None):
     """
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ValueError(f"size: expected a positive int or None, got {size!r}")
+    errors = (*ERRORS, optional("PIL.Image", "data", "reading pictures").DecompressionBombError)
     names = sources if named is None else named
-    grey, shapes = True, []
+    grey, shapes, turned = True, [], []
     for name, source in zip(names, sources, strict=True):  # headers alone, so that what is allocated is known
-        with naming(name, *ERRORS), _open(source) as image:
+        with naming(name, *errors), _open(source) as image:
             if image.mode.startswith(DEEP):
                 raise DataFileError(name, f"has pixels of mode {image.mode}, expected 8 bits")
+            if _deep(image):
+                raise DataFileError(name, "has pixels of more than 8 bits a channel, expected 8")
             grey = grey and image.mode in GREY
-            shapes.append((image.height, image.width))
+            orientation = _orientation(image)
+            turned.append(orientation != 1)
+            shapes.append((image.width, image.height) if orientation in SIDEWAYS else (image.height, image.width))
     if size is None:
         for name, shape in zip(names, shapes, strict=True):
             if shape != shapes[0]:
@@ -88,8 +99,9 @@ def decode(sources, size=None, named=None):
     height, width = shapes[0] if size is None else (size, size)
     out = np.empty((len(names), 1 if grey else 3, height, width), np.uint8)
     for i, (name, source) in enumerate(zip(names, sources, strict=True)):
-        with naming(name, *ERRORS), _open(source) as image:
-            plain = image.convert("L" if grey else "RGB")
+        with naming(name, *errors), _open(source) as image:
+            upright = optional("PIL.ImageOps", "data", "").exif_transpose(image) if turned[i] else image
+            plain = upright.convert("L" if grey else "RGB")
             pixels = np.asarray(plain if size is None else _fitted(plain, size))
             out[i] = pixels[None] if grey else pixels.transpose(2, 0, 1)
     return out
@@ -98,6 +110,25 @@ def decode(sources, size=None, named=None):
 def _open(source):
     image = optional("PIL.Image", "data", "reading pictures")
     return image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _deep(image):
+    """Whether the file has more than 8 bits a channel in colour, of which pillow would drop the lower ones unsaid."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8
+    layouts = [tile[3] for tile in image.tile]
+    if image.format == "PPM":
+        return any(isinstance(layout, tuple) and layout[1] > 255 for layout in layouts)
+    return any("16" in str(layout) for layout in layouts) if image.format == "PNG" else False
+
+
+def _orientation(image):
+    """What EXIF in the file's header says; 1 is upright. Of a TIFF pillow has heeded it already."""
+    found = 1
+    if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info):  # else a PNG would be decoded whole
+        with contextlib.suppress(Exception):  # EXIF that is damaged raises anything, and the pixels may be whole
+            found = image.getexif().get(ORIENTATION, 1)
+    return found if found in range(2, 9) else 1
 
 
 def _fitted(image, size):

@@ -26,7 +26,7 @@ def is_there(path):
 def read(path, size, cache=None):
     """(train, test, train labels, test labels): uint8 (N, 3, size, size) twice, int64 (N,) from 0 to 999 twice.
 
-    The images are read-only. A file that changes makes new .npy files; the old ones are left to be deleted.
+    A file that changes makes new .npy files; the old ones are left to be deleted.
 
     Args:
         path: the folder with the files, or the one above ``Imagenet{size}_train`` and ``Imagenet{size}_val``.

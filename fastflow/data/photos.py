@@ -38,7 +38,8 @@ def picture(name):
     library, path, _ = PHOTOS[name]
     spec = importlib.util.find_spec(library)
     if spec is None:
-        message = f"the photos are inside {DISTRIBUTIONS[library]}, which is not installed"
+        message = (f"the photos are inside {DISTRIBUTIONS[library]}, which is not installed: pip install "
+                   "'fastflow[data]'")
         raise ModuleNotFoundError(message, name=library)
     file = Path(spec.origin).parent / path
     if not file.is_file():

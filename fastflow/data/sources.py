@@ -1,7 +1,6 @@
 """Data by name or by path, in whatever format they lie there."""
 
 import importlib
-import warnings
 from pathlib import Path
 
 from fastflow.data import bundled, cifar10, folders, huggingface, imagenet, tables
@@ -38,13 +37,15 @@ def load(name, *, format=None, validation_fraction=0.0, **options):
     Nothing is downloaded and nothing in a file is run.
 
     Args:
-        name: a key of ``DATASETS``, which maps it to (image shape, levels), or of ``TABLES``, or a path.
+        name: a key of ``DATASETS``, which maps it to (image shape, levels), or of ``TABLES``, or a path; a
+            pathlib.Path is never taken for a name.
         format: a key of ``FORMATS``; None finds it out.
         validation_fraction: share of the training part that becomes a validation part, where the data bring none; which
             examples is fixed. Data with train, val (valid, validation) and test bring one.
         verify: compare with the checksums that CIFAR-10's source publishes (default True).
-        cache: folder for the .npy files that ImageNet's images are kept in (default the path itself); the images are
-            then read-only and shared between processes. A ``validation_fraction`` takes a copy of them.
+        cache: folder for the .npy files that ImageNet's images are kept in (default the path itself); processes share
+            their memory until one writes to its images, which leaves the files as they are. A ``validation_fraction``
+            takes a copy of them.
         size: scale pictures to size x size.
         test_fraction: share of the test part where the data bring no split (default 0.1); which examples is fixed.
 
@@ -59,16 +60,18 @@ def load(name, *, format=None, validation_fraction=0.0, **options):
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    if format is None and name in DATASETS:
+    if format is None and name in (*DATASETS, *TABLES):
         _check_options(name, options, set())
+        if validation_fraction and name in OVERLAPPING:
+            raise ValueError(f"validation_fraction: expected 0, because the training crops of {name} overlap and a "
+                             f"part of them is not held out, got {validation_fraction}")
+        if name in TABLES:
+            return _made(name, bundled.read(name), None, validation_fraction)
         found = dict(zip(PARTS, importlib.import_module(f"fastflow.data.{name}").read(), strict=False))
         return _made(name, found, DATASETS[name][1], validation_fraction)
-    if format is None and name in TABLES:
-        _check_options(name, options, set())
-        return _made(name, bundled.read(name), None, validation_fraction)
     path = Path(name)
     if not path.exists():
-        if format is None and len(path.parts) == 1 and not path.suffix:
+        if format is None and isinstance(name, str) and len(path.parts) == 1 and not path.suffix:
             raise ValueError(f"name: expected one of {', '.join((*DATASETS, *TABLES))} or a path, got {str(name)!r}")
         raise FileNotFoundError(2, "there are no data", str(path))
     format = detect(path) if format is None else format
@@ -80,9 +83,6 @@ def _made(name, found, n_bins, validation_fraction):
     """The ImageData or TableData of a reader's {part or part_labels: array, "columns": names}."""
     import torch  # here, so that the names of the datasets cost no import of torch
 
-    if validation_fraction and name in OVERLAPPING:
-        raise ValueError(f"validation_fraction: expected 0, because the training crops of {name} overlap and a part of "
-                         f"them is not held out, got {validation_fraction}")
     if validation_fraction and "validation" not in found:
         rest, held_out = split(len(found["train"]), validation_fraction, name, "validation_fraction")
         for suffix in ("", "_labels"):
@@ -90,9 +90,7 @@ def _made(name, found, n_bins, validation_fraction):
                 found[f"validation{suffix}"] = found[f"train{suffix}"][held_out]
                 found[f"train{suffix}"] = found[f"train{suffix}"][rest]
     columns = found.pop("columns", None)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # mapped files: nobody writes there
-        parts = {part: None if array is None else torch.from_numpy(array) for part, array in found.items()}
+    parts = {part: None if array is None else torch.from_numpy(array) for part, array in found.items()}
     return ImageData(name, n_bins=n_bins, **parts) if columns is None else \
         tables.TableData(name, columns=columns, **parts)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "TableData", "from_arrow", "is_there", "read"]
 
 SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
+MISSING = ("", "na", "n/a", "null", "none", "-", "?")  # what a table may have in place of a number
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,11 @@ def _csv(path):
                 file.seek(0)
             if named and not file.read(1):
                 raise DataFileError(path, "holds no rows")
+            gap = next((field for field in first if field.lower() in MISSING), None)
+            if gap is not None and (not gap or any(map(_is_number, first))):
+                raise DataFileError(path, f"line 1: {gap!r} is neither a number nor the name of a column")
+            if any("\0" in field for field in first):
+                raise DataFileError(path, "line 1: holds a NUL byte")
         with path.open(encoding="utf-8-sig", newline=None) as file:
             array = np.loadtxt(file, np.float64, comments=None, delimiter=",", quotechar='"', skiprows=int(named),
                                ndmin=2)

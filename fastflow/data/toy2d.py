@@ -33,6 +33,7 @@ def _checked(x):
 
 def _positive(**values):
     for name, value in values.items():
+        checks.number(name, value)
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite positive number, got {value!r}")
 

@@ -1,7 +1,7 @@
 """Training: the train step, the trainer around it, checkpoints and recipes.
 
-TrainStep and the checkpoints need only torch and safetensors; the trainer and its recipes need the extras of
-``pip install 'fastflow[data,train]'``. Everything is imported when it is first used.
+TrainStep and the checkpoints need only torch and safetensors; the trainer needs the extra ``train`` and the data that
+recipes name the extra ``data``: ``pip install 'fastflow[data,train]'``. Everything is imported when it is first used.
 """
 
 import importlib

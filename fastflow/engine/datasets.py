@@ -1,5 +1,7 @@
 """The data that settings name, checked against them, and what of the data a model is built from."""
 
+from pathlib import Path
+
 from fastflow import data
 from fastflow.engine.errors import SettingsError
 from fastflow.engine.settings import from_dict
@@ -14,17 +16,21 @@ def load_data(settings):
 
     Raises:
         SettingsError: nothing is at the path (the message says what to get and where to put it), the data are of
-            another kind or shape than the settings say, or an option is not theirs.
+            another kind or shape than the settings say, an option is not theirs, or a library that they need is not
+            installed.
         DataFileError: a file is truncated or corrupt; the message names it.
     """
     chosen = settings.data
     defaults = type(chosen).model_fields
     options = {name: getattr(chosen, name) for name in OPTIONS if getattr(chosen, name) != defaults[name].default}
     try:
-        found = data.load(chosen.name or chosen.path, format=chosen.format,
+        # As a Path, for text may name data that ship: a folder of the user's own may be called digits, too.
+        found = data.load(chosen.name or Path(chosen.path), format=chosen.format,
                           validation_fraction=chosen.validation_fraction, **options)
+    except ImportError as error:
+        raise SettingsError(f"data.{'path' if chosen.name is None else 'name'}: {error}") from error
     except FileNotFoundError as error:
-        if chosen.name is not None or error.filename != chosen.path:
+        if chosen.name is not None or error.filename != str(Path(chosen.path)):
             raise
         what = chosen.where_from()
         put = f"put {what} there, or " if what else ""

@@ -10,8 +10,8 @@ aoti         .pt2          a function compiled by AOTInductor to a native librar
 
 The functions are log_prob of a flow, and elbo, encode and decode of a VAE, with the context of a conditional model as
 their last input; elbo takes its noise as an input too, so that it is reproduced to rounding, see
-:func:`fastflow.engine.programs.program`. Beside each file stands NAME.json: format, versions, function, inputs,
-operators, and the SHA-256 of the file.
+:func:`fastflow.engine.programs.program`. Beside each file stands one of its name and .json: format, versions, function,
+inputs, operators, and the SHA-256 of the file.
 
 A graph calls fused operators, ``fastflow_cpu::spline_fwd`` for instance, which must be registered before it is loaded:
 :func:`load_exported` does that, and elsewhere ``fastflow.extension.load("cpu")``. ``backend="reference"`` makes one
@@ -49,7 +49,7 @@ def export(model, path, format="safetensors", *, function=None, n_samples=1, exa
 
     Args:
         model: a module; for "torch_export" and "aoti" a Flow or a VAE. It is exported in eval mode.
-        path: with the suffix of the format, or another or none, which that one replaces.
+        path: with the suffix of the format, which takes the place of another format's and follows any other name.
         format: a key of ``FORMATS``.
         function: of those formats, "log_prob", "elbo", "encode" or "decode", see programs.program; None: log_prob of a
             flow, elbo of a VAE.
@@ -71,7 +71,9 @@ def export(model, path, format="safetensors", *, function=None, n_samples=1, exa
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    path = Path(path).with_suffix(FORMATS[format])
+    path = Path(path)
+    stem = path.stem if path.suffix in FORMATS.values() else path.name
+    path = path.with_name(stem + FORMATS[format])
     about = {"fastflow_export": VERSION, "format": format, "torch": torch.__version__,
              "model": type(model).__name__, "settings": settings}
     try:
@@ -82,7 +84,7 @@ def export(model, path, format="safetensors", *, function=None, n_samples=1, exa
             else:
                 about |= _write_program(model, temporary, format, function, n_samples, example, context, backend)
             about["sha256"] = _sha256(temporary)
-        write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+        write_text(_beside(path), json.dumps(about, indent=1) + "\n")
     except OSError as error:
         raise RunError(f"{path}: could not be written ({error.strerror or error})") from error
     return path
@@ -100,9 +102,12 @@ def load_exported(path, model=None):
         RunError: the file is damaged, of a newer format or of another model, or an operator it needs is not there.
     """
     path = Path(path)
-    about = _description(path)
+    beside = _beside(path)
+    if not beside.exists() and path.with_suffix(".json").exists():
+        beside = path.with_suffix(".json")  # as earlier versions named it, alike for all formats
+    about = _description(beside)
     if _sha256(path) != about.get("sha256"):
-        raise RunError(f"{path}: corrupt, its SHA-256 is not that of {path.with_suffix('.json').name}")
+        raise RunError(f"{path}: corrupt, its SHA-256 is not that of {beside.name}")
     if about["format"] == "safetensors":
         return _read_weights(path, about, model)
     for name in about.get("backends", ()):
@@ -207,8 +212,12 @@ def _without_infinities(graph):
             node.args = torch.fx.node.map_aggregate(node.args, finite)
 
 
-def _description(path):
-    beside = path.with_suffix(".json")
+def _beside(path):
+    """The path of the description of the exported file ``path``."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _description(beside):
     try:
         if beside.stat().st_size > MAX_DESCRIPTION_BYTES:
             raise RunError(f"{beside}: larger than {MAX_DESCRIPTION_BYTES} bytes")

@@ -1,12 +1,13 @@
-"""Files written whole or not at all, and logs read though a kill may have cut them short."""
+"""Files written whole or not at all, JSON, and logs read though a kill may have cut them short."""
 
 import contextlib
 import csv
 import io
 import json
+import math
 import os
 
-__all__ = ["read_log", "whole", "write_rows", "write_text"]
+__all__ = ["read_log", "to_json", "whole", "write_rows", "write_text"]
 
 
 @contextlib.contextmanager
@@ -41,12 +42,27 @@ def write_rows(path, rows, columns):
     return path
 
 
+def to_json(value, indent=None):
+    """The value as JSON, in which a number that is not finite is null: the format has no word for it."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_log(path):
-    """[dict] of a .jsonl file's lines, without those that are not whole; none for a missing file."""
+    """[dict] of a .jsonl file's lines, without those that are not whole; none for a missing file. A null, which stands
+    for a number that was not finite, is NaN."""
     lines = []
     for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(line))
         except ValueError:
             continue
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines
+            if isinstance(line, dict) and isinstance(line.get("step"), int)]

@@ -1,10 +1,9 @@
 """The log of a run: one line of JSON for every entry, and TensorBoard's file beside it if asked for."""
 
 import importlib.util
-import json
 
 from fastflow.engine.errors import RunError, SettingsError
-from fastflow.engine.files import read_log, write_text
+from fastflow.engine.files import read_log, to_json, write_text
 
 __all__ = ["RunLog", "check_tensorboard"]
 
@@ -33,7 +32,7 @@ class RunLog:
         if self._path is not None:
             if self._path.is_file():
                 entries = read_log(self._path)
-                write_text(self._path, "".join(json.dumps(e) + "\n" for e in entries if e["step"] <= self._step))
+                write_text(self._path, "".join(to_json(e) + "\n" for e in entries if e["step"] <= self._step))
             self._file = open(self._path, "a", buffering=1, encoding="utf-8")
         if self._folder is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -51,7 +50,7 @@ class RunLog:
                 raise self._failure(error) from error
 
     def write(self, step, figures):
-        """{name: number} of that step.
+        """{name: number} of that step; one that is not finite becomes null.
 
         Raises:
             RunError: the disk takes no more.
@@ -59,7 +58,7 @@ class RunLog:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps({"step": step, **figures}) + "\n")
+            self._file.write(to_json({"step": step, **figures}) + "\n")
             if self._writer is not None:
                 for name, value in figures.items():
                     group, _, rest = name.partition("_")

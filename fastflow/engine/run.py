@@ -1,6 +1,8 @@
 """Runs on disk: where one goes, and the trained model of one that is there."""
 
+import contextlib
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from fastflow.engine.errors import CheckpointError, RunError
 from fastflow.engine.models import build_model, load_weights
 from fastflow.engine.settings import Settings, from_dict
 
-__all__ = ["TrainedModel", "checkpoint_to_resume", "default_directory", "load_trained"]
+__all__ = ["TrainedModel", "check_directory", "checkpoint_to_resume", "default_directory", "load_trained"]
 
 
 @dataclass(frozen=True)
@@ -24,32 +26,68 @@ class TrainedModel:
     path: Path
 
 
+@contextlib.contextmanager
 def default_directory(title, resume):
-    """runs/TITLE, or with a number behind it: the last one that exists if ``resume``, else the first that doesn't."""
+    """runs/TITLE, or with a number behind it: the last one that exists if ``resume``, else the first that doesn't. One
+    process alone makes it, so that another run begun at the same time takes the next; nothing of it is left if the run
+    inside writes nothing."""
     names = itertools.chain([title], (f"{title}-{i}" for i in itertools.count(2)))
-    last = Path("runs") / title
-    for path in (Path("runs") / name for name in names):
-        if not path.exists():
-            return last if resume else path
-        last = path
+    paths = (Path("runs") / name for name in names)
+    path = next(paths)
+    if resume:
+        for following in paths:
+            if not following.exists():
+                break
+            path = following
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:  # all must find the same
+        while path.exists():
+            path = next(paths)
+    else:
+        while not _made(path):
+            path = next(paths)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):  # they are not empty
+            path.rmdir()
+            path.parent.rmdir()
 
 
-def checkpoint_to_resume(out, resume, warn):
-    """The checkpoint that a run in ``out`` goes on from, or None for a fresh one; ``warn`` hears of bad checkpoints.
+def _made(path):
+    """Whether it was this process that made the directory."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def check_directory(out, resume):
+    """A run may go to ``out``.
 
     Raises:
-        RunError: ``out`` is not a directory, or holds a run that ``resume`` was not given for.
-        CheckpointError: every checkpoint there is bad.
+        RunError: it is not a directory, or holds a run that ``resume`` was not given for.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"--out: {out} is not a directory")
-    if resume:
-        checkpoint.put_back(out / "checkpoints")
-        return checkpoint.newest(out / "checkpoints", warn)
-    if checkpoint.find(out / "checkpoints"):
+    if not resume and checkpoint.find(out / "checkpoints"):
         raise RunError(f"--out: {out} already holds a run; continue it with --resume auto or choose another directory")
-    return None
+
+
+def checkpoint_to_resume(out, resume, warn):
+    """The checkpoint that a run in ``out`` goes on from, or None for a fresh one; ``warn`` hears of bad checkpoints. No
+    other run may be writing there.
+
+    Raises:
+        RunError: as of :func:`check_directory`.
+        CheckpointError: every checkpoint there is bad.
+    """
+    check_directory(out, resume)
+    if not resume:
+        return None
+    checkpoint.put_back(Path(out) / "checkpoints")
+    return checkpoint.newest(Path(out) / "checkpoints", warn)
 
 
 def load_trained(directory, device, step=None):

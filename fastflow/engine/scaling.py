@@ -14,6 +14,8 @@ where P counts d0, which matters once n passes the sizes of biases and small ker
 import math
 from dataclasses import dataclass
 
+from torch import nn
+
 __all__ = ["Traffic", "traffic"]
 
 
@@ -50,16 +52,20 @@ def traffic(model, n_processes, strategy="ddp", groups=(), *, dtype=None):
     Args:
         model: a module, not yet wrapped.
         n_processes: data-parallel processes.
-        strategy: "ddp" (DistributedDataParallel), or "fsdp2" (fully_shard on each of ``groups`` and then on the model).
+        strategy: "ddp" (DistributedDataParallel), or "fsdp2", also "fsdp" as in train.strategy (fully_shard on each of
+            ``groups`` and then on the model).
         groups: disjoint submodules that are freed after their forward and gathered again for their backward; the rest
             of the model makes one group more, which stays whole in between, as fully_shard does by default.
         dtype: of parameters and gradients in transit, as in FSDP2's MixedPrecisionPolicy; None for the parameters' own.
 
     Raises:
+        TypeError: the model is not a module.
         ValueError: an unknown strategy, no processes, groups under ddp, or a parameter in two groups.
     """
-    if strategy not in ("ddp", "fsdp2"):
-        raise ValueError(f"strategy: expected 'ddp' or 'fsdp2', got {strategy!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if strategy not in ("ddp", "fsdp", "fsdp2"):
+        raise ValueError(f"strategy: expected 'ddp', 'fsdp' or 'fsdp2', got {strategy!r}")
     if isinstance(n_processes, bool) or not isinstance(n_processes, int) or n_processes < 1:
         raise ValueError(f"n_processes: expected a positive int, got {n_processes!r}")
     parameters = {p for p in model.parameters() if p.requires_grad}

@@ -64,7 +64,8 @@ class TrainSettings(Section):
     ema_decay: float = Field(0.0, ge=0, lt=1, description="average of the weights, to evaluate and sample; 0 for none")
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, order and noise")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where torch sees a GPU")
-    threads: Count = Field(0, description="CPU threads; 0 leaves torch's choice, 1 is fastest for very small models")
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0 leaves torch's choice, 1 is fastest for very "
+                         "small models")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="write TensorBoard's event file too")
     eval_every: Count = Field(0, description="steps between evaluations on held-out images; 0 for the end only")

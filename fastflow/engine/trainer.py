@@ -1,7 +1,6 @@
 """The trainer: a train step in a loop, with evaluation, pictures, checkpoints that resume bit for bit, and a log."""
 
 import contextlib
-import json
 import math
 import time
 from pathlib import Path
@@ -19,9 +18,10 @@ from fastflow.engine.distributed import Processes
 from fastflow.engine.errors import NonFiniteError, RunError, SettingsError
 from fastflow.engine.evaluate import describe, evaluate
 from fastflow.engine.faults import explained
-from fastflow.engine.files import write_text
+from fastflow.engine.files import to_json, write_text
 from fastflow.engine.gallery import draw, draw_curves
 from fastflow.engine.labels import check_labels, given
+from fastflow.engine.lock import claimed
 from fastflow.engine.log import RunLog, check_tensorboard
 from fastflow.engine.models import build_model, load_weights, standardize
 from fastflow.engine.objectives import objective_for
@@ -93,12 +93,23 @@ class Trainer:
                                        self._batches.labels)
         self._stop = StopSignals()
         self._saved, self._signal, self._say = None, 0, console.print
-        self._checkpoints = self.out / "checkpoints"
+        self._checkpoints, self._claimed = self.out / "checkpoints", False
 
     @property
     def n_parameters(self):
         """How many numbers are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @contextlib.contextmanager
+    def claimed(self):
+        """Inside, no other run writes in the directory, see :func:`fastflow.engine.lock.claimed`. :meth:`run` enters by
+        itself; who looks there for a checkpoint to go on from enters before."""
+        with claimed(self.out, self.processes):
+            self._claimed = True
+            try:
+                yield
+            finally:
+                self._claimed = False
 
     def start(self):
         """A fresh run: initialises data-dependent layers from training images."""
@@ -159,11 +170,14 @@ class Trainer:
                 changed by that step.
             CheckpointError: one could not be written; the earlier ones are intact.
             RunError: out of memory, the message says what to turn on; the log can't be written; another process has
-                ended.
+                ended; another run is writing in the directory.
         """
+        with contextlib.nullcontext() if self._claimed else self.claimed():
+            return self._run()
+
+    def _run(self):
         train, first = self.settings.train, self.processes.rank == 0
         if first:
-            self.out.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self._checkpoints)
         self.model.train()
         progress = TrainProgress(self.console, self.title, train.steps, self.step)
@@ -177,7 +191,7 @@ class Trainer:
                 self.save()
                 raise Interrupted(stop.number, f"stopped after step {self.step}, saved as {self._saved}") from None
         if first:
-            write_text(self.out / "results.json", json.dumps(results, indent=1) + "\n")
+            write_text(self.out / "results.json", to_json(results, indent=1) + "\n")
         return results
 
     def close(self):

@@ -2,6 +2,7 @@
 would be a synchronisation, or no look at all."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastflow import backends
 
@@ -39,4 +40,4 @@ def check_levels(name, x, n_bins):
 
 def _readable(values):
     return (values.device.type == "cpu" and not torch.compiler.is_compiling()
-            and backends.needs_reference([values]) is None)
+            and not isinstance(values, FakeTensor) and backends.needs_reference([values]) is None)

@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 import torch
+from data_files import pictures, table, write
 
 from fastflow import data
 
@@ -32,3 +35,16 @@ def test_the_fingerprint_sees_one_value():
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="name: expected one of digits, photos, .* or a path, got 'cats'"):
         data.load("cats")
+    with pytest.raises(FileNotFoundError, match="there are no data"):
+        data.load(Path("cats"))
+
+
+def test_a_path_is_not_taken_for_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "photos", map(str, range(20)))
+    found = data.load(Path("photos"), validation_fraction=0.2)
+    assert found.image_shape == (3, 4, 6) and found.n_bins == 256 and len(found.validation) == 4
+    (tmp_path / "patches").mkdir()
+    for part in ("train", "test"):
+        write(tmp_path / "patches" / f"{part}.npy", table())
+    assert data.load(Path("patches"), validation_fraction=0.2).event_shape == (3,)

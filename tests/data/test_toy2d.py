@@ -73,7 +73,7 @@ def test_kl_divergence_is_that_of_two_gaussians():
 
 @pytest.mark.parametrize(("call", "error", "match"), [
     (lambda: toy2d.GaussianMixture(0), ValueError, "n_components"),
-    (lambda: toy2d.Ring(sigma=0.0), ValueError, "sigma"),
+    (lambda: toy2d.Ring(sigma=0.0), ValueError, "sigma"), (lambda: toy2d.Ring(sigma="a"), TypeError, "sigma"),
     (lambda: toy2d.Checkerboard(3), ValueError, "squares"), (lambda: toy2d.Moons(n_nodes=0), ValueError, "n_nodes"),
     (lambda: toy2d.Moons(scale=math.inf), ValueError, "scale"),
     (lambda: toy2d.Ring().log_prob(torch.zeros(3)), ValueError, "x"),

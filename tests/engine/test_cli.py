@@ -1,11 +1,14 @@
 import importlib.metadata
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastflow import cli
 from fastflow.data import DataFileError
+from fastflow.engine.run import default_directory
 
 
 def run(*arguments, cwd=None):
@@ -55,6 +58,18 @@ def test_the_runs_inside_a_directory_are_named(capsys, tmp_path):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
     message = refused(capsys, "sample", tmp_path)
     assert f"holds no checkpoints; there are runs inside: {tmp_path}/beta-1, {tmp_path}/beta-2\n" in message
+
+
+def test_runs_begun_at_the_same_time_get_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with default_directory("x", False) as first, default_directory("x", False) as second:
+        assert [first, second] == [Path("runs/x"), Path("runs/x-2")]
+        with default_directory("x", True) as last:  # of two runs there the lock lets one in
+            assert last == second
+    assert not (tmp_path / "runs").exists()  # nothing is left of what wrote nothing
+    monkeypatch.setenv("WORLD_SIZE", "2")  # under torchrun all processes must find the same
+    with default_directory("x", False) as first, default_directory("x", False) as second:
+        assert first == second == Path("runs/x")
 
 
 def test_an_output_that_is_a_file_or_a_run_is_refused(capsys, tmp_path):
@@ -125,7 +140,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
 
 @pytest.mark.parametrize("missing, said", [
     (["rich"], "needs rich, not installed: pip install 'fastflow[train]'"),
-    (["skimage"], "needs scikit-image, not installed: pip install 'fastflow[data]'"),
+    (["matplotlib"], "needs matplotlib, not installed: pip install 'fastflow[train]'"),
     (["pydantic", "PIL"], "needs pydantic, pillow, not installed: pip install 'fastflow[data,train]'"),
 ])
 @pytest.mark.parametrize("command", [["train", "glow-digits"], ["sample", "."], ["evaluate", "."]])
@@ -133,6 +148,32 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(capsys, monkeypat
     for module in missing:
         monkeypatch.setitem(sys.modules, module, None)
     assert said in refused(capsys, *command)
+
+
+@pytest.mark.parametrize("name, module, said", [
+    ("photos", "skimage", "data.name: the photos are inside scikit-image, which is not installed: pip install 'fastf"),
+    ("digits", "sklearn.datasets", "data.name: digits needs sklearn, which is not installed: pip install 'fastflow[da"),
+])
+def test_libraries_with_data_are_needed_by_who_asks_for_those(capsys, monkeypatch, tmp_path, name, module, said):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert said in refused(capsys, "train", f"glow-{name}", "--out", tmp_path / "run")
+    cli.check_extras()  # who does not goes without
+
+
+def test_a_missing_library_of_a_file_is_one_line(capsys, monkeypatch, tmp_path):
+    (tmp_path / "t.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert "data.path: reading Parquet needs pyarrow, which is not installed: pip install 'fastflow[tables]'" in \
+        refused(capsys, "train", "maf-power", "--set", f"data.path={tmp_path / 't.parquet'}", "--out", tmp_path / "run")
+
+
+def test_the_package_is_a_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fastflow", "--version"])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_module("fastflow", run_name="__main__")
+    assert leaving.value.code == 0 and capsys.readouterr().out.startswith("fastflow ")
 
 
 def test_bench_runs_the_benchmarks_of_the_directory_it_is_called_in(tmp_path):

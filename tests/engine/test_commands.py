@@ -131,7 +131,7 @@ def test_export_a_function(format, function, samples, tmp_path, fastflow):
     assert written.returncode == 0, written.stderr
     path = Path(written.stdout.strip())
     assert path.parent == tmp_path / "export" and path.stem == f"step-000001-{format}-{function}"
-    about = json.loads(path.with_suffix(".json").read_text())
+    about = json.loads(path.with_name(f"{path.name}.json").read_text())
     assert (about["format"], about["function"]) == (format, function)
     model = load_trained(tmp_path, "cpu").model.eval()
     x, z = torch.rand(2, 1, 8, 8), torch.randn(samples, 2, 4)

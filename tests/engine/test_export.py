@@ -69,6 +69,10 @@ def exported(model, path, format, **options):
         return path, [model.eval().log_prob(x) for x in batches]
 
 
+def described(path):
+    return path.with_name(f"{path.name}.json")
+
+
 def read(script, *arguments):
     return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True,
                           timeout=300, check=False)
@@ -83,11 +87,11 @@ def check(path, want):
 def test_graphs_reload_elsewhere(tmp_path):
     """One of torch's operators alone, without fastflow; fused ones, once fastflow's operators are registered."""
     plain, want = exported(perturbed("realnvp"), tmp_path / "plain", "torch_export", backend="reference")
-    assert json.loads(plain.with_suffix(".json").read_text())["operators"] == []
+    assert json.loads(described(plain).read_text())["operators"] == []
     wants = {plain: want}
     for name, (_, operator) in MODELS.items():
         path, values = exported(perturbed(name), tmp_path / name, "torch_export")
-        about = json.loads(path.with_suffix(".json").read_text())
+        about = json.loads(described(path).read_text())
         assert f"fastflow_cpu.{operator}" in about["operators"] and about["backends"] == ["cpu"]
         wants[path] = values
     done = read(STEPWISE, *wants)
@@ -100,7 +104,7 @@ def test_graphs_reload_elsewhere(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_packages_reload_elsewhere(tmp_path, name):
     path, want = exported(perturbed(name), tmp_path / name, "aoti")
-    assert f"fastflow_cpu.{MODELS[name][1]}" in json.loads(path.with_suffix(".json").read_text())["operators"]
+    assert f"fastflow_cpu.{MODELS[name][1]}" in json.loads(described(path).read_text())["operators"]
     done = read(READ, path)
     assert done.returncode == 0, done.stderr
     check(path, want)
@@ -111,7 +115,7 @@ def test_weights_keep_values_and_memory_format(tmp_path):
     weight = next(m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.weight.shape[2] == 3)
     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     strides = {name: t.stride() for name, t in model.state_dict().items()}
-    path = export(model, tmp_path / "glow.anything")
+    path = export(model, tmp_path / "glow.pt2")
     assert path == tmp_path / "glow.safetensors"
     other = load_exported(path, MODELS["glow"][0]())
     for name, tensor in other.state_dict().items():
@@ -123,9 +127,21 @@ def test_weights_keep_values_and_memory_format(tmp_path):
         load_exported(path, MODELS["nsf"][0]())
 
 
+def test_formats_of_one_name_stand_side_by_side(tmp_path):
+    model = perturbed("realnvp")
+    weights, graph = (export(model, tmp_path / "model-v1.2", format) for format in ("safetensors", "torch_export"))
+    assert {path.name for path in tmp_path.iterdir()} == {f"model-v1.2.{end}" for end in (
+        "safetensors", "safetensors.json", "pt2", "pt2.json")}
+    x = model.sample(3)
+    with torch.no_grad():
+        torch.testing.assert_close(load_exported(graph)(x), model.eval().log_prob(x), rtol=1e-5, atol=1e-5)
+    described(weights).rename(weights.with_suffix(".json"))  # as earlier versions called it
+    assert torch.equal(load_exported(weights, MODELS["realnvp"][0]()).eval().log_prob(x), model.log_prob(x))
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = export(perturbed("realnvp"), tmp_path / "m")
-    beside, whole = tmp_path / "m.json", path.read_bytes()
+    beside, whole = described(path), path.read_bytes()
     for content in (whole[:-1], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:], b""):
         path.write_bytes(content)
         with pytest.raises(RunError, match="m.safetensors: corrupt"):
@@ -134,7 +150,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     for text, reason in (("{", "is not JSON"), ("[]", "does not describe"), ('{"format": "x"}', "does not describe"),
                          (json.dumps({**about, "fastflow_export": 2}), "reads 1")):
         beside.write_text(text)
-        with pytest.raises(RunError, match=f"m.json: .*{reason}"):
+        with pytest.raises(RunError, match=f"m.safetensors.json: .*{reason}"):
             load_exported(path)
     path.unlink()
     beside.write_text(json.dumps(about))
@@ -177,7 +193,7 @@ def test_a_full_disk_is_named_and_nothing_is_left_of_the_file(tmp_path, format):
 
 def test_others_may_read_exported_weights_as_far_as_the_mask_says(tmp_path):
     path = export(torch.nn.Linear(2, 2), tmp_path / "m")
-    assert path.stat().st_mode == path.with_suffix(".json").stat().st_mode
+    assert path.stat().st_mode == described(path).stat().st_mode
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

@@ -84,7 +84,7 @@ def wanted(model, x, eps=None, context=None):
 def test_a_graph_gives_the_models_own_terms(tmp_path, name):
     model = made(name)
     path = export(model, tmp_path / "m", "torch_export", n_samples=K)
-    about = json.loads(path.with_suffix(".json").read_text())
+    about = json.loads(path.with_name(f"{path.name}.json").read_text())
     size = 8 if name == "some labels" else 4
     assert about["function"] == "elbo" and about["inputs"][0]["shape"] == ["B", 1, size, size]
     assert len(about["inputs"]) == len((*noise(model, 2), *labels(name, 2))) + 1

@@ -28,7 +28,9 @@ REDUCED = {
 }
 SHORT = ["train.steps=2", "train.batch_size=4", "train.accumulate=1", "train.threads=1", "train.device=cpu",
          "train.eval_every=0", "train.patience=0", "train.checkpoint_every=0", "train.max_seconds=0", "sample.count=2"]
-PLANNED = ("jet", "vae-digits", "vqvae-digits", "realnvp-patches", "maf-power")  # one of each kind of model and data
+# one of each kind of model and data
+PLANNED = ("jet", "vae-digits", "vqvae-digits", "realnvp-patches", "maf-power", "iwae-digits", "dvae-digits",
+           "cvae-digits", "m2-digits", "task-digits")
 
 
 def but_for(names, *quick):

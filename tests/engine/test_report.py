@@ -11,7 +11,7 @@ import pytest
 from fastflow import cli
 from fastflow.engine import build_model, load_settings
 from fastflow.engine.charts import curves
-from fastflow.engine.files import read_log, write_text
+from fastflow.engine.files import read_log, to_json, write_text
 from fastflow.engine.gallery import draw_curves
 from fastflow.engine.pictures import save_picture
 
@@ -36,6 +36,11 @@ def test_curves_leave_out_what_is_not_finite_and_lines_that_a_kill_cut_short(tmp
 def test_a_log_with_bytes_that_are_no_text_keeps_its_other_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\x00\n{"step": 2}\n')
     assert read_log(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_json_knows_no_number_that_is_not_finite():
+    assert to_json({"a": [np.inf, (1.5, -np.inf)], "b": {"c": np.nan}}) == \
+        '{"a": [null, [1.5, null]], "b": {"c": null}}'
 
 
 def test_texts_are_in_utf_8_whatever_the_locale(tmp_path):

@@ -126,6 +126,9 @@ def test_padding_and_groups_by_hand():
                             ({"strategy": "fsdp2", "groups": [model, model[0]]}, "groups: a parameter is in two")):
         with pytest.raises(ValueError, match=reason):
             traffic(model, 4, **options)
+    assert traffic(model, 4, "fsdp") == traffic(model, 4, "fsdp2")  # as train.strategy calls it
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+        traffic("x", 2)
     with pytest.raises(ValueError, match="n_processes: expected a positive int"):
         traffic(model, 0)
 

@@ -1,6 +1,8 @@
 import pytest
+from data_files import pictures
 
 from fastflow.engine import SettingsError, load_settings
+from fastflow.engine.datasets import load_data
 from fastflow.engine.settings import described, differences, from_dict, recipes
 
 SHIPPED = {"glow-photos", "glow-digits", "vae-digits"}
@@ -31,6 +33,7 @@ def test_overrides_are_read_as_toml_and_otherwise_as_text():
     ("train.steps=true", "train.steps: input should be a valid integer, got True"),
     ("train.steps=-1", "train.steps: input should be greater than or equal to 0, got -1"),
     ("train.steps=99999999999999999999", "train.steps: "),
+    ("train.threads=100000", "train.threads: input should be less than or equal to 4096, got 100000"),
     ("train.learning_rate=nan", "train.learning_rate: input should be a finite number"),
     ("train.learning_rate=0", "train.learning_rate: input should be greater than 0"),
     ("train.learning_rate=fast", "train.learning_rate: input should be a valid number, got 'fast'"),
@@ -71,6 +74,15 @@ def test_a_path_takes_the_place_of_the_recipes_own_data():
     assert settings.data.name is None and settings.data.path == "mine"
     moved = load_settings("glow-photos", ["data.path=moved", "data.format=folder", "data.size=32"])
     assert differences(settings, moved) == []
+
+
+def test_a_folder_of_ones_own_may_have_the_name_of_data_that_ship(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "digits", map(str, range(10)))
+    found = load_data(load_settings("glow-photos", ["data.path=digits"]))
+    assert found.event_shape == (3, 4, 6) and found.n_bins == 256
+    with pytest.raises(SettingsError, match="^data.path: there is nothing at ./photos/; say where"):
+        load_data(load_settings("glow-photos", ["data.path=./photos/"]))
 
 
 def test_a_recipe_of_ones_own(tmp_path):

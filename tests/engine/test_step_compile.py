@@ -138,6 +138,15 @@ def test_many_steps_with_compiled_conditioners_in_one_process():
     assert counters["recompile_limit"].total() == 0 and counters["stats"]["unique_graphs"] == 25
 
 
+def test_many_compiled_steps_in_one_process():
+    """Each has a cache of its own, whose limit is not reached by the graphs of the others."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for features in range(2, 5):
+            model = flows.NICE(features, n_layers=1, hidden=(4,))
+            step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1), compile="eager")
+            assert step(torch.randn(5, features)).isfinite()
+
+
 def test_a_scheduled_weight_of_the_rate_is_followed_without_a_new_graph():
     model = VAE(mlp_encoder((12,), 2, (8,)), mlp_decoder(2, (12,), (8,)))
     twin, schedule = copy.deepcopy(model), LinearSchedule(0.0, 1.0, 4)

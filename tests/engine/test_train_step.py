@@ -234,6 +234,15 @@ def test_a_model_whose_parameters_are_all_frozen_is_named():
     assert step(torch.randn(8, 4)).isfinite()
 
 
+@pytest.mark.parametrize(("levels", "got"), [(40, 40), (-1, -1)])
+def test_images_of_other_levels_are_refused(levels, got):
+    x = torch.zeros(2, 1, 2, 2, dtype=torch.int64)
+    x[1, 0, 1, 1] = levels
+    model = Affine()
+    with pytest.raises(ValueError, match=f"x: expected integers 0..31, got {got}"):
+        TrainStep(model, sgd(model), n_bins=32)(x)
+
+
 def test_an_optimizer_of_another_model_is_refused():
     model, other = RealNVP(4, n_layers=2), RealNVP(4, n_layers=2)
     with pytest.raises(ValueError, match="optimizer: expected one over the parameters of the RealNVP"):

@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import math
 import os
 import signal
 
@@ -7,7 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastflow.engine import CheckpointError, NonFiniteError, SettingsError, checkpoint, load_settings
+from fastflow.data import files
+from fastflow.engine import CheckpointError, NonFiniteError, RunError, SettingsError, checkpoint, load_settings
+from fastflow.engine import files as files_of_runs
 from fastflow.engine import trainer as trainer_module
 from fastflow.engine.log import RunLog
 from fastflow.engine.signals import Interrupted
@@ -85,8 +89,8 @@ def test_training_learns_and_writes_what_it_says(trainer):
     losses = [line["bits_per_dim"] for line in lines(made) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5 and abs(results["bits_per_dim"] - losses[-1]) < 0.5
     assert sorted(p.name for p in (made.out / "checkpoints").iterdir()) == ["step-000025", "step-000050", "step-000060"]
-    assert {p.name for p in made.out.iterdir()} == {"checkpoints", "samples", "curves.png", "metrics.jsonl",
-                                                     "results.json"}
+    assert {p.name for p in made.out.iterdir()} == {".lock", "checkpoints", "samples", "curves.png",
+                                                     "metrics.jsonl", "results.json"}
     assert results["samples"] == str(made.out / "samples" / "step-000060.png")
     assert results["checkpoint"] == str(made.out / "checkpoints" / "step-000060")
 
@@ -224,6 +228,50 @@ def test_a_log_cut_short_by_a_kill_is_mended(trainer):
     again = resumed(trainer, "run", 4)
     again.run()
     assert [line["step"] for line in lines(again) if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_one_run_at_a_time_writes_in_a_directory(trainer):
+    """Whether the other one is inside run() or looks for its checkpoint; it may go on once the first has ended."""
+    first, second = trainer("run", 1), trainer("run", 2)
+    first.start()
+    temporary = first.out / "checkpoints" / ".step-000001.tmp-0"  # as of a checkpoint that is being written
+    batch = first.batch
+
+    def meanwhile(step):
+        temporary.mkdir(parents=True)
+        second.start()
+        for enter in (second.run, second.claimed().__enter__):
+            with pytest.raises(RunError, match="run: another run is writing here"):
+                enter()
+        assert temporary.is_dir()
+        return batch(step)
+
+    first.batch = meanwhile
+    first.run()
+    with second.claimed():
+        again = resumed(trainer, "run", 2)
+    again.run()
+    assert newest(again).step == 2 and not temporary.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_written_without(trainer, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    assert newest(trained(trainer, "run", 0)).step == 0
+    monkeypatch.setattr(files, "fcntl", None)  # as on Windows
+    assert newest(trained(trainer, "other", 0)).step == 0
+
+
+def test_figures_that_are_not_finite_are_null(trainer, monkeypatch):
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *_, **__: {"bits_per_dim": math.nan})
+    made = trained(trainer, "run", 0)
+    for name in ("results.json", "metrics.jsonl"):
+        found = json.loads((made.out / name).read_text(), parse_constant=pytest.fail)
+        assert found.get("bits_per_dim", found.get("test_bits_per_dim")) is None
+    assert math.isnan(files_of_runs.read_log(made.out / "metrics.jsonl")[0]["test_bits_per_dim"])
 
 
 def test_samples_that_are_not_finite_are_counted(trainer):

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fastflow"
 # What each part may import directly. Parts reach what those import in turn; everything may import backends and checks.
 LAYERS = {
+    "__main__": {"cli"},
     "cli": {"engine", "recipes", "doctor"},
     "engine": {"vae", "diagnostics", "data", "launches", "measured"},
     "diagnostics": {"vae", "flows"},
