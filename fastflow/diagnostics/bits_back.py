@@ -1,7 +1,9 @@
 """Lossless compression with a VAE: bits-back coding on the asymmetric numeral systems of ``constriction``.
 
-Needs the extra ``compression``. A message costs -ELBO / log 2 bits per example: decoding z with the posterior takes
-log q(z|x) off the stack, x and z then cost log p(x|z) and log p(z).
+Needs the extra ``compression``. Decoding z with the posterior takes -log q(z|x) off the stack, x and z then cost
+-log p(x|z) and -log p(z). A message so costs -ELBO / log 2 bits per example where the bits that z is decoded from are
+uniform. The first ones are; the later ones are what earlier examples left, which is uniform to the extent that the
+aggregate posterior is the prior. Far from it the length is some percent off, longer as a rule.
 
 References:
     Townsend, Bird and Barber, "Practical lossless compression with latent variables using bits back coding", 2019,
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 
 from fastflow import checks
+from fastflow.diagnostics.latents import check_moments
 from fastflow.diagnostics.mode import in_eval
 from fastflow.vae.likelihoods import BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood
 from fastflow.vae.posteriors.closed import is_diagonal, is_standard, prior_moments
@@ -40,7 +43,7 @@ class Message(NamedTuple):
 
     @property
     def net_bits(self):
-        """bits - initial_bits: what the examples cost, -ELBO / log 2 on average."""
+        """bits - initial_bits: what the examples cost, about -ELBO / log 2 each, see above."""
         return self.bits - self.initial_bits
 
 
@@ -55,18 +58,17 @@ class BitsBack:
         model: a VAE with a GaussianPosterior, a prior of independent Gaussians, and a likelihood of bits or
             integers: Bernoulli, Categorical or DiscretizedLogistic.
         precision: minus the base-2 logarithm of the grid's step, 0 to 12.
-        bound: largest |z|, positive.
+        bound: largest |z|, at least one step of the grid and at most 64.
         batch_size: examples that go through the networks at a time.
 
     Raises:
         ImportError: constriction is not installed.
-        TypeError: the model's posterior, prior or likelihood is another one.
+        TypeError: the model's posterior, prior or likelihood is another one, or z is moved after it was drawn.
     """
 
     def __init__(self, model, *, precision=8, bound=8.0, batch_size=16):
         self._ans, self._models = _constriction()
-        if not hasattr(getattr(model, "posterior", None), "moments"):
-            raise TypeError("model: expected a VAE with a GaussianPosterior")
+        check_moments(model)
         kinds = (BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood)
         if not isinstance(model.likelihood, kinds):
             raise TypeError(f"model: expected a Bernoulli, Categorical or DiscretizedLogistic likelihood, got "
@@ -75,10 +77,10 @@ class BitsBack:
             raise TypeError(f"model: expected a prior of independent Gaussians, got {type(model.prior).__name__}")
         if isinstance(precision, bool) or not isinstance(precision, int) or not 0 <= precision <= 12:
             raise ValueError(f"precision: expected an int from 0 to 12, got {precision!r}")
-        if not 0.0 < bound <= 64.0:
-            raise ValueError(f"bound: expected a number above 0, at most 64, got {bound!r}")
         batch_size = checks.count("batch_size", batch_size, 1)
         self.model, self.step, self.batch_size = model, 2.0**-precision, batch_size
+        if not self.step <= bound <= 64.0:
+            raise ValueError(f"bound: expected a number from the grid's step {self.step:g} to 64, got {bound!r}")
         limit = round(bound / self.step)
         self._gaussian = self._models.QuantizedGaussian(-limit, limit)
 
@@ -90,11 +92,13 @@ class BitsBack:
             seed: of the random bits that the first posterior draws are made of.
 
         Raises:
-            ValueError: x holds values that the likelihood gives no probability.
+            ValueError: x holds values that the likelihood gives no probability, or the networks give numbers that are
+                not finite.
         """
         checks.tensor("x", x, floating=False)
         if len(x) < 1:
             raise ValueError("x: expected at least one example, got none")
+        symbols = self._symbols(x)
         with in_eval(self.model):
             moments = self._moments(x[:self.batch_size])
             n_words = moments[0].size * SYMBOL_BITS // 32 + 4
@@ -108,8 +112,7 @@ class BitsBack:
                     raise ValueError("x: the stack ran out of bits, because the model gives x more probability than "
                                      "its entropy allows; encode fewer examples at a time")
                 z = coder.decode(self._gaussian, mean, sigma)
-                symbols, model, *params = self._likelihood(z, batch)
-                coder.encode_reverse(symbols, model, *params)
+                coder.encode_reverse(symbols[i:i + self.batch_size].reshape(-1), *self._likelihood(z, batch))
                 coder.encode_reverse(z, self._gaussian, *self._prior(mean.size))
         return Message(coder.get_compressed(), len(x), initial, coder.num_valid_bits())
 
@@ -130,8 +133,7 @@ class BitsBack:
                 shape = like.new_empty((count, *like.shape[1:]))
                 n_latents = count * self._latents(like)
                 z = coder.decode(self._gaussian, *self._prior(n_latents))
-                _, model, *params = self._likelihood(z, shape, symbols=False)
-                symbols = coder.decode(model, *params)
+                symbols = coder.decode(*self._likelihood(z, shape))
                 x = torch.from_numpy(symbols.astype(np.int64)).view(shape.shape).to(like)
                 coder.encode_reverse(z, self._gaussian, *self._moments(x))
                 parts.append(x)
@@ -141,7 +143,9 @@ class BitsBack:
         """The posterior's mean and sigma, flat, in grid steps."""
         mean, log_sigma = self.model.posterior.moments(self.model.encoder(_floating(x, self.model)))
         self._shape = mean.shape[1:]
-        return _flat(mean) / self.step, np.maximum(np.exp(_flat(log_sigma)) / self.step, 1e-6)
+        sigma = np.exp(_flat(log_sigma))
+        _check_finite("encoder", _flat(mean), sigma)
+        return _flat(mean) / self.step, np.maximum(sigma / self.step, 1e-6)
 
     def _latents(self, like):
         if not hasattr(self, "_shape"):
@@ -155,25 +159,29 @@ class BitsBack:
         times = size // mean.numel()
         return np.tile(_flat(mean) / self.step, times), np.tile(np.exp(_flat(log_sigma)) / self.step, times)
 
-    def _likelihood(self, z, x, symbols=True):
-        """(symbols of x or None, entropy model, its parameters)."""
+    def _symbols(self, x):
+        """x (N, *event) as an int32 array."""
+        likelihood = self.model.likelihood
+        n_levels = (2 if isinstance(likelihood, BernoulliLikelihood) else likelihood.params_per_element
+                    if isinstance(likelihood, CategoricalLikelihood) else likelihood.n_bins)
+        values = x.detach().cpu().double()
+        if not ((values >= 0) & (values < n_levels) & (values == values.floor())).all():  # of which NaN is none
+            raise ValueError(f"x: expected integers from 0 to {n_levels - 1}")
+        return values.to(torch.int32).numpy()
+
+    def _likelihood(self, z, x):
+        """(entropy model, its parameters) of x (B, *event), of which the shape alone counts."""
         parameter = next(self.model.decoder.parameters(), torch.zeros(()))
         latents = torch.from_numpy(z.astype(np.float64) * self.step).to(parameter)
         output = self.model.decode(latents.view(len(x), *self._shape))
         likelihood = self.model.likelihood
-        values = x.detach().cpu().numpy().reshape(-1) if symbols else None
         if isinstance(likelihood, BernoulliLikelihood):
-            n_levels, model, table = 2, self._models.Bernoulli(perfect=False), _flat(torch.sigmoid(output.double()))
+            model, table = self._models.Bernoulli(perfect=False), _flat(torch.sigmoid(output.double()))
         else:
             probs = _table(likelihood, output)
-            n_levels = probs.shape[-1]
-            model, table = self._models.Categorical(perfect=False), probs.reshape(-1, n_levels)
-        if symbols:
-            integers = values.astype(np.int32)
-            if (integers != values).any() or (integers < 0).any() or (integers >= n_levels).any():
-                raise ValueError(f"x: expected integers from 0 to {n_levels - 1}")
-            values = integers
-        return values, model, table
+            model, table = self._models.Categorical(perfect=False), probs.reshape(-1, probs.shape[-1])
+        _check_finite("decoder", table)
+        return model, table
 
 
 def _table(likelihood, output):
@@ -184,6 +192,11 @@ def _table(likelihood, output):
     params = output.chunk(likelihood.params_per_element, 1)
     levels = [likelihood.log_density(torch.full_like(params[0], float(v)), *params) for v in range(likelihood.n_bins)]
     return torch.exp(torch.stack(levels, -1)).cpu().numpy()
+
+
+def _check_finite(network, *arrays):
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError(f"model: expected finite numbers of its {network}, got some that are not")
 
 
 def _flat(tensor):

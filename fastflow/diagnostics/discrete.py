@@ -43,7 +43,7 @@ def code_usage(codes, n_codes):
 def active_sites(q, threshold=0.01):
     """(sites,) bool of an estimators.Bernoulli or Categorical with N >= 2 rows: whether the variance over the rows of
     the probabilities, summed over the classes but the first, exceeds ``threshold``. For bits it is the criterion of
-    :func:`active_units`, at most 1/4."""
+    :func:`active_units`, at most N / (4 (N - 1))."""
     probs = q.table().exp()
     if len(probs) < 2:
         raise ValueError(f"q: expected at least 2 rows, got {len(probs)}")
@@ -59,7 +59,7 @@ def discrete_information(q, p, *, n_samples=1, generator=None):
         n_samples: draws of z for each example; from 2 on the errors are no longer upper bounds.
         generator: torch.Generator or None.
     """
-    z = q.sample(n_samples, generator=generator)
+    z = q.sample(checks.count("n_samples", n_samples, 1), generator=generator)
     own, target = q.log_prob(z).double(), p.log_prob(z).double()
     table = q.table().double().flatten(1).clamp_min(-1e300)  # for 0 times the -inf of a class that a row never has
     picked = q.one_hot(z.flatten(0, 1)).double().flatten(1)

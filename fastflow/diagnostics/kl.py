@@ -5,7 +5,7 @@ import math
 import torch
 
 from fastflow import checks
-from fastflow.diagnostics.latents import latents_and_kl
+from fastflow.diagnostics.latents import has_moments, latents_and_kl
 from fastflow.vae import DiscreteVAE, HierarchicalVAE, QuantizedVAE
 
 __all__ = ["kl_per_latent"]
@@ -19,7 +19,8 @@ def kl_per_latent(model, x, context=None, *, batch_size=1024, generator=None):
 
     ====================================  ==========================================================================
     VAE with a GaussianPosterior          a dimension of the flattened z; against N(0, 1), for which the sum is no
-                                          longer the rate, where the prior is no diagonal Gaussian
+                                          longer the rate, where the prior is no diagonal Gaussian. None where z is
+                                          moved after it was drawn, as a HamiltonianVAE's
     DiscreteVAE                           a bit or class, given the bits before it under a BitPrior
     HierarchicalVAE                       a dimension of a level's z given the levels above, the top level's first
     QuantizedVAE                          a position of the map of codes: -log p(c_t | c_<t), for q is certain
@@ -27,12 +28,14 @@ def kl_per_latent(model, x, context=None, *, batch_size=1024, generator=None):
 
     Args:
         context: (N, ...) for a conditional model.
+        batch_size: examples that go through the encoder at a time.
         generator: of the samples of a hierarchy, or of bits under a BitPrior, or None.
     """
     checks.tensor("x", x, floating=False)
     if len(x) < 1:
         raise ValueError("x: expected at least one example, got none")
-    if hasattr(getattr(model, "posterior", None), "moments"):
+    batch_size = checks.count("batch_size", batch_size, 1)
+    if has_moments(model):
         return latents_and_kl(model, x, context, batch_size=batch_size)[2].mean(0)
     if isinstance(model, HierarchicalVAE):
         def of(batch):

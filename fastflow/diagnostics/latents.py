@@ -11,6 +11,8 @@ import torch
 
 from fastflow import checks
 from fastflow.draws import drawn
+from fastflow.vae import VAE
+from fastflow.vae.model import draws_from_posterior
 from fastflow.vae.penalties import decompose_kl
 from fastflow.vae.posteriors.closed import is_standard, kl_by_element, prior_moments
 from fastflow.vae.posteriors.gaussian import log_normal
@@ -42,12 +44,29 @@ class InformationTerms(NamedTuple):
     kl_error: torch.Tensor
 
 
+def has_moments(model):
+    """Whether the model's z are draws of diagonal Gaussians, by which nothing moves them afterwards."""
+    return hasattr(getattr(model, "posterior", None), "moments") and (
+        not isinstance(model, VAE) or draws_from_posterior(model))
+
+
+def check_moments(model):
+    """The model is one of those."""
+    if not has_moments(model):
+        raise TypeError(f"model: expected a VAE with a GaussianPosterior whose draws nothing moves, got a "
+                        f"{type(model).__name__} with {type(getattr(model, 'posterior', None)).__name__}")
+
+
 @torch.no_grad()
 def posterior_moments(model, x, context=None, *, batch_size=1024):
     """(mean, log sigma), each (N, D) with the latent's shape flattened, of q(z | x) for x (N, *event).
 
+    Args:
+        context: (N, ...) for a conditional model.
+        batch_size: examples that go through the encoder at a time.
+
     Raises:
-        TypeError: the model's posterior is no diagonal Gaussian.
+        TypeError: the model's posterior is no diagonal Gaussian, or z is moved after it was drawn from it.
     """
     return latents_and_kl(model, x, context, batch_size=batch_size)[:2]
 
@@ -58,15 +77,14 @@ def latents_and_kl(model, x, context=None, *, batch_size=1024):
     checks.tensor("x", x, floating=False)
     if len(x) < 1:
         raise ValueError("x: expected at least one example, got none")
-    posterior = getattr(model, "posterior", None)
-    if not hasattr(posterior, "moments"):
-        raise TypeError(f"model: expected a VAE with a GaussianPosterior, got one with {type(posterior).__name__}")
+    batch_size = checks.count("batch_size", batch_size, 1)
+    check_moments(model)
     parts = []
     for i in range(0, len(x), batch_size):
         some = slice(i, i + batch_size)
         given = None if context is None else context[some]
         params = model.encoder(x[some]) if context is None else model.encoder(x[some], given)
-        mean, log_sigma = posterior.moments(params)
+        mean, log_sigma = model.posterior.moments(params)
         prior = model.prior.given(given) if hasattr(model.prior, "given") else model.prior
         parts.append((mean.flatten(1), log_sigma.flatten(1), kl_to_prior(mean, log_sigma, prior)))
     return tuple(torch.cat(t) for t in zip(*parts, strict=True))
@@ -123,6 +141,7 @@ def information(mean, log_sigma, prior=None, *, n_samples=1, log_prior=None, gen
         generator: torch.Generator or None.
     """
     _check_moments(mean, log_sigma)
+    n_samples = checks.count("n_samples", n_samples, 1)
     if log_prior is None:
         mean_p, log_sigma_p = _prior(prior, mean, log_sigma)
 

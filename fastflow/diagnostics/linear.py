@@ -27,6 +27,8 @@ class LinearOptimum(NamedTuple):
 
     def summary(self):
         """One line of text."""
+        if not self.distortion.isfinite().all():
+            return "no prediction of collapse: the data's variances are not finite"
         kept, total = int(self.active.sum()), len(self.active)
         return (f"a linear model keeps {kept} of {total} directions and loses {total - kept} "
                 f"(beta * sigma^2 = {self.threshold:.4g}): rate {self.rate.sum().item():.4g} nats, "
@@ -72,6 +74,8 @@ def linear_optimum(eigenvalues, sigma, beta=1.0, latent_features=None):
     s = beta * sigma * sigma
     active = values > s
     if latent_features is not None:
+        latent_features = checks.count("latent_features", latent_features)
         active = active & (torch.arange(len(values), device=values.device) < latent_features)
     rate = torch.where(active, 0.5 * torch.log(torch.where(active, values, s) / s), 0.0)
+    rate = torch.where(values.isnan(), values, rate)
     return LinearOptimum(rate, torch.where(active, s, values), active, s)

@@ -8,7 +8,7 @@ import torch
 from fastflow import checks
 from fastflow.diagnostics.discrete import code_usage
 from fastflow.diagnostics.kl import kl_per_latent
-from fastflow.diagnostics.latents import kl_to_prior
+from fastflow.diagnostics.latents import check_moments, kl_to_prior
 from fastflow.vae import QuantizedVAE
 
 __all__ = ["CollapseMonitor", "CollapseWarning"]
@@ -19,7 +19,8 @@ class CollapseWarning(UserWarning):
 
 
 class CollapseMonitor:
-    """Watches the mean KL of every latent and warns when too few of them are used.
+    """Watches the mean KL of every latent and warns when too few of them are used. One that is not finite counts as not
+    used, and the warning says so.
 
     ``attach(model)`` hooks it onto the model's posterior, so that any training loop runs it; or hand it (B, D) KLs
     with :meth:`update`. The KLs are averaged where they are and looked at every ``every`` batches only. It is silent
@@ -57,21 +58,28 @@ class CollapseMonitor:
         self._sum = None
 
     def attach(self, model):
-        """Watches ``model.posterior``, a GaussianPosterior, in training mode; returns a handle with remove()."""
-        posterior = getattr(model, "posterior", None)
-        if not hasattr(posterior, "moments"):
-            raise TypeError(f"model: expected a VAE with a GaussianPosterior, got one with {type(posterior).__name__}")
+        """Watches ``model.posterior``, a GaussianPosterior, in training mode; returns a handle with remove().
+
+        Raises:
+            TypeError: the model's posterior is no diagonal Gaussian, or z is moved after it was drawn from it.
+        """
+        check_moments(model)
 
         def hook(module, args, output):
-            if not module.training or torch.compiler.is_compiling() or _capturing(args[0]):
+            # A model gives the prior with the encoder's params. A VampPrior, which draws from the posteriors at its own
+            # inputs, does not: those are no batch.
+            if not module.training or len(args) < 2 or torch.compiler.is_compiling() or _capturing(args[0]):
                 return
             with torch.no_grad():
-                self.update(kl_to_prior(*module.moments(args[0]), args[1] if len(args) > 1 else None))
+                self.update(kl_to_prior(*module.moments(args[0]), args[1]))
 
-        return posterior.register_forward_hook(hook)
+        return model.posterior.register_forward_hook(hook)
 
     def update(self, kl):
         """Counts one batch of KLs (B, D) in nats; every ``every`` batches it looks and may warn."""
+        checks.tensor("kl", kl)
+        if kl.dim() != 2:
+            raise ValueError(f"kl: expected shape (B, D), got {tuple(kl.shape)}")
         self._batches += 1
         if self._batches <= self.warmup:
             return
@@ -103,9 +111,12 @@ class CollapseMonitor:
     def _judge(self, kl, when):
         self.kl = kl
         active = int((kl > self.threshold).sum())
-        self._decide(active, len(kl), f"posterior collapse: {active} of {len(kl)} latents have a KL above "
-                     f"{self.threshold:g} nats after {when} (largest {kl.max().item():.2g}); lower beta, anneal it, or "
-                     f"use free bits")
+        message = (f"posterior collapse: {active} of {len(kl)} latents have a KL above {self.threshold:g} nats after "
+                   f"{when} (largest {kl.max().item():.2g}); lower beta, anneal it, or use free bits")
+        if unknown := int((~kl.isfinite()).sum()):
+            message = (f"{unknown} of {len(kl)} latents have a KL that is not finite after {when}: look for NaN in the "
+                       "data and the weights")
+        self._decide(active, len(kl), message)
 
     def _decide(self, active, total, message):
         self.active = active

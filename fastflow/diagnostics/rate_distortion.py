@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fastflow import checks
-from fastflow.diagnostics.latents import active_units, latents_and_kl, posterior_moments
+from fastflow.diagnostics.latents import active_units, has_moments, latents_and_kl, posterior_moments
 
 __all__ = ["RateDistortion", "Traversal", "rate_distortion", "rate_distortion_sweep", "traversal_grid"]
 
@@ -19,7 +19,7 @@ class RateDistortion(NamedTuple):
         distortion: -E log p(x|z).
         elbo: -rate - distortion.
         elbo_error: its standard error over the examples.
-        active: number of active units, None where the posterior is no diagonal Gaussian.
+        active: number of active units, None where z is not drawn from a diagonal Gaussian.
         beta: that it was trained with, None if unknown.
     """
 
@@ -54,11 +54,14 @@ def rate_distortion(model, x, context=None, *, n_samples=1, batch_size=1024, bet
     Args:
         context: (N, ...) for a conditional model.
         n_samples: draws of z for each example.
+        batch_size: examples that go through the networks at a time.
         beta: kept in the result; the ELBO is unweighted.
+        generator: of the draws of z, or None.
     """
     checks.tensor("x", x, floating=False)
     if len(x) < 1:
         raise ValueError("x: expected at least one example, got none")
+    batch_size = checks.count("batch_size", batch_size, 1)
     rates, distortions = [], []
     for i in range(0, len(x), batch_size):
         options = {} if context is None else {"context": context[i:i + batch_size]}
@@ -71,7 +74,7 @@ def rate_distortion(model, x, context=None, *, n_samples=1, batch_size=1024, bet
     elbo = -rate - distortion
     error = elbo.std().item() / math.sqrt(len(elbo)) if len(elbo) > 1 else math.nan
     active = None
-    if hasattr(getattr(model, "posterior", None), "moments") and len(x) > 1:
+    if has_moments(model) and len(x) > 1:
         active = int(active_units(posterior_moments(model, x, context, batch_size=batch_size)[0]).sum())
     return RateDistortion(rate.mean().item(), distortion.mean().item(), elbo.mean().item(), error, active, beta)
 

@@ -17,6 +17,7 @@ from fastflow.diagnostics.kl import discrete_kl, kl_per_latent
 from fastflow.diagnostics.latents import (
     InformationTerms,
     active_units,
+    has_moments,
     information,
     latents_and_kl,
     marginal_kl,
@@ -36,6 +37,8 @@ LEVEL_IMAGES = 8
 class Diagnosis:
     """A VAE measured on N examples. What a kind of model does not have is None, and of one example what is measured on
     several: the ELBO's error is NaN, active units (but a hierarchy's), information and prediction are None.
+
+    Of a HamiltonianVAE, whose z are no draws of a posterior of known density, the latents are left out.
 
     Attributes:
         n_examples, size: N, and the numbers in one example.
@@ -90,7 +93,9 @@ class Diagnosis:
             lines.append("one example alone does not show how examples differ: what is measured on several is left out")
         if self.active is not None:
             active, total = int(self.active.sum()), len(self.kl)
-            lines.append(f"active units {active} of {total}" + (": posterior collapse" if active == 0 else ""))
+            # A NaN is not above any threshold, and no collapse.
+            verdict = "" if active else ": posterior collapse" if self.kl.isfinite().all() else ": KLs are not finite"
+            lines.append(f"active units {active} of {total}{verdict}")
         if self.codes is not None:
             lines.append(f"codes in use {self.codes.used} of {len(self.codes.counts)}, perplexity "
                          f"{self.codes.perplexity:.4g}" + (": codebook collapse" if self.codes.used == 1 else ""))
@@ -123,12 +128,15 @@ def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_d
             the ELBO bounds the log-probability of the integers.
         n_samples: draws of z for each example.
         n_dims: latents in the traversal.
+        batch_size: examples that go through the networks at a time.
         max_examples: only the first so many are used; the aggregate posterior takes time in their square.
         generator: of the draws of z, or None.
     """
     checks.tensor("x", x, floating=False)
     if len(x) < 1:
         raise ValueError("x: expected at least one example, got none")
+    max_examples, batch_size = checks.count("max_examples", max_examples, 1), checks.count("batch_size", batch_size, 1)
+    n_samples, n_dims = checks.count("n_samples", n_samples, 1), checks.count("n_dims", n_dims, 1)
     x = x[:max_examples]
     context = None if context is None else context[:max_examples]
     with in_eval(model):
@@ -140,7 +148,7 @@ def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_d
         point = point._replace(distortion=point.distortion + constant, elbo=point.elbo - constant)
         options = {"n_samples": n_samples, "n_dims": n_dims, "batch_size": batch_size, "generator": generator}
         latents = {}
-        if hasattr(getattr(model, "posterior", None), "moments"):
+        if has_moments(model):
             latents = _gaussian(model, x, context, **options)
         elif isinstance(model, DiscreteVAE):
             latents = _discrete(model, x, **options)
@@ -186,7 +194,7 @@ def _discrete(model, x, n_samples, n_dims, batch_size, generator):
 
 def _hierarchical(model, x, batch_size, generator):
     kl = kl_per_latent(model, x, batch_size=batch_size, generator=generator)
-    sizes = tuple(part[0].numel() for part in model.latent_kl(x[:1]))
+    sizes = tuple(z[0].numel() for z in model.encode(x[:1]))  # the means, which draw nothing
     images = torch.stack([model.reconstruct(x[:LEVEL_IMAGES], n) for n in range(len(sizes) + 1)])
     return {"kl": kl, "active": kl > ACTIVE_NATS, "level_sizes": sizes, "level_images": images}
 

@@ -136,7 +136,7 @@ class GaussianChain:
         """(generations + 1, 2) float64: E v and E (mean - m)^2 of each, the first fitted to real data alone."""
         state = self.variance * torch.tensor([1.0 - 1.0 / self.n, 1.0 / self.n], dtype=torch.float64)
         states = [state]
-        for _ in range(generations):
+        for _ in range(checks.count("generations", generations)):
             state = self._matrix @ state + self._constant
             states.append(state)
         return torch.stack(states)

@@ -78,7 +78,7 @@ def _bits(q):
 
 def _first(bits):
     """One-hots (..., C) of the first 1 among bits (..., C - 1), the last class if there is none."""
-    bits = torch.cat([bits, torch.ones_like(bits[..., :1])], -1)
+    bits = torch.cat([bits, bits.new_ones(*bits.shape[:-1], 1)], -1)
     return F.one_hot(bits.argmax(-1), bits.shape[-1]).to(bits.dtype)
 
 

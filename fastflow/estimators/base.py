@@ -62,6 +62,8 @@ def evaluate(f, samples):
     if not isinstance(values, torch.Tensor) or values.shape != samples.shape[:2]:
         got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         raise ValueError(f"f: expected values of shape (N, B) = {tuple(samples.shape[:2])}, got {got}")
+    if not values.is_floating_point():
+        raise TypeError(f"f: expected values of a floating dtype, got {values.dtype}")
     return values
 
 
@@ -69,7 +71,17 @@ def with_gradient(value, tensor, gradient):
     """``value`` (B,) unchanged, with ``gradient`` added to what flows back into ``tensor`` (B, ...), where that is not
     infinite."""
     zero = torch.where(tensor.isinf(), 0.0, tensor - tensor.detach()) * gradient.detach()
-    return value + (zero.flatten(1).sum(1) if zero.dim() > 1 else zero)
+    return _plus_zero(value, zero.flatten(1).sum(1) if zero.dim() > 1 else zero)
+
+
+def with_score(value, score):
+    """``value`` (B,) unchanged, with the gradient of ``score`` (B,) added to its own."""
+    return _plus_zero(value, score - score.detach())
+
+
+def _plus_zero(value, zero):
+    # Where f is infinite the zero is NaN: then the value stays what it is, and the gradient is NaN.
+    return torch.where(zero.isnan(), value, value + zero)
 
 
 def nothing(like):

@@ -7,7 +7,7 @@ import torch
 
 from fastflow import checks
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
-from fastflow.estimators.latents import MAX_STATES
+from fastflow.estimators.latents import MAX_STATES, Discrete
 
 __all__ = ["Enumeration", "exact"]
 
@@ -18,9 +18,13 @@ def exact(q, f, *, objective="mean", n_samples=1):
     f is evaluated once at each of the S states; the sum is over S, or S**n_samples, terms.
 
     Raises:
-        ValueError: more than 65536 terms.
+        TypeError: q is no Bernoulli or Categorical.
+        ValueError: more than 65536 terms, or n_samples below 1.
     """
+    if not isinstance(q, Discrete):
+        raise TypeError(f"q: expected a Bernoulli or Categorical, got {type(q).__name__}")
     checks.choice("objective", objective, ("mean", "iwae"))
+    n_samples = checks.count("n_samples", n_samples, 1)
     return _sum(q, f, objective, n_samples)[0]
 
 

@@ -19,6 +19,7 @@ MAX_STATES = 2**16
 
 def uniform(shape, like, generator):
     """Uniform numbers on (0, 1) in like's dtype."""
+    checks.noise(None, None, generator, "logits", like)
     return drawn(torch.rand, shape, like, generator).clamp_(min=torch.finfo(like.dtype).tiny)
 
 
@@ -50,7 +51,7 @@ class Discrete:
 
     def noise(self, n, generator=None):
         """(n, B, *event) uniform on (0, 1), of which :meth:`perturb` makes n samples."""
-        return uniform((n, *self.logits.shape), self.logits, generator)
+        return uniform((checks.count("n", n), *self.logits.shape), self.logits, generator)
 
     def sample(self, n=1, *, generator=None):
         """(n, B, *event) independent draws, without gradient."""
@@ -72,6 +73,21 @@ class Discrete:
     def table(self):
         """(B, sites, n_classes) log-probabilities of each element's classes."""
         raise NotImplementedError
+
+    def _check_samples(self, b):
+        """b is (K, B, *event); where either has one row, the other's number of them is B."""
+        checks.tensor("b", b, floating=False)
+        fits = b.dim() == self.logits.dim() + 1 and b.shape[2:] == self.event_shape
+        if not fits or b.shape[1] != self.logits.shape[0] and 1 not in (b.shape[1], self.logits.shape[0]):
+            raise ValueError(f"b: expected shape (K, {', '.join(map(str, self.logits.shape))}), got {tuple(b.shape)}")
+
+    def _check_other(self, other, family):
+        """other is of the same family and event, with as many rows or one."""
+        if not isinstance(other, family):
+            raise TypeError(f"other: expected a {family.__name__}, got {type(other).__name__}")
+        if other.event_shape != self.event_shape or other.logits.shape[0] not in (1, self.logits.shape[0]):
+            raise ValueError(f"other: expected logits of shape {tuple(self.logits.shape)}, or one row of them, got "
+                             f"{tuple(other.logits.shape)}")
 
 
 class Bernoulli(Discrete):
@@ -99,8 +115,9 @@ class Bernoulli(Discrete):
 
     def log_prob(self, b):
         """(K, B) nats of b (K, B, *event)."""
+        self._check_samples(b)
         log_zero, log_one = self._log_probs()
-        return _sum(_weighed(b, log_one) + _weighed(1.0 - b, log_zero), 2)
+        return _sum(weighed(b, log_one) + weighed(1.0 - b, log_zero), 2)
 
     def score(self, b):
         """(K, B, *event), the gradient of :meth:`log_prob` by the logits."""
@@ -109,17 +126,21 @@ class Bernoulli(Discrete):
     def entropy(self):
         """(B,) nats."""
         log_zero, log_one = self._log_probs()
-        return -_sum(_weighed(self.probs, log_one) + _weighed(torch.sigmoid(-self.logits), log_zero))
+        return -_sum(weighed(self.probs, log_one) + weighed(torch.sigmoid(-self.logits), log_zero))
 
     def kl(self, other):
         """(B,) nats, KL(self || other); other may have one row."""
+        self._check_other(other, Bernoulli)
         p, d = self.probs, self.logits - other.logits
         near = d.abs() < 1.0
-        small = torch.where(near, d, 0.0)
-        # Near the other the plain difference would be rounding: softplus(l') - softplus(l) = log1p(p expm1(-d)).
+        # Near the other the plain difference would be rounding: softplus(l') - softplus(l) = log1p(p expm1(-d)). It is
+        # taken of the less likely value, whose probability keeps its digits.
+        one_rare = self.logits < 0
+        rare = torch.where(one_rare, p, torch.sigmoid(-self.logits))
+        small = torch.where(near, torch.where(one_rare, d, -d), 0.0)
         zero, one = (own - far for own, far in zip(self._log_probs(), other._log_probs(), strict=True))
-        return _sum(torch.where(near, p * small + torch.log1p(p * torch.expm1(-small)),
-                                _weighed(p, one) + _weighed(torch.sigmoid(-self.logits), zero)))
+        return _sum(torch.where(near, rare * small + torch.log1p(rare * torch.expm1(-small)),
+                                weighed(p, one) + weighed(torch.sigmoid(-self.logits), zero)))
 
     def from_index(self, index):
         return index.to(self.logits.dtype)
@@ -155,7 +176,12 @@ class Categorical(Discrete):
     """Independent one-hots; logits (B, *sites, C) need not be normalised, those of masked classes are -inf. The event
     is (*sites, C)."""
 
-    LEAST_DIM, SHAPE = 2, "(B, *sites, C)"
+    LEAST_DIM, SHAPE = 2, "(B, *sites, C) with C >= 1"
+
+    def __init__(self, logits):
+        super().__init__(logits)
+        if self.n_classes < 1:
+            raise ValueError(f"logits: expected shape {self.SHAPE}, got {tuple(logits.shape)}")
 
     @property
     def n_classes(self):
@@ -183,7 +209,8 @@ class Categorical(Discrete):
 
     def log_prob(self, b):
         """(K, B) nats of b (K, B, *sites, C)."""
-        return _sum(_weighed(b, self.log_probs), 2)
+        self._check_samples(b)
+        return _sum(weighed(b, self.log_probs), 2)
 
     def score(self, b):
         """(K, B, *sites, C), the gradient of :meth:`log_prob` by the logits."""
@@ -191,16 +218,17 @@ class Categorical(Discrete):
 
     def entropy(self):
         """(B,) nats."""
-        return -_sum(_weighed(self.probs, self.log_probs))
+        return -_sum(weighed(self.probs, self.log_probs))
 
     def kl(self, other):
         """(B,) nats, KL(self || other); other may have one row."""
+        self._check_other(other, Categorical)
         p, d = self.probs, self.log_probs - other.log_probs
         near = d.abs() < 1.0
         small = torch.where(near, d, 0.0)
         # p' - p, zero in the sum, makes each class's term >= 0, and so small ones exact: p' = p exp(-d).
         return _sum(torch.where(near, p * (small + torch.expm1(-small)),
-                                _weighed(p, d) + other.probs - p))
+                                weighed(p, d) + other.probs - p))
 
     def from_index(self, index):
         return F.one_hot(index, self.n_classes).to(self.logits.dtype)
@@ -232,7 +260,7 @@ def bounded(logits):
     return torch.where(logits.isinf(), 30.0 * logits.sign(), logits)
 
 
-def _weighed(weights, logs):
+def weighed(weights, logs):
     """weights * logs, and 0 for a weight of 0 whatever the logarithm is, the gradients too."""
     return weights * torch.where((weights == 0) & ~logs.isfinite(), 0.0, logs)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from fastflow import checks
+from fastflow.estimators.base import Estimator
 from fastflow.estimators.enumeration import exact
+from fastflow.estimators.latents import Discrete
 
 __all__ = ["Measurement", "measure"]
 
@@ -40,8 +42,11 @@ class Measurement:
     def largest_deviation(self):
         """The largest |bias| / standard_error of any element, parameters included; rounding alone counts as 0."""
         rounding = 1e3 * torch.finfo(self.exact.dtype).eps * (1.0 + self.exact.abs())
-        deviation = ((self.bias.abs() - rounding).clamp(min=0) / self.standard_error.clamp(min=1e-300)).max().item()
-        return max([deviation, *(p.largest_deviation for p in self.parameters)])
+        excess = (self.bias.abs() - rounding).clamp(min=0)
+        error = self.standard_error.clamp(min=torch.finfo(self.exact.dtype).tiny)
+        # A tensor's maximum, because Python's loses NaN.
+        found = [(excess / error).max().item(), *(p.largest_deviation for p in self.parameters)]
+        return torch.tensor(found, dtype=torch.float64).max().item()
 
     def is_unbiased(self, standard_errors=4.0):
         """Whether no element is further from the exact gradient than so many standard errors."""
@@ -63,18 +68,23 @@ def measure(estimator, q, f, n_samples=1, n_repeats=1000, *, n_warmup=100, param
         generator: torch.Generator, None for torch's own.
 
     Raises:
+        TypeError: the estimator is no Estimator, or q no Bernoulli or Categorical.
         ValueError: q or, for a K-sample objective, its tuples have more than 65536 states.
     """
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"estimator: expected an Estimator, got {type(estimator).__name__}")
+    if not isinstance(q, Discrete):
+        raise TypeError(f"q: expected a Bernoulli or Categorical, got {type(q).__name__}")
     n_repeats = checks.count("n_repeats", n_repeats, 2)
     n_warmup = checks.count("n_warmup", n_warmup)
     parameters = tuple(parameters)
     # Read from the class itself: a subclass may average over a call that its parent does not.
     independent = vars(type(estimator)).get("independent_rows", False)
-    estimator = copy.deepcopy(estimator).requires_grad_(False)
-    if not q.logits.requires_grad:
-        q = q.detached()
-    wanted = (q.logits, *parameters)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        estimator = copy.deepcopy(estimator).requires_grad_(False)
+        if not q.logits.requires_grad:
+            q = type(q)(q.logits.detach().clone().requires_grad_())  # a clone is no tensor of inference mode
+        wanted = (q.logits, *parameters)
         objective = exact(q, f, objective=estimator.objective, n_samples=n_samples)
         truth = _gradients(objective.sum(), wanted)
         moments = None

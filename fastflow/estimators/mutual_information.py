@@ -48,7 +48,9 @@ def nwj(scores):
     """
     _check_scores(scores, 2)
     n = len(scores)
-    log_mean = torch.logsumexp(_off_diagonal(scores).flatten(), 0) - math.log(n * (n - 1))
+    # Clamped, because the gradient of a logsumexp of nothing but -inf is NaN; their exp is 0 either way.
+    others = _off_diagonal(scores).flatten().clamp_min(torch.finfo(scores.dtype).min)
+    log_mean = torch.logsumexp(others, 0) - math.log(n * (n - 1))
     return scores.diagonal().mean() - torch.exp(log_mean - 1.0)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
-from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
+from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing, with_score
 from fastflow.estimators.latents import bounded
 
 __all__ = ["NVIL", "REINFORCE", "RLOO", "VIMCO", "MovingAverage", "NeuralBaseline", "baseline_network"]
@@ -30,7 +30,7 @@ class REINFORCE(Estimator):
         signal, auxiliary = self.signal(q, values.detach())
         value = values.mean(0)
         score = (signal * q.log_prob(samples)).mean(0)
-        return Estimate(value + score - score.detach(), samples, values, auxiliary)
+        return Estimate(with_score(value, score), samples, values, auxiliary)
 
     def signal(self, q, values):
         """(K, B) what weighs each sample's score, and the auxiliary loss."""
@@ -71,8 +71,9 @@ class MovingAverage(REINFORCE):
         # Divided by the weight gathered so far, it is not drawn towards zero.
         signal = values - self.average / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
         if self.training and values.numel():
-            self.average.lerp_(values.mean().to(self.average), 1.0 - self.decay)
-            self.weight.lerp_(torch.ones_like(self.weight), 1.0 - self.decay)
+            mean = values.mean().to(self.average)
+            _follow(self.weight, torch.where(mean.isfinite(), 1.0, self.weight), self.decay)
+            _follow(self.average, mean, self.decay)
         return signal, nothing(values)
 
 
@@ -123,8 +124,8 @@ class NVIL(NeuralBaseline):
         if self.normalise:
             signal = signal / self.variance.sqrt().clamp(min=1.0)
         if self.training and values.numel():
-            self.average.lerp_(centred.mean().to(self.average), 1.0 - self.decay)
-            self.variance.lerp_(centred.var(correction=0).to(self.variance), 1.0 - self.decay)
+            _follow(self.average, centred.mean(), self.decay)
+            _follow(self.variance, centred.var(correction=0), self.decay)
         return signal, auxiliary
 
 
@@ -145,11 +146,13 @@ class VIMCO(REINFORCE):
         k = len(values)
         bound = torch.logsumexp(values, 0) - math.log(k)
         fixed = values.detach()
-        others = (fixed.sum(0) - fixed) / (k - 1)
-        replaced = torch.where(torch.eye(k, dtype=torch.bool, device=fixed.device)[..., None], others, fixed[:, None])
+        own = torch.eye(k, dtype=torch.bool, device=fixed.device)[..., None]
+        # Not the sum less the own one, of which nothing would be left beside a huge or infinite one.
+        others = torch.where(own, 0.0, fixed).sum(1) / (k - 1)
+        replaced = torch.where(own, others, fixed[:, None])
         signal = bound.detach() - (torch.logsumexp(replaced, 0) - math.log(k))
         score = (signal * q.log_prob(samples)).sum(0)
-        return Estimate(bound + score - score.detach(), samples, values, nothing(values))
+        return Estimate(with_score(bound, score), samples, values, nothing(values))
 
 
 def baseline_network(event_shape, hidden=(64,)):
@@ -159,6 +162,13 @@ def baseline_network(event_shape, hidden=(64,)):
         layers += [nn.Linear(width, size), nn.SiLU()]
         width = size
     return nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
+
+
+def _follow(average, seen, decay):
+    """Moves the average towards what was seen. A batch that is not finite, whose step a trainer leaves out, may not
+    spoil it for good."""
+    seen = seen.to(average)
+    average.lerp_(torch.where(seen.isfinite(), seen, average), 1.0 - decay)
 
 
 def _check_decay(decay):

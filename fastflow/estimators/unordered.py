@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
+from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing, with_score
 from fastflow.estimators.latents import uniform
 
 __all__ = ["UnorderedSet"]
@@ -41,7 +41,7 @@ class UnorderedSet(Estimator):
             if len(values) > 1:
                 signal = counted - (log_inner.exp().to(values.dtype) * counted).sum(1)
         score = (weights * signal.detach() * log_q).sum(0)
-        return Estimate((weights * counted).sum(0) + score - score.detach(), samples, values, nothing(values))
+        return Estimate(with_score((weights * counted).sum(0), score), samples, values, nothing(values))
 
 
 def _without_replacement(table, k, generator):
@@ -72,15 +72,20 @@ def _log_weights(log_q):
     k = len(log_q)
     log_rest = torch.log((1.0 - log_q.exp().sum(0)).clamp(min=1e-300))
     # P(set) is the integral of exp(-t) times the product of 1 - exp(-t q(s)/rest): positive throughout, and by the
-    # trapezoidal rule in log t accurate to rounding.
-    log_t = torch.arange(-40.0, 5.25, 0.25, dtype=log_q.dtype, device=log_q.device)[:, None, None]
+    # trapezoidal rule in log t accurate to rounding. The integrand's peak lies at t <= K + 1 and is, in log t, no
+    # narrower than about 1/sqrt(K + 1).
+    step = min(0.25, 0.7 / math.sqrt(k + 1))
+    end = math.log(k + 1 + 9.0 * math.sqrt(k + 1) + 40.0)
+    log_t = torch.arange(-40.0, end + step, step, dtype=log_q.dtype, device=log_q.device)[:, None, None]
     log_x = log_t + log_q - log_rest
     x = log_x.exp()
     factors = torch.where(x > 1e-8, torch.log(-torch.expm1(-x)), log_x - 0.5 * x)  # (T, K, B)
     factors = torch.where(log_q == -math.inf, 0.0, factors)
     whole = log_t[:, 0] - log_t[:, 0].exp() + factors.sum(1)
-    without = torch.logsumexp(whole[:, None] - factors, 0)
+    one_less = whole[:, None] - factors
+    without = torch.logsumexp(one_less, 0)
     log_weights = log_q + without - torch.logsumexp(whole, 0)
-    pairs = torch.logsumexp(whole[:, None, None] - factors[:, :, None] - factors[:, None], 0)
+    # Row by row: all pairs at once would take K times the memory of the factors.
+    pairs = torch.stack([torch.logsumexp(row[:, None] - factors, 0) for row in one_less.unbind(1)])
     diagonal = torch.eye(k, dtype=torch.bool, device=log_q.device)[..., None]
     return log_weights, log_q[None] + torch.where(diagonal, 0.0, pairs - without[:, None])

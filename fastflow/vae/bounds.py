@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fastflow import checks
+from fastflow.estimators.base import with_score
 from fastflow.vae.elbo import iwae
 from fastflow.vae.sampled import sampled
 
@@ -29,7 +30,7 @@ def miwae(log_w, groups):
         Rainforth et al., "Tighter variational bounds are not necessarily better", 2018, arXiv:1802.04537.
     """
     _check_log_w(log_w)
-    _check_groups(len(log_w), groups)
+    check_groups(len(log_w), groups)
     return iwae(log_w.unflatten(0, (groups, len(log_w) // groups)).transpose(0, 1)).mean(0)
 
 
@@ -38,6 +39,8 @@ def ciwae(log_w, beta):
     _check_log_w(log_w)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
+    if beta == 0.0 or beta == 1.0:  # a bound of weight 0 counts nothing, even at -inf
+        return iwae(log_w) if beta == 0.0 else log_w.mean(0)
     return beta * log_w.mean(0) + (1.0 - beta) * iwae(log_w)
 
 
@@ -152,7 +155,8 @@ def dreg_terms(model, x, n_samples, beta=1.0, **noise):
 
 def piwae_terms(model, x, n_samples, beta=1.0, *, groups, context=None, **noise):
     """(:func:`piwae` with the rate weighed by beta inside the weights, its Terms)."""
-    _check_groups(n_samples, groups)
+    n_samples = checks.count("n_samples", n_samples, 1)
+    check_groups(n_samples, groups)
     source = sampled(model, x, context)
     latents, log_q = source.draw(n_samples, **noise)
     terms = Terms(*source.log_joint([z.detach() for z in latents]), log_q)
@@ -160,18 +164,19 @@ def piwae_terms(model, x, n_samples, beta=1.0, *, groups, context=None, **noise)
     if not any(z.requires_grad for z in latents):
         return bound, terms
     encoder = miwae(Terms(*source.fixed_log_joint(latents), log_q).log_w(beta), groups)
-    return bound + encoder - encoder.detach(), terms
+    return with_score(bound, encoder), terms
 
 
 def _path(model, x, n_samples, context=None, **noise):
     """(the latents, Terms) that reach what q is made of through the latents alone."""
+    n_samples = checks.count("n_samples", n_samples, 1)
     source = sampled(model, x, context)
     latents, _ = source.draw(n_samples, **noise)
     latents = [z.view_as(z) for z in latents]  # nobody else's tensors, to hang hooks on
     return latents, Terms(*source.log_joint(latents), source.fixed_log_q(latents))
 
 
-def _check_groups(k, groups):
+def check_groups(k, groups):
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or k % groups:
         raise ValueError(f"groups: expected a divisor of K = {k}, got {groups!r}")
 

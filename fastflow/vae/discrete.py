@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks, estimators
+from fastflow.estimators.base import with_score
 from fastflow.vae.elbo import ELBO, iwae
 from fastflow.vae.generation import encoded, for_network, way
 from fastflow.vae.model import LIKELIHOODS, named
@@ -138,7 +139,7 @@ class DiscreteVAE(nn.Module):
             elbo, distortion = iwae(log_px_z + beta * (log_pz - log_qz)), -log_px_z.mean(0)
         else:
             elbo, distortion = estimate.value - beta * kl, -estimate.value
-        elbo = elbo - (estimate.auxiliary - estimate.auxiliary.detach())  # to be minimised, where elbo is maximised
+        elbo = with_score(elbo, -estimate.auxiliary)  # to be minimised, where elbo is maximised
         return ELBO(log_px_z=log_px_z, log_pz=log_pz, log_qz=log_qz, log_w=log_px_z + log_pz - log_qz, kl=kl,
                     distortion=distortion, rate=kl, elbo=elbo)
 
@@ -147,6 +148,7 @@ class DiscreteVAE(nn.Module):
         """n draws of x (n, *event): latents from the prior, then x from the likelihood.
 
         Args:
+            generator: torch.Generator, None for torch's own.
             temperature: the prior's logits are divided by it; 0 takes the likeliest latents.
             mean: return the likelihood's mean instead of a draw.
         """

@@ -77,7 +77,7 @@ class ELBO(NamedTuple):
             n_bins: for images dequantised as x / n_bins + const, the number of levels, which counts the change of
                 units; 1 for likelihoods of integers or bits.
         """
-        size = size if isinstance(size, int) else math.prod(size)
+        size = math.prod(size) if hasattr(size, "__iter__") else checks.count("size", size, 1)
         return (self.distortion + self.rate + size * math.log(n_bins)) / (size * math.log(2.0))
 
 

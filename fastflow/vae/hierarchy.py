@@ -190,6 +190,7 @@ class HierarchicalVAE(nn.Module):
         """(n, *event), level after level from the priors, then x from the likelihood.
 
         Args:
+            generator: torch.Generator, None for torch's own.
             temperature: factor on the priors' standard deviations: a number, or one for each level from the top down.
             mean: return the likelihood's mean instead of a draw.
         """

@@ -47,17 +47,26 @@ def free_bits(kl, least, per="dim", *, batch_mean=True, ranks=True):
 def capacity(kl, target, gamma):
     """gamma |kl - target| (B,): the KL (B,) drawn to ``target`` nats, which a schedule may raise.
 
+    Args:
+        target: a finite number or a tensor.
+        gamma: weight, a number >= 0 or a tensor.
+
     References:
         Burgess et al., "Understanding disentangling in beta-VAE", 2018, arXiv:1804.03599.
     """
     checks.tensor("kl", kl)
+    for name, value, least in (("target", target, ""), ("gamma", gamma, " >= 0")):
+        if not isinstance(value, torch.Tensor):  # whose value is the device's
+            checks.number(name, value)
+            if not -math.inf < value < math.inf or least and value < 0.0:
+                raise ValueError(f"{name}: expected a finite number{least}, got {value!r}")
     return gamma * (kl - target).abs()
 
 
 def kl_balance(kl, sizes=None, *, ranks=True):
-    """(rate (B,), coefficients (L,)) of the KL (L, B) of L groups: each is weighed in proportion to its batch mean for
-    each of its elements, the coefficients' mean being 1. A group that says little for its size is so spared while the
-    total warms up.
+    """(rate (B,), coefficients (L,)) of the KL (L, B) of L groups: each is weighed in proportion to its batch mean plus
+    0.01 nats, for each of its elements, the coefficients' mean being 1. A group that says little for its size is so
+    spared while the total warms up.
 
     Args:
         sizes: L numbers, elements of each group, that its batch mean is divided by; None treats all alike.
@@ -166,6 +175,7 @@ class Capacity(nn.Module):
 
     def __init__(self, target, gamma):
         super().__init__()
+        capacity(torch.zeros(1), 0.0 if isinstance(target, Schedule) else target, gamma)  # checks the options
         self.target, self.gamma = target, gamma
 
     def forward(self, model, inference, bound, *, beta=1.0, **_):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
+from fastflow.estimators.latents import weighed
 from fastflow.flows.labels import check_labels
 from fastflow.vae.elbo import ELBO
 from fastflow.vae.generation import check_input
@@ -64,7 +65,7 @@ class SemiSupervisedVAE(VAE):
         classifier: module from x to logits (B, n_classes) of q(y | x).
         n_classes: number of classes.
         alpha: weight of log q(y | x), the classification loss, for labelled examples.
-        label_logits: (n_classes,) of p(y), fixed; None for the same for all.
+        label_logits: (n_classes,) of p(y), fixed, -inf for classes that never occur; None for the same for all.
         options: VAE's others but for an objective, whose place this one has.
 
     References:
@@ -76,12 +77,13 @@ class SemiSupervisedVAE(VAE):
             raise ValueError("objective: a SemiSupervisedVAE has one of its own")
         super().__init__(encoder, decoder, **options)
         n_classes = checks.count("n_classes", n_classes, 2)
-        logits = torch.zeros(n_classes) if label_logits is None else label_logits.detach().clone()
+        logits = torch.zeros(n_classes) if label_logits is None else label_logits
+        checks.tensor("label_logits", logits)
         checks.shape("label_logits", logits, (n_classes,))
         self.classifier = classifier
         self.n_classes = n_classes
         self.alpha = alpha
-        self.register_buffer("label_logits", logits)
+        self.register_buffer("label_logits", logits.detach().clone())
 
     def forward(self, x, n_samples=1, beta=1.0, context=None, **noise):
         """The training objective: L(x, y) + alpha log q(y | x) where a label is known, U(x) where it is not.
@@ -90,7 +92,9 @@ class SemiSupervisedVAE(VAE):
             context: labels (B,) int64, -1 for unknown; None: all unknown.
 
         Returns:
-            Objective; its bound holds, example by example, the terms of L or of U.
+            Objective; its bound holds, example by example, the terms of L or of U. The rate counts the labels too,
+            log q(y | x) - log p(y) on average, but beta weighs that of z alone: unlike a VAE's, the bound's ``elbo`` is
+            not -distortion - beta * rate unless beta is 1.
         """
         unknown = torch.full((len(x),), -1, device=x.device) if context is None else context
         if unknown.dtype != torch.int64 or unknown.shape != (len(x),):
@@ -98,13 +102,13 @@ class SemiSupervisedVAE(VAE):
         check_labels("context", unknown, self.n_classes, "n_classes", -1)
         known = unknown >= 0
         every = self._every_label(x, n_samples, beta, **noise)
-        log_q = torch.log_softmax(self.classifier(x), 1)
+        log_q = torch.log_softmax(self._class_logits(x), 1)
         # Weights (B, n_classes) of the labels: the known one, or q(y | x).
         given = F.one_hot(unknown.clamp_min(0), self.n_classes).to(log_q.dtype)
         weights = torch.where(known[:, None], given, log_q.exp())
-        entropy = torch.where(known, 0.0, -(log_q.exp() * log_q).sum(1))
+        entropy = torch.where(known, 0.0, -weighed(log_q.exp(), log_q).sum(1))
         bound = self._weighed(every, weights, entropy, beta)
-        classification = torch.where(known, (given * log_q).sum(1), 0.0)
+        classification = torch.where(known, weighed(given, log_q).sum(1), 0.0)
         parts = {"log_q_label": classification.detach().sum() / known.sum().clamp_min(1)}
         return Objective(bound.elbo + self.alpha * classification, bound, parts)
 
@@ -117,12 +121,17 @@ class SemiSupervisedVAE(VAE):
     def unlabelled(self, x, n_samples=1, beta=1.0, **noise):
         """U(x), (B,) nats: every label in turn, weighed by q(y | x)."""
         every = self._every_label(x, n_samples, beta, **noise)
-        log_q = torch.log_softmax(self.classifier(x), 1)
-        return self._weighed(every, log_q.exp(), -(log_q.exp() * log_q).sum(1), beta).elbo
+        log_q = torch.log_softmax(self._class_logits(x), 1)
+        return self._weighed(every, log_q.exp(), -weighed(log_q.exp(), log_q).sum(1), beta).elbo
 
     def classify(self, x):
         """q(y | x) (B, n_classes)."""
-        return torch.softmax(self.classifier(x), 1)
+        return torch.softmax(self._class_logits(x), 1)
+
+    def _class_logits(self, x):
+        logits = self.classifier(x)
+        checks.shape("classifier output", logits, (x.shape[0], self.n_classes))
+        return logits
 
     def _every_label(self, x, n_samples, beta, **noise):
         """The ELBO of x given every label, terms (..., B, n_classes)."""
@@ -132,15 +141,17 @@ class SemiSupervisedVAE(VAE):
         return ELBO(*(term.unflatten(-1, (batch, n)) for term in bound))
 
     def _weighed(self, every, weights, entropy, beta):
-        """The terms averaged over labels, log p(y) among log_pz and log q(y | x) among the rate."""
+        """The terms averaged over labels, log p(y) among log_pz and log q(y | x) among the rate. A label of weight 0
+        counts nothing, even where log p(y) is -inf."""
         log_py = torch.log_softmax(self.label_logits, 0).to(weights.dtype)
-        label_kl = -(weights * log_py).sum(1) - entropy
-        log_px_z = (every.log_px_z * weights).sum(-1)
-        log_pz = ((every.log_pz + log_py) * weights).sum(-1)
-        log_qz = (every.log_qz * weights).sum(-1) - entropy
-        kl = (every.kl * weights).sum(-1) + label_kl
-        distortion = (every.distortion * weights).sum(-1)
-        elbo = -distortion - beta * (kl - label_kl) - label_kl
+        label_kl = -weighed(weights, log_py).sum(1) - entropy
+        log_px_z = weighed(weights, every.log_px_z).sum(-1)
+        log_pz = weighed(weights, every.log_pz + log_py).sum(-1)
+        log_qz = weighed(weights, every.log_qz).sum(-1) - entropy
+        latent_kl = weighed(weights, every.kl).sum(-1)
+        kl = latent_kl + label_kl
+        distortion = weighed(weights, every.distortion).sum(-1)
+        elbo = -distortion - beta * latent_kl - label_kl
         return ELBO(log_px_z, log_pz, log_qz, log_px_z + log_pz - log_qz, kl, distortion, kl, elbo)
 
 

@@ -51,6 +51,9 @@ class PenalizedELBO(nn.Module):
             penalty has it, gives further keywords for the model's infer.
         beta: weight of the rate; the caller's beta, as of a warm-up, multiplies it.
 
+    A ``seed`` is of the posterior's noise alone. What penalties draw themselves, samples of the prior (MMD,
+    DensityRatio) or an order of the rows (FactorTC), comes from ``generator``, or else from torch's.
+
     Raises:
         TypeError: when called for a hierarchy, with a penalty on a single z.
         ValueError: two penalties in the place of the rate; when called with targets that belong to no penalty.
@@ -116,7 +119,8 @@ class BoundObjective(nn.Module):
     All serve a VAE and a HierarchicalVAE, compiled too.
 
     Raises:
-        ValueError: no such name, or n_samples below 1; when called with targets.
+        ValueError: no such name, n_samples below 1, or an option that the function refuses for as many samples; when
+            called with targets.
         TypeError: options that the bound does not take, or lacks.
     """
 
@@ -127,6 +131,10 @@ class BoundObjective(nn.Module):
         if options.keys() != (wanted := OPTIONS.get(name, set())):
             raise TypeError(f"options: {name} takes {', '.join(sorted(wanted)) or 'none'}, got "
                             f"{', '.join(sorted(options)) or 'none'}")
+        if name == "piwae":
+            bounds.check_groups(n_samples, options["groups"])
+        elif name in OF_WEIGHTS:
+            OF_WEIGHTS[name](torch.zeros(n_samples, 1), **options)  # checks the options
         self.name, self.n_samples, self.options = name, n_samples, options
 
     def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, targets=None, **noise):

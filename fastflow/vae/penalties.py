@@ -75,8 +75,13 @@ def decompose_kl(z, mean, log_sigma, log_pz, dataset_size, method="stratified"):
         log_pz: (K, B) log p(z).
         dataset_size, method: see :func:`minibatch_weights`.
     """
-    checks.tensor("z", z)
+    for name, value in (("z", z), ("mean", mean), ("log_sigma", log_sigma), ("log_pz", log_pz)):
+        checks.tensor(name, value)
+    if mean.dim() != 2:
+        raise ValueError(f"mean: expected shape (B, D), got {tuple(mean.shape)}")
+    checks.shape("log_sigma", log_sigma, mean.shape)
     checks.events("z", z, mean.shape)
+    checks.shape("log_pz", log_pz, z.shape[:2])
     table = log_normal(z[:, :, None], mean, log_sigma)  # (K, i, j, D): z_i under the posterior of x_j
     weights = minibatch_weights(z.shape[1], dataset_size, method, table.device).log().to(table)
     log_q = torch.logsumexp(table.sum(3) + weights, 2)
@@ -103,7 +108,7 @@ class TotalCorrelation(nn.Module):
     at 0 the beta-TC-VAE.
 
     Args:
-        dataset_size: N of the training set.
+        dataset_size: N of the training set, at least 1; when called, at least the batch's size.
         alpha, beta, gamma: weights.
         method: "stratified" or "weighted", see :func:`minibatch_weights`.
 
@@ -113,7 +118,7 @@ class TotalCorrelation(nn.Module):
 
     def __init__(self, dataset_size, *, alpha=1.0, beta=6.0, gamma=1.0, method="stratified"):
         super().__init__()
-        minibatch_weights(1, max(dataset_size, 1), "weighted")
+        dataset_size = checks.count("dataset_size", dataset_size, 1)
         checks.choice("method", method, ("stratified", "weighted"))
         self.dataset_size, self.method = dataset_size, method
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
@@ -190,6 +195,12 @@ def dip_penalty(mean, variance=None, *, diagonal=10.0, off_diagonal=5.0):
     References:
         Kumar et al., "Variational inference of disentangled latent concepts", 2018, arXiv:1711.00848.
     """
+    checks.tensor("mean", mean)
+    if mean.dim() != 2:
+        raise ValueError(f"mean: expected shape (B, D), got {tuple(mean.shape)}")
+    if variance is not None:
+        checks.tensor("variance", variance)
+        checks.shape("variance", variance, mean.shape)
     centred = mean - mean.mean(0)
     covariance = centred.mT @ centred / len(mean)
     own = covariance.diagonal()
@@ -228,8 +239,9 @@ def mmd(x, y, kernel="rbf", scales=None, *, biased=False):
     Args:
         x: (N, D). y: (M, D). Unbiased, N and M are at least 2.
         kernel: "rbf", exp(-|x - y|^2 / (2 s^2)); "imq", C / (C + |x - y|^2) with C = 2 D s^2.
-        scales: the s whose kernels are averaged; None for (1,) times sqrt(D) with "rbf", and for the square roots of
-            0.1, 0.2, 0.5, 1, 2, 5, 10 with "imq".
+        scales: the s whose kernels are averaged, finite positive numbers; None for (1,) times sqrt(D) with "rbf", and
+            for the square roots of 0.1, 0.2, 0.5, 1, 2, 5, 10 with "imq".
+        biased: whether pairs of one element with itself count.
 
     References:
         Gretton et al., "A kernel two-sample test", 2012, lemma 6.
@@ -241,6 +253,7 @@ def mmd(x, y, kernel="rbf", scales=None, *, biased=False):
         if value.dim() != 2 or value.shape[1] != x.shape[1] or len(value) < (1 if biased else 2):
             raise ValueError(f"{name}: expected shape (N, D) with N >= {1 if biased else 2}, got {tuple(value.shape)}")
     d = x.shape[1]
+    _check_scales(scales)
     if scales is None:
         scales = [math.sqrt(s) for s in ((d,) if kernel == "rbf" else (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0))]
 
@@ -257,6 +270,16 @@ def mmd(x, y, kernel="rbf", scales=None, *, biased=False):
     return average(x, x, True) + average(y, y, True) - 2.0 * average(x, y, False)
 
 
+def _check_scales(scales):
+    """None, or at least one finite positive number."""
+    if scales is None:
+        return
+    if isinstance(scales, str) or not hasattr(scales, "__len__"):
+        raise TypeError(f"scales: expected None or a sequence of numbers, got {type(scales).__name__}")
+    if not len(scales) or not all(0.0 < s < math.inf for s in scales):
+        raise ValueError(f"scales: expected at least one finite positive number, got {scales!r}")
+
+
 class MMD(nn.Module):
     """weight * MMD^2 between the samples of the batch's posteriors and as many of the prior, B * K at least 2.
 
@@ -268,6 +291,7 @@ class MMD(nn.Module):
     def __init__(self, weight=10.0, kernel="imq", scales=None):
         super().__init__()
         checks.choice("kernel", kernel, ("rbf", "imq"))
+        _check_scales(scales)
         self.weight, self.kernel, self.scales = weight, kernel, scales
 
     def forward(self, model, inference, bound, *, context=None, generator=None, **_):

@@ -26,6 +26,8 @@ class Schedule:
     def __init__(self, start=0.0, end=1.0, length=1, *, begin=0, unit="step"):
         if not (math.isfinite(start) and math.isfinite(end)):
             raise ValueError(f"start, end: expected finite numbers, got {start!r}, {end!r}")
+        checks.number("length", length)
+        checks.number("begin", begin)
         if not 0 < length < math.inf:
             raise ValueError(f"length: expected a positive number, got {length!r}")
         if not 0 <= begin < math.inf:
@@ -66,6 +68,7 @@ class Schedule:
 
     def seek(self, steps, epochs):
         """So many training steps and epochs have passed."""
+        steps, epochs = checks.count("steps", steps), checks.count("epochs", epochs)
         self.count = {"step": steps, "epoch": epochs}[self.unit]
         self._follow()
 
@@ -82,7 +85,7 @@ class Schedule:
         return {"count": self.count}
 
     def load_state_dict(self, state):
-        self.count = int(state["count"])
+        self.count = checks.count("count", state["count"])
         self._follow()
 
     def _advance(self, unit, n):

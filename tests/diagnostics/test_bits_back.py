@@ -1,5 +1,6 @@
 """Bits-back coding of real digits: nothing is lost, and the message is as long as the ELBO says."""
 
+import copy
 import math
 
 import numpy as np
@@ -77,6 +78,18 @@ def test_bad_input_is_named():
     model = vae.MLPVAE((4,), 2, (4,))
     with pytest.raises(ValueError, match="^x: expected integers from 0 to 1"):
         diagnostics.BitsBack(model).encode(torch.full((2, 4), 0.5))
+    with pytest.raises(ValueError, match="^x: expected integers from 0 to 1"):
+        diagnostics.BitsBack(model).encode(torch.tensor([[0.0, 1.0, math.nan, 1.0]]))
+    with pytest.raises(ValueError, match="^bound: expected a number from the grid's step 0.5 to 64, got 0.4"):
+        diagnostics.BitsBack(model, precision=1, bound=0.4)
+    with pytest.raises(TypeError, match="^model: .* HamiltonianVAE"):
+        diagnostics.BitsBack(vae.HamiltonianVAE(model.encoder, model.decoder))
+    for network in ("encoder", "decoder"):
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            next(getattr(broken, network).parameters()).fill_(math.nan)
+        with pytest.raises(ValueError, match=f"^model: expected finite numbers of its {network}"):
+            diagnostics.BitsBack(broken).encode(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="^precision: "):
         diagnostics.BitsBack(model, precision=20)
     with pytest.raises(TypeError, match="^model: expected a Bernoulli"):

@@ -138,6 +138,10 @@ def test_models_without_such_terms():
     assert diagnostics.kl_per_latent(vae.MLPVAE((6,), 2, (8,), posterior="full"), torch.zeros(3, 6)) is None
     with pytest.raises(ValueError, match="^x: expected at least one"):
         diagnostics.kl_per_latent(made("gaussian")[0], torch.zeros(0, 6))
+    with pytest.raises(ValueError, match="^batch_size"):
+        diagnostics.kl_per_latent(made("gaussian")[0], torch.zeros(3, 6), batch_size=0)
+    with pytest.raises(ValueError, match="^n_samples"):
+        diagnostics.discrete_information(*[estimators.Bernoulli(torch.zeros(2, 3))] * 2, n_samples=0)
 
 
 def test_eigenvalues_of_fewer_examples_than_numbers():

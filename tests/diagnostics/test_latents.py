@@ -160,6 +160,10 @@ def test_bad_input_is_named():
         diagnostics.active_units(mean[:1])
     with pytest.raises(ValueError, match="^z: expected shape"):
         diagnostics.aggregate_log_prob(torch.zeros(3, 3), mean, mean)
+    with pytest.raises(ValueError, match="^n_samples"):
+        diagnostics.information(mean, mean, n_samples=0)
+    with pytest.raises(ValueError, match="^batch_size"):
+        diagnostics.posterior_moments(vae.MLPVAE((4,), 2, (4,)), torch.zeros(3, 4), batch_size=-1)
     with pytest.raises(TypeError, match="^prior: "):
         diagnostics.dimension_kl(mean, mean, vae.MixturePrior((2,)))
     with pytest.raises(TypeError, match="^model: expected a VAE with a GaussianPosterior"):

@@ -129,7 +129,18 @@ def test_sweep_trades_rate_for_distortion():
     assert points[2].active == 0 and points[2].rate == pytest.approx(0.0, abs=1e-2)
 
 
+def test_an_eigenvalue_that_is_no_number_is_no_loss():
+    found = diagnostics.linear_optimum(torch.tensor([math.nan, 2.0]), 1.0)
+    assert found.rate[0].isnan() and found.rate[1].item() == pytest.approx(0.5 * math.log(2.0))
+    assert "not finite" in found.summary() and "loses" not in found.summary()
+
+
 def test_bad_input_is_named():
+    for features, error in ((-1, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="^latent_features"):
+            diagnostics.linear_optimum(torch.ones(3), 1.0, latent_features=features)
+    with pytest.raises(ValueError, match="^batch_size"):
+        diagnostics.rate_distortion(vae.MLPVAE((4,), 2, (4,)), torch.zeros(3, 4), batch_size=0)
     with pytest.raises(ValueError, match="^sigma: "):
         diagnostics.linear_optimum(torch.ones(3), 0.0)
     with pytest.raises(ValueError, match="^beta: "):

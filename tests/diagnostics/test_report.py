@@ -164,6 +164,44 @@ def test_density_ratio_is_a_lower_bound_in_four_dimensions(n, least):
     assert least < mean < kl + 2.0 * error
 
 
+class Discriminator(torch.nn.Module):
+    """A small network of two numbers with that part in its middle."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 8), part, torch.nn.SiLU(), torch.nn.Linear(8, 1))
+
+    def forward(self, x):
+        self.seen = x
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("part", [torch.nn.BatchNorm1d(8), torch.nn.Dropout()], ids=["batch norm", "dropout"])
+def test_density_ratio_judges_in_eval_mode(part, monkeypatch):
+    """What it says is what the trained classifier gives in eval mode; no generator has moved, no other was seeded."""
+    q, p = (randn(60, 2, seed=seed).float() + 2.0 * (1 - seed) for seed in (0, 1))
+    discriminator, seeded = Discriminator(part).train(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.get_rng_state()
+    found = diagnostics.density_ratio_check(q, p, discriminator=discriminator, steps=5)
+    assert torch.equal(state, torch.get_rng_state()) and not seeded and discriminator.training and part.training
+    discriminator.eval()
+    right = (discriminator(q[30:]) > 0).double().mean() + (discriminator(p[30:]) <= 0).double().mean()
+    assert found.accuracy == pytest.approx(0.5 * right.item(), abs=1e-12)
+
+
+def test_density_ratio_of_odd_input():
+    q, p = randn(20, 2, seed=0), randn(20, 2, seed=1)
+    with torch.inference_mode():
+        inside = diagnostics.density_ratio_check(q.clone(), p.clone(), steps=2)
+    assert inside == diagnostics.density_ratio_check(q, p, steps=2)
+    unknown = diagnostics.density_ratio_check(torch.full_like(q, math.nan), p, steps=2)
+    assert math.isnan(unknown.accuracy) and math.isnan(unknown.z_score)
+    for options in ({"steps": -1}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}"):
+            diagnostics.density_ratio_check(q, p, **options)
+
+
 def test_traversal_ranks_latents_by_kl():
     model, x = selective([0.2, 0.0, 2.0]), randn(200, 3, seed=0)
     grid = diagnostics.traversal_grid(model, x, 2, [-1.0, 0.0, 1.0], index=3)
@@ -240,6 +278,56 @@ def test_report_of_one_example(make):
     assert (found.active is None) == (not isinstance(model, vae.HierarchicalVAE))
     text = found.summary()
     assert "1 example of 64 numbers" in text and "is left out" in text and "nan" not in text
+
+
+def test_a_moved_z_is_not_taken_for_its_start():
+    """Of a Hamiltonian VAE nothing is said of the encoder's Gaussian, which z left."""
+    torch.manual_seed(0)
+    plain, x = vae.MLPVAE((6,), 2, (8,)), torch.bernoulli(torch.full((20, 6), 0.3))
+    model = vae.HamiltonianVAE(plain.encoder, plain.decoder)
+    found = diagnostics.diagnose(model, x)
+    assert math.isfinite(found.point.elbo) and found.point.active is None and "mutual" not in found.summary()
+    assert found.kl is None and found.information is None and diagnostics.kl_per_latent(model, x) is None
+    for call in (lambda: diagnostics.posterior_moments(model, x), lambda: diagnostics.CollapseMonitor().attach(model)):
+        with pytest.raises(TypeError, match="^model: .* HamiltonianVAE"):
+            call()
+
+
+def test_numbers_that_are_not_finite_are_no_collapse():
+    model, x = vae.MLPVAE((6,), 2, (8,)), torch.bernoulli(torch.full((20, 6), 0.3))
+    with torch.no_grad():
+        model.encoder[-1].weight.fill_(math.nan)
+    text, warned = diagnostics.diagnose(model, x).summary(), []
+    assert "collapse" not in text and "not finite" in text
+    diagnostics.CollapseMonitor(patience=1, callback=warned.append).look(model, x, when="2 steps")
+    assert len(warned) == 1 and warned[0].startswith("2 of 2 latents have a KL that is not finite after 2 steps")
+
+
+def test_a_monitor_counts_no_draws_of_a_vamp_prior():
+    model, x = vae.VampVAE((6,), 2, n_components=3, sizes=(8,)), torch.bernoulli(torch.full((20, 6), 0.3))
+    monitor, alone = (diagnostics.CollapseMonitor(every=1, patience=9) for _ in range(2))
+    monitor.attach(model)
+    model.sample(5)
+    assert monitor.kl is None
+    model(x)
+    alone.look(model, x, when="now")
+    torch.testing.assert_close(monitor.kl, alone.kl)
+    with pytest.raises(ValueError, match=r"^kl: expected shape \(B, D\)"):
+        monitor.update(torch.zeros(3))
+
+
+def test_a_generator_is_the_only_one_that_a_hierarchys_report_draws_from():
+    torch.manual_seed(0)
+    model, x = vae.HVAE((6,), (2, 3), 8), torch.bernoulli(torch.full((20, 6), 0.3))
+    state = torch.get_rng_state()
+    found = diagnostics.diagnose(model, x, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(state, torch.get_rng_state()) and found.level_sizes == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["max_examples", "batch_size", "n_samples", "n_dims"])
+def test_bad_counts_are_named(name):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        diagnostics.diagnose(vae.MLPVAE((6,), 2, (8,)), torch.zeros(3, 6), **{name: 0})
 
 
 def test_what_looks_at_a_model_leaves_every_part_in_its_mode(tmp_path):

@@ -113,6 +113,8 @@ def test_augment_mixes_to_the_ratio():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="^n: "):
         GaussianChain(1)
+    with pytest.raises(ValueError, match="^generations: "):
+        GaussianChain(5).expected(-1)
     with pytest.raises(ValueError, match="^fresh_fraction: "):
         GaussianChain(5, fresh_fraction=1.5)
     with pytest.raises(ValueError, match="^log_drift: "):

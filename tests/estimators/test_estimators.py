@@ -170,14 +170,16 @@ def test_latents_are_torchs_distributions(make):
 
 
 @pytest.mark.parametrize("family", [Bernoulli, Categorical])
-@pytest.mark.parametrize("distance", [1e-4, 1e-2, 0.9, 30.0])
-def test_kl_is_accurate_in_float32(family, distance):
-    """Near the prior too, where it is a difference of nearly equal numbers; and its gradient."""
-    logits = torch.tensor([[[0.3, -2.0, 1.1]]])
+@pytest.mark.parametrize(("distance", "logits"), [*((d, (0.3, -2.0, 1.1)) for d in (1e-4, 1e-2, 0.9, 30.0)),
+                                                  (1e-3, (10.0, 9.0, 10.0))])
+def test_kl_is_accurate_in_float32(family, distance, logits):
+    """Near the prior too, where it is a difference of nearly equal numbers, those of likely bits among them; and its
+    gradient."""
+    logits = torch.tensor([[logits]])
     near = (logits + distance * torch.tensor([1.0, -0.5, 0.25])).requires_grad_()
     exact = near.detach().double().requires_grad_()
     value, truth = family(near).kl(family(logits)), family(exact).kl(family(logits.double()))
-    torch.testing.assert_close(value.double(), truth, rtol=5e-3 if distance < 1e-3 else 1e-4, atol=0)
+    torch.testing.assert_close(value.double(), truth, rtol=5e-3 if distance <= 1e-3 else 1e-4, atol=0)
     gradients = torch.autograd.grad(value.sum(), near)[0].double(), torch.autograd.grad(truth.sum(), exact)[0]
     torch.testing.assert_close(*gradients, rtol=2e-3, atol=2e-7)
     same = family(near).kl(family(near))
@@ -392,6 +394,19 @@ def test_scalar_events():
     (TypeError, lambda: estimators.create(None, (3,)), "estimator"),
     (ValueError, lambda: measure(RLOO(), bits(), coupled, 2, 1), "n_repeats"),
     (ValueError, lambda: measure(RLOO(), bits(), coupled, 2, 10, n_warmup=-1), "n_warmup"),
+    (TypeError, lambda: measure(3, bits(), coupled), "^estimator"),
+    (TypeError, lambda: exact(3, coupled), "^q"),
+    (ValueError, lambda: exact(bits(), coupled, n_samples=0), "^n_samples"),
+    (TypeError, lambda: REINFORCE()(bits(), lambda b: b.sum(-1).long()), "^f: .* floating dtype, got torch.int64"),
+    (ValueError, lambda: Categorical(torch.zeros(3, 0)), "^logits"),
+    (TypeError, lambda: bits().sample(generator=3), "^generator"),
+    (ValueError, lambda: bits().sample(-1), "^n:"),
+    (ValueError, lambda: bits().log_prob(bits().mode()), "^b: expected shape"),
+    (ValueError, lambda: Bernoulli(torch.zeros(4, 3)).log_prob(torch.zeros(2, 4, 1)), r"^b: .*\(K, 4, 3\)"),
+    (ValueError, lambda: Categorical(torch.zeros(4, 3)).log_prob(torch.zeros(2, 2, 3)), r"^b: .*\(K, 4, 3\)"),
+    (ValueError, lambda: bits().kl(Bernoulli(torch.zeros(1, 1))), "^other: expected logits of shape"),
+    (ValueError, lambda: Categorical(torch.zeros(4, 3)).kl(Categorical(torch.zeros(2, 3))), "^other"),
+    (TypeError, lambda: bits().kl(classes()), "^other: expected a Bernoulli, got Categorical"),
 ])
 def test_errors_name_the_argument(error, call, message):
     with pytest.raises(error, match=message):

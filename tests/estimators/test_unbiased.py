@@ -22,6 +22,7 @@ from fastflow.estimators import (
     exact,
     measure,
 )
+from fastflow.estimators.unordered import _log_weights
 
 BIASED = ("gumbel-softmax", "straight-through", "straight-through-gumbel")
 UNBIASED = tuple(name for name in estimators.ESTIMATORS if name not in (*BIASED, "enumeration"))
@@ -226,6 +227,16 @@ def test_unordered_set_of_all_states_is_exact():
     gradient, = torch.autograd.grad(estimate.value.sum(), q.logits)
     torch.testing.assert_close(gradient, truth(q, coupled), rtol=0, atol=1e-12)
     torch.testing.assert_close(estimate.value, exact(q, coupled))
+
+
+@pytest.mark.parametrize("k", [24, 100])
+def test_unordered_set_of_many_samples(k):
+    """Of states that are all equally likely each weighs 1/k, and so each of the others once one is known."""
+    log_weights, log_inner = _log_weights(torch.full((k, 1), -math.log(4096.0), dtype=torch.float64))
+    torch.testing.assert_close(log_weights.exp(), torch.full((k, 1), 1 / k, dtype=torch.float64), rtol=1e-11, atol=0)
+    own = torch.eye(k, dtype=torch.float64)
+    expected = own / 4096 + (1 - own) * (1 - 1 / 4096) / (k - 1)
+    torch.testing.assert_close(log_inner.exp()[..., 0], expected, rtol=1e-10, atol=0)
 
 
 def test_unordered_set_of_improbable_states():

@@ -278,7 +278,17 @@ class Opaque(nn.Module):
         return params.expand(n_samples, *params.shape), params.sum(1).expand(n_samples, -1), None
 
 
+def test_ciwae_at_its_ends_is_one_bound():
+    """The other counts nothing, at -inf too."""
+    log_w = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf]])
+    torch.testing.assert_close(vae.ciwae(log_w, 0.0), torch.tensor([-math.log(2.0), -math.inf]))
+    assert vae.ciwae(log_w, 1.0).tolist() == vae.ciwae(log_w, 0.5).tolist() == [-math.inf, -math.inf]
+
+
 @pytest.mark.parametrize(("error", "call", "message"), [
+    (ValueError, lambda: vae.stl(ppca(), X, 0), "^n_samples"),
+    (ValueError, lambda: vae.dreg(ppca(), X, 0), "^n_samples"),
+    (ValueError, lambda: vae.piwae(ppca(), X, 0, 1), "^n_samples"),
     (ValueError, lambda: vae.miwae(torch.zeros(6, 2), 4), "groups"),
     (ValueError, lambda: vae.miwae(torch.zeros(0, 2), 1), "log_w"),
     (ValueError, lambda: vae.ciwae(torch.zeros(6, 2), 1.5), "beta"),

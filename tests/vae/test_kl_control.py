@@ -125,6 +125,13 @@ def test_delta_posterior_keeps_its_rate(least):
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
+def test_delta_posterior_keeps_a_small_rate_in_float32():
+    least = 1e-6
+    mean, logvar = (t.double() for t in vae.delta_gaussian(torch.zeros(401), torch.linspace(-20, 20, 401), least))
+    kl = 0.5 * (mean**2 + torch.expm1(logvar) - logvar)
+    assert (kl >= least * (1 - 1e-4)).all()
+
+
 @pytest.mark.parametrize(("correlation", "length"), [(0.9, 6), (-0.5, 2), (0.7, 1), (0.0, 5)])
 def test_ar1_least_rate_is_the_minimum(correlation, length):
     """Of KL(independent q || prior): at the reciprocal of the precision's diagonal, by its closed form."""
@@ -145,6 +152,9 @@ def test_ar1_least_rate_is_the_minimum(correlation, length):
     (lambda: vae.delta_gaussian(torch.zeros(1), torch.zeros(1), 0.0), "least"),
     (lambda: vae.ar1_least_rate(1.0, 3), "correlation"),
     (lambda: vae.ar1_least_rate(0.5, 0), "length"),
+    (lambda: vae.Capacity(math.nan, 1.0), "^target"),
+    (lambda: vae.Capacity(1.0, -5.0), "^gamma"),
+    (lambda: vae.capacity(torch.zeros(3), 1.0, -5.0), "^gamma"),
 ])
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):

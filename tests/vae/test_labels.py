@@ -123,6 +123,34 @@ def test_m2_objective_takes_known_and_unknown_labels():
     torch.testing.assert_close(none.value, unlabelled)
 
 
+@pytest.mark.parametrize("masked", ["prior", "classifier", "both"])
+def test_a_class_of_probability_zero_counts_nothing(masked):
+    """Where p(y), or q(y | x), has none: enumerated over the others, gradients finite."""
+    never = torch.tensor([0.0, 0.0, -math.inf], dtype=torch.float64)
+    model, labels = m2(0.5, alpha=0.7), torch.tensor([0, 1, 1, 0, 1, 0])
+    joint = CLASSES.evidence(X)
+    logits = (0.5 * CLASSES.joint(X)).requires_grad_()
+    model.classifier.forward = lambda x: logits + never if masked != "prior" else logits
+    if masked != "classifier":
+        model.label_logits += never
+    log_py, log_q = torch.log_softmax(model.label_logits, 0), torch.log_softmax(model.classifier(X), 1)
+    rows = torch.arange(6)
+    value = model(X, 2, context=labels, eps=sigma(18)).value
+    expected = (joint + log_py + 0.7 * log_q)[rows, labels]
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), logits)[0], torch.autograd.grad(
+        torch.log_softmax(model.classifier(X), 1)[rows, labels].sum() * 0.7, logits)[0])
+    unlabelled = model.unlabelled(X, 2, eps=sigma(18))
+    if masked == "prior":  # q(y | x) gives it some all the same
+        assert (unlabelled == -math.inf).all()
+        return
+    each = joint + log_py - log_q
+    expected = (log_q.exp() * each)[:, :2].sum(1)
+    torch.testing.assert_close(unlabelled, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(model(X, 2, eps=sigma(18)).value, unlabelled)
+    assert torch.autograd.grad(unlabelled.sum(), logits)[0].isfinite().all()
+
+
 def test_m2_generates_by_label():
     x = m2().sample(30_000, torch.tensor([0, 2]), generator=torch.Generator().manual_seed(0))
     assert x.shape == (30_000, 2, SIZE)
@@ -223,7 +251,10 @@ def told(objective, targets):
     (lambda: m2()(X, context=torch.full((6,), 7)), "^context: expected labels below n_classes = 3, got 7"),
     (lambda: m2()(X, context=torch.full((6,), -2)), "^context: expected labels from -1 on, got -2"),
     (lambda: m2().labelled(X, torch.full((6,), -1)), "^labels: expected labels from 0 on, got -1"),
+    (lambda: vae.SemiSupervisedVAE(Encoder(), Decoder(), nn.Linear(4, 2).double(), 3, latent_shape=1).unlabelled(X),
+     r"^classifier output: expected shape \(6, 3\), got \(6, 2\)"),
+    (lambda: vae.SemiSupervisedVAE(Encoder(), Decoder(), Classifier(), 3, label_logits=[0.0] * 3), "^label_logits"),
 ])
 def test_errors_name_the_argument(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()

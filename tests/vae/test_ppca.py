@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from gaussian_models import PPCA, SIZES, perturb, randn, sigma_points
@@ -243,7 +244,9 @@ def test_units_and_bits():
     bound = model_of(problem, problem.covariance.diagonal().log(), "gaussian").elbo(problem.x, 3, beta=0.1)
     torch.testing.assert_close(bound.in_bits().rate * math.log(2), bound.rate)
     torch.testing.assert_close(bound.bits_per_dim(3), (bound.distortion + bound.rate) / (3 * math.log(2)))
-    torch.testing.assert_close(bound.bits_per_dim((1, 3), n_bins=256), bound.bits_per_dim(3) + 8.0)
+    torch.testing.assert_close(bound.bits_per_dim((1, 3), n_bins=256), bound.bits_per_dim(np.int64(3)) + 8.0)
+    with pytest.raises(ValueError, match="^size"):
+        bound.bits_per_dim(0)
     assert bound.value is bound.elbo and bound.parts == {}
 
 

@@ -81,7 +81,11 @@ def test_every_tensor_follows():
     (lambda: CyclicalSchedule(cycles=0), "cycles"),
     (lambda: CyclicalSchedule(ratio=0), "ratio"),
     (lambda: LinearSchedule().step(-1), "n:"),
+    (lambda: LinearSchedule().seek(-5, 0), "steps"),
+    (lambda: LinearSchedule().load_state_dict({"count": -3}), "count"),
+    (lambda: LinearSchedule(length=True), "length"),
+    (lambda: LinearSchedule(begin="a"), "begin"),
 ])
 def test_errors_name_the_argument(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()

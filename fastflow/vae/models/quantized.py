@@ -49,6 +49,7 @@ class FSQVAE(_ConvQuantizedVAE):
     """The same with finite scalar quantisation, whose codebook is fixed.
 
     Args:
+        image_shape, channels, likelihood, learned_prior: as for VQVAE.
         levels: of each latent dimension.
 
     References:

@@ -60,7 +60,8 @@ def delta_gaussian(raw_mean, raw_scale, least):
         raise ValueError(f"least: expected a finite number > 0, got {least!r}")
     low, high = _root(least, -2.0 * least - 2.0, 0.0), _root(least, 2.0 * least + 2.0, 0.0)
     logvar = low + (high - low) * torch.sigmoid(raw_scale)
-    square = 2.0 * least + 1.0 + logvar - logvar.exp()
+    # 2 KL is the mean's square plus expm1(v) - v; from 1 + v - exp(v) a small least would be rounding.
+    square = 2.0 * least - (torch.expm1(logvar) - logvar)
     # At the ends of the interval it is zero up to rounding; the root's slope there would be infinite.
     return square.clamp(min=torch.finfo(logvar.dtype).eps).sqrt() + torch.relu(raw_mean), logvar
 
