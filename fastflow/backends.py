@@ -13,6 +13,7 @@ The choice reads only metadata: device, dtype, shape class.
 import contextlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import shutil
 import threading
@@ -56,9 +57,9 @@ PREFERENCE = {
     # place, and compiles anew for every number of bins.
     ("spline", "cuda"): ("cuda", "triton"),
 }
-# Largest matrix for which each backend is preferred to torch.linalg. cpu: faster at every size measured, up to this
-# one. triton: what fits in registers. cuda: what fits in shared memory.
-SLOGDET_LIMIT = {"cpu": 1024, "triton": 32, "cuda": 192}
+# Largest matrix for which each backend is preferred to torch.linalg. cpu: faster at every size measured, which ends at
+# 1024. triton: what fits in registers. cuda: what fits in shared memory.
+SLOGDET_LIMIT = {"cpu": math.inf, "triton": 32, "cuda": 192}
 CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide it
 # On a GPU: the fewest hidden channels that fill its products, the most others beside which the taps' columns are small.
 CONV_NET_HIDDEN, CONV_NET_OTHERS = 128, 64

@@ -102,6 +102,13 @@ def no_mixed_double(named):
                         f"got {other[1]}")
 
 
+def goes_with(name, t, of, parameter):
+    """A floating ``t`` is float64 if a module's ``parameter``, called ``of``, is, and else it is not."""
+    if t.is_floating_point() and (t.dtype is torch.float64) is not (parameter.dtype is torch.float64):
+        raise TypeError(f"{name}: expected {parameter.dtype} like {of} (float64 is not mixed with a lower dtype), got "
+                        f"{t.dtype}")
+
+
 def with_running_logdet(named, logdet, x):
     """``logdet`` is None or (B,) beside x (B, ...), and neither it nor the operands of ``named`` mix float64 with a
     lower dtype; a float32 one goes with half-precision operands. Returns it, in float32 at least."""

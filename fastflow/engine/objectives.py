@@ -11,6 +11,7 @@ from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import is_sharded, unwrap
 from fastflow.engine.pictures import levels
 from fastflow.flows import bits_per_dim, dequantize
+from fastflow.flows.labels import check_levels
 from fastflow.vae import (
     VAE,
     BernoulliLikelihood,
@@ -65,6 +66,7 @@ class Objective:
         if getattr(inner, "dequantizer", None) is not None:
             inner.check_bins(self.n_bins)
             return x, 0.0
+        check_levels("x", x, self.n_bins)
         parameter = next(inner.parameters(), None)
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
         likelihood = getattr(inner, "likelihood", None)

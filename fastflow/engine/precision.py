@@ -59,7 +59,7 @@ class Conditioners:
 
     def _make(self):
         dtype, compiled = self._how
-        self._run = torch.compile(_own_copy(_forward), dynamic=False) if compiled else None
+        self._run = torch.compile(own_copy(_forward), dynamic=False) if compiled else None
         # Made once for each of a module's own, for torch.compile guards on them.
         self._own = [module.__dict__.get("forward") for module in self.modules]
         self._forwards = [_changed(module, dtype, self._run) for module in self.modules]
@@ -93,7 +93,7 @@ def _forward(module, x, *args, **kwargs):
     return type(module).forward(module, x, *args, **kwargs)
 
 
-def _own_copy(function):
+def own_copy(function):
     """The function with code of its own: Dynamo counts all graphs of one code towards its limit."""
     return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 

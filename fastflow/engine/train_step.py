@@ -16,7 +16,7 @@ from fastflow.engine.layout import Benchmarked, convolutions_to_channels_last
 from fastflow.engine.memory import DRIFT_BOUND, Memory
 from fastflow.engine.nonfinite import Replay, diagnose
 from fastflow.engine.objectives import objective_for, record_latent_shape
-from fastflow.engine.precision import Conditioners
+from fastflow.engine.precision import Conditioners, own_copy
 from fastflow.engine.update import Update, can_skip, clear_gradients
 from fastflow.vae import Schedule
 
@@ -28,6 +28,10 @@ ADVICE = "(try a lower learning rate, warm-up or clipping)"
 
 def _parameters_of(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _loss_of(objective, model, *batch):
+    return objective(model, *batch)
 
 
 class TrainStep:
@@ -296,12 +300,12 @@ class TrainStep:
     def _compiled(self):
         """The loss as one compiled graph; inside DistributedDataParallel torch.compile cuts it at gradient buckets."""
         options = {} if self.compile is True else {"backend": self.compile}
-        compiled = torch.compile(self.objective, fullgraph=replicas(self.model) is None, **options)
+        compiled = torch.compile(own_copy(_loss_of), fullgraph=replicas(self.model) is None, **options)
 
         def loss(model, *batch):
             record_latent_shape(model, self.objective, *batch[:2])
             for _, tensor in Batch(*batch).named():
                 if len(tensor) > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            return compiled(model, *batch)
+            return compiled(self.objective, model, *batch)
         return loss

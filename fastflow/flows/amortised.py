@@ -48,4 +48,4 @@ def vectors(name, x, features, parameter):
     """x is (B, features), and not of another precision than the parameter if either is float64."""
     checks.tensor(name, x)
     checks.events(name, x, (features,))
-    checks.no_mixed_double([("start", parameter), (name, x)])
+    checks.goes_with(name, x, "start", parameter)

@@ -98,7 +98,7 @@ class MaskedAutoregressive(nn.Module):
         network = self.network
         checks.tensor("z", z)
         checks.events("z", z, (network.features,))
-        checks.no_mixed_double([("weight", network.layers[0].weight), ("z", z)])
+        checks.goes_with("z", z, "weight", network.layers[0].weight)
         sweep = network.sweep(z.shape[0], context)
         found, total = [], None
         for column in z.index_select(1, network.order).split(1, 1):

@@ -123,7 +123,8 @@ class ContinuousTransform(nn.Module):
         if hasattr(self.field, "event_shape"):
             checks.events(name, x, self.field.event_shape)
         parameters = tuple(self.field.parameters()) if isinstance(self.field, nn.Module) else ()
-        checks.no_mixed_double([(name, x), *(("weight", p) for p in parameters[:1])])
+        for parameter in parameters[:1]:
+            checks.goes_with(name, x, "weight", parameter)
         if x.numel() == 0:
             nothing = self.velocity(x.new_tensor(start), x, context).flatten(1).sum(1) if len(x) == 0 else 0.0
             return x.clone(), x.new_zeros(x.shape[0]) + nothing

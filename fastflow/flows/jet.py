@@ -77,7 +77,7 @@ class _ViT(nn.Module):
     def forward(self, x, context=None):
         if context is not None:
             raise ValueError("context: expected None, because Jet is unconditional")
-        checks.no_mixed_double([("weight", self.proj_in.weight), ("x", x)])
+        checks.goes_with("x", x, "weight", self.proj_in.weight)
         x = taken(x, self.proj_in.weight)
         tokens = x.transpose(1, 2) if self.channel else x.unflatten(2, (2, self.half)).flatten(1, 2)
         h = self.proj_in(tokens) + self.pos_embed

@@ -74,7 +74,7 @@ class LinearMap(nn.Module):
         if x.dim() < 2 or x.shape[1] != self.channels:
             raise ValueError(f"{name}: expected shape (B, {self.channels}, *S), got {tuple(x.shape)}")
         parameter = next(self.parameters())
-        checks.no_mixed_double([("A", parameter), (name, x)])
+        checks.goes_with(name, x, "A", parameter)
         return x.to(torch.promote_types(x.dtype, parameter.dtype))
 
     @staticmethod

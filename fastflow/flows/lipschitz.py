@@ -118,6 +118,7 @@ class LipschitzMLP(nn.Module):
             if context is None or context.dim() != 2 or context.shape[1] != self.context_features:
                 got = None if context is None else tuple(context.shape)
                 raise ValueError(f"context: expected shape (B, {self.context_features}), got {got}")
+            checks.goes_with("context", context, "weight", self.context_layer.weight)
             shift = self.context_layer(context.to(self.context_layer.weight.dtype))
 
         def function(x):

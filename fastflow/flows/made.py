@@ -89,7 +89,7 @@ class MADE(nn.Module):
         """Params (B, P*D) of x (B, D), given the context (B, context_features) if the network was built for one."""
         checks.tensor("x", x)
         checks.events("x", x, (self.features,))
-        checks.no_mixed_double([("weight", self.layers[0].weight), ("x", x)])
+        checks.goes_with("x", x, "weight", self.layers[0].weight)
         h = self.layers[0](taken(x, self.layers[0].weight))
         shift = self.context_shift(x.shape[0], context)
         h = h if shift is None else h + shift
@@ -115,6 +115,7 @@ class MADE(nn.Module):
         if context is None or tuple(context.shape) != expected:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context: expected shape {expected}, got {got}")
+        checks.goes_with("context", context, "weight", self.context_layer.weight)
         return self.context_layer(context.to(self.context_layer.weight.dtype))
 
     def extra_repr(self):

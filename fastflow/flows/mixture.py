@@ -51,7 +51,7 @@ class LogisticMixture(nn.Module):
     def _run(self, name, x, inverse):
         checks.tensor(name, x)
         checks.events(name, x, self.event_shape)
-        checks.no_mixed_double([("params", self.params), (name, x)])
+        checks.goes_with(name, x, "params", self.params)
         return logistic_mixture(x, self.params.expand(x.shape[0], *self.params.shape), inverse=inverse, **self.options)
 
 

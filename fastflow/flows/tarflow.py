@@ -119,7 +119,7 @@ class TarFlowBlock(nn.Module):
         """The arguments of both directions fit."""
         checks.tensor(name, value)
         checks.events(name, value, self.token_shape)
-        checks.no_mixed_double([("weight", self.network.proj_in.weight), (name, value)])
+        checks.goes_with(name, value, "weight", self.network.proj_in.weight)
         if context is None:
             return
         if self.num_classes == 0:

@@ -68,7 +68,7 @@ class ActNorm(nn.Module):
         if x.dim() < 2 or x.shape[1] != self.channels:
             raise ValueError(f"x: expected shape (B, {self.channels}, *S), got {tuple(x.shape)}")
         checks.same_device("x", x, "bias", self.bias)
-        checks.no_mixed_double([("bias", self.bias), ("x", x)])
+        checks.goes_with("x", x, "bias", self.bias)
         dtype = torch.promote_types(self.bias.dtype, torch.float32)
         return self.bias.to(dtype), self.log_scale.to(dtype)
 

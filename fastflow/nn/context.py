@@ -52,6 +52,7 @@ class ContextShift(nn.Module):
             raise ValueError("context: expected a tensor, because the network was built with context_features or "
                              "context_channels, got None")
         checks.tensor("context", context)
+        checks.goes_with("context", context, "x", x)
         context = context.to(self.layer.weight.dtype)
         if self.context_features is not None:
             checks.shape("context", context, (x.shape[0], self.context_features))

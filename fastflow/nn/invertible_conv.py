@@ -99,7 +99,7 @@ class InvertibleConv1x1(nn.Module):
         matrix = factors.matrix
         checks.same_device("x", x, "weight", matrix)
         if x.dtype != matrix.dtype:
-            checks.no_mixed_double([("weight", matrix), ("x", x)])
+            checks.goes_with("x", x, "weight", matrix)
             x = x.to(matrix.dtype)
         return factors.apply(x)
 

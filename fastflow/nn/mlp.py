@@ -45,7 +45,7 @@ class MLP(nn.Module):
         checks.tensor("x", x)
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x: expected shape (B, {self.in_features}), got {tuple(x.shape)}")
-        checks.no_mixed_double([("weight", self.layers[0].weight), ("x", x)])
+        checks.goes_with("x", x, "weight", self.layers[0].weight)
         x = taken(x, self.layers[0].weight)
         if self.context_features is None:
             if context is not None:
@@ -56,6 +56,7 @@ class MLP(nn.Module):
         if context is None or tuple(context.shape) != expected:
             got = None if context is None else tuple(context.shape)
             raise ValueError(f"context: expected shape {expected}, got {got}")
+        checks.goes_with("context", context, "x", x)
         return self.layers(torch.cat([x, context.to(x.dtype)], 1))
 
 

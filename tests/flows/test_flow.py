@@ -315,12 +315,20 @@ def test_dequantize_stays_inside():
     (ValueError, lambda: flows.Glow((1, 4, 4), 1, 1, 4)(torch.tensor(1.0)), "^x: expected"),
     (ValueError, lambda: flows.Planar(2)(torch.tensor(1.0)), "^x: expected"),
     (ValueError, lambda: flows.StandardNormal(2).log_prob(torch.tensor(1.0)), "^z: expected"),
-    (TypeError, lambda: flows.NICE(2)(torch.zeros(1, 2).double()), "weight: expected float64 like x"),
+    *((TypeError, lambda make=make: make()(torch.zeros(1, 2).double()), r"^x: expected torch.float32 like \w+ \(float64")
+      for make in (lambda: flows.NICE(2), lambda: flows.RealNVP(2), lambda: flows.MAF(2), lambda: flows.FFJORD(2))),
+    *((TypeError, lambda make=make: make(2, context_features=2)(torch.zeros(1, 2), torch.zeros(1, 2).double()),
+       "^context: expected torch.float32 like")
+      for make in (flows.RealNVP, flows.MAF, flows.IAF, flows.NSF, flows.ResidualFlow, flows.FFJORD)),
+    (TypeError, lambda: flows.RealNVP(2, context_features=2).double()(torch.zeros(1, 2).double(), torch.zeros(1, 2)),
+     "^context: expected torch.float64 like"),
+    (TypeError, lambda: flows.Glow((1, 4, 4), 1, 1, 4, context_features=2)(
+        torch.zeros(1, 1, 4, 4), torch.zeros(1, 2).double()), "^context: expected torch.float32 like"),
     (ValueError, lambda: flows.NICE(2)(torch.zeros(1, 5)), "x: expected"),
     (ValueError, lambda: flows.RealNVP(2).as_distribution().log_prob(torch.zeros(2, 4)), r"expected shape \(\*, 2\)"),
     (ValueError, lambda: flows.RealNVP(2).as_distribution().log_prob(torch.tensor(1.0)), "value: expected"),
     (TypeError, lambda: flows.Jet((1, 4, 4), patch_size=2, channels=8, couplings=1, depth=1, heads=2)(
-        torch.zeros(1, 1, 4, 4).double()), "weight: expected float64 like x"),
+        torch.zeros(1, 1, 4, 4).double()), "^x: expected torch.float32 like weight"),
 ])
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):

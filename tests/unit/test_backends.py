@@ -88,6 +88,7 @@ def test_matrices_beyond_the_table_s_limit_go_to_torch_linalg(monkeypatch):
     """Where the table says that torch.linalg is faster, the reference is promised and used; a request still forces."""
     if not backends.available()["cpu"]:
         pytest.skip(backends.status()["cpu"])
+    assert backends.explain("slogdet", torch.empty(1030, 1030)).split()[0] == "cpu"
     monkeypatch.setitem(backends.SLOGDET_LIMIT, "cpu", 16)
     for size, expected in ((16, "cpu"), (17, "reference")):
         w = torch.eye(size)
