@@ -7,6 +7,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastflow.adapters import swap as swaps
 from fastflow.adapters.report import Report
@@ -34,12 +35,13 @@ def accelerate(model, *, verify=True, example=None, fix=False):
             diffusers at any depth.
         verify: hold every swapped layer against its original at its first call: outputs, inverse and gradients, on
             copies, leaving random generators and buffers as they were. A layer that differs becomes its original again
-            and a RuntimeWarning says so. Calls under torch.compile and torch.func, or of data without a finite number,
-            don't count as the first.
+            and a RuntimeWarning says so. Calls under torch.compile and torch.func, or with a number in data or result
+            that is not finite, don't count as the first.
         example: input, or a tuple of inputs, to verify with at once: the model runs on it (a density's log_prob; else
-            its forward) and is put back in the state it was in. Layers that the run does not reach keep waiting.
-        fix: where the host is known to be wrong, compute what is right; else the host's value wherever it is finite.
-            Of layers swapped before, the last call's counts.
+            its forward) and is put back in the state it was in, but for lazy layers, which the run initialises. Layers
+            that the run does not reach keep waiting.
+        fix: where the host is known to be wrong, compute what is right; else the host's value wherever it and the data
+            are finite. Of layers swapped before, the last call's counts.
 
     Returns:
         Report: ``swapped`` and ``skipped`` (name: why). It is kept up to date as layers are verified.
@@ -54,8 +56,8 @@ def accelerate(model, *, verify=True, example=None, fix=False):
     for name, module in model.named_modules():
         known = swaps.swap_of(module)
         if known is not None:
-            report.swapped[name] = _title(known.host)
-            constants = None if swaps.on_meta(module) else known.fit(module, fix)
+            report.swapped[name] = swaps.title(known.host)
+            constants = swaps.fitted(module, known, fix)
             module.__dict__.update(constants if isinstance(constants, dict) else {})
             if verify:
                 swaps.put(module, known, None, report, name)
@@ -66,12 +68,12 @@ def accelerate(model, *, verify=True, example=None, fix=False):
             if reason is not None:
                 report.skipped[name] = reason
             continue
-        constants = "it is on the meta device" if swaps.on_meta(module) else known.fit(module, fix)
+        constants = swaps.fitted(module, known, fix)
         if isinstance(constants, str):
-            report.skipped[name] = f"{_title(known.host)}: {constants}"
+            report.skipped[name] = f"{swaps.title(known.host)}: {constants}"
             continue
         swaps.put(module, known, constants, report if verify else None, name)
-        report.swapped[name] = _title(known.host)
+        report.swapped[name] = swaps.title(known.host)
     if example is not None:
         _run(model, example if isinstance(example, tuple) else (example,), adapters)
     return report
@@ -102,7 +104,7 @@ def _adapter(host, name):
     try:
         return importlib.import_module(name)
     except (ImportError, AttributeError) as error:
-        for kind in [kind for kind in swaps.SWAPS if _host(kind) == host]:
+        for kind in [kind for kind in swaps.SWAPS if swaps.host_of(kind) == host]:
             del swaps.SWAPS[kind]
         return f"the adapter does not fit {host} {_version(host)}: {error}"
 
@@ -112,24 +114,16 @@ def _version(host):
     return importlib.metadata.version(packages[0]) if packages else getattr(sys.modules[host], "__version__", "unknown")
 
 
-def _host(kind):
-    return kind.__module__.partition(".")[0]
-
-
-def _title(kind):
-    return f"{_host(kind)} {kind.__name__}"
-
-
 def _unknown(kind, adapters, inside):
     """Why a layer of no known class stays as it is; None where it is no layer of a host, or ``inside`` a swapped one
     whose fused form answers for it."""
     for base in kind.__mro__:
         if base in swaps.SWAPS:
-            return f"{kind.__name__} is a subclass of {_title(base)}"
-    adapter = adapters.get(_host(kind))
+            return f"{kind.__name__} is a subclass of {swaps.title(base)}"
+    adapter = adapters.get(swaps.host_of(kind))
     if isinstance(adapter, str):
-        return f"{_title(kind)}: {adapter}"
-    return None if adapter is None or inside else f"{_title(kind)} has no fused form"
+        return f"{swaps.title(kind)}: {adapter}"
+    return None if adapter is None or inside else f"{swaps.title(kind)} has no fused form"
 
 
 def _inside(name, swapped):
@@ -148,12 +142,12 @@ def _run(model, example, adapters):
 
 @contextlib.contextmanager
 def _unchanged(model):
-    """Values of parameters and buffers, the attributes of all modules and the random generators are put back."""
-    modules = list(model.modules())
+    """Values of parameters and buffers, the attributes of all modules and the random generators are put back. Modules
+    without values yet, whose first call makes others of them, are left out."""
+    modules = [m for m in model.modules() if not any(map(is_lazy, _tensors(m)))]
     attributes = [dict(m.__dict__) for m in modules]
     tensors = [{key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers")} for m in modules]
-    values = [(t, t.data, t.detach().clone()) for m in modules for t in (*m._parameters.values(), *m._buffers.values())
-              if t is not None]
+    values = [(t, t.data, _apart(t.detach()).clone()) for m in modules for t in _tensors(m)]
     devices = {t.device for t, _, _ in values if t.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         try:
@@ -169,4 +163,16 @@ def _unchanged(model):
             with torch.no_grad():
                 for t, data, value in values:
                     t.data = data
-                    t.copy_(value)
+                    _apart(t).copy_(value)
+
+
+def _tensors(module):
+    """The module's own parameters and buffers."""
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _apart(t):
+    """The elements of a tensor that was expanded that have memory of their own: only those can be written to."""
+    if t.layout is not torch.strided or 0 not in t.stride():
+        return t
+    return t[tuple(slice(None if stride else 1) for stride in t.stride())]

@@ -67,8 +67,8 @@ def _broadcasts(shape, target):
 
 @distributions.register_kl(Normal, distributions.Normal)
 def _kl_normal(p, q):
-    if q is p.prior and p._kl is not None and (p._kl.requires_grad or not torch.is_grad_enabled()
-                                               or not (p.loc.requires_grad or p.scale.requires_grad)):
+    if q is p.prior and p._kl is not None and (p._kl.requires_grad or not torch.is_grad_enabled() or not any(
+            t.requires_grad for t in (p.loc, p.scale, q.loc, q.scale))):  # else the sample was drawn without gradients
         return p._kl
     ratio = (p.scale / q.scale).square()
     return 0.5 * (ratio + ((p.loc - q.loc) / q.scale).square() - 1 - ratio.log())

@@ -137,11 +137,22 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
         return couple(x2, params, scale, rev, None, x1)
 
 
-def _alike(one, other):
-    """Whether two blocks' scales go through the same function, none of whose hooks would miss one."""
-    kinds = [(b.global_scale_activation.__code__, getattr(getattr(b, "softplus", None), "beta", None))
-             for b in (one, other)]
-    return kinds[0] == kinds[1] and (not hasattr(other, "softplus") or plain(other.softplus, nn.Softplus))
+def _kind(block):
+    """Which of FrEIA's own functions a block's scale goes through; None where it is another one, or has a module with
+    hooks in it, which would miss a block."""
+    function = block.global_scale_activation
+    if getattr(function, "__module__", None) != all_in_one_block.__name__:
+        return None
+    softplus = block._modules.get("softplus")
+    if softplus is None:
+        return function.__code__, None, None
+    return (function.__code__, softplus.beta, softplus.threshold) if plain(softplus, nn.Softplus) else None
+
+
+def _alike(blocks):
+    """Whether the blocks' scales go through one function."""
+    kinds = {_kind(block) for block in blocks}
+    return len(kinds) == 1 and None not in kinds
 
 
 TWO_SIDED = (coupling_layers.GLOWCouplingBlock, coupling_layers.RNVPCouplingBlock, coupling_layers.GINCouplingBlock,
@@ -192,21 +203,20 @@ class SequenceINN(sequence_inn.SequenceINN):
         """(steps, None, context, whether all its blocks keep volume, whose log-det is the number 0) of each run of
         blocks and (None, index, None, False) of those that stay by themselves."""
         blocks = list(self.module_list)
-        whole = [isinstance(block, AllInOneBlock) and joins(block) and not block.GIN and _order_of(block) is not None
-                 for block in blocks]
+        same = [tuple(self.shapes[index]) == x.shape[1:] for index in range(len(blocks))]
+        whole = [fits and isinstance(block, AllInOneBlock) and joins(block) and not block.GIN
+                 and _order_of(block) is not None for fits, block in zip(same, blocks, strict=True)]
         scaled = [block for block, fits in zip(blocks, whole, strict=True) if fits]
-        together = len(scaled) > 1 and all(_alike(scaled[0], block) for block in scaled)
-        scalings = dict(zip(scaled, _scalings(scaled), strict=True)) if together and x.dim() == 2 else {}
+        together = x.dim() == 2 and len(scaled) > 1 and _alike(scaled)
+        scalings = dict(zip(scaled, _scalings(scaled), strict=True)) if together else {}
         runs, last = [], None
         for index, (block, condition) in enumerate(zip(blocks, self.conditions, strict=True)):
             context = () if condition is None else (c[condition],)
             steps = None
-            if tuple(self.shapes[index]) != x.shape[1:]:
-                pass
-            elif whole[index]:
+            if whole[index]:
                 steps = block._fastflow_steps(x, context, scalings.get(block))
                 steps = steps and block._fastflow_permuted(steps, _order_of(block))
-            elif isinstance(block, TwoSided) and joins(block):
+            elif same[index] and isinstance(block, TwoSided) and joins(block):
                 steps = block._fastflow_steps(x, context) or block._fastflow_chain(x, rev)
             keeps_volume = steps is not None and isinstance(block, VOLUME_PRESERVING)
             if (steps is not None and runs and runs[-1][0] is not None and last == condition

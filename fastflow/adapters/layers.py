@@ -6,7 +6,8 @@ from fastflow import backends, functional
 from fastflow.adapters import verify
 from fastflow.adapters.swap import PREFIX, joins, plain
 
-__all__ = ["couple", "fusable", "joins", "order", "order_of", "plain", "remembered", "reorder", "worthwhile"]
+__all__ = ["couple", "fusable", "joins", "order", "order_of", "overridden", "plain", "remembered",
+           "reorder", "worthwhile"]
 
 SMALL = 4096  # elements below which, on a CPU, a host's own few operations cost what a kernel and its call do
 
@@ -25,6 +26,12 @@ def worthwhile(x):
     return not torch.compiler.is_exporting() and (x.numel() >= SMALL or not x.is_cpu or verify.running())
 
 
+def overridden(module, *names):
+    """Why a module can't be swapped that has a method of its own under one of the names, or None."""
+    own = [name for name in names if name in module.__dict__]
+    return f"its {own[0]} is another function than its class's" if own else None
+
+
 def remembered(module, name, compute, *tensors, traced=None, maybe=False):
     """compute(*tensors), computed again only when one of the module's tensors was exchanged or written to.
 
@@ -38,7 +45,7 @@ def remembered(module, name, compute, *tensors, traced=None, maybe=False):
         value = compute(*tensors) if known is None else known[1]
         return value if traced is None or value is None else traced(*tensors)
     try:
-        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.shape, t.stride()) for t in tensors)
     except RuntimeError:
         return None if maybe else (traced or compute)(*tensors)
     if known is None or known[0] != stamp:

@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import backends, functional
-from fastflow.adapters.layers import fusable, plain, worthwhile
+from fastflow.adapters.layers import fusable, overridden, plain, worthwhile
 from fastflow.autograd import mlp
 from fastflow.flows.fused import ACTIVATIONS, MAX_FEATURES, MAX_HIDDEN
 
-__all__ = ["NETWORKS", "AffineAutoregressive", "Autoregressive", "covered", "evaluate", "fits_one_kernel",
-           "masks_of", "residual_weights", "weights_of"]
+__all__ = ["NETWORKS", "AffineAutoregressive", "Autoregressive", "covered", "evaluate", "fit_affine",
+           "fits_one_kernel", "masks_of", "residual_weights", "weights_of"]
 
 # {class of a host's network: function(network, context) that gives (weights, biases, activation, residual, masks) as
 # autograd.mlp.run takes them, or None}. The adapters add theirs.
@@ -89,12 +89,10 @@ def covered(network, x, context=None):
     return found if found is not None and fusable(x, *found[0], *found[1]) else None
 
 
-def evaluate(network, x, context=None):
-    """network(x), or network(x, context) of a network that takes one, as one kernel where there is one."""
-    found = covered(network, x, context)
-    if found is not None:
-        return mlp.run(x, *found)
-    return network(x) if context is None else network(x, context)
+def evaluate(network, x, *context):
+    """network(x), or network(x, context) of a network that takes one, be it None, as one kernel where there is one."""
+    found = covered(network, x, *context)
+    return network(x, *context) if found is None else mlp.run(x, *found)
 
 
 class Autoregressive:
@@ -110,6 +108,11 @@ class Autoregressive:
             params = evaluate(self.autoregressive_net, outputs, context)
             outputs, logabsdet = self._elementwise_inverse(inputs, params)
         return outputs, logabsdet
+
+
+def fit_affine(module, fix):
+    """Why :class:`AffineAutoregressive` does not do what the module does, or None."""
+    return overridden(module, "_unconstrained_scale_and_shift")
 
 
 class AffineAutoregressive(Autoregressive):

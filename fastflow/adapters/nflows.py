@@ -10,8 +10,8 @@ from torch import nn
 from fastflow import backends
 from fastflow.adapters import lu as lu_maps
 from fastflow.adapters import splines
-from fastflow.adapters.layers import couple, fusable, joins, order, remembered, reorder, worthwhile
-from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, covered, residual_weights
+from fastflow.adapters.layers import couple, fusable, joins, order, overridden, remembered, reorder, worthwhile
+from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, covered, fit_affine, residual_weights
 from fastflow.adapters.swap import swap, swap_of
 from fastflow.autograd import chain, mlp
 from fastflow.functional import ScaleMap
@@ -37,6 +37,9 @@ NETWORKS |= {resnet.ResidualNet: _residual_net, made.MADE: _made}
 def _fit_coupling(module, fix):
     if module.unconditional_transform is not None:
         return "it transforms the passive features too"
+    reason = overridden(module, "_scale_and_shift", "_coupling_transform_forward", "_coupling_transform_inverse")
+    if reason is not None:
+        return reason
     order(module, module.identity_features, module.transform_features)
     return None
 
@@ -99,11 +102,20 @@ class MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
     """A rational-quadratic spline with linear tails per feature, given the features before it."""
 
 
-@swap(autoregressive.MaskedAffineAutoregressiveTransform)
+EPSILON = 1e-3  # what nflows adds to the scales
+
+
+def _fit_affine(module, fix):
+    if module._epsilon != EPSILON:
+        return f"the kernel adds {EPSILON} to its scales, not {module._epsilon}"
+    return fit_affine(module, fix)
+
+
+@swap(autoregressive.MaskedAffineAutoregressiveTransform, fit=_fit_affine)
 class MaskedAffineAutoregressiveTransform(AffineAutoregressive, autoregressive.MaskedAffineAutoregressiveTransform):
     """y = x * (softplus(r) + 1e-3) + t per feature, given the features before it."""
 
-    DIALECT = {"scale": ScaleMap("softplus", eps=1e-3), "layout": "interleave"}
+    DIALECT = {"scale": ScaleMap("softplus", eps=EPSILON), "layout": "interleave"}
 
 
 @swap(lu.LULinear, fit=lu_maps.fit)

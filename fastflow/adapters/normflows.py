@@ -12,7 +12,14 @@ from torch import nn
 from fastflow import backends, functional
 from fastflow.adapters import lu, splines
 from fastflow.adapters.layers import couple, fusable, plain, remembered, worthwhile
-from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, fits_one_kernel, residual_weights, weights_of
+from fastflow.adapters.networks import (
+    NETWORKS,
+    AffineAutoregressive,
+    fit_affine,
+    fits_one_kernel,
+    residual_weights,
+    weights_of,
+)
 from fastflow.adapters.swap import PREFIX, swap, swap_of
 from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
@@ -72,7 +79,10 @@ class AffineCoupling(coupling.AffineCoupling):
 def _inner(block):
     """The coupling of an AffineCouplingBlock whose split is by channels, where nothing hangs on the three layers that
     the block is made of; else None."""
-    split, inner, merge = block._modules["flows"]._modules.values()
+    parts = list(block._modules["flows"]._modules.values())
+    if len(parts) != 3:
+        return None
+    split, inner, merge = parts
     if (split.mode in ("channel", "channel_inv") and split.mode == merge.mode and plain(split, coupling.Split)
             and plain(merge, coupling.Merge)
             and (plain(inner, AffineCoupling) or plain(inner, AffineCoupling.Checked))):
@@ -131,6 +141,8 @@ def _rest(b):
 
 
 def _fit_masked(module, fix):
+    if module.b.dtype is torch.bool:
+        return "its mask is of torch.bool, which can't be subtracted from 1"
     return "its mask has other values than 0 and 1" if _mask_of(module) is None else None
 
 
@@ -354,7 +366,7 @@ class MaskedPiecewiseRationalQuadraticAutoregressive(
     """A rational-quadratic spline with linear tails per feature, given the features before it."""
 
 
-@swap(autoregressive.MaskedAffineAutoregressive)
+@swap(autoregressive.MaskedAffineAutoregressive, fit=fit_affine)
 class MaskedAffineAutoregressive(AffineAutoregressive, autoregressive.MaskedAffineAutoregressive):
     """z * (sigmoid(r + 2) + 1e-3) + t per feature, given the features before it."""
 

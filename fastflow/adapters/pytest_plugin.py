@@ -70,12 +70,12 @@ class Plugin:
 
     def _built(self, module, host):
         known, name = swaps.SWAPS[host], len(self.report.swapped) + len(self.report.skipped)
-        constants = known.fit(module, False)
+        constants = swaps.fitted(module, known, False)
         if isinstance(constants, str):
-            self.report.skipped[name] = f"{core._title(host)}: {constants}"
+            self.report.skipped[name] = f"{swaps.title(host)}: {constants}"
             return
         swaps.put(module, known, constants, self.report, name)
-        self.report.swapped[name] = core._title(host)
+        self.report.swapped[name] = swaps.title(host)
 
 
 def pytest_configure(config):

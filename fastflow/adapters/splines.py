@@ -14,7 +14,13 @@ def fit(module, fix):
     """Why the kernel has no such spline, or None."""
     if not isinstance(module.tails, str) or module.tails != "linear":
         return f"the kernel has linear tails, not {module.tails!r}"
-    return "its tail_bound is a tensor" if isinstance(module.tail_bound, torch.Tensor) else None
+    if isinstance(module.tail_bound, torch.Tensor):
+        return "its tail_bound is a tensor"
+    bins = module.num_bins if hasattr(module, "num_bins") else module.unnormalized_widths.shape[-1]
+    for name in ("min_bin_width", "min_bin_height"):
+        if getattr(module, name) * bins > 1.0:
+            return f"its {name} is too large for {bins} bins"
+    return None
 
 
 def fit_coupling(module, fix):

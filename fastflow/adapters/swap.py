@@ -12,8 +12,8 @@ import torch
 from fastflow.adapters import verify
 from fastflow.nn.hooks import is_hooked
 
-__all__ = ["PREFIX", "SWAPS", "Swap", "joins", "on_meta", "plain", "put", "revived", "settle", "swap", "swap_of",
-           "undo"]
+__all__ = ["PREFIX", "SWAPS", "Swap", "fitted", "host_of", "joins", "plain", "put", "revived", "settle", "swap",
+           "swap_of", "title", "undo"]
 
 PREFIX = "_fastflow_"  # of everything that a swapped layer holds beside what its host class put there
 SWAPS = {}  # {host class: Swap}, filled by the adapters as they are imported
@@ -33,7 +33,8 @@ class Swap:
             dict whose keys begin with PREFIX, or None.
         opposite: opposite(method, args, kwargs, result) is the call (method, args, kwargs) that undoes a call, None
             where there is none.
-        observe: observe(module, result, args) gives the tensors by which the result of a call is judged.
+        observe: observe(module, result, args) gives the tensors by which the result of a call is judged; args are the
+            values of its arguments, those by keyword at the end.
     """
 
     host: type
@@ -81,7 +82,32 @@ def swap_of(module):
     return getattr(type(module), "_fastflow_swap", None)
 
 
-def on_meta(module):
+def host_of(kind):
+    """The name that the library of a class is imported under."""
+    return kind.__module__.partition(".")[0]
+
+
+def title(kind):
+    """What a report calls a host's class."""
+    return f"{host_of(kind)} {kind.__name__}"
+
+
+def fitted(module, known, fix):
+    """What known.fit says of a module. One that can't be swapped keeps nothing of what was found out."""
+    if _on_meta(module):
+        return "it is on the meta device"
+    found = known.fit(module, fix)
+    if isinstance(found, str) and swap_of(module) is None:
+        _forget(module)
+    return found
+
+
+def _forget(module):
+    for key in [key for key in module.__dict__ if key.startswith(PREFIX)]:
+        del module.__dict__[key]
+
+
+def _on_meta(module):
     """Whether some tensor of the module has no values, so that nothing can be found out of them."""
     return any(t.is_meta for t in itertools.chain(module.parameters(), module.buffers()))
 
@@ -112,8 +138,7 @@ def undo(module):
     known = swap_of(module)
     module.__class__ = known.within(type(module), known.host)
     _RECORDS.pop(module, None)
-    for key in [key for key in module.__dict__ if key.startswith(PREFIX)]:
-        del module.__dict__[key]
+    _forget(module)
 
 
 def revived(adapter, host, checked):
@@ -130,8 +155,7 @@ def _loading(fused):
 
     def method(self, *args, **kwargs):
         inherited(self, *args, **kwargs)
-        if not on_meta(self):
-            swap_of(self).fit(self, False)
+        fitted(self, swap_of(self), False)
     return method
 
 
@@ -164,7 +188,7 @@ def settle(module, reason):
             return
         undo(module)
         if report is not None:
-            report.put_back(name, reason)
+            report.put_back(name, f"{title(known.host)}: {reason}")
     verify.warn(known.host, reason)
 
 

@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchflows import flows
 from torchflows.bijections.finite.autoregressive import layers, layers_base
 from torchflows.bijections.finite.autoregressive.conditioning import context as contexts
@@ -20,7 +21,7 @@ from torchflows.bijections.finite.multiscale import base as multiscale
 
 from fastflow import functional
 from fastflow.adapters import verify
-from fastflow.adapters.layers import couple, fusable, order_of, remembered, reorder
+from fastflow.adapters.layers import couple, fusable, order_of, overridden, plain, remembered, reorder
 from fastflow.adapters.networks import fits_one_kernel, weights_of
 from fastflow.adapters.swap import swap
 from fastflow.autograd.mlp_flow import run_steps
@@ -78,10 +79,10 @@ class _Transform:
 
 
 def _fit(module, fix):
-    own = [name for name in ("forward", "inverse") if name in module.__dict__]
-    if own:
-        return f"its {own[0]} is another function than its class's"
     transformer = module.transformer
+    reason = overridden(module, "forward", "inverse")
+    if reason is not None:
+        return reason
     if type(transformer) is RationalQuadratic and not (
             transformer.max_input == -transformer.min_input == transformer.max_output == -transformer.min_output):
         return "the kernel's spline maps an interval around 0 onto itself"
@@ -115,16 +116,21 @@ def _no_logdet(module, x):
     return torch.zeros(x.shape[:x.dim() - len(module.event_shape)], device=x.device)
 
 
+def _own(module):
+    """Whether the module's transformer does what its class says."""
+    return plain(module.transformer, type(module.transformer))
+
+
 class _Coupling:
     """Some elements pass, and a network of them and the context says how the others are transformed."""
 
     def forward(self, x, context=None):
-        if not fusable(x):
+        if not fusable(x) or not _own(self):
             return super().forward(x, context)
         return self._fastflow_couple(x, context, False)
 
     def inverse(self, z, context=None):
-        if not fusable(z):
+        if not fusable(z) or not _own(self):
             return super().inverse(z, context)
         return self._fastflow_couple(z, context, True)
 
@@ -156,9 +162,11 @@ class _Coupling:
         """The coupling with its network as the step of one kernel, or None."""
         net = self.conditioner_transform
         if (transform.kind is RationalQuadratic or kept != self.n_dim // 2
-                or type(net) not in (conditioners.FeedForward, conditioners.Linear) or net.n_global_parameters
+                or not (plain(net, conditioners.FeedForward) or plain(net, conditioners.Linear))
+                or net.n_global_parameters
                 or (net.output_lower_bound, net.output_upper_bound) != (-math.inf, math.inf)
-                or type(net.context_combiner) is not contexts.Concatenation
+                or not plain(net.context_combiner, contexts.Concatenation)
+                or not plain(net.sequential, nn.Sequential) or not plain(net.sequential[-1], nn.Unflatten)
                 or not fits_one_kernel(rows, context if context is None else context.flatten(1))):
             return None
         found = weights_of(net.sequential[:-1])  # the last one only shapes the output
@@ -176,7 +184,7 @@ def _elementwise(module, x, h, inverse):
     kind = type(transformer)
     gains = kind is RationalQuadratic or kind is not affine.Shift and (
         x.numel() >= WIDE or x.device.type != "cpu" or verify.running())
-    if not gains or not fusable(x, h):
+    if not gains or not fusable(x, h) or not _own(module):
         return transformer.inverse(x, h) if inverse else transformer.forward(x, h)
     rows, params = x.reshape(-1, module.n_dim), h.reshape(-1, math.prod(transformer.parameter_shape))
     y, logdet = _Transform(transformer)(rows, params.expand(len(rows), -1), inverse)
@@ -207,7 +215,7 @@ class _Elementwise:
         if not self.use_global_parameters:
             return _elementwise(self, x, self.prepare_h(context, batch), inverse)
         kind, value = type(self.transformer), self.value
-        if not fusable(x, value):
+        if not fusable(x, value) or not _own(self):
             return original(x, context)
         if kind is RationalQuadratic:
             return _elementwise(self, x, value, inverse)

@@ -13,7 +13,7 @@ from fastflow import backends
 
 __all__ = ["NO_TEST", "difference", "recorded", "running", "tensors", "warn"]
 
-# A call that proves nothing: it raises, its tensors hold no finite values, or operations are recorded.
+# A call that proves nothing: it raises, not all of its numbers are finite, or operations are recorded.
 NO_TEST = object()
 # Largest error, relative to 1 + the largest value of the tensor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -115,7 +115,8 @@ class _Trial:
         copy, leaves = _replica(self.module, original, change, {}), []
         args, kwargs = _inputs(args, change, leaves), _inputs(kwargs, change, leaves)
         result = getattr(copy, method)(*args, **kwargs)
-        outputs = [t for t in self.known.observe(copy, result, args) if t.is_floating_point()]
+        given = (*args, *kwargs.values())
+        outputs = [t for t in self.known.observe(copy, result, given) if t.is_floating_point()]
         leaves += [p for p in copy.parameters() if p.requires_grad]
         losses = [(t * _weights(t)).sum() for t in outputs if t.requires_grad]
         grads = torch.autograd.grad(sum(losses), leaves, allow_unused=True) if losses and leaves else ()
@@ -162,9 +163,11 @@ def _error(got, want):
 
 
 def _blank(values):
-    """Whether there are numbers among the values, but none that is finite, so that any others would do."""
+    """Whether the values have numbers that are not finite, which a host may hide where the fused form propagates them,
+    or none at all in their tensors."""
     numbers = [t for t in tensors(values) if t.is_floating_point()]
-    return bool(numbers) and not any(torch.isfinite(t).any() for t in numbers)
+    return bool(numbers) and (not any(t.numel() for t in numbers)
+                              or not all(torch.isfinite(t).all() for t in numbers))
 
 
 def _itself(t):

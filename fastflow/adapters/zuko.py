@@ -5,6 +5,7 @@ transforms that it makes are then fused ones. Data to noise; the log-determinant
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -39,7 +40,7 @@ NETWORKS |= {MLP: _mlp, MaskedMLP: _masked_mlp}
 
 
 def _fit(module, fix):
-    """What univariate transform a layer has, as (kind, slope, bound)."""
+    """What univariate transform a layer has, and of which (kind, slope, bound) that is."""
     function, options = module.univariate, {}
     if isinstance(function, functools.partial) and not function.args:
         function, options = function.func, function.keywords
@@ -56,7 +57,14 @@ def _fit(module, fix):
     else:
         name = getattr(function, "__name__", type(function).__name__)
         return f"{name} with parameters of shapes {shapes} has no kernel"
-    return {PREFIX + "kind": (kind, slope, bound)} if numbers else "its options are not numbers"
+    if not numbers:
+        return "its options are not numbers"
+    return {PREFIX + "kind": (kind, slope, bound), PREFIX + "univariate": module.univariate}
+
+
+def _own(layer):
+    """Whether the layer's univariate transform is still that which it had when it was swapped."""
+    return layer.__dict__.get(PREFIX + "univariate") is layer.univariate
 
 
 @functools.lru_cache(64)
@@ -116,11 +124,12 @@ class Fused(OneCall, transforms.DependentTransform):
 def _observe(module, result, args):
     """What a layer's transform makes of some x, both ways, and its gradient."""
     features = _features(module)
-    parameter = next(module.parameters())
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    like = next(t for t in tensors if t.is_floating_point())
     batch = args[0].shape[:-1] if args and args[0] is not None else (16,)
     count = math.prod(batch) * features
-    x = 2.0 * torch.cos(1.3 * torch.arange(count, dtype=torch.float64, device=parameter.device))
-    x = x.to(parameter.dtype).view(*batch, features).requires_grad_()
+    x = 2.0 * torch.cos(1.3 * torch.arange(count, dtype=torch.float64, device=like.device))
+    x = x.to(like.dtype).view(*batch, features).requires_grad_()
     y, ladj = result.call_and_ladj(x)
     back, back_ladj = result.inv.call_and_ladj(x)
     grads = torch.autograd.grad((y * x.detach()).sum() + ladj.sum() + back.sum() + back_ladj.sum(), x,
@@ -132,7 +141,7 @@ def _features(module):
     if hasattr(module, "hyper"):
         features = module.hyper.out_features // module.total
         return len(module.mask) if hasattr(module, "mask") else features
-    return module.phi[0].shape[0] if hasattr(module, "phi") else module.args[0].shape[-1]
+    return module.phi[0].shape[0] if hasattr(module, "phi") else _matrix(module).shape[-1]
 
 
 def _once(method, args, kwargs, result):
@@ -176,10 +185,10 @@ class MaskedAutoregressiveTransform(autoregressive.MaskedAutoregressiveTransform
     """A univariate transform per feature, given the features before it."""
 
     def meta(self, c, x):
-        return Fused(_phi(self, c, x), self)
+        return Fused(_phi(self, c, x), self) if _own(self) else super().meta(c, x)
 
     def forward(self, c=None):
-        return FusedAutoregressive(self, c)
+        return FusedAutoregressive(self, c) if _own(self) else super().forward(c)
 
 
 def _arrangement(mask):
@@ -259,10 +268,10 @@ class GeneralCouplingTransform(coupling.GeneralCouplingTransform):
     """A univariate transform of the features where its mask is False, given those where it is True."""
 
     def meta(self, c, x):
-        return Fused(_phi(self, c, x), self)
+        return Fused(_phi(self, c, x), self) if _own(self) else super().meta(c, x)
 
     def forward(self, c=None):
-        return FusedCoupling(self, c)
+        return FusedCoupling(self, c) if _own(self) else super().forward(c)
 
 
 @_lazy(gaussianization.ElementWiseTransform)
@@ -270,6 +279,8 @@ class ElementWiseTransform(gaussianization.ElementWiseTransform):
     """A univariate transform per feature, given the context alone or nothing."""
 
     def forward(self, c=None):
+        if not _own(self):
+            return super().forward(c)
         if c is None:
             parts = [phi[:, None] if phi.dim() == 1 else phi for phi in self.phi]
             return Fused(torch.cat(parts, 1).flatten(), self)
@@ -288,6 +299,12 @@ class LULinear(transforms.LULinearTransform):
         return torch.linalg.solve_triangular(self.U, rows, upper=True, unitriangular=True).mT.reshape(y.shape)
 
 
+def _matrix(module):
+    """The one argument of LULinearTransform."""
+    (matrix,) = (*module.args, *module.kwargs.values())
+    return matrix
+
+
 def _fit_unconditional(module, fix):
     if module.f is not transforms.LULinearTransform:
         return f"{getattr(module.f, '__name__', module.f)} has no fused form"
@@ -299,5 +316,5 @@ class UnconditionalTransform(lazy.UnconditionalTransform):
     """LULinearTransform as a layer."""
 
     def forward(self, c=None):
-        (matrix,) = (*self.args, *self.kwargs.values())
+        matrix = _matrix(self)
         return LULinear(matrix) if matrix.dim() == 2 else super().forward(c)

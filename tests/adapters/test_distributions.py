@@ -33,6 +33,18 @@ def test_sample_and_divergence_are_torch_s(shape, sample_shape, learned, dtype):
         close(got, want, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("which", range(4))
+def test_a_divergence_after_a_sample_without_gradients_has_them(which):
+    """Those of the posterior's parameters, and of the prior's."""
+    leaves = [torch.full((3,), 1.0 + index) for index in range(4)]
+    leaves[which].requires_grad_()
+    q = Normal(*leaves[:2], distributions.Normal(*leaves[2:]))
+    with torch.no_grad():
+        q.rsample()
+        assert not distributions.kl_divergence(q, q.prior).requires_grad
+    assert distributions.kl_divergence(q, q.prior).requires_grad
+
+
 def test_what_has_no_fused_form_is_torch_s():
     q, own = Normal(torch.ones(3), 2 * torch.ones(3)), distributions.Normal(torch.ones(3), 2 * torch.ones(3))
     other = distributions.Normal(torch.full((3,), 0.5), torch.full((3,), 1.5))
@@ -117,6 +129,14 @@ def test_pyro_conditional_spline(dtype):
     layer = T.conditional_spline(5, 3, [8], 4, order="quadratic").to(dtype)
     same(layer, (lambda t, x, c: both_ways(t.condition(c), x),),
          [torch.randn(6, 5, dtype=dtype), torch.randn(6, 3, dtype=dtype)], 1)
+
+
+def test_pyro_conditional_layers_under_a_context_by_keyword_are_verified():
+    T = pytest.importorskip("pyro.distributions.transforms")
+    for layer in (T.conditional_spline(5, 3, [8], 4, order="quadratic"), T.conditional_affine_coupling(5, 3, [8])):
+        layer, report = accelerated(layer)
+        layer.condition(context=torch.randn(6, 3))
+        assert report.verified == {""}
 
 
 def test_pyro_conditional_spline_of_an_empty_batch():

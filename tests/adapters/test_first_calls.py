@@ -57,9 +57,10 @@ def test_two_threads_put_one_layer_back(known):
     assert len([w for w in caught if w.category is RuntimeWarning]) == 1
 
 
-@pytest.mark.parametrize("x", [torch.ones(0, 2), torch.full((3, 2), float("nan")), torch.full((3, 2), float("inf"))],
-                         ids=["empty", "nan", "inf"])
-def test_data_without_a_finite_number_prove_nothing(known, x):
+@pytest.mark.parametrize("x", [torch.ones(0, 2), torch.full((3, 2), float("nan")), torch.full((3, 2), float("inf")),
+                               torch.tensor([[1.0, 1.0], [1.0, float("nan")]]), torch.tensor([[1.0, 3e38]])],
+                         ids=["empty", "nan", "inf", "one nan", "inf in the result"])
+def test_numbers_that_are_not_finite_prove_nothing(known, x):
     layer = Stand()
     report = fastflow.accelerate(layer)
     layer(x)
@@ -90,3 +91,40 @@ def test_swapped_layers_go_to_the_meta_device_and_back():
     assert len(fastflow.accelerate(model).swapped) == 2
     model.load_state_dict(state, assign=True)
     assert model[0](torch.ones(4, 3))[0].shape == (4, 3)
+
+
+class Partly(nn.Module):
+    """A layer beside an expanded buffer, which changes in a call, and a lazy layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.lazy = Stand(), nn.LazyLinear(2)
+        self.register_buffer("calls", torch.zeros(2, 1).expand(2, 3))
+
+    def forward(self, x):
+        self.calls[:, :1] += 1
+        return self.lazy(self.inner(x))
+
+
+def test_an_example_for_a_model_with_expanded_and_lazy_tensors(known):
+    model, x = Partly(), torch.ones(3, 2)
+    calls = model.calls
+    with pytest.warns(RuntimeWarning, match="keeps its original form"):
+        report = fastflow.accelerate(model, example=x)
+    assert list(report.skipped) == ["inner"] and type(model.inner) is Stand
+    assert model.calls is calls and torch.equal(calls, torch.zeros(2, 3)) and calls.stride() == (1, 0)
+    assert type(model.lazy) is nn.Linear and model.lazy.in_features == 2 and model(x).shape == (3, 2)
+
+
+def test_a_lazy_network_in_a_layer_is_verified_once_it_has_values():
+    transforms = pytest.importorskip("nflows.transforms")
+
+    class Network(nn.Sequential):
+        def forward(self, x, context=None):
+            return super().forward(x)
+
+    layer, x = transforms.AffineCouplingTransform([0, 1, 0], lambda i, o: Network(nn.LazyLinear(o))), torch.randn(4, 3)
+    report = fastflow.accelerate(layer, example=x)
+    assert not report.verified
+    layer(x)
+    assert report.verified == {""}

@@ -304,3 +304,33 @@ def test_a_sequence_compiles_whole():
     fused, _ = accelerated(net, verify=False)
     for got, want in zip(torch.compile(fused, fullgraph=True, backend="eager")(x), net(x), strict=True):
         close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("rev", [False, True])
+@pytest.mark.parametrize("image", [False, True])
+def test_blocks_of_several_ranks_in_a_sequence(image, rev):
+    """Those of the shape that comes in go together, whichever way round."""
+    net = framework.SequenceINN(*((2, 3, 3) if image else (8,)))
+    for _ in range(2):
+        net.append(modules.AllInOneBlock, subnet_constructor=convolutions if image else dense)
+    net.append(modules.Flatten) if image else net.append(modules.Reshape, output_dims=(4, 2))
+    net.append(modules.AllInOneBlock, subnet_constructor=dense if image else lambda i, o: nn.Conv1d(i, o, 1))
+    fused, _ = accelerated(scattered(net), verify=False)
+    x = torch.randn(5, *(net.shapes[-1] if rev else net.shapes[0]))
+    for got, want in zip(fused(x, rev=rev), net(x, rev=rev), strict=True):
+        close(got, want, 1e-5)
+
+
+def _to_the(power):
+    return lambda a: torch.exp(power * a)
+
+
+@pytest.mark.parametrize("functions", [(torch.exp, torch.exp), (_to_the(0.5), _to_the(1.5))],
+                         ids=["builtin", "closures"])
+def test_scales_through_functions_of_ones_own_are_computed_one_by_one(functions):
+    net, x = chain(PLAIN, PLAIN), torch.randn(5, 6)
+    for block, function in zip(net, functions, strict=True):
+        block.global_scale_activation = function
+    fused, _ = accelerated(net, verify=False)
+    for got, want in zip(fused(x), net(x), strict=True):
+        close(got, want, 1e-5)

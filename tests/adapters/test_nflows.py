@@ -291,3 +291,56 @@ def test_masked_conditioners_see_what_is_loaded_into_their_masks():
     fused.load_state_dict(other.state_dict())
     for got, want in zip(fused(x), other(x), strict=True):
         close(got, want, 1e-5)
+
+
+class Asks(nn.Module):
+    """A conditioner that has to be given a context, be it None."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.net = nn.Linear(i, o)
+
+    def forward(self, x, context):
+        return self.net(x) if context is None else self.net(x + context)
+
+
+@pytest.mark.parametrize("kind", ["affine", "spline", "autoregressive affine", "autoregressive spline"])
+def test_conditioners_are_given_the_context_that_is_none(kind):
+    if kind in LAYERS:
+        layer = LAYERS[kind][0](MASKS["front"], None)
+        layer.transform_net = Asks(2, layer.transform_net.final_layer.out_features)
+    else:
+        layer = WHOLE[kind](None)
+        layer.autoregressive_net = Asks(D, layer.autoregressive_net.final_layer.out_features)
+        layer.autoregressive_net.hidden_features = 8
+    fused, _ = accelerated(layer, verify=False)
+    x = torch.randn(6, D)
+    for call in BOTH:
+        for got, want in zip(call(fused, x), call(layer, x), strict=True):
+            close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["min_bin_width", "min_bin_height"])
+@pytest.mark.parametrize("make", [
+    lambda options: transforms.PiecewiseRationalQuadraticCouplingTransform(MASKS["mixed"], network(), **options),
+    lambda options: transforms.PiecewiseRationalQuadraticCDF((D,), **options),
+    lambda options: transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(D, 8, **options)])
+def test_bins_that_do_not_fit_are_the_hosts_to_refuse(make, name):
+    fused, report = accelerated(make(SPLINE | {name: 0.3}))
+    assert report.skipped[""].endswith(f"its {name} is too large for 4 bins")
+    with pytest.raises(ValueError, match="too large"):
+        fused(torch.zeros(2, D))
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "reason"), [
+    ("autoregressive affine", "_epsilon", 0.5, "adds 0.001 to its scales, not 0.5"),
+    ("autoregressive affine", "_unconstrained_scale_and_shift", lambda params: (params[:, ::2], params[:, 1::2]),
+     "its _unconstrained_scale_and_shift is another function"),
+    ("affine", "_scale_and_shift", lambda params: params.chunk(2, 1), "its _scale_and_shift is another function"),
+    ("additive", "_coupling_transform_forward", lambda inputs, transform_params: (inputs, inputs.sum(1)),
+     "its _coupling_transform_forward is another function")])
+def test_scales_of_ones_own_are_left_alone(kind, name, value, reason):
+    layer = LAYERS[kind][0](MASKS["mixed"], None) if kind in LAYERS else WHOLE[kind](None)
+    setattr(layer, name, value)
+    _, report = accelerated(layer, verify=False)
+    assert reason in report.skipped[""] and not report.swapped

@@ -76,7 +76,7 @@ def test_the_logarithm_of_a_sigmoid_that_underflows(block, scale_map, fix):
     signs = (1, -1) if scale_map == "sigmoid" else (-1, 1)
     for call, sign in zip(BOTH, signs, strict=True):
         assert not torch.isfinite(call(layer, z)[1]).any()
-        call(fused, z)  # which verifies
+        call(fused, z)
         with mock.patch.object(adapter_layers, "SMALL", adapter_layers.SMALL if fix else 0):
             logdet = call(fused, z)[1]
         close(logdet, torch.full((2,), 3 * 118.0 * sign), 1e-6)
@@ -238,7 +238,32 @@ def test_what_is_left_alone():
     tails = nf.flows.CircularCoupledRationalQuadraticSpline(4, 1, 8, [1])
     soft = nf.flows.MaskedAffineFlow(torch.tensor([0.5, 1.0]), nf.nets.MLP([2, 4, 2]))
     net = nf.nets.ConvNet2d([2, 8, 4], (3, 3))
-    _, report = accelerated(nn.ModuleList([tails, soft, net]))
+    bools = nf.flows.MaskedAffineFlow(torch.tensor([True, False]))
+    fused, report = accelerated(nn.ModuleList([tails, soft, net, bools]))
     assert not report.swapped
     assert "linear tails" in report.skipped["0.prqct"] and "other values than 0 and 1" in report.skipped["1"]
-    assert "three convolutions" in report.skipped["2"]
+    assert "three convolutions" in report.skipped["2"] and "mask is of torch.bool" in report.skipped["3"]
+    assert not [key for layer in fused for key in layer.__dict__ if key.startswith("_fastflow")]
+
+
+def test_a_layer_that_is_appended_to_a_block_is_run():
+    block, z = nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4])), torch.randn(7, 4)
+    fused, _ = accelerated(scattered(block), verify=False)
+    for model in (fused, block):
+        model.flows.append(nf.flows.LULinearPermute(4, identity_init=True))
+    fused.flows[-1].load_state_dict(block.flows[-1].state_dict())
+    for call in BOTH:
+        for got, want in zip(call(fused, z), call(block, z), strict=True):
+            close(got, want, 1e-5)
+
+
+def test_a_mask_exchanged_for_a_view_of_itself_counts():
+    mask = (torch.arange(9).view(1, 3, 3) // 3 % 2).float()
+    layer = scattered(nf.flows.MaskedAffineFlow(mask, *(nn.Conv2d(2, 2, 1) for _ in "st")))
+    fused, _ = accelerated(layer, verify=False)
+    z = torch.randn(4, 2, 3, 3)
+    fused(z)
+    for model in (fused, layer):
+        model.b = model.b.transpose(2, 3)
+    for got, want in zip(fused(z), layer(z), strict=True):
+        close(got, want, 1e-5)

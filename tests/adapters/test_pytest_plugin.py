@@ -104,6 +104,13 @@ def test_a_layer_that_differs_is_put_back(plugin):
         del swap.SWAPS[Wrong]
 
 
+def test_layers_on_the_meta_device_are_left_alone(plugin):
+    with torch.device("meta"):
+        layer = transforms.ActNorm(3)
+    assert type(layer) is transforms.ActNorm
+    assert plugin.report.skipped == {0: "nflows ActNorm: it is on the meta device"}
+
+
 def test_constructors_are_put_back(plugin):
     host, inherits = transforms.AffineCouplingTransform, transforms.AdditiveCouplingTransform
     assert swap.swap_of(inherits([1, 0], lambda i, o: nets.ResidualNet(i, o, 8))) is not None

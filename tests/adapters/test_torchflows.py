@@ -198,3 +198,42 @@ def test_what_is_left_alone():
     assert report.skipped["0"] == "torchflows AffineCoupling: its forward is another function than its class's"
     assert report.skipped["1"] == "LRSCoupling is a subclass of torchflows CouplingBijection"
     assert report.skipped["3"] == "torchflows CouplingBijection: Scale has no kernel"
+
+
+PARTS = {"network": lambda net: net, "its layers": lambda net: net.sequential, "shape": lambda net: net.sequential[-1],
+         "context": lambda net: net.context_combiner}
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "backward hook", "forward"])
+@pytest.mark.parametrize("part", PARTS)
+def test_what_hangs_on_a_conditioner_is_run(part, how):
+    layer, x = scattered(layers.AffineCoupling((D,), context_shape=CONTEXT)), inputs((D,), True, torch.float32)
+    fused, _ = accelerated(layer, verify=False)
+    ran, found = [], []
+    x[0].requires_grad_()  # else the first part's backward hook is none
+    for model in (fused, layer):
+        module = PARTS[part](model.conditioner_transform)
+        if how == "hook":
+            module.register_forward_hook(lambda module, args, output: 2.0 * output)
+        elif how == "pre-hook":
+            module.register_forward_pre_hook(lambda module, args: (2.0 * args[0], *args[1:]))
+        elif how == "backward hook":
+            module.register_full_backward_hook(lambda *args: ran.append(1))
+        else:
+            module.forward = lambda *args, forward=module.forward, **kwargs: 2.0 * forward(*args, **kwargs)
+        found.append(model(*x))
+        found[-1][0].sum().backward()
+    for got, want in zip(*found, strict=True):
+        close(got, want, 1e-5)
+    assert len(ran) == (2 if how == "backward hook" else 0)
+
+
+@pytest.mark.parametrize("kind", ["AffineCoupling", "ShiftCoupling", "RQSCoupling", "ElementwiseAffine",
+                                  "AffineForwardMaskedAutoregressive"])
+def test_a_function_in_the_place_of_a_transformers_is_run(kind):
+    layer, x = scattered(getattr(layers, kind)((D,))), torch.randn(8, D)
+    fused, _ = accelerated(layer, verify=False)
+    for model in (fused, layer):
+        model.transformer.forward = lambda x, h: (2.0 * x, x.sum(1))
+    for got, want in zip(fused(x), layer(x), strict=True):
+        close(got, want, 1e-6)

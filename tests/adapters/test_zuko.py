@@ -117,3 +117,34 @@ def test_what_is_left_alone():
     assert not report.swapped
     reasons = set(report.skipped.values())
     assert any("CircularRQSTransform" in r for r in reasons) and any("RotationTransform" in r for r in reasons)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_layers_without_parameters_are_verified(keyword):
+    matrix = torch.eye(D) + 0.1 * torch.randn(D, D)
+    args, kwargs = ((), {"LU": matrix}) if keyword else ((matrix,), {})
+    layer, report = accelerated(lazy.UnconditionalTransform(transforms.LULinearTransform, *args, buffer=True, **kwargs))
+    layer()
+    assert report.verified == {""}
+
+
+def test_a_context_by_keyword_verifies():
+    layer = flows.MAF(D, 3, transforms=1, hidden_features=(8,)).transform.transforms[0]
+    fused, report = accelerated(layer)
+    fused(c=torch.randn(7, 3))
+    assert report.verified == {""}
+
+
+@pytest.mark.parametrize("kind", [flows.autoregressive.MaskedAutoregressiveTransform,
+                                  flows.coupling.GeneralCouplingTransform,
+                                  flows.gaussianization.ElementWiseTransform])
+def test_a_univariate_transform_that_is_set_later_counts(kind):
+    spline = functools.partial(transforms.MonotonicRQSTransform, bound=3.0)
+    layer, x = kind(D, univariate=spline, shapes=[(4,), (4,), (3,)]), torch.randn(8, D)
+    fused, _ = accelerated(layer, verify=False)
+    for later in (False, True):
+        for got, want in zip(*(m().call_and_ladj(x) for m in (fused, layer)), strict=True):
+            close(got, want, 1e-5)
+        assert (type(fused()) is type(layer())) == later or kind is flows.gaussianization.ElementWiseTransform
+        for model in (fused, layer):
+            model.univariate = functools.partial(transforms.MonotonicRQSTransform, bound=1.0)

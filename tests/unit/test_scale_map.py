@@ -148,3 +148,20 @@ def test_hard_bounds_have_zero_gradient_outside_and_keep_nan(bounds, backend, de
     low, high = "hard_min" in bounds, "hard_max" in bounds
     assert (grad[0].item() == 0) == low and (grad[2].item() == 0) == high and grad[1].item() > 0
     assert torch.isnan(y[3]).all() and torch.isnan(logdet[3])
+
+
+@pytest.mark.parametrize("scale", [ScaleMap("softplus", eps=1e-3), ScaleMap.nflows(), ScaleMap("exp", eps=1e-3),
+                                   ScaleMap.normflows("sigmoid")], ids=str)
+def test_second_gradients_where_eps_is_added_are_finite_and_right(scale, backend, device):
+    """Where the scale is far below eps, far above it and, of exp, as large."""
+    values = torch.tensor([-200.0, -110.0, -30.0, math.log(1e-3), -2.0, 0.0, 5.0, 95.0, 200.0], device=device)[:, None]
+
+    def second(raw, log):
+        (first,) = torch.autograd.grad(log(raw).sum(), raw, create_graph=True)
+        return torch.autograd.grad(first.sum(), raw)[0]
+
+    x = torch.ones_like(values)
+    got = second(values.clone().requires_grad_(), lambda raw: functional.affine_coupling(
+        x, (raw, torch.zeros_like(x)), scale=scale)[1])
+    want = second(values.double().requires_grad_(), lambda raw: torch.log(scale.scale_and_log(raw)[0]))
+    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-6)
