@@ -50,9 +50,32 @@ Order order_of(const Tensor& w, int hidden_dim, bool tap_first, bool flipped) {
           strides[2], strides[3], tap_first, flipped};
 }
 
+// Hands a tap's place in the weight and in the array to `rows`, where both hold the same rows, or to `turned`, where one
+// holds the other's transpose, as of a channels-last weight; returns whether there are such places.
+template <class T, class Rows, class Turned>
+bool tap_by_tap(const Order& order, const Rows& rows, const Turned& turned) {
+  const bool same = order.inner == 1, transpose = std::is_same_v<T, float> && order.channel == 1;
+  if (!(order.tap_first || order.taps == 1) || !(same || transpose)) return false;
+  for (int64_t t = 0; t < order.taps; ++t) {
+    const int64_t tap = order.flipped ? order.taps - 1 - t : t;
+    const int64_t at = tap / 3 * order.tap_row + tap % 3 * order.tap_column, place = t * order.channels * order.hidden;
+    same ? rows(at, place) : turned(at, place);
+  }
+  return true;
+}
+
 template <class T>
 void pack(const Tensor& w, const Order& order, T* to) {
   const T* const from = static_cast<const T*>(w.data_ptr());
+  const auto rows = [&](int64_t at, int64_t place) {
+    for (int64_t c = 0; c < order.channels; ++c)
+      std::copy_n(from + at + c * order.channel, order.hidden, to + place + c * order.hidden);
+  };
+  const auto turned = [&](int64_t at, int64_t place) {
+    if constexpr (std::is_same_v<T, float>)
+      FASTFLOW_ISA_CALL(turn, order.hidden, order.channels, from + at, order.inner, to + place);
+  };
+  if (tap_by_tap<T>(order, rows, turned)) return;
   order.for_each_run([&](int64_t source, int64_t target, int64_t count) {
     for (int64_t j = 0; j < count; ++j) to[target + j] = from[source + j * order.inner];
   });
@@ -61,6 +84,15 @@ void pack(const Tensor& w, const Order& order, T* to) {
 template <class T>
 void unpack(const T* from, const Order& order, Tensor& w) {
   T* const to = static_cast<T*>(w.mutable_data_ptr());
+  const auto rows = [&](int64_t at, int64_t place) {
+    for (int64_t c = 0; c < order.channels; ++c)
+      std::copy_n(from + place + c * order.hidden, order.hidden, to + at + c * order.channel);
+  };
+  const auto turned = [&](int64_t at, int64_t place) {
+    if constexpr (std::is_same_v<T, float>)
+      FASTFLOW_ISA_CALL(turn_back, order.hidden, order.channels, from + place, to + at, order.inner);
+  };
+  if (tap_by_tap<T>(order, rows, turned)) return;
   order.for_each_run([&](int64_t target, int64_t source, int64_t count) {
     for (int64_t j = 0; j < count; ++j) to[target + j * order.inner] = from[source + j];
   });

@@ -205,6 +205,53 @@ class Backward {
 
 }  // namespace
 
+void turn(int64_t rows, int64_t columns, const float* from, int64_t step, float* to) {
+  constexpr int W = Simd<float>::lanes;
+  for (int64_t r = 0; r < rows; r += W) {
+    const int64_t present = rows - r < W ? rows - r : W;
+    int64_t c = 0;
+    for (; c + W <= columns; c += W) {
+      Vec<float> x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = i < present ? load(from + (r + i) * step + c) : Vec<float>{};
+      transpose<float>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        float* const at = to + (c + i) * rows + r;
+        if (present == W) {
+          store(at, x[i]);
+        } else {
+          alignas(64) float lanes[W];
+          store(lanes, x[i]);
+          int64_t k = 0;
+          for (; k + 4 <= present; k += 4) std::memcpy(at + k, lanes + k, 4 * sizeof(float));
+          for (; k < present; ++k) at[k] = lanes[k];
+        }
+      }
+    }
+    for (; c < columns; ++c)
+      for (int64_t i = r; i < r + present; ++i) to[c * rows + i] = from[i * step + c];
+  }
+}
+
+void turn_back(int64_t rows, int64_t columns, const float* from, float* to, int64_t step) {
+  constexpr int W = Simd<float>::lanes;
+  for (int64_t r = 0; r < rows; r += W) {
+    const int64_t present = rows - r < W ? rows - r : W;
+    int64_t c = 0;
+    for (; present == W && c + W <= columns; c += W) {
+      Vec<float> x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = load(from + (c + i) * rows + r);
+      transpose<float>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(to + (r + i) * step + c, x[i]);
+    }
+    for (; c < columns; ++c)
+      for (int64_t i = r; i < r + present; ++i) to[i * step + c] = from[c * rows + i];
+  }
+}
+
 void conv_net_forward(const ConvForward& job, void* scratch, int64_t begin, int64_t end) {
   job.shape.is_double ? forward<double>(job, scratch, begin, end) : forward<float>(job, scratch, begin, end);
 }

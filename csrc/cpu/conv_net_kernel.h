@@ -98,6 +98,10 @@ FASTFLOW_EACH_ISA(void conv_net_forward(const ConvForward& job, void* scratch, i
                                         bool* spoilt);
                   void winograd_backward(const ConvBackward& job, void* scratch, int64_t begin, int64_t end,
                                          bool* spoilt);
+                  // to[c * rows + r] = from[r * step + c], c < columns.
+                  void turn(int64_t rows, int64_t columns, const float* from, int64_t step, float* to);
+                  // to[r * step + c] = from[c * rows + r], c < columns.
+                  void turn_back(int64_t rows, int64_t columns, const float* from, float* to, int64_t step);
                   // The 16 points of taps[9][outer][inner], in all a multiple of 16 values; of a convolution that
                   // expands, whose inner are its hidden channels, in the order that it reads them in.
                   void winograd_taps(int64_t outer, int64_t inner, bool expands, const float* taps, float* points);)
