@@ -60,7 +60,7 @@ class DiscreteVAE(nn.Module):
 
     def posterior(self, x):
         """q(z | x), an estimators.Bernoulli (B, D, *S) or Categorical (B, D, *S, C)."""
-        logits = encoded(x, self.encoder)
+        logits = encoded(x, self.encoder, None)
         expected = [x.shape[0], *self.latent_shape]
         if self.n_classes == 2:
             checks.shape("encoder output", logits, expected)

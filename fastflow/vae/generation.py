@@ -195,21 +195,23 @@ def first_parameter(network):
     return next(network.parameters(), None) if isinstance(network, nn.Module) else None
 
 
-def encoded(x, network, called="encoder"):
+def encoded(x, network, event_shape, called="encoder"):
     """network(x), of an x that was checked."""
-    check_input(x, network, called)
+    check_input(x, network, event_shape, called)
     return network(x)
 
 
-def check_input(x, network, called="encoder"):
-    """x is a tensor of a dtype that the network takes, as far as that can be known: float64 where it works in less is
-    none, and any but that of its parameters is none where the first layer that changes x is a plain linear one or a
-    convolution, for those cast nothing.
+def check_input(x, network, event_shape=None, called="encoder"):
+    """x is a tensor, (B, *event_shape) if that is known, of a dtype that the network takes, as far as that can be known:
+    float64 where it works in less is none, and any but that of its parameters is none where the first layer that
+    changes x is a plain linear one or a convolution, for those cast nothing.
 
     Raises:
-        TypeError: it is not.
+        TypeError, ValueError: it is not.
     """
     checks.tensor("x", x, floating=False)
+    if event_shape is not None:
+        checks.events("x", x, event_shape)
     like = first_parameter(network)
     if like is None or x.dtype is like.dtype:
         return

@@ -51,6 +51,8 @@ class HierarchicalVAE(nn.Module):
             level or KLBalance, for example.
     """
 
+    event_shape = None  # of one x, in models that come with their networks
+
     def __init__(self, bottom_up, levels, decoder, likelihood, top_shape, *, objective=None):
         super().__init__()
         self.bottom_up = bottom_up
@@ -276,7 +278,7 @@ class HierarchicalVAE(nn.Module):
 
     def _features(self, x, n_samples=1):
         """What each level sees of x, (K*B, F, *S)."""
-        features = encoded(x, self.bottom_up, "bottom_up")
+        features = encoded(x, self.bottom_up, self.event_shape, "bottom_up")
         if not isinstance(features, (list, tuple)) or len(features) != len(self.levels):
             raise ValueError(f"bottom_up: expected a list of {len(self.levels)} features, one for each level")
         if n_samples == 1:

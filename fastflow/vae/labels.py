@@ -35,7 +35,9 @@ class Conditioned(nn.Module):
     def forward(self, x, context=None):
         if context is None:
             raise ValueError("context: expected a tensor for a conditional network, got None")
-        check_input(x, self.network, "network")
+        check_input(x, self.network, called="network")
+        if self.n_classes is None:
+            checks.goes_with("context", context, "x", x)
         context = one_hot(context, self.n_classes, x.dtype) if self.n_classes is not None else context.to(x.dtype)
         if context.dim() != 2 or context.shape[0] != x.shape[0]:  # len() would fix it in a graph
             raise ValueError(f"context: expected shape ({len(x)}, context_features), got {tuple(context.shape)}")

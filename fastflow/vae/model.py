@@ -57,6 +57,8 @@ class VAE(Generation, nn.Module):
         Sohn et al., "Learning structured output representation using deep conditional generative models", 2015.
     """
 
+    event_shape = None  # of one x, in models that come with their networks
+
     def __init__(self, encoder, decoder, posterior="gaussian", prior=None, likelihood="bernoulli", *,
                  latent_shape=None, objective=None, conditional_prior=None):
         super().__init__()
@@ -141,7 +143,7 @@ class VAE(Generation, nn.Module):
         replaced = own.elbo is not VAE.elbo or own._infer is not VAE._infer or own._terms is not VAE._terms
         if replaced or kl != "auto" or type(self.posterior) is not GaussianPosterior or not has_closed_kl(prior):
             return self.elbo(x, n_samples, beta, context=context, kl=kl, **noise)
-        check_input(x, self.encoder)
+        check_input(x, self.encoder, self.event_shape)
         single = n_samples == 1 and noise.get("eps") is None
         if single and context is None and prior is None and (terms := one_node(self, x, **noise)) is not None:
             return LossTerms(-terms[0], terms[1], beta)
@@ -195,7 +197,7 @@ class VAE(Generation, nn.Module):
         return self.posterior.log_prob(params, z)
 
     def _encoded(self, x, context):
-        check_input(x, self.encoder)
+        check_input(x, self.encoder, self.event_shape)
         return self.encoder(x) if context is None else self.encoder(x, context)
 
     def _prior(self, context):

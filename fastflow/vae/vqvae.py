@@ -34,6 +34,8 @@ class QuantizedVAE(nn.Module):
         code_shape: S, needed by :meth:`sample` before the first call.
     """
 
+    event_shape = None  # of one x, in models that come with their networks
+
     def __init__(self, encoder, quantizer, decoder, likelihood, prior=None, *, code_shape=None):
         super().__init__()
         self.encoder = encoder
@@ -62,7 +64,7 @@ class QuantizedVAE(nn.Module):
     def codes(self, x):
         """(B, *S) int64."""
         with self._looked_at():
-            return self.quantizer(encoded(x, self.encoder)).codes
+            return self.quantizer(self._features(x)).codes
 
     def code_log_probs(self, codes):
         """(B, T) nats: log p(c_t | c_<t) of each of T codes (B, *S), row by row; their sum is minus the rate."""
@@ -78,7 +80,7 @@ class QuantizedVAE(nn.Module):
     def reconstruct(self, x):
         """The likelihood's mean (B, *event) at the codes of each x."""
         with self._looked_at():
-            return self.likelihood.mean(self.decoder(self.quantizer(encoded(x, self.encoder)).z))
+            return self.likelihood.mean(self.decoder(self.quantizer(self._features(x)).z))
 
     @torch.no_grad()
     def sample(self, n, *, generator=None, temperature=1.0, mean=False):
@@ -116,7 +118,7 @@ class QuantizedVAE(nn.Module):
     def interpolate(self, start, end, steps=8, *, path="lerp"):
         """The likelihood's mean at the codes of points on the way between the encoder's outputs for two batches.
         Arguments and result as for VAE.interpolate."""
-        z = way(encoded(start, self.encoder), encoded(end, self.encoder), steps, path)
+        z = way(self._features(start), self._features(end), steps, path)
         with self._looked_at():
             return self.likelihood.mean(self.decoder(self.quantizer(z.flatten(0, 1)).z)).unflatten(0, z.shape[:2])
 
@@ -132,9 +134,12 @@ class QuantizedVAE(nn.Module):
             if training:
                 self.quantizer.train()
 
+    def _features(self, x):
+        return encoded(x, self.encoder, self.event_shape)
+
     def _bound(self, x, n_samples, beta):
         checks.count("n_samples", n_samples, 1)
-        z, codes, loss = self.quantizer(encoded(x, self.encoder))
+        z, codes, loss = self.quantizer(self._features(x))
         if self.code_shape is None:
             self.code_shape = codes.shape[1:]
         output = self.decoder(z)

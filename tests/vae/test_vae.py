@@ -304,6 +304,16 @@ def test_discrete_latents_in_half_precision():
     *((TypeError, lambda make=make: make().elbo(torch.rand(2, 1, 8, 8).double()), "^x: expected torch.float32 like the")
       for make in (lambda: vae.HVAE((1, 8, 8), (1, 1), 4), lambda: vae.VQVAE((1, 8, 8), 4, 2, (2, 2)),
                    lambda: vae.DiscreteVAE(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), nn.Linear(2, 64), 2))),
+    *((ValueError, lambda make=make, call=call: getattr(make(), call)(torch.rand(2, 1, 8, 9)),
+       r"^x: expected shape \(2, 1, 8, 8\), got \(2, 1, 8, 9\)")
+      for make in (lambda: vae.MLPVAE((1, 8, 8), 1, (4,)), lambda: vae.ConvVAE((1, 8, 8), 1, (4,)),
+                   lambda: vae.HVAE((1, 8, 8), (1, 1), 4), lambda: vae.NVAE((1, 8, 8), (1,), channels=4),
+                   lambda: vae.VQVAE((1, 8, 8), 4, 2, (2, 2)))
+      for call in ("elbo", "reconstruct")),
+    (ValueError, lambda: vae.ConditionalVAE((2,), 1, 2).elbo(torch.ones(4, 3), context=torch.zeros(4).long()),
+     r"^x: expected shape \(4, 2\)"),
+    (TypeError, lambda: vae.Conditioned(nn.Linear(3, 2))(torch.ones(4, 2), torch.ones(4, 1).double()),
+     "^context: expected torch.float32 like x"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 3))(torch.rand(4, 2)), "decoder output"),
     (ValueError, lambda: vae.VAE(nn.Linear(2, 3), nn.Linear(1, 2))(torch.rand(4, 2)), "params"),
     (ValueError, lambda: vae.GaussianPosterior("variance"), "scale"),

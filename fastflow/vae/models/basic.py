@@ -72,6 +72,7 @@ class ReadyVAE(VAE):
         encoder, decoder = networks(network, event_shape, latent_features, sizes, posterior.n_params(latent_features),
                                     likelihood)
         super().__init__(encoder, decoder, posterior, likelihood=likelihood, latent_shape=(latent_features,), **options)
+        self.event_shape = event_shape
 
 
 class MLPVAE(ReadyVAE):
@@ -254,3 +255,4 @@ class ConditionalVAE(VAE):
         super().__init__(Conditioned(encoder, n_classes, flatten=True), Conditioned(decoder, n_classes), posterior,
                          likelihood=likelihood, latent_shape=(latent_features,), **options)
         self.n_classes = n_classes
+        self.event_shape = tuple(event_shape)

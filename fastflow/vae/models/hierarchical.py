@@ -80,6 +80,7 @@ class HVAE(HierarchicalVAE):
                                   nn.Unflatten(1, shape))
         super().__init__(_BottomUp(stages, [1] * len(stages)), levels, decoder, likelihood, (hidden,),
                          objective=objective)
+        self.event_shape = tuple(event_shape)
 
 
 class _Cell(nn.Module):
@@ -164,6 +165,7 @@ class NVAE(HierarchicalVAE):
                                 nn.ConvTranspose2d(channels, outputs, 4, stride=2, padding=1))
         super().__init__(_BottomUp(stages, list(groups)[::-1]), levels, decoder, likelihood,
                          (channels, height // factor, width // factor), objective=objective)
+        self.event_shape = tuple(image_shape)
 
 
 class VDVAE(NVAE):

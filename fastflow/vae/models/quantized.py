@@ -21,6 +21,7 @@ class _ConvQuantizedVAE(QuantizedVAE):
         super().__init__(type(encoder)(*front(likelihood), *encoder), quantizer, decoder, likelihood,
                          CodePrior(quantizer.n_codes) if learned_prior else None,
                          code_shape=(image_shape[1] // factor, image_shape[2] // factor))
+        self.event_shape = tuple(image_shape)
 
 
 class VQVAE(_ConvQuantizedVAE):
