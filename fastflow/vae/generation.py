@@ -202,7 +202,7 @@ def encoded(x, network, event_shape, called="encoder"):
 
 
 def check_input(x, network, event_shape=None, called="encoder"):
-    """x is a tensor, (B, *event_shape) if that is known, of a dtype that the network takes, as far as that can be known:
+    """x is a tensor, (B, *event_shape) if that is known, of a dtype that the network takes, as far as one can know:
     float64 where it works in less is none, and any but that of its parameters is none where the first layer that
     changes x is a plain linear one or a convolution, for those cast nothing.
 
