@@ -7,6 +7,7 @@ import math
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastflow import checks
 from fastflow.engine.buffers import Buffers
 from fastflow.engine.distributed import is_sharded, unwrap
 from fastflow.engine.pictures import levels
@@ -138,6 +139,8 @@ class NegativeELBO(Objective):
         if not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples: expected a positive integer, got {n_samples!r}")
         follows = isinstance(beta, Schedule) or (isinstance(beta, torch.Tensor) and beta.ndim == 0)
+        if not follows:
+            checks.number("beta", beta)
         if not follows and not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"beta: expected a finite number, not negative, got {beta!r}")
         self.n_samples, self.beta = n_samples, beta

@@ -116,6 +116,8 @@ class TrainStep:
             raise ValueError(f"accumulate: expected a positive integer, got {accumulate!r}")
         if conditioner_dtype not in (None, torch.bfloat16):
             raise ValueError(f"conditioner_dtype: expected torch.bfloat16 or None, got {conditioner_dtype!r}")
+        if channels_last not in (None, True, False):
+            raise ValueError(f"channels_last: expected True, False or None, got {channels_last!r}")
         if not isinstance(compile, (bool, str)):
             raise TypeError(f"compile: expected a bool or the name of a backend, got {type(compile).__name__}")
         if isinstance(beta, Schedule) and (compile or capture):  # which would take its value for a constant
@@ -241,7 +243,8 @@ class TrainStep:
             with self.memory.applied(batch):
                 loss, parts = self._loss(self.model, *batch)
             if not loss.requires_grad:
-                raise ValueError("model: the loss depends on no parameter that requires a gradient; all are frozen")
+                raise ValueError("model: the loss has no gradient, because all its parameters are frozen or "
+                                 "torch.no_grad() is in force")
             (loss if self.accumulate == 1 else loss * len(batch.x)).backward()
         loss, scale, watched = loss.detach(), None, loss.detach()
         if self.accumulate > 1:

@@ -31,7 +31,8 @@ class Base(nn.Module):
 
     def __init__(self, event_shape):
         super().__init__()
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        sizes = event_shape if hasattr(event_shape, "__iter__") else [event_shape]
+        self.event_shape = torch.Size(checks.counts("event_shape", sizes))
 
     def forward(self, z):
         return self.log_prob(z)

@@ -200,6 +200,7 @@ def test_explain_says_which_layers_run_as_one_kernel():
     ({"n_bins": 1}, "n_bins: "),
     ({"n_samples": 0}, "n_samples: "),
     ({"beta": -1.0}, "beta: "),
+    ({"channels_last": "x"}, "channels_last: expected True, False or None, got 'x'"),
 ])
 def test_arguments_that_cannot_be_are_named(arguments, message):
     model = Gauge()
@@ -214,6 +215,8 @@ def test_other_models_optimizers_and_batches_are_refused():
         TrainStep(torch.nn.Linear(2, 2), sgd(model))
     with pytest.raises(TypeError, match="optimizer: expected a torch.optim.Optimizer, got str"):
         TrainStep(model, "adam")
+    with pytest.raises(TypeError, match="beta: expected a number"):
+        TrainStep(Gauge(), sgd(Gauge()), beta="x")
     with pytest.raises(ValueError, match="optimizer: LBFGS evaluates the loss several times"):
         TrainStep(model, torch.optim.LBFGS(model.parameters()))
     step = TrainStep(model, sgd(model))
@@ -228,9 +231,11 @@ def test_other_models_optimizers_and_batches_are_refused():
 def test_a_model_whose_parameters_are_all_frozen_is_named():
     model = RealNVP(4, n_layers=2).requires_grad_(False)
     step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.raises(ValueError, match="model: the loss depends on no parameter that requires a gradient"):
+    with pytest.raises(ValueError, match="model: the loss has no gradient, because all its parameters"):
         step(torch.randn(8, 4))
     model.requires_grad_()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"model: .* torch.no_grad\(\) is in force"):
+        step(torch.randn(8, 4))
     assert step(torch.randn(8, 4)).isfinite()
 
 

@@ -315,6 +315,8 @@ def test_dequantize_stays_inside():
     (ValueError, lambda: flows.Glow((1, 4, 4), 1, 1, 4)(torch.tensor(1.0)), "^x: expected"),
     (ValueError, lambda: flows.Planar(2)(torch.tensor(1.0)), "^x: expected"),
     (ValueError, lambda: flows.StandardNormal(2).log_prob(torch.tensor(1.0)), "^z: expected"),
+    (ValueError, lambda: flows.StandardNormal(-1), "^event_shape: expected an int >= 0, got -1"),
+    (TypeError, lambda: flows.StandardNormal((2, 2.5)), "^event_shape: expected an int, got float"),
     *((TypeError, lambda make=make: make()(torch.zeros(1, 2).double()), "^x: expected torch.float32 like")
       for make in (lambda: flows.NICE(2), lambda: flows.RealNVP(2), lambda: flows.MAF(2), lambda: flows.FFJORD(2))),
     *((TypeError, lambda make=make: make(2, context_features=2)(torch.zeros(1, 2), torch.zeros(1, 2).double()),
