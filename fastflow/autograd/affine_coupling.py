@@ -8,6 +8,12 @@ from fastflow.autograd import differentiable
 INTERLEAVED, SHIFT_IN_FRONT, SHIFT_FIRST, INVERSE = 1, 2, 4, 8
 
 
+def flags_of(layout, order, shift_first, inverse=False):
+    """The options of functional.affine_coupling as kernels take them."""
+    return ((INTERLEAVED if layout == "interleave" else 0) | (SHIFT_IN_FRONT if order == "shift_scale" else 0)
+            | (SHIFT_FIRST if shift_first else 0) | (INVERSE if inverse else 0))
+
+
 def forward(x, params, shift, logdet, passive, how):
     """The kernel's (y, logdet), without a graph. ``how``: backend, passive channels of x itself, flags, scale."""
     backend, kept, flags, scale = how
@@ -45,7 +51,7 @@ class AffineCouplingFunction(torch.autograd.Function):
                 own = grad_y
                 if grad_y is not None and ctx.passive is not None:
                     own = grad_y.narrow(1, ctx.passive[0], x.shape[1])
-                grads = differentiable.reference_grads(lambda *inputs: _reference(*inputs, kept, flags, scale),
+                grads = differentiable.reference_grads(lambda *inputs: by_reference(*inputs, kept, flags, scale),
                                                        (x, params, shift), (need_x, need_params, need_shift),
                                                        (own, grad_logdet))
             else:
@@ -56,7 +62,8 @@ class AffineCouplingFunction(torch.autograd.Function):
                 grad_logdet if need_logdet else None, grad_passive, None)
 
 
-def _reference(x, params, shift, kept, flags, scale):
+def by_reference(x, params, shift, kept, flags, scale):
+    """(y, logdet), differentiable any number of times."""
     return reference.affine_coupling(
         x, params if shift is None else (params, shift), scale=scale,
         layout="interleave" if flags & INTERLEAVED else "chunk",

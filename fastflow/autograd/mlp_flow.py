@@ -4,7 +4,7 @@ import torch
 
 from fastflow import backends, checks, extension, reference
 from fastflow.autograd import differentiable
-from fastflow.autograd.affine_coupling import INTERLEAVED, SHIFT_FIRST, SHIFT_IN_FRONT
+from fastflow.autograd.affine_coupling import INTERLEAVED, SHIFT_FIRST, SHIFT_IN_FRONT, flags_of
 
 OPTIONS = {"activation": reference.ACTIVATIONS, "layout": ("chunk", "interleave"),
            "order": ("scale_shift", "shift_scale")}
@@ -111,8 +111,7 @@ def program(steps):
             code += (0, 0, 0, 0, 0, 0)
             continue
         kind, *numbers = reference.ScaleMap.of(step.scale).scalars
-        flags = ((INTERLEAVED if step.layout == "interleave" else 0)
-                 | (SHIFT_IN_FRONT if step.order == "shift_scale" else 0) | (SHIFT_FIRST if step.shift_first else 0))
+        flags = flags_of(step.layout, step.order, step.shift_first)
         code += (1, len(step.weights), int(step.flip), reference.ACTIVATIONS.index(step.activation), flags, kind)
         constants += numbers
     return params, code, constants

@@ -67,12 +67,12 @@ class Objective:
         if getattr(inner, "dequantizer", None) is not None:
             inner.check_bins(self.n_bins)
             return x, 0.0
-        check_levels("x", x, self.n_bins)
         parameter = next(inner.parameters(), None)
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
         likelihood = getattr(inner, "likelihood", None)
         if getattr(likelihood, "takes_integers", False):
             return x.to(dtype), 0.0
+        check_levels("x", x, self.n_bins)
         if isinstance(likelihood, BernoulliLikelihood):
             return x.to(dtype) / (self.n_bins - 1), 0.0
         shift = 0.5 if isinstance(likelihood, ContinuousBernoulliLikelihood) else 0.0

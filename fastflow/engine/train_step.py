@@ -243,8 +243,8 @@ class TrainStep:
             with self.memory.applied(batch):
                 loss, parts = self._loss(self.model, *batch)
             if not loss.requires_grad:
-                raise ValueError("model: the loss has no gradient, because all its parameters are frozen or "
-                                 "torch.no_grad() is in force")
+                raise ValueError("model: the loss has no gradient; are all parameters frozen, or is torch.no_grad() in "
+                                 "force?")
             (loss if self.accumulate == 1 else loss * len(batch.x)).backward()
         loss, scale, watched = loss.detach(), None, loss.detach()
         if self.accumulate > 1:

@@ -149,8 +149,8 @@ class GlowTransform(nn.Module):
         return torch.cat([*latents, x.flatten(1)], 1)
 
     def explain(self, x, context=None):
-        """One line: how many steps of a call with x (B, C, H, W) go through one node of autograd, and why the rest do
-        not."""
+        """One line: how many steps of a call with x (B, C, H, W) go through one node of autograd, unless in the memory
+        mode "invert", and why the rest do not."""
         found = collections.Counter(
             in_the_way(step, channels_last(x.new_empty(1, *shape)), context)
             for level, shape in zip(self.levels, self.level_shapes, strict=True) for step in level.steps)

@@ -1,5 +1,7 @@
 """One step of Glow, and whether its passes go through one node of autograd."""
 
+import operator
+
 import torch
 from torch import nn
 
@@ -11,6 +13,8 @@ from fastflow.nn.channel_affine import deferrable
 from fastflow.nn.hooks import is_hooked
 
 __all__ = ["GlowStep", "in_the_way", "links"]
+
+_SHAPE = operator.attrgetter("shape")
 
 
 class GlowStep(nn.Module):
@@ -47,17 +51,20 @@ class GlowStep(nn.Module):
 def links(step, factors, x, context, inverts):
     """A GlowStep as links of a pass (flows.memory) without the convolution's log-determinant, which is left to the
     caller: one link where the kernels of the CPU take all of it, else two."""
-    if not inverts and factors.matrix.dtype is x.dtype and in_the_way(step, x, context) is None:
+    if not inverts and in_the_way(step, x, context) is None and _of_x(x, factors.matrix, factors.offset):
         return (StepLink(step.coupling, factors),)
     return ConvLink(step.conv, factors, with_logdet=False), CouplingLink(step.coupling, context)
 
 
 def in_the_way(step, x, context=None):
-    """Why a call of the step with x does not go through one node of autograd, or None."""
+    """Why a call of the step with x does not go through one node of autograd, or None; not looked at is what the
+    factors of its 1x1 convolution will be. Passes of memory="invert" never go so."""
     coupling = step.coupling
     network = coupling._modules.get("conditioner")
     if type(coupling) is not AffineCoupling or type(network) is not ConvNet:
         return "it is no affine coupling with a ConvNet"
+    if type(step.conv).apply_factors is not InvertibleConv1x1.apply_factors or "apply_factors" in vars(step.conv):
+        return "its 1x1 convolution has a method of its own"
     if coupling.split != "channel" or coupling.flip or x.shape[1] < 2 or x.shape[1] != step.conv.channels:
         return "its split is not into the first channels and the rest"
     if context is not None or network.context.layer is not None:
@@ -71,16 +78,21 @@ def in_the_way(step, x, context=None):
         return "a layer is hooked or replaced"
     params = network.parameters_in_turn()
     half, hidden = x.shape[1] // 2, params[0].shape[0]
-    shapes = ((hidden, half, 3, 3), (hidden,), (hidden, hidden, 1, 1), (hidden,),
-              (coupling.params_per_channel * (x.shape[1] - half), hidden, 3, 3))
-    if x.stride(1) != 1 or any(p.dtype is not x.dtype for p in params) \
-            or any(p.shape != shape for p, shape in zip(params, shapes, strict=False)):
-        return "its operands do not go together"  # an error that the parts themselves explain, or autocast's dtypes
+    outputs = coupling.params_per_channel * (x.shape[1] - half)
+    shapes = ((hidden, half, 3, 3), (hidden,), (hidden, hidden, 1, 1), (hidden,), (outputs, hidden, 3, 3), (outputs,))
+    if x.stride(1) != 1 or not _of_x(x, *params) or any(map(operator.ne, map(_SHAPE, params), shapes)):
+        return "its operands do not go together"  # an error that the parts themselves explain
     for op, operands in (("conv_net", (x, *params)), ("affine_coupling", (x,))):
         backend, reason = backends.prefers(op, *operands)
         if backend != "cpu":
             return f"{op}: {reason}"
     return None
+
+
+def _of_x(x, *tensors):
+    """Whether the tensors, None among them, are such as a kernel reads beside x."""
+    return backends.needs_reference(tensors) is None and all(
+        t is None or (t.dtype is x.dtype and t.device == x.device and t.layout is torch.strided) for t in tensors)
 
 
 class StepLink(Link):

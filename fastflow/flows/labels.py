@@ -31,6 +31,8 @@ def check_levels(name, x, n_bins):
     """
     if not _readable(x):
         return
+    if x.dtype not in (torch.uint8, torch.int64) and not x.is_floating_point():
+        x = x.to(torch.int64)  # torch compares no wider unsigned ones, and in a narrow one n_bins - 1 wraps
     wrong = (x < 0) | (x > n_bins - 1)
     if x.is_floating_point():
         wrong |= (x != x.round()) & ~x.isnan()

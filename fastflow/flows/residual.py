@@ -122,7 +122,8 @@ class InvertibleResidual(nn.Module):
         if x.dim() < 2:
             raise ValueError(f"{name}: expected shape (B, *event), got {tuple(x.shape)}")
         parameter = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
-        checks.goes_with(name, x, "weight", parameter)
+        if parameter is not None:
+            checks.goes_with(name, x, "weight", parameter)
         if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16):
             raise TypeError(f"weight: expected float32 or float64, in which the inverse comes to rest, got "
                             f"{parameter.dtype}")

@@ -62,10 +62,7 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
     if backend == "reference":
         return reference.affine_coupling(x, keeping_format(params), scale=scale, layout=layout, order=order,
                                          shift_first=shift_first, inverse=inverse, logdet=logdet, passive=passive)
-    flags = ((_affine.INTERLEAVED if layout == "interleave" else 0)
-             | (_affine.SHIFT_IN_FRONT if order == "shift_scale" else 0)
-             | (_affine.SHIFT_FIRST if shift_first else 0) | (_affine.INVERSE if inverse else 0))
-    how = backend, kept, flags, scale
+    how = backend, kept, _affine.flags_of(layout, order, shift_first, inverse), scale
     if needs_grad(*operands):
         return apply(_affine.AffineCouplingFunction, *distinct(*operands), how)
     return _affine.forward(*operands, how)

@@ -5,7 +5,7 @@ from torch import nn
 
 from fastflow import backends
 from fastflow.autograd import differentiable
-from fastflow.autograd.glow_step import images, rows
+from fastflow.autograd.channel_affine import images, rows
 from fastflow.functional import full_precision
 
 __all__ = ["DEFERRED_ON", "Ledger", "channel_affine", "deferrable", "hand_out"]

@@ -196,10 +196,12 @@ class ScaleMap:
             s = torch.exp(log_s)
         if self.eps != 0.0:
             s = s + self.eps
-            # log(exp(log_s) + eps) from its larger part on. torch.logaddexp's second gradient overflows.
+            # log(exp(log_s) + eps) from its larger part on. torch.logaddexp's second gradient overflows, and that of a
+            # softplus loses its digits where the smaller part is small.
             above = log_s - math.log(self.eps)
             high = above > 0.0
-            log_s = torch.where(high, log_s, math.log(self.eps)) + softplus(torch.where(high, -above, above))
+            larger, ratio = torch.where(high, log_s, math.log(self.eps)), torch.exp(torch.where(high, -above, above))
+            log_s = larger + torch.log1p(ratio)
         # s >= 0 needs no bound of 0, nor one that its dtype can't reach, whose logarithms torch.clamp would refuse.
         if self.hard_min:
             s, log_s = s.clamp(min=self.hard_min), log_s.clamp(min=math.log(self.hard_min))

@@ -261,6 +261,8 @@ def test_bits_per_dim_takes_integers_of_so_many_levels(x, got):
     with pytest.raises(ValueError, match=rf"x: expected integers 0\.\.31, got {got}"):
         flow.bits_per_dim(x.view(1, 1, 1, 2), 32)
     assert flow.bits_per_dim(torch.tensor([[[[math.nan, 3.0]]]]), 32).isnan().all()
+    for dtype, n_bins in ((torch.int8, 256), (torch.int16, 65536), (torch.uint16, 65536), (torch.uint32, 256)):
+        assert flow.bits_per_dim(torch.tensor([[[[91, 3]]]]).to(dtype), n_bins).isfinite().all()
 
 
 def test_bits_per_dim_accounting():

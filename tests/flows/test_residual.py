@@ -240,6 +240,13 @@ def test_any_contractive_net_on_images():
     check_bijection(layer, torch.randn(2, 2, 2, 4, dtype=torch.float64))
 
 
+def test_a_net_without_parameters():
+    x = torch.randn(3, 2, dtype=torch.float64)
+    for net in (torch.sin, nn.Tanh()):  # whose slopes are cos x and 1 - tanh(x)^2
+        slopes = torch.cos(x) if net is torch.sin else 1.0 - torch.tanh(x)**2
+        torch.testing.assert_close(flows.InvertibleResidual(net)(x)[1], torch.log(1.0 + slopes).sum(1))
+
+
 def test_what_does_not_contract_is_said():
     class Steep(nn.Module):
         def forward(self, x):

@@ -165,3 +165,16 @@ def test_second_gradients_where_eps_is_added_are_finite_and_right(scale, backend
         x, (raw, torch.zeros_like(x)), scale=scale)[1])
     want = second(values.double().requires_grad_(), lambda raw: torch.log(scale.scale_and_log(raw)[0]))
     torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_second_gradients_where_eps_is_added_keep_their_digits(dtype):
+    """log(exp(r) + eps) has the second derivative p (1 - p), p = sigmoid(r - log eps)."""
+    raw = torch.tensor([-60.0, -40.0, -24.0, math.log(1e-3), 0.0, 9.0, 30.0], dtype=dtype, requires_grad=True)
+    (first,) = torch.autograd.grad(ScaleMap("exp", eps=1e-3).scale_and_log(raw)[1].sum(), raw, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), raw)
+    u = raw.detach().double() - math.log(1e-3)
+    # Of first and second alike no more than the rounding of u = r - log eps, by which they grow.
+    limit = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(first.detach().double(), torch.sigmoid(u), rtol=limit, atol=0)
+    torch.testing.assert_close(second.double(), torch.sigmoid(u) * torch.sigmoid(-u), rtol=limit, atol=0)
