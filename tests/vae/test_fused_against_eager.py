@@ -45,8 +45,8 @@ SLOW = (("ladder", torch.float32), ("ladder", torch.bfloat16), ("hierarchical", 
 
 
 @pytest.mark.parametrize(("name", "dtype"), [
-    pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ()) for case in itertools.product(MODELS, TOLERANCES)
-], ids=str)
+    pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ())
+    for case in itertools.product(MODELS, TOLERANCES)], ids=str)
 def test_the_same_seed_gives_the_same_curve(name, dtype):
     fused, eager = (curve(MODELS[name], backend, dtype) for backend in (None, "reference"))
     gap = ((fused - eager) / eager).abs().max().item()
