@@ -66,7 +66,7 @@ def both_ways(transform, x):
 @DTYPES
 @pytest.mark.parametrize("kind", ["vectors", "images", "1x1"])
 def test_pyro_transforms(kind, dtype):
-    T = pytest.importorskip("pyro.distributions.transforms")
+    T = pytest.importorskip("pyro.distributions.transforms", reason="Pyro is not installed")
     transform, x = {
         "vectors": lambda: (T.affine_coupling(5, [8]), torch.randn(4, 6, 5)),
         "images": lambda: (T.affine_coupling((4, 2, 3), [8], dim=-3), torch.randn(6, 4, 2, 3)),
@@ -77,7 +77,7 @@ def test_pyro_transforms(kind, dtype):
 
 @DTYPES
 def test_pyro_conditional_coupling(dtype):
-    T = pytest.importorskip("pyro.distributions.transforms")
+    T = pytest.importorskip("pyro.distributions.transforms", reason="Pyro is not installed")
     same(T.conditional_affine_coupling(5, 3, [8]).to(dtype), (lambda t, x, c: both_ways(t.condition(c), x),),
          [torch.randn(6, 5, dtype=dtype), torch.randn(6, 3, dtype=dtype)], 1)
 
@@ -125,14 +125,14 @@ def test_pyro_splines(kind, dtype):
 
 @DTYPES
 def test_pyro_conditional_spline(dtype):
-    T = pytest.importorskip("pyro.distributions.transforms")
+    T = pytest.importorskip("pyro.distributions.transforms", reason="Pyro is not installed")
     layer = T.conditional_spline(5, 3, [8], 4, order="quadratic").to(dtype)
     same(layer, (lambda t, x, c: both_ways(t.condition(c), x),),
          [torch.randn(6, 5, dtype=dtype), torch.randn(6, 3, dtype=dtype)], 1)
 
 
 def test_pyro_conditional_layers_under_a_context_by_keyword_are_verified():
-    T = pytest.importorskip("pyro.distributions.transforms")
+    T = pytest.importorskip("pyro.distributions.transforms", reason="Pyro is not installed")
     for layer in (T.conditional_spline(5, 3, [8], 4, order="quadratic"), T.conditional_affine_coupling(5, 3, [8])):
         layer, report = accelerated(layer)
         layer.condition(context=torch.randn(6, 3))
@@ -140,7 +140,7 @@ def test_pyro_conditional_layers_under_a_context_by_keyword_are_verified():
 
 
 def test_pyro_conditional_spline_of_an_empty_batch():
-    T = pytest.importorskip("pyro.distributions.transforms")
+    T = pytest.importorskip("pyro.distributions.transforms", reason="Pyro is not installed")
     layer = T.conditional_spline(6, 3, [8], order="quadratic")
     layer, _ = accelerated(layer)
     layer.condition(torch.randn(4, 3))(torch.randn(4, 6))
@@ -160,7 +160,7 @@ def test_pyro_spline_coupling_trains():
 
 
 def test_pyro_splines_of_lines_are_left_alone():
-    T = pytest.importorskip("pyro.distributions.transforms")
+    T = pytest.importorskip("pyro.distributions.transforms", reason="Pyro is not installed")
     _, report = accelerated(torch.nn.ModuleList([T.spline_coupling(4, hidden_dims=[8])]))
     assert not report.swapped and report.skipped["0.lower_spline"] == (
         "pyro Spline: a rational spline of order 'linear' has no kernel")

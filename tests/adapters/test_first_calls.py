@@ -71,7 +71,7 @@ def test_numbers_that_are_not_finite_prove_nothing(known, x):
 
 
 def test_layers_on_the_meta_device_are_left_alone():
-    transforms = pytest.importorskip("nflows.transforms")
+    transforms = pytest.importorskip("nflows.transforms", reason="nflows is not installed")
     from nflows.nn import nets
 
     model = nn.Sequential(transforms.LULinear(3), transforms.ActNorm(3), transforms.AffineCouplingTransform(
@@ -83,7 +83,7 @@ def test_layers_on_the_meta_device_are_left_alone():
 
 
 def test_swapped_layers_go_to_the_meta_device_and_back():
-    transforms = pytest.importorskip("nflows.transforms")
+    transforms = pytest.importorskip("nflows.transforms", reason="nflows is not installed")
     model = nn.Sequential(transforms.ActNorm(3), transforms.LULinear(3)).eval()
     state = {key: t.clone() for key, t in model.state_dict().items()}
     fastflow.accelerate(model)
@@ -117,7 +117,7 @@ def test_an_example_for_a_model_with_expanded_and_lazy_tensors(known):
 
 
 def test_a_lazy_network_in_a_layer_is_verified_once_it_has_values():
-    transforms = pytest.importorskip("nflows.transforms")
+    transforms = pytest.importorskip("nflows.transforms", reason="nflows is not installed")
 
     class Network(nn.Sequential):
         def forward(self, x, context=None):
