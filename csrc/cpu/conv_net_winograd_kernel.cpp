@@ -246,9 +246,7 @@ class WinogradBackward {
     gate.gate = h1;
     expand({1, hidden, 0}, pixels, grad2_, hidden, static_cast<const T*>(job_.w2), hidden, gate, grad1_);
     if (job_.need_weights) {
-      for (int64_t p = 0; p < pixels; p += 64)  // both maps' pixels stay in the first-level cache
-        outer({1, 1, pixels - p < 64 ? pixels - p : 64}, Pixels<T>{grad2_ + p * hidden, 0, 0, hidden}, hidden,
-              Pixels<T>{h1 + p * hidden, 0, 0, hidden}, hidden, sums2);
+      outer({1, 1, pixels}, Pixels<T>{grad2_, 0, 0, hidden}, hidden, Pixels<T>{h1, 0, 0, hidden}, hidden, sums2);
       add_pixels(pixels, grad1_, hidden, biases);
       x_.read(job_.x, b, count);
       chunk_.points_of(x_);
@@ -305,6 +303,8 @@ void winograd_taps(int64_t outer, int64_t inner, bool expands, const float* taps
   const int64_t count = outer * inner;
   if (expands && expands_in_pairs)
     pair_taps(outer, inner, taps, to);
+  else if (expands)
+    panel_taps(outer, inner, taps, to);
   else
     tap_points<3>(taps, 3 * count, count, count, to, count);
 }

@@ -92,18 +92,11 @@ struct Part {
   bool first, last;
 };
 
+// sum[r][n] += the terms of R pixels, whose scalars begin at in[r], with rows of w.
 template <int R, int N, class T>
-inline void expand_tile(const Runs& runs, Part part, Walk<const T>& from, const T* w, int64_t w_step,
-                        const Finish<T>& finish, Walk<T>& to) {
+[[gnu::always_inline]] inline void add_terms(const Runs& runs, const T* (&in)[R], const T* w, int64_t w_step,
+                                             Vec<T> (&sum)[R][N]) {
   constexpr int W = Simd<T>::lanes;
-  Vec<T> sum[R][N];
-  const T* in[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    in[r] = from.next();
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) sum[r][n] = Vec<T>{};
-  }
   for (int64_t run = 0; run < runs.count; ++run) {
 #pragma GCC unroll 1
     for (int64_t l = 0; l < runs.length; ++l, w += w_step) {
@@ -120,6 +113,22 @@ inline void expand_tile(const Runs& runs, Part part, Walk<const T>& from, const 
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) in[r] += runs.step;
   }
+}
+
+// A function of its own: inlined into a large one, its sums do not all stay in registers.
+template <int R, int N, class T>
+[[gnu::noinline]] void expand_tile(const Runs& runs, Part part, Walk<const T>& from, const T* w, int64_t w_step,
+                                   const Finish<T>& finish, Walk<T>& to) {
+  constexpr int W = Simd<T>::lanes;
+  Vec<T> sum[R][N];
+  const T* in[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    in[r] = from.next();
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n] = Vec<T>{};
+  }
+  add_terms<R, N>(runs, in, w, w_step, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     T* const out = to.next();
@@ -136,15 +145,6 @@ inline void expand_tile(const Runs& runs, Part part, Walk<const T>& from, const 
       store(out + n * W, value);
     }
   }
-}
-
-// The same of R pixels, in_step and out_step apart.
-template <int R, int N, class T>
-inline void expand_tile(const Runs& runs, const T* in, int64_t in_step, const T* w, int64_t w_step,
-                        const Finish<T>& finish, T* out, int64_t out_step) {
-  Walk<const T> from({in, R, in_step, 0}, 0);
-  Walk<T> to({out, R, out_step, 0}, 0);
-  expand_tile<R, N>(runs, Part{true, true}, from, w, w_step, finish, to);
 }
 
 // The number of pixels in each of the fewest tiles that hold `width`, the larger tiles first.
@@ -270,57 +270,86 @@ struct Pixels {
   int64_t sample_step, row_step, step;
 };
 
-// Over rows [begin, end), counted through the samples.
-template <int R, int N, class T>
-inline void outer_tile(const Extent& extent, int64_t begin, int64_t end, const Pixels<T>& in, const Pixels<T>& v, T* to,
-                       int64_t to_step) {
-  constexpr int W = Simd<T>::lanes;
-  Vec<T> sum[R][N] = {};
-  int64_t sample = begin / extent.rows, y = begin % extent.rows;
-  for (int64_t i = begin; i < end; ++i, ++y) {
+// Some of an extent's pixels: `width` from column x on of the rows [begin, end), counted through the samples.
+struct Piece {
+  int64_t begin, end, x, width;
+};
+
+// f(first value of a row of the piece) for each of its rows.
+template <class T, class F>
+inline void for_each_row(const Extent& extent, const Piece& piece, const Pixels<T>& from, const F& f) {
+  int64_t sample = piece.begin / extent.rows, y = piece.begin % extent.rows;
+  for (int64_t i = piece.begin; i < piece.end; ++i, ++y) {
     if (y == extent.rows) {
       y = 0;
       ++sample;
     }
-    const T* a = in.first + sample * in.sample_step + y * in.row_step;
-    const T* b = v.first + sample * v.sample_step + y * v.row_step;
+    f(from.first + sample * from.sample_step + y * from.row_step + piece.x * from.step);
+  }
+}
+
+// v: [pixel of the piece][N vectors].
+template <int R, int N, class T>
+inline void outer_tile(const Extent& extent, const Piece& piece, const Pixels<T>& in, const T* v, T* to,
+                       int64_t to_step) {
+  constexpr int W = Simd<T>::lanes;
+  Vec<T> sum[R][N] = {};
+  for_each_row(extent, piece, in, [&](const T* a) {
 #pragma GCC unroll 1
-    for (int64_t x = 0; x < extent.width; ++x, a += in.step, b += v.step) {
+    for (int64_t x = 0; x < piece.width; ++x, a += in.step, v += N * W) {
       Vec<T> row[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load(b + n * W);
+      for (int n = 0; n < N; ++n) row[n] = load(v + n * W);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) sum[r][n] += a[r] * row[n];
     }
-  }
+  });
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) store(to + r * to_step + n * W, load(to + r * to_step + n * W) + sum[r][n]);
 }
 
-// to[k][j] += sum over the pixels of in[p][k] v[p][j], for `length` adjacent scalars k and j < hidden. About 64 pixels
-// are summed before they are added to what is there: the rounding of a long sum in one go would show.
+// The vectors of one piece: each is taken to a panel, whose pixels lie side by side, for all of `length` scalars.
 template <class T>
-inline void outer(const Extent& extent, const Pixels<T>& in, int64_t length, const Pixels<T>& v, int64_t hidden,
-                  T* to) {
+inline void outer_piece(const Extent& extent, const Piece& piece, const Pixels<T>& in, int64_t length,
+                        const Pixels<T>& v, int64_t hidden, T* panel, T* to) {
   constexpr int W = Simd<T>::lanes;
   const Tiling tiling(length, expand_rows);
-  const int64_t rows = extent.samples * extent.rows, step = extent.width < 64 ? 64 / extent.width : 1;
   for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
     const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
     with_count<expand_vectors>(vectors, [&](auto n) {
+      constexpr int N = decltype(n)::value;
+      T* put = panel;
+      for_each_row(extent, piece, v, [&](const T* from) {
+        for (int64_t x = 0; x < piece.width; ++x, from += v.step, put += N * W)
+#pragma GCC unroll 4
+          for (int i = 0; i < N; ++i) store(put + i * W, load(from + j + i * W));
+      });
       for (int64_t t = 0, k = 0; t < tiling.tiles; k += tiling[t++])
         with_count<expand_rows>(tiling[t], [&](auto r) {
-          for (int64_t i = 0; i < rows; i += step)
-            outer_tile<decltype(r)::value, decltype(n)::value>(
-                extent, i, i + step < rows ? i + step : rows, {in.first + k, in.sample_step, in.row_step, in.step},
-                {v.first + j, v.sample_step, v.row_step, v.step}, to + k * hidden + j, hidden);
+          outer_tile<decltype(r)::value, N>(extent, piece, {in.first + k, in.sample_step, in.row_step, in.step}, panel,
+                                            to + k * hidden + j, hidden);
         });
     });
   }
+}
+
+// to[k][j] += sum over the pixels of in[p][k] v[p][j], for `length` adjacent scalars k and j < hidden. Some 64 pixels are
+// summed before they are added to what is there: they stay in the first-level cache, and the rounding of a long sum in
+// one go would show.
+template <class T>
+inline void outer(const Extent& extent, const Pixels<T>& in, int64_t length, const Pixels<T>& v, int64_t hidden,
+                  T* to) {
+  constexpr int64_t most = 64;
+  alignas(64) T panel[most * expand_vectors * Simd<T>::lanes];
+  const Tiling parts(extent.width, most);
+  const int64_t rows = extent.samples * extent.rows, step = extent.width < most ? most / extent.width : 1;
+  for (int64_t i = 0; i < rows; i += step)
+    for (int64_t t = 0, x = 0; t < parts.tiles; x += parts[t++])
+      outer_piece(extent, {i, i + step < rows ? i + step : rows, x, parts[t]}, in, length, v, hidden, panel, to);
 }
 
 // to[j] += sum of v[p][j] over `count` adjacent pixels.

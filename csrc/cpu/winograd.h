@@ -12,6 +12,7 @@
 // Arrays of points are [16][...], the point's row first. Compiled once per instruction set.
 #pragma once
 
+#include "conv_segments.h"
 #include "conv_tiles.h"
 #include "winograd_points.h"
 
@@ -48,18 +49,55 @@ __attribute__((noinline)) void put_tiles(const int64_t* at, int64_t begin, int64
     }
 }
 
-// m[16][R tiles][N vectors] of v[16][tile][v_channels] and u[16][channels][hidden]. A function of its own: inlined, its
-// loop would lack registers.
+// m[16][R tiles][N vectors] of v[16][tile][v_channels] and u[16][channels][N vectors]. A function of its own: inlined,
+// its loop would lack registers.
 template <int R, int N, class T>
 __attribute__((noinline)) void multiply_points(int64_t channels, const T* v, int64_t v_step, int64_t v_channels,
-                                               const T* u, int64_t hidden, T* m) {
-  constexpr int64_t length = N * Simd<T>::lanes;
-  for (int p = 0; p < points; ++p, v += v_step, u += channels * hidden, m += R * length)
-    expand_tile<R, N>({1, channels, 0}, v, v_channels, u, hidden, Finish<T>{}, m, length);
+                                               const T* u, T* m) {
+  constexpr int W = Simd<T>::lanes, length = N * W;
+  for (int p = 0; p < points; ++p, v += v_step, u += channels * length, m += R * length) {
+    Vec<T> sum[R][N];
+    const T* in[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      in[r] = v + r * v_channels;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[r][n] = Vec<T>{};
+    }
+    add_terms<R, N>({1, channels, 0}, in, u, length, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) store(m + r * length + n * W, sum[r][n]);
+  }
 }
 
-// A few channels to many: out[pixel][j] from points of inputs v[16][tile][v_channels] and of taps u[16][channels][j],
-// with a bias or a gate. at[tile] is where a tile's first pixel lies in maps.
+// How many of the hidden channels from j on are expanded to at once.
+template <class T>
+inline int64_t panel(int64_t hidden, int64_t j) {
+  constexpr int64_t most = expand_vectors * Simd<T>::lanes;
+  return hidden - j < most ? hidden - j : most;
+}
+
+// The points of taps[9][channels][hidden] in the order in which expand_points reads them, panel by panel: whatever
+// lies `hidden` values apart would meet in few sets of the cache.
+template <class T>
+inline void panel_taps(int64_t channels, int64_t hidden, const T* taps, T* to) {
+  const auto spread = [](auto& g, auto& u) { spread_taps<3>(g, u); };
+  const int64_t size = channels * hidden;
+  for (int64_t j = 0; j < hidden; j += Simd<T>::lanes) {
+    const int64_t first = j - j % (expand_vectors * Simd<T>::lanes), length = panel<T>(hidden, first);
+    for (int64_t k = 0; k < channels; ++k)
+      along_both<3, 3, line_points, line_points, T>(
+          [&](int a, int b) { return load(taps + (3 * a + b) * size + k * hidden + j); }, spread, spread,
+          [&](int a, int b, Vec<T> value) {
+            store(to + first * points * channels + ((line_points * a + b) * channels + k) * length + j - first, value);
+          });
+  }
+}
+
+// A few channels to many: out[pixel][j] from points of inputs v[16][tile][v_channels] and of taps as panel_taps puts
+// them, with a bias or a gate. at[tile] is where a tile's first pixel lies in maps.
 template <class T>
 inline void expand_points(const Tiles& tiles, const int64_t* at, int64_t channels, const T* v, int64_t v_step,
                           int64_t v_channels, const T* u, int64_t hidden, const Finish<T>& finish, T* out) {
@@ -68,8 +106,7 @@ inline void expand_points(const Tiles& tiles, const int64_t* at, int64_t channel
   const Tiling tiling(tiles.count(), expand_rows);
   const int64_t row = tiles.width() * hidden;
   for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
-    const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
-    const int64_t length = vectors * W;
+    const int64_t length = panel<T>(hidden, j), vectors = length / W;
     Finish<T> here = finish;
     if (here.bias) here.bias += j;
     if (here.gate) here.gate += j;
@@ -78,7 +115,7 @@ inline void expand_points(const Tiles& tiles, const int64_t* at, int64_t channel
       with_count<expand_vectors>(vectors, [&](auto n) {
         with_count<expand_rows>(count, [&](auto r) {
           multiply_points<decltype(r)::value, decltype(n)::value>(channels, v + t * v_channels, v_step, v_channels,
-                                                                  u + j, hidden, products);
+                                                                  u + j * points * channels, products);
         });
       });
       if (here.bias)
