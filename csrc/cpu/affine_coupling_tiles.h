@@ -205,9 +205,11 @@ using SummedTile = T (*)(const ScaleMap<T>&, int64_t, const T*, const T*, const 
 template <bool Inverse, bool ShiftFirst, class T>
 FASTFLOW_HD T sigmoid_at(const ScaleMap<T>& map, T x, T raw, T shift, T& linear, T& product) {
   const T u = math::fma(map.gain, raw, map.offset), w = math::exp_decay(u);
+  // The selects side by side: apart, a compiler branches between them instead of making a loop of vectors.
   const auto negative = u < T(0);
-  const T s = map.amplitude * (math::select(negative, w, T(1)) / (T(1) + w));
-  linear = linear + (math::select(negative, u, T(0)) + map.log_amplitude);
+  const T numerator = math::select(negative, w, T(1)), below = math::select(negative, u, T(0));
+  const T s = map.amplitude * (numerator / (T(1) + w));
+  linear = linear + (below + map.log_amplitude);
   product = product + math::fma(product, w, w);
   return coupled(map, s, x, shift, Inverse, ShiftFirst);
 }

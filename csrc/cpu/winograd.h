@@ -49,13 +49,30 @@ __attribute__((noinline)) void put_tiles(const int64_t* at, int64_t begin, int64
     }
 }
 
+// A cache line at each pixel of the tiles after those at work, which come from as far as memory: a gate was saved long
+// ago, an output is to be saved.
+template <class T>
+struct Ahead {
+  const int64_t* at;
+  int64_t tiles, row, column;
+  const T* map;
+
+  // Has a sixteenth of them fetched: all at once, they would hold up what is read from the caches meanwhile. Inline,
+  // for gcc drops calls of a function that does nothing else.
+  [[gnu::always_inline]] void fetch(int part) const {
+    for (int64_t t = part / 4; t < tiles; t += 4)
+      __builtin_prefetch(map + at[t] + part / 2 % 2 * row + part % 2 * column);
+  }
+};
+
 // m[16][R tiles][N vectors] of v[16][tile][v_channels] and u[16][channels][N vectors]. A function of its own: inlined,
 // its loop would lack registers.
 template <int R, int N, class T>
 __attribute__((noinline)) void multiply_points(int64_t channels, const T* v, int64_t v_step, int64_t v_channels,
-                                               const T* u, T* m) {
+                                               const T* u, T* m, const Ahead<T>& ahead) {
   constexpr int W = Simd<T>::lanes, length = N * W;
   for (int p = 0; p < points; ++p, v += v_step, u += channels * length, m += R * length) {
+    ahead.fetch(p);
     Vec<T> sum[R][N];
     const T* in[R];
 #pragma GCC unroll 8
@@ -111,11 +128,12 @@ inline void expand_points(const Tiles& tiles, const int64_t* at, int64_t channel
     if (here.bias) here.bias += j;
     if (here.gate) here.gate += j;
     for (int64_t g = 0, t = 0; g < tiling.tiles; t += tiling[g++]) {
-      const int64_t count = tiling[g];
+      const int64_t count = tiling[g], next = t + count, left = tiles.count() - next;
+      const Ahead<T> ahead{at + next, left < count ? left : count, row, hidden, here.gate ? here.gate : out + j};
       with_count<expand_vectors>(vectors, [&](auto n) {
         with_count<expand_rows>(count, [&](auto r) {
           multiply_points<decltype(r)::value, decltype(n)::value>(channels, v + t * v_channels, v_step, v_channels,
-                                                                  u + j * points * channels, products);
+                                                                  u + j * points * channels, products, ahead);
         });
       });
       if (here.bias)
@@ -195,24 +213,41 @@ inline void mixed_products(int64_t rows, int64_t count, const T* factors, int64_
   row(Count<3>{});
 }
 
+// Values of a map that its adjoints copy, to have them side by side in the first-level cache: pixels that lie a power of
+// two apart meet in few of its sets.
+#if defined(__AVX512F__)
+constexpr int64_t copied_values = 8192;
+#else
+constexpr int64_t copied_values = 4096;
+#endif
+
 // Adjoint towards the taps: to[16][channels][j] += (if fresh, =) sum over tiles of v[tile][channel] (A y A^T)[tile][j],
 // for maps y[pixel][j]; at[tile] is where a tile's first pixel lies in them.
 template <class T>
 inline void outer_points(const Tiles& tiles, const int64_t* at, int64_t channels, const T* v, int64_t v_step,
                          int64_t v_channels, const T* y, int64_t hidden, bool fresh, T* to) {
   constexpr int W = Simd<T>::lanes;
-  int64_t most = 2048 / hidden;  // tiles at once: their pixels stay in the first-level cache
-  most = most < 16 ? 16 : most > 32 ? 32 : most;
+  constexpr int64_t most = copied_values / (4 * expand_vectors * W);
+  alignas(64) T copied[copied_values];
+  int64_t lines[most];
+  const int64_t row = tiles.width() * hidden;
   for (int64_t t = 0; t < tiles.count(); t += most) {
     const int64_t count = tiles.count() - t < most ? tiles.count() - t : most;
-    for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
-      const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
-      with_count<expand_vectors>(vectors, [&](auto n) {
-        mixed_products<decltype(n)::value>(channels, count, v + t * v_channels, v_step, v_channels, y + j,
-                                           tiles.width() * hidden, hidden, at + t, fresh && t == 0, to + j,
-                                           channels * hidden, hidden);
+    for (int64_t j = 0; j < hidden; j += expand_vectors * W)
+      with_count<expand_vectors>(panel<T>(hidden, j) / W, [&](auto n) {
+        constexpr int N = decltype(n)::value;
+        for (int64_t i = 0; i < count; ++i) {
+          lines[i] = 4 * N * W * i;
+#pragma GCC unroll 4
+          for (int pixel = 0; pixel < 4; ++pixel) {
+            const T* const from = y + at[t + i] + pixel / 2 * row + pixel % 2 * hidden + j;
+#pragma GCC unroll 4
+            for (int l = 0; l < N; ++l) store(copied + lines[i] + (pixel * N + l) * W, load(from + l * W));
+          }
+        }
+        mixed_products<N>(channels, count, v + t * v_channels, v_step, v_channels, copied, 2 * N * W, N * W, lines,
+                          fresh && t == 0, to + j, channels * hidden, hidden);
       });
-    }
   }
 }
 
@@ -222,9 +257,9 @@ template <class T>
 inline void reduce_points(const Tiles& tiles, const int64_t* at, int64_t padded, const T* y, int64_t hidden, const T* u,
                           int64_t channels, const T* zeros, T* to, int64_t step) {
   constexpr int W = Simd<T>::lanes;
-  constexpr int64_t most = expand_vectors * W;  // tiles at once
-  constexpr int64_t depth = 32;                 // hidden channels at once
-  alignas(64) T turned[4 * depth * most];       // [pixel of the tile][j][tile]
+  constexpr int64_t most = expand_vectors * W;           // tiles at once
+  constexpr int64_t depth = copied_values / (4 * most);  // hidden channels at once
+  alignas(64) T turned[copied_values];                   // [pixel of the tile][j][tile]
   const int64_t row = tiles.width() * hidden;
   for (int64_t t = 0; t < padded; t += most) {
     const int64_t length = padded - t < most ? padded - t : most;
