@@ -14,10 +14,10 @@ from fastflow import backends, functional, reference
 from fastflow.nn import ConvNet
 
 # (B, I, H, W), hidden, O: Glow's own; odd everything; one pixel; a row; a column; more than a chunk of small images;
-# images larger than a chunk, of few channels and of many; a number of tiles that fills no vector.
+# images larger than a chunk, of few channels and of many; a number of tiles that fills no vector; long rows, of both.
 SIZES = [((3, 6, 16, 16), 64, 12), ((5, 12, 8, 8), 32, 24), ((40, 7, 4, 4), 16, 9), ((2, 1, 1, 1), 16, 1),
          ((1, 3, 1, 9), 48, 5), ((2, 5, 7, 1), 80, 3), ((2, 3, 13, 5), 96, 6), ((1, 2, 20, 20), 16, 2),
-         ((2, 17, 20, 20), 16, 19), ((3, 9, 6, 10), 80, 5)]
+         ((2, 17, 20, 20), 16, 19), ((3, 9, 6, 10), 80, 5), ((2, 3, 3, 135), 32, 5), ((1, 8, 4, 150), 48, 9)]
 KERNELS = {"fastflow_cpu::conv_net_fwd", "fastflow_cpu::conv_net_bwd"}
 
 
