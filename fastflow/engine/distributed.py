@@ -157,9 +157,16 @@ class Processes:
         return number if self.count == 1 else max(t.item() for t in self.gather(torch.tensor(float(number))))
 
 
+def _spread(model):
+    """Whether processes train the model together. Asked at every step: its parameters are looked at where there can be
+    others alone."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and (
+        replicas(model) is not None or is_sharded(model))
+
+
 def mean_over(model, number):
     """The mean over the processes of a 0-d tensor, where the model's gradients are means over them; else itself."""
-    if replicas(model) is None and not is_sharded(model):
+    if not _spread(model):
         return number
     total = number.clone()
     torch.distributed.all_reduce(total)
@@ -168,6 +175,6 @@ def mean_over(model, number):
 
 def agree(model, flag):
     """The flag that is raised in every process if it is in one: all take a step or none does. In place."""
-    if replicas(model) is not None or is_sharded(model):
+    if _spread(model):
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return flag
