@@ -49,7 +49,8 @@ Isa isa() {
 
 bool blas_is_faster() {
 #if defined(__x86_64__)
-  static const bool chosen = __builtin_cpu_is("intel") && std::getenv("FASTFLOW_ISA") == nullptr;
+  static const bool chosen =
+      std::getenv("FASTFLOW_ISA") == nullptr && (__builtin_cpu_is("intel") || isa() != Isa::avx512);
   return chosen && !in_forked_child();
 #else
   return false;

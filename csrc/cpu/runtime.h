@@ -13,8 +13,9 @@ enum class Isa { baseline, avx2, avx512 };
 // variable FASTFLOW_ISA (baseline, avx2, avx512) lowers it, read once.
 Isa isa();
 
-// Whether torch's matrix products beat this library's: on Intel's processors, for which its BLAS is written. Not where
-// FASTFLOW_ISA is set, which asks for this library's own.
+// Whether torch's matrix products beat this library's: on Intel's processors, for which its BLAS is written, and without
+// AVX-512, which that BLAS does not use on others' processors. Not where FASTFLOW_ISA is set, which asks for this
+// library's own.
 bool blas_is_faster();
 
 // The opposite, for fastflow/extension.py.

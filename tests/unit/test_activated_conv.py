@@ -14,8 +14,8 @@ from fastflow import backends, functional, reference
 
 KERNELS = {"fastflow_cpu::activated_conv_fwd", "fastflow_cpu::activated_conv_bwd"}
 # x, out, kernel, stride, padding of convolutions; a VAE's own; rows that no tap meets; every tap outside somewhere; one
-# pixel; a kernel smaller than its stride; more than a chunk of small maps; long rows. Large enough for the largest of eager's
-# errors to be a typical one.
+# pixel; a kernel smaller than its stride; more than a chunk of small maps; long rows. Large enough for the largest of
+# eager's errors to be a typical one.
 DOWN = [((6, 1, 28, 28), 32, (4, 4), 2, 1), ((4, 32, 14, 14), 64, (4, 4), 2, 1), ((64, 5, 8, 9), 16, (3, 4), 3, 0),
         ((32, 16, 3, 5), 48, (3, 3), 1, 2), ((99, 3, 1, 1), 16, (1, 1), 1, 0), ((64, 32, 7, 6), 16, (1, 2), 3, 1),
         ((40, 2, 4, 4), 16, (4, 4), 2, 1), ((2, 3, 7, 140), 16, (5, 3), 1, 1)]
