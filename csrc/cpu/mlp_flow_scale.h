@@ -70,9 +70,10 @@ void gradient_row(const ScaleMap<T>& constants, int64_t n, const SlopeRows<T>& s
   const ScaleMap<T> map = constants;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const ScaleSlope<T> at{slope.s[i], slope.ds[i], slope.dlog[i], slope.inside[i] != T(0)};
+    // Not a variable of its own, which gcc would keep in memory instead of making a loop of vectors.
     const CoupledGradient<T> out =
-        coupled_gradient(map, at, grad[i], grad_logdet[i], x[i], shift[i], Inverse, ShiftFirst, Separate);
+        coupled_gradient(map, ScaleSlope<T>{slope.s[i], slope.ds[i], slope.dlog[i], slope.inside[i] != T(0)}, grad[i],
+                         grad_logdet[i], x[i], shift[i], Inverse, ShiftFirst, Separate);
     grad[i] = out.x;
     to_raw[i] = out.raw;
     to_shift[i] = out.shift;

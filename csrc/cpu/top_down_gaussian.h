@@ -88,19 +88,33 @@ struct OutgoingRows {
   T *prior_mean, *prior_raw, *mean, *raw;
 };
 
+// Whether a term is there, by element: gcc makes no loop of vectors with a condition that is the same for all of them.
+template <class T>
+struct Presence {
+  alignas(64) T yes[samples], no[samples] = {};
+  constexpr Presence() : yes{} {
+    for (T& value : yes) value = T(1);
+  }
+};
+template <class T>
+constexpr Presence<T> presence;
+
 template <int scale, LevelMode mode, class T>
 void gradient_row(int64_t n, const LatentRows<T>& in, const T* z, const IncomingRows<T>& grad,
                   const OutgoingRows<T>& out) {
   const T *prior_mean = in.prior_mean, *prior_raw = in.prior_raw, *mean = in.mean, *raw = in.raw, *eps = in.eps;
   T *to_prior_mean = out.prior_mean, *to_prior_raw = out.prior_raw, *to_mean = out.mean, *to_raw = out.raw;
-  const bool has_kl = grad.kl != nullptr, has_q = grad.log_q != nullptr, has_p = grad.log_p != nullptr;
   // Something is read in place of what is absent, so that the loop has no branches.
-  const T *by_z = grad.z, *by_kl = has_kl ? grad.kl : by_z;
-  const T *by_q = has_q ? grad.log_q : by_z, *by_p = has_p ? grad.log_p : by_z;
+  const T *by_z = grad.z, *by_kl = grad.kl ? grad.kl : by_z;
+  const T *by_q = grad.log_q ? grad.log_q : by_z, *by_p = grad.log_p ? grad.log_p : by_z;
+  const auto present = [](const T* row) { return row ? presence<T>.yes : presence<T>.no; };
+  const T *const kl_present = present(grad.kl), *const q_present = present(grad.log_q),
+          *const p_present = present(grad.log_p);
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const Gaussians<T> g = gaussians_of<scale, mode>(prior_mean[i], prior_raw[i], mean[i], raw[i]);
     const gaussian::KlSlopes<T> slope = gaussian::kl_prior_slopes(g.away, g.q, T(0), g.p);
+    const bool has_kl = kl_present[i] != T(0), has_q = q_present[i] != T(0), has_p = p_present[i] != T(0);
     const T t = (z[i] - prior_mean[i]) / g.p.value, steep = t / g.p.value;
     const T along = by_z[i] - (has_p ? by_p[i] * steep : T(0));
     const T of_mean = along + (has_kl ? by_kl[i] * slope.mean : T(0));

@@ -115,10 +115,10 @@ def kernel():
 @pytest.mark.parametrize("mode", reference.LEVEL_MODES)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"{len(s)} levels of {s[0][0]}")
 def test_sizes_and_batches(sizes, mode):
-    problems = [problem(sizes, batch, mode) for batch in BATCHES]
-    for case in problems:
-        assert_exact(case)
-    assert_as_accurate_as_eager(problems)
+    for batch in BATCHES:
+        assert_exact(problem(sizes, batch, mode))
+    # Densities of a narrow prior err much or little by chance, on either side.
+    assert_as_accurate_as_eager([problem(sizes, batch, mode, seed=seed) for batch in BATCHES for seed in range(4)])
 
 
 @pytest.mark.parametrize("scale", reference.SCALES)
