@@ -107,6 +107,9 @@ The tables above once more, on a processor of Intel's: `xeon-*.json`. PyTorch's 
 so what is mostly matrix products gains less, and those of wide networks are left to them; a call of Python costs more.
 """), "zen4": ("On an AMD EPYC of the fourth generation", """\
 The tables above once more, on the generation before: `zen4-*.json`. What is mostly matrix products gains less there.
+"""), "zen3": ("On an AMD EPYC of the third generation", """\
+The tables above once more, on a processor without AVX-512: `zen3-*.json`. Products of wide networks are left to
+PyTorch's BLAS there, too.
 """)}  # {a record's prefix: (title, words)}
 
 OPERATIONS = """\
@@ -250,16 +253,19 @@ def _no_gain(device, shown):
 
 def _elsewhere(prefix, title, words):
     """The section of the newest records on another processor; nothing where there is none."""
-    found = [next(iter(records(f"{prefix}-{name}-*.json")), None) for name in ("all", "vae-speed", "adapters")]
-    if None in found:
+    models = ("glow", "realnvp", "realnvp wider")
+    tables = {"all": lambda record: (table.markdown(record, models, ("eager", table.FASTEST)), *_by_group(record)),
+              "vae-speed": lambda record: (table.markdown(record, baselines=("eager", "pythae")),),
+              "adapters": lambda record: (table.markdown(record, baselines=("original", "couplings alone")),)}
+    newest_of = {name: next(iter(records(f"{prefix}-{name}-*.json")), None) for name in tables}
+    found = [record for record in newest_of.values() if record is not None]
+    if not found:
         return []
     lines = [f"## {title}", "", *words.rstrip().splitlines(), ""]
-    models = ("glow", "realnvp", "realnvp wider")
-    for record, tables in (
-            (found[0], (table.markdown(found[0], models, ("eager", table.FASTEST)), *_by_group(found[0]))),
-            (found[1], (table.markdown(found[1], baselines=("eager", "pythae")),)),
-            (found[2], (table.markdown(found[2], baselines=("original", "couplings alone")),))):
-        lines += [table.machine(record) + ".", "", *(line for part in tables for line in (*part, ""))]
+    for name, record in newest_of.items():
+        if record is not None:
+            lines += [table.machine(record) + ".", "",
+                      *(line for part in tables[name](record) for line in (*part, ""))]
     lines += [f"### No gain there, every ratio below {NO_GAIN}", "",
               *(_losses([(record, None) for record in found]) or ["- none"]), ""]
     return lines
