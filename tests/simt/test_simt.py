@@ -37,7 +37,7 @@ def teeth():
 
 
 # What tests/unit calls the cpu backend is here the emulated GPU (plugin.py). Its tests of slogdet take minutes to
-# emulate; check_kernels.py has smaller ones.
+# emulate; check_kernels.py has smaller ones, and cases of every operator and size class, for the quick run.
 SUITES = {
     "kernels": [build.HERE / "cases" / "check_kernels.py"],
     "layouts": [UNIT / "test_layouts.py"],
@@ -48,9 +48,11 @@ SUITES = {
     "spline": [UNIT / "test_spline.py", "-k", "not sharp_splines or 10.0"],
     "gaussian": [UNIT / "test_gaussian_sample_kl.py", UNIT / "test_gaussian_noise.py"],
 }
+QUICK = ("kernels", "affine_coupling")
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+                                   for name in SUITES])
 def test_kernels_under_sanitizers(suite, operators):
     result = run("-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "-q", "-rf", "--tb=short",
                  "-o", "python_files=test_*.py check_*.py", *SUITES[suite], library=operators)
