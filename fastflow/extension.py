@@ -153,8 +153,8 @@ def load(backend):
 
 @functools.cache
 def own_products():
-    """Whether the CPU library multiplies matrices itself here and faster than torch; on Intel's processors and those
-    without AVX-512 it has torch do it.
+    """Whether the CPU library multiplies matrices itself here and faster than torch; on Intel's processors and on
+    x86 without AVX-512 it has torch do it.
 
     Raises:
         RuntimeError: as of :func:`load`.

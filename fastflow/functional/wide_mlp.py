@@ -11,7 +11,7 @@ __all__ = ["wide_mlp"]
 def wide_mlp(x, weights, biases, *, activation="silu", hidden=False):
     """A fully connected network as :func:`mlp` computes it, of layers too wide for its kernel's caches.
 
-    On a CPU the matrix products are fastflow's own, with bias and ReLU within, on Intel's processors and on those
+    On a CPU the matrix products are fastflow's own, with bias and ReLU within, on Intel's processors and on x86
     without AVX-512 torch's, whose library is faster there; the activation's slope and the bias's gradient are one pass
     on the way back, and the whole network is one node of autograd.
 
