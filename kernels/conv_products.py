@@ -89,7 +89,8 @@ def _rounded(value, ROUNDS: tl.constexpr):
     """float32 rounded to the 10 bits that TF32 keeps, ties away from zero: tensor cores drop the others, which would
     make every product smaller."""
     if ROUNDS:
-        bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        # The sum of a NaN's bits may wrap.
+        bits = tl.add(value.to(tl.int32, bitcast=True), 0x1000, sanitize_overflow=False) & -0x2000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), float("nan"))
     return value
 

@@ -190,7 +190,8 @@ def log(x):
         mantissa = ((bits & 0xFFFFFFFFFFFFF) + 0x3FE6A09E667F3BCD).to(tl.float64, bitcast=True)
     else:
         tiny = x < 1.1754943508222875e-38
-        bits = tl.where(tiny, x * 33554432.0, x).to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
+        bits = tl.where(tiny, x * 33554432.0, x).to(tl.int32, bitcast=True)
+        bits = tl.add(bits, 0x3F800000 - 0x3F3504F3, sanitize_overflow=False)  # a NaN's may wrap: chosen away below
         k = ((bits >> 23) - 127 - tl.where(tiny, 25, 0)).to(tl.float32)
         mantissa = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
     result = log_parts(mantissa - 1.0, k)

@@ -39,9 +39,16 @@ def turned(monkeypatch):
     monkeypatch.setattr(kernels, "_turns", lambda x: x.dtype == torch.float32)
 
 
-@pytest.mark.parametrize(("precision", "slope", "x", "hidden", "out"), [
-    *((*options, *size) for *options, size in itertools.product(("tf32", "ieee", "float64"), (0.0, 0.2), SIZES)),
-    ("tf32", 0.0, *LARGE), ("ieee", 0.0, *LARGE)], ids=str)
+def every_size():
+    """Each precision with each size in the quick suite, at one slope or the other; the rest in the slow one."""
+    choices = itertools.product(enumerate(("tf32", "ieee", "float64")), enumerate((0.0, 0.2)), enumerate(SIZES))
+    for (i, precision), (j, slope), (k, size) in choices:
+        yield pytest.param(precision, slope, *size, marks=[pytest.mark.slow] * ((i + j + k) % 2))
+    yield "tf32", 0.0, *LARGE
+    yield pytest.param("ieee", 0.0, *LARGE, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("precision", "slope", "x", "hidden", "out"), every_size(), ids=str)
 def test_sizes(precision, slope, x, hidden, out, monkeypatch):
     """The interpreter multiplies in full; the tiles are those of each precision, the maps of TF32 turned."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
@@ -248,8 +255,9 @@ def second_derivatives(f, leaves):
 
 def test_second_derivatives_and_gradcheck():
     leaves = [t.requires_grad_() for t in scaled(conv_case("twice", (1, 1, 2, 3), 2, 2), torch.float64).values()]
-    for slope in (0.0, 0.3):
-        assert torch.autograd.gradcheck(functools.partial(functional.conv_net, negative_slope=slope), leaves)
+    for slope in (0.0, 0.3):  # along random directions, for the interpreter's sake
+        assert torch.autograd.gradcheck(functools.partial(functional.conv_net, negative_slope=slope), leaves,
+                                        fast_mode=True)
     found = (second_derivatives(f, leaves) for f in (functional.conv_net, reference.conv_net))
     for name, got, want in zip("xw", *found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=name)
@@ -330,7 +338,8 @@ def test_when_it_is_preferred(monkeypatch, launches):
 def test_torch_compile_has_its_own_unless_asked(monkeypatch, launches):
     monkeypatch.setitem(backends.PREFERENCE, ("conv_net", "cpu"), ("triton",))
     monkeypatch.setattr(backends._state, "within_reach", {})
-    net, x = nn.ConvNet(2, 4, 128), torch.randn(2, 2, 3, 3)
+    monkeypatch.setattr(backends, "CONV_NET_HIDDEN", 16)
+    net, x = nn.ConvNet(2, 4, 16), torch.randn(2, 2, 3, 3)
     for wanted, expected in ((None, []), ("triton", FORWARD + BACKWARD)):
         torch._dynamo.reset()
         launches.clear()
