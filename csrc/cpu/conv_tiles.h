@@ -155,6 +155,13 @@ struct Tiling {
   int64_t operator[](int64_t tile) const { return least + (tile < larger); }
 };
 
+// The vectors of a panel, which is as many of the hidden channels from j on as are computed at once.
+template <class T>
+inline int64_t panel_vectors(int64_t hidden, int64_t j) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  return hidden - j < expand_vectors * lanes ? (hidden - j) / lanes : expand_vectors;
+}
+
 // The values j < hidden of `count` pixels of `to` from the scalars of those of `from`. Where a sum has more terms than
 // `longest`, it is one of pieces of its runs, each taken over all the pixels: its weights stay in the first-level cache
 // then, and the rounding of a long sum in one go does not show.
@@ -166,7 +173,7 @@ inline void expand(const Runs& runs, int64_t count, const Grid<const T>& from, c
   const Tiling pixels(count, expand_rows), pieces(runs.length, whole ? 1 : longest);
   const int64_t passes = whole ? 1 : runs.count * pieces.tiles;
   for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
-    const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
+    const int64_t vectors = panel_vectors<T>(hidden, j);
     Finish<T> tail = finish;
     if (tail.bias) tail.bias += j;
     with_count<expand_vectors>(vectors, [&](auto n) {
@@ -319,8 +326,7 @@ inline void outer_piece(const Extent& extent, const Piece& piece, const Pixels<T
   constexpr int W = Simd<T>::lanes;
   const Tiling tiling(length, expand_rows);
   for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
-    const int64_t vectors = hidden - j >= expand_vectors * W ? expand_vectors : (hidden - j) / W;
-    with_count<expand_vectors>(vectors, [&](auto n) {
+    with_count<expand_vectors>(panel_vectors<T>(hidden, j), [&](auto n) {
       constexpr int N = decltype(n)::value;
       T* put = panel;
       for_each_row(extent, piece, v, [&](const T* from) {

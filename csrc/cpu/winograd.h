@@ -89,13 +89,6 @@ __attribute__((noinline)) void multiply_points(int64_t channels, const T* v, int
   }
 }
 
-// How many of the hidden channels from j on are expanded to at once.
-template <class T>
-inline int64_t panel(int64_t hidden, int64_t j) {
-  constexpr int64_t most = expand_vectors * Simd<T>::lanes;
-  return hidden - j < most ? hidden - j : most;
-}
-
 // The points of taps[9][channels][hidden] in the order in which expand_points reads them, panel by panel: whatever
 // lies `hidden` values apart would meet in few sets of the cache.
 template <class T>
@@ -103,7 +96,8 @@ inline void panel_taps(int64_t channels, int64_t hidden, const T* taps, T* to) {
   const auto spread = [](auto& g, auto& u) { spread_taps<3>(g, u); };
   const int64_t size = channels * hidden;
   for (int64_t j = 0; j < hidden; j += Simd<T>::lanes) {
-    const int64_t first = j - j % (expand_vectors * Simd<T>::lanes), length = panel<T>(hidden, first);
+    const int64_t first = j - j % (expand_vectors * Simd<T>::lanes);
+    const int64_t length = panel_vectors<T>(hidden, first) * Simd<T>::lanes;
     for (int64_t k = 0; k < channels; ++k)
       along_both<3, 3, line_points, line_points, T>(
           [&](int a, int b) { return load(taps + (3 * a + b) * size + k * hidden + j); }, spread, spread,
@@ -123,7 +117,7 @@ inline void expand_points(const Tiles& tiles, const int64_t* at, int64_t channel
   const Tiling tiling(tiles.count(), expand_rows);
   const int64_t row = tiles.width() * hidden;
   for (int64_t j = 0; j < hidden; j += expand_vectors * W) {
-    const int64_t length = panel<T>(hidden, j), vectors = length / W;
+    const int64_t vectors = panel_vectors<T>(hidden, j), length = vectors * W;
     Finish<T> here = finish;
     if (here.bias) here.bias += j;
     if (here.gate) here.gate += j;
@@ -234,7 +228,7 @@ inline void outer_points(const Tiles& tiles, const int64_t* at, int64_t channels
   for (int64_t t = 0; t < tiles.count(); t += most) {
     const int64_t count = tiles.count() - t < most ? tiles.count() - t : most;
     for (int64_t j = 0; j < hidden; j += expand_vectors * W)
-      with_count<expand_vectors>(panel<T>(hidden, j) / W, [&](auto n) {
+      with_count<expand_vectors>(panel_vectors<T>(hidden, j), [&](auto n) {
         constexpr int N = decltype(n)::value;
         for (int64_t i = 0; i < count; ++i) {
           lines[i] = 4 * N * W * i;
