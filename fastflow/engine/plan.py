@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from fastflow import backends, launches
 from fastflow.engine.assembly import check_model
@@ -17,6 +18,24 @@ from fastflow.engine.objectives import objective_for
 __all__ = ["parameter_count", "plan"]
 
 PROBES = (2, 4)  # examples in the two batches that are traced
+FILLS = {getattr(nn.init, name) for name in nn.init.__all__ if name.endswith("_")} | {
+    torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_}
+
+
+class _Unfilled(TorchFunctionMode):
+    """No tensor is initialised: on the meta device that is most of the time that building a model takes, for nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
+
+
+def _without_values(settings):
+    """The model of these settings on the meta device."""
+    with torch.device("meta"), _Unfilled():
+        return build_model(settings)
 
 
 def plan(settings):
@@ -35,8 +54,7 @@ def plan(settings):
         SettingsError: sizes or options that don't go together, or a shape that only the data can tell.
     """
     shape, n_bins, train = example_shape(settings), levels_of_values(settings), settings.train
-    with torch.device("meta"):
-        model = build_model(settings)
+    model = _without_values(settings)
     check_model(settings, model)
     objective = objective_for(model, n_bins=n_bins, n_samples=getattr(settings.model, "n_samples", 1))
     copies = 5 if train.ema_decay else 4
@@ -61,8 +79,7 @@ def plan(settings):
 
 def parameter_count(settings):
     """How many numbers are trained, from a model on the meta device."""
-    with torch.device("meta"):
-        return _trained(build_model(settings))
+    return _trained(_without_values(settings))
 
 
 def _trained(model):
