@@ -5,6 +5,7 @@ import itertools
 from dataclasses import dataclass, field
 from unittest import mock
 
+import pytest
 import torch
 from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_by_ratio
 
@@ -231,6 +232,14 @@ MLP_CASES = (mlp_case("mlp", (5, 19, 8, 7), activation="tanh"),
              mlp_case("wide_relu_hidden", (4, 6, 2), op="wide_mlp", activation="relu", hidden=True))
 # With the operations that have no kernel on a GPU.
 CPU_CASES = CASES + CONV_CASES + ACTIVATED_CASES + BERNOULLI_CASES + MLP_CASES
+
+
+def one_of_each_op(cases):
+    """The cases, all but the first of each operator for the slow suite."""
+    seen = set()
+    for case in cases:
+        yield pytest.param(case, marks=pytest.mark.slow) if case.op in seen else case
+        seen.add(case.op)
 
 
 def no_kernel(backend, op, size=0):

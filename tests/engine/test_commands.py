@@ -101,7 +101,7 @@ def test_train_resume_evaluate_sample(recipe, tmp_path, fastflow, monkeypatch):
     assert bad.returncode == 1 and "state.json: truncated" in bad.stderr and "of steps 3" in bad.stderr
 
 
-@pytest.mark.parametrize("n", [7, 1])
+@pytest.mark.parametrize("n", [pytest.param(7, marks=pytest.mark.slow), 1])
 def test_a_vae_of_few_held_out_images(n, tmp_path, fastflow):
     """Pictures of those there are; of one image what several are needed for is left out, and said to be."""
     for part, count in (("train", 80), ("test", n)):
@@ -146,7 +146,7 @@ def test_export_a_function(format, function, samples, tmp_path, fastflow):
 def test_the_commands_as_processes(tmp_path):
     out = tmp_path / "run"
     for arguments, said in ((["train", "glow-digits", *tiny("glow-digits", 2), "--out", out], "held-out bits/dim"),
-                            (["evaluate", out], "held-out bits/dim"), (["sample", out], "step-000002-seed-0.png")):
+                            (["sample", out], "step-000002-seed-0.png")):
         done = process(*arguments)
         assert done.returncode == 0 and not done.stderr and said in done.stdout, done.stderr
     refused = process("train", "glow-digits", "--out", out)

@@ -140,7 +140,7 @@ def test_three_steps_are_those_of_a_loop_by_hand(case, options):
     compared(case, **options)
 
 
-@pytest.mark.parametrize("case", ["tasks", "m2"])
+@pytest.mark.parametrize("case", [pytest.param("tasks", marks=pytest.mark.slow), "m2"])
 def test_compiled_steps_too(case):
     compared(case, compile="aot_eager")
 

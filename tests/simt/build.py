@@ -22,7 +22,7 @@ FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unk
          "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 if re.search(r"\bfma\b", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""):
     FLAGS.append("-mfma")  # as a GPU computes
-CHECKED = ["-O1", *SANITIZERS]
+CHECKED = ["-O0", *SANITIZERS]  # optimised, the checks take longer to compile than to run
 RUNTIME = HERE / "runtime.cpp"
 RUNTIME_FLAGS = ["-O2", "-fno-builtin-memcpy"]  # its memcpy must be a call, which AddressSanitizer checks
 JOBS = 2

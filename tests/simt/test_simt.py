@@ -37,21 +37,20 @@ def teeth():
 
 
 # What tests/unit calls the cpu backend is here the emulated GPU (plugin.py). Its tests of slogdet take minutes to
-# emulate; check_kernels.py has smaller ones, and cases of every operator and size class, for the quick run.
+# emulate; check_kernels.py has smaller ones, and cases of every operator and size class. The quick run is one process:
+# torch alone takes one of them ten seconds to load.
 SUITES = {
-    "kernels": [build.HERE / "cases" / "check_kernels.py"],
+    "quick": [build.HERE / "cases" / "check_kernels.py", UNIT / "test_affine_coupling.py", UNIT / "test_dialects.py",
+              UNIT / "test_nonfinite.py", "-k", "not past_caches"],  # which the emulation has none of
     "layouts": [UNIT / "test_layouts.py"],
-    "affine_coupling": [UNIT / "test_affine_coupling.py", UNIT / "test_dialects.py", UNIT / "test_nonfinite.py",
-                        "-k", "not past_caches"],  # which the emulation has none of
     "mlp_flow": [build.HERE / "cases" / "check_mlp_flow.py", UNIT / "test_mlp_flow.py", "--deselect",
                  UNIT / "test_mlp_flow.py::test_on_older_processors"],
     "spline": [UNIT / "test_spline.py", "-k", "not sharp_splines or 10.0"],
     "gaussian": [UNIT / "test_gaussian_sample_kl.py", UNIT / "test_gaussian_noise.py"],
 }
-QUICK = ("kernels", "affine_coupling")
 
 
-@pytest.mark.parametrize("suite", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+@pytest.mark.parametrize("suite", [pytest.param(name, marks=() if name == "quick" else pytest.mark.slow)
                                    for name in SUITES])
 def test_kernels_under_sanitizers(suite, operators):
     result = run("-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "-q", "-rf", "--tb=short",

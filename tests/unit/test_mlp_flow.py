@@ -199,7 +199,7 @@ for features, hidden, context in ((2, (64, 64), None), (33, (17, 40), 1)):
 """
 
 
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx2", pytest.param("baseline", marks=pytest.mark.slow)])
 def test_on_older_processors(isa):
     check_with_instructions(isa, SCRIPT)
 

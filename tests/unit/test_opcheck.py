@@ -324,7 +324,7 @@ def test_every_operator_is_checked():
     assert set(SAMPLES) == set(extension.NAMES) and all(inspect.isgeneratorfunction(s) for s in SAMPLES.values())
 
 
-@pytest.mark.parametrize("share", range(3))
+@pytest.mark.parametrize("share", [0, *(pytest.param(share, marks=pytest.mark.slow) for share in (1, 2))])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_schema_and_fake(name, share, fused, device):
     """Every sample, a third in each test; the slow tracing check on some of them."""

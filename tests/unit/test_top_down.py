@@ -255,12 +255,12 @@ for sizes in SIZES[:2]:
     for mode in ("residual", "absolute", "ladder"):
         assert_exact(problem(sizes, 75, mode))
         # Medians: the largest error is one badly conditioned sample's, whoever rounds that worse.
-        assert_as_accurate_as_eager([problem(sizes, batch, mode, seed=seed) for batch in (30, 75) for seed in range(8)],
+        assert_as_accurate_as_eager([problem(sizes, batch, mode, seed=seed) for batch in (30, 75) for seed in range(4)],
                                     statistics.median)
 """
 
 
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx2", pytest.param("baseline", marks=pytest.mark.slow)])
 def test_on_older_processors(isa):
     check_with_instructions(isa, SCRIPT)
 

@@ -41,7 +41,8 @@ def curve(build, backend, dtype):
     return torch.stack(losses)
 
 
-SLOW = (("ladder", torch.float32), ("ladder", torch.bfloat16), ("hierarchical", torch.bfloat16))
+SLOW = (("ladder", torch.float32), ("ladder", torch.bfloat16), ("hierarchical", torch.bfloat16),
+        ("conv", torch.bfloat16))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [

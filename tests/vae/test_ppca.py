@@ -178,7 +178,8 @@ def test_iwae_rises_with_k_and_stays_below_the_evidence(problem):
     assert evidence - bounds[-1].mean() < 0.1 * (evidence - bounds[0].mean())
 
 
-@pytest.mark.parametrize("deviations", [(1.8, 0.6, 0.4), (2.0, 1.4, 0.7, 0.5), (2.4, 1.7, 1.2, 0.5, 0.4, 0.3)],
+@pytest.mark.parametrize("deviations", [
+    (1.8, 0.6, 0.4), (2.0, 1.4, 0.7, 0.5), pytest.param((2.4, 1.7, 1.2, 0.5, 0.4, 0.3), marks=pytest.mark.slow)],
                          ids=lambda deviations: f"{len(deviations)}-{len(deviations) // 2}")
 @pytest.mark.parametrize("posterior", ["gaussian", "full"])
 def test_training_reaches_the_maximum_likelihood(posterior, deviations):
