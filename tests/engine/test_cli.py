@@ -89,11 +89,7 @@ def refused_after_warning(capsys, *arguments):
     return line
 
 
-def test_list_and_version():
-    listed = run("train", "--list")
-    assert listed.returncode == 0 and not listed.stderr
-    names = {line.split()[0] for line in listed.stdout.splitlines() if line.strip()}
-    assert names >= {"glow-photos", "glow-digits", "vae-digits"}
+def test_version():
     assert run("--version").stdout == f"fastflow {importlib.metadata.version('fastflow')}\n"
 
 

@@ -39,8 +39,8 @@ def patch_the_language_once():
 
 
 def check_integers():
-    """Sums, differences and products of signed integers of fewer than 64 bits that overflow are errors: offsets are such.
-    The interpreter works this out too, a third of these tests' time, but as its assertions are off, nobody asks."""
+    """Sums, differences and products of signed integers of fewer than 64 bits, as offsets are, must not overflow. The
+    interpreter works this out too, a third of these tests' time, but as its assertions are off, nobody asks."""
     import numpy as np
     from triton.language.semantic import TritonSemantic
 
