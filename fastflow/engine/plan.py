@@ -23,7 +23,7 @@ FILLS = {getattr(nn.init, name) for name in nn.init.__all__ if name.endswith("_"
 
 
 class _Unfilled(TorchFunctionMode):
-    """No tensor is initialised: on the meta device that takes longer than the rest of building a model, for nothing."""
+    """No tensor is initialised: on the meta device that takes a large part of building a model, for nothing."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -134,7 +134,7 @@ class BoundObjective(nn.Module):
         if name == "piwae":
             bounds.check_groups(n_samples, options["groups"])
         elif name in OF_WEIGHTS:
-            OF_WEIGHTS[name](torch.zeros(n_samples, 1, device="cpu"), **options)  # checks the options
+            OF_WEIGHTS[name](torch.zeros(n_samples, 1), **options)  # checks the options
         self.name, self.n_samples, self.options = name, n_samples, options
 
     def forward(self, model, x, n_samples=1, beta=1.0, *, context=None, targets=None, **noise):

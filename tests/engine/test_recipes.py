@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import extracted, imagenet
+from sweeps import rest_slow
 
 from fastflow import cli, flows
 from fastflow.engine import SettingsError, build_model, load_settings
@@ -31,11 +32,6 @@ SHORT = ["train.steps=2", "train.batch_size=4", "train.accumulate=1", "train.thr
 # one of each kind of model and data
 PLANNED = ("jet", "vae-digits", "vqvae-digits", "realnvp-patches", "maf-power", "iwae-digits", "dvae-digits",
            "cvae-digits", "m2-digits", "task-digits")
-
-
-def but_for(names, *quick):
-    """Those that are not quick to try are tried in the long run."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def reduced(settings):
@@ -67,7 +63,7 @@ def fastflow(threads, capsys):
     return run
 
 
-@pytest.mark.parametrize("recipe", but_for(recipes(), *recipes().keys() - {"vqvae-photos"}))
+@pytest.mark.parametrize("recipe", rest_slow(recipes(), recipes().keys() - {"vqvae-photos"}))
 def test_every_recipe_trains_evaluates_and_draws(recipe, tmp_path, fastflow):
     settings, out = load_settings(recipe), tmp_path / "run"
     assert from_dict(json.loads(json.dumps(settings.model_dump()))) == settings  # as a checkpoint keeps them
@@ -112,7 +108,7 @@ def test_bits_of_images_at_a_path_count_every_constant(tmp_path, fastflow):
     assert abs(bits.mean().item() - reported) < 1e-4
 
 
-@pytest.mark.parametrize("recipe", but_for(recipes(), *PLANNED))
+@pytest.mark.parametrize("recipe", rest_slow(recipes(), PLANNED))
 def test_a_dry_run_needs_no_data(recipe, tmp_path, monkeypatch, fastflow):
     monkeypatch.chdir(tmp_path)
     found = dict(line.split() for line in fastflow("train", recipe, "--dry-run").splitlines())
@@ -131,7 +127,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("recipe", but_for(MODELS, *MODELS.keys() - {"glow-imagenet32", "glow-imagenet64"}))
+@pytest.mark.parametrize("recipe", rest_slow(MODELS, MODELS.keys() - {"glow-imagenet32", "glow-imagenet64"}))
 def test_the_models_are_the_papers(recipe):
     model, config = MODELS[recipe]
     with torch.device("meta"):

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from rich.console import Console
+from sweeps import rest_slow
 
 from fastflow.engine import NonFiniteError, RunError, SettingsError, checkpoint, load_settings, state, trainer
 from fastflow.engine.distributed import gathered
@@ -52,7 +53,7 @@ def contents(path):
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
-@pytest.mark.parametrize("saved", [0, 3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2))])
+@pytest.mark.parametrize("saved", rest_slow(range(4), [0, 3]))
 def test_30_pairs_of_save_and_kill_resume_bit_for_bit(saved, make, tmp_path):
     """Saved after one of the steps 0 to 3, killed in the midst of each later update: the tensors of the checkpoint at
     the end are the same file for file, byte for byte, and so are the losses in between."""

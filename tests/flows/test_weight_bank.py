@@ -167,7 +167,6 @@ def test_singular_weight():
         assert torch.isfinite(layers[1](torch.randn(2, 3))[1]).all()
 
 
-@pytest.mark.slow  # a compiled Glow, which is tested at every run, has one
 def test_compiles_to_one_graph():
     bank = WeightBank(scattered(model()))
     compiled = torch.compile(bank, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -1,9 +1,11 @@
 """Calls that try their ways once for each shape and keep to the fastest; the timing itself is a GPU's."""
 
+import itertools
 import threading
 
 import pytest
 import torch
+from sweeps import rest_slow
 
 from fastflow import backends, flows, measured, nn
 from fastflow.flows import memory
@@ -113,9 +115,8 @@ def test_trying_leaves_the_pass_alone(timed):
     torch.testing.assert_close([2.0 * p.grad for p in net.parameters()], first)
 
 
-@pytest.mark.parametrize(("mode", "faster"), [
-    ("save_z", "triton"), ("invert", "reference"),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("save_z", "reference"), ("invert", "triton")))])
+@pytest.mark.parametrize(("mode", "faster"), rest_slow(
+    itertools.product(("save_z", "invert"), ("triton", "reference")), [("save_z", "triton"), ("invert", "reference")]))
 def test_what_runs_again_in_backward_runs_as_it_did_in_forward(timed, mode, faster):
     """On a GPU in a thread of autograd's own, which knows of no context."""
     timed.seconds = {"triton": 2.0, "reference": 2.0, faster: 1.0}

@@ -16,15 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import calls  # noqa: E402  the path above
 import compiling  # noqa: E402
 import torch  # noqa: E402
+from sweeps import rest_slow  # noqa: E402
 
 QUICK = calls.quick_calls()
 WIDE = calls.wide_calls()
 OTHER_TRITON = "FASTFLOW_TRITON36_PYTHON"
-
-
-def some_of(choices, quick):
-    """The choices, those that are not among the quick ones for the slow suite."""
-    return [choice if choice in quick else pytest.param(*choice, marks=pytest.mark.slow) for choice in choices]
 
 
 def launches_on(call, capability):
@@ -60,7 +56,7 @@ def test_compiles(name):
     check(QUICK[name], 90)
 
 
-@pytest.mark.parametrize("capability", [75, *(pytest.param(n, marks=pytest.mark.slow) for n in (80, 100)), 120])
+@pytest.mark.parametrize("capability", rest_slow([75, 80, 100, 120], [75, 120]))
 @pytest.mark.parametrize("name", [name for name in WIDE if "-f32" in name])
 def test_compiles_for_other_gpus(name, capability):
     check(WIDE[name], capability)
@@ -102,7 +98,7 @@ def test_aligned_accesses_of_splines_are_16_bytes_wide(name):
     assert stores.count(16) >= (1 if "fwd" in name else 4) and len(stores) - stores.count(16) <= 1, stores
 
 
-@pytest.mark.parametrize(("dtypes", "level"), some_of(itertools.product(("f32", "bf16"), range(3)),
+@pytest.mark.parametrize(("dtypes", "level"), rest_slow(itertools.product(("f32", "bf16"), range(3)),
                                                       {("f32", 0), ("bf16", 1)}))
 def test_products_run_on_tensor_cores_and_hidden_maps_move_16_bytes_at_a_time(dtypes, level):
     """Loads go past the registers into shared memory, while the product before them runs; h alone does not, which the
@@ -127,7 +123,7 @@ def copies(kernel):
     return [int(width, 0) for width in found]
 
 
-@pytest.mark.parametrize(("dtypes", "level", "channels_last"), some_of(
+@pytest.mark.parametrize(("dtypes", "level", "channels_last"), rest_slow(
     itertools.product(("f32", "bf16", "bf16_f32"), range(3), (True, False)),
     {("f32", 0, False), ("bf16", 1, True), ("bf16_f32", 1, True)}))
 def test_hidden_maps_and_weights_prepared_are_copied_16_bytes_at_a_time(dtypes, level, channels_last):
@@ -151,7 +147,7 @@ def test_hidden_maps_and_weights_prepared_are_copied_16_bytes_at_a_time(dtypes, 
                 assert kernel.resources()["REG"] <= 128, kernel.resources()
 
 
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 120])  # of these 120 has less
+@pytest.mark.parametrize("capability", rest_slow([80, 120], [120]))  # which has less
 def test_products_fit_in_the_shared_memory_of_smaller_gpus(capability):
     for call in calls.conv_net_calls("f32").values():  # the level of the largest tiles
         check(call, capability)

@@ -8,6 +8,7 @@ import torch
 from cases import check_together as check
 from cases import cotangents_of, evaluate, flow_case, kernels_run, upcast
 from op_checks import check_with_instructions
+from sweeps import rest_slow
 from tolerances import assert_bitwise, assert_by_ratio, assert_same_nonfinite
 from torch._subclasses import FakeTensorMode
 
@@ -199,7 +200,7 @@ for features, hidden, context in ((2, (64, 64), None), (33, (17, 40), 1)):
 """
 
 
-@pytest.mark.parametrize("isa", ["avx2", pytest.param("baseline", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("isa", rest_slow(["avx2", "baseline"], ["avx2"]))
 def test_on_older_processors(isa):
     check_with_instructions(isa, SCRIPT)
 

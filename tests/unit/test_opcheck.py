@@ -8,6 +8,7 @@ import layouts
 import pytest
 import torch
 from cases import no_kernel
+from sweeps import rest_slow
 from torch.utils import _pytree as pytree
 
 from fastflow import extension, reference
@@ -324,7 +325,7 @@ def test_every_operator_is_checked():
     assert set(SAMPLES) == set(extension.NAMES) and all(inspect.isgeneratorfunction(s) for s in SAMPLES.values())
 
 
-@pytest.mark.parametrize("share", [0, *(pytest.param(share, marks=pytest.mark.slow) for share in (1, 2))])
+@pytest.mark.parametrize("share", rest_slow(range(3), [0]))
 @pytest.mark.parametrize("name", SAMPLES)
 def test_schema_and_fake(name, share, fused, device):
     """Every sample, a third in each test; the slow tracing check on some of them."""

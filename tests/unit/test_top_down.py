@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from op_checks import check_with_instructions
+from sweeps import rest_slow
 from tolerances import GRADIENT_FACTOR, VALUE_FACTOR, assert_bitwise
 
 from fastflow import backends, functional, reference
@@ -260,7 +261,7 @@ for sizes in SIZES[:2]:
 """
 
 
-@pytest.mark.parametrize("isa", ["avx2", pytest.param("baseline", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("isa", rest_slow(["avx2", "baseline"], ["avx2"]))
 def test_on_older_processors(isa):
     check_with_instructions(isa, SCRIPT)
 
