@@ -46,6 +46,14 @@ class EMA:
                 self._sources.append(self._frozen.pop(name))
                 self.parameters[name] = p.detach().clone()
 
+    def _follow(self):
+        """Averages go where the model went, if it was moved to another device or dtype since."""
+        for (name, average), p in zip(self.parameters.items(), self._sources, strict=True):
+            if average.dtype == p.dtype and average.device == p.device:
+                return  # all are moved together
+            self.parameters[name] = average.to(p)
+        self.n_updates = self.n_updates.to(self._sources[0].device)
+
     def _tensors(self):
         """(averages, parameters): the tensors of this process."""
         return list(map(local, self.parameters.values())), [local(p.detach()) for p in self._sources]
@@ -55,6 +63,7 @@ class EMA:
         """Takes the current parameters in; not where the 0-d device tensor ``skip`` is 1."""
         if self._frozen:
             self._join()
+        self._follow()
         averages, sources = self._tensors()
         self.n_updates += 1 if skip is None else 1 - skip
         if skip is None and not self.warmup:

@@ -167,7 +167,8 @@ class NegativeELBO(Objective):
         """What the model's forward is asked for, beyond the ELBO's arguments."""
         if self._asked[0] is model:
             return self._asked[1]
-        asks = {"loss_only": True} if type(unwrap(model)).forward is VAE.forward else {}
+        inner = unwrap(model)
+        asks = {"loss_only": True} if type(inner).forward is VAE.forward and "forward" not in vars(inner) else {}
         if not torch.compiler.is_compiling():  # what a graph changes, it is compiled anew for
             self._asked = model, asks
         return asks

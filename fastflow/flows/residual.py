@@ -63,7 +63,7 @@ class InvertibleResidual(nn.Module):
         Chen et al., "Residual flows for invertible generative modeling", 2019, arXiv:1906.02735.
     """
 
-    def __init__(self, net, *, exact_features=16, exact_training_features=8, n_exact_terms=4, stop=0.5, n_probes=1,
+    def __init__(self, net, *, exact_features=64, exact_training_features=8, n_exact_terms=4, stop=0.5, n_probes=1,
                  n_eval_terms=40, tolerance=None, max_iterations=2000):
         super().__init__()
         if not callable(net):

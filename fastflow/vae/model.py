@@ -28,6 +28,9 @@ POSTERIORS = {"gaussian": GaussianPosterior, "low_rank": LowRankGaussianPosterio
 LIKELIHOODS = {"bernoulli": BernoulliLikelihood, "continuous_bernoulli": ContinuousBernoulliLikelihood,
                "gaussian": GaussianLikelihood, "laplace": LaplaceLikelihood, "poisson": PoissonLikelihood}
 KL = ("auto", "analytic", "monte_carlo")
+# What a training loss leaves out that a subclass may have replaced: always, and where the networks run as one node.
+BOUND = ("elbo", "_infer", "_terms", "_log_joint")
+NETWORKS = ("_encoded", "decode", "_log_likelihood")
 
 
 class VAE(Generation, nn.Module):
@@ -139,13 +142,14 @@ class VAE(Generation, nn.Module):
 
     def _loss_terms(self, x, n_samples, beta, *, context=None, kl="auto", **noise):
         """The LossTerms where the KL has a closed form, else the ELBO."""
-        prior, own = self._prior(context), type(self)
-        replaced = own.elbo is not VAE.elbo or own._infer is not VAE._infer or own._terms is not VAE._terms
-        if replaced or kl != "auto" or type(self.posterior) is not GaussianPosterior or not has_closed_kl(prior):
+        prior = self._prior(context)
+        if (self._replaces(BOUND) or kl != "auto" or type(self.posterior) is not GaussianPosterior
+                or not has_closed_kl(prior)):
             return self.elbo(x, n_samples, beta, context=context, kl=kl, **noise)
         check_input(x, self.encoder, self.event_shape)
         single = n_samples == 1 and noise.get("eps") is None
-        if single and context is None and prior is None and (terms := one_node(self, x, **noise)) is not None:
+        if (single and context is None and prior is None and not self._replaces(NETWORKS)
+                and (terms := one_node(self, x, **noise)) is not None):
             return LossTerms(-terms[0], terms[1], beta)
         params = self._encoded(x, context)
         z, _, rate = self.posterior(params, prior, None if single else n_samples, want_log_qz=False, **noise)
@@ -154,6 +158,11 @@ class VAE(Generation, nn.Module):
             self.latent_shape = z.shape[len(lead) + 1:]
         log_px_z = self._log_likelihood(x, z, context, lead)
         return LossTerms(-(log_px_z if single else log_px_z.mean(0)), rate, beta)
+
+    def _replaces(self, names):
+        """Whether one of these methods is not the VAE's own, by a subclass or on this object."""
+        own, mine = type(self), vars(self)
+        return any(getattr(own, name) is not getattr(VAE, name) or name in mine for name in names)
 
     def _infer(self, x, n_samples, prior, context, **noise):
         checks.count("n_samples", n_samples, 1)

@@ -20,7 +20,7 @@ def one_node(model, x, *, seed=None, generator=None, eps=None):
     likelihood, posterior = model.likelihood, model.posterior
     if (type(likelihood) is not BernoulliLikelihood or eps is not None or seed is not None and type(seed) is not int
             or torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.requires_grad or x.dim() < 2
-            or x.shape[0] == 0 or is_hooked(likelihood) or is_hooked(posterior)):
+            or x.shape[0] == 0 or is_hooked(likelihood) or is_hooked(posterior) or "log_prob" in vars(likelihood)):
         return None
     event = x.shape[1:]
     encoding = whole_mlp(model.encoder, event, None, x.dtype)

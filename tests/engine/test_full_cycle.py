@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sweeps import rest_slow
 
 from fastflow import cli
 from fastflow.engine.export import load_exported
@@ -125,7 +126,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("recipe", rest_slow(TINY, ["glow-digits"]))
 @pytest.mark.parametrize("drive", ["in one process", pytest.param("processes", marks=pytest.mark.slow)], indirect=True)
 def test_train_stop_resume_evaluate_sample_export_report(drive, recipe, tmp_path):
     vae, run, whole = recipe == "vae-digits", tmp_path / "run", tmp_path / "whole"

@@ -235,13 +235,13 @@ def inside_another():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: flows.RealNVP(4, n_layers=2, hidden=(8,)), lambda: flows.NICE(4, hidden=(8,)),
-    lambda: flows.MAF(4, n_layers=2, hidden=(8,)), lambda: flows.NSF(4, n_layers=1, hidden=(8,)), inside_another,
+    lambda: flows.RealNVP(4, n_layers=2, hidden=(8,)), lambda: flows.MAF(4, n_layers=2, hidden=(8,)), inside_another,
     *(pytest.param(make, marks=pytest.mark.slow) for make in (
+        lambda: flows.NICE(4, hidden=(8,)), lambda: flows.NSF(4, n_layers=1, hidden=(8,)),
         lambda: flows.IAF(4, n_layers=2, hidden=(8,)),
         lambda: flows.Jet((3, 8, 8), patch_size=4, channels=8, couplings=2, depth=1, heads=2),
         lambda: flows.TarFlow((3, 8, 8), patch_size=4, channels=8, head_dim=4, blocks=2, layers_per_block=1))),
-], ids=["RealNVP", "NICE", "MAF", "NSF", "hidden", "IAF", "Jet", "TarFlow"])
+], ids=["RealNVP", "MAF", "hidden", "NICE", "NSF", "IAF", "Jet", "TarFlow"])
 def test_save_z_of_every_model_inside_a_compiled_loss(make):
     """Steps, MADEs, splines and attention, with plain gradients."""
     torch.manual_seed(0)

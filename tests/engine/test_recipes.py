@@ -30,7 +30,7 @@ REDUCED = {
 SHORT = ["train.steps=2", "train.batch_size=4", "train.accumulate=1", "train.threads=1", "train.device=cpu",
          "train.eval_every=0", "train.patience=0", "train.checkpoint_every=0", "train.max_seconds=0", "sample.count=2"]
 # one of each kind of model and data
-PLANNED = ("jet", "vae-digits", "vqvae-digits", "realnvp-patches", "maf-power", "iwae-digits", "dvae-digits",
+PLANNED = ("vae-digits", "vqvae-digits", "realnvp-patches", "maf-power", "iwae-digits", "dvae-digits",
            "cvae-digits", "m2-digits", "task-digits")
 
 
@@ -63,7 +63,7 @@ def fastflow(threads, capsys):
     return run
 
 
-@pytest.mark.parametrize("recipe", rest_slow(recipes(), recipes().keys() - {"vqvae-photos"}))
+@pytest.mark.parametrize("recipe", rest_slow(recipes(), recipes().keys() - {"vqvae-photos", "vae-photos"}))
 def test_every_recipe_trains_evaluates_and_draws(recipe, tmp_path, fastflow):
     settings, out = load_settings(recipe), tmp_path / "run"
     assert from_dict(json.loads(json.dumps(settings.model_dump()))) == settings  # as a checkpoint keeps them

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from sweeps import rest_slow
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -99,7 +100,7 @@ def test_glow_through_inductor(parametrization):
     check(glow(1, parametrization=parametrization), (3, 16, 16), backend="inductor", exact=False, integer=False)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", rest_slow([None, torch.bfloat16], [None]))
 def test_conditioners_of_one_shape_share_a_graph(dtype):
     """Three couplings of each of two levels and one split: three graphs, and the steps of the plain model."""
     model = flows.Glow((3, 8, 8), 2, 3, hidden_channels=8)
@@ -189,12 +190,12 @@ def discrete(estimator, n_classes=2, **options):
 
 @pytest.mark.parametrize("make", [
     lambda: WAE((8,), 2, sizes=(8,)), functools.partial(discrete, "reinforce"),
-    functools.partial(discrete, "gumbel-softmax"),
     *(pytest.param(make, marks=pytest.mark.slow) for make in (
         lambda: InfoVAE((8,), 2, sizes=(8,)), lambda: AdversarialAutoencoder((8,), 2, sizes=(8,)),
         lambda: FactorVAE((8,), 2, sizes=(8,)),
         *(functools.partial(discrete, name) for name in (
-            "enumeration", "nvil", "rloo", "vimco", "straight-through", "arm", "disarm", "unordered-set")),
+            "gumbel-softmax", "enumeration", "nvil", "rloo", "vimco", "straight-through", "arm", "disarm",
+            "unordered-set")),
         lambda: discrete("gumbel-softmax", 3), lambda: discrete("rloo", 3), lambda: discrete("unordered-set", 3))),
     lambda: flows.Flow(flows.Compose(flows.VariationalDequantization(flows.ConditionalNormal(8, nn.Linear(8, 16))),
                                      flows.RealNVP(8, n_layers=2, hidden=(8,)).transform), flows.StandardNormal(8)),

@@ -120,6 +120,20 @@ def test_parameters_that_are_unfrozen_later_are_averaged_from_then_on():
         torch.testing.assert_close(model.shift.detach(), start + 0.5)
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_average_follows_a_model_that_is_moved(warmup):
+    model = Affine()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.05), ema_decay=0.9, ema_warmup=warmup)
+    step(torch.randn(4, 1, 2, 2))
+    before = {name: average.double() for name, average in step.ema.parameters.items()}
+    model.double()
+    step(torch.randn(4, 1, 2, 2, dtype=torch.float64))
+    decay = (1 + 2) / (warmup + 2) if warmup else 0.9  # after the second update
+    for name, parameter in model.named_parameters():
+        want = before[name].lerp(parameter.detach(), 1 - decay)
+        torch.testing.assert_close(step.ema.parameters[name], want, rtol=1e-14, atol=1e-15)
+
+
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"clip_grad_norm": 0.1}])
 def test_a_group_that_is_added_to_the_optimizer_counts(options):
     model, twin, x = glow(), glow(), torch.rand(8, 3, 8, 8) - 0.5

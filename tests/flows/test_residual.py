@@ -127,6 +127,18 @@ def test_small_events_are_exact_in_training():
     assert not flows.ResidualFlow(2).transform.transforms[1].estimates
 
 
+def test_tabular_events_are_exact_in_eval():
+    """The determinant up to 64 elements, so that the two directions are opposite; above, the series under probes."""
+    for features, exact in ((64, True), (65, False)):
+        layer = block(features, hidden=(32,), size=0.2)
+        x = torch.randn(3, features, dtype=torch.float64)
+        z, logdet = layer(x)
+        truth = torch.linalg.slogdet(flows.jacobian.jacobian(lambda t: layer(t)[0], x)[1])[1]  # noqa: B023
+        assert torch.equal(layer(x)[1], logdet) == exact
+        assert torch.allclose(logdet, truth, rtol=1e-12) == exact
+        assert torch.allclose(layer.inverse(z)[1], -truth, rtol=1e-9) == exact
+
+
 def test_roulette_weights_are_one_over_the_probability_of_being_reached():
     layer = block(2, n_exact_terms=3, stop=0.25).train()
     lengths = torch.zeros(12)

@@ -116,7 +116,7 @@ def test_trying_leaves_the_pass_alone(timed):
 
 
 @pytest.mark.parametrize(("mode", "faster"), rest_slow(
-    itertools.product(("save_z", "invert"), ("triton", "reference")), [("save_z", "triton"), ("invert", "reference")]))
+    itertools.product(("save_z", "invert"), ("triton", "reference")), [("invert", "reference")]))
 def test_what_runs_again_in_backward_runs_as_it_did_in_forward(timed, mode, faster):
     """On a GPU in a thread of autograd's own, which knows of no context."""
     timed.seconds = {"triton": 2.0, "reference": 2.0, faster: 1.0}

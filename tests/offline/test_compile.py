@@ -51,13 +51,15 @@ def has_64_bit_offsets(ttir):
     return bool(products) and not any("i32" in kind for kind in moved)
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", rest_slow(QUICK, [name for name in QUICK if "bf16_f32-1-512" not in name
+                                                   and "f64-1-contiguous" not in name]))
 def test_compiles(name):
     check(QUICK[name], 90)
 
 
-@pytest.mark.parametrize("capability", rest_slow([75, 80, 100, 120], [75, 120]))
-@pytest.mark.parametrize("name", [name for name in WIDE if "-f32" in name])
+@pytest.mark.parametrize(("name", "capability"), rest_slow(
+    itertools.product([name for name in WIDE if "-f32" in name], (75, 80, 100, 120)),
+    {(name, 75 if "fwd" in name else 120) for name in WIDE}))
 def test_compiles_for_other_gpus(name, capability):
     check(WIDE[name], capability)
 
@@ -125,7 +127,7 @@ def copies(kernel):
 
 @pytest.mark.parametrize(("dtypes", "level", "channels_last"), rest_slow(
     itertools.product(("f32", "bf16", "bf16_f32"), range(3), (True, False)),
-    {("f32", 0, False), ("bf16", 1, True), ("bf16_f32", 1, True)}))
+    {("f32", 0, False), ("bf16", 1, True)}))
 def test_hidden_maps_and_weights_prepared_are_copied_16_bytes_at_a_time(dtypes, level, channels_last):
     """In TF32 too, of which Hopper's tensor cores read only what has neighbours that are summed over: the weights are
     laid out so, and the maps that the weights' gradients are of turned. What is gathered from an image may be narrower.
@@ -147,7 +149,8 @@ def test_hidden_maps_and_weights_prepared_are_copied_16_bytes_at_a_time(dtypes, 
                 assert kernel.resources()["REG"] <= 128, kernel.resources()
 
 
-@pytest.mark.parametrize("capability", rest_slow([80, 120], [120]))  # which has less
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 120])  # which has less
 def test_products_fit_in_the_shared_memory_of_smaller_gpus(capability):
     for call in calls.conv_net_calls("f32").values():  # the level of the largest tiles
         check(call, capability)

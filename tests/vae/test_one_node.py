@@ -109,6 +109,43 @@ def test_other_models_keep_to_their_parts(name):
     torch.testing.assert_close(terms.value, model.elbo(x, seed=1).elbo, rtol=1e-12, atol=1e-12)
 
 
+METHODS = {"decode": lambda old: lambda z, context=None: 3.0 * old(z, context),
+           "elbo": lambda old: lambda x, n_samples=1, beta=1.0, **options: old(x, n_samples, 2.0 * beta, **options),
+           "_encoded": lambda old: lambda x, context: old(x, context) + 0.5,
+           "_log_joint": lambda old: lambda *args: tuple(2.0 * term for term in old(*args))}
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("on", ["class", "object"])
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_of_the_users_own_are_what_trains(name, on, likelihood):
+    model, x = model_of(likelihood=likelihood), bits()
+    plain = model.elbo(x, seed=1).elbo
+    if on == "object":
+        setattr(model, name, METHODS[name](getattr(model, name)))
+    else:
+        model.__class__ = type("Own", (vae.VAE,), {name: lambda self, *args, **options: METHODS[name](
+            getattr(super(type(self), self), name))(*args, **options)})
+    want = model.elbo(x, seed=1).elbo
+    assert (want - plain).abs().min() > 0.01
+    torch.testing.assert_close(model(x, seed=1, loss_only=True).value, want, rtol=1e-12, atol=1e-12)
+    torch.manual_seed(3)
+    want = -model.elbo(x).elbo.mean().detach()
+    torch.manual_seed(3)
+    torch.testing.assert_close(TrainStep(model, torch.optim.SGD(model.parameters(), 0.0))(x), want, rtol=1e-12, atol=0)
+
+
+def test_a_likelihood_or_a_forward_of_the_users_own_is_what_trains():
+    model, x = model_of(), bits()
+    usual = model.likelihood.log_prob
+    model.likelihood.log_prob = lambda x, output: usual(x, 2.0 * output)
+    torch.testing.assert_close(model(x, seed=1, loss_only=True).value, model.elbo(x, seed=1).elbo, rtol=1e-12,
+                               atol=1e-12)
+    model.forward = lambda x, n_samples=1, beta=1.0: model.elbo(x, n_samples, 3.0 * beta, seed=1)
+    loss = TrainStep(model, torch.optim.SGD(model.parameters(), 0.0))(x)
+    torch.testing.assert_close(loss, -model.elbo(x, 1, 3.0, seed=1).elbo.mean().detach(), rtol=1e-12, atol=0)
+
+
 def test_other_calls_keep_to_the_parts():
     model, x = model_of(), bits()
     assert one_node(model, x) is not None
