@@ -125,7 +125,7 @@ def parser():
 
     train = commands.add_parser("train", help="train a recipe", description="Train a recipe.")
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe's name (see --list) or a .toml file")
-    train.add_argument("--out", metavar="DIR", help="where the run goes (default: runs/RECIPE, "
+    train.add_argument("--out", type=_path, metavar="DIR", help="where the run goes (default: runs/RECIPE, "
                        "RECIPE-2 where that is taken, and so on; with --resume the last that is there)")
     train.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
                        help="change one setting of the recipe; may be repeated")
@@ -139,7 +139,7 @@ def parser():
     sample = commands.add_parser("sample", help="draw from a trained model",
                                  description="Draw images as one grid, or rows of a table as .csv, into DIR/samples "
                                  "and print the path.")
-    sample.add_argument("directory", metavar="DIR", help="a run's directory")
+    sample.add_argument("directory", type=_path, metavar="DIR", help="a run's directory")
     sample.add_argument("-n", "--count", type=_positive, help="how many (default: the recipe's)")
     sample.add_argument("--temperature", type=float, help="of the base distribution (default: the recipe's)")
     sample.add_argument("--seed", type=_natural, default=0, help="of the draws (default: 0)")
@@ -149,7 +149,7 @@ def parser():
     evaluate = commands.add_parser("evaluate", help="held-out figures of a trained model",
                                    description="Print held-out figures, and write them to DIR/evaluation.json; of a "
                                    "VAE also the diagnosis, into DIR/diagnosis.")
-    evaluate.add_argument("directory", metavar="DIR", help="a run's directory")
+    evaluate.add_argument("directory", type=_path, metavar="DIR", help="a run's directory")
     evaluate.add_argument("--seed", type=_natural, default=0, help="of the dequantisation and a VAE's draws "
                           "(default: 0)")
     evaluate.add_argument("--samples", type=_positive, metavar="K", help="of the latents per image, for the ELBO and "
@@ -160,20 +160,20 @@ def parser():
     export = commands.add_parser("export", help="write a trained model to a file for use elsewhere",
                                  description="Write a trained model's weights, or a function of it as a graph or "
                                  "compiled, and print the path.")
-    export.add_argument("directory", metavar="DIR", help="a run's directory")
+    export.add_argument("directory", type=_path, metavar="DIR", help="a run's directory")
     export.add_argument("--format", choices=["safetensors", "torch_export", "aoti"], default="safetensors",
                         help="weights, a graph, or that compiled (default: safetensors)")
     export.add_argument("--function", choices=["log_prob", "elbo", "encode", "decode"], help="what torch_export and "
                         "aoti hold (default: log_prob of a flow, elbo of a VAE, which takes its noise as an input)")
     export.add_argument("--samples", type=_positive, default=1, metavar="K", help="of the latents in an exported elbo "
                         "(default: 1)")
-    export.add_argument("--out", metavar="PATH", help="the file (default: in DIR/export)")
+    export.add_argument("--out", type=_path, metavar="PATH", help="the file (default: in DIR/export)")
     export.add_argument("--step", type=_natural, help="which checkpoint (default: the newest)")
     export.set_defaults(command=run_export)
 
     report = commands.add_parser("report", help="one HTML page about a run", description="Write DIR/report.html, one "
                                  "self-contained page, and print its path.")
-    report.add_argument("directory", metavar="DIR", help="a run's directory")
+    report.add_argument("directory", type=_path, metavar="DIR", help="a run's directory")
     report.set_defaults(command=run_report)
 
     bench = commands.add_parser("bench", help="measure the operations (bench --help)", add_help=False)
@@ -197,6 +197,12 @@ def _positive(text):
     if not 1 <= value <= 4096:
         raise argparse.ArgumentTypeError(f"expected an integer from 1 to 4096, got {text}")
     return value
+
+
+def _path(text):
+    if not text:  # a variable of the shell that is not set
+        raise argparse.ArgumentTypeError("expected a path, got an empty one")
+    return text
 
 
 def run_train(arguments):

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
         """Raises TypeError or ValueError, by name, at what can't be a batch."""
         if not isinstance(self.x, torch.Tensor):
             raise TypeError(f"x: expected a torch.Tensor, got {type(self.x).__name__}")
-        if self.x.ndim < 2 or len(self.x) == 0:
+        if self.x.ndim < 1 or len(self.x) == 0:
             raise ValueError(f"x: expected a batch (B, *event) with B > 0, got shape {tuple(self.x.shape)}")
         for name, value in self.named()[1:]:
             if not isinstance(value, torch.Tensor):

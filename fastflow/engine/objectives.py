@@ -45,9 +45,7 @@ class Objective:
     """
 
     def __init__(self, n_bins):
-        if not isinstance(n_bins, int) or n_bins < 2:
-            raise ValueError(f"n_bins: expected an integer of at least 2, got {n_bins!r}")
-        self.n_bins = n_bins
+        self.n_bins = checks.count("n_bins", n_bins, 2)
 
     def draws(self, model):
         """How many samples of the latents a report takes for each x; 1 where there are none."""
@@ -136,14 +134,13 @@ class NegativeELBO(Objective):
 
     def __init__(self, n_bins, n_samples=1, beta=1.0):
         super().__init__(n_bins)
-        if not isinstance(n_samples, int) or n_samples < 1:
-            raise ValueError(f"n_samples: expected a positive integer, got {n_samples!r}")
+        self.n_samples = checks.count("n_samples", n_samples, 1)
         follows = isinstance(beta, Schedule) or (isinstance(beta, torch.Tensor) and beta.ndim == 0)
         if not follows:
             checks.number("beta", beta)
         if not follows and not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"beta: expected a finite number, not negative, got {beta!r}")
-        self.n_samples, self.beta = n_samples, beta
+        self.beta = beta
         self._asked = None, {}  # the last model, and what its forward is asked for
 
     def __call__(self, model, x, context=None, targets=None):

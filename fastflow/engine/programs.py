@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from fastflow import checks
 from fastflow.engine.labels import classes_of
 from fastflow.vae import VAE, DiscreteVAE, HierarchicalVAE, QuantizedVAE
 
@@ -71,8 +72,7 @@ def program(model, function, n_samples=1, example=None, context=None):
         raise ValueError(f"function: {function} of a {type(model).__name__} can't be exported; use safetensors")
     if given and kind is not VAE:
         raise ValueError(f"context: a {type(model).__name__} takes none")
-    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
-        raise ValueError(f"n_samples: expected a positive int, got {n_samples!r}")
+    n_samples = checks.count("n_samples", n_samples, 1)
     x = _example(model, example, context)
     if function == "elbo":
         noise = _noise(model, x, n_samples, given)

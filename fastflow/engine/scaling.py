@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastflow import checks
+
 __all__ = ["Traffic", "traffic"]
 
 
@@ -66,8 +68,7 @@ def traffic(model, n_processes, strategy="ddp", groups=(), *, dtype=None):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if strategy not in ("ddp", "fsdp", "fsdp2"):
         raise ValueError(f"strategy: expected 'ddp', 'fsdp' or 'fsdp2', got {strategy!r}")
-    if isinstance(n_processes, bool) or not isinstance(n_processes, int) or n_processes < 1:
-        raise ValueError(f"n_processes: expected a positive int, got {n_processes!r}")
+    n_processes = checks.count("n_processes", n_processes, 1)
     parameters = {p for p in model.parameters() if p.requires_grad}
 
     def size(p, n=1):

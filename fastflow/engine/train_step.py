@@ -112,8 +112,7 @@ class TrainStep:
             raise ValueError(f"clip_grad_norm: expected a positive number or None, got {clip_grad_norm!r}")
         if check_finite not in (True, False, "late"):
             raise ValueError(f"check_finite: expected True, False or 'late', got {check_finite!r}")
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"accumulate: expected a positive integer, got {accumulate!r}")
+        accumulate = checks.count("accumulate", accumulate, 1)
         if conditioner_dtype not in (None, torch.bfloat16):
             raise ValueError(f"conditioner_dtype: expected torch.bfloat16 or None, got {conditioner_dtype!r}")
         if channels_last not in (None, True, False):

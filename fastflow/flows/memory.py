@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.checkpoint import checkpoint
 
-from fastflow import backends
+from fastflow import backends, checks
 from fastflow.flows.recompute import recomputed
 
 __all__ = ["Mode", "kept", "path", "saving"]
@@ -62,10 +62,7 @@ class Mode:
             raise ValueError(f"memory: expected one of {', '.join(map(repr, NAMES[1:]))}, got {name!r}")
         if keep_every is not None and name != "invert":
             raise ValueError(f"keep_every: expected None, because it belongs to memory='invert', got {keep_every!r}")
-        if keep_every is not None and (isinstance(keep_every, bool) or not isinstance(keep_every, int)
-                                       or keep_every < 1):
-            raise ValueError(f"keep_every: expected a positive int or None, got {keep_every!r}")
-        self.name, self.keep_every = name, keep_every
+        self.name, self.keep_every = name, None if keep_every is None else checks.count("keep_every", keep_every, 1)
         self.norms = tuple(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         self.iterating = tuple(filter(_iterates, model.modules()))
         self.random = False

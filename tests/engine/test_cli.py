@@ -29,6 +29,8 @@ def refused(capsys, *arguments):
     ([], "train, sample, evaluate, report, export, bench or doctor"),
     (["paint"], "paint"),
     (["train"], "glow-photos"),
+    (["train", "glow-digits", "--out", ""], "--out: expected a path, got an empty one"),
+    (["sample", ""], "DIR: expected a path, got an empty one"),
     (["train", "glow-cats"], "glow-cats"),
     (["train", "glow-digits", "--set", "train.stepz=3"], "train.stepz: unknown setting"),
     (["train", "glow-digits", "--set", "train.steps=many"], "train.steps: "),

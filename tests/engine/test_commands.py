@@ -143,17 +143,6 @@ def test_export_a_function(format, function, samples, tmp_path, fastflow):
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
-def test_the_commands_as_processes(tmp_path):
-    out = tmp_path / "run"
-    for arguments, said in ((["train", "glow-digits", *tiny("glow-digits", 2), "--out", out], "held-out bits/dim"),
-                            (["sample", out], "step-000002-seed-0.png")):
-        done = process(*arguments)
-        assert done.returncode == 0 and not done.stderr and said in done.stdout, done.stderr
-    refused = process("train", "glow-digits", "--out", out)
-    assert refused.returncode == 1 and "already holds a run" in refused.stderr and refused.stderr.count("\n") == 1
-    assert not refused.stdout
-
-
 def test_a_second_run_gets_a_directory_of_its_own(tmp_path, fastflow, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for expected in ("glow-digits", "glow-digits-2"):
@@ -182,19 +171,26 @@ def test_a_damaged_checkpoint_is_named_and_a_resume_goes_back_aloud(tmp_path, fa
     assert fastflow("evaluate", tmp_path, "--step", 2).returncode == 0  # written anew on the way
 
 
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "-m", "fastflow.cli", "train", "glow-digits", "--out", str(tmp_path / "run"),
+def test_the_commands_as_processes(tmp_path):
+    """SIGTERM saves and says how to go on; the checkpoint serves another process, and the run is not begun again."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fastflow.cli", "train", "glow-digits", "--out", str(out),
                *tiny("glow-digits", 1_000_000), "--set", "train.max_seconds=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
-        log = tmp_path / "run" / "metrics.jsonl"
-        while process.poll() is None and not (log.exists() and log.stat().st_size):
+                          env={**os.environ, "PYTHONUNBUFFERED": "1"}) as training:
+        log = out / "metrics.jsonl"
+        while training.poll() is None and not (log.exists() and log.stat().st_size):
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 143 and err.count("\n") == 1, err
+        training.send_signal(signal.SIGTERM)
+        _, err = training.communicate(timeout=120)
+    assert training.returncode == 143 and err.count("\n") == 1, err
     step = int(re.search(r"SIGTERM: stopped after step (\d+), saved as", err).group(1))
-    assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
+    assert (out / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
+    sampled = process("sample", out)
+    assert sampled.returncode == 0 and not sampled.stderr and f"step-{step:06d}-seed-0.png" in sampled.stdout
+    refused = process("train", "glow-digits", "--out", out)
+    assert refused.returncode == 1 and "already holds a run" in refused.stderr and refused.stderr.count("\n") == 1
+    assert not refused.stdout
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path, fastflow):

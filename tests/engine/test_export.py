@@ -171,7 +171,7 @@ def test_what_export_refuses(tmp_path):
         export(model, tmp_path / "m", "torch_export", function="elbo")
     with pytest.raises(ValueError, match="function: expected one of log_prob, elbo, encode, decode, got 'loss'"):
         export(model, tmp_path / "m", "torch_export", function="loss")
-    with pytest.raises(ValueError, match="n_samples: expected a positive int, got 0"):
+    with pytest.raises(ValueError, match="n_samples: expected an int >= 1, got 0"):
         export(vae.MLPVAE((4,), 2, (8,)), tmp_path / "m", "torch_export", n_samples=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="could not be written"):

@@ -197,7 +197,7 @@ def conditioner_with(layer):
     (torch.compile(glow()), {"memory": "invert"}, "memory: 'invert' can't be combined with torch.compile"),
     (glow(), {"keep_every": 2}, "keep_every: expected None, .* got 2"),
     (glow(), {"memory": "save_z", "keep_every": 2}, "keep_every: expected None"),
-    (glow(), {"memory": "invert", "keep_every": 0}, "keep_every: expected a positive int or None, got 0"),
+    (glow(), {"memory": "invert", "keep_every": 0}, "keep_every: expected an int >= 1, got 0"),
     (glow(), {"drift_bound": 0.0}, "drift_bound: expected a positive number, got 0.0"),
     (glow(), {"drift_bound": float("nan")}, "drift_bound: expected a positive number"),
     (conditioner_with(nn.Dropout(0.5)), {"memory": "invert"}, r"can't run transform\.transforms\.0\.conditioner\.1 "),

@@ -129,7 +129,7 @@ def test_padding_and_groups_by_hand():
     assert traffic(model, 4, "fsdp") == traffic(model, 4, "fsdp2")  # as train.strategy calls it
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
         traffic("x", 2)
-    with pytest.raises(ValueError, match="n_processes: expected a positive int"):
+    with pytest.raises(ValueError, match="n_processes: expected an int >= 1"):
         traffic(model, 0)
 
 

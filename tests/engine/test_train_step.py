@@ -1,12 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from stand_in_models import Affine, Gauge
 from torch.nn.parallel import DistributedDataParallel
 
 from fastflow.engine import NonFiniteError, RunError, TrainStep
-from fastflow.flows import Glow, RealNVP, dequantize
+from fastflow.flows import Flow, Glow, RealNVP, dequantize
 from fastflow.vae import VAE, mlp_decoder, mlp_encoder
 
 
@@ -226,6 +227,30 @@ def test_other_models_optimizers_and_batches_are_refused():
                              (torch.zeros(2, 1, 2, 2, dtype=torch.bool), TypeError, "x: .* got torch.bool")):
         with pytest.raises(kind, match=message):
             step(x)
+
+
+class Scale(torch.nn.Module):
+    """z = x exp(a) of single numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, x, context=None):
+        return x * self.a.exp(), self.a.expand(len(x))
+
+    def inverse(self, z, context=None):
+        return z * (-self.a).exp(), -self.a.expand(len(z))
+
+
+def test_densities_of_single_numbers_train():
+    """x of shape (B,), by the closed form: the loss is -a + (x e^a)^2/2 + log(2 pi)/2, its derivative x^2 e^2a - 1."""
+    model, x = Flow(Scale(), torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)), torch.tensor(
+        [0.3, -1.2, 2.0], dtype=torch.float64)
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1), accumulate=np.int64(1), n_bins=np.int32(256))
+    z = x * math.exp(0.5)
+    torch.testing.assert_close(step(x), (0.5 * z * z).mean() - 0.5 + 0.5 * math.log(2.0 * math.pi), rtol=1e-12, atol=0)
+    torch.testing.assert_close(model.transform.a.detach(), 0.5 - 0.1 * ((z * z).mean() - 1.0), rtol=1e-12, atol=0)
 
 
 def test_a_model_whose_parameters_are_all_frozen_is_named():
