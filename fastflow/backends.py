@@ -74,11 +74,9 @@ _PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
 
 
 class _State(threading.local):
-    requested = None  # of the class: to look for what an object lacks makes an error first, which costs every call
-    status = None
-
     def __init__(self):
-        self.within_reach = {}
+        self.requested = None  # of each object, for Dynamo to guard on
+        self.status, self.within_reach = None, {}
 
 
 _state = _State()

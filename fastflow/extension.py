@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -26,21 +27,26 @@ SPLINE_ARGS = ("int kind, bool inverse, float bound, float min_width, float min_
 # reduce: 0 sample, 1 channel, 2 none. spline's kind is an index into reference.SPLINES, its clamp 0 for none. A result
 # that was not asked for is an empty tensor of shape (0,). Those of CPU_ALONE are of the CPU library alone: on a GPU,
 # the layers of activated_conv, mlp and wide_mlp are torch's, and the rest is the reference's.
+# Of the numbers that vary from call to call torch.compile makes symbols, of others a graph for each. Tried with torch
+# 2.13; whether kernels behind the stable ABI of torch 2.10 take them is not known.
+NUMBER = "SymInt" if torch.__version__ >= "2.13" else "int"
 SCHEMAS = (
-    f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, int kept, "
+    f"affine_coupling_fwd(Tensor x, Tensor params, Tensor? shift, Tensor? logdet, Tensor? passive, {NUMBER} kept, "
     f"int flags, {SCALE_MAP_ARGS}) -> (Tensor, Tensor)",
     f"affine_coupling_bwd(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor params, Tensor? shift, "
-    f"int kept, bool need_x, bool need_params, bool need_shift, int flags, {SCALE_MAP_ARGS})"
+    f"{NUMBER} kept, bool need_x, bool need_params, bool need_shift, int flags, {SCALE_MAP_ARGS})"
     f" -> (Tensor, Tensor, Tensor)",
     "slogdet_fwd(Tensor weight, bool want_inverse) -> (Tensor, Tensor, Tensor)",
     "plu_weight_fwd(Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s, Tensor perm) -> Tensor",
     "plu_weight_bwd(Tensor grad_weight, Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s, Tensor perm)"
     " -> (Tensor, Tensor, Tensor)",
     "gaussian_fwd(Tensor params, Tensor? raw, Tensor? prior_mean, Tensor? prior_raw, Tensor? eps, Tensor? seed, "
-    "int seed_value, int offset, int? n_samples, int scale, int flags, int reduce, bool want_logq, bool save_eps)"
+    f"{NUMBER} seed_value, {NUMBER} offset, {NUMBER}? n_samples, int scale, int flags, int reduce, bool want_logq, "
+    "bool save_eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "gaussian_bwd(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_logq, Tensor params, Tensor? raw, Tensor? prior_mean, "
-    "Tensor? prior_raw, Tensor? eps, Tensor? seed, int seed_value, int offset, int? n_samples, int scale, int flags, "
+    f"Tensor? prior_raw, Tensor? eps, Tensor? seed, {NUMBER} seed_value, {NUMBER} offset, {NUMBER}? n_samples, "
+    "int scale, int flags, "
     "int reduce, bool need_params, bool need_raw, bool need_prior_mean, bool need_prior_raw)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     # Of contiguous float32 tensors, with torch's own noise: state is torch.Generator.get_state(), which moves on.
@@ -81,7 +87,7 @@ SCHEMAS = (
     "bernoulli_log_prob_bwd(Tensor grad, Tensor x, Tensor logits) -> Tensor",
     # levels: see csrc/cpu/top_down.cpp. Results: next h, latents of all levels in one vector, kl, log q and log p
     # (L, B), and with `save` what backward needs.
-    "top_down_fwd(Tensor h, Tensor[] features, Tensor[] eps, Tensor? seed, int seed_value, int offset, "
+    f"top_down_fwd(Tensor h, Tensor[] features, Tensor[] eps, Tensor? seed, {NUMBER} seed_value, {NUMBER} offset, "
     "Tensor[] params, int[] levels, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "top_down_bwd(Tensor? grad_next, Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_q, Tensor? grad_log_p, "
     "Tensor h, Tensor[] features, Tensor saved, Tensor[] params, int[] levels, bool need_h, bool need_features, "
@@ -97,6 +103,7 @@ LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 COMPILERS = {"cpu": "a C++ compiler", "cuda": "nvcc"}
 observers = ()  # functions of (name, arguments), told of every eager call before it runs; see fastflow.launches
 _LAUNCHABLE = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool))
+_loading = threading.RLock()
 _libraries = {}  # keeps torch.library.Library objects, and with them the registrations, alive
 
 
@@ -107,13 +114,27 @@ def constant_under_compile(function):
     return function
 
 
+def _once(function):
+    """functools.cache, but of several threads that call at once one runs the function and the others wait for it."""
+    found = {}
+
+    @functools.cache
+    @functools.wraps(function)
+    def call(argument):
+        with _loading:
+            if argument not in found:
+                found[argument] = function(argument)
+            return found[argument]
+    return call
+
+
 def library_path(backend):
     """Path of the compiled library of "cpu" or "cuda", or None where it was not built."""
     path = Path(__file__).parent / LIBRARIES[backend]
     return path if path.exists() else None
 
 
-@functools.cache
+@_once
 def define(namespace):
     """Define every schema and its fake implementation, of fastflow/fakes.py, under ``namespace`` (once); returns the
     torch.ops namespace."""
@@ -126,7 +147,7 @@ def define(namespace):
     return getattr(torch.ops, namespace)
 
 
-@functools.cache
+@_once
 def load(backend):
     """The operators of ``backend`` as {name: OpOverload}.
 

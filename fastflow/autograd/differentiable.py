@@ -118,7 +118,7 @@ def keeping_format(t):
     a kernel. Transforms and compilers have formats of their own."""
     if isinstance(t, (tuple, list)):
         return [keeping_format(part) for part in t]
-    wanted = (t.dim() in (4, 5) and needs_grad(t) and not torch.compiler.is_compiling()
+    wanted = (needs_grad(t) and not torch.compiler.is_compiling()
               and backends.transformed() is None)
     return _KeptFormat.apply(t) if wanted else t
 
@@ -174,7 +174,7 @@ def reference_grads(forward, inputs, needs, grads):
         found = iter(torch.autograd.grad([o for o, _ in outputs], sources, [g for _, g in outputs],
                                          create_graph=create_graph, allow_unused=True) if outputs else
                      [None] * len(sources))
-    return [_in_format(next(found), memory_format_of(t) if t.dim() in (4, 5) else None) if need else None
+    return [_in_format(next(found), memory_format_of(t)) if need else None
             for t, need in zip(inputs, needs, strict=True)]
 
 
@@ -200,8 +200,8 @@ def _pulled_back(forward, inputs, needs, grads):
 
 
 def _in_format(grad, memory_format):
-    """The gradient in the format of its tensor, if there is one, as kernels give it; batched ones as they come."""
-    if grad is None or memory_format is None or batched(grad):
+    """The gradient in the format of its tensor, as kernels give it; batched ones as they come."""
+    if grad is None or batched(grad):
         return grad
     return grad.contiguous(memory_format=memory_format)
 

@@ -116,9 +116,16 @@ _knows_autocast._dynamo_marked_constant = True  # asked at trace time: not every
 
 def full_precision(device_type):
     """A context in which autocast does not lower matrix products."""
-    if _knows_autocast(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else contextlib.nullcontext()
+
+
+def _autocasts(device_type):
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _spared(matrix):
+    """The matrix, under autocast in float64, whose products that leaves alone on the way back as well."""
+    return matrix.double() if _autocasts(matrix.device.type) else matrix
 
 
 def _factorised(weight):
@@ -148,7 +155,7 @@ def slogdet(weight):
 def slogdet_inverse(weight):
     """(sign, log|det|, inverse); see functional.slogdet_inverse."""
     sign, logabsdet, broken, w, term = _factorised(weight)
-    inverse = torch.where(broken, math.nan + term, torch.linalg.inv_ex(w).inverse)
+    inverse = torch.where(broken, math.nan + term, torch.linalg.inv_ex(_spared(w)).inverse)
     return *(t.to(compute_dtype(weight)) for t in (sign, logabsdet)), inverse.to(compute_dtype(weight)).contiguous()
 
 
@@ -157,8 +164,7 @@ def plu_weight(lower, upper, log_s, sign_s, perm):
     eye = torch.eye(lower.shape[-1], device=lower.device, dtype=lower.dtype)
     low = lower.tril(-1) + eye
     up = upper.triu(1) + torch.diag_embed(sign_s * torch.exp(log_s))
-    with full_precision(lower.device.type):
-        return torch.gather(low @ up, -2, perm[..., None].expand(lower.shape))
+    return torch.gather(_spared(low) @ _spared(up), -2, perm[..., None].expand(lower.shape)).to(lower.dtype)
 
 
 def sigma_and_log(raw, scale):

@@ -100,6 +100,31 @@ def test_gradient_scaler_steps_and_skips(half, backend, device):
     assert scaler.get_scale() == 2.0**7
 
 
+@pytest.mark.parametrize("through", ["autograd", "create_graph", "torch.func"])
+@pytest.mark.parametrize("size", [6, 64])
+@HALVES
+def test_gradients_of_inverses_keep_their_precision(size, through, half, backend, device):
+    """Asked for inside autocast, whose products on the way back are lowered too."""
+    if through == "torch.func" and backend != "reference":
+        pytest.skip("the reference runs under torch.func")
+    torch.manual_seed(0)
+    weight = torch.eye(size, device=device) + 0.2 * torch.randn(size, size, device=device) / size**0.5
+
+    def loss(w):
+        return functional.slogdet_inverse(w)[2].sin().sum()
+
+    double = weight.double().requires_grad_()
+    truth, = torch.autograd.grad(torch.linalg.inv(double).sin().sum(), double)
+    with torch.autocast(torch.device(device).type, dtype=half):
+        if through == "torch.func":
+            grad = torch.func.grad(loss)(weight)
+        else:
+            leaf = weight.requires_grad_()
+            grad, = torch.autograd.grad(loss(leaf), leaf, create_graph=through == "create_graph")
+    assert grad.dtype == torch.float32
+    assert (grad - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
 def test_float16_does_not_overflow_inside(backend, device):
     """exp(12) and 300^2 overflow float16, not the float32 that they are computed in."""
     x = torch.full((2, 3), 1e-4, dtype=torch.float16, device=device)

@@ -5,12 +5,13 @@ import pathlib
 import platform
 import shutil
 import threading
+import time
 
 import pytest
 import torch
 from cases import CPU_CASES, FULL_PRECISION, cotangents_of, evaluate, kernels_run
 
-from fastflow import backends, functional, reference
+from fastflow import backends, extension, functional, reference
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 KERNELS = {"affine_coupling": ("affine_coupling_fwd", "affine_coupling_bwd"), "slogdet": ("slogdet_fwd",),
@@ -134,6 +135,61 @@ def test_use_backend_is_each_thread_s_own():
         thread.start()
         thread.join()
     assert seen == [None]
+
+
+NAMESPACES = {f"fastflow_{name}" for name in NAMES}
+
+
+def in_threads(n, function):
+    """What n threads that begin together return."""
+    gate, found = threading.Barrier(n), []
+
+    def run():
+        gate.wait()
+        found.append(function())
+    threads = [threading.Thread(target=run) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_threads_whose_first_calls_meet_share_the_kernels():
+    """An operator can be defined once; who comes second waits for it, and does not conclude that there is none."""
+    calls = []
+
+    def load(name):
+        calls.append(name)
+        time.sleep(0.05)
+        if len(calls) > 1:
+            raise RuntimeError("defined twice")
+        return object()
+    once = extension._once(load)
+    assert len({id(one) for one in in_threads(4, lambda: once("cpu"))}) == len(calls) == 1
+    namespace = "fastflow_of_four_threads"
+    assert in_threads(4, lambda: extension.define(namespace)) == [getattr(torch.ops, namespace)] * 4
+
+
+def test_a_graph_is_compiled_anew_for_another_request(backend, device):
+    """In a thread too that asks for the first time after its first compilation."""
+    x, params, graphs = torch.randn(3, 4, device=device), torch.randn(3, 8, device=device), []
+
+    def noted(module, _):
+        graphs.append({str(node.target).partition(".")[0] for node in module.graph.nodes} & NAMESPACES)
+        return module.forward
+
+    def run():
+        call = torch.compile(lambda x, p: functional.affine_coupling(x, p), backend=noted, fullgraph=True)
+        usual = call(x, params)
+        with backends.use_backend(backend):
+            torch.testing.assert_close(call(x, params), usual)
+        with backends.use_backend("cuda" if device == "cpu" else "cpu"), pytest.raises(Exception, match="backend"):
+            call(x, params)
+        return True
+    torch._dynamo.reset()
+    assert in_threads(1, run) == [True]
+    assert graphs[-1] == ({f"fastflow_{backend}"} if backend != "reference" else set())
 
 
 @pytest.mark.parametrize("name", ["cpp", "", "CPU", 3])

@@ -16,7 +16,7 @@ from cases import (
 from tolerances import assert_bitwise
 from torch._dynamo.utils import counters
 
-from fastflow import functional
+from fastflow import extension, functional
 
 BATCHES = (5, 7, 33)
 # The reference is eager PyTorch, which torch.compile traces op by op: slow, and no code of ours beyond one call each.
@@ -118,6 +118,17 @@ def test_noise_is_drawn_anew_by_every_call_of_a_compiled_function(backend, devic
     one = given(params, seed)
     assert torch.equal(one, functional.gaussian_sample_kl(params, seed=5)[0])
     assert not torch.equal(given(params, seed + 1), one)
+
+
+@pytest.mark.skipif(extension.NUMBER == "int", reason="torch's stable ABI takes no symbols here")
+def test_numbers_that_vary_share_a_graph(fused, device):
+    call = torch.compile(lambda p, k, s: functional.gaussian_sample_kl(p, n_samples=k, seed=s, offset=k),
+                         fullgraph=True, backend="aot_eager")
+    params = torch.randn(3, 8, device=device, requires_grad=True)
+    for s in (3, 4, 7, -1, 2**31, -2**62 + 1):
+        want = functional.gaussian_sample_kl(params, n_samples=2 + s % 3, seed=s, offset=2 + s % 3)
+        assert_bitwise(call(params, 2 + s % 3, s)[0], want[0], str(s))
+    assert counters["stats"]["unique_graphs"] <= 3 and not counters["graph_break"], dict(counters["stats"])
 
 
 def test_own_passive_channels_compile_with_dynamic_channels(backend, device):

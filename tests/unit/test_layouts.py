@@ -131,6 +131,18 @@ def test_memory_format_of_gradients_that_are_differentiable(packing, backend, de
     assert torch.autograd.gradgradcheck(lambda p: losses(p).sum(), (params,), nondet_tol=1e-12)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 4, 5), (2, 4, 2, 2, 2, 2)], ids=len)
+def test_gradients_of_other_ranks_are_contiguous_whatever_comes_in(shape, create_graph, backend, device):
+    parts = [torch.randn(shape, device=device, requires_grad=True) for _ in range(2)]
+    incoming = layouts.permuted(torch.randn(shape, device=device))
+    y, _ = functional.affine_coupling(torch.randn(shape, device=device), parts)
+    z, _ = functional.gaussian_sample_kl(parts, seed=1)
+    for result in (y, z):
+        grads = torch.autograd.grad(result, parts, incoming, create_graph=create_graph)
+        assert not incoming.is_contiguous() and all(grad.is_contiguous() for grad in grads)
+
+
 @by_case
 def test_other_results_are_contiguous(case, backend, device):
     tensors = in_layout(layouts.channels_last, case.tensors(torch.float32, device), tuple(case.shapes))
