@@ -10,6 +10,7 @@ from torch.distributions import Distribution, constraints
 
 from fastflow import checks
 from fastflow.flows.base import as_base, seeded
+from fastflow.flows.bases import Mixture
 from fastflow.flows.contexts import takes_context
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.labels import check_levels
@@ -50,7 +51,7 @@ class Flow(nn.Module):
         self.transform = transform
         self.base = base
         self.dequantization = dequantization
-        self._transform_takes_context = None  # not known yet
+        self._transform_takes_context = None  # not known yet; a graph has what was found before it
         self.context_of_transform(None)
 
     @classmethod
@@ -89,7 +90,12 @@ class Flow(nn.Module):
         if isinstance(logdet, torch.Tensor) and logdet.dim() > 0 and logdet.shape != z.shape[:1]:
             raise ValueError(f"transform: expected a log-determinant of shape {tuple(z.shape[:1])}, got "
                              f"{tuple(logdet.shape)}")
-        return as_base(self.base).log_prob(z, **self._of_base(context)) + logdet
+        log_base = as_base(self.base).log_prob(z, **self._of_base(context))
+        total = log_base + logdet
+        if isinstance(self.base, (Distribution, Mixture)) and isinstance(logdet, torch.Tensor):
+            # Beside an element outside the transform's domain an infinite density of another counts nothing.
+            return torch.where(torch.isneginf(logdet) & torch.isposinf(log_base), -torch.inf, total)
+        return total
 
     @torch.no_grad()
     def sample(self, n, context=None, *, generator=None, temperature=1.0):
@@ -128,8 +134,7 @@ class Flow(nn.Module):
     def as_distribution(self, context=None):
         """The flow as a torch.distributions object; with a context its batch shape is (B,). Where Pyro is imported it
         is one of Pyro's distributions as well, for ``pyro.sample``."""
-        pyro = sys.modules.get("pyro.distributions.torch_distribution")
-        return (FlowDistribution if pyro is None else _with(pyro.TorchDistributionMixin))(self, context)
+        return _kind()(self, context)
 
     def initialize(self, x, context=None):
         """Set the data-dependent parameters (ActNorm) from a batch x (B, *event), anew at every call."""
@@ -141,7 +146,7 @@ class Flow(nn.Module):
         """What the transform is handed of a context: None where that is for the base alone."""
         if not getattr(self.base, "conditional", False):
             return context
-        if self._transform_takes_context is None:
+        if not torch.compiler.is_compiling():  # anew each time, as parts may have been exchanged
             self._transform_takes_context = takes_context(self.transform)
         return context if self._transform_takes_context else None
 
@@ -323,6 +328,22 @@ class FlowDistribution(Distribution):
         return x.reshape(shape + self.batch_shape + self.event_shape)
 
 
+    def __reduce__(self):  # a class made here has no name to be found by
+        return _restored, (self.__dict__,)
+
+
+def _kind():
+    pyro = sys.modules.get("pyro.distributions.torch_distribution")
+    return FlowDistribution if pyro is None else _with(pyro.TorchDistributionMixin)
+
+
 @functools.cache
 def _with(mixin):
     return type(FlowDistribution.__name__, (FlowDistribution, mixin), {})
+
+
+def _restored(state):
+    kind = _kind()
+    found = kind.__new__(kind)
+    found.__dict__.update(state)
+    return found

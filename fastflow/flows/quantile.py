@@ -57,7 +57,10 @@ class CDF(nn.Module):
         safe = torch.where(missing, self._inner(x), safe)
         z, slope = strictly_inside(self.distribution.cdf(safe), 0.0, 1.0), self.distribution.log_prob(safe)
         slope = torch.where(outside, -math.inf, slope)
-        return torch.where(missing, math.nan, z), sum_event(torch.where(missing, math.nan, slope))
+        total = sum_event(torch.where(missing, math.nan, slope))
+        if x.dim() > 1:  # beside an element outside an infinite density of another counts nothing
+            total = torch.where(outside.flatten(1).any(1) & ~missing.flatten(1).any(1), -math.inf, total)
+        return torch.where(missing, math.nan, z), total
 
     def inverse(self, z, context=None):
         """(x, logdet) of z (B, *event)."""

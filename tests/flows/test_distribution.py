@@ -1,6 +1,7 @@
 """Flows as torch.distributions objects: shapes, contexts, expansions, supports."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -71,6 +72,14 @@ def test_expanded_distributions(conditional):
             flow.as_distribution(context).expand((5,))
         with pytest.raises(ValueError, match="^value: expected a shape that broadcasts"):
             flow.as_distribution(context).log_prob(torch.zeros(5, 3, dtype=torch.float64))
+
+
+def test_it_can_be_pickled_where_pyro_is_imported_too():
+    pytest.importorskip("pyro", reason="Pyro is not installed")
+    given = flows.RealNVP(3, n_layers=2, hidden=(4,), context_features=2).as_distribution(torch.randn(5, 2))
+    again, x = pickle.loads(pickle.dumps(given)), torch.randn(5, 3)
+    assert type(again) is type(given) and again.batch_shape == (5,) and again.event_shape == (3,)
+    torch.testing.assert_close(again.log_prob(x), given.log_prob(x))
 
 
 def test_pyros_plates_expand():

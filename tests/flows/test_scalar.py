@@ -236,3 +236,19 @@ def test_outside_is_minus_infinity_under_a_base_with_poles(name, way):
         x = torch.tensor([-math.inf, -1e30, -1.0, 1.5, 1e30, math.inf], dtype=torch.float64)
         values = flow.log_prob(x[:, None].expand(-1, 2))
         assert not values.isnan().any() and values[[0, 5]].eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("base", [
+    D.Gamma(torch.tensor([0.5, 0.5]), 1.0), D.Independent(D.Gamma(torch.tensor([0.5, 0.5]), 1.0), 1),
+    flows.Mixture([D.Gamma(torch.tensor([0.5, 0.5]), 1.0), D.Gamma(torch.tensor([0.5, 0.7]), 1.0)])],
+                         ids=lambda base: type(base).__name__)
+def test_outside_is_minus_infinity_beside_a_pole_of_the_base(base):
+    nan = float("nan")
+    flow = flows.Flow(flows.Log(), base)  # log 1 = 0, where the density is infinite
+    found = flow.log_prob(torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 2.0], [nan, -1.0], [1.0, nan]]))
+    assert found[:3].tolist() == [-math.inf, -math.inf, math.inf] and found[3:].isnan().all()
+    law = D.Gamma(0.5, 1.0)
+    flow = flows.Flow(flows.CDF(law), D.Uniform(torch.zeros(2), 1.0))
+    found = flow.log_prob(torch.tensor([[0.0, -1.0], [0.0, 1.0], [2.0, 1.0], [nan, -1.0]]))
+    assert found[:2].tolist() == [-math.inf, math.inf] and found[3].isnan()
+    torch.testing.assert_close(found[2], law.log_prob(torch.tensor([2.0, 1.0])).sum())
