@@ -128,7 +128,8 @@ class Flow(nn.Module):
         z, context, lead = self._noise(n, context, generator, temperature)
         with self._drawing(generator):
             x, logdet = self.transform.inverse(z, self.context_of_transform(context))
-        log_prob = as_base(self.base).log_prob(z, temperature, **self._of_base(context)) - logdet
+        tempered = () if temperature == 1.0 else (temperature,)
+        log_prob = as_base(self.base).log_prob(z, *tempered, **self._of_base(context)) - logdet
         return x.unflatten(0, lead), log_prob.unflatten(0, lead)
 
     def as_distribution(self, context=None):
@@ -239,8 +240,12 @@ class Flow(nn.Module):
             _check_context(None, context)
             lead = (n, context.shape[0])
             context = context.expand(n, *context.shape).flatten(0, 1)
-        z = as_base(self.base).sample(math.prod(lead), generator=generator, temperature=temperature,
-                                      **self._of_base(context))
+        options = self._of_base(context)  # and of the rest what was asked for: a base of the user's need not take it
+        if generator is not None:
+            options["generator"] = generator
+        if temperature != 1.0:
+            options["temperature"] = temperature
+        z = as_base(self.base).sample(math.prod(lead), **options)
         return z, context, lead
 
     def _of_base(self, context):

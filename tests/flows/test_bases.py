@@ -86,6 +86,16 @@ def test_densities_integrate_to_one_and_samples_follow_them(name):
     assert abs(-drawn.mean() - entropy) < 4 * drawn.std() / math.sqrt(len(drawn)) + 0.02
 
 
+def test_a_full_normal_has_no_mass_at_infinity():
+    base, inf = scattered(flows.FullNormal(3)), math.inf
+    z = torch.tensor([[inf, 0, 0], [0, -inf, 1], [0, 0, inf], [0, 0, 0]], dtype=torch.float64, requires_grad=True)
+    value = base.log_prob(z)
+    assert value[:3].isneginf().all() and value[3].isfinite()
+    value.sum().backward()
+    assert all(t.grad.isfinite().all() for t in (z, *base.parameters()))
+    assert base.log_prob(torch.tensor([[inf, math.nan, 0]], dtype=torch.float64)).isnan()
+
+
 @every_base
 def test_generators_shapes_and_dtypes(name):
     base = BASES[name]()
@@ -352,6 +362,30 @@ def test_conditioners_behind_a_conditional_base_get_the_context_that_they_take(n
         assert flow.sample(2, context).shape == (2, 5, 4)
 
 
+class Bare:
+    """A base of the user's, with what a density and samples need and no more."""
+
+    event_shape = torch.Size([2])
+
+    def log_prob(self, z):
+        return -z.abs().sum(1) - 2 * math.log(2.0)
+
+    def sample(self, n):
+        return torch.distributions.Laplace(0.0, 1.0).sample((n, 2))
+
+
+def test_a_base_need_not_know_of_generators_and_temperatures():
+    flow = flows.Flow(flows.Affine(0.5, 2.0), Bare())
+    torch.manual_seed(0)
+    x, log_prob = flow.sample_and_log_prob(500)
+    torch.testing.assert_close(log_prob, flow.log_prob(x))
+    assert flow.sample(3).shape == (3, 2)
+    with pytest.raises(TypeError, match="temperature"):
+        flow.sample(3, temperature=0.5)
+    with pytest.raises(TypeError, match="generator"):
+        flow.sample(3, generator=torch.Generator())
+
+
 def test_an_exchanged_conditioner_gets_the_context_too():
     base, x, context = flows.ConditionalNormal(4, nn.Linear(3, 8)), torch.randn(5, 4), torch.randn(5, 3)
     flow = flows.Flow(flows.Compose(AffineCoupling(nn.Linear(2, 4))), base)
@@ -424,7 +458,8 @@ def test_a_torch_distribution_is_of_the_shape_of_z_or_of_each_element():
     (lambda: flows.Uniform(1.0, 0.0), "low"), (lambda: flows.TruncatedNormal(1.0, 1.0, (2,)), "low"),
     (lambda: flows.StudentT(2, df=0.0), "df"), (lambda: flows.ClassConditionalNormal(2, 0), "n_classes"),
     (lambda: flows.DiagonalNormal(2).log_prob(torch.zeros(3, 1)), "z"),
-    (lambda: flows.Uniform(0.0, 1.0, (2,)).sample(3, temperature=0.5), "temperature")])
+    (lambda: flows.Uniform(0.0, 1.0, (2,)).sample(3, temperature=0.5), "temperature"),
+    (lambda: flows.FullNormal(0), "^features: expected an int >= 1, got 0")])
 def test_refusals(call, match):
     with pytest.raises(ValueError, match=match):
         call()
