@@ -43,6 +43,12 @@ def counts(name, values, least=0):
     return tuple(count(name, value, least) for value in values)
 
 
+def extent(name, value, least=1):
+    """``value``, an int or a sequence of them, each of at least ``least``, as a torch.Size."""
+    return torch.Size([count(name, value, least)] if isinstance(value, numbers.Integral) else
+                      counts(name, value, least))
+
+
 def number(name, value):
     """``value`` is a real number."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
@@ -84,6 +90,11 @@ def noise(eps, seed, generator, name, like, batch=None):
         raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
     elif seed is not None and not -2**63 <= seed < 2**64:
         raise ValueError(f"seed: expected an int of 64 bits, -2^63 to 2^64 - 1, got {seed}")
+    rng(generator)
+
+
+def rng(generator):
+    """``generator`` is a torch.Generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
 

@@ -50,6 +50,12 @@ def has_moments(model):
         not isinstance(model, VAE) or draws_from_posterior(model))
 
 
+def check_bound(model):
+    """The model has an ELBO."""
+    if not hasattr(model, "elbo"):
+        raise TypeError(f"model: expected one with elbo, as those of fastflow.vae, got {type(model).__name__}")
+
+
 def check_moments(model):
     """The model is one of those."""
     if not has_moments(model):
@@ -123,6 +129,7 @@ def active_units(mean, threshold=0.01):
 def aggregate_log_prob(z, mean, log_sigma):
     """log 1/N sum_n q(z | x_n) (M,) in nats at z (M, D): exact for the data set behind mean and log_sigma (N, D)."""
     _check_moments(mean, log_sigma)
+    checks.tensor("z", z)
     checks.shape("z", z, (len(z), mean.shape[1]))
     rows = max(1, CHUNK // max(1, mean.numel()))
     parts = [torch.logsumexp(log_normal(part[:, None], mean, log_sigma).sum(2), 1) for part in z.split(rows)]
@@ -141,6 +148,7 @@ def information(mean, log_sigma, prior=None, *, n_samples=1, log_prior=None, gen
         generator: torch.Generator or None.
     """
     _check_moments(mean, log_sigma)
+    checks.rng(generator)
     n_samples = checks.count("n_samples", n_samples, 1)
     if log_prior is None:
         mean_p, log_sigma_p = _prior(prior, mean, log_sigma)
@@ -218,6 +226,7 @@ def _check_moments(mean, log_sigma):
     if mean.dim() != 2 or len(mean) < 1:
         raise ValueError(f"mean: expected shape (N, D) with N >= 1, got {tuple(mean.shape)}")
     checks.shape("log_sigma", log_sigma, mean.shape)
+    checks.no_mixed_double([("mean", mean), ("log_sigma", log_sigma)])
 
 
 def _prior(prior, mean, log_sigma):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fastflow import checks
-from fastflow.diagnostics.latents import active_units, has_moments, latents_and_kl, posterior_moments
+from fastflow.diagnostics.latents import active_units, check_bound, has_moments, latents_and_kl, posterior_moments
 
 __all__ = ["RateDistortion", "Traversal", "rate_distortion", "rate_distortion_sweep", "traversal_grid"]
 
@@ -58,6 +58,7 @@ def rate_distortion(model, x, context=None, *, n_samples=1, batch_size=1024, bet
         beta: kept in the result; the ELBO is unweighted.
         generator: of the draws of z, or None.
     """
+    check_bound(model)
     checks.tensor("x", x, floating=False)
     if len(x) < 1:
         raise ValueError("x: expected at least one example, got none")

@@ -17,6 +17,7 @@ from fastflow.diagnostics.kl import discrete_kl, kl_per_latent
 from fastflow.diagnostics.latents import (
     InformationTerms,
     active_units,
+    check_bound,
     has_moments,
     information,
     latents_and_kl,
@@ -132,6 +133,7 @@ def diagnose(model, x, context=None, *, beta=1.0, constant=0.0, n_samples=1, n_d
         max_examples: only the first so many are used; the aggregate posterior takes time in their square.
         generator: of the draws of z, or None.
     """
+    check_bound(model)
     checks.tensor("x", x, floating=False)
     if len(x) < 1:
         raise ValueError("x: expected at least one example, got none")

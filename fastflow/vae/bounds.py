@@ -16,7 +16,7 @@ import torch
 
 from fastflow import checks
 from fastflow.estimators.base import with_score
-from fastflow.vae.elbo import iwae
+from fastflow.vae.elbo import check_beta, iwae
 from fastflow.vae.sampled import sampled
 
 __all__ = ["ciwae", "dreg", "miwae", "piwae", "renyi", "stl"]
@@ -37,6 +37,7 @@ def miwae(log_w, groups):
 def ciwae(log_w, beta):
     """beta times the K-sample ELBO plus 1 - beta times IWAE, of the same reference; beta in [0, 1]."""
     _check_log_w(log_w)
+    checks.number("beta", beta)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
     if beta == 0.0 or beta == 1.0:  # a bound of weight 0 counts nothing, even at -inf
@@ -129,6 +130,7 @@ class Terms(NamedTuple):
 
     def log_w(self, beta):
         """The log-weights with the rate weighed by beta."""
+        check_beta(beta, self.log_qz)
         return self.log_px_z + beta * (self.log_pz - self.log_qz)
 
 

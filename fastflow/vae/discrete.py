@@ -7,8 +7,8 @@ from torch import nn
 
 from fastflow import checks, estimators
 from fastflow.estimators.base import with_score
-from fastflow.vae.elbo import ELBO, iwae
-from fastflow.vae.generation import encoded, for_network, way
+from fastflow.vae.elbo import ELBO, check_beta, iwae
+from fastflow.vae.generation import check_temperature, encoded, for_network, way
 from fastflow.vae.model import LIKELIHOODS, named
 from fastflow.vae.priors import BitPrior
 
@@ -40,14 +40,13 @@ class DiscreteVAE(nn.Module):
     def __init__(self, encoder, decoder, latent_shape, n_classes=2, estimator="disarm", likelihood="bernoulli",
                  prior="uniform"):
         super().__init__()
-        latent_shape = [latent_shape] if isinstance(latent_shape, int) else latent_shape
         n_classes = checks.count("n_classes", n_classes, 2)
         checks.choice("prior", prior, ("uniform", "learned", "autoregressive"))
         if prior == "autoregressive" and n_classes != 2:
             raise ValueError(f"prior: 'autoregressive' is for bits, got {n_classes} classes")
         self.encoder = encoder
         self.decoder = decoder
-        self.latent_shape = torch.Size(latent_shape)
+        self.latent_shape = checks.extent("latent_shape", latent_shape)
         self.n_classes = n_classes
         self.likelihood = named("likelihood", likelihood, LIKELIHOODS)
         event_shape = self.latent_shape if n_classes == 2 else (*self.latent_shape, n_classes)
@@ -105,6 +104,7 @@ class DiscreteVAE(nn.Module):
             evaluated the decoder (N = K, for pairs 2K; relaxed ones for "gumbel-softmax").
         """
         q, p = self.posterior(x), self.prior()
+        check_beta(beta, q.logits, 0)
         estimator = self.estimator
         importance = estimator.objective == "iwae"
         if not torch.is_grad_enabled():
@@ -152,8 +152,8 @@ class DiscreteVAE(nn.Module):
             temperature: the prior's logits are divided by it; 0 takes the likeliest latents.
             mean: return the likelihood's mean instead of a draw.
         """
-        if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+        check_temperature(temperature)
+        checks.rng(generator)
         checks.count("n", n)
         if self.bit_prior is not None:
             z = self.bit_prior.sample(n, generator=generator, temperature=temperature)

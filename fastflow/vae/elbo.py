@@ -100,6 +100,27 @@ class LossTerms(NamedTuple):
         return -self.distortion - self.beta * self.rate
 
 
+def check_beta(beta, like, dim=-1):
+    """The weight of the rate is a number, a 0-d tensor or one for each of the B examples, which ``like`` counts along
+    ``dim``: (B,), float64 if ``like`` is and else not.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if type(beta) in (float, int):
+        return
+    if not isinstance(beta, torch.Tensor):
+        checks.number("beta", beta)
+    elif beta.dim() == 0:
+        if beta.device.type != "cpu":  # from where it counts as a number
+            checks.same_device("beta", beta, "x", like)
+    elif beta.dim() > 1 or beta.shape[0] != like.shape[dim]:
+        raise ValueError(f"beta: expected a number or shape () or ({like.shape[dim]},), got {tuple(beta.shape)}")
+    else:
+        checks.same_device("beta", beta, "x", like)
+        checks.goes_with("beta", beta, "the rate", like)
+
+
 def iwae(log_w):
     """The importance-weighted bound logsumexp over dim 0 of log_w (K, B) minus log K: (B,) nats.
 

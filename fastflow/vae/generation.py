@@ -1,5 +1,6 @@
 """What a trained VAE makes: samples, reconstructions, traversals, interpolations."""
 
+import inspect
 import math
 
 import torch
@@ -95,8 +96,7 @@ class Generation:
         checks.count("n", n)
         lead = (n,)
         if context is not None:
-            lead = (n, len(context))
-            context = context.expand(n, *context.shape).flatten(0, 1)
+            context, lead = repeated(context, lead), (n, len(context))
         z = self.sample_latents(math.prod(lead), context, generator=generator, temperature=temperature)
         output = self.decode(z, context)
         x = self.likelihood.mean(output) if mean else self.likelihood.sample(output, generator=generator)
@@ -109,6 +109,7 @@ class Generation:
             ValueError: the prior is not over the shape of z, or is the law of every element of a z whose shape is not
                 known yet.
         """
+        checks.rng(generator)
         if self.prior is not None:
             z = self._sample_prior(n, context, generator=generator, temperature=temperature)
             if self.latent_shape is not None and z.shape[1:] != self.latent_shape:
@@ -159,6 +160,7 @@ class Generation:
             checks.shape("z", z, self.latent_shape)
         points = moved(z, dims, torch.linspace(-3.0, 3.0, 7) if values is None else torch.as_tensor(values))
         if context is not None:
+            checks.tensor("context", context, floating=False)
             context = context.expand(points.shape[0] * points.shape[1], *context.shape[1:])
         return self.likelihood.mean(self.decode(points.flatten(0, 1), context)).unflatten(0, points.shape[:2])
 
@@ -176,7 +178,7 @@ class Generation:
         """
         z = way(self.encode(start, context), self.encode(end, context), steps, path)
         if context is not None:
-            context = context.expand(steps, *context.shape).flatten(0, 1)
+            context = repeated(context, (steps,))
         return self.likelihood.mean(self.decode(z.flatten(0, 1), context)).unflatten(0, z.shape[:2])
 
     def _latent_shape(self):
@@ -204,7 +206,8 @@ def encoded(x, network, event_shape, called="encoder"):
 def check_input(x, network, event_shape=None, called="encoder"):
     """x is a tensor, (B, *event_shape) if that is known, of a dtype that the network takes, as far as one can know:
     float64 where it works in less is none, and any but that of its parameters is none where the first layer that
-    changes x is a plain linear one or a convolution, for those cast nothing.
+    changes x is a plain linear one or a convolution, for those cast nothing. So it is with the device, where all the
+    network's layers are of known kinds, which move nothing.
 
     Raises:
         TypeError, ValueError: it is not.
@@ -213,10 +216,14 @@ def check_input(x, network, event_shape=None, called="encoder"):
     if event_shape is not None:
         checks.events("x", x, event_shape)
     like = first_parameter(network)
-    if like is None or x.dtype is like.dtype:
+    if like is None:
+        return
+    if x.device != like.device and not torch.compiler.is_compiling() and _moves_nothing(network):
+        checks.same_device("x", x, f"the {called}'s parameters", like)
+    if x.dtype is like.dtype:
         return
     if x.dtype is torch.float64 or not torch.compiler.is_compiling() and _begins_plainly(network) \
-            and not torch.is_autocast_enabled(x.device.type):
+            and not autocasts(x.device):
         raise TypeError(f"x: expected {like.dtype} like the {called}'s parameters, got {x.dtype}")
 
 
@@ -228,12 +235,62 @@ def _begins_plainly(network):
     return type(network) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and not is_hooked(network)
 
 
+def _moves_nothing(network):
+    """Whether a network has layers of torch and of this library alone, and no hooks: nothing that would take x to the
+    device of its parameters, nor those to x's."""
+    return all(type(m).__module__.startswith(("torch.nn.modules.", "fastflow.")) and not is_hooked(m)
+               for m in network.modules())
+
+
+def autocasts(device):
+    """Whether autocast is on for a device; for "meta" there is none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def for_network(z, network):
     """z, float32 or float64, as the network takes it."""
     like = first_parameter(network)
-    return z if like is None or torch.is_autocast_enabled(z.device.type) else taken(z, like)
+    return z if like is None or z.dtype is like.dtype or autocasts(z.device) else taken(z, like)
+
+
+def with_context(network, z, context, called):
+    """network(z, context).
+
+    Raises:
+        TypeError: the network takes z alone.
+    """
+    try:
+        return network(z, context)
+    except TypeError as error:
+        if _takes_two(network):
+            raise
+        raise TypeError(f"context: expected None, because the {called} takes one argument, got "
+                        f"{type(context).__name__}") from error
+
+
+def _takes_two(network):
+    """Whether a network can be called with two arguments, as far as one can know."""
+    try:
+        signature = inspect.signature(network.forward if isinstance(network, nn.Module) else network)
+    except (TypeError, ValueError):  # it has none
+        return True
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def repeated(context, lead):
+    """The contexts (B, ...) of K samples for each, (K*B, ...); ``lead`` is (K,)."""
+    checks.tensor("context", context, floating=False)
+    if context.dim() == 0:
+        raise ValueError("context: expected shape (B, ...), got ()")
+    return context.expand(*lead, *context.shape).flatten(0, 1)
 
 
 def check_temperature(temperature):
+    if not isinstance(temperature, torch.Tensor):
+        checks.number("temperature", temperature)
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")

@@ -20,7 +20,8 @@ class HamiltonianVAE(VAE):
     The steps keep the volume and the cooling scales it by beta_0^(D/2), so that the density of the end (z, m) is known.
     log_qz is log q(z, m | x) - log N(m; 0, I): exp(log_w) is an unbiased estimate of p(x), log_w a bound in
     expectation, and the KL a Monte-Carlo one. ``eps``, if given, is (K, B, 2D, *S), the noise of z_0 and that of the
-    momentum. reconstruct starts and ends at the encoder's mean, without steps.
+    momentum. reconstruct starts and ends at the encoder's mean, without steps. torch.compile can't trace the leapfrog
+    steps, whose forces are gradients: a TrainStep of one leaves ``compile`` at False.
 
     Args:
         encoder, decoder, options: as for VAE; the decoder and the likelihood must be twice differentiable.

@@ -9,7 +9,7 @@ from fastflow import checks, reference
 from fastflow.autograd.top_down import run_levels
 from fastflow.draws import drawn
 from fastflow.vae import top_down
-from fastflow.vae.elbo import ELBO
+from fastflow.vae.elbo import ELBO, check_beta
 from fastflow.vae.generation import check_temperature, encoded, moved, way
 from fastflow.vae.level import log_priors
 from fastflow.vae.likelihoods import Likelihood
@@ -66,7 +66,7 @@ class HierarchicalVAE(nn.Module):
             raise TypeError(f"objective: expected None or a callable, got {type(objective).__name__}")
         self.likelihood = likelihood
         self.objective = objective
-        self.top = nn.Parameter(torch.zeros(1, *top_shape))
+        self.top = nn.Parameter(torch.zeros(1, *checks.extent("top_shape", top_shape)))
 
     def forward(self, x, n_samples=1, beta=1.0, *, bound_only=False, **noise):
         """The ELBO, also with ``bound_only``; with an objective what that returns, as of VAE.forward."""
@@ -84,6 +84,7 @@ class HierarchicalVAE(nn.Module):
     def elbo_of(self, x, terms, beta=1.0):
         """:meth:`elbo` at samples that :meth:`infer` has drawn."""
         log_pz, log_qz, kl = terms.log_pz.sum(0), terms.log_qz.sum(0), terms.kl.sum(0).mean(0)
+        check_beta(beta, kl)
         distortion = -terms.log_px_z.mean(0)
         log_w = terms.log_px_z + log_pz - log_qz
         return ELBO(log_px_z=terms.log_px_z, log_pz=log_pz, log_qz=log_qz, log_w=log_w, kl=kl, distortion=distortion,
@@ -197,6 +198,7 @@ class HierarchicalVAE(nn.Module):
             mean: return the likelihood's mean instead of a draw.
         """
         checks.count("n", n)
+        checks.rng(generator)
         temperatures = self._temperatures(temperature)
         h = self._top(n)
         for level, t in zip(self.levels, temperatures, strict=True):
@@ -212,6 +214,7 @@ class HierarchicalVAE(nn.Module):
         if not 0 <= n_levels <= len(self.levels):
             raise ValueError(f"n_levels: expected 0 to {len(self.levels)}, got {n_levels!r}")
         temperatures = self._temperatures(temperature)
+        checks.rng(generator)
         h = self._top(len(x))
         for index, (level, d) in enumerate(zip(self.levels, self._features(x), strict=True)):
             if index < n_levels:
@@ -286,7 +289,8 @@ class HierarchicalVAE(nn.Module):
         return [d.expand(n_samples, *d.shape).flatten(0, 1) for d in features]
 
     def _temperatures(self, temperature):
-        values = [temperature] * len(self.levels) if isinstance(temperature, (int, float)) else list(temperature)
+        several = hasattr(temperature, "__iter__") and not isinstance(temperature, str)
+        values = list(temperature) if several else [temperature] * len(self.levels)
         if len(values) != len(self.levels):
             raise ValueError(f"temperature: expected a number or {len(self.levels)} of them, got {temperature!r}")
         for value in values:

@@ -37,6 +37,7 @@ def free_bits(kl, least, per="dim", *, batch_mean=True, ranks=True):
     checks.choice("per", per, ("dim", "channel", "group"))
     if kl.dim() < 2:
         raise ValueError(f"kl: expected shape (B, D, *S), got {tuple(kl.shape)}")
+    checks.number("least", least)
     if not 0.0 <= least < math.inf:
         raise ValueError(f"least: expected a finite number >= 0, got {least!r}")
     units = _unit_kl(kl, per)

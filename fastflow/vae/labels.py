@@ -7,8 +7,9 @@ from torch import nn
 from fastflow import checks
 from fastflow.estimators.latents import weighed
 from fastflow.flows.labels import check_labels
-from fastflow.vae.elbo import ELBO
-from fastflow.vae.generation import check_input
+from fastflow.vae.elbo import ELBO, check_beta
+from fastflow.vae.generation import check_input, for_network
+from fastflow.vae.likelihoods.base import promoted
 from fastflow.vae.model import VAE
 from fastflow.vae.objectives import Objective
 
@@ -36,6 +37,8 @@ class Conditioned(nn.Module):
         if context is None:
             raise ValueError("context: expected a tensor for a conditional network, got None")
         check_input(x, self.network, called="network")
+        checks.tensor("context", context, floating=False)
+        checks.same_device("context", context, "x", x)
         if self.n_classes is None:
             checks.goes_with("context", context, "x", x)
         context = one_hot(context, self.n_classes, x.dtype) if self.n_classes is not None else context.to(x.dtype)
@@ -99,11 +102,12 @@ class SemiSupervisedVAE(VAE):
             not -distortion - beta * rate unless beta is 1.
         """
         unknown = torch.full((len(x),), -1, device=x.device) if context is None else context
+        checks.tensor("context", unknown, floating=False)
         if unknown.dtype != torch.int64 or unknown.shape != (len(x),):
             raise ValueError(f"context: expected labels ({len(x)},) int64, got {unknown.dtype} {tuple(unknown.shape)}")
         check_labels("context", unknown, self.n_classes, "n_classes", -1)
         known = unknown >= 0
-        every = self._every_label(x, n_samples, beta, **noise)
+        every = self._every_label(x, n_samples, **noise)
         log_q = torch.log_softmax(self._class_logits(x), 1)
         # Weights (B, n_classes) of the labels: the known one, or q(y | x).
         given = F.one_hot(unknown.clamp_min(0), self.n_classes).to(log_q.dtype)
@@ -116,13 +120,14 @@ class SemiSupervisedVAE(VAE):
 
     def labelled(self, x, labels, n_samples=1, beta=1.0, **noise):
         """L(x, y), (B,) nats, of labels (B,) int64."""
+        checks.tensor("labels", labels, floating=False)
         check_labels("labels", labels, self.n_classes, "n_classes", 0)
         bound = self.elbo(x, n_samples, beta, context=labels, **noise)
         return bound.elbo + torch.log_softmax(self.label_logits, 0)[labels]
 
     def unlabelled(self, x, n_samples=1, beta=1.0, **noise):
         """U(x), (B,) nats: every label in turn, weighed by q(y | x)."""
-        every = self._every_label(x, n_samples, beta, **noise)
+        every = self._every_label(x, n_samples, **noise)
         log_q = torch.log_softmax(self._class_logits(x), 1)
         return self._weighed(every, log_q.exp(), -weighed(log_q.exp(), log_q).sum(1), beta).elbo
 
@@ -131,15 +136,15 @@ class SemiSupervisedVAE(VAE):
         return torch.softmax(self._class_logits(x), 1)
 
     def _class_logits(self, x):
-        logits = self.classifier(x)
+        logits = promoted(self.classifier(x))
         checks.shape("classifier output", logits, (x.shape[0], self.n_classes))
         return logits
 
-    def _every_label(self, x, n_samples, beta, **noise):
+    def _every_label(self, x, n_samples, **noise):
         """The ELBO of x given every label, terms (..., B, n_classes)."""
         n, batch = self.n_classes, len(x)
         labels = torch.arange(n, device=x.device).repeat(batch)
-        bound = self.elbo(x.repeat_interleave(n, 0), n_samples, beta, context=labels, **noise)
+        bound = self.elbo(x.repeat_interleave(n, 0), n_samples, context=labels, **noise)
         return ELBO(*(term.unflatten(-1, (batch, n)) for term in bound))
 
     def _weighed(self, every, weights, entropy, beta):
@@ -153,6 +158,7 @@ class SemiSupervisedVAE(VAE):
         latent_kl = weighed(weights, every.kl).sum(-1)
         kl = latent_kl + label_kl
         distortion = weighed(weights, every.distortion).sum(-1)
+        check_beta(beta, latent_kl)
         elbo = -distortion - beta * latent_kl - label_kl
         return ELBO(log_px_z, log_pz, log_qz, log_px_z + log_pz - log_qz, kl, distortion, kl, elbo)
 
@@ -190,10 +196,10 @@ class Task(nn.Module):
         k, b = inference.z.shape[:2]
         if len(target) != b:
             raise ValueError(f"targets: expected {b} of {self.name!r}, got {len(target)}")
-        output = self.head(inference.z.flatten(0, 1)).unflatten(0, (k, b))
+        output = self.head(for_network(inference.z.flatten(0, 1), self.head)).unflatten(0, (k, b))
         log_prob = self.likelihood.log_prob(target, output).mean(0)
         return -self.weight * log_prob, {f"log_{self.name}": log_prob.mean()}
 
     def predict(self, z):
         """The likelihood's mean, for classes the likeliest one, at z (N, D, *S); (N, 1) of targets (N,)."""
-        return self.likelihood.mean(self.head(z))
+        return self.likelihood.mean(self.head(for_network(z, self.head)))

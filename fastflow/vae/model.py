@@ -8,8 +8,8 @@ from torch.distributions import Distribution
 
 from fastflow import checks
 from fastflow.flows.base import as_base
-from fastflow.vae.elbo import ELBO, Inference, LossTerms
-from fastflow.vae.generation import Generation, check_input, for_network
+from fastflow.vae.elbo import ELBO, Inference, LossTerms, check_beta
+from fastflow.vae.generation import Generation, check_input, for_network, repeated, with_context
 from fastflow.vae.likelihoods import (
     BernoulliLikelihood,
     ContinuousBernoulliLikelihood,
@@ -85,8 +85,7 @@ class VAE(Generation, nn.Module):
         self.objective = objective
         self.conditional_prior = bool(getattr(prior, "conditional", False)
                                       if conditional_prior is None else conditional_prior)
-        self.latent_shape = None if latent_shape is None else torch.Size(
-            [latent_shape] if isinstance(latent_shape, int) else latent_shape)
+        self.latent_shape = None if latent_shape is None else checks.extent("latent_shape", latent_shape)
 
     def forward(self, x, n_samples=1, beta=1.0, context=None, *, targets=None, loss_only=False, bound_only=False,
                 **noise):
@@ -116,7 +115,7 @@ class VAE(Generation, nn.Module):
         Args:
             x: (B, *event).
             n_samples: K, samples of z for each x.
-            beta: weight of the rate in ``elbo``; nothing else depends on it.
+            beta: weight of the rate in ``elbo``, a number or a tensor, 0-d or (B,); nothing else depends on it.
             context: (B, ...) that p(x | context) is conditioned on, or None.
             kl: "auto", in closed form where there is one; "analytic", an error where there is none; "monte_carlo".
             eps: noise to use, (K, B, D, *S), or None.
@@ -138,7 +137,7 @@ class VAE(Generation, nn.Module):
     def decode(self, z, context=None):
         """The decoder's output for z (N, D, *S), given N contexts if the model is conditional."""
         z = for_network(z, self.decoder)
-        return self.decoder(z) if context is None else self.decoder(z, context)
+        return self.decoder(z) if context is None else with_context(self.decoder, z, context, "decoder")
 
     def _loss_terms(self, x, n_samples, beta, *, context=None, kl="auto", **noise):
         """The LossTerms where the KL has a closed form, else the ELBO."""
@@ -150,6 +149,7 @@ class VAE(Generation, nn.Module):
         single = n_samples == 1 and noise.get("eps") is None
         if (single and context is None and prior is None and not self._replaces(NETWORKS)
                 and (terms := one_node(self, x, **noise)) is not None):
+            check_beta(beta, terms[1])
             return LossTerms(-terms[0], terms[1], beta)
         params = self._encoded(x, context)
         z, _, rate = self.posterior(params, prior, None if single else n_samples, want_log_qz=False, **noise)
@@ -157,6 +157,7 @@ class VAE(Generation, nn.Module):
         if self.latent_shape is None and not torch.compiler.is_compiling():
             self.latent_shape = z.shape[len(lead) + 1:]
         log_px_z = self._log_likelihood(x, z, context, lead)
+        check_beta(beta, rate)
         return LossTerms(-(log_px_z if single else log_px_z.mean(0)), rate, beta)
 
     def _replaces(self, names):
@@ -180,6 +181,7 @@ class VAE(Generation, nn.Module):
                              f"{type(self.posterior).__name__} and this prior, got 'analytic'")
         if kl is None or kl_method == "monte_carlo":
             kl = (log_qz - log_pz).mean(0)
+        check_beta(beta, kl)
         distortion = -log_px_z.mean(0)
         return ELBO(log_px_z=log_px_z, log_pz=log_pz, log_qz=log_qz, log_w=log_px_z + log_pz - log_qz, kl=kl,
                     distortion=distortion, rate=kl, elbo=-distortion - beta * kl)
@@ -189,7 +191,7 @@ class VAE(Generation, nn.Module):
         batch = z.shape[len(lead)]
         if lead:
             z = z.flatten(0, 1)
-            context = None if context is None else context.expand(*lead, *context.shape).flatten(0, 1)
+            context = None if context is None else repeated(context, lead)
         output = self.decode(z, context)
         shape = getattr(self.likelihood, "output_shape", tuple)(x.shape[1:])
         checks.shape("decoder output", output, (z.shape[0], *shape))
@@ -207,7 +209,7 @@ class VAE(Generation, nn.Module):
 
     def _encoded(self, x, context):
         check_input(x, self.encoder, self.event_shape)
-        return self.encoder(x) if context is None else self.encoder(x, context)
+        return self.encoder(x) if context is None else with_context(self.encoder, x, context, "encoder")
 
     def _prior(self, context):
         """The prior for this context."""
@@ -228,7 +230,7 @@ class VAE(Generation, nn.Module):
         if self.conditional_prior:
             if context is None:
                 raise ValueError("context: expected a tensor for a conditional prior, got None")
-            options["context"] = context.expand(z.shape[0], *context.shape).flatten(0, 1)
+            options["context"] = repeated(context, z.shape[:1])
         return prior.log_prob(z.flatten(0, 1), **options).unflatten(0, z.shape[:2])
 
 

@@ -14,14 +14,16 @@ __all__ = ["LogCounts", "Rescale", "conv_decoder", "conv_encoder", "conv_feature
 
 def mlp_encoder(event_shape, latent_features, hidden=(256, 256), activation=nn.SiLU, *, n_params=None):
     """Fully connected network from x (B, *event_shape) to params (B, n_params), by default 2 * latent_features."""
+    event_shape = checks.counts("event_shape", event_shape, 1)
     n_params = 2 * latent_features if n_params is None else n_params
     return FusedSequential(nn.Flatten(), *_mlp(math.prod(event_shape), hidden, n_params, activation))
 
 
 def mlp_decoder(latent_features, event_shape, hidden=(256, 256), activation=nn.SiLU):
     """Fully connected network from z (B, latent_features) to (B, *event_shape)."""
+    event_shape = checks.counts("event_shape", event_shape, 1)
     return FusedSequential(*_mlp(latent_features, hidden, math.prod(event_shape), activation),
-                           nn.Unflatten(1, tuple(event_shape)))
+                           nn.Unflatten(1, event_shape))
 
 
 def mlp_discriminator(features, hidden=(256, 256), activation=nn.SiLU):
@@ -109,12 +111,20 @@ def _mlp(features, hidden, out_features, activation):
     return [*layers, nn.Linear(features, out_features)]
 
 
+def image_sizes(image_shape):
+    """(C, H, W), checked to be one."""
+    sizes = checks.counts("image_shape", image_shape, 1)
+    if len(sizes) != 3:
+        raise ValueError(f"image_shape: expected (C, H, W), got {sizes}")
+    return sizes
+
+
 def _scaled(image_shape, channels):
     """(C, height, width) with the sides halved once for each of ``channels``."""
     for channel in channels:
         checks.count("channels", channel, 1)
     factor = 2 ** len(channels)
-    size, height, width = image_shape
+    size, height, width = image_sizes(image_shape)
     if height % factor or width % factor:
         raise ValueError(f"image_shape: expected height and width divisible by {factor}, got {tuple(image_shape)}")
     return size, height // factor, width // factor

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.vae import bounds
-from fastflow.vae.elbo import ELBO, iwae
+from fastflow.vae.elbo import ELBO, check_beta, iwae
 
 __all__ = ["BoundObjective", "Objective", "PenalizedELBO"]
 
@@ -76,6 +76,7 @@ class PenalizedELBO(nn.Module):
         asks = {key: value for penalty in self.penalties if hasattr(penalty, "asks")
                 for key, value in penalty.asks(model).items()}
         inference = model.infer(x, n_samples, generator=generator, **given, **asks, **noise)
+        check_beta(beta, inference.log_qz)
         beta = self.beta * beta
         bound = model.elbo_of(x, inference, beta, **given)
         value, parts = bound.elbo, {}

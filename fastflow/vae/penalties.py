@@ -15,6 +15,8 @@ from torch.func import functional_call
 from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.estimators.mutual_information import barber_agakov, info_nce, leave_one_out_upper, nwj
+from fastflow.vae.generation import for_network
+from fastflow.vae.likelihoods.base import promoted
 from fastflow.vae.model import draws_from_posterior
 from fastflow.vae.posteriors.gaussian import log_normal
 
@@ -82,6 +84,7 @@ def decompose_kl(z, mean, log_sigma, log_pz, dataset_size, method="stratified"):
     checks.shape("log_sigma", log_sigma, mean.shape)
     checks.events("z", z, mean.shape)
     checks.shape("log_pz", log_pz, z.shape[:2])
+    checks.no_mixed_double([("z", z), ("mean", mean), ("log_sigma", log_sigma), ("log_pz", log_pz)])
     table = log_normal(z[:, :, None], mean, log_sigma)  # (K, i, j, D): z_i under the posterior of x_j
     weights = minibatch_weights(z.shape[1], dataset_size, method, table.device).log().to(table)
     log_q = torch.logsumexp(table.sum(3) + weights, 2)
@@ -350,12 +353,12 @@ class DensityRatio(nn.Module):
         self.weight = weight
 
     def forward(self, model, inference, bound, *, context=None, generator=None, **_):
-        z = inference.z.flatten(0, 1).flatten(1)
+        z = for_network(inference.z.flatten(0, 1).flatten(1), self.discriminator)
         fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        ratio = functional_call(self.discriminator, fixed, (z,)).view(inference.z.shape[:2])
+        ratio = promoted(functional_call(self.discriminator, fixed, (z,))).view(inference.z.shape[:2])
         own = z.detach()
-        other = self._others(model, inference, own, context, generator).detach()
-        loss = discriminator_loss(self.discriminator(own), self.discriminator(other))
+        other = self._others(model, inference, own, context, generator).detach().to(own.dtype)
+        loss = discriminator_loss(*(promoted(self.discriminator(one)) for one in (own, other)))
         return self.weight * ratio.mean(0) + loss, {self.name: ratio.mean(), "discriminator_loss": loss}
 
     def _others(self, model, inference, z, context, generator):

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import distributed, nn
 
 from fastflow import checks
+from fastflow.flows.labels import check_labels
+from fastflow.vae.likelihoods.base import promoted
 
 __all__ = ["FSQ", "Quantized", "VectorQuantizer"]
 
@@ -34,7 +36,7 @@ class VectorQuantizer(nn.Module):
     Args:
         n_codes: size of the codebook, at least 2.
         features: D.
-        commitment: weight of the first term.
+        commitment: weight of the first term, a finite number >= 0.
         decay: of the moving averages, in (0, 1), or None for a codebook trained by gradients.
         restart_below: codes whose average count in a batch is below it, a finite number >= 0, move to vectors of the
             batch; 0: never. Only with ``decay``. An average begins, at first and after a move, at 1 or at twice the
@@ -48,11 +50,14 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         for name, value, least in (("n_codes", n_codes, 2), ("features", features, 1)):
             checks.count(name, value, least)
+        if decay is not None:
+            checks.number("decay", decay)
         if decay is not None and not 0.0 < decay < 1.0:
             raise ValueError(f"decay: expected a number in (0, 1) or None, got {decay!r}")
-        checks.number("restart_below", restart_below)
-        if not 0.0 <= restart_below < math.inf:
-            raise ValueError(f"restart_below: expected a finite number >= 0, got {restart_below!r}")
+        for name, value in (("commitment", commitment), ("restart_below", restart_below)):
+            checks.number(name, value)
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
         if restart_below and decay is None:
             raise ValueError("restart_below: expected 0 without decay")
         self.n_codes, self.features = n_codes, features
@@ -67,16 +72,17 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("sums", self.first_count * start)
 
     def forward(self, z):
-        """Quantized of z (B, D, *S)."""
+        """Quantized of z (B, D, *S); its vectors and loss are float64 if the codebook is, else float32."""
         checks.tensor("z", z)
         if z.dim() < 2 or z.shape[1] != self.features:
             raise ValueError(f"z: expected shape (B, {self.features}, *S), got {tuple(z.shape)}")
-        z = z.to(self.codebook.dtype)
+        checks.goes_with("z", z, "the codebook", self.codebook)
+        z = promoted(z)
         vectors = z.movedim(1, -1)
         rows = vectors.reshape(-1, self.features)
         with torch.no_grad():
-            codes = torch.cdist(rows, self.codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-        found = self.lookup(codes.view(vectors.shape[:-1]))
+            codes = torch.cdist(rows, promoted(self.codebook), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+        found = promoted(self.lookup(codes.view(vectors.shape[:-1])))
         if self.training and self.decay is not None:
             self._update(rows.detach(), codes)
         codes = codes.view(vectors.shape[:-1])
@@ -87,17 +93,22 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, codes):
         """The vectors (B, D, *S) of codes (B, *S)."""
-        return F.embedding(codes, self.codebook).movedim(-1, 1)
+        check_codes(codes)
+        try:
+            return F.embedding(codes, self.codebook).movedim(-1, 1)
+        except IndexError:
+            check_labels("codes", codes, self.n_codes, "n_codes", 0)
+            raise
 
     @torch.no_grad()
     def _update(self, rows, codes):
         counts = count_codes(codes, self.n_codes, rows.dtype)
-        sums = torch.zeros_like(self.codebook).index_add_(0, codes, rows)
+        sums = torch.zeros_like(self.codebook, dtype=rows.dtype).index_add_(0, codes, rows)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(counts)
             distributed.all_reduce(sums)
-        self.counts.lerp_(counts, 1.0 - self.decay)
-        self.sums.lerp_(sums, 1.0 - self.decay)
+        self.counts.lerp_(counts.to(self.counts.dtype), 1.0 - self.decay)
+        self.sums.lerp_(sums.to(self.sums.dtype), 1.0 - self.decay)
         if self.restart_below:
             dead = self.counts < self.restart_below
             others = rows[torch.randint(len(rows), (self.n_codes,), device=rows.device)]
@@ -110,6 +121,13 @@ class VectorQuantizer(nn.Module):
 
     def extra_repr(self):
         return f"n_codes={self.n_codes}, features={self.features}, decay={self.decay}"
+
+
+def check_codes(codes):
+    """``codes`` are indices, of int64 or int32."""
+    checks.tensor("codes", codes, floating=False)
+    if codes.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"codes: expected an int64 tensor, got {codes.dtype}")
 
 
 def count_codes(codes, n_codes, dtype):
@@ -151,10 +169,12 @@ class FSQ(nn.Module):
         whole = bounded + (torch.round(bounded) - bounded).detach()
         digits = (torch.round(bounded).detach() + torch.floor(0.5 * sizes)).to(torch.int64)
         codes = sum(digit * base for digit, base in zip(digits.unbind(1), self._bases(), strict=True))
-        return Quantized(whole / torch.floor(0.5 * sizes), codes, z.new_zeros(len(z)))
+        return Quantized(whole / torch.floor(0.5 * sizes), codes, sizes.new_zeros(len(z)))
 
     def lookup(self, codes):
         """The vectors (B, D, *S) of codes (B, *S)."""
+        check_codes(codes)
+        check_labels("codes", codes, self.n_codes, "n_codes", 0)
         digits = [(codes // base) % size - size // 2 for base, size in zip(self._bases(), self.levels, strict=True)]
         like = torch.get_default_dtype()
         return torch.stack([digit.to(like) / (size // 2) for digit, size in zip(digits, self.levels, strict=True)], 1)

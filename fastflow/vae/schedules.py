@@ -24,10 +24,10 @@ class Schedule:
     """
 
     def __init__(self, start=0.0, end=1.0, length=1, *, begin=0, unit="step"):
+        for name, value in (("start", start), ("end", end), ("length", length), ("begin", begin)):
+            checks.number(name, value)
         if not (math.isfinite(start) and math.isfinite(end)):
             raise ValueError(f"start, end: expected finite numbers, got {start!r}, {end!r}")
-        checks.number("length", length)
-        checks.number("begin", begin)
         if not 0 < length < math.inf:
             raise ValueError(f"length: expected a positive number, got {length!r}")
         if not 0 <= begin < math.inf:
@@ -122,6 +122,7 @@ class SigmoidSchedule(Schedule):
 
     def __init__(self, start=0.0, end=1.0, length=1, *, begin=0, unit="step", steepness=10.0):
         super().__init__(start, end, length, begin=begin, unit=unit)
+        checks.number("steepness", steepness)
         if not 0.0 < steepness < math.inf:
             raise ValueError(f"steepness: expected a positive number, got {steepness!r}")
         self.steepness = steepness
@@ -144,6 +145,7 @@ class CyclicalSchedule(Schedule):
         super().__init__(start, end, length, begin=begin, unit=unit)
         if cycles is not None and (isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1):
             raise ValueError(f"cycles: expected a positive integer, or None for ever, got {cycles!r}")
+        checks.number("ratio", ratio)
         if not 0.0 < ratio <= 1.0:
             raise ValueError(f"ratio: expected a number in (0, 1], got {ratio!r}")
         self.cycles, self.ratio = cycles, ratio

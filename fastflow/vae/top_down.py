@@ -73,7 +73,7 @@ def _refusal(h, features):
         return "the state or the features are not (B, H)"
     if h.dtype not in (torch.float32, torch.float64) or any(d.dtype is not h.dtype for d in features):
         return f"state and features are not float32 or float64 alike, but {h.dtype} and {features[0].dtype}"
-    if torch.is_autocast_enabled(h.device.type):
+    if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):
         return "autocast is on"
     if nn.modules.module._has_any_global_hook():
         return "a hook on all modules is registered"

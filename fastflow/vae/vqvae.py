@@ -9,8 +9,8 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.draws import drawn
-from fastflow.vae.elbo import ELBO
-from fastflow.vae.generation import check_temperature, encoded, moved, way
+from fastflow.vae.elbo import ELBO, check_beta
+from fastflow.vae.generation import check_temperature, encoded, for_network, moved, way
 from fastflow.vae.likelihoods import Likelihood
 from fastflow.vae.objectives import Objective
 from fastflow.vae.quantizers import count_codes
@@ -47,7 +47,7 @@ class QuantizedVAE(nn.Module):
         if prior is not None and prior.n_codes != quantizer.n_codes:
             raise ValueError(f"prior: expected {quantizer.n_codes} codes like the quantizer's, got {prior.n_codes}")
         self.prior = prior
-        self.code_shape = None if code_shape is None else torch.Size(code_shape)
+        self.code_shape = None if code_shape is None else checks.extent("code_shape", code_shape)
 
     def forward(self, x, n_samples=1, beta=1.0):
         """The training objective, an Objective: the bound (its rate times beta) less the quantiser's loss. There is one
@@ -80,12 +80,13 @@ class QuantizedVAE(nn.Module):
     def reconstruct(self, x):
         """The likelihood's mean (B, *event) at the codes of each x."""
         with self._looked_at():
-            return self.likelihood.mean(self.decoder(self.quantizer(self._features(x)).z))
+            return self.likelihood.mean(self._decoded(self.quantizer(self._features(x)).z))
 
     @torch.no_grad()
     def sample(self, n, *, generator=None, temperature=1.0, mean=False):
         """(n, *event): codes from the prior at ``temperature``, then x from the likelihood, or its mean."""
         check_temperature(temperature)
+        checks.rng(generator)
         checks.count("n", n)
         if self.code_shape is None:
             raise ValueError("code_shape: the shape of the codes is not known yet; pass QuantizedVAE(code_shape=...)")
@@ -120,7 +121,7 @@ class QuantizedVAE(nn.Module):
         Arguments and result as for VAE.interpolate."""
         z = way(self._features(start), self._features(end), steps, path)
         with self._looked_at():
-            return self.likelihood.mean(self.decoder(self.quantizer(z.flatten(0, 1)).z)).unflatten(0, z.shape[:2])
+            return self.likelihood.mean(self._decoded(self.quantizer(z.flatten(0, 1)).z)).unflatten(0, z.shape[:2])
 
     @contextlib.contextmanager
     def _looked_at(self):
@@ -137,15 +138,19 @@ class QuantizedVAE(nn.Module):
     def _features(self, x):
         return encoded(x, self.encoder, self.event_shape)
 
+    def _decoded(self, z):
+        return self.decoder(for_network(z, self.decoder))
+
     def _bound(self, x, n_samples, beta):
         checks.count("n_samples", n_samples, 1)
         z, codes, loss = self.quantizer(self._features(x))
         if self.code_shape is None:
             self.code_shape = codes.shape[1:]
-        output = self.decoder(z)
+        output = self._decoded(z)
         checks.shape("decoder output", output, (x.shape[0], *self.likelihood.output_shape(x.shape[1:])))
         log_px_z = self.likelihood.log_prob(x, output)
         log_pz = self.code_log_probs(codes).sum(1).to(log_px_z.dtype)
+        check_beta(beta, log_pz)
         repeated = [t.expand(n_samples, *t.shape) for t in (log_px_z, log_pz, torch.zeros_like(log_pz))]
         return ELBO(*repeated, log_w=repeated[0] + repeated[1], kl=-log_pz, distortion=-log_px_z, rate=-log_pz,
                     elbo=log_px_z + beta * log_pz), loss, codes

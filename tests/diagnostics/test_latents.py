@@ -164,6 +164,10 @@ def test_bad_input_is_named():
         diagnostics.information(mean, mean, n_samples=0)
     with pytest.raises(ValueError, match="^batch_size"):
         diagnostics.posterior_moments(vae.MLPVAE((4,), 2, (4,)), torch.zeros(3, 4), batch_size=-1)
+    with pytest.raises(TypeError, match="^log_sigma: expected float64 like mean"):
+        diagnostics.dimension_kl(mean.double(), mean)
+    with pytest.raises(TypeError, match="^generator: "):
+        diagnostics.information(mean, mean, generator=3)
     with pytest.raises(TypeError, match="^prior: "):
         diagnostics.dimension_kl(mean, mean, vae.MixturePrior((2,)))
     with pytest.raises(TypeError, match="^model: expected a VAE with a GaussianPosterior"):

@@ -324,6 +324,12 @@ def test_a_generator_is_the_only_one_that_a_hierarchys_report_draws_from():
     assert torch.equal(state, torch.get_rng_state()) and found.level_sizes == (2, 3)
 
 
+@pytest.mark.parametrize("call", [diagnostics.diagnose, diagnostics.rate_distortion])
+def test_a_model_without_a_bound_is_named(call):
+    with pytest.raises(TypeError, match="^model: expected one with elbo, .* got Linear"):
+        call(torch.nn.Linear(2, 2), torch.zeros(3, 2))
+
+
 @pytest.mark.parametrize("name", ["max_examples", "batch_size", "n_samples", "n_dims"])
 def test_bad_counts_are_named(name):
     with pytest.raises(ValueError, match=f"^{name}"):

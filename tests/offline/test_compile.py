@@ -65,11 +65,19 @@ def test_compiles_for_other_gpus(name, capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "capability"), [  # before 8.0 convolutions are left to cuDNN
-    (name, capability) for name in calls.all_calls() for capability in compiling.CAPABILITIES
-    if capability >= 80 or not name.startswith("conv_net")])
-def test_compiles_everything(name, capability):
+def test_compiles_everything(everything):
+    name, capability = everything
     check(calls.all_calls()[name], capability)
+
+
+def pytest_generate_tests(metafunc):
+    """Thousands of rows, which take seconds to collect, where the slow suite runs."""
+    if "everything" in metafunc.fixturenames:
+        rows = []
+        if "slow" in metafunc.config.getoption("markexpr").replace("not slow", ""):
+            rows = [(name, capability) for name in calls.all_calls() for capability in compiling.CAPABILITIES
+                    if capability >= 80 or not name.startswith("conv_net")]  # before, convolutions are left to cuDNN
+        metafunc.parametrize("everything", rows, ids=lambda row: f"{row[0]}-{row[1]}")
 
 
 # Fewest 16-byte (loads, stores): one per operand that is as large as the sample.

@@ -292,6 +292,7 @@ def test_ciwae_at_its_ends_is_one_bound():
     (ValueError, lambda: vae.miwae(torch.zeros(6, 2), 4), "groups"),
     (ValueError, lambda: vae.miwae(torch.zeros(0, 2), 1), "log_w"),
     (ValueError, lambda: vae.ciwae(torch.zeros(6, 2), 1.5), "beta"),
+    (TypeError, lambda: vae.ciwae(torch.zeros(6, 2), "a"), "^beta: expected a number, got str"),
     (ValueError, lambda: vae.renyi(torch.zeros(6, 2), math.nan), "alpha"),
     (TypeError, lambda: vae.renyi([0.0], 0.5), "log_w"),
     (ValueError, lambda: vae.piwae(ppca(), X, 5, 2), "groups"),

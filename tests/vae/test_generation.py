@@ -136,6 +136,10 @@ def test_discrete_latents_change_one_after_the_other(n_classes):
     (lambda: model().interpolate(PROBLEM.x, PROBLEM.x, 1), "steps"),
     (lambda: model().interpolate(PROBLEM.x, PROBLEM.x, path="bezier"), "path"),
     (lambda: model().sample(1, temperature=math.inf), "temperature"),
+    *((lambda make=make, options=options: make().sample(2, **options), f"^{next(iter(options))}: expected a")
+      for make in (model, lambda: vae.HVAE((4,), (2, 3), 8), lambda: vae.VQVAE((1, 4, 4), 4, 2, (4,)),
+                   lambda: vae.DiscreteVAE(torch.nn.Linear(4, 2), torch.nn.Linear(2, 4), 2))
+      for options in ({"generator": 3}, {"temperature": "a"}, {"temperature": None})),
     (lambda: model().interpolate(PROBLEM.x, PROBLEM.x[:2]), "^end: expected a batch like start"),
     (lambda: vae.HVAE((4,), (2, 3), 8).interpolate(torch.rand(3, 4), torch.rand(1, 4)), "^end: expected a batch"),
     (lambda: (found := model()).traverse(found.encode(PROBLEM.x)), "^z: expected shape"),
@@ -143,5 +147,5 @@ def test_discrete_latents_change_one_after_the_other(n_classes):
         found.codes(torch.rand(2, 1, 4, 4))), "^codes: expected shape"),
 ])
 def test_errors_name_the_argument(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()

@@ -225,6 +225,14 @@ def test_tasks_bound_the_joint():
     torch.testing.assert_close(found.value, found.bound.elbo + 2.0 * log_y + log_t)
 
 
+def test_a_weight_of_the_rate_for_each_example():
+    model, betas = m2(), torch.tensor([0.0, 0.5, 1.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    labels, eps = torch.tensor([0, -1, 2, -1, 1, -1]), torch.zeros(1, 6 * N_CLASSES, 1, dtype=torch.float64)
+    found = model(X, beta=betas, context=labels, eps=eps).value
+    each = [model(X, beta=beta.item(), context=labels, eps=eps).value[i] for i, beta in enumerate(betas)]
+    torch.testing.assert_close(found, torch.stack(each))
+
+
 TASK, Y = vae.Task(nn.Linear(2, 3), vae.CategoricalLikelihood(3)), torch.arange(6) % 3
 
 
@@ -245,6 +253,13 @@ def told(objective, targets):
     (lambda: vae.Conditioned(nn.Linear(5, 2), 3)(torch.zeros(2, 2)), "context"),
     (lambda: vae.Conditioned(nn.Linear(5, 2), 3)(torch.zeros(2, 2), torch.zeros(2)), "context"),
     (lambda: vae.Conditioned(nn.Linear(5, 2))(torch.zeros(2, 2), torch.zeros(3, 3)), "context"),
+    *((lambda call=call: call(vae.ConditionalVAE((SIZE,), 2, 3), X.float().sigmoid()), f"^context: expected {words}")
+      for call, words in ((lambda model, x: model.elbo(x, context=3), "a torch.Tensor, got int"),
+                          (lambda model, x: model.elbo(x, context=Y.to("meta")), "device cpu like x, got meta"),
+                          (lambda model, x: model.sample(2, 3), "a torch.Tensor, got int"),
+                          (lambda model, x: model.sample(2, Y[0]), r"shape \(B, ...\), got \(\)"))),
+    (lambda: m2()(X, context=3), "^context: expected a torch.Tensor, got int"),
+    (lambda: m2()(X, beta=torch.ones(7).double()), r"^beta: expected a number or shape \(\) or \(6,\), got \(7,\)"),
     (lambda: vae.ConditionalVAE((SIZE,), 2, 3).elbo(X.float().sigmoid(), context=Y + 1),
      "^context: expected labels below n_classes = 3, got 3"),
     (lambda: vae.ConditionalVAE((SIZE,), 2, 3).sample(2, Y - 1), "^context: expected labels from 0 on, got -1"),

@@ -298,6 +298,15 @@ def test_double_is_not_mixed(likelihood):
     assert likelihood.log_prob(x.long(), output.double()).dtype == torch.float64
     with pytest.raises(TypeError, match="^x: expected a torch.Tensor"):
         likelihood.log_prob(x.tolist(), output)
+    with pytest.raises(TypeError, match="^output: expected a dtype among"):
+        likelihood.log_prob(x, output.long())
+    with pytest.raises(ValueError, match="^output: expected device cpu like x, got meta"):
+        likelihood.log_prob(x, output.to("meta"))
+    for call in (likelihood.mean, likelihood.sample, lambda output: likelihood.log_prob(x, output)):
+        with pytest.raises(TypeError, match="^output: expected a torch.Tensor, got int"):
+            call(3)
+    with pytest.raises(TypeError, match="^generator: expected a torch.Generator, got int"):
+        likelihood.sample(output, generator=3)
     if likelihood.takes_integers:
         torch.testing.assert_close(likelihood.log_prob(x.double(), output), likelihood.log_prob(x, output))
         return
@@ -310,6 +319,8 @@ def test_double_is_not_mixed(likelihood):
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: GaussianLikelihood("variance"), "sigma"),
     (ValueError, lambda: LaplaceLikelihood(-1.0), "scale"),
+    (TypeError, lambda: GaussianLikelihood([1]), "^sigma: expected a number, got list"),
+    (TypeError, lambda: GaussianLikelihood(True), "^sigma: expected a number, got bool"),
     (ValueError, lambda: CategoricalLikelihood(1), "n_classes"),
     (ValueError, lambda: DiscretizedLogisticLikelihood(1), "n_bins"),
     (ValueError, lambda: LogisticMixtureLikelihood(0), "channels"),

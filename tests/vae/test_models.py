@@ -172,6 +172,19 @@ def test_works_in_float64_and_bfloat16_data(name):
         assert half(X).value.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["factor", "adversarial", "beta-tc", "iaf", "mixture", "autoregressive prior"])
+def test_works_in_bfloat16_and_without_data(name):
+    """Its networks, discriminators too, take what they get in their dtype; the terms are float32."""
+    torch.manual_seed(0)
+    model = MODELS[name]().bfloat16()
+    result = model(X.bfloat16())
+    assert {term.dtype for term in (result.value, result.rate, result.distortion)} == {torch.float32}
+    assert all(part.dtype == torch.float32 for part in result.parts.values())
+    result.value.mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters()) and model.sample(2).shape == (2, *SHAPE)
+    assert model.to("meta")(X.bfloat16().to("meta")).value.is_meta
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["beta-tc", "factor", "iwae", "flow prior", "full", "pixels"])
 def test_compiles_to_one_graph(name):
@@ -199,6 +212,11 @@ def test_compiles_to_one_graph(name):
     (ValueError, lambda: vae.FlowPosteriorVAE(SHAPE, 2, flow="spline"), "flow"),
     (ValueError, lambda: vae.FlowPriorVAE(SHAPE, 2, flow="glow"), "flow"),
     (TypeError, lambda: vae.MLPVAE(SHAPE, 2, posterior=torch.nn.ReLU()), "posterior"),
+    *((TypeError, lambda make=make: make(6, 2), "^event_shape: expected a sequence of ints, got int")
+      for make in (vae.MLPVAE, vae.BetaVAE, vae.HVAE, lambda *args: vae.ConditionalVAE(*args, 3), vae.mlp_encoder)),
+    *((ValueError, lambda make=make: make((8, 8), 2), r"^image_shape: expected \(C, H, W\), got \(8, 8\)")
+      for make in (vae.ConvVAE, lambda shape, _: vae.NVAE(shape), vae.VQVAE, lambda shape, _: vae.FSQVAE(shape),
+                   vae.conv_encoder)),
 ])
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):

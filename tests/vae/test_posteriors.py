@@ -265,6 +265,10 @@ def test_deterministic_limit():
     assert posterior(mean, vae.MixturePrior(D, 2).double())[2] is None
 
 
+POSTERIORS = (vae.GaussianPosterior, vae.LowRankGaussianPosterior, vae.FullGaussianPosterior, vae.MixturePosterior,
+              vae.DeterministicPosterior, lambda: vae.FlowPosterior.iaf(2))
+
+
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: vae.LowRankGaussianPosterior(0), "rank"),
     (ValueError, lambda: vae.MixturePosterior(0), "n_components"),
@@ -276,6 +280,18 @@ def test_deterministic_limit():
     (ValueError, lambda: vae.FlowPosterior.iaf(2, context_features=-1), "context_features"),
     (ValueError, lambda: vae.FlowPosterior.planar(2, context_features=3)(torch.zeros(2, 2)), "params"),
     (ValueError, lambda: vae.FlowPosterior.householder(2, 0), "n_reflections"),
+    *((TypeError, lambda make=make, call=call: call(make()), "^params: expected a torch.Tensor, got int")
+      for make in (*POSTERIORS, lambda: vae.DeltaGaussianPosterior(0.1))
+      for call in (lambda posterior: posterior(3), lambda posterior: posterior.mean(3))),
+    *((error, lambda make=make, z=z: make().log_prob(torch.zeros(3, make().n_params(2)), z), f"^z: {words}")
+      for make in POSTERIORS
+      for error, z, words in ((ValueError, torch.zeros(2, 3, 5), r"expected shape \(K, 3, 2\), got \(2, 3, 5\)"),
+                              (ValueError, torch.zeros(2, 3, 2, device="meta"), "expected device cpu like params"),
+                              (TypeError, 3, "expected a torch.Tensor"))),
+    (TypeError, lambda: vae.GaussianPosterior().log_prob(torch.zeros(3, 4), torch.zeros(2, 3, 2).double()),
+     "^params: expected float64 like z"),
+    *((ValueError, lambda name=name: getattr(vae.GaussianPosterior(), name)(torch.zeros(2, 3)),
+       r"^params: expected shape \(B, 2D, \*S\), got \(2, 3\)") for name in ("mean", "moments")),
 ])
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):

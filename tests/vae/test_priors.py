@@ -241,6 +241,16 @@ def test_conditional_flow_prior():
     (ValueError, lambda: vae.AutoregressivePrior(2).log_prob(torch.zeros(3, 1)), "z"),
     (ValueError, lambda: vae.CodePrior(1), "n_codes"),
     (TypeError, lambda: vae.CodePrior(3).log_prob(torch.zeros(2, 3)), "codes"),
+    (ValueError, lambda: vae.GaussianPrior(-1), "^latent_shape: expected an int >= 1, got -1"),
+    *((error, lambda make=make, z=z: make().log_prob(z), f"^z: {words}")
+      for make in (lambda: vae.GaussianPrior(2), lambda: vae.MixturePrior(2), lambda: vae.AutoregressivePrior(2))
+      for error, z, words in ((TypeError, 3, "expected a torch.Tensor, got int"),
+                              (TypeError, torch.zeros(3, 2).double(), "expected torch.float32 like the prior"),
+                              (ValueError, torch.zeros(3, 2, device="meta"), "expected device cpu like the prior"))),
+    *((TypeError, lambda make=make: make().sample(2, generator=3), "^generator: expected a torch.Generator, got int")
+      for make in (lambda: vae.GaussianPrior(2), lambda: vae.MixturePrior(2), lambda: vae.AutoregressivePrior(2),
+                   lambda: vae.BitPrior(2), lambda: vae.VampVAE((4,), 2, n_components=3, sizes=(4,)).prior)),
+    (TypeError, lambda: vae.ConditionalGaussianPrior(2, torch.nn.Embedding(3, 4)).given(3), "^context: expected a"),
 ])
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):

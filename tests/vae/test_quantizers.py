@@ -1,5 +1,6 @@
 """Quantisers: nearest codes, straight-through gradients, moving averages; the bound of what is built on them."""
 
+import copy
 import itertools
 import math
 
@@ -158,6 +159,36 @@ def test_ready_models(make):
         torch.testing.assert_close(result.rate, torch.full((4,), side * side * math.log(12)))
 
 
+def test_distances_and_counts_in_half_precision():
+    """Codes are those of the same numbers in float32, and each of 300 vectors counts."""
+    torch.manual_seed(0)
+    half = vae.VectorQuantizer(50, 3, decay=0.5).bfloat16()
+    full, z = copy.deepcopy(half).float(), torch.randn(300, 3).bfloat16()
+    found, expected = half(z), full(z)
+    assert torch.equal(found.codes, expected.codes) and found.loss.dtype == found.z.dtype == torch.float32
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(half.counts, full.counts.bfloat16())
+    one = vae.VectorQuantizer(2, 1, decay=0.5).bfloat16()
+    with torch.no_grad():
+        one.codebook.copy_(torch.tensor([[0.0], [100.0]]))
+    one(torch.zeros(1000, 1).bfloat16())
+    assert one.counts.tolist() == [500.0, 0.5]
+
+
+@pytest.mark.parametrize("make", [lambda: vae.VQVAE((1, 8, 8), 6, 4, (8, 8)),
+                                  lambda: vae.VQVAE((1, 8, 8), 6, 4, (8, 8), decay=None),
+                                  lambda: vae.FSQVAE((1, 8, 8), (3, 4), (8,))])
+def test_models_in_half_precision(make):
+    torch.manual_seed(0)
+    model, x = make().bfloat16(), torch.rand(4, 1, 8, 8).bfloat16()
+    result = model(x)
+    result.value.mean().backward()
+    assert {term.dtype for term in result.bound} == {torch.float32} and result.value.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.sample(3).shape == (3, 1, 8, 8) and model.reconstruct(x).shape == (4, 1, 8, 8)
+    assert model.interpolate(x, x, 3).shape == (3, 4, 1, 8, 8)
+
+
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: vae.VectorQuantizer(1, 2), "n_codes"),
     (ValueError, lambda: vae.VectorQuantizer(3, 2, decay=1.0), "decay"),
@@ -167,6 +198,17 @@ def test_ready_models(make):
     (ValueError, lambda: vae.VectorQuantizer(3, 2, decay=0.9, restart_below=math.inf), "restart_below"),
     (TypeError, lambda: vae.VectorQuantizer(3, 2, decay=0.9, restart_below="few"), "restart_below"),
     (ValueError, lambda: vae.VectorQuantizer(3, 2)(torch.zeros(2, 3)), "z"),
+    (ValueError, lambda: vae.VectorQuantizer(3, 2, commitment=-1), "^commitment: expected a finite number"),
+    (TypeError, lambda: vae.VectorQuantizer(3, 2, commitment="a"), "^commitment: expected a number"),
+    (TypeError, lambda: vae.VectorQuantizer(3, 2, decay="a"), "^decay: expected a number"),
+    (TypeError, lambda: vae.VectorQuantizer(3, 2)(torch.zeros(2, 2).double()), "^z: expected torch.float32 like"),
+    (TypeError, lambda: vae.VectorQuantizer(3, 2).double()(torch.zeros(2, 2)), "^z: expected torch.float64 like"),
+    *((error, lambda make=make, codes=codes: make().lookup(codes), f"^codes: {words}")
+      for make in (lambda: vae.VectorQuantizer(9, 2), lambda: vae.FSQ((3, 3)))
+      for error, codes, words in ((TypeError, torch.ones(1), "expected an int64 tensor, got torch.float32"),
+                                  (TypeError, 3, "expected a torch.Tensor"),
+                                  (ValueError, torch.tensor([9]), "expected labels below n_codes = 9, got 9"),
+                                  (ValueError, torch.tensor([-1]), "expected labels from 0 on, got -1"))),
     (ValueError, lambda: vae.FSQ((3, 1)), "levels"),
     (ValueError, lambda: vae.FSQ((3, 3))(torch.zeros(2, 3)), "z"),
     (ValueError, lambda: small().sample(1), "code_shape"),

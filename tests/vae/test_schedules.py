@@ -85,6 +85,8 @@ def test_every_tensor_follows():
     (lambda: LinearSchedule().load_state_dict({"count": -3}), "count"),
     (lambda: LinearSchedule(length=True), "length"),
     (lambda: LinearSchedule(begin="a"), "begin"),
+    (lambda: LinearSchedule("a", 1, 3), "^start: expected a number, got str"),
+    (lambda: LinearSchedule(0, None, 3), "^end: expected a number, got NoneType"),
 ])
 def test_errors_name_the_argument(call, message):
     with pytest.raises((TypeError, ValueError), match=message):

@@ -115,6 +115,14 @@ def test_beta_only_weighs_the_rate():
     torch.testing.assert_close(none.elbo, -none.distortion)
 
 
+@pytest.mark.parametrize("beta", [torch.tensor(0.3), torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)])
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_a_weight_of_the_rate_that_is_a_tensor(beta, loss_only):
+    """One for all, of any dtype, or one for each example."""
+    found = ppca()(X.expand(4, 3), beta=beta, seed=0, loss_only=loss_only)
+    torch.testing.assert_close(found.value, -found.distortion - beta * found.rate)
+
+
 def test_samples_have_the_models_covariance():
     n = 100_000
     x = ppca().sample(n)
@@ -276,6 +284,25 @@ def test_x_of_any_dtype_that_the_encoder_takes(make, dtype):
         assert plain.elbo(torch.ones(3, 2, dtype=torch.bfloat16)).elbo.isfinite().all()
 
 
+class ToItsDevice(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.device))
+
+
+def test_a_network_may_move_x_itself():
+    model = vae.VAE(ToItsDevice(2, 2).to("meta"), nn.Linear(1, 2).to("meta"), likelihood="gaussian").to("meta")
+    assert model.infer(torch.rand(3, 2)).z.is_meta
+    with pytest.raises(ValueError, match="^x: expected device meta like the encoder's parameters, got cpu"):
+        vae.VAE(nn.Linear(2, 2).to("meta"), nn.Linear(1, 2).to("meta")).infer(torch.rand(3, 2))
+
+
+def test_an_encoders_own_type_error_stays():
+    def encoder(x, context):
+        raise TypeError("the encoder's own")
+    with pytest.raises(TypeError, match="^the encoder's own"):
+        vae.VAE(encoder, nn.Linear(1, 2)).elbo(torch.rand(3, 2), context=torch.zeros(3))
+
+
 def test_discrete_latents_in_half_precision():
     model = vae.DiscreteVAE(nn.Linear(3, 2), nn.Linear(2, 3), 2, estimator="rloo").bfloat16()
     bound = model.elbo(torch.rand(5, 3, dtype=torch.bfloat16), 2)
@@ -328,6 +355,31 @@ def test_discrete_latents_in_half_precision():
     (ValueError, lambda: vae.MLPVAE((2,), 1, (4,)).sample(-1), "n: expected an int >= 0"),
     (TypeError, lambda: vae.HVAE((2,), (1, 1), 4).sample(2.5), "n: expected an int"),
     (ValueError, lambda: vae.conv_encoder((1, 6, 8), 2), "image_shape"),
+    (ValueError, lambda: vae.VAE(nn.Linear(2, 2), nn.Linear(1, 2), latent_shape=-1), "^latent_shape: expected an int"),
+    *((error, lambda make=make, beta=beta, kw=kw: make()(torch.rand(4, 2).round(), 1, beta, **kw), f"^beta: {words}")
+      for make, kw in ((lambda: vae.MLPVAE((2,), 1, (4,)), {}), (lambda: vae.BetaVAE((2,), 1, sizes=(4,)), {}),
+                       (lambda: vae.MLPVAE((2,), 1, (4,)), {"loss_only": True}),
+                       (lambda: vae.MLPVAE((2,), 1, (4,), likelihood="gaussian"), {"loss_only": True}),
+                       (lambda: vae.HVAE((2,), (1, 1), 4), {}),
+                       (lambda: vae.IWAE((2,), 1, n_samples=3, sizes=(4,)), {}),
+                       (lambda: vae.MLPVAE((2,), 1, (4,), objective=vae.BoundObjective("dreg", 2)), {}),
+                       (lambda: vae.DiscreteVAE(nn.Linear(2, 2), nn.Linear(2, 2), 2), {}))
+      for error, beta, words in ((TypeError, "a", "expected a number, got str"), (TypeError, None, "expected a number"),
+                                 (ValueError, torch.ones(7), r"expected a number or shape \(\) or \(4,\), got \(7,\)"),
+                                 (TypeError, torch.ones(4).double(), "expected torch.float32 like the rate"),
+                                 (ValueError, torch.ones(4, device="meta"), "expected device cpu like x, got meta"))),
+    (ValueError, lambda: vae.VQVAE((1, 8, 8), 4, 2, (2, 2))(torch.rand(2, 1, 8, 8), beta=torch.ones(3)), "^beta: "),
+    *((ValueError, lambda make=make: make().elbo(torch.rand(2, 1, 8, 8, device="meta")),
+       "^x: expected device cpu like the .*'s parameters, got meta")
+      for make in (lambda: vae.MLPVAE((1, 8, 8), 1, (4,)),
+                   lambda: vae.ConvVAE((1, 8, 8), 1, (4,), likelihood="poisson"),
+                   lambda: vae.NVAE((1, 8, 8), (1,), channels=4), lambda: vae.VQVAE((1, 8, 8), 4, 2, (2, 2)),
+                   lambda: vae.DiscreteVAE(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), nn.Linear(2, 64), 2))),
+    *((TypeError, lambda call=call: call(vae.MLPVAE((2,), 1, (4,)), torch.rand(4, 2).round(), torch.zeros(4)),
+       f"^context: expected None, because the {network} takes one argument, got Tensor")
+      for network, call in (("encoder", lambda model, x, y: model.elbo(x, context=y)),
+                            ("encoder", lambda model, x, y: model(x, context=y, loss_only=True)),
+                            ("decoder", lambda model, x, y: model.sample(2, y)))),
 ])
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):

@@ -13,14 +13,18 @@ def sum_event(values, event_dims):
     return values.flatten(-event_dims).sum(-1) if event_dims else values
 
 
-def promoted(tensor):
-    """The tensor in float32 at least."""
+def promoted(tensor, name=None):
+    """The tensor in float32 at least; one that came from outside has a ``name``, under which it is checked."""
+    if name is not None:
+        checks.tensor(name, tensor)
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def operands(x, output, integers):
     """(x, output) in one dtype, float32 or float64; ``integers`` in x, exact in every dtype, may have any."""
     checks.tensor("x", x, floating=False)
+    checks.tensor("output", output)
+    checks.same_device("output", output, "x", x)
     output = promoted(output)
     if x.is_floating_point() and not integers:
         checks.no_mixed_double([("output", output), ("x", x)])
@@ -58,8 +62,9 @@ class Likelihood(nn.Module):
             (*, B), float64 for a float64 output, else float32.
 
         Raises:
-            ValueError: the output's shape does not fit x.
-            TypeError: x is no tensor, or it holds real numbers and one of the two is float64, the other in less.
+            ValueError: the output's shape or device does not fit x.
+            TypeError: one is no tensor, the output is not floating, or x holds real numbers and one of the two is
+                float64, the other in less.
         """
         x, output = operands(x, output, self.takes_integers)
         x = x[:, None] if x.dim() == 1 else x
@@ -74,11 +79,12 @@ class Likelihood(nn.Module):
 
     def mean(self, output):
         """E[x | z] (N, *event) of output (N, *output_shape)."""
-        return self.mean_of(*self._params(promoted(output), 1))
+        return self.mean_of(*self._params(promoted(output, "output"), 1))
 
     def sample(self, output, *, generator=None):
         """A draw of x (N, *event) for each output (N, *output_shape)."""
-        return self.draw(generator, *self._params(promoted(output), 1))
+        checks.rng(generator)
+        return self.draw(generator, *self._params(promoted(output, "output"), 1))
 
     def _params(self, output, dim):
         if self.params_per_element == 1:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.flows.base import centred
 from fastflow.vae.likelihoods.base import Likelihood, sum_event
@@ -23,6 +24,8 @@ class LocationScale(Likelihood):
     def __init__(self, scale):
         super().__init__()
         named = isinstance(scale, str) or scale is None
+        if not (named or isinstance(scale, torch.Tensor) and scale.dim() == 0):
+            checks.number(self.scale_name, scale)
         if scale not in self.modes if named else not 0.0 < scale < math.inf:
             options = " or ".join(map(repr, self.modes))
             raise ValueError(f"{self.scale_name}: expected a positive number, {options}, got {scale!r}")

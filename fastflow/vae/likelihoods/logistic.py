@@ -130,7 +130,7 @@ class LogisticMixtureLikelihood(Likelihood):
 
     def mean(self, output):
         """(N, C, *S), the mean of the mixture before it is made discrete, clipped to the levels."""
-        logits, means, _, coefficients = self._split(promoted(output), 1)
+        logits, means, _, coefficients = self._split(promoted(output, "output"), 1)
         weights, found = torch.softmax(logits, 1), []
         for c, mean in enumerate(means):
             found.append(mean + sum(k * value for k, value in zip(coefficients[c], found, strict=True)))
@@ -139,7 +139,8 @@ class LogisticMixtureLikelihood(Likelihood):
 
     def sample(self, output, *, generator=None):
         """(N, C, *S) levels, channel after channel of a component drawn for each pixel."""
-        logits, means, raws, coefficients = self._split(promoted(output), 1)
+        checks.rng(generator)
+        logits, means, raws, coefficients = self._split(promoted(output, "output"), 1)
         u = drawn(torch.rand, logits.shape, logits, generator).clamp_min(torch.finfo(logits.dtype).tiny)
         gumbel = -torch.log(-torch.log(u))
         chosen = (logits + gumbel).argmax(1, keepdim=True)

@@ -1,5 +1,7 @@
 """Ready VAEs with one layer of latents."""
 
+import math
+
 import torch
 
 from fastflow import checks
@@ -11,6 +13,7 @@ from fastflow.vae.networks import (
     Rescale,
     conv_decoder,
     conv_encoder,
+    image_sizes,
     mlp_decoder,
     mlp_discriminator,
     mlp_encoder,
@@ -37,7 +40,6 @@ def front(likelihood):
 def networks(kind, event_shape, latent_features, sizes, n_params, likelihood):
     """(encoder, decoder) of a kind, "mlp" or "conv", with hidden sizes or channels from the data inwards."""
     checks.choice("network", kind, ("mlp", "conv"))
-    latent_features = checks.count("latent_features", latent_features, 1)
     output_shape = likelihood.output_shape(event_shape)
     if kind == "mlp":
         sizes = (256, 256) if sizes is None else tuple(sizes)
@@ -64,7 +66,8 @@ class ReadyVAE(VAE):
 
     def __init__(self, event_shape, latent_features, *, network="mlp", sizes=None, posterior="gaussian",
                  likelihood="bernoulli", **options):
-        event_shape = tuple(event_shape)
+        event_shape = checks.counts("event_shape", event_shape, 1)
+        latent_features = checks.count("latent_features", latent_features, 1)
         posterior = named("posterior", posterior, POSTERIORS)
         likelihood = likelihood_of(likelihood)
         if not hasattr(posterior, "n_params"):
@@ -86,7 +89,7 @@ class ConvVAE(ReadyVAE):
     """A VAE with convolutional networks; arguments of :class:`ReadyVAE`, ``channels`` for sizes."""
 
     def __init__(self, image_shape, latent_features, channels=(32, 64), **options):
-        super().__init__(image_shape, latent_features, network="conv", sizes=channels, **options)
+        super().__init__(image_sizes(image_shape), latent_features, network="conv", sizes=channels, **options)
 
 
 class BetaVAE(ReadyVAE):
@@ -246,13 +249,14 @@ class ConditionalVAE(VAE):
                  likelihood="bernoulli", **options):
         posterior = named("posterior", posterior, POSTERIORS)
         likelihood = likelihood_of(likelihood)
+        event_shape = checks.counts("event_shape", event_shape, 1)
         latent_features = checks.count("latent_features", latent_features, 1)
         n_classes = checks.count("n_classes", n_classes, 1)
-        size = torch.Size(event_shape).numel()
+        size = math.prod(event_shape)
         n_params = posterior.n_params(latent_features)
         encoder = mlp_encoder((size + n_classes,), latent_features, hidden, n_params=n_params)
         decoder = mlp_decoder(latent_features + n_classes, likelihood.output_shape(event_shape), hidden[::-1])
         super().__init__(Conditioned(encoder, n_classes, flatten=True), Conditioned(decoder, n_classes), posterior,
                          likelihood=likelihood, latent_shape=(latent_features,), **options)
         self.n_classes = n_classes
-        self.event_shape = tuple(event_shape)
+        self.event_shape = event_shape

@@ -12,6 +12,7 @@ from fastflow.vae.hierarchy import HierarchicalVAE
 from fastflow.vae.level import Level
 from fastflow.vae.model import likelihood_of
 from fastflow.vae.models.basic import front
+from fastflow.vae.networks import image_sizes
 from fastflow.vae.top_down import ResidualMerge
 
 __all__ = ["HVAE", "NVAE", "VDVAE"]
@@ -62,6 +63,7 @@ class HVAE(HierarchicalVAE):
     def __init__(self, event_shape, latent_features=(8, 16), hidden=256, *, mode="ladder", likelihood="bernoulli",
                  objective=None):
         likelihood = likelihood_of(likelihood)
+        event_shape = checks.counts("event_shape", event_shape, 1)
         hidden = checks.count("hidden", hidden, 1)
         latent_features = [checks.count("latent_features", d, 1) for d in latent_features]
         size = math.prod(event_shape)
@@ -80,7 +82,7 @@ class HVAE(HierarchicalVAE):
                                   nn.Unflatten(1, shape))
         super().__init__(_BottomUp(stages, [1] * len(stages)), levels, decoder, likelihood, (hidden,),
                          objective=objective)
-        self.event_shape = tuple(event_shape)
+        self.event_shape = event_shape
 
 
 class _Cell(nn.Module):
@@ -137,7 +139,7 @@ class NVAE(HierarchicalVAE):
         groups = [checks.count("groups", count, 1) for count in groups]
         channels = checks.count("channels", channels, 1)
         latent_channels = checks.count("latent_channels", latent_channels, 1)
-        size, height, width = image_shape
+        size, height, width = image_shape = image_sizes(image_shape)
         factor = 2 ** len(groups)
         if not groups or height % factor or width % factor:
             raise ValueError(f"image_shape: expected height and width divisible by {factor} for {len(groups)} "
@@ -165,7 +167,7 @@ class NVAE(HierarchicalVAE):
                                 nn.ConvTranspose2d(channels, outputs, 4, stride=2, padding=1))
         super().__init__(_BottomUp(stages, list(groups)[::-1]), levels, decoder, likelihood,
                          (channels, height // factor, width // factor), objective=objective)
-        self.event_shape = tuple(image_shape)
+        self.event_shape = image_shape
 
 
 class VDVAE(NVAE):

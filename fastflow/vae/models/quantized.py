@@ -2,7 +2,7 @@
 
 from fastflow.vae.model import likelihood_of
 from fastflow.vae.models.basic import front
-from fastflow.vae.networks import conv_feature_decoder, conv_feature_encoder
+from fastflow.vae.networks import conv_feature_decoder, conv_feature_encoder, image_sizes
 from fastflow.vae.priors import CodePrior
 from fastflow.vae.quantizers import FSQ, VectorQuantizer
 from fastflow.vae.vqvae import QuantizedVAE
@@ -14,6 +14,7 @@ class _ConvQuantizedVAE(QuantizedVAE):
     """Convolutional networks around a quantiser of maps."""
 
     def __init__(self, image_shape, quantizer, channels, likelihood, learned_prior):
+        image_shape = image_sizes(image_shape)
         likelihood = likelihood_of(likelihood)
         encoder = conv_feature_encoder(image_shape, quantizer.features, channels)
         decoder = conv_feature_decoder(quantizer.features, likelihood.output_shape(image_shape), channels[::-1])
@@ -21,7 +22,7 @@ class _ConvQuantizedVAE(QuantizedVAE):
         super().__init__(type(encoder)(*front(likelihood), *encoder), quantizer, decoder, likelihood,
                          CodePrior(quantizer.n_codes) if learned_prior else None,
                          code_shape=(image_shape[1] // factor, image_shape[2] // factor))
-        self.event_shape = tuple(image_shape)
+        self.event_shape = image_shape
 
 
 class VQVAE(_ConvQuantizedVAE):

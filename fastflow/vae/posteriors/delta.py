@@ -40,7 +40,7 @@ class DeltaGaussianPosterior(GaussianPosterior):
         return super().mean(self._bounded(params))
 
     def _bounded(self, params):
-        return torch.cat(delta_gaussian(*promoted(params).chunk(2, 1), self.least), 1)
+        return torch.cat(delta_gaussian(*self._halves(promoted(params, "params")), self.least), 1)
 
     def extra_repr(self):
         return f"least={self.least}"

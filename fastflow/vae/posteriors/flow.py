@@ -9,7 +9,7 @@ from fastflow.flows.amortised import Amortised, vectors
 from fastflow.flows.transform import check_transform
 from fastflow.vae.likelihoods.base import promoted
 from fastflow.vae.posteriors.closed import is_standard
-from fastflow.vae.posteriors.gaussian import GaussianPosterior
+from fastflow.vae.posteriors.gaussian import GaussianPosterior, check_z
 
 __all__ = ["FlowPosterior", "HouseholderReflections"]
 
@@ -90,6 +90,7 @@ class FlowPosterior(nn.Module):
     def log_prob(self, params, z):
         """log q(z | x) (K, B) in nats of any z (K, B, D, *S), by the transform's other direction."""
         params, context = self._split(params)
+        check_z(z, self.base.mean(params))
         z0, logdet = self._run(self.transform, z, context)
         return self.base.log_prob(params, z0) + logdet
 
@@ -99,7 +100,7 @@ class FlowPosterior(nn.Module):
         return self.transform.inverse(self.base.mean(params), context)[0]
 
     def _split(self, params):
-        params = promoted(params)
+        params = promoted(params, "params")
         if not self.context_features:
             return params, None
         if params.dim() != 2 or params.shape[1] <= self.context_features:

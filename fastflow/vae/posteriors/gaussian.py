@@ -31,6 +31,15 @@ def check_params(params, features):
         raise ValueError(f"params: expected shape (B, {features}), got {tuple(params.shape)}")
 
 
+def check_z(z, mean):
+    """``z`` is (K, *mean.shape), a batch of the posterior's with the mean (B, D, *S)."""
+    checks.tensor("z", z)
+    if z.dim() != mean.dim() + 1 or z.shape[1:] != mean.shape:
+        raise ValueError(f"z: expected shape (K, {', '.join(map(str, mean.shape))}), got {tuple(z.shape)}")
+    checks.same_device("z", z, "params", mean)
+    checks.no_mixed_double([("z", z), ("params", mean)])
+
+
 class GaussianPosterior(nn.Module):
     """A diagonal Gaussian; params are (B, 2D, *S), mean and raw scale packed along dim 1.
 
@@ -49,7 +58,7 @@ class GaussianPosterior(nn.Module):
     def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None, want_log_qz=True):
         """As the other posteriors; with ``want_log_qz=False`` None stands for log q(z | x), and n_samples None gives
         one z (B, D, *S)."""
-        params = promoted(params)
+        params = promoted(params, "params")
         fused = isinstance(prior, GaussianPrior) and prior.scale == self.scale
         z, kl, *log_qz = functional.gaussian_sample_kl(
             params, scale=self.scale, layout=self.layout, order=self.order, eps=eps, seed=seed, generator=generator,
@@ -75,16 +84,24 @@ class GaussianPosterior(nn.Module):
 
     def moments(self, params):
         """(mean, log sigma), each (B, D, *S)."""
-        mean, raw = reference.split_params(promoted(params), self.layout, self.order == "mean_scale")
+        mean, raw = self._halves(promoted(params, "params"))
         return mean, reference.sigma_and_log(raw, self.scale)[1]
 
     def log_prob(self, params, z):
         """log q(z | x) (K, B) in nats of any z (K, B, D, *S)."""
-        return log_normal(z, *self.moments(params)).flatten(2).sum(2)
+        mean, log_sigma = self.moments(params)
+        check_z(z, mean)
+        return log_normal(z, mean, log_sigma).flatten(2).sum(2)
 
     def mean(self, params):
         """The mean (B, D, *S), also the mode."""
-        return reference.split_params(params, self.layout, self.order == "mean_scale")[0]
+        checks.tensor("params", params)
+        return self._halves(params)[0]
+
+    def _halves(self, params):
+        if params.dim() < 2 or params.shape[1] % 2:
+            raise ValueError(f"params: expected shape (B, 2D, *S), got {tuple(params.shape)}")
+        return reference.split_params(params, self.layout, self.order == "mean_scale")
 
 
 def log_normal(z, mean, log_sigma):
@@ -134,6 +151,7 @@ class LowRankGaussianPosterior(nn.Module):
     def log_prob(self, params, z):
         """log q(z | x) (K, B) in nats of z (K, B, D)."""
         mean, log_variance, factor = self._split(params)
+        check_z(z, mean)
         inverse, shift, basis, log_det = self._factorised(log_variance, factor)
         residual = nn.functional.pad((z - mean) * inverse, (0, self.rank))
         return self._log_density(_beyond(basis, residual) * torch.exp(shift), log_variance, log_det)
@@ -142,7 +160,8 @@ class LowRankGaussianPosterior(nn.Module):
         return self._split(params)[0]
 
     def _split(self, params):
-        d = params.shape[1] // (2 + self.rank)
+        checks.tensor("params", params)
+        d = params.shape[-1] // (2 + self.rank)  # of a (B, n), as the next line checks
         check_params(params, self.n_params(d))
         mean, log_variance, factor = promoted(params).split([d, d, d * self.rank], 1)
         return mean, log_variance, factor.unflatten(1, (d, self.rank))
@@ -199,6 +218,7 @@ class FullGaussianPosterior(nn.Module):
     def log_prob(self, params, z):
         """log q(z | x) (K, B) in nats of z (K, B, D)."""
         mean, log_diagonal, lower = self._split(params)
+        check_z(z, mean)
         standard = torch.linalg.solve_triangular(lower, (z - mean)[..., None], upper=False)
         return -0.5 * (standard.square().sum((2, 3)) + mean.shape[1] * LOG_TWO_PI) - log_diagonal.sum(1)
 
@@ -238,7 +258,7 @@ class DeterministicPosterior(nn.Module):
         self.sigma = sigma
 
     def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
-        mean = promoted(params)
+        mean = promoted(params, "params")
         z = mean.expand(n_samples, *mean.shape)
         size = math.prod(mean.shape[1:])
         log_qz = mean.new_full(z.shape[:2], -size * (math.log(self.sigma) + 0.5 * LOG_TWO_PI))
@@ -252,8 +272,10 @@ class DeterministicPosterior(nn.Module):
 
     def log_prob(self, params, z):
         """log N(z; mean, sigma^2 I) (K, B) in nats."""
-        mean = promoted(params)
+        mean = promoted(params, "params")
+        check_z(z, mean)
         return log_normal(z, mean, torch.full_like(mean, math.log(self.sigma))).flatten(2).sum(2)
 
     def mean(self, params):
+        checks.tensor("params", params)
         return params

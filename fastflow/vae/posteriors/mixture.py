@@ -7,7 +7,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.vae.likelihoods.base import promoted
-from fastflow.vae.posteriors.gaussian import check_params, log_normal, standard_noise
+from fastflow.vae.posteriors.gaussian import check_params, check_z, log_normal, standard_noise
 
 __all__ = ["MixturePosterior"]
 
@@ -55,7 +55,9 @@ class MixturePosterior(nn.Module):
 
     def log_prob(self, params, z):
         """log q(z | x) (K, B) in nats of z (K, B, D)."""
-        return self._log_prob(*self._split(params), z)
+        parts = self._split(params)
+        check_z(z, parts[1][:, 0])
+        return self._log_prob(*parts, z)
 
     def mean(self, params):
         """The mean (B, D) of the mixture."""
@@ -67,7 +69,8 @@ class MixturePosterior(nn.Module):
 
     def _split(self, params):
         c = self.n_components
-        d = (params.shape[1] // c - 1) // 2
+        checks.tensor("params", params)
+        d = (params.shape[-1] // c - 1) // 2
         check_params(params, self.n_params(d))
         logits, means, log_variances = promoted(params).split([c, c * d, c * d], 1)
         return torch.log_softmax(logits, 1), means.unflatten(1, (c, d)), 0.5 * log_variances.unflatten(1, (c, d))

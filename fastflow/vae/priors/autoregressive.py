@@ -9,6 +9,8 @@ from torch import nn
 from fastflow import checks
 from fastflow.draws import choose, drawn
 from fastflow.flows import MADE
+from fastflow.vae.likelihoods.base import promoted
+from fastflow.vae.priors.gaussian import check_z
 
 __all__ = ["AutoregressivePrior", "CodePrior"]
 
@@ -42,8 +44,7 @@ class AutoregressivePrior(nn.Module):
 
     def log_prob(self, z):
         """(N,) nats of z (N, D), in one pass."""
-        checks.tensor("z", z)
-        checks.events("z", z, self.event_shape)
+        check_z(z, self.event_shape, self.network.layers[0].weight)
         z = z.to(self.network.layers[0].weight.dtype)
         params = self.network(z).unflatten(1, (z.shape[1], 3 * self.n_components))
         log_weights, means, log_sigmas = self._split(params)
@@ -53,6 +54,7 @@ class AutoregressivePrior(nn.Module):
 
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, D), feature by feature; ``temperature`` scales the components' standard deviations."""
+        checks.rng(generator)
         network, weight = self.network, self.network.layers[0].weight
         sweep, found = network.sweep(n), []
         for _ in range(network.features):
@@ -106,7 +108,8 @@ class CodePrior(nn.Module):
     def log_probs(self, codes):
         """(N, T) nats: log p(c_t | c_<t) of each of the T codes that :meth:`log_prob` sums."""
         if not isinstance(codes, torch.Tensor) or codes.dtype != torch.int64:
-            raise TypeError("codes: expected an int64 tensor")
+            got = codes.dtype if isinstance(codes, torch.Tensor) else type(codes).__name__
+            raise TypeError(f"codes: expected an int64 tensor, got {got}")
         codes = codes.flatten(1) if codes.dim() > 1 else codes[:, None]
         start = torch.full_like(codes[:, :1], self.n_codes)
         logits = self._logits(torch.cat([start, codes[:, :-1]], 1))
@@ -115,6 +118,7 @@ class CodePrior(nn.Module):
     @torch.no_grad()
     def sample(self, n, shape, *, generator=None, temperature=1.0):
         """(n, *shape) int64; logits are divided by ``temperature``, 0 takes the likeliest code each time."""
+        checks.rng(generator)
         codes = torch.full((n, 1), self.n_codes, device=self.output.weight.device)
         for _ in range(math.prod(shape)):
             logits = self._logits(codes[:, -self.receptive_field:])[:, -1]
@@ -131,4 +135,4 @@ class CodePrior(nn.Module):
         for layer in self.layers:
             a, gate = layer(F.pad(h, (layer.dilation[0], 0))).chunk(2, 1)
             h = h + torch.tanh(a) * torch.sigmoid(gate)
-        return self.output(h.mT)
+        return promoted(self.output(h.mT))

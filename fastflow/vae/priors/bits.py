@@ -28,7 +28,7 @@ class BitPrior(nn.Module):
 
     def __init__(self, shape, hidden=(64, 64)):
         super().__init__()
-        self.event_shape = torch.Size([shape] if isinstance(shape, int) else shape)
+        self.event_shape = checks.extent("shape", shape)
         self.network = MADE(math.prod(self.event_shape), 1, hidden)
 
     def given(self, b):
@@ -40,11 +40,13 @@ class BitPrior(nn.Module):
 
     def log_prob(self, b):
         """(K, N) nats of b (K, N, D, *S), in one pass."""
+        checks.tensor("b", b)
         return self.given(b.flatten(0, 1)).log_prob(b.flatten(0, 1)[None])[0].view(b.shape[:2])
 
     @torch.no_grad()
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, D, *S), bit by bit; logits are divided by ``temperature``, 0 takes the likelier value each time."""
+        checks.rng(generator)
         weight = self.network.layers[0].weight
         sweep, found = self.network.sweep(n), []
         for _ in range(self.network.features):

@@ -19,6 +19,7 @@ class GaussianAt(GaussianPrior):
 
     def log_prob(self, z):
         """(B,) of z (B, D, *S), or (K, B) of z (K, B, D, *S)."""
+        checks.tensor("z", z)
         sigma, log_sigma = self.sigma_and_log()
         residual = (z - self.mean) / sigma
         each = -(0.5 * residual * residual + log_sigma + 0.5 * math.log(2.0 * math.pi))
@@ -41,7 +42,7 @@ class ConditionalGaussianPrior(nn.Module):
     def __init__(self, latent_shape, network, scale="logvar"):
         super().__init__()
         checks.choice("scale", scale, functional.SCALES)
-        self.event_shape = (latent_shape,) if isinstance(latent_shape, int) else tuple(latent_shape)
+        self.event_shape = tuple(checks.extent("latent_shape", latent_shape))
         self.network = network
         self.scale = scale
 
@@ -49,6 +50,7 @@ class ConditionalGaussianPrior(nn.Module):
         """The GaussianPrior for these contexts (B, ...), one Gaussian for each example."""
         if context is None:
             raise ValueError("context: expected a tensor for a ConditionalGaussianPrior, got None")
+        checks.tensor("context", context, floating=False)
         params = self.network(context)
         checks.shape("network output", params, (context.shape[0], 2 * self.event_shape[0], *self.event_shape[1:]))
         return GaussianAt(*params.chunk(2, 1), self.scale)

@@ -11,6 +11,14 @@ from fastflow.draws import choose, drawn
 __all__ = ["GaussianPrior", "MixturePrior"]
 
 
+def check_z(z, event_shape, parameter):
+    """``z`` is (N, *event_shape), on the device of a prior's ``parameter`` and float64 if that is."""
+    checks.tensor("z", z)
+    checks.events("z", z, event_shape)
+    checks.same_device("z", z, "the prior", parameter)
+    checks.goes_with("z", z, "the prior", parameter)
+
+
 class GaussianPrior(nn.Module):
     """A learned diagonal Gaussian, parameters ``mean`` and ``raw`` (1, D, *S); it starts near N(0, I).
 
@@ -25,7 +33,7 @@ class GaussianPrior(nn.Module):
         super().__init__()
         checks.choice("scale", scale, functional.SCALES)
         self.scale = scale
-        self.event_shape = torch.Size([latent_shape] if isinstance(latent_shape, int) else latent_shape)
+        self.event_shape = checks.extent("latent_shape", latent_shape)
         self.mean = nn.Parameter(torch.zeros(1, *self.event_shape))
         self.raw = nn.Parameter(torch.full((1, *self.event_shape), self.UNIT.get(scale, 0.0)))
 
@@ -35,13 +43,14 @@ class GaussianPrior(nn.Module):
 
     def log_prob(self, z):
         """(N,) nats of z (N, D, *S)."""
-        checks.events("z", z, self.event_shape)
+        check_z(z, self.event_shape, self.mean)
         sigma, log_sigma = self.sigma_and_log()
         residual = (z - self.mean) / sigma
         return -(0.5 * residual * residual + log_sigma + 0.5 * math.log(2.0 * math.pi)).flatten(1).sum(1)
 
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, D, *S) with the standard deviation times ``temperature``."""
+        checks.rng(generator)
         noise = drawn(torch.randn, (n, *self.event_shape), self.mean, generator)
         return self.mean + temperature * self.sigma_and_log()[0] * noise
 
@@ -58,14 +67,14 @@ class MixturePrior(nn.Module):
     def __init__(self, latent_shape, n_components=10):
         super().__init__()
         n_components = checks.count("n_components", n_components, 1)
-        self.event_shape = torch.Size([latent_shape] if isinstance(latent_shape, int) else latent_shape)
+        self.event_shape = checks.extent("latent_shape", latent_shape)
         self.logits = nn.Parameter(torch.zeros(n_components))
         self.mean = nn.Parameter(torch.randn(n_components, *self.event_shape))
         self.log_sigma = nn.Parameter(torch.zeros(n_components, *self.event_shape))
 
     def component_log_prob(self, z):
         """(N, C) nats: the logarithms of w_c N_c at z (N, D, *S); normalised over C, the component's posterior."""
-        checks.events("z", z, self.event_shape)
+        check_z(z, self.event_shape, self.mean)
         residual = (z[:, None] - self.mean) * torch.exp(-self.log_sigma)
         each = -0.5 * residual * residual - self.log_sigma - 0.5 * math.log(2.0 * math.pi)
         return torch.log_softmax(self.logits, 0) + each.flatten(2).sum(2)
@@ -76,6 +85,7 @@ class MixturePrior(nn.Module):
 
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, D, *S); ``temperature`` scales the components' standard deviations."""
+        checks.rng(generator)
         chosen = choose(torch.softmax(self.logits, 0), n, generator)
         noise = drawn(torch.randn, (n, *self.event_shape), self.mean, generator)
         return self.mean[chosen] + temperature * torch.exp(self.log_sigma[chosen]) * noise

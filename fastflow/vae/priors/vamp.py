@@ -49,6 +49,7 @@ class VampPrior(nn.Module):
 
     def log_prob(self, z):
         """(N,) nats of z (N, D, *S)."""
+        checks.tensor("z", z)
         params, posterior = self._params()
         each = posterior.log_prob(params, z[:, None].expand(-1, len(params), *z.shape[1:]))
         return torch.logsumexp(each, 1) - math.log(len(params))
@@ -56,6 +57,7 @@ class VampPrior(nn.Module):
     def sample(self, n, *, generator=None, temperature=1.0):
         """(n, D, *S); ``temperature`` scales the components' standard deviations, and must be 1 where the posterior is
         no diagonal Gaussian."""
+        checks.rng(generator)
         params, posterior = self._params()
         if temperature != 1.0 and not hasattr(posterior, "moments"):
             raise ValueError(f"temperature: expected 1 for a VampPrior of a {type(posterior).__name__}, got "
