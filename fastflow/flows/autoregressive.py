@@ -128,7 +128,7 @@ class _AutoregressiveFlow(Flow):
                 features, hidden, order=sequence, context_features=context_features, activation=activation,
                 transformer=AffineTransformer(scale) if transformer is None else transformer())
             layers += [*([ActNorm(features)] if actnorm else []), wrap(layer)]
-        super().__init__(Compose(*layers), StandardNormal((features,)))
+        super().__init__(Compose(*layers, event_shape=(features,)), StandardNormal((features,)))
         self.features = features
 
 

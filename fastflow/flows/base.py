@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import distributions as D
 from torch import nn
 from torch.distributions import Distribution, constraints, transform_to
 
@@ -107,18 +108,50 @@ def to_support(support):
     return lambda u: component(u.unsqueeze(dim)).select(dim, 0)
 
 
-class _DistributionBase:
-    """A torch.distributions object as a base; batch dimensions count as dimensions of the event."""
+def widened(law, dtype, known=None):
+    """The torch.distributions object with its floating parameters in ``dtype`` where that is a wider one; ``known`` are
+    the parts that are made already, by id."""
+    known = {} if known is None else known
+    if isinstance(law, torch.Tensor):
+        return law.to(torch.promote_types(law.dtype, dtype)) if law.is_floating_point() else law
+    if type(law) in (list, tuple):
+        return type(law)(widened(part, dtype, known) for part in law)
+    if not isinstance(law, (Distribution, D.Transform)):
+        return law
+    if id(law) not in known:  # a transform and its inverse know each other
+        new = known[id(law)] = object.__new__(type(law))
+        vars(new).update({name: widened(part, dtype, known) for name, part in vars(law).items()})
+    return known[id(law)]
 
-    def __init__(self, distribution):
-        self.distribution = distribution
+
+def tempered(law, temperature):
+    """The torch.distributions object with deviations ``temperature`` times as large, None if it is no Gaussian."""
+    if isinstance(law, D.Independent):
+        base = tempered(law.base_dist, temperature)
+        return None if base is None else D.Independent(base, law.reinterpreted_batch_ndims, validate_args=False)
+    if isinstance(law, D.Normal):  # not validated, as a scale may be 0
+        return D.Normal(law.loc, temperature * law.scale, validate_args=False)
+    if isinstance(law, D.MultivariateNormal):
+        return D.MultivariateNormal(law.loc, scale_tril=temperature * law.scale_tril, validate_args=False)
+    return None
+
+
+class _DistributionBase:
+    """A torch.distributions object as a base; batch dimensions count as dimensions of the event.
+
+    Args:
+        anchor: tensor of the dtype that samples have if their own is not wider, or None.
+    """
+
+    def __init__(self, distribution, anchor=None):
+        self.distribution, self.anchor = distribution, anchor
         self.event_shape = distribution.batch_shape + distribution.event_shape
 
     def log_prob(self, z, temperature=1.0):
         checks.tensor("z", z)
         if self.event_shape:  # else it is the law of every element
             checks.events("z", z, self.event_shape)
-        distribution = self._tempered(temperature)
+        distribution = self._tempered(temperature, z.dtype)
         if z.numel() == 0:
             return z.flatten(1).sum(1) if z.dim() > 1 else z.clone()
         support = distribution.support
@@ -139,18 +172,17 @@ class _DistributionBase:
         return torch.where(without, -torch.inf, value.flatten(1).sum(1))
 
     def sample(self, n, *, generator=None, temperature=1.0):
-        distribution = self._tempered(temperature)
+        distribution = self._tempered(temperature, torch.float32 if self.anchor is None else self.anchor.dtype)
         draw = distribution.rsample if distribution.has_rsample else distribution.sample
         with seeded(generator):
             return draw((n,))
 
-    def _tempered(self, temperature):
-        if temperature == 1.0:
-            return self.distribution
-        if isinstance(self.distribution, torch.distributions.Normal):
-            return torch.distributions.Normal(self.distribution.loc, temperature * self.distribution.scale)
-        raise ValueError(f"temperature: expected 1 for a base of type {type(self.distribution).__name__}, "
-                         f"got {temperature}")
+    def _tempered(self, temperature, dtype):
+        law = self.distribution if temperature == 1.0 else tempered(self.distribution, temperature)
+        if law is None:
+            raise ValueError(f"temperature: expected 1 for a base of type {type(self.distribution).__name__}, "
+                             f"got {temperature}")
+        return widened(law, dtype) if dtype == torch.float64 else law
 
 
 @contextlib.contextmanager
@@ -166,10 +198,13 @@ def seeded(generator):
         yield
 
 
-def as_base(base):
-    """``base`` as an object with event_shape, log_prob(z, temperature) and sample(n, generator=, temperature=)."""
+def as_base(base, anchor=None):
+    """``base`` as an object with event_shape, log_prob(z, temperature) and sample(n, generator=, temperature=); samples
+    of a torch.distributions object are float64 where the tensor ``anchor`` is."""
+    if isinstance(base, _DistributionBase):
+        base = base.distribution
     if isinstance(base, Distribution):
-        return _DistributionBase(base)
+        return _DistributionBase(base, anchor)
     if hasattr(base, "log_prob") and hasattr(base, "sample") and hasattr(base, "event_shape"):
         return base
     raise TypeError(f"base: expected a base distribution or a torch.distributions object, got {type(base).__name__}")

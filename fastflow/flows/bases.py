@@ -58,6 +58,7 @@ class FullNormal(Base):
     """N(loc, L L') over (B, D), L lower triangular with diagonal exp(log_diagonal); N(0, I) at first."""
 
     def __init__(self, features):
+        features = checks.count("features", features, 1)
         super().__init__(features)
         self.loc = nn.Parameter(torch.zeros(features))
         self.lower = nn.Parameter(torch.zeros(features, features))
@@ -71,10 +72,13 @@ class FullNormal(Base):
         return self.scale_tril @ self.scale_tril.mT
 
     def log_prob(self, z, temperature=1.0):
-        centred = (self._checked(z) - self.loc) / temperature
+        z = self._checked(z)
+        infinite = torch.isinf(z)  # of which the solution would make NaN
+        centred = (torch.where(infinite, 0.0, z) - self.loc) / temperature
         standard = torch.linalg.solve_triangular(self.scale_tril, centred.mT, upper=False)
         constant = self.log_diagonal.sum() + len(self.loc) * (HALF_LOG_TWO_PI + math.log(temperature))
-        return -0.5 * standard.square().sum(0) - constant
+        value = -0.5 * standard.square().sum(0) - constant
+        return torch.where(infinite.any(1) & ~torch.isnan(value), -math.inf, value)
 
     def sample(self, n, *, generator=None, temperature=1.0):
         return self.loc + temperature * self._noise(n, self.loc, generator) @ self.scale_tril.mT
@@ -178,7 +182,7 @@ class Mixture(Base):
 
     def sample(self, n, *, generator=None, temperature=1.0):
         chosen = choose(torch.softmax(self.logits, 0), n, generator)
-        parts = [b.sample(int((chosen == k).sum()), generator=generator, temperature=temperature)
+        parts = [as_base(b, self.logits).sample(int((chosen == k).sum()), generator=generator, temperature=temperature)
                  for k, b in enumerate(self.components)]
         order = torch.argsort(torch.argsort(chosen, stable=True))
         return torch.cat(parts)[order.to(parts[0].device)]

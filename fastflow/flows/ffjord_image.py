@@ -111,6 +111,6 @@ class FFJORDImage(Flow):
             rest = Compose(*scales((shape[0] // 2, *shape[1:]), level + 1))
             return [*layers, squeeze, *fields(shape, 2**(level + 1)), Split(shape, rest)]
 
-        transform = Compose(*image_logit(alpha), *scales(image_shape, 0))
+        transform = Compose(*image_logit(alpha), *scales(image_shape, 0), event_shape=image_shape)
         super().__init__(transform, StandardNormal(transform.noise_shape(image_shape)), dequantization)
         self.image_shape = image_shape

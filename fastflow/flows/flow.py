@@ -29,8 +29,9 @@ class Flow(nn.Module):
         transform: data to noise, any :class:`Transform`.
         base: distribution of the noise: a StandardNormal, an object like it, or a torch.distributions object, whose
             batch dimensions count as event dimensions; one without any is the law of every element, and can't sample.
-            Only modules follow ``.to()``. One whose attribute
-            ``conditional`` is true gets the context as well, and alone where the transform was built without one.
+            Modules follow ``.to()``; a torch.distributions object gives float64 behind the flow's ``.double()``, and
+            stays on its device. One whose attribute ``conditional`` is true gets the context as well, and alone where
+            the transform was built without one.
         dequantization: surjection from integers to what the transform takes, such as a
             :class:`VariationalDequantization`; None for the uniform one of :meth:`bits_per_dim` and engine.TrainStep.
 
@@ -40,7 +41,6 @@ class Flow(nn.Module):
     """
 
     configs = {}
-    _takes = None  # the shape of one x, of a flow whose first layer would speak of another one
 
     def __init__(self, transform, base, dequantization=None):
         super().__init__()
@@ -51,6 +51,8 @@ class Flow(nn.Module):
         self.transform = transform
         self.base = base
         self.dequantization = dequantization
+        if isinstance(base, Distribution):
+            self.register_buffer("_anchor", torch.zeros(()), persistent=False)  # follows .double() in its place
         self._transform_takes_context = None  # not known yet; a graph has what was found before it
         self.context_of_transform(None)
 
@@ -80,9 +82,6 @@ class Flow(nn.Module):
         Returns:
             (B,); -inf outside the support.
         """
-        if self._takes is not None:
-            checks.tensor("x", x, floating=False)
-            checks.events("x", x, self._takes)
         if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
             return self._log_prob_of_integers(x, context)
         _check_context(x, context)
@@ -224,8 +223,8 @@ class Flow(nn.Module):
     def _dtype(self):
         """What data the flow takes: float64 where its parameters are, or the base's buffers where it has none."""
         tensors = list(self.parameters())
-        if not tensors and isinstance(self.base, nn.Module):
-            tensors = list(self.base.buffers())  # not the transform's: constants are kept in float64 for either
+        if not tensors:  # not the transform's buffers: constants are kept in float64 for either
+            tensors = list(self.base.buffers() if isinstance(self.base, nn.Module) else self._buffers.values())
         return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
     def _noise(self, n, context, generator, temperature):
@@ -245,7 +244,7 @@ class Flow(nn.Module):
             options["generator"] = generator
         if temperature != 1.0:
             options["temperature"] = temperature
-        z = as_base(self.base).sample(math.prod(lead), **options)
+        z = as_base(self.base, self._buffers.get("_anchor")).sample(math.prod(lead), **options)
         return z, context, lead
 
     def _of_base(self, context):

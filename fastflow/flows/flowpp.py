@@ -138,7 +138,7 @@ class FlowPP(Flow):
             CheckerboardSqueeze(), *stage(fine, n_checkerboard, 2, CheckerboardSqueeze()),
             Inverse(CheckerboardSqueeze()), Squeeze(), *stage(coarse, n_channel, 4, Squeeze()),
             CheckerboardSqueeze(), *stage(mixed, n_final, 8, Squeeze(), CheckerboardSqueeze()),
-            Inverse(CheckerboardSqueeze()))
+            Inverse(CheckerboardSqueeze()), event_shape=image_shape)
         noise = None
         if dequantization == "variational":
             def noise_net(in_channels, out_channels, size):
@@ -152,8 +152,8 @@ class FlowPP(Flow):
                                     nn.Conv2d(2 * channels, hidden_channels, 3, padding=1),
                                     GatedConv(hidden_channels, dropout))
             noise = VariationalDequantization(Flow(Compose(Logit(), CheckerboardSqueeze(), *steps),
-                                                   StandardNormal(fine)), encoder, n_bins)
+                                                   StandardNormal(fine)), encoder, n_bins, event_shape=image_shape)
         elif dequantization == "uniform":
             noise = UniformDequantization(n_bins)
         super().__init__(transform, StandardNormal(coarse), noise)
-        self.image_shape = self._takes = image_shape
+        self.image_shape = image_shape

@@ -48,8 +48,8 @@ def check_image_model(image_shape, divisor, **sizes):
     that names the argument else."""
     for name, value in sizes.items():
         checks.count(name, value, 1)
-    image_shape = tuple(image_shape)
-    if len(image_shape) != 3 or min(image_shape) < 1:
+    image_shape = checks.counts("image_shape", image_shape, 1)
+    if len(image_shape) != 3:
         raise ValueError(f"image_shape: expected (C, H, W), got {image_shape}")
     if image_shape[1] % divisor or image_shape[2] % divisor:
         raise ValueError(f"image_shape: expected height and width divisible by {divisor}, got {image_shape}")

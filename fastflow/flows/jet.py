@@ -161,7 +161,7 @@ class Jet(Flow):
                                       order="shift_scale", shift_first=True),
                        _Gather(order, channel, back=True)]
         super().__init__(Compose(patches, *layers), StandardNormal(patches.token_shape))
-        self.image_shape = tuple(image_shape)
+        self.image_shape = patches.image_shape
 
     def shard_groups(self):
         """The couplings: each is a group of FSDP2's."""

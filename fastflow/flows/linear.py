@@ -1,7 +1,5 @@
 """Linear maps along dim 1, each with its log|det A|, inverse and covariance; on images they are 1x1 convolutions."""
 
-import math
-
 import torch
 from torch import nn
 
@@ -9,6 +7,7 @@ from fastflow import checks, functional
 from fastflow.functional import full_precision
 from fastflow.nn import InvertibleConv1x1
 from fastflow.nn.channel_affine import channel_affine
+from fastflow.nn.outputs import in_format_of, over_positions
 
 __all__ = ["PLU", "QR", "Dense", "Householder", "LinearMap", "LowRank", "Orthogonal", "Triangular"]
 
@@ -51,14 +50,14 @@ class LinearMap(nn.Module):
         """(z, logdet) of x (B, C, *S), logdet (B,) in nats; ``context`` is ignored."""
         x = self._operand("x", x)
         with full_precision(x.device.type):
-            return self._direct(x, self.bias), self._total(x, self.log_abs_det())
+            return in_format_of(x, self._direct(x, self.bias)), over_positions(self.log_abs_det(), x)
 
     def inverse(self, z, context=None):
         """(x, logdet) of z."""
         z = self._operand("z", z)
         with full_precision(z.device.type):
             centred = z if self.bias is None else z - self.bias.view(1, -1, *(1,) * (z.dim() - 2))
-            return self._reverse(centred), self._total(z, -self.log_abs_det())
+            return in_format_of(z, self._reverse(centred)), over_positions(-self.log_abs_det(), z)
 
     def extra_repr(self):
         return f"{self.channels}"
@@ -76,10 +75,6 @@ class LinearMap(nn.Module):
         parameter = next(self.parameters())
         checks.goes_with(name, x, "A", parameter)
         return x.to(torch.promote_types(x.dtype, parameter.dtype))
-
-    @staticmethod
-    def _total(x, log_abs_det):
-        return (math.prod(x.shape[2:]) * log_abs_det).expand(x.shape[0])
 
 
 class Dense(LinearMap):

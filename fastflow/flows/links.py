@@ -7,7 +7,6 @@ gradient if ``needs``.
 """
 
 import contextlib
-import math
 
 import torch
 
@@ -15,6 +14,7 @@ from fastflow.autograd.differentiable import unhooked
 from fastflow.flows import memory
 from fastflow.nn import InvertibleConv1x1
 from fastflow.nn.factors import Factors
+from fastflow.nn.outputs import in_format_of, over_positions
 
 __all__ = ["ConvLink", "CouplingLink", "Link", "ShapeLink", "SplitLink", "TransformLink"]
 
@@ -123,7 +123,7 @@ class ConvLink(Link):
         own = matrix is self.factors.matrix and offset is self.factors.offset
         z = self.conv.apply_factors(x, self.factors if own else Factors(matrix, offset, None))
         if self.with_logdet:
-            logdet = _add(logdet, (math.prod(x.shape[2:]) * self.factors.logabsdet).expand(x.shape[0]))
+            z, logdet = in_format_of(x, z), _add(logdet, over_positions(self.factors.logabsdet, x))
         return z, logdet
 
     def undo(self, z, side):

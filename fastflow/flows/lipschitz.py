@@ -18,10 +18,16 @@ class LipSwish(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.beta = nn.Parameter(torch.tensor(0.5))
+        self.beta = nn.Parameter(torch.full((1,), 0.5))  # not 0-d, which FSDP2 does not take
 
     def forward(self, x):
         return x * torch.sigmoid(F.softplus(self.beta) * x) / 1.1  # the steepest slope of x sigmoid(x) is 1.09984
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        beta = state_dict.get(prefix + "beta")
+        if isinstance(beta, torch.Tensor) and beta.dim() == 0:  # as state dicts once had it
+            state_dict[prefix + "beta"] = beta.view(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def spectral_bound(weight):

@@ -9,6 +9,7 @@ from fastflow.flows.flow import Flow
 from fastflow.flows.tabular import halves
 from fastflow.flows.transform import Compose
 from fastflow.nn import MLP, AffineCoupling
+from fastflow.nn.outputs import in_format_of, over_positions
 
 __all__ = ["CONFIGS", "NICE", "DiagonalScale"]
 
@@ -27,15 +28,15 @@ class DiagonalScale(nn.Module):
 
     def __init__(self, features):
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(features))
+        self.log_scale = nn.Parameter(torch.zeros(checks.count("features", features, 1)))
 
     def forward(self, x, context=None):
         self._check("x", x)
-        return x * torch.exp(self.log_scale), self.log_scale.sum().expand(x.shape[0])
+        return in_format_of(x, x * torch.exp(self.log_scale)), over_positions(self.log_scale.sum(), x)
 
     def inverse(self, z, context=None):
         self._check("z", z)
-        return z * torch.exp(-self.log_scale), -self.log_scale.sum().expand(z.shape[0])
+        return in_format_of(z, z * torch.exp(-self.log_scale)), over_positions(-self.log_scale.sum(), z)
 
     def _check(self, name, x):
         checks.tensor(name, x)
@@ -71,6 +72,5 @@ class NICE(Flow):
             conditioner = MLP(passive, active, hidden, context_features=context_features, activation=activation)
             layers.append(AffineCoupling(conditioner, flip=flip, scale="additive"))
         base = StandardNormal if prior == "normal" else StandardLogistic
-        super().__init__(Compose(*layers, DiagonalScale(features)), base((features,)))
+        super().__init__(Compose(*layers, DiagonalScale(features), event_shape=(features,)), base((features,)))
         self.features = features
-        self._takes = (features,)

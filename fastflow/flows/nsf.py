@@ -100,7 +100,7 @@ class NSF(Flow):
         options = {"n_bins": n_bins, "tail_bound": tail_bound, "kind": kind}
         build = _autoregressive_layers if autoregressive else _coupling_layers
         layers = build(features, n_layers, options, permutation, hidden, context_features, activation)
-        super().__init__(Compose(ActNorm(features), *layers), StandardNormal((features,)))
+        super().__init__(Compose(ActNorm(features), *layers, event_shape=(features,)), StandardNormal((features,)))
         self.features = features
 
 

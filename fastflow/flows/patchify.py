@@ -12,8 +12,8 @@ __all__ = ["Patchify", "patch_grid"]
 
 def patch_grid(image_shape, patch_size):
     """(C, rows, columns) of the patches of an image (C, H, W); ValueError where they do not fit."""
-    image_shape = tuple(image_shape)
-    if len(image_shape) != 3 or min(image_shape) < 1:
+    image_shape = checks.counts("image_shape", image_shape, 1)
+    if len(image_shape) != 3:
         raise ValueError(f"image_shape: expected (C, H, W), got {image_shape}")
     patch_size = checks.count("patch_size", patch_size, 1)
     channels, height, width = image_shape
@@ -38,7 +38,7 @@ class Patchify(nn.Module):
         channels, self.rows, self.columns = patch_grid(image_shape, patch_size)
         if not 0.0 < scale < math.inf:
             raise ValueError(f"scale: expected a positive number, got {scale!r}")
-        self.image_shape, self.patch_size = tuple(image_shape), patch_size
+        self.image_shape, self.patch_size = (channels, self.rows * patch_size, self.columns * patch_size), patch_size
         self.channels_last, self.scale = bool(channels_last), float(scale)
         self.token_shape = self.rows * self.columns, channels * patch_size**2
 

@@ -44,5 +44,5 @@ class RealNVP(Flow):
             conditioner = MLP(passive, per_feature * active, hidden, context_features=context_features,
                               activation=activation)
             layers.append(AffineCoupling(conditioner, flip=flip, scale=scale))
-        super().__init__(Compose(ActNorm(features), *layers), StandardNormal((features,)))
+        super().__init__(Compose(ActNorm(features), *layers, event_shape=(features,)), StandardNormal((features,)))
         self.features = features

@@ -93,6 +93,6 @@ class RealNVPImage(Flow):
             rest = Compose(*scales((half, height // 2, width // 2), level + 1))
             return [*layers, Split((2 * half, height // 2, width // 2), rest)]
 
-        transform = Compose(*image_logit(alpha), *scales(image_shape, 0))
+        transform = Compose(*image_logit(alpha), *scales(image_shape, 0), event_shape=image_shape)
         super().__init__(transform, StandardNormal(transform.noise_shape(image_shape)), dequantization)
-        self.image_shape = self._takes = image_shape
+        self.image_shape = image_shape

@@ -14,6 +14,7 @@ from fastflow.flows.lipschitz import LipschitzMLP, LipSwish
 from fastflow.flows.transform import Compose
 from fastflow.functional import full_precision
 from fastflow.nn import ActNorm
+from fastflow.nn.outputs import in_format_of
 
 __all__ = ["CONFIGS", "InvertibleResidual", "ResidualFlow"]
 
@@ -97,7 +98,8 @@ class InvertibleResidual(nn.Module):
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats."""
         self._check("x", x)
-        return self._evaluate(x, self._function(context))
+        z, logdet = self._evaluate(x, self._function(context))
+        return in_format_of(x, z), logdet
 
     @uncompiled
     @outside_inference_mode
@@ -107,7 +109,7 @@ class InvertibleResidual(nn.Module):
         with full_precision(z.device.type):  # lowered by autocast, g is too coarse to come to rest
             function = self._function(context)
             x = self._iterate(z, function)
-            return x, -self._evaluate(x, function)[1]
+            return in_format_of(z, x), -self._evaluate(x, function)[1]
 
     def truncation_bound(self, features, n_terms=None):
         """What a series of that many terms (``n_eval_terms``) lacks at most, D L^(n+1) / ((n+1)(1-L)), in nats."""
@@ -267,5 +269,6 @@ class ResidualFlow(Flow):
         for _ in range(n_layers):
             net = LipschitzMLP(features, hidden, bound=bound, context_features=context_features, activation=activation)
             layers += [*([ActNorm(features)] if actnorm else []), InvertibleResidual(net, **options)]
-        super().__init__(Compose(*layers, *([ActNorm(features)] if actnorm else [])), StandardNormal((features,)))
+        transform = Compose(*layers, *([ActNorm(features)] if actnorm else []), event_shape=(features,))
+        super().__init__(transform, StandardNormal((features,)))
         self.features = features

@@ -92,6 +92,6 @@ class ResidualFlowImage(Flow):
 
         first = [Squeeze()] if squeeze_first else []
         shape = first[0].noise_shape(image_shape) if first else image_shape
-        transform = Compose(*image_logit(alpha), *first, *scales(shape, 0))
+        transform = Compose(*image_logit(alpha), *first, *scales(shape, 0), event_shape=image_shape)
         super().__init__(transform, StandardNormal(transform.noise_shape(image_shape)), dequantization)
         self.image_shape = image_shape

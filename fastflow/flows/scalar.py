@@ -8,6 +8,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.flows.logdets import sum_event
+from fastflow.nn.outputs import in_format_of
 
 __all__ = ["Affine", "Atan", "Exp", "LeakyReLU", "Log", "Logit", "Power", "ScalarTransform", "Sigmoid", "Softplus",
            "Tanh"]
@@ -83,7 +84,7 @@ class ScalarTransform(nn.Module):
             # A point inside stands in where x has left the domain, so that neither value nor gradient become NaN.
             y, slope = function(torch.where(outside, inner(), x))
             slope = torch.where(outside, -INF, slope)
-        return strictly_inside(y.to(dtype), *image), sum_event(slope)
+        return in_format_of(x, strictly_inside(y.to(dtype), *image)), sum_event(slope)
 
 
 def _number(name, value, *, positive=False):

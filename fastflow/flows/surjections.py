@@ -64,12 +64,12 @@ class UniformDequantization(nn.Module):
         dtype."""
         checks.tensor("x", x, floating=False)
         z = dequantize(x, self.n_bins, generator=generator, dtype=self._dtype(dtype))
-        return z, self._width(z).expand(len(z))
+        return z, self._width(z)
 
     def inverse(self, z, context=None):
         """(x (B, *event) int64, minus the contribution (B,))."""
         checks.tensor("z", z)
-        return self._integers(z), -self._width(z).expand(len(z))
+        return self._integers(z), -self._width(z)
 
     def extra_repr(self):
         return f"n_bins={self.n_bins}"
@@ -81,8 +81,8 @@ class UniformDequantization(nn.Module):
         return torch.promote_types(self.anchor.dtype, torch.float32) if given is None else given
 
     def _width(self, z):
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        return torch.full((), -math.prod(z.shape[1:]) * math.log(self.n_bins), dtype=dtype, device=z.device)
+        value = -math.prod(z.shape[1:]) * math.log(self.n_bins)
+        return z.new_full((z.shape[0],), value, dtype=torch.promote_types(z.dtype, torch.float32))
 
 
 class VariationalDequantization(UniformDequantization):
@@ -96,20 +96,25 @@ class VariationalDequantization(UniformDequantization):
             begins with a :class:`Logit`; its context is ``encoder((x + 1/2)/n_bins - 0.5)``.
         encoder: module from such values (B, *event) to the context; None hands them on as they are.
         n_bins: number of values.
+        event_shape: the shape of one x, None for whatever the encoder takes.
 
     References:
         Ho et al., "Flow++", 2019, arXiv:1902.00275, section 3.1.
     """
 
-    def __init__(self, noise, encoder=None, n_bins=256):
+    event_shape = None
+
+    def __init__(self, noise, encoder=None, n_bins=256, *, event_shape=None):
         super().__init__(n_bins)
+        if event_shape is not None:
+            self.event_shape = checks.counts("event_shape", event_shape)
         _check_conditional("noise", noise)
         self.noise = noise
         self.encoder = encoder
 
     def forward(self, x, context=None, *, generator=None, dtype=None):
         """As of :class:`UniformDequantization`; ``context`` is ignored."""
-        checks.tensor("x", x, floating=False)
+        self._check(x)
         dtype = self._dtype(dtype)
         u, log_q = _draw(self.noise, self._condition(x, dtype), generator)
         z = (x.to(dtype) + u.to(dtype)) / self.n_bins - 0.5
@@ -126,11 +131,17 @@ class VariationalDequantization(UniformDequantization):
 
     def initialize(self, x, context=None):
         """Sets what in ``noise`` depends on data from uniform noise, and returns z of it."""
+        self._check(x)
         dtype = self.noise._dtype() if hasattr(self.noise, "_dtype") else torch.float32
         z = dequantize(x, self.n_bins, dtype=dtype)
         if hasattr(self.noise, "transform"):
             initialize(self.noise.transform, torch.rand_like(z), self._condition(x, dtype))
         return z
+
+    def _check(self, x):
+        checks.tensor("x", x, floating=False)
+        if self.event_shape is not None:
+            checks.events("x", x, self.event_shape)
 
     def _condition(self, x, dtype):
         values = (x.to(dtype) + 0.5) / self.n_bins - 0.5

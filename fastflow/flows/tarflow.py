@@ -172,12 +172,12 @@ class TarFlow(Flow):
         patches = Patchify(image_shape, patch_size, scale=data_scale)
         blocks = checks.count("blocks", blocks, 1)
         if patches.token_shape[0] < 2:
-            raise ValueError(f"patch_size: expected at least two patches in an image of {tuple(image_shape)}, "
+            raise ValueError(f"patch_size: expected at least two patches in an image of {patches.image_shape}, "
                              f"got {patch_size}")
         layers = [TarFlowBlock(*patches.token_shape, channels, layers_per_block, flip=index % 2 == 1, head_dim=head_dim,
                                expansion=expansion, num_classes=num_classes) for index in range(blocks)]
         super().__init__(Compose(patches, *layers), StandardNormal(patches.token_shape))
-        self.image_shape, self.num_classes = tuple(image_shape), num_classes
+        self.image_shape, self.num_classes = patches.image_shape, num_classes
 
     def shard_groups(self):
         """The blocks: each is a group of FSDP2's."""

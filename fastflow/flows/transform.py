@@ -5,9 +5,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from fastflow import checks
 from fastflow.flows import fused, memory, sequence
 from fastflow.flows.contexts import takes_context
 from fastflow.flows.logdets import zero_logdet
+from fastflow.nn.weight_bank import BESIDES
 
 __all__ = ["Compose", "Inverse", "Transform", "data_shape", "initialize", "noise_shape"]
 
@@ -67,12 +69,17 @@ class Compose(nn.Module):
 
     Args:
         transforms: any number of transforms. Those that are modules become submodules.
+        event_shape: the shape of one x, for an error that speaks of it where the first transform would speak of another
+            or of its own part of x; None for whatever that takes.
     """
 
     saves_memory = True
+    event_shape = None
 
-    def __init__(self, *transforms):
+    def __init__(self, *transforms, event_shape=None):
         super().__init__()
+        if event_shape is not None:
+            self.event_shape = checks.counts("event_shape", event_shape)
         for index, transform in enumerate(transforms):
             check_transform(f"transforms[{index}]", transform)
         self.transforms = nn.ModuleList(t if isinstance(t, nn.Module) else _Foreign(t) for t in transforms)
@@ -80,10 +87,13 @@ class Compose(nn.Module):
     def forward(self, x, context=None):
         mode = memory.active()
         if mode is not None:
+            self._check(x)
             parts = self.parts()
             return sequence.run(fused.runs(parts, x, context, True) if mode.name == "save_z" else parts, x, context)
-        total = None
-        for transform in fused.runs(self.transforms, x, context):
+        pieces, total = fused.runs(self.transforms, x, context), None
+        if type(pieces) is not list or len(pieces) != 1:  # one kernel fits x as it is
+            self._check(x)
+        for transform in pieces:
             x, logdet = transform(x, context)
             total = logdet if total is None else total + logdet
         return x, zero_logdet(x) if total is None else total
@@ -104,6 +114,7 @@ class Compose(nn.Module):
         return fused.explain(self, x, context)
 
     def initialize(self, x, context=None):
+        self._check(x)
         for transform in self.transforms:
             x = initialize(transform, x, context)
         return x
@@ -122,6 +133,11 @@ class Compose(nn.Module):
         """The latents that z (B, D) packs: those of the last transform."""
         last = self.transforms[-1] if len(self.transforms) else None
         return last.unpack(z) if hasattr(last, "unpack") else [z]
+
+    def _check(self, x):
+        if self.event_shape is not None:
+            checks.tensor("x", x, floating=False)
+            checks.events("x", x, self.event_shape)
 
 
 class Inverse(nn.Module):
@@ -172,6 +188,6 @@ class _Foreign(nn.Module):
         return self.transform.inverse(z, context)
 
     def __getattr__(self, name):
-        if name in ("data_shape", "initialize", "noise_shape", "unpack"):  # what a transform may have besides
+        if name in BESIDES:
             return getattr(self.__dict__["transform"], name)
         return super().__getattr__(name)

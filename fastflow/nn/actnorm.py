@@ -1,11 +1,10 @@
 """Activation normalisation: one affine map per channel."""
 
-import math
-
 import torch
 from torch import nn
 
 from fastflow import checks
+from fastflow.nn.outputs import in_format_of, over_positions
 
 __all__ = ["ActNorm"]
 
@@ -36,13 +35,15 @@ class ActNorm(nn.Module):
         """(z, logdet) of x (B, C, *S); z in x's dtype, float32 at least; ``context`` is ignored."""
         bias, log_scale = self._operands(x)
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        return (x + bias.view(shape)) * torch.exp(log_scale).view(shape), self._logdet(x, log_scale)
+        z = (x + bias.view(shape)) * torch.exp(log_scale).view(shape)
+        return in_format_of(x, z), over_positions(log_scale.sum(), x)
 
     def inverse(self, z, context=None):
         """(x, logdet) with x = z * exp(-log_scale) - bias."""
         bias, log_scale = self._operands(z)
         shape = (1, -1) + (1,) * (z.dim() - 2)
-        return z * torch.exp(-log_scale).view(shape) - bias.view(shape), -self._logdet(z, log_scale)
+        x = z * torch.exp(-log_scale).view(shape) - bias.view(shape)
+        return in_format_of(z, x), over_positions(-log_scale.sum(), z)
 
     @torch.no_grad()
     def initialize(self, x, context=None):
@@ -71,7 +72,3 @@ class ActNorm(nn.Module):
         checks.goes_with("x", x, "bias", self.bias)
         dtype = torch.promote_types(self.bias.dtype, torch.float32)
         return self.bias.to(dtype), self.log_scale.to(dtype)
-
-    @staticmethod
-    def _logdet(x, log_scale):
-        return (math.prod(x.shape[2:]) * log_scale.sum()).expand(x.shape[0])

@@ -1,13 +1,12 @@
 """The invertible 1x1 convolution: one C x C matrix applied at every position."""
 
-import math
-
 import torch
 from torch import nn
 
 from fastflow import checks
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.factors import factorize
+from fastflow.nn.outputs import in_format_of, over_positions
 
 __all__ = ["InvertibleConv1x1"]
 
@@ -111,4 +110,4 @@ class InvertibleConv1x1(nn.Module):
             bank = self.bank
             factors = factorize([self], inverse)[0] if bank is None else bank.factors(self, inverse)
         y = self.apply_factors(x, factors)
-        return y, (math.prod(x.shape[2:]) * factors.logabsdet).expand(x.shape[0])
+        return in_format_of(x, y), over_positions(factors.logabsdet, x)

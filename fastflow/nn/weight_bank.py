@@ -9,7 +9,9 @@ from torch import nn
 from fastflow.nn.factors import factorize
 from fastflow.nn.invertible_conv import InvertibleConv1x1
 
-__all__ = ["Bank", "WeightBank", "convolutions"]
+__all__ = ["BESIDES", "Bank", "WeightBank", "convolutions"]
+
+BESIDES = ("data_shape", "initialize", "noise_shape", "unpack")  # what a transform may have besides its two directions
 
 
 class Bank:
@@ -44,10 +46,10 @@ class WeightBank(nn.Module):
     """A model whose invertible 1x1 convolutions are factorised together, each size class once per call.
 
     Called like the model that it wraps, ``bank(x, context)`` and ``bank.inverse(z, context)``, with the same results.
-    Any other method of the model runs so inside ``with bank.factorized(inverse=...):``. Results live for one call:
-    nothing is kept that a change of the weights (an optimiser's step, load_state_dict, functional_call) could make
-    stale. A layer that runs against the direction of the call costs a second factorisation. flows.Glow does all this by
-    itself.
+    Any other method of the model runs so inside ``with bank.factorized(inverse=...):``; ``initialize``, ``unpack``,
+    ``noise_shape`` and ``data_shape`` are the model's own, where it has them. Results live for one call: nothing is
+    kept that a change of the weights (an optimiser's step, load_state_dict, functional_call) could make stale. A layer
+    that runs against the direction of the call costs a second factorisation. flows.Glow does all this by itself.
 
     Args:
         model: a Transform, a Flow, or any module that holds InvertibleConv1x1 layers.
@@ -69,6 +71,11 @@ class WeightBank(nn.Module):
     def inverse(self, z, context=None):
         with self.factorized(inverse=True):
             return self.model.inverse(z) if context is None else self.model.inverse(z, context)
+
+    def __getattr__(self, name):
+        if name in BESIDES:
+            return getattr(self.model, name)
+        return super().__getattr__(name)
 
     @contextlib.contextmanager
     def factorized(self, inverse=False):

@@ -242,6 +242,18 @@ def test_inverse_and_log_determinants_at_further_seeds(name):
 
 
 @every_row
+def test_log_determinants_are_tensors_of_their_own(name):
+    row = ROWS[name]
+    for size in row.sizes:
+        transform, x, context = build(name, size, 0, row.contextual)
+        with torch.no_grad():
+            z, logdet = transform(x, context)
+            for value in (logdet, transform.inverse(z, context)[1]):
+                assert value.is_contiguous()
+                torch.testing.assert_close(value.clone().add_(torch.ones(BATCH)), value.add_(torch.ones(BATCH)))
+
+
+@every_row
 def test_gradients(name):
     row = ROWS[name]
     transform, x, context = build(name, row.sizes[1], 3, row.contextual)

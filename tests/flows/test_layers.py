@@ -1,11 +1,13 @@
 """Couplings, 1x1 convolutions and activation normalisation one by one."""
 
+import layouts
 import pytest
 import torch
 from torch import nn
 
-from fastflow import ScaleMap
+from fastflow import ScaleMap, flows
 from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, GaussianSample, InvertibleConv1x1
+from fastflow.reference.layout import memory_format_of
 
 
 class Constant(nn.Module):
@@ -130,6 +132,19 @@ def test_convolution_is_a_matrix_product(shape, parametrization):
     if len(shape) == 4:
         last = x.contiguous(memory_format=torch.channels_last)
         assert layer(last)[0].is_contiguous(memory_format=torch.channels_last) and layer(x)[0].is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (3, 4, 5, 6), (2, 4, 3, 4, 5), (3, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize("make", [ActNorm, InvertibleConv1x1, flows.Dense, flows.LowRank, lambda n: flows.Exp()],
+                         ids=["ActNorm", "InvertibleConv1x1", "Dense", "LowRank", "Exp"])
+def test_z_has_the_memory_format_of_x(make, shape):
+    layer, x = make(4), torch.rand(shape) + 0.5
+    for layout in layouts.ALL:
+        source = layout(x)
+        for call in (layer, layer.inverse, flows.Compose(layer, layer)):
+            z, logdet = call(source)
+            assert z.is_contiguous(memory_format=memory_format_of(source)), (layout.__name__, z.stride())
+            assert logdet.is_contiguous()
 
 
 @pytest.mark.parametrize("parametrization", ["plain", "plu"])

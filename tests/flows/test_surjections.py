@@ -96,6 +96,14 @@ def test_expected_bound_is_below_the_probability(kind):
         assert abs(draws.mean() - bound) < 4 * draws.std() / math.sqrt(20000)
 
 
+def test_contributions_are_tensors_of_their_own():
+    surjection, x = flows.UniformDequantization(BINS), torch.zeros(4, 2, dtype=torch.int64)
+    for layer in (surjection, flows.Compose(surjection, flows.Reverse())):
+        z, contribution = layer(x)
+        for value in (contribution, layer.inverse(z)[1]):
+            assert value.is_contiguous() and torch.equal(value + 1.0, value.add_(torch.ones(4)))
+
+
 def test_the_posterior_makes_the_bound_exact():
     density = normal(0.1, 0.15)
     surjection = flows.VariationalDequantization(Posterior(density), n_bins=BINS)

@@ -91,6 +91,21 @@ def test_any_method_and_both_directions(calls):
     assert sorted(calls) == [("slogdet", (2, 3, 3)), ("slogdet_inverse", (2, 3, 3))]
 
 
+def test_what_a_transform_has_besides_its_two_directions_is_the_model_s():
+    glow = flows.Glow((1, 8, 8), n_levels=2, n_steps=1, hidden_channels=8)
+    flow, x = flows.Flow(WeightBank(glow.transform), glow.base), torch.rand(9, 1, 8, 8) - 0.5
+    flow.initialize(x)
+    assert all(norm.initialized for norm in glow.modules() if isinstance(norm, ActNorm))
+    z = flow.transform(x)[0]
+    torch.testing.assert_close(flow.unpack(z), glow.unpack(z))
+    rest = WeightBank(flows.Compose(flows.Squeeze(), InvertibleConv1x1(8)))
+    split = flows.Compose(flows.Squeeze(), flows.Split((4, 4, 4), rest=rest))
+    assert split.noise_shape((1, 8, 8)) == (64,) and split.data_shape((64,)) == (1, 8, 8)
+    torch.testing.assert_close(split.inverse(split(x)[0])[0], x)
+    bare = WeightBank(InvertibleConv1x1(3))  # which has initialize alone
+    assert hasattr(bare, "initialize") and not any(map(hasattr, [bare] * 3, ("unpack", "noise_shape", "data_shape")))
+
+
 def test_nothing_is_kept():
     plain = model()
     bank, x = WeightBank(plain), torch.randn(2, 4, 4, 4, dtype=torch.float64)
