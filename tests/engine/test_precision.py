@@ -116,7 +116,8 @@ def test_a_copy_made_during_training_is_a_model_of_its_own():
                            model.transform.levels[0].steps[0].coupling.conditioner(torch.ones(1, 6, 4, 4)))
 
 
-@pytest.mark.parametrize("options", [{"conditioner_dtype": torch.bfloat16}, {"compile": "conditioners"}])
+@pytest.mark.parametrize("options", [{"conditioner_dtype": torch.bfloat16},
+                                     pytest.param({"compile": "conditioners"}, marks=pytest.mark.slow)])
 def test_a_copy_of_the_step_trains_a_model_of_its_own(options):
     model, x = glow(1, 1), torch.rand(4, 3, 8, 8)
     step = TrainStep(model, torch.optim.SGD(model.parameters(), 1e-3), **options)
