@@ -109,8 +109,8 @@ class EMA:
         if wrong := sorted(self.parameters.keys() ^ state.keys()):
             raise ValueError(f"state: expected the names of the model's parameters, differs in {', '.join(wrong[:3])}")
         for name, average in self.parameters.items():
-            if average.shape != state[name].shape:
-                raise ValueError(f"state: {name}: expected shape {tuple(average.shape)}, "
-                                 f"got {tuple(state[name].shape)}")
-            average.copy_(placed_like(average, state[name]))
+            stored = state[name].view(1) if state[name].ndim == 0 and average.shape == (1,) else state[name]  # as once
+            if average.shape != stored.shape:
+                raise ValueError(f"state: {name}: expected shape {tuple(average.shape)}, got {tuple(stored.shape)}")
+            average.copy_(placed_like(average, stored))
         self.n_updates.fill_(n_updates)

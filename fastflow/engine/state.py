@@ -10,6 +10,8 @@ from fastflow.engine.distributed import gathered, placed_like
 __all__ = ["host_random_state", "optimizer_state", "random_state", "restore_host_random", "restore_optimizer",
            "restore_random", "seed_host_random"]
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
 
 def optimizer_state(optimizer, keep=True):
     """(tensors, plain): {"index.key": tensor on the CPU} and {"index.key": number} of every parameter's state; all
@@ -37,6 +39,8 @@ def restore_optimizer(optimizer, tensors, plain):
         if not index.isdigit() or int(index) >= len(parameters):
             raise ValueError(f"optimizer state {name!r} belongs to no parameter")
         parameter = parameters[int(index)]
+        if isinstance(value, torch.Tensor) and value.ndim == 0 and parameter.shape == (1,) and key in MOMENTS:
+            value = value.view(1)  # as such parameters once were
         if isinstance(value, torch.Tensor) and value.ndim:
             if value.shape != parameter.shape:
                 raise ValueError(f"optimizer state {name!r}: shape {tuple(value.shape)}, the parameter has "

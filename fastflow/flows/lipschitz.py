@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
+from fastflow.nn.one_number import OneNumber, one_number
 
 __all__ = ["LipSwish", "LipschitzMLP", "SpectralLinear", "spectral_bound"]
 
 
-class LipSwish(nn.Module):
+class LipSwish(OneNumber):
     """x sigmoid(softplus(beta) x) / 1.1 with a learned beta; its slope stays within (-0.1, 1).
 
     References:
@@ -18,16 +19,10 @@ class LipSwish(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.beta = nn.Parameter(torch.full((1,), 0.5))  # not 0-d, which FSDP2 does not take
+        self.beta = one_number(0.5)
 
     def forward(self, x):
         return x * torch.sigmoid(F.softplus(self.beta) * x) / 1.1  # the steepest slope of x sigmoid(x) is 1.09984
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        beta = state_dict.get(prefix + "beta")
-        if isinstance(beta, torch.Tensor) and beta.dim() == 0:  # as state dicts once had it
-            state_dict[prefix + "beta"] = beta.view(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def spectral_bound(weight):

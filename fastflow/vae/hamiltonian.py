@@ -3,17 +3,17 @@
 import math
 
 import torch
-from torch import nn
 
 from fastflow import checks, functional, reference
 from fastflow.autograd.differentiable import outside_inference_mode
+from fastflow.nn.one_number import OneNumber, one_number
 from fastflow.vae.elbo import Inference
 from fastflow.vae.model import VAE
 
 __all__ = ["HamiltonianVAE"]
 
 
-class HamiltonianVAE(VAE):
+class HamiltonianVAE(OneNumber, VAE):
     """z_0 from the encoder and a momentum from N(0, I / beta_0) take leapfrog steps on -log p(x, z), each followed by a
     cooling of the momentum, up to inverse temperature 1.
 
@@ -42,8 +42,8 @@ class HamiltonianVAE(VAE):
         if not 0.0 < beta_zero < 1.0:
             raise ValueError(f"beta_zero: expected a number in (0, 1), got {beta_zero!r}")
         self.n_steps = n_steps
-        self.log_step = nn.Parameter(torch.tensor(math.log(step_size)))
-        self.logit_beta = nn.Parameter(torch.tensor(math.log(beta_zero) - math.log1p(-beta_zero)))
+        self.log_step = one_number(math.log(step_size))
+        self.logit_beta = one_number(math.log(beta_zero) - math.log1p(-beta_zero))
 
     @outside_inference_mode
     def evolve(self, x, z, noise, context=None):

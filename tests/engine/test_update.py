@@ -10,7 +10,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fastflow import flows
 from fastflow.engine import NonFiniteError, TrainStep
 from fastflow.engine.ema import EMA
-from fastflow.vae import VAE, conv_decoder, conv_encoder
+from fastflow.engine.state import optimizer_state, restore_optimizer
+from fastflow.vae import MLPVAE, VAE, conv_decoder, conv_encoder
 
 
 def adam(model, **options):
@@ -118,6 +119,23 @@ def test_parameters_that_are_unfrozen_later_are_averaged_from_then_on():
     torch.testing.assert_close(ema.parameters["shift"], start + 0.5)
     with ema.swapped_in():
         torch.testing.assert_close(model.shift.detach(), start + 0.5)
+
+
+def test_state_of_one_number_loads_as_it_once_was():
+    """Of shape (), where the parameter has (1,) now."""
+    model = MLPVAE((3,), 2, (4,), likelihood="gaussian")
+    step = TrainStep(model, adam(model), ema_decay=0.5)
+    step(torch.rand(4, 3))
+    tensors, plain = optimizer_state(step.optimizer)
+    averages = {name: t.clone() for name, t in step.ema.state_dict().items()}
+    index = [name for name, _ in model.named_parameters()].index("likelihood.log_sigma")
+    old = {name: t[0] if name in (f"{index}.exp_avg", f"{index}.exp_avg_sq") else t for name, t in tensors.items()}
+    other = copy.deepcopy(model)
+    optimizer, ema = adam(other), EMA(other, 0.5)
+    restore_optimizer(optimizer, old, plain)
+    torch.testing.assert_close(optimizer_state(optimizer)[0], tensors, rtol=0, atol=0)
+    ema.load_state_dict(averages | {"likelihood.log_sigma": averages["likelihood.log_sigma"][0]})
+    torch.testing.assert_close(ema.state_dict(), averages, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("warmup", [0, 3])

@@ -81,7 +81,7 @@ def test_gradients_and_objectives():
             with torch.no_grad():
                 getattr(other, name).add_(move)
                 values.append(other.elbo(PROBLEM.x, 2, eps=eps).elbo.sum())
-        torch.testing.assert_close(getattr(hvae, name).grad, (values[0] - values[1]) / 2e-6, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(getattr(hvae, name).grad[0], (values[0] - values[1]) / 2e-6, rtol=1e-6, atol=1e-7)
     hvae.objective = vae.PenalizedELBO(beta=0.5)
     result = hvae(PROBLEM.x, n_samples=2, eps=eps)
     torch.testing.assert_close(result.value, -result.distortion - 0.5 * result.rate)

@@ -209,7 +209,7 @@ def test_training_reaches_the_maximum_likelihood(posterior, deviations):
     noise = values[:size - d].mean()
     best = -0.5 * (size * math.log(2 * math.pi) + values[size - d:].log().sum() + (size - d) * noise.log() + size)
     assert abs(-closure() - best) < 1e-8
-    torch.testing.assert_close(torch.exp(2 * model.likelihood.log_sigma), noise, rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.exp(2 * model.likelihood.log_sigma[0]), noise, rtol=1e-3, atol=0)
     w = model.decoder.weight
     found = torch.linalg.eigvalsh(w @ w.T + noise * torch.eye(size, dtype=torch.float64))
     torch.testing.assert_close(found, torch.cat([noise.expand(size - d), values[size - d:]]), rtol=1e-3, atol=0)

@@ -3,11 +3,11 @@
 import math
 
 import torch
-from torch import nn
 
 from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.flows.base import centred
+from fastflow.nn.one_number import OneNumber, one_number
 from fastflow.vae.likelihoods.base import Likelihood, sum_event
 
 __all__ = ["GaussianLikelihood", "LaplaceLikelihood"]
@@ -15,7 +15,7 @@ __all__ = ["GaussianLikelihood", "LaplaceLikelihood"]
 LOG_SIGMA_BOUND = 5.0
 
 
-class LocationScale(Likelihood):
+class LocationScale(OneNumber, Likelihood):
     """Location from the decoder; the scale fixed, learned, fitted or from the decoder, as the families say."""
 
     modes = (None, "decoder")
@@ -46,7 +46,7 @@ class LocationScale(Likelihood):
         return location + scale * self._noise(location, generator)
 
     def _log_scale(self, raw):
-        """The logarithm of the scale: a number if fixed, 0-d if learned, from the decoder between -5 and 5."""
+        """The logarithm of the scale: a number if fixed, (1,) if learned, from the decoder between -5 and 5."""
         return self.log_sigma if raw is None else LOG_SIGMA_BOUND * torch.tanh(raw / LOG_SIGMA_BOUND)
 
 
@@ -71,7 +71,7 @@ class GaussianLikelihood(LocationScale):
     def __init__(self, sigma=None):
         super().__init__(sigma)
         if sigma is None:
-            self.log_sigma = nn.Parameter(torch.zeros(()))
+            self.log_sigma = one_number(0.0)
         elif sigma == "optimal":
             self.register_buffer("mean_square", torch.ones(()))
         elif sigma != "decoder":  # a number, for a buffer would be rounded by .to()
@@ -116,7 +116,7 @@ class LaplaceLikelihood(LocationScale):
     def __init__(self, scale=None):
         super().__init__(scale)
         if scale is None:
-            self.log_sigma = nn.Parameter(torch.zeros(()))
+            self.log_sigma = one_number(0.0)
         elif scale != "decoder":
             self.log_sigma = math.log(scale)
 
