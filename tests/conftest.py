@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
     """What was imported and collected stays: Python's garbage collector need not walk it again in every test, nor what
-    is made since quite so often, which is a tenth of the time where graphs are compiled."""
+    is made since quite so often, which shows where graphs are compiled."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

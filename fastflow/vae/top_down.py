@@ -10,6 +10,7 @@ from torch import nn
 from fastflow import backends, extension, functional
 from fastflow.flows.fused import ACTIVATIONS, HOOKED, linear_stack
 from fastflow.nn.hooks import is_hooked
+from fastflow.vae.generation import autocasts
 from fastflow.vae.level import Level
 
 __all__ = ["MAX_WIDTH", "ResidualMerge", "explain", "runs"]
@@ -73,7 +74,7 @@ def _refusal(h, features):
         return "the state or the features are not (B, H)"
     if h.dtype not in (torch.float32, torch.float64) or any(d.dtype is not h.dtype for d in features):
         return f"state and features are not float32 or float64 alike, but {h.dtype} and {features[0].dtype}"
-    if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):
+    if autocasts(h.device):
         return "autocast is on"
     if nn.modules.module._has_any_global_hook():
         return "a hook on all modules is registered"
