@@ -6,6 +6,7 @@ import torch
 
 from fastflow import checks
 from fastflow.engine.distributed import local, placed_like
+from fastflow.one_number import fitted
 
 __all__ = ["EMA"]
 
@@ -109,7 +110,7 @@ class EMA:
         if wrong := sorted(self.parameters.keys() ^ state.keys()):
             raise ValueError(f"state: expected the names of the model's parameters, differs in {', '.join(wrong[:3])}")
         for name, average in self.parameters.items():
-            stored = state[name].view(1) if state[name].ndim == 0 and average.shape == (1,) else state[name]  # as once
+            stored = fitted(state[name], average)
             if average.shape != stored.shape:
                 raise ValueError(f"state: {name}: expected shape {tuple(average.shape)}, got {tuple(stored.shape)}")
             average.copy_(placed_like(average, stored))

@@ -6,6 +6,7 @@ import numpy
 import torch
 
 from fastflow.engine.distributed import gathered, placed_like
+from fastflow.one_number import fitted
 
 __all__ = ["host_random_state", "optimizer_state", "random_state", "restore_host_random", "restore_optimizer",
            "restore_random", "seed_host_random"]
@@ -39,8 +40,8 @@ def restore_optimizer(optimizer, tensors, plain):
         if not index.isdigit() or int(index) >= len(parameters):
             raise ValueError(f"optimizer state {name!r} belongs to no parameter")
         parameter = parameters[int(index)]
-        if isinstance(value, torch.Tensor) and value.ndim == 0 and parameter.shape == (1,) and key in MOMENTS:
-            value = value.view(1)  # as such parameters once were
+        if key in MOMENTS:
+            value = fitted(value, parameter)
         if isinstance(value, torch.Tensor) and value.ndim:
             if value.shape != parameter.shape:
                 raise ValueError(f"optimizer state {name!r}: shape {tuple(value.shape)}, the parameter has "

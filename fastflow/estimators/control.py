@@ -1,16 +1,16 @@
 """Score-function estimators with a reparameterised control variate, which learn to lower their own variance."""
 
 import torch
-from torch import nn
 
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing, with_gradient
 from fastflow.estimators.latents import bounded
 from fastflow.estimators.relaxed import temperature_parameter
+from fastflow.one_number import OneNumber, one_number
 
 __all__ = ["REBAR", "RELAX"]
 
 
-class REBAR(Estimator):
+class REBAR(OneNumber, Estimator):
     """(f(b) - c(z~)) grad log q(b) + grad c(z) - grad c(z~), where z are perturbed logits that harden to b, z~ are
     drawn given b, and c(z) = eta f(relaxed z). Unbiased for every eta and temperature, both of which the auxiliary loss
     (the squared gradient, hence its variance) teaches. f must accept relaxed samples; it is evaluated three times a
@@ -30,7 +30,7 @@ class REBAR(Estimator):
     def __init__(self, temperature=0.5, eta=1.0):
         super().__init__()
         self.log_temperature = temperature_parameter(temperature)
-        self.eta = nn.Parameter(torch.tensor(float(eta)))
+        self.eta = one_number(eta)
 
     def control(self, q, f, z):
         """c (K, B) at perturbed logits z (K, B, *event)."""

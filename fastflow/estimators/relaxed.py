@@ -2,9 +2,8 @@
 
 import math
 
-import torch
-
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
+from fastflow.one_number import one_number
 
 __all__ = ["GumbelSoftmax", "StraightThrough"]
 
@@ -64,4 +63,4 @@ def check_temperature(temperature):
 def temperature_parameter(temperature):
     """log(temperature), to learn."""
     check_temperature(temperature)
-    return torch.nn.Parameter(torch.tensor(math.log(temperature)))
+    return one_number(math.log(temperature))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import checks
-from fastflow.nn.one_number import OneNumber, one_number
+from fastflow.one_number import OneNumber, one_number
 
 __all__ = ["LipSwish", "LipschitzMLP", "SpectralLinear", "spectral_bound"]
 

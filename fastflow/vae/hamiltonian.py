@@ -6,7 +6,7 @@ import torch
 
 from fastflow import checks, functional, reference
 from fastflow.autograd.differentiable import outside_inference_mode
-from fastflow.nn.one_number import OneNumber, one_number
+from fastflow.one_number import OneNumber, one_number
 from fastflow.vae.elbo import Inference
 from fastflow.vae.model import VAE
 

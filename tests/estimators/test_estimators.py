@@ -106,7 +106,7 @@ def test_the_auxiliary_gradient_is_that_of_the_squared_gradient():
             ends.append(squared())
             with torch.no_grad():
                 parameter -= step
-        torch.testing.assert_close(parameter.grad, (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(parameter.grad, ((ends[0] - ends[1]) / 2e-5).view(1), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("make", [

@@ -16,7 +16,7 @@ LAYERS = {
     "engine": {"vae", "diagnostics", "data", "launches", "measured"},
     "diagnostics": {"vae", "flows"},
     "vae": {"flows", "estimators"},
-    "flows": {"nn", "draws"},
+    "flows": {"nn", "draws", "one_number"},
     "nn": {"functional"},
     "functional": {"autograd", "reference", "checks", "extension", "measured"},
     "autograd": {"kernels", "extension", "reference"},
@@ -29,19 +29,21 @@ LAYERS = {
     "doctor": set(),
     "draws": set(),
     "fakes": set(),
+    "one_number": set(),
     "kernels": set(),
     "reference": set(),
     "checks": set(),
     "data": set(),
-    "estimators": {"draws"},
+    "estimators": {"draws", "one_number"},
     "recipes": set(),
 }
 EVERYONE = {"backends", "checks", "gpus"}
-LEAVES = {"kernels", "reference", "checks", "draws", "extension", "fakes", "gpus", "backends"}  # import no backends
+# These import no backends.
+LEAVES = {"kernels", "reference", "checks", "draws", "one_number", "extension", "fakes", "gpus", "backends"}
 THIRD_PARTY = {"reference": {"torch"}, "kernels": {"torch", "triton"}, "checks": {"torch"}, "backends": {"torch"},
                "extension": {"torch"}, "fakes": {"torch"}, "functional": {"torch"}, "autograd": {"torch"},
                "nn": {"torch"}, "flows": {"torch", "numpy", "torchdiffeq"}, "vae": {"torch", "numpy"},
-               "draws": {"torch"}, "estimators": {"torch"}, "gpus": {"torch"}}
+               "draws": {"torch"}, "one_number": {"torch"}, "estimators": {"torch"}, "gpus": {"torch"}}
 
 
 def sources():

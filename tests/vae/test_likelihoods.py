@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import distributions
 
-from fastflow import vae
 from fastflow.vae import (
     BernoulliLikelihood,
     CategoricalLikelihood,
@@ -332,30 +331,3 @@ def test_double_is_not_mixed(likelihood):
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):
         make()
-
-
-@pytest.mark.parametrize("likelihood", [vae.GaussianLikelihood, vae.LaplaceLikelihood])
-def test_a_learned_scale_loads_from_a_state_dict_that_has_it_0d(likelihood):
-    model = vae.MLPVAE((3,), 2, (4,), likelihood=likelihood())
-    state = {name: t.clone() for name, t in model.state_dict().items()}
-    state["likelihood.log_sigma"] = torch.tensor(0.7)
-    model.load_state_dict(state)
-    assert model.likelihood.log_sigma.tolist() == [pytest.approx(0.7)]
-    state["likelihood.log_sigma"] = torch.zeros(2)
-    with pytest.raises(RuntimeError, match="size mismatch for likelihood.log_sigma"):
-        model.load_state_dict(state)
-
-
-@pytest.mark.parametrize("make", [
-    lambda: vae.MLPVAE((3,), 2, (4,), likelihood="gaussian"), lambda: vae.MLPVAE((3,), 2, (4,), likelihood="laplace"),
-    lambda: vae.HamiltonianVAE(vae.mlp_encoder((3,), 2, (4,)), vae.mlp_decoder(2, (3,), (4,)), likelihood="gaussian")])
-def test_models_with_learned_numbers_can_be_sharded(make, mesh):
-    from torch.distributed.fsdp import fully_shard
-
-    model, x = make(), torch.rand(4, 3)
-    want = model.elbo(x, seed=1).elbo.detach()
-    fully_shard(model, mesh=mesh)
-    bound = model(x, seed=1)
-    torch.testing.assert_close(bound.elbo, want)
-    bound.elbo.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())

@@ -7,7 +7,7 @@ import torch
 from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.flows.base import centred
-from fastflow.nn.one_number import OneNumber, one_number
+from fastflow.one_number import OneNumber, one_number
 from fastflow.vae.likelihoods.base import Likelihood, sum_event
 
 __all__ = ["GaussianLikelihood", "LaplaceLikelihood"]
