@@ -124,7 +124,7 @@ class Generation:
         prior = self.prior
         if isinstance(prior, Distribution):
             one = not prior.batch_shape + prior.event_shape
-            prior = as_base(prior.expand(self._latent_shape()) if one else prior)
+            prior = as_base(prior.expand(self._latent_shape()) if one else prior, first_parameter(self.decoder))
         if not self.conditional_prior:
             return prior.sample(n, **options)
         if isinstance(prior, Flow):  # which gives as many for each context as it is asked for

@@ -229,6 +229,15 @@ def test_conditional_flow_prior():
     assert model.sample(3, context).shape == (3, 4, 3)
 
 
+@pytest.mark.parametrize("law", [torch.distributions.Normal(0.0, 1.0),
+                                 torch.distributions.Laplace(torch.zeros(2), torch.ones(2)),
+                                 torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))])
+def test_laws_of_torch_follow_the_model_to_float64(law):
+    model = vae.MLPVAE((3,), 2, (4,), prior=law, likelihood="gaussian").double()
+    assert model.elbo(randn(4, 3, seed=0)).elbo.dtype == torch.float64
+    assert model.sample(3).dtype == torch.float64
+
+
 @pytest.mark.parametrize(("error", "make", "message"), [
     (ValueError, lambda: vae.MixturePrior(2, 0), "n_components"),
     (ValueError, lambda: vae.VampPrior(torch.zeros(3)), "inputs"),
@@ -241,6 +250,8 @@ def test_conditional_flow_prior():
     (ValueError, lambda: vae.AutoregressivePrior(2).log_prob(torch.zeros(3, 1)), "z"),
     (ValueError, lambda: vae.CodePrior(1), "n_codes"),
     (TypeError, lambda: vae.CodePrior(3).log_prob(torch.zeros(2, 3)), "codes"),
+    *((ValueError, lambda codes=codes: vae.CodePrior(3).log_prob(torch.tensor(codes)), "^codes: expected labels")
+      for codes in ([[3, 0]], [[0, 3]], [[-1, 0]], [-100])),
     (ValueError, lambda: vae.GaussianPrior(-1), "^latent_shape: expected an int >= 1, got -1"),
     *((error, lambda make=make, z=z: make().log_prob(z), f"^z: {words}")
       for make in (lambda: vae.GaussianPrior(2), lambda: vae.MixturePrior(2), lambda: vae.AutoregressivePrior(2))

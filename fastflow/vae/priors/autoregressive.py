@@ -9,6 +9,7 @@ from torch import nn
 from fastflow import checks
 from fastflow.draws import choose, drawn
 from fastflow.flows import MADE
+from fastflow.flows.labels import check_labels
 from fastflow.vae.likelihoods.base import promoted
 from fastflow.vae.priors.gaussian import check_z
 
@@ -111,9 +112,10 @@ class CodePrior(nn.Module):
             got = codes.dtype if isinstance(codes, torch.Tensor) else type(codes).__name__
             raise TypeError(f"codes: expected an int64 tensor, got {got}")
         codes = codes.flatten(1) if codes.dim() > 1 else codes[:, None]
+        check_labels("codes", codes, self.n_codes, "n_codes", 0)
         start = torch.full_like(codes[:, :1], self.n_codes)
         logits = self._logits(torch.cat([start, codes[:, :-1]], 1))
-        return -F.cross_entropy(logits.mT, codes, reduction="none")
+        return torch.log_softmax(logits, 2).gather(2, codes[..., None])[..., 0]
 
     @torch.no_grad()
     def sample(self, n, shape, *, generator=None, temperature=1.0):
