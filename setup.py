@@ -29,7 +29,7 @@ rule nvcc
   command = {nvcc} -MD -MF $out.d {cuda_flags} -O3 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden {arch} -c $in -o $out
   depfile = $out.d
 rule link
-  command = $linker -shared $in -o $out -Xlinker --no-as-needed -L{torch}/lib -ltorch -ltorch_cpu -lc10 -lpthread
+  command = $linker -shared $in -o $out -L{torch}/lib -ltorch -ltorch_cpu -lc10 -lpthread
 """
 
 
@@ -61,7 +61,7 @@ def write_ninja(build, target, torch, nvcc):
         compile_one("cuda", "cxx", ROOT / "csrc/registration.cpp", "registration", "-DFASTFLOW_CUDA")
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             compile_one("cuda", "nvcc", source, source.stem)
-    for library, linker in ("cpu", cxx), ("cuda", quote(nvcc)):  # nvcc knows where its own runtime is
+    for library, linker in ("cpu", cxx), ("cuda", f"{quote(nvcc)} -Xlinker --no-as-needed"):  # for libtorch_cuda.so
         lines.append(f"build {target}/_C_{library}.so: link {' '.join(objects[library])}\n  linker = {linker}")
     (build / "build.ninja").write_text("\n".join([*lines, ""]))
 

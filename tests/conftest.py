@@ -22,7 +22,7 @@ POISON = 0x7F  # 0x7f7f7f7f is 3.4e38 as a float32, 1.4e306 as a float64, NaN as
 
 def pytest_configure(config):
     if importlib.util.find_spec("fastflow") is None or importlib.util.find_spec("fastflow.kernels") is None:
-        pytest.exit("fastflow is not installed: run `make build`, or `pip install --no-build-isolation -e .`", 4)
+        pytest.exit("fastflow is not installed: run `make test`, or `pip install --no-build-isolation -e .`", 4)
     poison_fresh_memory()
     seed_no_absent_device()
 

@@ -11,6 +11,13 @@
 #define FASTFLOW_HD static inline __attribute__((always_inline))
 #endif
 
+// Says of the loop behind it that no iteration writes what another touches.
+#if defined(__clang__)
+#define FASTFLOW_NO_OVERLAP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FASTFLOW_NO_OVERLAP _Pragma("GCC ivdep")
+#endif
+
 // Whether fma below rounds once.
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__aarch64__)
 #define FASTFLOW_FUSED 1

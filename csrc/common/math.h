@@ -153,7 +153,7 @@ FASTFLOW_HD T log(T x) {
   const T result = log_sum(small ? q.n - B::rescale_log2 : q.n, q.f);
   const T outside = x < T(0) ? quiet_nan<T>() : x;  // NaN and +inf stay
   const T special = x == T(0) ? -infinity<T>() : outside;
-  return (x > T(0)) & (x < infinity<T>()) ? result : special;
+  return ((x > T(0)) & (x < infinity<T>())) ? result : special;
 }
 
 template <class T>
@@ -167,7 +167,7 @@ FASTFLOW_HD T log1p(T x) {
   const T result = log_sum(q.n, fma(lost, scale, q.f));
   const T outside = x < T(-1) ? quiet_nan<T>() : x;
   const T special = x == T(-1) ? -infinity<T>() : outside;
-  return (x > T(-1)) & (x < infinity<T>()) & (x != T(0)) ? result : special;
+  return ((x > T(-1)) & (x < infinity<T>()) & (x != T(0))) ? result : special;
 }
 
 // log(1 + w) for 0 <= w <= 1 (or NaN), cheaper than log1p.

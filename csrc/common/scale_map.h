@@ -80,7 +80,7 @@ FASTFLOW_HD Scale<T> with_bounds(const ScaleMap<T>& map, Scale<T> scale) {
 template <class T>
 FASTFLOW_HD ScaleSlope<T> with_eps(const ScaleMap<T>& map, ScaleSlope<T> scale) {
   const T s = scale.s;
-  const T share = (s == math::infinity<T>()) | (map.eps == T(0)) ? T(1) : s / (s + map.eps);
+  const T share = ((s == math::infinity<T>()) | (map.eps == T(0))) ? T(1) : s / (s + map.eps);
   return {s + map.eps, scale.ds, scale.dlog * share, scale.inside};
 }
 

@@ -156,7 +156,7 @@ FASTFLOW_HD void each_element(int64_t n, const F& each) {
   if constexpr (Vectors) {
     each_vector(n, each);
   } else {
-#pragma GCC ivdep
+    FASTFLOW_NO_OVERLAP
     for (int64_t i = 0; i < n; ++i) each(i, Single{});
   }
 }

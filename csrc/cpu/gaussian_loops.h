@@ -1,7 +1,7 @@
 // The Gaussian operators' loops over contiguous arrays, compiled once per instruction set.
 //
-// The structs that functions return by value are taken by value too, and loops say that nothing overlaps (ivdep, in
-// each_element): GCC vectorises them all then, which it does not with references to those structs or under `omp simd`.
+// The structs that functions return by value are taken by value too, and each_element's loops say that nothing overlaps:
+// GCC vectorises them all then, which it does not with references to those structs or under `omp simd`.
 #pragma once
 
 #include "floats.h"

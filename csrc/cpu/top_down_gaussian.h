@@ -59,7 +59,7 @@ template <int scale, LevelMode mode, class T>
 void sample_row(int64_t n, const LatentRows<T>& in, T* to, const TermRows& terms) {
   const T *prior_mean = in.prior_mean, *prior_raw = in.prior_raw, *mean = in.mean, *raw = in.raw, *eps = in.eps;
   alignas(64) T kl[samples], log_q[samples], log_p[samples];
-#pragma GCC ivdep
+  FASTFLOW_NO_OVERLAP
   for (int64_t i = 0; i < n; ++i) {
     const Gaussians<T> g = gaussians_of<scale, mode>(prior_mean[i], prior_raw[i], mean[i], raw[i]);
     const T z = math::fma(g.q.value, eps[i], g.mean);
@@ -110,7 +110,7 @@ void gradient_row(int64_t n, const LatentRows<T>& in, const T* z, const Incoming
   const auto present = [](const T* row) { return row ? presence<T>.yes : presence<T>.no; };
   const T *const kl_present = present(grad.kl), *const q_present = present(grad.log_q),
           *const p_present = present(grad.log_p);
-#pragma GCC ivdep
+  FASTFLOW_NO_OVERLAP
   for (int64_t i = 0; i < n; ++i) {
     const Gaussians<T> g = gaussians_of<scale, mode>(prior_mean[i], prior_raw[i], mean[i], raw[i]);
     const gaussian::KlSlopes<T> slope = gaussian::kl_prior_slopes(g.away, g.q, T(0), g.p);

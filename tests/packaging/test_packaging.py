@@ -125,6 +125,16 @@ def test_architectures_of_the_build(source, tmp_path, monkeypatch, listed, known
     assert [",".join(pair) for pair in found] == wanted
 
 
+def test_the_cpu_library_is_linked_by_words_that_every_linker_knows(source, tmp_path, monkeypatch):
+    """Apple's knows no --no-as-needed, which has the CUDA library bring along a library that it uses no symbol of."""
+    monkeypatch.setenv("CXX", "clang++")
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    runpy.run_path(str(source / "setup.py"))["write_ninja"](tmp_path, "target", "torch", "/usr/bin/false")
+    text = (tmp_path / "build.ninja").read_text()
+    assert re.findall(r"linker = (.*)", text) == ["clang++", "/usr/bin/false -Xlinker --no-as-needed"]
+    assert "$linker -shared $in -o $out -Ltorch/lib -ltorch -ltorch_cpu -lc10 -lpthread\n" in text
+
+
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_binary_needs_only_the_stable_abi(backend):
     path = extension.library_path(backend)
