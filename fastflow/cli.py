@@ -344,11 +344,14 @@ def run_evaluate(arguments):
     examples = load_data(trained.settings)
     test = examples.test
     unit = "rows" if test.is_floating_point() else "images"
+    if doubt := trained.doubt(examples, unit):
+        warn(doubt)
     objective = objective_for(trained.model, n_bins=levels_of_values(trained.settings), n_samples=n_samples)
     labels = getattr(examples, "test_labels", None)
     figures = evaluate(trained.model, objective, test, device, arguments.seed, labels=labels)
     path = Path(arguments.directory) / "evaluation.json"
-    record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), **figures}
+    record = {"step": trained.step, "seed": arguments.seed, f"test_{unit}": len(test), "other_data": bool(doubt),
+              **figures}
     write_text(path, to_json(record, indent=1) + "\n")
     print(f"held-out {describe(figures)}\n{'':16}{len(test)} {unit}, step {trained.step}")
     print(f"{'figures':16}{path}")

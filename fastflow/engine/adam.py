@@ -21,6 +21,9 @@ class FusedAdam:
     def __init__(self):
         self._counts, self._steps = None, ()
 
+    def __getstate__(self):  # in a copy the states' steps may be no elements of the counts any more: they join anew
+        return {"_counts": None, "_steps": ()}
+
     def step(self, optimizer):
         """Whether it updated the parameters; what it does not cover, it leaves as it is. Hooks and the profiler are
         the caller's to look for."""

@@ -2,11 +2,13 @@
 
 import torch
 
+from fastflow.engine import capture
 from fastflow.engine.distributed import wrapped
 from fastflow.engine.errors import SettingsError
 from fastflow.engine.evaluate import is_vae
 from fastflow.engine.layout import convolutions_to_channels_last
 from fastflow.engine.memory import Memory
+from fastflow.engine.precision import Conditioners
 from fastflow.engine.train_step import TrainStep
 
 __all__ = ["assemble", "check_model"]
@@ -14,17 +16,25 @@ __all__ = ["assemble", "check_model"]
 EMA_WARMUP = 10  # early on the average forgets faster: decay min(ema_decay, (1 + n)/(EMA_WARMUP + n)) after n updates
 
 
-def check_model(settings, model):
-    """Refuses options that this model, whose weights may be on the meta device, does not have.
+def check_model(settings, model, device=None, n_processes=1):
+    """Refuses options that this model, whose weights may be on the meta device, does not have, or not in that many
+    processes on ``device``, None where that is open.
 
     Raises:
         SettingsError: by name.
     """
+    train = settings.train
     for name in ("kl_warmup_steps", "kl_warmup_epochs", "bound_samples"):
-        if getattr(settings.train, name) and not is_vae(model):
+        if getattr(train, name) and not is_vae(model):
             raise SettingsError(f"train.{name}: a model of kind {settings.model.kind!r} has no latents")
+    if train.capture and n_processes > 1:
+        raise SettingsError(f"train.capture: expected one process, got {n_processes}; use false")
     try:
-        Memory(model, None, settings.train.memory)
+        Memory(model, None, train.memory)
+        if train.precision == "bfloat16":
+            Conditioners(model, torch.bfloat16)
+        if train.capture and device is not None:
+            capture.recorder_for(device)
     except ValueError as error:
         raise SettingsError(f"train.{error}") from error
 
@@ -56,7 +66,7 @@ def assemble(model, settings, processes, device, n_bins, beta):
         return optimizer, TrainStep(
             model, optimizer, memory=train.memory, capture=train.capture, clip_grad_norm=train.clip_grad_norm or None,
             conditioner_dtype=torch.bfloat16 if train.precision == "bfloat16" else None, accumulate=train.accumulate,
-            ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP, n_bins=n_bins,
+            ema_decay=train.ema_decay or None, ema_warmup=EMA_WARMUP if train.ema_decay else 0, n_bins=n_bins,
             n_samples=getattr(options, "n_samples", 1), beta=beta)
     except ValueError as error:
         raise SettingsError(f"train.{error}") from error

@@ -31,6 +31,7 @@ class EMA:
         checks.number("ema_decay", decay)
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"ema_decay: expected a number in [0, 1) or None, got {decay!r}")
+        checks.number("ema_warmup", warmup)
         if warmup and not warmup >= 1:
             raise ValueError(f"ema_warmup: expected 0 or a number of 1 or more, got {warmup!r}")
         self.decay, self.warmup = decay, warmup

@@ -5,11 +5,12 @@ import collections
 import torch
 
 from fastflow import backends, launches
-from fastflow.engine.buffers import Buffers
+from fastflow.engine.alone import alone
 from fastflow.engine.distributed import is_compiled, is_sharded, replicas, unwrap
 from fastflow.engine.precision import conditioners
-from fastflow.engine.update import is_fused
+from fastflow.engine.update import check_gradient, is_fused
 from fastflow.nn import AffineCoupling, ConvNet, InvertibleConv1x1
+from fastflow.vae import BernoulliLikelihood, ContinuousBernoulliLikelihood
 
 __all__ = ["choices", "launched"]
 
@@ -19,7 +20,7 @@ def choices(step):
     inner = unwrap(step.model)
     return "\n".join([
         f"objective: {_objective(step, inner)} of {type(inner).__name__}, mean over the batch, in nats",
-        f"integer images: dequantised with {step.objective.n_bins} levels{_own(step.model)}, floating x taken as it is",
+        f"integer images: {_integers(step.objective.n_bins, inner)}, floating x taken as it is",
         f"fused: {_fused(inner, step._device)}",
         f"optimizer: {_optimizer(step)}",
         f"precision: {_precision(step, inner)}",
@@ -29,7 +30,7 @@ def choices(step):
         f"compile: {_compile(step)}",
         f"capture: {_capture(step)}",
         f"accumulation: {'off' if step.accumulate == 1 else f'{step.accumulate} calls make one update'}",
-        f"average: {'off' if step.ema is None else f'exponential, decay {step.ema.decay:g}, after every update'}",
+        f"average: {_average(step.ema)}",
         f"clipping: {_clipping(step)}",
         f"non-finite loss: {_check(step)}",
         f"processes: {_processes(step)}",
@@ -44,26 +45,48 @@ def _objective(step, inner):
     return f"minus {type(own).__name__}({', '.join(penalties) or getattr(own, 'name', '')})"
 
 
-def _own(model):
-    return "" if getattr(unwrap(model), "dequantizer", None) is None else " by the flow itself"
+def _integers(n_bins, model):
+    """What Objective.prepare makes of them."""
+    likelihood = getattr(model, "likelihood", None)
+    if getattr(model, "dequantizer", None) is not None:
+        return f"dequantised with {n_bins} levels by the flow itself"
+    if getattr(likelihood, "takes_integers", False):
+        return f"taken as they are by the {type(likelihood).__name__}"
+    if isinstance(likelihood, BernoulliLikelihood):
+        return f"scaled to x/{n_bins - 1} for the {type(likelihood).__name__}"
+    place = " to [0, 1]" if isinstance(likelihood, ContinuousBernoulliLikelihood) else ""
+    return f"dequantised with {n_bins} levels{place}"
+
+
+def _average(ema):
+    if ema is None:
+        return "off"
+    warmup = f"; (1 + n)/({ema.warmup:g} + n) after n of them, while that is less" if ema.warmup else ""
+    return f"exponential, decay {ema.decay:g}, after every update{warmup}"
 
 
 def launched(step, batch):
     """The layers that run as one kernel on this batch, and the launches of fastflow's operators in one forward and
     backward of it."""
     inner = unwrap(step.model)
-    whole = getattr(getattr(inner, "transform", None), "explain", None)
-    x = batch.x
-    generator = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generator):
-        whole = "" if whole is None else f"whole flow: {whole(step.objective.prepare(inner, x)[0], batch.context)}\n"
-    parameters = [p for p in inner.parameters() if p.requires_grad]
-    buffers = Buffers(inner)
-    with torch.random.fork_rng(devices=generator), launches.count() as counted, step._lowered():
-        loss = step.objective(inner, *batch)[0]
-        torch.autograd.grad(loss, parameters, allow_unused=True)
-    buffers.put_back()
+    devices = [batch.x.device] if batch.x.device.type == "cuda" else []
+    with alone(inner), torch.random.fork_rng(devices=devices), torch.enable_grad():
+        whole = _whole(step, inner, batch)
+        with launches.count() as counted, step._lowered(), step.memory.looked_at():
+            loss = step.objective(inner, *batch)[0]
+            check_gradient(loss)
+            torch.autograd.grad(loss, [p for p in inner.parameters() if p.requires_grad], allow_unused=True)
     return f"{whole}launches of fastflow's operators on a GPU, forward and backward:\n{counted}"
+
+
+def _whole(step, model, batch):
+    """The line about the whole flow, "" for what has nothing to say of it."""
+    explained = getattr(getattr(model, "transform", None), "explain", None)
+    if explained is None:
+        return ""
+    if step.memory.mode == "invert":
+        return "whole flow: layer by layer: memory='invert' recovers the z of each\n"
+    return f"whole flow: {explained(step.objective.prepare(model, batch.x)[0], batch.context)}\n"
 
 
 def _fused(model, device):
@@ -112,6 +135,8 @@ def _compile(step):
     backend = "inductor" if step.compile is True else step.compile
     if replicas(step.model) is not None:
         return f"torch.compile on the loss ({backend}), cut where DistributedDataParallel's buckets end"
+    if is_sharded(step.model):
+        return f"torch.compile on the loss ({backend}), cut where FSDP2 gathers parameters"
     return f"torch.compile on the loss ({backend}), one graph for batches of 2 and more"
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastflow import measured
+from fastflow import checks, measured
+from fastflow.engine.alone import alone
 from fastflow.engine.batch import mapped
 from fastflow.engine.buffers import Buffers
-from fastflow.engine.distributed import agree, is_compiled, unwrap
+from fastflow.engine.distributed import agree, is_compiled, is_sharded, synchronizes, unwrap
 from fastflow.engine.errors import DriftError
 from fastflow.flows import memory as flow_memory
 
@@ -155,6 +156,7 @@ class Memory:
             raise ValueError(f"memory: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
         if keep_every is not None and mode != "invert":
             raise ValueError(f"keep_every: expected None, because it belongs to memory='invert', got {keep_every!r}")
+        checks.number("drift_bound", drift_bound)
         if not drift_bound > 0:
             raise ValueError(f"drift_bound: expected a positive number, got {drift_bound!r}")
         self.model, self.objective = model, objective
@@ -218,28 +220,51 @@ class Memory:
                                  f"step, above drift_bound={self.drift_bound:g}; the step was not taken (keep z more "
                                  f"often with keep_every, or use memory='save_z')")
 
+    def looked_at(self):
+        """The mode in force, plain before "auto" has chosen, for a pass that leaves nothing behind here."""
+        mode = self._flow_mode
+        return flow_memory.saving(mode and flow_memory.Mode(mode.name, unwrap(self.model), mode.keep_every))
+
     def choose(self, batch):
-        """Ends "auto", if that is the mode: the choice for batches like this one."""
+        """Ends "auto", if that is the mode: the choice for batches like this one, the same in all processes."""
         if self.mode != "auto":
             return
         self.mode = "none"
-        inner, x = unwrap(self.model), batch.x
-        try:
-            with measured.paused():
-                rate, rest = per_image(lambda *part: self.objective(inner, *part)[0], inner, *batch)
-        except (TypeError, ValueError):
-            self.mode = "auto"  # the step itself will say what is wrong, with the sizes of its own batch
+        x, device = batch.x, next(unwrap(self.model).parameters()).device
+        need, free = self._needed(batch, device), free_bytes(x.device)
+        much = need is not None and free is not None and need > AUTO_SHARE * free
+        found = int(agree(self.model, torch.tensor(2 if need is None else int(much), device=device)))
+        if found == 2:  # the step itself will say what is wrong, with the sizes of its own batch
+            if synchronizes(self.model):  # a process that then tries again would choose without the others
+                self.why = "'auto': of a first batch that could not be run it was not known what activations take"
+            else:
+                self.mode = "auto"
             return
-        need, free = rest + rate * len(x), free_bytes(x.device)
+        if found == 1:
+            self.mode = "save_z"
+            self._flow_mode = flow_memory.Mode("save_z", unwrap(self.model))
         about = f"activations of {len(x)} images take about {_size(need)}"
         if free is None:
             self.why = f"'auto': {about}, and how much memory is free is not known on {x.device.type}"
-        elif need <= AUTO_SHARE * free:
-            self.why = f"'auto': {about}, within a quarter of the {_size(free)} that are free"
-        else:
-            self.mode = "save_z"
-            self._flow_mode = flow_memory.Mode("save_z", inner)
+        elif much:
             self.why = f"'auto': {about}, more than a quarter of the {_size(free)} that are free"
+        else:
+            self.why = f"'auto': {about}, within a quarter of the {_size(free)} that are free"
+        if found > much:
+            self.why += "; those of another process take more than a quarter of what it has"
+
+    def _needed(self, batch, device):
+        """Bytes that the activations of a plain pass take, or None where there is none. All processes run it on as
+        many images, for a forward may talk to others: that of a sharded model to gather parameters."""
+        inner = unwrap(self.model)
+        least = -int(agree(self.model, torch.tensor(-len(batch.x), device=device)))
+        part = batch.map(lambda tensor: tensor[:least])
+        try:
+            with measured.paused(), contextlib.nullcontext() if is_sharded(self.model) else alone(inner):
+                rate, rest = per_image(lambda *rows: self.objective(inner, *rows)[0], inner, *part)
+        except (TypeError, ValueError):
+            return None
+        return rest + rate * len(batch.x)
 
     def explain(self):
         """One line: the mode, why, and what the first step has shown."""

@@ -4,16 +4,11 @@ import contextlib
 
 import torch
 
-from fastflow.engine.buffers import Buffers
+from fastflow.engine.alone import alone
 from fastflow.engine.distributed import is_sharded, local, replicas, unwrap
 from fastflow.engine.state import random_state, restore_random
-from fastflow.vae import FreeBits, KLBalance, VectorQuantizer
 
 __all__ = ["Replay", "diagnose"]
-
-# Their forward in training mode reduces over processes.
-COLLECTIVE = (FreeBits, KLBalance, VectorQuantizer, torch.nn.SyncBatchNorm)
-
 
 class Replay:
     """A :class:`~fastflow.engine.batch.Batch`, and the generators' state as it was when the batch came. Tensors are
@@ -50,7 +45,7 @@ def diagnose(model, objective, replays):
         if is_sharded(model):
             continue  # a forward would wait for the processes whose batch told them enough
         batch = replay.batch.map(lambda tensor, device=replay.device: tensor.to(device))
-        with replay.generators(), _alone(inner), _watched(inner) as found, torch.enable_grad():
+        with replay.generators(), alone(inner), _watched(inner) as found, torch.enable_grad():
             loss = objective(inner, *batch)[0]
             if found:
                 name = found[0]
@@ -67,21 +62,6 @@ def diagnose(model, objective, replays):
             if gradient is not None and not _finite(gradient):
                 return f"outputs are finite, the gradient of {name} is not", None
     return "", None
-
-
-@contextlib.contextmanager
-def _alone(model):
-    """Inside, a forward changes no buffer for good, and those modules that would talk to other processes, whose batch
-    may have told them enough, are in evaluation mode."""
-    buffers, modules = Buffers(model), [m for m in model.modules() if m.training and isinstance(m, COLLECTIVE)]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        buffers.put_back()
-        for module in modules:
-            module.training = True
 
 
 @contextlib.contextmanager

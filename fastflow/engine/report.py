@@ -55,12 +55,14 @@ def write_report(directory, device):
     objective = objective_for(model, n_bins=levels_of_values(settings),
                               n_samples=getattr(settings.model, "n_samples", 1))
     unit = "rows" if images.test.is_floating_point() else "images"
+    doubt = trained.doubt(images, unit)
     figures = evaluate(model, objective, images.test, device, labels=getattr(images, "test_labels", None))
     log, name = read_log(directory / "metrics.jsonl"), directory.resolve().name
     drawn = draw(directory, model, objective, settings, images, device, trained.step, name)
     curves = draw_curves(directory)
     parts = [f"<h1>{html.escape(name)}</h1><p>{html.escape(settings.description)}</p>",
-             "<h2>Held out</h2>", _figures(figures, trained.step, len(images.test), unit)]
+             "<h2>Held out</h2>", _figures(figures, trained.step, len(images.test), unit),
+             f"<p>{html.escape(doubt)}</p>" if doubt else ""]
     if curves:
         parts += ["<h2>Curves</h2>", _picture("", curves)]
     path = drawn["samples"]

@@ -18,12 +18,21 @@ __all__ = ["TrainedModel", "check_directory", "checkpoint_to_resume", "default_d
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model as its run left it: averaged weights where the run kept an average."""
+    """A model as its run left it: averaged weights where the run kept an average. ``data`` is the fingerprint of what
+    it was trained on, None where the run kept none."""
 
     model: torch.nn.Module
     settings: Settings
     step: int
     path: Path
+    data: str | None
+
+    def doubt(self, examples, unit):
+        """What is to be said of held-out figures of these examples, "" if the run had the same, split alike."""
+        if self.data in (None, examples.fingerprint()):
+            return ""
+        return (f"{examples.name} holds other {unit} than in training, which may have seen some of those that are held "
+                "out now")
 
 
 @contextlib.contextmanager
@@ -114,4 +123,4 @@ def load_trained(directory, device, step=None):
     settings = from_dict(loaded.state["settings"])
     model = build_model(settings)
     load_weights(model, loaded, "ema" if settings.train.ema_decay else "model")
-    return TrainedModel(model.to(device), settings, loaded.step, loaded.path)
+    return TrainedModel(model.to(device), settings, loaded.step, loaded.path, loaded.state.get("data"))

@@ -17,7 +17,7 @@ from fastflow.engine.memory import DRIFT_BOUND, Memory
 from fastflow.engine.nonfinite import Replay, diagnose
 from fastflow.engine.objectives import objective_for, record_latent_shape
 from fastflow.engine.precision import Conditioners, own_copy
-from fastflow.engine.update import Update, can_skip, clear_gradients
+from fastflow.engine.update import Update, can_skip, check_gradient, clear_gradients
 from fastflow.vae import Schedule
 
 __all__ = ["TrainStep"]
@@ -28,6 +28,10 @@ ADVICE = "(try a lower learning rate, warm-up or clipping)"
 
 def _parameters_of(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _at_least_float32(dtype):
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _loss_of(objective, model, *batch):
@@ -62,6 +66,7 @@ class TrainStep:
         compile: run the loss through torch.compile as one graph for all batch sizes of 2 and more; True or the name of
             a backend. The first call compiles, which takes minutes for a deep flow. "conditioners" compiles those
             alone, one graph for all of one shape, which takes seconds and fuses what is between their convolutions.
+            DistributedDataParallel and FSDP2 cut the graph of the loss where they exchange gradients or parameters.
         capture: record the whole step as one CUDA graph per batch shape (up to four, further ones run eagerly) and
             replay it, with fresh noise each time. The first two calls of a shape (three at the very start) run eagerly
             and the next is recorded; all are training steps. The learning rate becomes a tensor on the device, which
@@ -113,6 +118,8 @@ class TrainStep:
         if check_finite not in (True, False, "late"):
             raise ValueError(f"check_finite: expected True, False or 'late', got {check_finite!r}")
         accumulate = checks.count("accumulate", accumulate, 1)
+        if ema_decay is None and ema_warmup:
+            raise ValueError(f"ema_warmup: expected 0, because it belongs to ema_decay, got {ema_warmup!r}")
         if conditioner_dtype not in (None, torch.bfloat16):
             raise ValueError(f"conditioner_dtype: expected torch.bfloat16 or None, got {conditioner_dtype!r}")
         if channels_last not in (None, True, False):
@@ -120,7 +127,8 @@ class TrainStep:
         if not isinstance(compile, (bool, str)):
             raise TypeError(f"compile: expected a bool or the name of a backend, got {type(compile).__name__}")
         if isinstance(beta, Schedule) and (compile or capture):  # which would take its value for a constant
-            beta = beta.tensor(optimizer.param_groups[0]["params"][0].device)
+            parameter = optimizer.param_groups[0]["params"][0]
+            beta = beta.tensor(parameter.device, _at_least_float32(parameter.dtype))
         self.objective = objective_for(model, n_bins=n_bins, n_samples=n_samples, beta=beta)
         own = {id(p) for p in model.parameters()}
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
@@ -156,10 +164,7 @@ class TrainStep:
         self._update = Update(model, optimizer, self._parameters, clip_grad_norm, bool(self.check_finite), self.ema)
         self.parts = {}
         self._calls, self._examples, self._updates = 0, 0, 0  # calls and examples since the last update; updates
-        self._watch = self._total = None
-        if accumulate > 1:
-            dtype = torch.promote_types(self._parameters[0].dtype, torch.float32)
-            self._watch, self._total = (torch.zeros((), dtype=dtype, device=self._device) for _ in range(2))
+        self._watch = self._total = None  # of an accumulated update: its losses, and how many examples
         self._replays, self._pending = [], None
         self._keeps_gradients = self.capture and accumulate > 1  # graphs that add to gradients need them where they are
         self._steps = None
@@ -181,6 +186,7 @@ class TrainStep:
             self._replays.append(Replay(batch, self._device))
         if self._calls == 0:
             self._buffers.keep()
+            self._make_totals()
         self._examples += len(x)
         if self._total is not None:
             self._total.fill_(self._examples)
@@ -204,6 +210,25 @@ class TrainStep:
         self.parts = parts
         return loss
 
+    def _make_totals(self):
+        """What an accumulated update adds up, in the dtype that the model has now."""
+        if self.accumulate == 1:
+            return
+        dtype = _at_least_float32(self._parameters[0].dtype)
+        if self._total is None or self._total.dtype != dtype:
+            self._watch, self._total = (torch.zeros((), dtype=dtype, device=self._device) for _ in range(2))
+
+    def __getstate__(self):
+        """With what an update has accumulated so far: copies of parameters come without their gradients."""
+        return {**self.__dict__, "_gradients": [p.grad if self._calls else None for p in self._parameters]}
+
+    def __setstate__(self, state):
+        gradients = state.pop("_gradients")
+        self.__dict__.update(state)
+        if self._calls:
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
+
     def check(self):
         """Waits for the last update and raises if it was skipped; only with check_finite "late" there is one to ask.
 
@@ -219,7 +244,12 @@ class TrainStep:
 
     def explain(self, x=None, context=None, targets=None):
         """What a step does and why, one line per choice. With a batch ``x`` also the kernels that fastflow's operators
-        launch in its forward and backward (see :mod:`fastflow.launches`); nothing is changed by that."""
+        launch in its forward and backward (see :mod:`fastflow.launches`) in the memory mode in force; nothing is
+        changed by that. One process of several may ask; under FSDP2 with ``x`` all must, together.
+
+        Raises:
+            ValueError, TypeError: a batch that can't be, or no parameter to train, by name.
+        """
         text = explain.choices(self)
         if x is None:
             return text
@@ -241,9 +271,7 @@ class TrainStep:
         with synchronized(self.model, last) if self._synchronizes else UNCHANGED, self._lowered():
             with self.memory.applied(batch):
                 loss, parts = self._loss(self.model, *batch)
-            if not loss.requires_grad:
-                raise ValueError("model: the loss has no gradient; are all parameters frozen, or is torch.no_grad() in "
-                                 "force?")
+            check_gradient(loss)
             (loss if self.accumulate == 1 else loss * len(batch.x)).backward()
         loss, scale, watched = loss.detach(), None, loss.detach()
         if self.accumulate > 1:
@@ -300,9 +328,11 @@ class TrainStep:
                              f"make the {type(self.optimizer).__name__} with fused=True")
 
     def _compiled(self):
-        """The loss as one compiled graph; inside DistributedDataParallel torch.compile cuts it at gradient buckets."""
+        """The loss as one compiled graph; torch.compile cuts it at the gradient buckets of DistributedDataParallel, and
+        at the hooks of FSDP2."""
         options = {} if self.compile is True else {"backend": self.compile}
-        compiled = torch.compile(own_copy(_loss_of), fullgraph=replicas(self.model) is None, **options)
+        whole = replicas(self.model) is None and not is_sharded(self.model)
+        compiled = torch.compile(own_copy(_loss_of), fullgraph=whole, **options)
 
         def loss(model, *batch):
             record_latent_shape(model, self.objective, *batch[:2])

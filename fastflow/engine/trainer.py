@@ -83,7 +83,7 @@ class Trainer:
             check_tensorboard()
         torch.manual_seed(train.seed)
         self.model = build_model(settings).to(self.device)
-        check_model(settings, self.model)
+        check_model(settings, self.model, self.device, self.processes.count)
         self.train_step = self.optimizer = None
         self.step = self.skipped = 0
         self.watch, self._rate, self._kl_weight = Watch(train.patience), LearningRate(train), kl_weight(settings)

@@ -8,7 +8,7 @@ from torch.optim import optimizer as optim
 from fastflow.engine.adam import FusedAdam
 from fastflow.engine.distributed import agree, whole
 
-__all__ = ["Update", "can_skip", "clear_gradients", "is_fused", "take_step"]
+__all__ = ["Update", "can_skip", "check_gradient", "clear_gradients", "is_fused", "take_step"]
 
 
 def is_fused(optimizer):
@@ -19,6 +19,12 @@ def is_fused(optimizer):
 def can_skip(optimizer):
     """Whether the optimizer leaves everything, its step count included, as it was where a device flag says so."""
     return is_fused(optimizer) and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def check_gradient(loss):
+    """Raises ValueError, and says what it may come of, at a loss that depends on no parameter."""
+    if not loss.requires_grad:
+        raise ValueError("model: the loss has no gradient; are all parameters frozen, or is torch.no_grad() in force?")
 
 
 def clear_gradients(optimizer):

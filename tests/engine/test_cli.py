@@ -83,6 +83,16 @@ def test_an_output_that_is_a_file_or_a_run_is_refused(capsys, tmp_path):
     assert "none of its 1 checkpoints can be read" in message
 
 
+@pytest.mark.parametrize("recipe, setting, said", [
+    ("glow-digits", "train.capture=true", "train.capture: expected a model on a CUDA device, this one is on cpu"),
+    ("maf-breast-cancer", "train.precision=bfloat16", "train.conditioner_dtype: expected None for "),
+])
+def test_nothing_is_left_of_a_run_that_is_refused(capsys, tmp_path, recipe, setting, said):
+    assert said in refused(capsys, "train", recipe, "--set", setting, "--set", "train.device=cpu", "--out",
+                           tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
 def refused_after_warning(capsys, *arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main([str(a) for a in arguments])

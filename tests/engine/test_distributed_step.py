@@ -1,14 +1,16 @@
 """TrainStep over several processes: replicas equal one process with all the data, shards equal a whole model."""
 
 import copy
+import datetime
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from fastflow import flows
-from fastflow.engine import NonFiniteError, TrainStep
+from fastflow import flows, vae
+from fastflow.engine import NonFiniteError, TrainStep, memory
+from fastflow.engine.distributed import wrapped
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 WORLD = 2
@@ -41,7 +43,8 @@ def sgd(model, fused=True):
 
 def _process(rank, body, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD,
+                                         timeout=datetime.timedelta(seconds=60))  # of a process that waits in vain
     try:
         torch.save(body(rank), f"{folder}/{rank}.pt")
     finally:
@@ -132,20 +135,70 @@ def shards(rank):
     return parameters, averages, message, refused, unchanged
 
 
-def both(rank):
-    return replicas(rank), shards(rank)
+def talking_vae():
+    """Its forward in training reduces over processes, and it holds steps of a flow."""
+    return vae.MLPVAE((16,), 4, (8,), prior=flows.RealNVP(4, n_layers=2, hidden=(8,)),
+                      objective=vae.PenalizedELBO(vae.FreeBits(0.5, "group")))
+
+
+def tarflow():
+    return flows.TarFlow((1, 8, 8), patch_size=4, channels=8, head_dim=4, blocks=2, layers_per_block=1)
+
+
+def of_several(make, strategy, shape, rank, mode="auto", explained=False, sizes=(8, 3)):
+    """(memory line, parameters) of a model that talks in its forward, after two steps of as many examples as one
+    process has; explained by the first process between them."""
+    torch.manual_seed(0)
+    model = make()
+    outer = wrapped(model, strategy, torch.device("cpu"))
+    step = TrainStep(outer, sgd(model, fused=strategy == "ddp"), memory=mode)
+    x = torch.rand(8, *shape, generator=torch.Generator().manual_seed(rank))[:sizes[rank]]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        step(x)
+        if explained and rank == 0:
+            assert "launches of fastflow's operators" in step.explain(x)
+    parameters = [p.detach().full_tensor() if strategy == "fsdp" else p.detach() for p in model.parameters()]
+    return step.memory.explain(), parameters, [b.clone() for b in model.buffers()]
+
+
+def talkers(rank):
+    """What "auto" and explain do to models whose forward waits for the other processes."""
+    found = {}
+    for name, *case in (("shards", tarflow, "fsdp", (1, 8, 8)), ("replicas", talking_vae, "ddp", (16,))):
+        found[name] = [of_several(*case, rank, mode) for mode in ("auto", "none")]
+    free = memory.free_bytes
+    memory.free_bytes = free if rank == 0 else lambda device: 1
+    found["short of memory"] = [of_several(tarflow, "fsdp", (1, 8, 8), rank)]
+    memory.free_bytes = free
+    for name, *case in (("free bits", talking_vae, "ddp", (16,)),
+                        ("codebook", lambda: vae.VQVAE((1, 8, 8), 8, 4, (8,)), "ddp", (1, 8, 8))):
+        found[name] = [of_several(*case, rank, explained=explained) for explained in (True, False)]
+    model = flows.RealNVP(4, n_layers=2, hidden=(8,))
+    outer = DistributedDataParallel(model, broadcast_buffers=False)  # which a refused forward would do beforehand
+    step, x = TrainStep(outer, sgd(model)), torch.zeros(4, 4)
+    if rank == 0:
+        with pytest.raises(ValueError, match="context"):
+            step(x, x)
+    step(x)
+    found["tried again"] = step.memory.explain()
+    return found
+
+
+def everything(rank):
+    return replicas(rank), shards(rank), talkers(rank)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What two processes found, in order of rank: (of replicas, of shards)."""
+    """What two processes found, in order of rank: (of replicas, of shards, of talkers)."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.start_processes(_process, (both, str(folder)), WORLD, start_method="spawn")
+    mp.start_processes(_process, (everything, str(folder)), WORLD, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
 def test_replicas_equal_one_process_with_all_the_data(results):
-    first, second = (of_replicas for of_replicas, _ in results)
+    first, second = (of_replicas for of_replicas, *_ in results)
     for name, options in (("plain", {"clip_grad_norm": 1.0}), ("accumulated", {"accumulate": 2}), ("late", {})):
         model = glow()
         step = TrainStep(model, sgd(model), **options)
@@ -171,12 +224,33 @@ def test_shards_equal_a_whole_model(results):
         step(x)
     for i in range(4):
         step(torch.cat([uneven(0)[i], uneven(1)[i]]))
-    for parameters, averages, message, refused, unchanged in (of_shards for _, of_shards in results):
+    for parameters, averages, message, refused, unchanged in (of_shards for _, of_shards, _ in results):
         torch.testing.assert_close(parameters, [p.detach() for p in model.parameters()], rtol=1e-8, atol=1e-9)
         torch.testing.assert_close(averages, list(step.ema.parameters.values()), rtol=1e-8, atol=1e-9)
         assert "the step was not taken" in message and unchanged
         assert refused[0].startswith("capture: ") and refused[1].startswith("check_finite: 'late'")
         assert "levels.0.steps.1.conv.weight: expected a whole tensor" in refused[2]
+
+
+def test_processes_choose_their_memory_mode_together(results):
+    """With 8 and 3 examples, of which a probe alone would make two forwards and one."""
+    for rank, (*_, found) in enumerate(results):
+        for name in ("shards", "replicas"):
+            (line, *auto), (_, *none) = found[name]
+            assert line.startswith("none: ") and f"activations of {(8, 3)[rank]} images take" in line
+            assert all(map(torch.equal, auto[0], none[0])) and all(map(torch.equal, auto[1], none[1]))
+        (line, parameters, _), = found["short of memory"]
+        assert line.startswith("save_z: ")
+        assert ("more than a quarter of the 1 bytes" in line) == ("of another process" not in line) == (rank == 1)
+        torch.testing.assert_close(parameters, found["shards"][1][1])
+        assert found["tried again"].startswith("none: ") and "could not be run" in found["tried again"]
+
+
+def test_one_process_alone_may_ask_for_an_explanation(results):
+    for *_, found in results:
+        for name in ("free bits", "codebook"):
+            (_, *asked), (_, *quiet) = found[name]
+            assert all(map(torch.equal, asked[0], quiet[0])) and all(map(torch.equal, asked[1], quiet[1]))
 
 
 def test_capture_is_refused_for_replicas(tmp_path, monkeypatch):
@@ -188,6 +262,26 @@ def test_capture_is_refused_for_replicas(tmp_path, monkeypatch):
         model = glow()
         with pytest.raises(ValueError, match="capture: not available inside DistributedDataParallel"):
             TrainStep(DistributedDataParallel(model), sgd(model), capture=True)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"accumulate": 2}, marks=pytest.mark.slow),
+                                     pytest.param({"memory": "save_z"}, marks=pytest.mark.slow)], ids=str)
+def test_a_compiled_step_of_shards(tmp_path, options):
+    """FSDP2's hooks cut the graph, and losses and parameters are those of the step without one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = flows.RealNVP(2, n_layers=1, hidden=(4,)).double()
+        twin = copy.deepcopy(model)
+        compiled, plain = (TrainStep(wrapped(m, "fsdp", torch.device("cpu")), sgd(m, fused=False), compile=c, **options)
+                           for m, c in ((model, "aot_eager"), (twin, False)))
+        assert "compile: torch.compile on the loss (aot_eager), cut where FSDP2" in compiled.explain()
+        for batch in (4, 6):
+            x = torch.randn(batch, 2, dtype=torch.float64)
+            torch.testing.assert_close(compiled(x), plain(x), rtol=1e-12, atol=0)
+        torch.testing.assert_close(*([p.detach().full_tensor() for p in m.parameters()] for m in (model, twin)),
+                                   rtol=1e-12, atol=1e-14)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -167,6 +167,18 @@ def test_a_scheduled_weight_of_the_rate_is_followed_without_a_new_graph():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_scheduled_weight_has_the_precision_of_a_float64_model():
+    model, schedule = MLPVAE((12,), 2, (8,)).double(), LinearSchedule(0.1, 1.0, 7)
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.0), compile="eager", beta=schedule)
+    schedule.step(3)
+    x = torch.rand(6, 12, dtype=torch.float64)
+    torch.manual_seed(0)
+    loss = step(x)
+    torch.manual_seed(0)
+    bound = model(x, beta=schedule.value)
+    torch.testing.assert_close(loss, -bound.elbo.mean().detach(), rtol=1e-14, atol=0)
+
+
 @pytest.mark.slow
 def test_a_scheduled_capacity_is_followed_without_a_graph_for_each_value():
     schedule, losses = LinearSchedule(0.0, 8.0, 4), []

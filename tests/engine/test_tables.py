@@ -109,6 +109,28 @@ def test_the_parts_share_no_row(tmp_path):
         data.load("patches", validation_fraction=0.1)
 
 
+def test_held_out_rows_of_a_table_that_grew_are_doubted(tmp_path, threads, capsys):
+    """A fresh split has put rows of the training into the held-out part."""
+    threads(torch.get_num_threads())
+    path, out = tmp_path / "t.npy", tmp_path / "run"
+    np.save(path, table(200))
+    cli.main(["train", "realnvp-patches", "--out", str(out), *(part for setting in (
+        f"data.path={path}", "data.shape=[]", "data.validation_fraction=0", "model.n_layers=2", "model.hidden=[8]",
+        "train.steps=1", "train.batch_size=32", "sample.count=4") for part in ("--set", setting))])
+    for grown in (False, True):
+        if grown:
+            np.save(path, np.concatenate([table(200), table(20, seed=1)]))
+        capsys.readouterr()
+        cli.main(["evaluate", str(out)])
+        said = capsys.readouterr()
+        assert "held-out log-likelihood" in said.out
+        assert said.err == (f"fastflow: WARNING: {path} holds other rows than in training, which may have seen some of "
+                            f"those that are held out now\n" if grown else "")
+        assert json.loads((out / "evaluation.json").read_text())["other_data"] is grown
+        cli.main(["report", str(out)])
+        assert ("holds other rows than in training" in (out / "report.html").read_text()) is grown
+
+
 def test_a_run_keeps_what_it_needs_without_the_table(tmp_path, fastflow):
     rows = table()
     folder, out = parts(tmp_path / "rows", rows, ("a", "b, with a comma", "c")), tmp_path / "run"

@@ -201,6 +201,8 @@ def test_explain_says_which_layers_run_as_one_kernel():
     ({"n_bins": 1}, "n_bins: "),
     ({"n_samples": 0}, "n_samples: "),
     ({"beta": -1.0}, "beta: "),
+    ({"ema_warmup": 5}, "ema_warmup: expected 0, because it belongs to ema_decay, got 5"),
+    ({"ema_warmup": "a"}, "ema_warmup: expected 0, because it belongs to ema_decay, got 'a'"),
     ({"channels_last": "x"}, "channels_last: expected True, False or None, got 'x'"),
 ])
 def test_arguments_that_cannot_be_are_named(arguments, message):
@@ -218,6 +220,10 @@ def test_other_models_optimizers_and_batches_are_refused():
         TrainStep(model, "adam")
     with pytest.raises(TypeError, match="beta: expected a number"):
         TrainStep(Gauge(), sgd(Gauge()), beta="x")
+    with pytest.raises(TypeError, match="ema_warmup: expected a number, got str"):
+        TrainStep(model, sgd(model), ema_decay=0.9, ema_warmup="a")
+    with pytest.raises(TypeError, match="drift_bound: expected a number, got str"):
+        TrainStep(model, sgd(model), drift_bound="a")
     with pytest.raises(ValueError, match="optimizer: LBFGS evaluates the loss several times"):
         TrainStep(model, torch.optim.LBFGS(model.parameters()))
     step = TrainStep(model, sgd(model))

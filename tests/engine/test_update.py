@@ -46,6 +46,23 @@ def test_accumulated_batches_update_as_one(sizes, options):
         same(one, many)
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_accumulated_batches_of_a_model_made_float64_update_as_one(steps_before):
+    """To that precision: 1/9 of float32 is off by 1e-8 of the gradient."""
+    model = Affine()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.5), accumulate=3)
+    x = torch.randn(9, 1, 2, 2)
+    for _ in range(steps_before):
+        for batch in x.chunk(3):
+            step(batch)
+    model.double()
+    twin = copy.deepcopy(model)
+    for batch in x.double().chunk(3):
+        step(batch)
+    TrainStep(twin, torch.optim.SGD(twin.parameters(), 0.5))(x.double())
+    same(model, twin, rtol=1e-13, atol=1e-13)
+
+
 def test_the_optimizer_runs_once_in_n_calls():
     model = Affine()
     optimizer = adam(model)
