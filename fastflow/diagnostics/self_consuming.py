@@ -21,6 +21,9 @@ def augment(model, x, ratio, *, context=None, temperature=1.0, generator=None):
             synthetic examples must be M.
         temperature, generator: as for the model's sample.
 
+    Raises:
+        ValueError: x is of integers, and the samples are not, or are none that its dtype holds.
+
     Returns:
         (data (N + M, *event), synthetic (N + M,) bool) with M = round(N * ratio / (1 - ratio)).
     """
@@ -39,7 +42,16 @@ def augment(model, x, ratio, *, context=None, temperature=1.0, generator=None):
     else:
         made = model.sample(1, context, generator=generator, temperature=temperature)[0]
     checks.shape("model.sample's result", made, (n, *x.shape[1:]))
-    return torch.cat([x, made.to(x)]), synthetic
+    return torch.cat([x, _like(made, x)]), synthetic
+
+
+def _like(made, x):
+    """Samples in x's dtype."""
+    taken = made.to(x)
+    if not x.is_floating_point() and not torch.equal(taken.to(made), made):
+        raise ValueError(f"model.sample's result: expected whole numbers within {x.dtype} like x, got "
+                         f"{made.dtype} from {made.min().item():g} to {made.max().item():g}")
+    return taken
 
 
 class Chain(NamedTuple):

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from fastflow import checks
-from fastflow.estimators.latents import Discrete
+from fastflow.estimators.latents import Discrete, bounded
 
 __all__ = ["Estimate", "Estimator"]
 
@@ -65,6 +66,27 @@ def evaluate(f, samples):
     if not values.is_floating_point():
         raise TypeError(f"f: expected values of a floating dtype, got {values.dtype}")
     return values
+
+
+def called(network, logits, batch):
+    """The network's numbers (batch,), in the dtype of the logits (batch, *event), which it gets in that of its
+    parameters, infinite ones as +-30."""
+    logits = bounded(logits)
+    like = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    lower = like is not None and torch.float64 not in (like.dtype, logits.dtype)  # float64 is to be refused
+    output = network(logits.to(like.dtype) if lower and not _autocasts(logits.device) else logits)
+    if output.shape != (batch,):
+        raise ValueError(f"network: expected output of shape {(batch,)}, got {tuple(output.shape)}")
+    return output.to(logits.dtype)
+
+
+def forward_mode():
+    """Whether forward-mode AD is active, to which neither hooks nor torch.no_grad() nor requires_grad mean anything."""
+    return forward_ad._current_level >= 0
+
+
+def _autocasts(device):
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def with_gradient(value, tensor, gradient):

@@ -2,8 +2,7 @@
 
 import torch
 
-from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing, with_gradient
-from fastflow.estimators.latents import bounded
+from fastflow.estimators.base import Estimate, Estimator, called, evaluate, forward_mode, nothing, with_gradient
 from fastflow.estimators.relaxed import temperature_parameter
 from fastflow.one_number import OneNumber, one_number
 
@@ -45,6 +44,9 @@ class REBAR(OneNumber, Estimator):
             samples = q.harden(q.perturb(u))
         values = evaluate(f, samples)
         if not (torch.is_grad_enabled() and q.logits.requires_grad):
+            if forward_mode():
+                raise NotImplementedError(f"{type(self).__name__}: expected its gradient to be taken by backward, got "
+                                          "logits without requires_grad under forward-mode AD")
             return Estimate(values.mean(0), samples, values, nothing(values))
         own = [p for p in self.parameters() if p.requires_grad]
         leaf = q.detached()  # the gradient is worked out here, so that c's own graph ends here
@@ -78,11 +80,7 @@ class RELAX(REBAR):
             self.log_temperature = self.eta = None
 
     def control(self, q, f, z):
-        learned = self.network(bounded(z.flatten(0, 1)))
-        if learned.shape != (z.shape[0] * z.shape[1],):
-            raise ValueError(f"network: expected output of shape {(z.shape[0] * z.shape[1],)}, got "
-                             f"{tuple(learned.shape)}")
-        learned = learned.unflatten(0, z.shape[:2])
+        learned = called(self.network, z.flatten(0, 1), z.shape[0] * z.shape[1]).unflatten(0, z.shape[:2])
         return super().control(q, f, z) + learned if self.uses_f else learned
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from fastflow import checks
-from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing, with_score
-from fastflow.estimators.latents import bounded
+from fastflow.estimators.base import Estimate, Estimator, called, evaluate, nothing, with_score
 
 __all__ = ["NVIL", "REINFORCE", "RLOO", "VIMCO", "MovingAverage", "NeuralBaseline", "baseline_network"]
 
@@ -69,7 +68,8 @@ class MovingAverage(REINFORCE):
 
     def signal(self, q, values):
         # Divided by the weight gathered so far, it is not drawn towards zero.
-        signal = values - self.average / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
+        average, weight = _until_now(self.average), _until_now(self.weight)
+        signal = values - average / weight.clamp(min=torch.finfo(weight.dtype).tiny)
         if self.training and values.numel():
             mean = values.mean().to(self.average)
             _follow(self.weight, torch.where(mean.isfinite(), 1.0, self.weight), self.decay)
@@ -92,10 +92,7 @@ class NeuralBaseline(REINFORCE):
 
     def signal(self, q, values):
         with torch.enable_grad():
-            baseline = self.network(bounded(q.logits.detach()))
-            if baseline.shape != values.shape[1:]:
-                raise ValueError(f"network: expected output of shape {tuple(values.shape[1:])}, got "
-                                 f"{tuple(baseline.shape)}")
+            baseline = called(self.network, q.logits.detach(), values.shape[1])
             auxiliary = ((values - baseline) ** 2).mean()
         return values - baseline.detach(), auxiliary
 
@@ -120,9 +117,9 @@ class NVIL(NeuralBaseline):
 
     def signal(self, q, values):
         centred, auxiliary = super().signal(q, values)
-        signal = centred - self.average
+        signal = centred - _until_now(self.average)
         if self.normalise:
-            signal = signal / self.variance.sqrt().clamp(min=1.0)
+            signal = signal / _until_now(self.variance).sqrt().clamp(min=1.0)
         if self.training and values.numel():
             _follow(self.average, centred.mean(), self.decay)
             _follow(self.variance, centred.var(correction=0), self.decay)
@@ -162,6 +159,20 @@ def baseline_network(event_shape, hidden=(64,)):
         layers += [nn.Linear(width, size), nn.SiLU()]
         width = size
     return nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
+
+
+@torch.library.custom_op("fastflow::until_now", mutates_args=())
+def _copy(average: torch.Tensor) -> torch.Tensor:
+    return average.clone()
+
+
+_copy.register_fake(torch.empty_like)
+
+
+def _until_now(average):
+    """The average before this call moves it. In a compiled graph an operator of its own copies it: what backward needs
+    of it would else be computed anew there, from a buffer that has moved by then."""
+    return _copy(average) if torch.compiler.is_compiling() else average
 
 
 def _follow(average, seen, decay):

@@ -23,10 +23,8 @@ class UnorderedSet(Estimator):
     independent_rows = True
 
     def estimate(self, q, f, n_samples, generator):
-        with torch.no_grad():
-            index = _without_replacement(q.table().double(), n_samples, generator)
-            samples = q.from_index(index.reshape(*index.shape[:2], *q.sites))
-        return self.at(q, f, samples)
+        index = _without_replacement(q.table().detach().double(), n_samples, generator)
+        return self.at(q, f, q.from_index(index.reshape(*index.shape[:2], *q.sites)))
 
     def at(self, q, f, samples):
         """The estimate from given different samples (K, B, *event), the set of one draw for each example."""
@@ -34,13 +32,11 @@ class UnorderedSet(Estimator):
         # There are so few states that some of probability zero are in the set: they count nothing, whatever f is there.
         never = log_q == -math.inf
         counted, log_q = torch.where(never, 0.0, values), torch.where(never, 0.0, log_q)
-        with torch.no_grad():
-            log_weights, log_inner = _log_weights(torch.where(never, -math.inf, log_q).double())
-            weights = log_weights.exp().to(values.dtype)
-            signal = counted
-            if len(values) > 1:
-                signal = counted - (log_inner.exp().to(values.dtype) * counted).sum(1)
-        score = (weights * signal.detach() * log_q).sum(0)
+        log_weights, log_inner = _log_weights(torch.where(never, -math.inf, log_q).detach().double())
+        weights, signal = log_weights.exp().to(values.dtype), counted.detach()
+        if len(values) > 1:
+            signal = signal - (log_inner.exp().to(values.dtype) * signal).sum(1)
+        score = (weights * signal * log_q).sum(0)
         return Estimate(with_score((weights * counted).sum(0), score), samples, values, nothing(values))
 
 

@@ -27,6 +27,11 @@ def _shared(event_shape, per_channel):
     return (event_shape[0], *(1 for _ in event_shape[1:])) if per_channel else tuple(event_shape)
 
 
+def _whole(parameter):
+    """A parameter in float32 at least."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
 def _normal_log_prob(z, loc, log_scale, temperature):
     standard = (z - loc) * torch.exp(-log_scale) / temperature
     return sum_event(-0.5 * standard.square() - log_scale - HALF_LOG_TWO_PI - math.log(temperature))
@@ -75,13 +80,14 @@ class FullNormal(Base):
         z = self._checked(z)
         infinite = torch.isinf(z)  # of which the solution would make NaN
         centred = (torch.where(infinite, 0.0, z) - self.loc) / temperature
-        standard = torch.linalg.solve_triangular(self.scale_tril, centred.mT, upper=False)
+        standard = torch.linalg.solve_triangular(self.scale_tril.to(centred.dtype), centred.mT, upper=False)
         constant = self.log_diagonal.sum() + len(self.loc) * (HALF_LOG_TWO_PI + math.log(temperature))
         value = -0.5 * standard.square().sum(0) - constant
         return torch.where(infinite.any(1) & ~torch.isnan(value), -math.inf, value)
 
     def sample(self, n, *, generator=None, temperature=1.0):
-        return self.loc + temperature * self._noise(n, self.loc, generator) @ self.scale_tril.mT
+        noise = self._noise(n, self.loc, generator)
+        return self.loc + temperature * noise @ self.scale_tril.mT.to(noise.dtype)
 
 
 class ConditionalNormal(Base):
@@ -209,7 +215,7 @@ class Uniform(Base):
         self._refuse_temperature(temperature)
         z = self._checked(z)
         inside = (z >= self.low) & (z < self.high)
-        value = torch.where(inside, -torch.log(self.high - self.low), -math.inf)
+        value = torch.where(inside, -torch.log(_whole(self.high) - _whole(self.low)), -math.inf)
         return sum_event(torch.where(torch.isnan(z), math.nan, value))
 
     def sample(self, n, *, generator=None, temperature=1.0):
@@ -249,7 +255,7 @@ class TruncatedNormal(Base):
         return above, above + torch.log1p(-torch.exp(below - above))
 
     def log_prob(self, z, temperature=1.0):
-        z, scale = self._checked(z), torch.exp(self.log_scale) * temperature
+        z, scale = self._checked(z), torch.exp(_whole(self.log_scale)) * temperature
         narrow = self._narrow(scale)
         wide = scale if narrow is None else torch.where(narrow, self.high - self.low, scale)
         low, high, _ = self._edges(wide)
@@ -280,7 +286,9 @@ class TruncatedNormal(Base):
         return -tilt - math.log(width) - torch.log1p(mean)
 
     def sample(self, n, *, generator=None, temperature=1.0):
-        scale = torch.exp(self.log_scale) * temperature
+        if temperature == 0.0:  # where an end at loc would be 0/0 of scales away
+            return _whole(self.loc).clamp(self.low, self.high).repeat(n, *[1] * self.loc.dim())
+        scale = torch.exp(_whole(self.log_scale)) * temperature
         low, high, mirrored = self._edges(scale)
         u = self._noise(n, self.loc, generator, torch.rand).double() + 2.0**-25  # never 0, whose quantile may be -inf
         low, high = low.double(), high.double()
@@ -308,19 +316,19 @@ class StudentT(Base):
         self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
 
     def log_prob(self, z, temperature=1.0):
-        log_scale = self.log_scale + math.log(temperature)
+        log_scale, log_df = self.log_scale + math.log(temperature), _whole(self.log_df)
         square = ((self._checked(z) - self.loc) * torch.exp(-log_scale)).square()
-        ratio = square * torch.exp(-self.log_df)
+        ratio = square * torch.exp(-log_df)
         growth, near = torch.log1p(ratio), ratio < 1.0
         # df log(1 + square/df), as a square times a number near 1 where that is small: df itself may overflow.
         tail = torch.where(near, torch.where(near, square, 0.0) * log1p_ratio(torch.where(near, ratio, 0.0)),
-                           torch.exp(torch.where(near, 0.0, self.log_df)) * growth)
-        constant = log_gamma_half_step(self.log_df - math.log(2.0)) - HALF_LOG_TWO_PI
+                           torch.exp(torch.where(near, 0.0, log_df)) * growth)
+        constant = log_gamma_half_step(log_df - math.log(2.0)) - HALF_LOG_TWO_PI
         return sum_event(constant - log_scale - 0.5 * (tail + growth))
 
     def sample(self, n, *, generator=None, temperature=1.0):
         normal = self._noise(n, self.loc, generator)
-        df = torch.exp(self.log_df.clamp_max(30.0)).expand(normal.shape)  # from there on it is a normal law
+        df = torch.exp(_whole(self.log_df).clamp_max(30.0)).expand(normal.shape)  # from there on it is a normal law
         seed = torch.randint(0, 2**63 - 1, (), generator=generator, device=None if generator is None
                              else generator.device).item()
         # The gamma law takes no generator.

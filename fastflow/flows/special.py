@@ -41,8 +41,9 @@ def log_ndtri(log_p):
     with torch.no_grad():
         x = torch.sqrt(-2.0 * safe)
         x = -torch.sqrt(-2.0 * safe - math.log(2.0 * math.pi) - 2.0 * torch.log(x))
-    for last in (False, False, True):  # Newton's steps, the last one with the implicit function's gradient
-        with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+    # Newton's steps; of the last ones each makes one more derivative that of the implicit function.
+    for differentiated in (False, False, True, True):
+        with torch.set_grad_enabled(differentiated and torch.is_grad_enabled()):
             log_mass = torch.special.log_ndtr(x)
             slope = torch.exp(-0.5 * x * x - 0.5 * math.log(2.0 * math.pi) - log_mass)
             x = x - (log_mass - safe) / slope

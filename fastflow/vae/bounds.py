@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fastflow import checks
-from fastflow.estimators.base import with_score
+from fastflow.estimators.base import forward_mode, with_score
 from fastflow.vae.elbo import check_beta, iwae
 from fastflow.vae.sampled import sampled
 
@@ -145,13 +145,19 @@ def dreg_terms(model, x, n_samples, beta=1.0, **noise):
 
     The score that is left out counts beta times: each path weighs its w times (1 - beta) + beta w.
     """
-    latents, terms = _path(model, x, n_samples, **noise)
+    source, latents = _draw(model, x, n_samples, **noise)
+    terms = _terms(source, latents)
     log_w = terms.log_w(beta)
     weights = torch.softmax(log_w.detach(), 0)
-    for z in latents:
+    factors = [((1.0 - beta) + beta * weights.to(z.dtype)).reshape(*weights.shape, *[1] * (z.dim() - 2))
+               for z in latents]
+    if forward_mode():  # which knows no hooks
+        terms = _terms(source, [z.detach() + factor * (z - z.detach())
+                                for z, factor in zip(latents, factors, strict=True)])
+        return iwae(terms.log_w(beta)), terms
+    for z, factor in zip(latents, factors, strict=True):
         if z.requires_grad:  # on the way to the encoder alone
-            factors = ((1.0 - beta) + beta * weights.to(z.dtype)).reshape(*weights.shape, *[1] * (z.dim() - 2))
-            z.register_hook(lambda gradient, factors=factors: gradient * factors)
+            z.register_hook(lambda gradient, factor=factor: gradient * factor)
     return iwae(log_w), terms
 
 
@@ -163,19 +169,28 @@ def piwae_terms(model, x, n_samples, beta=1.0, *, groups, context=None, **noise)
     latents, log_q = source.draw(n_samples, **noise)
     terms = Terms(*source.log_joint([z.detach() for z in latents]), log_q)
     bound = iwae(terms._replace(log_qz=log_q.detach()).log_w(beta))
-    if not any(z.requires_grad for z in latents):
+    if not (forward_mode() or any(z.requires_grad for z in latents)):
         return bound, terms
     encoder = miwae(Terms(*source.fixed_log_joint(latents), log_q).log_w(beta), groups)
     return with_score(bound, encoder), terms
 
 
-def _path(model, x, n_samples, context=None, **noise):
-    """(the latents, Terms) that reach what q is made of through the latents alone."""
+def _draw(model, x, n_samples, context=None, **noise):
+    """(what to ask for densities, latents that are nobody else's tensors, to hang hooks on)."""
     n_samples = checks.count("n_samples", n_samples, 1)
     source = sampled(model, x, context)
     latents, _ = source.draw(n_samples, **noise)
-    latents = [z.view_as(z) for z in latents]  # nobody else's tensors, to hang hooks on
-    return latents, Terms(*source.log_joint(latents), source.fixed_log_q(latents))
+    return source, [z.view_as(z) for z in latents]
+
+
+def _terms(source, latents):
+    return Terms(*source.log_joint(latents), source.fixed_log_q(latents))
+
+
+def _path(model, x, n_samples, **options):
+    """(the latents, Terms) that reach what q is made of through the latents alone."""
+    source, latents = _draw(model, x, n_samples, **options)
+    return latents, _terms(source, latents)
 
 
 def check_groups(k, groups):

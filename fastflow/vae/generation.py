@@ -78,6 +78,8 @@ def moved(z, dims, values):
 class Generation:
     """The part of :class:`VAE` that generates. Contexts (labels or others) go where the model is a conditional one."""
 
+    _shape_given = False  # whether latent_shape is binding; else it is that of the first call
+
     @torch.no_grad()
     def sample(self, n, context=None, *, generator=None, temperature=1.0, mean=False):
         """Draws of x: z from the prior, then x from the likelihood.
@@ -147,7 +149,8 @@ class Generation:
         """The likelihood's mean as single latents move while the others stay.
 
         Args:
-            z: (D, *S), the point to leave from.
+            z: (D, *S), the point to leave from; a convolutional decoder takes other S than those of the first call, if
+                the model was given no latent_shape.
             dims: indices into the flattened latent; None for all.
             values: (V,) that each takes in turn; None for 7 from -3 to 3.
             context: (1, ...) for a conditional model.
@@ -157,7 +160,8 @@ class Generation:
         """
         checks.tensor("z", z)
         if self.latent_shape is not None:
-            checks.shape("z", z, self.latent_shape)
+            others = not self._shape_given and z.dim() == len(self.latent_shape)
+            checks.shape("z", z, (self.latent_shape[0], *z.shape[1:]) if others else self.latent_shape)
         points = moved(z, dims, torch.linspace(-3.0, 3.0, 7) if values is None else torch.as_tensor(values))
         if context is not None:
             checks.tensor("context", context, floating=False)

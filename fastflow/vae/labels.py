@@ -25,17 +25,22 @@ class Conditioned(nn.Module):
         network: module of (B, C + context_features, *S).
         n_classes: the context is labels (B,) int64, seen as one-hots; None: it is (B, context_features).
         flatten: flatten x to (B, C) first, for fully connected networks.
+        front: module that x alone goes through before, such as Rescale for integers, or None.
     """
 
-    def __init__(self, network, n_classes=None, *, flatten=False):
+    def __init__(self, network, n_classes=None, *, flatten=False, front=None):
         super().__init__()
         self.network = network
         self.n_classes = n_classes
         self.flatten = flatten
+        self.front = front
 
     def forward(self, x, context=None):
         if context is None:
             raise ValueError("context: expected a tensor for a conditional network, got None")
+        if self.front is not None:
+            checks.tensor("x", x, floating=False)
+            x = self.front(x)
         check_input(x, self.network, called="network")
         checks.tensor("context", context, floating=False)
         checks.same_device("context", context, "x", x)

@@ -80,12 +80,13 @@ class VAE(Generation, nn.Module):
             raise TypeError(f"prior: expected None or an object with log_prob and sample, got {type(prior).__name__}")
         if objective is not None and not callable(objective):
             raise TypeError(f"objective: expected None or a callable, got {type(objective).__name__}")
-        if hasattr(prior, "bind"):
-            prior.bind(self.encoder, self.posterior)
         self.objective = objective
         self.conditional_prior = bool(getattr(prior, "conditional", False)
                                       if conditional_prior is None else conditional_prior)
         self.latent_shape = None if latent_shape is None else checks.extent("latent_shape", latent_shape)
+        self._shape_given = latent_shape is not None
+        if hasattr(prior, "bind"):
+            prior.bind(self)
 
     def forward(self, x, n_samples=1, beta=1.0, context=None, *, targets=None, loss_only=False, bound_only=False,
                 **noise):

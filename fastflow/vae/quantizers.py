@@ -111,9 +111,13 @@ class VectorQuantizer(nn.Module):
         self.sums.lerp_(sums.to(self.sums.dtype), 1.0 - self.decay)
         if self.restart_below:
             dead = self.counts < self.restart_below
-            others = rows[torch.randint(len(rows), (self.n_codes,), device=rows.device)]
+            if rows.shape[0]:
+                others = rows[torch.randint(len(rows), (self.n_codes,), device=rows.device)]
+            else:  # none to move to, which the other ranks are told by NaN
+                others = rows.new_full(self.codebook.shape, math.nan)
             if distributed.is_available() and distributed.is_initialized():
                 distributed.broadcast(others, 0)
+            dead = dead & ~others.isnan().any(1)
             self.sums.copy_(torch.where(dead[:, None], self.first_count * others, self.sums))
             self.counts.copy_(torch.where(dead, self.first_count, self.counts))
         used = self.counts > 1e-6  # of codes long unused the average has no digits left: they stay where they are
@@ -139,8 +143,9 @@ def count_codes(codes, n_codes, dtype):
 class FSQ(nn.Module):
     """Every latent dimension is bounded and rounded to one of a few levels; the codes are their combinations.
 
-    z_d -> round(bound_d(z_d)) / floor(L_d / 2) with bound(z) = tanh(z + s) (L - 1)(1 + 1e-3)/2 - o, where for even L
-    o = 1/2 and s makes bound(0) = 0, for odd L both are 0. There is nothing to learn and no loss.
+    z_d -> round(bound_d(z_d)) / floor(L_d / 2) with bound(z) = tanh(z + s) (L - 1)(1 + m)/2 - o, where for even L
+    o = 1/2 and s makes bound(0) = 0, for odd L both are 0. The margin m is 1e-3, as in the paper, and at most 1/(2 L),
+    which keeps the ends in their levels. There is nothing to learn and no loss.
 
     Args:
         levels: L_d >= 2 for each dimension.
@@ -156,6 +161,7 @@ class FSQ(nn.Module):
             raise ValueError(f"levels: expected ints of at least 2, got {levels!r}")
         self.levels = levels
         self.features, self.n_codes = len(levels), math.prod(levels)
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # follows .double()
 
     def forward(self, z):
         """Quantized of z (B, D, *S)."""
@@ -163,7 +169,7 @@ class FSQ(nn.Module):
         if z.dim() < 2 or z.shape[1] != self.features:
             raise ValueError(f"z: expected shape (B, {self.features}, *S), got {tuple(z.shape)}")
         sizes = self._constants(z, self.levels)
-        half = 0.5 * (sizes - 1.0) * (1.0 + 1e-3)
+        half = 0.5 * (sizes - 1.0) * (1.0 + (0.5 / sizes).clamp_max(1e-3))
         offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
         bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
         whole = bounded + (torch.round(bounded) - bounded).detach()
@@ -176,8 +182,8 @@ class FSQ(nn.Module):
         check_codes(codes)
         check_labels("codes", codes, self.n_codes, "n_codes", 0)
         digits = [(codes // base) % size - size // 2 for base, size in zip(self._bases(), self.levels, strict=True)]
-        like = torch.get_default_dtype()
-        return torch.stack([digit.to(like) / (size // 2) for digit, size in zip(digits, self.levels, strict=True)], 1)
+        dtype = torch.promote_types(self.anchor.dtype, torch.float32)
+        return torch.stack([digit.to(dtype) / (size // 2) for digit, size in zip(digits, self.levels, strict=True)], 1)
 
     def _bases(self):
         return [math.prod(self.levels[:index]) for index in range(len(self.levels))]

@@ -48,6 +48,7 @@ class QuantizedVAE(nn.Module):
             raise ValueError(f"prior: expected {quantizer.n_codes} codes like the quantizer's, got {prior.n_codes}")
         self.prior = prior
         self.code_shape = None if code_shape is None else checks.extent("code_shape", code_shape)
+        self._shape_given = code_shape is not None  # else it is that of the first call, which binds no other
 
     def forward(self, x, n_samples=1, beta=1.0):
         """The training objective, an Objective: the bound (its rate times beta) less the quantiser's loss. There is one
@@ -103,14 +104,15 @@ class QuantizedVAE(nn.Module):
         """The likelihood's mean as single codes change while the others stay.
 
         Args:
-            codes: (*S) int64, the point to leave from.
+            codes: (*S) int64, the point to leave from; other S than those of the first call, if the model was given no
+                code_shape.
             dims: positions in the flattened codes; None for all.
             values: (V,) codes that each takes in turn; None for all n_codes.
 
         Returns:
             (len(dims), V, *event).
         """
-        if self.code_shape is not None:
+        if self.code_shape is not None and (self._shape_given or codes.dim() != len(self.code_shape)):
             checks.shape("codes", codes, self.code_shape)
         points = moved(codes, dims, torch.arange(self.quantizer.n_codes) if values is None else torch.as_tensor(values))
         return self.likelihood.mean(self.decode(points.flatten(0, 1))).unflatten(0, points.shape[:2])

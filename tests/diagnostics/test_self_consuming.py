@@ -110,6 +110,28 @@ def test_augment_mixes_to_the_ratio():
         diagnostics.augment(conditional, x, 0.25, context=torch.arange(3))
 
 
+class Draws:
+    """A model whose samples are these."""
+
+    def __init__(self, *values, dtype=torch.float32):
+        self.values = torch.tensor(values, dtype=dtype)
+
+    def sample(self, n, **_):
+        return self.values.expand(n, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_augment_makes_no_integers_of_what_is_none(dtype):
+    x = torch.ones(4, 2, dtype=dtype)
+    mixed, synthetic = diagnostics.augment(Draws(1.0, 0.0), x, 0.5)
+    assert mixed.dtype == dtype and torch.equal(mixed[synthetic], torch.tensor([[1, 0]] * 4, dtype=dtype))
+    for values, into in ((Draws(0.4, 1.0), dtype), (Draws(math.nan, 1.0), dtype), (Draws(-1.0, 1.0), torch.uint8),
+                         (Draws(256, 1, dtype=torch.int64), torch.uint8), (Draws(2.0, 1.0), torch.bool)):
+        with pytest.raises(ValueError, match=f"^model.sample's result: expected whole numbers within {into}"):
+            diagnostics.augment(values, x.to(into), 0.5)
+    assert diagnostics.augment(Draws(0.4, -1.0), x.float(), 0.5)[0].dtype == torch.float32
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="^n: "):
         GaussianChain(1)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from gaussian_models import PPCA, perturb, randn
+from torch import nn
 
-from fastflow import vae
+from fastflow import diagnostics, vae
 
 PROBLEM = PPCA(4, 3)
 
@@ -14,6 +15,28 @@ PROBLEM = PPCA(4, 3)
 def model():
     return vae.VAE(PROBLEM.encoder(torch.zeros(3, dtype=torch.float64)), PROBLEM.decoder(),
                    likelihood=vae.GaussianLikelihood(0.5))
+
+
+def test_a_convolutional_model_is_bound_to_no_extent_but_the_given_one():
+    """What a first call has shown is no shape for all others; the number of channels stays."""
+    networks = nn.Conv2d(1, 4, 3, 2, 1), nn.ConvTranspose2d(2, 1, 4, 2, 1)
+    free, given = vae.VAE(*networks), vae.VAE(*networks, latent_shape=(2, 4, 4))
+    quantized = vae.QuantizedVAE(networks[0], vae.VectorQuantizer(5, 4), nn.ConvTranspose2d(4, 1, 4, 2, 1),
+                                 vae.BernoulliLikelihood())
+    for one in (free, given, quantized):
+        one.elbo(torch.rand(2, 1, 8, 8).round())
+    y = torch.rand(2, 1, 16, 16).round()
+    z = free.encode(y)[0]
+    assert free.traverse(z, [0], [0.5]).shape == (1, 1, 1, 16, 16)
+    assert quantized.traverse(quantized.codes(y)[0], [0, 63]).shape == (2, 5, 1, 16, 16)
+    diagnostics.diagnose(free, y)
+    for call, message in ((lambda: given.traverse(z), r"^z: expected shape \(2, 4, 4\), got \(2, 8, 8\)"),
+                          (lambda: free.traverse(z[:1]), r"^z: expected shape \(2, 8, 8\), got \(1, 8, 8\)"),
+                          (lambda: free.traverse(z[0]), r"^z: expected shape \(2, 4, 4\), got \(8, 8\)"),
+                          (lambda: quantized.traverse(torch.zeros(8, dtype=torch.int64)), "^codes: expected shape")):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert free.sample(1).shape == (1, 1, 8, 8)
 
 
 def test_traversals_are_the_decoders_columns():

@@ -111,7 +111,7 @@ def test_two_ranks_are_one_batch(tmp_path):
     torch.testing.assert_close(torch.cat([f[1] for f in found]), gradient)
 
 
-@pytest.mark.parametrize("least", [0.01, 0.3, 4.0])
+@pytest.mark.parametrize("least", [0.01, 0.3, 4.0, 1000.0])
 def test_delta_posterior_keeps_its_rate(least):
     raw = torch.linspace(-40, 40, 161, dtype=torch.float64)
     raw_mean = torch.tensor([-3.0, 0.0, 2.0], dtype=torch.float64)[:, None]

@@ -179,6 +179,23 @@ def test_conditional_vae():
     assert ready.traverse(torch.zeros(3), context=y[:1]).shape == (3, 7, 1, 4, 4)
 
 
+@pytest.mark.parametrize("likelihood", [vae.DiscretizedLogisticLikelihood(256), vae.CategoricalLikelihood(256),
+                                        vae.PoissonLikelihood()])
+def test_a_conditional_vae_scales_integers_as_others_do(likelihood):
+    """With weights of 0 for the labels it is an MLPVAE, of integers too."""
+    x, y = torch.randint(0, 256, (8, 1, 4, 4), dtype=torch.uint8), torch.arange(8) % 3
+    plain = vae.MLPVAE((1, 4, 4), 2, (8,), likelihood=likelihood)
+    model = vae.ConditionalVAE((1, 4, 4), 2, 3, (8,), likelihood=likelihood)
+    with torch.no_grad():
+        for own, other, size in ((model.encoder, plain.encoder, 16), (model.decoder, plain.decoder, 2)):
+            values = [torch.cat([p, p.new_zeros(len(p), 3)], 1) if p.shape[1:] == (size,) else p
+                      for p in other.state_dict().values()]
+            own.network.load_state_dict(dict(zip(own.network.state_dict(), values, strict=True)))
+    for data in (x, x.float()):
+        bound = model.elbo(data, context=y, seed=0)
+        torch.testing.assert_close(bound.elbo, plain.elbo(data, seed=0).elbo)
+
+
 def test_conditioned_networks_see_the_context():
     maps = vae.Conditioned(nn.Conv2d(1 + 3, 2, 1), 3)
     x = torch.randn(2, 1, 4, 4)

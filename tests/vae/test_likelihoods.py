@@ -129,7 +129,8 @@ def test_labels_are_one_column():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("logit", [0.0, 1e-8, -1e-5, 1e-3, 0.05, 0.199, -0.2, 0.201, 1.0, -7.0, 60.0, -500.0])
+@pytest.mark.parametrize("logit", [0.0, 1e-8, -1e-5, 1e-3, 0.05, 0.199, -0.2, 0.201, 1.0, -7.0, 60.0, -500.0, 1e6,
+                                   -1e30])
 def test_continuous_bernoulli_near_one_half_and_far_from_it(logit, dtype):
     """Value, slope and mean against 50 digits."""
     mpmath.mp.dps = 50
@@ -144,6 +145,9 @@ def test_continuous_bernoulli_near_one_half_and_far_from_it(logit, dtype):
     assert abs(value.item() - float(exact * at - log_norm)) <= 30 * eps * (1 + 0.1 * abs(logit))
     assert abs(h.grad.item() - float(at - mean)) <= 30 * eps
     assert abs(likelihood.mean(h).item() - float(mean)) <= 30 * eps
+    slope, = torch.autograd.grad(likelihood.mean(h).sum(), h)
+    variance = 1 / exact**2 - 1 / (4 * mpmath.sinh(exact / 2) ** 2) if exact else mpmath.mpf(1) / 12
+    assert abs(slope.item() - float(variance)) <= 300 * eps
 
 
 def test_bernoulli_is_stable():

@@ -197,7 +197,26 @@ def test_compiles_to_one_graph(name):
     torch.testing.assert_close(value, model(X, n_samples=2, eps=eps).value)
 
 
+@pytest.mark.parametrize(("likelihood", "low", "high", "top"), [
+    ("bernoulli", 0.0, 1.0, 1.0), (vae.DiscretizedLogisticLikelihood(256), 0.0, 255.0, 255.0),
+    (vae.CategoricalLikelihood(4), 0.0, 3.0, 3.0), (vae.PoissonLikelihood(), 0.0, math.inf, 1.0)])
+def test_pseudo_inputs_lie_where_the_data_do(likelihood, low, high, top):
+    model = vae.VampVAE((5,), 2, likelihood=likelihood, sizes=(4,))
+    inputs = model.prior.inputs
+    assert model.prior.bounds == (low, high) and inputs.shape == (100, 5)
+    assert low <= inputs.min() and inputs.max() <= top < 1.1 * inputs.max()
+    assert torch.isfinite(model.sample_latents(3)).all()
+    given = torch.full((3, 5), 1.0)
+    for options in ({}, {"n_components": 3}, {"bounds": None}):
+        assert torch.equal(vae.VampVAE((5,), 2, inputs=given, likelihood=likelihood, **options).prior.inputs, given)
+
+
 @pytest.mark.parametrize(("error", "make", "message"), [
+    (ValueError, lambda: vae.VampVAE((6,), 2, n_components=100, inputs=torch.rand(3, 6)),
+     r"^inputs: expected shape \(100, 6\), got \(3, 6\)"),
+    (ValueError, lambda: vae.VampVAE((6,), 2, inputs=torch.rand(3, 5)), r"^inputs: expected shape \(3, 6\)"),
+    (ValueError, lambda: vae.VampVAE((6,), 2, bounds="pixels"), "^bounds"),
+    (ValueError, lambda: vae.VampVAE((6,), 2, bounds=(-math.inf, 1.0)), "^bounds: expected a finite low"),
     (ValueError, lambda: vae.MLPVAE(SHAPE, 0), "latent_features"),
     (ValueError, lambda: vae.BetaVAE(SHAPE, 2, network="transformer"), "network"),
     (ValueError, lambda: vae.MLPVAE(SHAPE, 2, (4, 0)), "hidden"),

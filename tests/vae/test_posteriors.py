@@ -14,7 +14,7 @@ from torch.distributions import (
     Normal,
     kl_divergence,
 )
-from torch.func import jacrev, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from fastflow import vae
 
@@ -226,6 +226,17 @@ def test_one_component_is_a_gaussian():
     torch.testing.assert_close(torch.autograd.grad(z, params, cotangent), torch.autograd.grad(plain, params, cotangent))
 
 
+def functions(z, row):
+    """F(z) (D,) of three components."""
+    logits, means, log_variances = row[:3], row[3:12].view(3, D), row[12:].view(3, D)
+    components = Normal(means, torch.exp(0.5 * log_variances), validate_args=False)
+    log_weights, found = torch.log_softmax(logits, 0), []
+    for d in range(D):
+        found.append((torch.softmax(log_weights, 0) * components.cdf(z)[:, d]).sum())
+        log_weights = log_weights + components.log_prob(z)[:, d]
+    return torch.stack(found)
+
+
 def test_implicit_map_holds_the_distribution_functions():
     """dz/dparams = -(dF/dz)^-1 dF/dparams, both by autograd of F itself."""
     posterior = vae.MixturePosterior(3)
@@ -233,19 +244,38 @@ def test_implicit_map_holds_the_distribution_functions():
     z = posterior(params, None, 1, seed=1)[0][0]
     cotangent = randn(BATCH, D, seed=4)
     got, = torch.autograd.grad(z, params, cotangent)
-
-    def functions(z, row):
-        logits, means, log_variances = row[:3], row[3:12].view(3, D), row[12:].view(3, D)
-        components = Normal(means, torch.exp(0.5 * log_variances), validate_args=False)
-        log_weights, found = torch.log_softmax(logits, 0), []
-        for d in range(D):
-            found.append((torch.softmax(log_weights, 0) * components.cdf(z)[:, d]).sum())
-            log_weights = log_weights + components.log_prob(z)[:, d]
-        return torch.stack(found)
-
     by_z, by_row = vmap(jacrev(functions, argnums=(0, 1)))(z.detach(), params.detach())
     expected = -torch.einsum("bd,bdp->bp", cotangent, torch.linalg.solve(by_z, by_row))
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_second_derivatives_of_the_implicit_map():
+    """By differences of the z that Newton's method finds to the F of the sample; so by every way to differentiate."""
+    posterior = vae.MixturePosterior(3)
+    params, weight, direction = params_of(posterior), randn(BATCH, D, seed=4), randn(BATCH, 21, seed=5)
+    sample = posterior(params, None, 1, seed=1)[0][0]
+    levels = vmap(functions)(sample, params)
+
+    def at(size):
+        z, moved = sample, params + size * direction
+        for _ in range(6):
+            residual = vmap(functions)(z, moved) - levels
+            z = z - torch.linalg.solve(vmap(jacrev(functions))(z, moved), residual[..., None])[..., 0]
+        return (weight * z**3).sum()
+
+    def value(size):
+        return (weight * posterior(params + size * direction, None, 1, seed=1)[0][0] ** 3).sum()
+
+    h, zero = 1e-3, torch.zeros((), dtype=torch.float64)
+    first = (8 * (at(h) - at(-h)) - at(2 * h) + at(-2 * h)) / (12 * h)
+    second = (16 * (at(h) + at(-h)) - 30 * at(0.0) - at(2 * h) - at(-2 * h)) / (12 * h * h)
+    leaf = zero.clone().requires_grad_()
+    once, = torch.autograd.grad(value(leaf), leaf, create_graph=True)
+    for got in (once.detach(), jvp(value, (zero,), (zero + 1,))[1], grad(value)(zero)):
+        torch.testing.assert_close(got, first, rtol=1e-7, atol=1e-7)
+    for got in (torch.autograd.grad(once, leaf)[0], torch.autograd.functional.hessian(value, zero, vectorize=True),
+                grad(grad(value))(zero), jvp(grad(value), (zero,), (zero + 1,))[1], jacfwd(jacfwd(value))(zero)):
+        torch.testing.assert_close(got, second, rtol=1e-5, atol=1e-5)
 
 
 def test_deterministic_limit():

@@ -1,6 +1,7 @@
 """Priors: normalised, sampled as they say, and at home in a VAE."""
 
 import copy
+import io
 import itertools
 import math
 
@@ -114,6 +115,27 @@ def test_vamp_shares_the_models_networks():
     with torch.no_grad():
         bounded.inputs.add_(9.0)
     assert torch.equal(bounded.pseudo_inputs(), torch.ones(2, 3))
+
+
+def test_vamp_follows_its_model_alone():
+    """It uses the encoder and posterior that the model has now, and belongs to no second model, which would have other
+    ones; copies and stored models have priors of their own."""
+    prior, model, problem = vamp()
+    z = randn(3, 2, seed=0)
+    before = prior.log_prob(z)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    others = copy.deepcopy(model), torch.load(stored, weights_only=False)
+    with pytest.raises(ValueError, match="^prior: expected a VampPrior for this model alone"):
+        vae.VAE(nn.Linear(3, 4).double(), model.decoder, prior=prior, likelihood="gaussian")
+    torch.testing.assert_close(prior.log_prob(z), before)
+    model.encoder = nn.Linear(model.encoder.in_features, 4).double()
+    mean, log_variance = model.encoder(prior.inputs).chunk(2, 1)
+    each = torch.distributions.Normal(mean, (0.5 * log_variance).exp()).log_prob(z[:, None]).sum(2)
+    torch.testing.assert_close(prior.log_prob(z), each.logsumexp(1) - math.log(len(mean)))
+    for other in others:
+        torch.testing.assert_close(other.prior.log_prob(z), before)
 
 
 def test_code_prior_sums_to_one():

@@ -79,7 +79,19 @@ def test_a_threshold_above_one_restarts_only_codes_that_are_used_less():
     assert (quantizer.counts >= 20.0).all()
 
 
-@pytest.mark.parametrize("levels", [(2,), (3, 4), (8, 5, 5)])
+def test_an_empty_batch_restarts_no_codes():
+    quantizer = vae.VectorQuantizer(3, 2, decay=0.5, restart_below=0.5)
+    before = quantizer.codebook.clone()
+    for _ in range(4):
+        found = quantizer(torch.zeros(0, 2))
+        assert found.z.shape == (0, 2) and found.codes.shape == found.loss.shape == (0,)
+    assert (quantizer.counts < 0.5).all()  # and at the next batch they do
+    torch.testing.assert_close(quantizer.codebook, before)
+    quantizer(torch.full((4, 2), 7.0))
+    torch.testing.assert_close(quantizer.codebook, torch.full((3, 2), 7.0), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("levels", [(2,), (3, 4), (8, 5, 5), (1001,), (1024, 3), (100_000,)])
 def test_fsq_has_every_code_once(levels):
     quantizer = vae.FSQ(levels)
     codes = torch.arange(quantizer.n_codes)
@@ -87,16 +99,18 @@ def test_fsq_has_every_code_once(levels):
     grid = torch.tensor(list(itertools.product(*[[(i - n // 2) / (n // 2) for i in range(n)] for n in levels])))
     assert {tuple(v) for v in vectors.tolist()} == {tuple(v) for v in grid.tolist()}
     # Points that are bounded to a code come back as that code, far ones as the corners.
-    half = 0.5 * (torch.tensor(levels) - 1.0) * 1.001
+    half = 0.5 * (torch.tensor(levels) - 1.0) * (1.0 + torch.tensor([min(1e-3, 0.5 / n) for n in levels]))
     offset = torch.tensor([0.5 * (n % 2 == 0) for n in levels])
     sizes = torch.tensor([float(n // 2) for n in levels])
-    z = torch.atanh(((vectors * sizes + offset) / half).clamp(-0.9999, 0.9999)) - torch.atanh(offset / half)
+    z = torch.atanh(((vectors * sizes + offset) / half).double()) - torch.atanh(offset / half).double()
     found = quantizer(z)
     assert torch.equal(found.codes, codes)
-    torch.testing.assert_close(found.z, vectors)
+    torch.testing.assert_close(found.z.float(), vectors)
     assert quantizer(torch.full((1, len(levels)), 50.0)).codes.item() == quantizer.n_codes - 1
     assert quantizer(torch.full((1, len(levels)), -50.0)).codes.item() == 0
-    assert torch.equal(found.loss, torch.zeros(quantizer.n_codes))
+    assert torch.equal(found.loss.float(), torch.zeros(quantizer.n_codes))
+    double = quantizer.double()
+    assert torch.equal(double.lookup(codes), double(z).z) and not double.state_dict()
 
 
 def test_fsq_codes_beyond_what_float32_counts():

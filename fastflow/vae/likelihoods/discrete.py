@@ -51,8 +51,9 @@ class ContinuousBernoulliLikelihood(Likelihood):
         half = 0.5 * logits
         near = half.abs() < NEAR_HALF
         safe = torch.where(near, 1.0, half)
-        square = half.square()
-        series = half * (1.0 / 3.0 - square * (1.0 / 45.0 - square * (2.0 / 945.0 - square * (
+        small = torch.where(near, half, 0.0)  # the series of a large one, and so its gradient, would not be finite
+        square = small.square()
+        series = small * (1.0 / 3.0 - square * (1.0 / 45.0 - square * (2.0 / 945.0 - square * (
             1.0 / 4725.0 - square * 2.0 / 93555.0))))
         return 0.5 + 0.5 * torch.where(near, series, 1.0 / torch.tanh(safe) - 1.0 / safe)
 
@@ -70,7 +71,7 @@ def _log_sinhc(y):
     """log(sinh(y) / y) for y >= 0, accurate in value and slope."""
     near = y < NEAR_HALF
     safe = torch.where(near, 1.0, y)
-    square = y.square()
+    square = torch.where(near, y, 0.0).square()
     series = square * (1.0 / 6.0 - square * (1.0 / 180.0 - square * (1.0 / 2835.0 - square * (
         1.0 / 37800.0 - square / 467775.0))))
     return torch.where(near, series, safe + torch.log(-torch.expm1(-2.0 * safe)) - torch.log(2.0 * safe))

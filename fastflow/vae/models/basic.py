@@ -31,10 +31,16 @@ def front(likelihood):
     """What stands in front of an encoder whose data are integers."""
     if not getattr(likelihood, "takes_integers", False):
         return []
+    levels = levels_of(likelihood)
+    return [LogCounts()] if levels is None else [Rescale(levels)]
+
+
+def levels_of(likelihood):
+    """How many levels or classes the integers of a likelihood have; None for counts, and for data of other kinds."""
     levels = getattr(likelihood, "n_bins", None)
     if levels is None and hasattr(likelihood, "probs"):
         levels = likelihood.params_per_element  # classes
-    return [LogCounts()] if levels is None else [Rescale(levels)]
+    return levels
 
 
 def networks(kind, event_shape, latent_features, sizes, n_params, likelihood):
@@ -195,18 +201,42 @@ class VampVAE(ReadyVAE):
     """A VAE with a VampPrior of n_components pseudo-inputs.
 
     Args:
-        inputs: (n_components, *event_shape) to start from; None: uniform between the bounds.
-        bounds: that pseudo-inputs are kept between.
+        n_components: None: as many as there are ``inputs``, or 100.
+        inputs: (n_components, *event_shape) to start from; None: uniform between the bounds, up to low + 1 where high
+            is infinite.
+        bounds: (low, high) that pseudo-inputs are kept between, or None. "auto": the range of the likelihood's data,
+            (0, n - 1) for n levels or classes and (0, inf) for counts; (0, 1) for data that are no integers.
 
     References:
         Tomczak and Welling, "VAE with a VampPrior", 2018, arXiv:1705.07120.
     """
 
-    def __init__(self, event_shape, latent_features, *, n_components=100, inputs=None, bounds=(0.0, 1.0), **options):
+    def __init__(self, event_shape, latent_features, *, n_components=None, inputs=None, bounds="auto",
+                 likelihood="bernoulli", **options):
+        likelihood = likelihood_of(likelihood)
+        event_shape = checks.counts("event_shape", event_shape, 1)
+        if n_components is not None:
+            n_components = checks.count("n_components", n_components, 1)
+        if isinstance(bounds, str):
+            checks.choice("bounds", bounds, ("auto",))
+            bounds = _range(likelihood)
         if inputs is None:
             low, high = (0.0, 1.0) if bounds is None else bounds
-            inputs = low + (high - low) * torch.rand(n_components, *event_shape)
-        super().__init__(event_shape, latent_features, prior=VampPrior(inputs, bounds=bounds), **options)
+            if not math.isfinite(low):
+                raise ValueError(f"bounds: expected a finite low where no inputs are given, got {bounds!r}")
+            width = high - low if math.isfinite(high - low) else 1.0
+            inputs = low + width * torch.rand(100 if n_components is None else n_components, *event_shape)
+        prior = VampPrior(inputs, bounds=bounds)
+        checks.shape("inputs", inputs, (len(inputs) if n_components is None else n_components, *event_shape))
+        super().__init__(event_shape, latent_features, prior=prior, likelihood=likelihood, **options)
+
+
+def _range(likelihood):
+    """(low, high) of the data of a likelihood."""
+    if not getattr(likelihood, "takes_integers", False):
+        return 0.0, 1.0
+    levels = levels_of(likelihood)
+    return 0.0, math.inf if levels is None else levels - 1.0
 
 
 class FlowPriorVAE(ReadyVAE):
@@ -256,7 +286,8 @@ class ConditionalVAE(VAE):
         n_params = posterior.n_params(latent_features)
         encoder = mlp_encoder((size + n_classes,), latent_features, hidden, n_params=n_params)
         decoder = mlp_decoder(latent_features + n_classes, likelihood.output_shape(event_shape), hidden[::-1])
-        super().__init__(Conditioned(encoder, n_classes, flatten=True), Conditioned(decoder, n_classes), posterior,
-                         likelihood=likelihood, latent_shape=(latent_features,), **options)
+        scaled, = front(likelihood) or [None]
+        super().__init__(Conditioned(encoder, n_classes, flatten=True, front=scaled), Conditioned(decoder, n_classes),
+                         posterior, likelihood=likelihood, latent_shape=(latent_features,), **options)
         self.n_classes = n_classes
         self.event_shape = event_shape

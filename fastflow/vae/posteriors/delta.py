@@ -58,7 +58,9 @@ def delta_gaussian(raw_mean, raw_scale, least):
     """
     if not 0.0 < least < math.inf:
         raise ValueError(f"least: expected a finite number > 0, got {least!r}")
-    low, high = _root(least, -2.0 * least - 2.0, 0.0), _root(least, 2.0 * least + 2.0, 0.0)
+    # From 2 on exp(v) - v is at least exp(v)/2.
+    above = max(2.0, math.log(2.0) + math.log1p(2.0 * least))
+    low, high = _root(least, -2.0 * least - 2.0, 0.0), _root(least, above, 0.0)
     logvar = low + (high - low) * torch.sigmoid(raw_scale)
     # 2 KL is the mean's square plus expm1(v) - v; from 1 + v - exp(v) a small least would be rounding.
     square = 2.0 * least - (torch.expm1(logvar) - logvar)

@@ -14,7 +14,7 @@ __all__ = ["VampPrior"]
 class VampPrior(nn.Module):
     """p(z) = (1/C) sum_c q(z | u_c), the posteriors at C learned pseudo-inputs u_c, parameter ``inputs`` (C, *event).
 
-    It belongs to the VAE that it is given to, whose encoder and posterior it uses.
+    It belongs to the VAE that it is given to, whose encoder and posterior it uses, as they are at every call.
 
     Args:
         inputs: (C, *event), where the pseudo-inputs start: examples of the data, or noise like them. With ``bounds``
@@ -38,14 +38,22 @@ class VampPrior(nn.Module):
                              f"{inputs.min().item():g} to {inputs.max().item():g}")
         self.bounds = bounds
         self.inputs = nn.Parameter(inputs.detach().clone(), requires_grad=trainable)
-        self._inference = None  # not modules of this one: the model has them already
+        self._models = ()  # in a tuple, as it is no module of this one: the model has this one already
 
-    def bind(self, encoder, posterior):
-        """Take the encoder and posterior of the model; called by VAE."""
-        if not hasattr(posterior, "log_prob"):
+    def bind(self, model):
+        """Take the encoder and posterior of the model; called by VAE.
+
+        Raises:
+            TypeError: the posterior has no log_prob.
+            ValueError: the prior belongs to a model with another encoder or posterior.
+        """
+        if not hasattr(model.posterior, "log_prob"):
             raise TypeError("posterior: expected log_prob(params, z) for a VampPrior, which "
-                            f"{type(posterior).__name__} has not")
-        self._inference = (encoder, posterior)
+                            f"{type(model.posterior).__name__} has not")
+        if any(own.encoder is not model.encoder or own.posterior is not model.posterior for own in self._models):
+            raise ValueError("prior: expected a VampPrior for this model alone, got one that belongs to a "
+                             f"{type(self._models[0]).__name__} with another encoder or posterior")
+        self._models = (model,)
 
     def log_prob(self, z):
         """(N,) nats of z (N, D, *S)."""
@@ -74,7 +82,7 @@ class VampPrior(nn.Module):
         return self.inputs if self.bounds is None else self.inputs.clamp(*self.bounds)
 
     def _params(self):
-        if self._inference is None:
+        if not self._models:
             raise RuntimeError("VampPrior: give it to a VAE first, as prior=")
-        encoder, posterior = self._inference
-        return encoder(self.pseudo_inputs()), posterior
+        model, = self._models
+        return model.encoder(self.pseudo_inputs()), model.posterior
