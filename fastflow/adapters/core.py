@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fastflow.adapters import swap as swaps
+from fastflow.adapters import verify
 from fastflow.adapters.report import Report
 
 __all__ = ["HOSTS", "accelerate", "restore"]
@@ -54,15 +55,8 @@ def accelerate(model, *, verify=True, example=None, fix=False):
     adapters = _adapters()
     report = Report()
     for name, module in model.named_modules():
-        known = swaps.swap_of(module)
-        if known is not None:
-            report.swapped[name] = swaps.title(known.host)
-            constants = swaps.fitted(module, known, fix)
-            module.__dict__.update(constants if isinstance(constants, dict) else {})
-            if verify:
-                swaps.put(module, known, None, report, name)
-            continue
-        known = swaps.SWAPS.get(type(module))
+        before = swaps.swap_of(module)
+        known = before or swaps.SWAPS.get(type(module))
         if known is None:
             reason = _unknown(type(module), adapters, _inside(name, report.swapped))
             if reason is not None:
@@ -70,9 +64,14 @@ def accelerate(model, *, verify=True, example=None, fix=False):
             continue
         constants = swaps.fitted(module, known, fix)
         if isinstance(constants, str):
+            if before is not None:
+                swaps.undo(module)
             report.skipped[name] = f"{swaps.title(known.host)}: {constants}"
             continue
-        swaps.put(module, known, constants, report if verify else None, name)
+        if before is None or verify:
+            swaps.put(module, known, constants, report if verify else None, name)
+        else:
+            module.__dict__.update(constants or {})
         report.swapped[name] = swaps.title(known.host)
     if example is not None:
         _run(model, example if isinstance(example, tuple) else (example,), adapters)
@@ -142,28 +141,46 @@ def _run(model, example, adapters):
 
 @contextlib.contextmanager
 def _unchanged(model):
-    """Values of parameters and buffers, the attributes of all modules and the random generators are put back. Modules
-    without values yet, whose first call makes others of them, are left out."""
+    """Values of parameters and buffers, the attributes of all modules, what lists, dicts and plain objects among these
+    hold, and the random generators are put back. Modules without values yet, whose first call makes others of them,
+    are left out."""
     modules = [m for m in model.modules() if not any(map(is_lazy, _tensors(m)))]
     attributes = [dict(m.__dict__) for m in modules]
-    tensors = [{key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers")} for m in modules]
+    containers = [c for kept in attributes for c in map(_container, kept.values()) if c is not None]
+    contents = [list(c) if isinstance(c, list) else dict(c) for c in containers]
     values = [(t, t.data, _apart(t.detach()).clone()) for m in modules for t in _tensors(m)]
     devices = {t.device for t, _, _ in values if t.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:
-            for m, kept, own in zip(modules, attributes, tensors, strict=True):
+            for m, kept in zip(modules, attributes, strict=True):
                 m.__dict__.clear()
                 left = swaps.swap_of(m) is None  # put back by verification
-                m.__dict__.update((key, v) for key, v in kept.items() if not (left and key.startswith(swaps.PREFIX)))
-                for key, entries in own.items():
-                    m.__dict__[key].clear()
-                    m.__dict__[key].update(entries)
+                m.__dict__.update((key, v) for key, v in kept.items() if not (left and swaps.is_ours(key)))
+            for container, kept in zip(containers, contents, strict=True):
+                _refill(container, kept)
             with torch.no_grad():
                 for t, data, value in values:
                     t.data = data
                     _apart(t).copy_(value)
+
+
+def _container(value):
+    """The list or dict that holds what can be written into a list, a dict or a plain object; None of another value."""
+    if isinstance(value, (list, dict)):
+        return value
+    return vars(value) if verify.is_plain(value) else None
+
+
+def _refill(container, kept):
+    """Put the same objects as before into a list or dict, unless they are there, as in one that can't be written to."""
+    if isinstance(container, list):
+        if len(container) != len(kept) or any(a is not b for a, b in zip(container, kept, strict=True)):
+            container[:] = kept
+    elif list(container) != list(kept) or any(container[key] is not value for key, value in kept.items()):
+        container.clear()
+        container.update(kept)
 
 
 def _tensors(module):

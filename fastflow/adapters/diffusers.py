@@ -5,6 +5,8 @@ diffusers' own ways stay: log-variances are clamped to [-30, 20], with no gradie
 generator, one for each sample, or a CPU's; and ``kl`` and ``nll`` of video (B, C, T, H, W) sum over C, T and H, so that
 they have shape (B, W). With ``fix=True`` they sum over all but the batch, whatever the shape, unless ``nll`` is given
 other dims.
+
+A swapped model says that it is of the module of diffusers' class, by which a saved pipeline goes.
 """
 
 import torch
@@ -41,19 +43,27 @@ class Posterior(vae.DiagonalGaussianDistribution):
         per_sample = self.mean.dim() == 4 or self._fastflow_fix
         z, kl = functional.gaussian_sample_kl((self.mean, self.logvar), eps=eps,
                                               reduce="sample" if per_sample else "none")
-        self._fastflow_kl = kl if per_sample else kl.sum((1, 2, 3))
+        self._fastflow_kl = kl if per_sample else kl.sum((1, 2, 3)), self.mean, self.var, self.logvar
         return z
 
     def kl(self, other=None):
-        known = self._fastflow_kl
-        if other is None and known is not None and (
-                known.requires_grad or not torch.is_grad_enabled() or not self.parameters.requires_grad):
+        known = self._fastflow_known() if other is None else None
+        if known is not None and not torch.is_grad_enabled():
+            return known.detach()
+        if known is not None and (known.requires_grad or not self.parameters.requires_grad):
             return known
         if not self._fastflow_fix or self.deterministic:
             return super().kl(other)
         d = self.logvar if other is None else self.logvar - other.logvar
         distance = self.mean.square() if other is None else (self.mean - other.mean).square() / other.var
         return 0.5 * (distance + torch.expm1(d) - d).flatten(1).sum(1)
+
+    def _fastflow_known(self):
+        """The divergence that ``sample`` left, None where there is none or the moments are others by now."""
+        if self._fastflow_kl is None:
+            return None
+        known, mean, var, logvar = self._fastflow_kl
+        return known if self.mean is mean and self.var is var and self.logvar is logvar else None
 
     def nll(self, sample, dims=(1, 2, 3)):
         if self._fastflow_fix and tuple(dims) == (1, 2, 3):
@@ -109,6 +119,8 @@ def _verifying(fused, name):
 class _Autoencoder:
     """The posterior of the host's encoder is a :class:`Posterior`."""
 
+    _fastflow_fix = False  # of models that the class made itself, as from_config does
+
     def encode(self, *args, **kwargs):
         output = super().encode(*args, **kwargs)
         _fused(_posterior(output), self._fastflow_fix)
@@ -118,7 +130,10 @@ class _Autoencoder:
 def _fit(module, fix):
     if getattr(module, "regularizer", "kl") != "kl":
         return "its latents are codes, not Gaussian"
-    return "its encode is another function than its class's" if "encode" in module.__dict__ else {PREFIX + "fix": fix}
+    if "encode" in module.__dict__:
+        return "its encode is another function than its class's"
+    host = next(kind for kind in type(module).__mro__ if kind in swaps.SWAPS)
+    return {PREFIX + "fix": fix, "__module__": host.__module__}
 
 
 for _host in filter(None, (getattr(autoencoders, name, None) for name in NAMES)):

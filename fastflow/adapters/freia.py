@@ -19,6 +19,11 @@ from fastflow.autograd.mlp_flow import run_steps
 from fastflow.functional import ScaleMap
 
 
+def _clamps(block):
+    """Whether a kernel can have the block's clamp."""
+    return isinstance(block.clamp, (int, float))
+
+
 @functools.lru_cache(256)
 def _all_in_one(clamp):
     """log s = clamp * tanh(0.1 r), shift 0.1 t: FrEIA 0.2 does not divide by the clamp inside."""
@@ -39,7 +44,7 @@ def _hard(matrix):
 
 
 def _fit_all_in_one(module, fix):
-    if not isinstance(module.clamp, (int, float)):
+    if not _clamps(module):
         return "its clamp is not a number"
     if not module.householder:
         _order_of(module)
@@ -66,7 +71,7 @@ class AllInOneBlock(all_in_one_block.AllInOneBlock):
 
     def forward(self, x, c=(), rev=False, jac=True):
         (x,) = x
-        if not fusable(x, self.global_scale):
+        if not fusable(x, self.global_scale) or not _clamps(self):
             return super().forward((x,), c, rev, jac)
         steps = self._fastflow_steps(x, c)
         if steps is None and not worthwhile(x):
@@ -205,7 +210,7 @@ class SequenceINN(sequence_inn.SequenceINN):
         blocks = list(self.module_list)
         same = [tuple(self.shapes[index]) == x.shape[1:] for index in range(len(blocks))]
         whole = [fits and isinstance(block, AllInOneBlock) and joins(block) and not block.GIN
-                 and _order_of(block) is not None for fits, block in zip(same, blocks, strict=True)]
+                 and _clamps(block) and _order_of(block) is not None for fits, block in zip(same, blocks, strict=True)]
         scaled = [block for block, fits in zip(blocks, whole, strict=True) if fits]
         together = x.dim() == 2 and len(scaled) > 1 and _alike(scaled)
         scalings = dict(zip(scaled, _scalings(scaled), strict=True)) if together else {}

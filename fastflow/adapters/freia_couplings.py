@@ -48,9 +48,10 @@ def _clamp_of(module, fix):
 
 
 def _clamps(block):
-    """Whether a block's clamp, where it has one, is still that which it had when it was swapped."""
+    """Whether a block's clamp, where it uses one, is a number and its function that of when it was swapped."""
     own = block.__dict__
-    return own.get(FUNCTION) is None or own[FUNCTION] is own.get("f_clamp")
+    return isinstance(block, coupling_layers.NICECouplingBlock) or (
+        isinstance(block.clamp, (int, float)) and FUNCTION in own and own[FUNCTION] is own.get("f_clamp"))
 
 
 def small_networks(module, x, c, subnets):
@@ -119,9 +120,9 @@ class TwoSided:
 
     def _fastflow_chain(self, x, rev):
         """The two couplings as steps of one node of autograd, or None."""
-        first, second, *how = self._fastflow_sides()
         if self.conditional or not _clamps(self):
             return None
+        first, second, *how = self._fastflow_sides()
         steps = [_step(x, -self.split_len2, first, rev, *how), _step(x, self.split_len1, second, rev, *how)]
         return None if None in steps else steps[::-1] if rev else steps
 

@@ -6,7 +6,7 @@ from fastflow import backends, functional
 from fastflow.adapters import verify
 from fastflow.adapters.swap import PREFIX, joins, plain
 
-__all__ = ["couple", "fusable", "joins", "order", "order_of", "overridden", "plain", "remembered",
+__all__ = ["autocasts", "couple", "fusable", "joins", "order", "order_of", "overridden", "plain", "remembered",
            "reorder", "worthwhile"]
 
 SMALL = 4096  # elements below which, on a CPU, a host's own few operations cost what a kernel and its call do
@@ -26,6 +26,11 @@ def worthwhile(x):
     return not torch.compiler.is_exporting() and (x.numel() >= SMALL or not x.is_cpu or verify.running())
 
 
+def autocasts(x):
+    """Whether autocast is on for the device of x; for "meta" there is none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def overridden(module, *names):
     """Why a module can't be swapped that has a method of its own under one of the names, or None."""
     own = [name for name in names if name in module.__dict__]
@@ -33,7 +38,8 @@ def overridden(module, *names):
 
 
 def remembered(module, name, compute, *tensors, traced=None, maybe=False):
-    """compute(*tensors), computed again only when one of the module's tensors was exchanged or written to.
+    """compute(*tensors), computed again only when the values of the module's tensors are others. On a GPU, where a
+    look at values would wait for it, when a tensor was exchanged or written to: writes through its ``data`` go unseen.
 
     torch.compile can't look at values. There ``traced(*tensors)`` puts into the graph what compute gives, unless that
     is known to be None. Without ``traced`` the known value is trusted; layers find it out when they are swapped and
@@ -48,14 +54,22 @@ def remembered(module, name, compute, *tensors, traced=None, maybe=False):
         stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.shape, t.stride()) for t in tensors)
     except RuntimeError:
         return None if maybe else (traced or compute)(*tensors)
-    if known is None or known[0] != stamp:
+    if known is None or known[0] != stamp or not _same(tensors, known[3]):
         if backends.transformed() is not None:  # whatever is made there ends with the transform
             return compute(*tensors)
         with torch.inference_mode(False):  # the next call may be one of training
             # The aliases keep the memory, so that no other tensor can come to lie there.
-            known = stamp, compute(*tensors), tuple(t.detach() for t in tensors)
+            aliases = tuple(t.detach() for t in tensors)
+            values = tuple(t.clone() for t in aliases) if all(t.is_cpu for t in aliases) else ()
+            known = stamp, compute(*tensors), aliases, values
         module.__dict__[PREFIX + name] = known
     return known[1]
+
+
+def _same(tensors, values):
+    """Whether the tensors have the values that were kept of them, which are none on a GPU. A graph that a dispatch mode
+    makes can't depend on them."""
+    return bool(verify.modes()) or all(map(torch.equal, tensors, values))
 
 
 def order(module, passive, active):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflow import backends, functional
-from fastflow.adapters.layers import fusable, overridden, plain, worthwhile
+from fastflow.adapters.layers import autocasts, fusable, overridden, plain, worthwhile
 from fastflow.autograd import mlp
 from fastflow.flows.fused import ACTIVATIONS, MAX_FEATURES, MAX_HIDDEN
 
@@ -21,7 +21,7 @@ FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", torch.tanh: "ta
 def fits_one_kernel(x, context=None):
     """Whether functional.mlp_flow has a kernel for data like x (B, D) under the context (B, K)."""
     return (x.dim() == 2 and x.shape[1] <= MAX_FEATURES and (context is None or context.dim() == 2)
-            and not torch.is_autocast_enabled(x.device.type) and not nn.modules.module._has_any_global_hook()
+            and not autocasts(x) and not nn.modules.module._has_any_global_hook()
             and backends.serves("mlp_flow", x, context))
 
 
@@ -116,17 +116,23 @@ def fit_affine(module, fix):
 
 
 class AffineAutoregressive(Autoregressive):
-    """The element-wise step of nflows and what descends from it; DIALECT is that of functional.affine_coupling."""
+    """The element-wise step of nflows and what descends from it; DIALECT is that of functional.affine_coupling, FIT
+    says why a module whose attributes changed since it was swapped has another."""
+
+    FIT = staticmethod(fit_affine)
 
     def _elementwise_forward(self, inputs, autoregressive_params):
-        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
+        if not self._fastflow_fits(inputs, autoregressive_params):
             return super()._elementwise_forward(inputs, autoregressive_params)
         return functional.affine_coupling(inputs, autoregressive_params, **self.DIALECT)
 
     def _elementwise_inverse(self, inputs, autoregressive_params):
-        if not (worthwhile(inputs) and fusable(inputs, autoregressive_params)):
+        if not self._fastflow_fits(inputs, autoregressive_params):
             return super()._elementwise_inverse(inputs, autoregressive_params)
         return functional.affine_coupling(inputs, autoregressive_params, inverse=True, **self.DIALECT)
+
+    def _fastflow_fits(self, inputs, params):
+        return worthwhile(inputs) and fusable(inputs, params) and self.FIT(self, False) is None
 
 
 def _sequential(network, context):

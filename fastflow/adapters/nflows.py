@@ -10,7 +10,17 @@ from torch import nn
 from fastflow import backends
 from fastflow.adapters import lu as lu_maps
 from fastflow.adapters import splines
-from fastflow.adapters.layers import couple, fusable, joins, order, overridden, remembered, reorder, worthwhile
+from fastflow.adapters.layers import (
+    autocasts,
+    couple,
+    fusable,
+    joins,
+    order,
+    overridden,
+    remembered,
+    reorder,
+    worthwhile,
+)
 from fastflow.adapters.networks import NETWORKS, AffineAutoregressive, covered, fit_affine, residual_weights
 from fastflow.adapters.swap import swap, swap_of
 from fastflow.autograd import chain, mlp
@@ -34,10 +44,15 @@ def _made(network, context):
 NETWORKS |= {resnet.ResidualNet: _residual_net, made.MADE: _made}
 
 
+def _own_transform(module):
+    """Why a coupling does something else to a feature than its class, or None."""
+    return overridden(module, "_scale_and_shift", "_coupling_transform_forward", "_coupling_transform_inverse")
+
+
 def _fit_coupling(module, fix):
     if module.unconditional_transform is not None:
         return "it transforms the passive features too"
-    reason = overridden(module, "_scale_and_shift", "_coupling_transform_forward", "_coupling_transform_inverse")
+    reason = _own_transform(module)
     if reason is not None:
         return reason
     order(module, module.identity_features, module.transform_features)
@@ -58,7 +73,7 @@ class _Coupling:
     def _fastflow_couple(self, inputs, context, inverse):
         """(outputs, logabsdet), or None where that is better left to the host, which refuses what it can't take."""
         if (inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs)
-                or self.unconditional_transform is not None):
+                or self.unconditional_transform is not None or _own_transform(self) is not None):
             return None
         network = self.transform_net
         kernel = covered(network, inputs, context)
@@ -116,6 +131,7 @@ class MaskedAffineAutoregressiveTransform(AffineAutoregressive, autoregressive.M
     """y = x * (softplus(r) + 1e-3) + t per feature, given the features before it."""
 
     DIALECT = {"scale": ScaleMap("softplus", eps=EPSILON), "layout": "interleave"}
+    FIT = staticmethod(_fit_affine)
 
 
 @swap(lu.LULinear, fit=lu_maps.fit)
@@ -123,9 +139,9 @@ class LULinear(lu_maps.LULinear, lu.LULinear):
     """y = L U x + b, the two factors as one matrix."""
 
 
-def _back(module):
-    """The inverse of a convolution's permutation."""
-    return remembered(module, "back", torch.argsort, module.permutation._permutation, traced=torch.argsort)
+def _placed(matrix, dim, module):
+    """The matrix times a convolution's permutation matrix P from the right (dim 1), or P^T times it (dim 0)."""
+    return torch.empty_like(matrix).index_copy(dim, module.permutation._permutation, matrix)
 
 
 PERMUTATIONS = (orders.RandomPermutation, orders.Permutation, orders.ReversePermutation)
@@ -140,7 +156,6 @@ def _fit_conv(module, fix):
     if not _permutes(module.permutation):
         return "its permutation is not nflows' own, of channels"
     lu_maps.remember(module)
-    _back(module)
     return None
 
 
@@ -152,17 +167,17 @@ class OneByOneConvolution(conv.OneByOneConvolution):
         if not self._fastflow_fits(inputs):
             return super().forward(inputs, context)
         weight, logabsdet = lu_maps.weight(self)
-        weight = reorder(weight, _back(self), self.permutation._permutation)
+        weight = _placed(weight, 1, self)
         outputs = channel_affine(inputs, weight, self.bias)
         return outputs, (inputs.shape[2] * inputs.shape[3] * logabsdet).repeat(inputs.shape[0])
 
     def inverse(self, inputs, context=None):
-        if not self._fastflow_fits(inputs):
+        if not self._fastflow_fits(inputs) or autocasts(inputs):  # nflows solves in float32
             return super().inverse(inputs, context)
         size, (_, _, height, width) = self.features, inputs.shape
         identity = torch.eye(size, dtype=inputs.dtype, device=inputs.device)
         matrix, logabsdet = lu_maps.solve(self, identity + self.bias)
-        matrix = matrix.mT.index_select(0, _back(self))
+        matrix = _placed(matrix.mT, 0, self)
         outputs = channel_affine(inputs, matrix, -(matrix @ self.bias))
         return outputs, (-height * width * logabsdet).repeat(inputs.shape[0])
 
@@ -220,7 +235,7 @@ class CompositeTransform(base.CompositeTransform):
     """Splines and linear maps in a row as one node of autograd; the others one by one."""
 
     def forward(self, inputs, context=None):
-        if (torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs.device.type)
+        if (torch.compiler.is_compiling() or autocasts(inputs)
                 or nn.modules.module._has_any_global_hook() or backends.needs_reference((inputs,)) is not None):
             return super().forward(inputs, context)
         outputs, total, steps = inputs, inputs.new_zeros(len(inputs)), []

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastflow import backends, functional
 from fastflow.adapters import lu, splines
-from fastflow.adapters.layers import couple, fusable, plain, remembered, worthwhile
+from fastflow.adapters.layers import autocasts, couple, fusable, plain, remembered, worthwhile
 from fastflow.adapters.networks import (
     NETWORKS,
     AffineAutoregressive,
@@ -62,6 +62,8 @@ class AffineCoupling(coupling.AffineCoupling):
     """[z1, z2 * s(z1) + t(z1)] of a list [z1, z2]. normflows takes the logarithm of a sigmoid, infinite where that
     underflows; the kernel does not, and with ``fix=True`` small calls go to it too."""
 
+    _fastflow_fix = False  # of layers that the class made itself
+
     def forward(self, z):
         return self._fastflow_couple(z, False)
 
@@ -80,7 +82,7 @@ def _inner(block):
     """The coupling of an AffineCouplingBlock whose split is by channels, where nothing hangs on the three layers that
     the block is made of; else None."""
     parts = list(block._modules["flows"]._modules.values())
-    if len(parts) != 3:
+    if len(parts) != 3 or nn.modules.module._has_any_global_hook():
         return None
     split, inner, merge = parts
     if (split.mode in ("channel", "channel_inv") and split.mode == merge.mode and plain(split, coupling.Split)
@@ -131,23 +133,19 @@ class AffineCouplingBlock(coupling.AffineCouplingBlock):
         return super().inverse(z) if found is None else found
 
 
-def _active(b):
-    """1 - b of a mask of zeros and ones, or None."""
-    return _rest(b) if torch.equal(b, (b != 0).to(b.dtype)) else None
+def _binary(b):
+    """Whether a mask is of zeros and ones."""
+    return torch.equal(b, (b != 0).to(b.dtype))
 
 
-def _rest(b):
-    return 1 - b
+def _is_binary(module):
+    return remembered(module, "binary", _binary, module.b, maybe=True)
 
 
 def _fit_masked(module, fix):
     if module.b.dtype is torch.bool:
         return "its mask is of torch.bool, which can't be subtracted from 1"
-    return "its mask has other values than 0 and 1" if _mask_of(module) is None else None
-
-
-def _mask_of(module):
-    return remembered(module, "active", _active, module.b, traced=_rest, maybe=True)
+    return None if _is_binary(module) else "its mask has other values than 0 and 1"
 
 
 @swap(coupling.MaskedAffineFlow, fit=_fit_masked)
@@ -161,33 +159,19 @@ class MaskedAffineFlow(coupling.MaskedAffineFlow):
         return self._fastflow_couple(z, True)
 
     def _fastflow_couple(self, z, inverse):
-        active = _mask_of(self)
-        if active is None or not fusable(z, self.b):
+        if not fusable(z, self.b) or not _is_binary(self):
             return (super().inverse if inverse else super().forward)(z)
-        masked = self.b * z
+        masked, active = self.b * z, 1 - self.b
         # A raw scale and a shift of 0 leave a passive element alone and add nothing to the log-determinant.
         return functional.affine_coupling(z, (active * self.s(masked), active * self.t(masked)), inverse=inverse)
-
-
-def _permutation(matrix):
-    """perm with (P A)[i] = A[perm[i]]."""
-    return matrix.argmax(1)[None]
-
-
-def _perm(conv):
-    return remembered(conv, "perm", _permutation, conv.P, traced=_permutation)
-
-
-def _fit_conv(module, fix):
-    if module.use_lu:
-        _perm(module)
 
 
 def _weight(conv):
     """(W, log|det W|): data to noise."""
     if not conv.use_lu:
         return conv.W, functional.slogdet(conv.W)[1]
-    weight = functional.plu_weight(conv.L[None], conv.U[None], conv.log_S[None], conv.sign_S[None], _perm(conv))[0]
+    perm = conv.P.argmax(1)  # (P A)[i] = A[perm[i]]
+    weight = functional.plu_weight(conv.L[None], conv.U[None], conv.log_S[None], conv.sign_S[None], perm[None])[0]
     return weight, conv.log_S.sum()
 
 
@@ -204,7 +188,7 @@ def _anchor(conv):
     return conv.log_S if conv.use_lu else conv.W
 
 
-@swap(mixing.Invertible1x1Conv, fit=_fit_conv)
+@swap(mixing.Invertible1x1Conv)
 class Invertible1x1Conv(mixing.Invertible1x1Conv):
     """W^-1 z at every position, W free or P L U."""
 
@@ -291,9 +275,10 @@ class GlowBlock(glow.GlowBlock):
         return z, log_det + total
 
     def _fastflow_parts(self, z):
-        """(coupling block, convolution, ActNorm), or None where they are to be called one by one."""
+        """(coupling block, convolution, ActNorm), or None where they are to be called one by one, as under autocast,
+        which makes the convolution's output bfloat16 and ActNorm's float32."""
         parts = list(self._modules["flows"]._modules.values())
-        if len(parts) != 3 or z.dim() != 4 or not worthwhile(z):
+        if len(parts) != 3 or z.dim() != 4 or not worthwhile(z) or autocasts(z):
             return None
         block, conv, norm = parts
         if not all(plain(part, kind) or plain(part, kind.Checked) for part, kind in (

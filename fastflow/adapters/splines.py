@@ -3,15 +3,21 @@
 import torch
 
 from fastflow import functional
-from fastflow.adapters.layers import fusable, order, reorder
+from fastflow.adapters.layers import fusable, order, overridden, reorder
 from fastflow.adapters.networks import Autoregressive, covered, evaluate
 from fastflow.autograd import chain, mlp_spline
 
 __all__ = ["SplineAutoregressive", "SplineCDF", "SplineCoupling", "fit", "fit_coupling"]
 
+OWN = ("_piecewise_cdf", "_coupling_transform", "_coupling_transform_forward", "_coupling_transform_inverse",
+       "_elementwise", "_elementwise_forward", "_elementwise_inverse", "_spline")  # what a kernel computes of a layer
+
 
 def fit(module, fix):
     """Why the kernel has no such spline, or None."""
+    reason = overridden(module, *OWN)
+    if reason is not None:
+        return reason
     if not isinstance(module.tails, str) or module.tails != "linear":
         return f"the kernel has linear tails, not {module.tails!r}"
     if isinstance(module.tail_bound, torch.Tensor):
@@ -60,7 +66,8 @@ class SplineCoupling:
 
     def _fastflow_step(self, inputs, context):
         """The forward pass as a step of autograd.chain for data like ``inputs``, or None."""
-        if self.unconditional_transform is not None or inputs.dim() != 2 or inputs.shape[1] != self.features:
+        if (self.unconditional_transform is not None or inputs.dim() != 2 or inputs.shape[1] != self.features
+                or fit(self, False) is not None):
             return None
         kept, indices, back = order(self, self.identity_features, self.transform_features)
         network = covered(self.transform_net, inputs, context) if kept else None
@@ -69,7 +76,8 @@ class SplineCoupling:
         return mlp_spline.step(indices, back, kept, network, _constants(self, self.transform_net))
 
     def _fastflow_couple(self, inputs, context, inverse):
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs):
+        if (inputs.dim() not in (2, 4) or inputs.shape[1] != self.features or not fusable(inputs)
+                or fit(self, False) is not None):
             return (super().inverse if inverse else super().forward)(inputs, context)
         kept, indices, back = order(self, self.identity_features, self.transform_features)
         network = None
@@ -97,7 +105,7 @@ class SplineCDF:
 
     def _spline(self, inputs, inverse=False):
         raw = torch.cat([self.unnormalized_widths, self.unnormalized_heights, self.unnormalized_derivatives], -1)
-        if not fusable(inputs, raw) or inputs.shape[1:] != raw.shape[:-1]:
+        if not fusable(inputs, raw) or inputs.shape[1:] != raw.shape[:-1] or fit(self, False) is not None:
             return super()._spline(inputs, inverse)
         params = raw.movedim(-1, 1).flatten(0, 1)
         return transform(self, inputs, params.expand(inputs.shape[0], *params.shape), inverse)
@@ -112,12 +120,12 @@ class SplineAutoregressive(Autoregressive):
 
     def _fastflow_step(self, inputs, context):
         """The forward pass as a step of autograd.chain for data like ``inputs``, or None."""
-        network = covered(self.autoregressive_net, inputs, context)
+        network = covered(self.autoregressive_net, inputs, context) if fit(self, False) is None else None
         return None if network is None else mlp_spline.step(None, None, 0, network,
                                                             _constants(self, self.autoregressive_net))
 
     def _elementwise(self, inputs, autoregressive_params, inverse=False):
-        if not fusable(inputs, autoregressive_params):
+        if not fusable(inputs, autoregressive_params) or fit(self, False) is not None:
             return super()._elementwise(inputs, autoregressive_params, inverse)
         gain = _gain(self.autoregressive_net, "hidden_features")
         return transform(self, inputs, autoregressive_params, inverse, gain)

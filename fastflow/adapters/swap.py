@@ -1,5 +1,6 @@
 """How a fused class takes the place of a class of a host library."""
 
+import functools
 import importlib
 import itertools
 import threading
@@ -12,10 +13,10 @@ import torch
 from fastflow.adapters import verify
 from fastflow.nn.hooks import is_hooked
 
-__all__ = ["PREFIX", "SWAPS", "Swap", "fitted", "host_of", "joins", "plain", "put", "revived", "settle", "swap",
-           "swap_of", "title", "undo"]
+__all__ = ["PREFIX", "SWAPS", "Swap", "fitted", "host_of", "is_ours", "joins", "plain", "put", "revived", "settle",
+           "swap", "swap_of", "title", "undo"]
 
-PREFIX = "_fastflow_"  # of everything that a swapped layer holds beside what its host class put there
+PREFIX = "_fastflow_"  # of what a swapped layer holds beside what its host class put there, see is_ours
 SWAPS = {}  # {host class: Swap}, filled by the adapters as they are imported
 _RECORDS = weakref.WeakKeyDictionary()  # {swapped layer: (report, name)} while it waits for verification
 _SETTLING = threading.Lock()
@@ -30,7 +31,8 @@ class Swap:
         fused: the subclass that computes the same with fused operations.
         checked: the subclass of ``fused`` that a layer has until its first call, which verifies it.
         fit: fit(module, fix) gives the reason (a str) why this layer can't be swapped, else constants to keep on it, a
-            dict whose keys begin with PREFIX, or None.
+            dict whose keys are is_ours, or None. "__module__" among them is what the layer gives for its class's,
+            where the host stores the module under that name.
         opposite: opposite(method, args, kwargs, result) is the call (method, args, kwargs) that undoes a call, None
             where there is none.
         observe: observe(module, result, args) gives the tensors by which the result of a call is judged; args are the
@@ -46,10 +48,13 @@ class Swap:
 
     def within(self, cls, kind):
         """``cls`` with ``kind`` in the place of the host's class, the fused or the checked one: torch puts a class of
-        its own above a layer's where it parametrizes or shards it."""
+        its own above a layer's where it parametrizes or shards it, Pyro one beside the layer's bases."""
         if cls in (self.host, self.fused, self.checked):
             return kind
-        bases = tuple(self.within(base, kind) if issubclass(base, self.host) else base for base in cls.__bases__)
+        present = self.fused if issubclass(cls, self.fused) else self.host
+        bases = [self.within(base, kind) if issubclass(base, present) else base for base in cls.__bases__]
+        bases = tuple(base for index, base in enumerate(bases)
+                      if not any(issubclass(later, base) for later in bases[index + 1:]))  # no order would do
         return type(cls)(cls.__name__, bases, {key: value for key, value in vars(cls).items()
                                                if key not in ("__dict__", "__weakref__")})
 
@@ -66,6 +71,9 @@ def swap(host, *, methods=("forward", "inverse"), fit=None, opposite=None, obser
             by default the whole layer is held against its original.
     """
     def register(fused):
+        for name in methods:
+            if getattr(host, name, None) not in (None, getattr(fused, name)):
+                setattr(fused, name, _of_its_own(fused, host, name))
         body = {name: (verifying or _verifying)(fused, name) for name in methods}
         body |= {"__module__": fused.__module__, "__qualname__": f"{fused.__qualname__}.Checked",
                  "__doc__": f"{fused.__name__} until its first call, which verifies it."}
@@ -93,17 +101,23 @@ def title(kind):
 
 
 def fitted(module, known, fix):
-    """What known.fit says of a module. One that can't be swapped keeps nothing of what was found out."""
+    """What known.fit says of a module. One that can't be swapped keeps nothing of what was found out, one that went to
+    the meta device later keeps it."""
     if _on_meta(module):
-        return "it is on the meta device"
+        return "it is on the meta device" if swap_of(module) is None else None
     found = known.fit(module, fix)
     if isinstance(found, str) and swap_of(module) is None:
         _forget(module)
     return found
 
 
+def is_ours(key):
+    """Whether an attribute of that name is one that a swapped layer holds beside what its host class put there."""
+    return key.startswith(PREFIX) or key == "__module__"
+
+
 def _forget(module):
-    for key in [key for key in module.__dict__ if key.startswith(PREFIX)]:
+    for key in filter(is_ours, list(module.__dict__)):
         del module.__dict__[key]
 
 
@@ -159,13 +173,22 @@ def _loading(fused):
     return method
 
 
+def _of_its_own(fused, host, name):
+    """The method of that name for layers of the class. One that was put back may still call it, by an attribute or a
+    wrapper that holds the bound method, and goes to the host's."""
+    inherited = getattr(fused, name)
+
+    @functools.wraps(inherited)
+    def method(self, *args, **kwargs):
+        return (inherited if isinstance(self, fused) else getattr(host, name))(self, *args, **kwargs)
+    return method
+
+
 def _verifying(fused, name):
     def method(self, *args, **kwargs):
-        known = fused._fastflow_swap
         if isinstance(self, fused.Checked) and not torch.compiler.is_compiling():
-            settle(self, verify.difference(self, known, name, args, kwargs))
-        kind = fused if isinstance(self, fused) else known.host  # an attribute of the layer may have brought us here
-        return getattr(kind, name)(self, *args, **kwargs)
+            settle(self, verify.difference(self, fused._fastflow_swap, name, args, kwargs))
+        return getattr(fused, name)(self, *args, **kwargs)
 
     method.__name__ = name
     return method

@@ -11,7 +11,7 @@ import torch
 
 from fastflow import backends
 
-__all__ = ["NO_TEST", "difference", "recorded", "running", "tensors", "warn"]
+__all__ = ["NO_TEST", "difference", "is_plain", "modes", "recorded", "running", "tensors", "warn"]
 
 # A call that proves nothing: it raises, not all of its numbers are finite, or operations are recorded.
 NO_TEST = object()
@@ -41,10 +41,11 @@ def running():
 def recorded():
     """Whether saved tensors or single operations are recorded now, as activation checkpointing does."""
     return not torch.compiler.is_compiling() and bool(
-        _active_modes() or torch._C._autograd._top_saved_tensors_default_hooks(False))
+        modes() or torch._C._autograd._top_saved_tensors_default_hooks(False))
 
 
-def _active_modes():
+def modes():
+    """How many dispatch modes see single operations, as those of make_fx and of FLOP counters do."""
     return torch._C._len_torch_dispatch_stack()
 
 
@@ -72,7 +73,7 @@ def difference(module, known, method, args, kwargs):
     Neither the layer nor the random generators notice.
     """
     operands = [*tensors(args), *tensors(kwargs), *module.parameters(), *module.buffers()]
-    if (not operands or _active_modes() or torch.jit.is_tracing() or backends.needs_reference(operands) is not None
+    if (not operands or modes() or torch.jit.is_tracing() or backends.needs_reference(operands) is not None
             or any(isinstance(t, torch._subclasses.FakeTensor) or t.is_meta for t in operands)):
         return NO_TEST
     trial = _Trial(module, known)
@@ -114,7 +115,7 @@ class _Trial:
             torch.cuda.set_rng_state(self.random[1], self.device)
         copy, leaves = _replica(self.module, original, change, {}), []
         args, kwargs = _inputs(args, change, leaves), _inputs(kwargs, change, leaves)
-        result = getattr(copy, method)(*args, **kwargs)
+        result = getattr(type(copy), method)(copy, *args, **kwargs)  # an attribute may wrap that of the layer itself
         given = (*args, *kwargs.values())
         outputs = [t for t in self.known.observe(copy, result, given) if t.is_floating_point()]
         leaves += [p for p in copy.parameters() if p.requires_grad]
@@ -245,9 +246,13 @@ def _shallow(value, module, copy):
     of the layer itself becomes the copy's."""
     if isinstance(value, types.MethodType) and value.__self__ is module:
         return types.MethodType(value.__func__, copy)
-    plain = hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, torch.nn.Module, type)) \
-        and not callable(value)
-    return copylib.copy(value) if plain or type(value) in (list, dict) else value
+    return copylib.copy(value) if is_plain(value) or type(value) in (list, dict) else value
+
+
+def is_plain(value):
+    """Whether it is an object with attributes and nothing special, such as a cache."""
+    return (hasattr(value, "__dict__") and not callable(value)
+            and not isinstance(value, (torch.Tensor, torch.nn.Module, types.ModuleType)))
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ class Fused(OneCall, transforms.DependentTransform):
         phi, (kind, slope, bound) = self.phi, self.layer._fastflow_kind
         if not fusable(x, phi):
             return transforms.DependentTransform(self.base, 1).call_and_ladj(x)
-        shape = x.shape
+        shape = given = x.shape
         if x.dim() != 2 or phi.dim() != 2 or len(phi) != len(x):
             batch = torch.broadcast_shapes(shape[:-1], phi.shape[:-1])
             shape = (*batch, shape[-1])
@@ -118,7 +118,11 @@ class Fused(OneCall, transforms.DependentTransform):
         else:
             y, ladj = functional.affine_coupling(x, phi, scale=_scale(kind, slope), layout="interleave",
                                                  order="shift_scale", inverse=self.inverted)
-        return (y, ladj) if len(shape) == 2 else (y.view(shape), ladj.view(shape[:-1]))
+        if len(shape) != 2:
+            y, ladj = y.view(shape), ladj.view(shape[:-1])
+        if kind == "additive" and not self.inverted and given != shape:  # zuko's zeros are shaped like x, not like y
+            ladj = x.new_zeros(given[:-1])
+        return y, ladj
 
 
 def _observe(module, result, args):

@@ -1,10 +1,11 @@
-"""Layers whose buffers say how they compute: torch.compile sees what a state dict or a write brings, before the graph
-was made and after."""
+"""Layers whose buffers say how they compute: eager calls and torch.compile see what a state dict or a write brings,
+before the graph was made and after."""
 
 import pytest
 import torch
 from adapter_checks import close
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastflow
 
@@ -64,6 +65,12 @@ def convolution(seed):
     return transforms.OneByOneConvolution(6, using_cache=False), lambda m, x: m(x.view(-1, 6, 2, 2))[0]
 
 
+def zuko(seed):
+    library = pytest.importorskip("zuko")
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1]][seed]).bool()
+    return library.flows.coupling.GeneralCouplingTransform(6, mask=mask), lambda m, x: m().call_and_ladj(x)[0]
+
+
 EVERY = (freia, freia_rev, one_by_one, masked, actnorm, coupling, spline, convolution)
 
 
@@ -109,3 +116,45 @@ def test_a_write_and_functional_call(make):
                              strict=True):
             mine.copy_(its)
     close(compiled(fused, x), call(other, x), 1e-5)
+
+
+def in_place(tensor, value):
+    tensor.copy_(value)
+
+
+def through_data(tensor, value):
+    tensor.data.copy_(value)
+
+
+def through_numpy(tensor, value):
+    tensor.detach().numpy()[...] = value.detach().numpy()
+
+
+@pytest.mark.parametrize(("write", "inference"), [(through_data, False), (through_numpy, False), (in_place, True)],
+                         ids=["data", "numpy", "inference tensors"])
+@pytest.mark.parametrize("make", [*EVERY, zuko])
+def test_a_write_that_no_version_counts(make, write, inference):
+    torch.manual_seed(0)
+    with torch.inference_mode(inference):
+        fused, call = make(0)
+        fastflow.accelerate(fused, verify=False)
+        x = torch.randn(8, 24).view(-1, 24) if make in (one_by_one, convolution) else torch.randn(32, 6)
+        call(fused, x)
+        for seed in (1, 2):
+            other, _ = make(seed)
+            for mine, its in zip((*fused.parameters(), *fused.buffers()), (*other.parameters(), *other.buffers()),
+                                 strict=True):
+                write(mine, its)
+            close(call(fused, x), call(other, x), 1e-5)
+
+
+def test_a_mode_that_records_operations_sees_no_question_of_values():
+    fused, call = masked(0)
+    fastflow.accelerate(fused, verify=False)
+    x = torch.randn(8, 6)
+    want = call(fused, x)
+
+    def under(b, x):
+        return torch.func.functional_call(fused, {"b": b}, (x,))[0]
+    graph = make_fx(under)(fused.b, x)
+    close(graph(fused.b, x), want, 1e-6)

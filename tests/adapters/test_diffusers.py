@@ -155,6 +155,30 @@ def test_the_reduction_of_video_is_the_hosts_or_mended():
     close(moments.kl(), exact.flatten(1).sum(1), 1e-10)
 
 
+@pytest.mark.parametrize("moment", ["mean", "var", "logvar"])
+def test_a_moment_set_after_the_sample_counts_in_the_divergence(moment):
+    model, x = images().eval(), torch.randn(2, 3, 8, 8)
+    fused, _ = accelerated(model)
+    found = []
+    for m in (model, fused):
+        posterior = m.encode(x).latent_dist
+        posterior.sample()
+        before = posterior.kl()
+        setattr(posterior, moment, getattr(posterior, moment) + 3.0)
+        found.append(posterior.kl())
+        assert (found[-1] - before).abs().min() > 1.0
+    close(*found, 1e-5)
+
+
+def test_a_divergence_without_gradients_has_no_graph():
+    fused, _ = accelerated(images().eval())
+    posterior = fused.encode(torch.randn(2, 3, 8, 8)).latent_dist
+    posterior.sample()
+    with torch.no_grad():
+        assert not posterior.kl().requires_grad
+    assert posterior.kl().requires_grad
+
+
 def test_deterministic_posteriors_and_half_precision_are_the_hosts():
     model, x = images().eval(), torch.randn(2, 3, 8, 8)
     fused, _ = accelerated(model)
@@ -195,7 +219,7 @@ def test_training_gives_the_same_parameters(kind):
             reconstruction = m.decode(posterior.sample()).sample
             ((reconstruction - x).square().mean() + 1e-2 * posterior.kl().mean()).backward()
             optimizer.step()
-    assert type(fused).__module__ == "fastflow.adapters.diffusers"
+    assert type(fused) is getattr(adapter, kind) and type(fused).__module__ == "fastflow.adapters.diffusers"
     for got, want in zip(fused.parameters(), model.parameters(), strict=True):
         close(got, want, 1e-9)
 
@@ -212,3 +236,21 @@ def test_saved_models_know_their_class(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         model(x, sample_posterior=True)
+        for made in (type(model).from_pretrained(tmp_path), type(model).from_config(model.config)):
+            made.load_state_dict(model.state_dict())
+            close(made.encode(x).latent_dist.mean, model.encode(x).latent_dist.mean, 1e-6)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_saved_pipeline_names_the_hosts_class(tmp_path, called):
+    model, x = images().eval(), torch.randn(2, 3, 8, 8)
+    fastflow.accelerate(model)
+    if called:
+        model.encode(x)
+    unet = diffusers.UNet2DModel(sample_size=4, in_channels=2, out_channels=2, block_out_channels=(4,),
+                                 norm_num_groups=2, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    diffusers.LDMPipeline(model, unet, diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["vqvae"] == ["diffusers", "AutoencoderKL"]
+    loaded = diffusers.LDMPipeline.from_pretrained(tmp_path).vqvae
+    assert type(loaded) is autoencoders.AutoencoderKL
+    close(loaded.encode(x).latent_dist.mean, model.encode(x).latent_dist.mean, 1e-6)

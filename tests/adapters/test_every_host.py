@@ -178,6 +178,20 @@ def test_copies_before_and_after_the_first_call(host):
 
 
 @HOSTS
+def test_layers_that_a_swapped_layers_class_made_itself(host):
+    """They hold nothing of what accelerate finds out."""
+    model, loss, want = build(host)
+    fastflow.accelerate(model)
+    kinds = {name: type(module) for name, module in model.named_modules() if swap_of(module) is not None}
+    fastflow.restore(model)
+    for name, kind in kinds.items():
+        model.get_submodule(name).__class__ = kind
+    for _ in range(2):
+        same(model, loss, want)
+    assert swapped(model) == list(kinds)
+
+
+@HOSTS
 def test_state_dicts_go_either_way(host):
     model, loss, want = build(host)
     fused = host()[0].double()

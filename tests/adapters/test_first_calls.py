@@ -2,9 +2,12 @@
 
 import threading
 import warnings
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
+from adapter_checks import close
 from torch import nn
 
 import fastflow
@@ -89,6 +92,10 @@ def test_swapped_layers_go_to_the_meta_device_and_back():
     fastflow.accelerate(model)
     model.to("meta")
     assert len(fastflow.accelerate(model).swapped) == 2
+    image = transforms.OneByOneConvolution(3)
+    fastflow.accelerate(image, verify=False)
+    x = torch.ones(2, 3, 4, 4, device="meta")
+    assert image.to("meta")(x)[0].shape == image.inverse(x)[0].shape == x.shape
     model.load_state_dict(state, assign=True)
     assert model[0](torch.ones(4, 3))[0].shape == (4, 3)
 
@@ -114,6 +121,49 @@ def test_an_example_for_a_model_with_expanded_and_lazy_tensors(known):
     assert list(report.skipped) == ["inner"] and type(model.inner) is Stand
     assert model.calls is calls and torch.equal(calls, torch.zeros(2, 3)) and calls.stride() == (1, 0)
     assert type(model.lazy) is nn.Linear and model.lazy.in_features == 2 and model(x).shape == (3, 2)
+
+
+class Keeping(nn.Module):
+    """A layer that writes into a cache, a list, a dict and a submodule of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.log, self.seen, self.python = Stand(), [1], {"x": 0}, threading
+        self.cache, self.ordered = SimpleNamespace(weight=None), OrderedDict(a=1)
+
+    def forward(self, x):
+        self.log.append(len(x))
+        self.seen["x"], self.seen["y"], self.cache.weight = x, x, self.inner.weight * 2
+        self.ordered.move_to_end("a")
+        self.ordered["b"] = self.add = nn.Identity()
+        return self.inner(x) * self.cache.weight
+
+
+@pytest.mark.filterwarnings("ignore:a .*Stand keeps its original form")
+def test_an_example_leaves_nothing_in_what_the_layers_keep(known):
+    model = Keeping()
+    kept = model.log, model.seen, model.cache, model.ordered
+    fastflow.accelerate(model, example=torch.ones(3, 2))
+    assert all(a is b for a, b in zip(kept, (model.log, model.seen, model.cache, model.ordered), strict=True))
+    assert model.log == [1] and model.seen == {"x": 0} and vars(model.cache) == {"weight": None}
+    assert model.ordered == {"a": 1} and [name for name, _ in model.named_children()] == ["inner"]
+    model(torch.ones(3, 2))
+    assert model.log == [1, 3] and list(model.ordered) == ["a", "b"]
+
+
+def test_an_example_leaves_the_hosts_cache_empty():
+    transforms = pytest.importorskip("nflows.transforms", reason="nflows is not installed")
+    torch.manual_seed(0)
+    layer, other = (transforms.LULinear(4, using_cache=True, identity_init=False).eval() for _ in range(2))
+    x = torch.randn(6, 4)
+    fastflow.accelerate(layer, example=x)
+    layer.load_state_dict(other.state_dict())
+    for m in (layer, other):
+        y, logabsdet = m(x)
+        (y.square().sum() + logabsdet.sum()).backward()
+    close(y, layer(x)[0], 1e-6)
+    for got, want in zip(layer.parameters(), other.parameters(), strict=True):
+        close(got.grad, want.grad, 1e-5)
 
 
 def test_a_lazy_network_in_a_layer_is_verified_once_it_has_values():

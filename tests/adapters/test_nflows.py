@@ -113,6 +113,17 @@ def test_a_convolution_with_another_permutation_is_the_hosts(other):
     assert "its permutation is not nflows' own" in report.skipped[""] and not report.swapped
 
 
+def test_a_convolution_under_autocast_is_solved_in_float32_as_the_hosts():
+    torch.manual_seed(0)
+    layer, x = transforms.OneByOneConvolution(3, identity_init=False), torch.randn(2, 3, 4, 5)
+    fused, _ = accelerated(layer, verify=False)
+    truth = layer.inverse(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(x)[0].dtype is layer(x)[0].dtype is torch.bfloat16
+        for got, want in zip(fused.inverse(x), truth, strict=True):
+            close(got, want, 1e-5)
+
+
 def test_hooks_of_a_convolutions_permutation_are_run():
     layer, x = transforms.OneByOneConvolution(4, identity_init=False), torch.randn(2, 4, 3, 3)
     fused, _ = accelerated(layer)

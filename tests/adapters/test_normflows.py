@@ -90,6 +90,22 @@ def test_the_logarithm_of_a_sigmoid_that_underflows(block, scale_map, fix):
         assert torch.isfinite(call(double, z)[1]).all()
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_a_coupling_that_a_swapped_ones_class_made(called):
+    torch.manual_seed(0)
+    layer = nf.flows.AffineCoupling(nf.nets.MLP([2, 8, 4]))
+    original = nf.flows.AffineCoupling(layer.param_map)
+    fastflow.accelerate(layer)
+    z = torch.randn(2, 5, 2).unbind()
+    if called:
+        layer(z)
+    for call in BOTH:
+        (z1, z2), logdet = call(type(layer)(layer.param_map), z)
+        (w1, w2), want = call(original, z)
+        for got, w in ((z1, w1), (z2, w2), (logdet, want)):
+            close(got, w, 1e-5)
+
+
 def test_fix_is_that_of_the_last_call():
     layer = nf.flows.AffineCoupling(Raw(-120.0), True, "sigmoid")
     z = [torch.full((2, 3), 0.5), torch.full((2, 3), 0.7)]
@@ -139,6 +155,30 @@ def test_with_context(make, dtype):
     same(layer, calls, [2 * torch.randn(8, 4, dtype=dtype), torch.randn(8, 3, dtype=dtype)], 2 if coupled else 1)
 
 
+def test_a_glow_block_under_autocast_has_the_hosts_dtypes():
+    torch.manual_seed(0)
+    model, x = nf.flows.GlowBlock(4, 8, init_zeros=False), torch.randn(2, 4, 24, 24)
+    model(x)
+    fused, _ = accelerated(model, verify=False)
+    for call in (lambda m: m(x), lambda m: m.inverse(x)):
+        truth = call(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(fused), call(model)
+        assert [t.dtype for t in found[0]] == [t.dtype for t in found[1]]
+        close(found[0][0].float(), truth[0], 2e-2)  # the log-determinants are small differences of large ones
+
+
+def test_log_prob_of_a_glow_under_autocast():
+    torch.manual_seed(0)
+    model, x = multiscale(size=48), torch.rand(2, 1, 48, 48)
+    want = model.log_prob(x, None)  # initialises ActNorm
+    fused, _ = accelerated(model)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            close(fused.log_prob(x, None).float(), want, 2e-2)
+        fused.log_prob(x, None)
+
+
 def test_a_hook_inside_a_block_is_run():
     block = nf.flows.GlowBlock(4, 16)
     z, seen = torch.randn(2, 4, 4, 4), []
@@ -150,6 +190,23 @@ def test_a_hook_inside_a_block_is_run():
     for got, want in zip(fused(z), block(z), strict=True):
         close(got, want, 1e-5)
     assert len(seen) == before + 1
+
+
+@pytest.mark.parametrize("call", BOTH)
+@pytest.mark.parametrize("kind", ["GlowBlock", "AffineCouplingBlock"])
+def test_a_hook_of_all_modules_sees_every_layer_of_a_block(kind, call):
+    block = nf.flows.GlowBlock(4, 8) if kind == "GlowBlock" else nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 8, 4]))
+    z, seen = torch.randn(2, 4, 24, 24) if kind == "GlowBlock" else torch.randn(2048, 4), []
+    block(z)
+    fused, _ = accelerated(block, verify=False)
+    for m in (block, fused):
+        seen.append([])
+        handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen[-1].append(type(m).__name__))
+        try:
+            call(m, z)
+        finally:
+            handle.remove()
+    assert seen[0] == seen[1]
 
 
 def test_a_block_whose_layers_were_swapped_before():

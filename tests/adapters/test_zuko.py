@@ -80,6 +80,22 @@ def test_shapes_of_samples_and_single_points(kind):
             close(got, want, 1e-10)
 
 
+@pytest.mark.parametrize("kind", ["MaskedAutoregressiveTransform", "ElementWiseTransform"])
+def test_a_shift_whose_context_broadcasts_the_data(kind):
+    """zuko's log-determinant has the shape of the data that goes in, its inverse's that of what comes out."""
+    torch.manual_seed(0)
+    family = flows.autoregressive if kind.startswith("Masked") else flows.gaussianization
+    layer = getattr(family, kind)(D, 3, hidden_features=(8,), univariate=transforms.AdditiveTransform, shapes=[()])
+    fused, _ = accelerated(layer.double())
+    x, c = torch.randn(4, 1, D, dtype=torch.float64), torch.randn(4, 5, 3, dtype=torch.float64)
+    for _ in range(2):
+        found = [(*t.call_and_ladj(x), t.log_abs_det_jacobian(x, t(x)), *t.inv.call_and_ladj(x))
+                 for t in (fused(c), layer(c))]
+        for got, want in zip(*found, strict=True):
+            close(got, want, 1e-10)
+        assert found[0][1].shape == (4, 1)
+
+
 def test_empty_batches_of_several_dims():
     flow = zuko.flows.RealNVP(3, 2, transforms=2, hidden_features=(16,))
     fused, _ = accelerated(flow)
