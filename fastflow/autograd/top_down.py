@@ -173,7 +173,7 @@ def run_levels(h, features, levels, eps, seed, offset):
     noise = (0 if seed is None or key is not None else reference.to_int64(seed), offset)
     if differentiable.needs_grad(h, *features, *params):
         h, *tensors = differentiable.distinct(h, *features, *eps, *params)
-        out, flat, *terms = differentiable.apply(TopDownFunction, h, backend, code, len(features), noise, bool(eps),
+        out, flat, *terms = differentiable.apply(TopDownFunction, h, backend, code, len(features), noise, len(eps) > 0,
                                                  key, *tensors)
     else:
         out, flat, *terms, _ = extension.kernel(backend, "top_down_fwd")(h, features, eps, key, *noise, params, code,

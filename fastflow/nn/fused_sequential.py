@@ -164,7 +164,7 @@ def _meets_convolution(following):
     """Whether the next layer, behind an activation at most, is a convolution."""
     if following and type(following[0]) in ACTIVATIONS:
         following = following[1:]
-    return bool(following) and isinstance(following[0], (nn.Conv2d, nn.ConvTranspose2d))
+    return len(following) > 0 and isinstance(following[0], (nn.Conv2d, nn.ConvTranspose2d))
 
 
 FUSED = {nn.Linear: _linears, nn.Conv2d: _convolution, nn.ConvTranspose2d: _convolution, nn.ReLU: _convolution,
