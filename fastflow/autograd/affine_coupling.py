@@ -15,10 +15,10 @@ def flags_of(layout, order, shift_first, inverse=False):
 
 
 def forward(x, params, shift, logdet, passive, how):
-    """The kernel's (y, logdet), without a graph. ``how``: backend, passive channels of x itself, flags, scale."""
-    backend, kept, flags, scale = how
-    return extension.kernel(backend, "affine_coupling_fwd")(x, params, shift, logdet, passive, kept, flags,
-                                                            *scale.scalars)
+    """The kernel's (y, logdet), without a graph. ``how``: backend, passive channels of x itself, flags, and the scalars
+    of the ScaleMap, which torch.compile may have to make anew out of what stands for numbers."""
+    backend, kept, flags, scalars = how
+    return extension.kernel(backend, "affine_coupling_fwd")(x, params, shift, logdet, passive, kept, flags, *scalars)
 
 
 @differentiable.direct
@@ -39,7 +39,7 @@ class AffineCouplingFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_logdet):
         x, params, shift = ctx.saved_tensors
-        backend, kept, flags, scale = ctx.how
+        backend, kept, flags, scalars = ctx.how
         need_x, need_params, need_shift, need_logdet, need_passive, _ = ctx.needs_input_grad
         grad_passive = None
         if need_passive and grad_y is not None:
@@ -51,12 +51,13 @@ class AffineCouplingFunction(torch.autograd.Function):
                 own = grad_y
                 if grad_y is not None and ctx.passive is not None:
                     own = grad_y.narrow(1, ctx.passive[0], x.shape[1])
+                scale = reference.ScaleMap.from_scalars(*scalars)
                 grads = differentiable.reference_grads(lambda *inputs: by_reference(*inputs, kept, flags, scale),
                                                        (x, params, shift), (need_x, need_params, need_shift),
                                                        (own, grad_logdet))
             else:
                 grads = extension.kernel(backend, "affine_coupling_bwd")(
-                    grad_y, grad_logdet, x, params, shift, kept, need_x, need_params, need_shift, flags, *scale.scalars)
+                    grad_y, grad_logdet, x, params, shift, kept, need_x, need_params, need_shift, flags, *scalars)
         grad_x, grad_params, grad_shift = grads
         return (grad_x if need_x else None, grad_params if need_params else None, grad_shift if need_shift else None,
                 grad_logdet if need_logdet else None, grad_passive, None)

@@ -62,7 +62,7 @@ def affine_coupling(x, params, *, scale="exp", layout="chunk", order="scale_shif
     if backend == "reference":
         return reference.affine_coupling(x, keeping_format(params), scale=scale, layout=layout, order=order,
                                          shift_first=shift_first, inverse=inverse, logdet=logdet, passive=passive)
-    how = backend, kept, _affine.flags_of(layout, order, shift_first, inverse), scale
+    how = backend, kept, _affine.flags_of(layout, order, shift_first, inverse), scale.scalars
     if needs_grad(*operands):
         return apply(_affine.AffineCouplingFunction, *distinct(*operands), how)
     return _affine.forward(*operands, how)

@@ -1,5 +1,5 @@
 """Loads the CPU library built here into whatever torch runs this script, and holds every operation, forward and
-backward, against the reference.
+backward, called and compiled, against the reference.
 
 One binary serves every torch from 2.10; run it with each:
 
@@ -64,12 +64,13 @@ def main():
     if set(calls) != set(backends.OPS):
         raise SystemExit(f"no call of {', '.join(set(backends.OPS) - set(calls))}")
     for name, call in calls.items():
-        with backends.use_backend("cpu"):
-            results, grads = _evaluate(call, functional, leaves)
         expected, expected_grads = _evaluate(call, reference, leaves)
-        torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
-        print(f"  {name}: cpu equals the reference, {len(results)} results and {len(grads)} gradients")
+        for how in call, torch.compile(call, backend="aot_eager", fullgraph=True):
+            with backends.use_backend("cpu"):
+                results, grads = _evaluate(how, functional, leaves)
+            torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-3)
+        print(f"  {name}: cpu equals the reference, compiled too, {len(results)} results and {len(grads)} gradients")
 
 
 if __name__ == "__main__":
