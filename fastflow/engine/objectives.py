@@ -14,6 +14,7 @@ from fastflow.engine.pictures import levels
 from fastflow.flows import bits_per_dim, dequantize
 from fastflow.flows.labels import check_levels
 from fastflow.vae import (
+    ELBO,
     VAE,
     BernoulliLikelihood,
     ContinuousBernoulliLikelihood,
@@ -156,9 +157,12 @@ class NegativeELBO(Objective):
             weighed = bound.beta * rate if isinstance(bound.beta, torch.Tensor) or bound.beta != 1.0 else rate
             loss = distortion + weighed
             return loss, {"rate": rate.detach(), "distortion": distortion.detach()}
-        value = bound.value if hasattr(bound, "value") else bound.elbo
-        parts = {"rate": rate.detach(), "distortion": distortion.detach()} | getattr(bound, "parts", {})
-        return constant - value.mean(), parts
+        if isinstance(bound, ELBO):  # of which not every Dynamo traces a look for ``parts``
+            value, further = bound.elbo, {}
+        else:
+            value = bound.value if hasattr(bound, "value") else bound.elbo
+            further = getattr(bound, "parts", {})
+        return constant - value.mean(), {"rate": rate.detach(), "distortion": distortion.detach(), **further}
 
     def _asks(self, model):
         """What the model's forward is asked for, beyond the ELBO's arguments."""

@@ -7,7 +7,7 @@ put in another's place, autocast) counts. What no run takes is called layer by l
 import torch
 from torch import nn
 
-from fastflow import backends, functional, gpus
+from fastflow import backends, functional, gpus, reference
 from fastflow.autograd.mlp_flow import SAVE_ACTIVATIONS, SAVE_OVERWRITTEN, run_steps
 from fastflow.flows import plan
 from fastflow.nn import MLP, ActNorm, AffineCoupling
@@ -48,7 +48,7 @@ def runs(transforms, x, context=None, save_memory=False):
         return [found]
     pieces = []
     for steps, members in _grouped(transforms, [_step(t, x, context) for t in transforms]):
-        pieces += members if steps is None else [Run(steps, save)]
+        pieces += [*members] if steps is None else [Run(steps, save)]
     if lasting and len(pieces) == 1 and isinstance(pieces[0], Run):
         plan.keep(transforms, pieces[0].steps, x, context, save)
     return pieces
@@ -105,8 +105,7 @@ def _refusal(x, context):
     if context is not None and (not isinstance(context, torch.Tensor) or context.dim() != 2
                                 or context.dtype != x.dtype or context.shape[0] != x.shape[0]):
         return f"the context is not (B, K) in {x.dtype}"
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if reference.autocasts(x.device.type):
         return "autocast is on"
     if nn.modules.module._has_any_global_hook():
         return "a hook on all modules is registered"

@@ -116,16 +116,17 @@ _knows_autocast._dynamo_marked_constant = True  # asked at trace time: not every
 
 def full_precision(device_type):
     """A context in which autocast does not lower matrix products."""
-    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocasts(device_type) else contextlib.nullcontext()
 
 
-def _autocasts(device_type):
+def autocasts(device_type):
+    """Whether autocast is on for devices of that type, some of which have none."""
     return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _spared(matrix):
     """The matrix, under autocast in float64, whose products that leaves alone on the way back as well."""
-    return matrix.double() if _autocasts(matrix.device.type) else matrix
+    return matrix.double() if autocasts(matrix.device.type) else matrix
 
 
 def _factorised(weight):
