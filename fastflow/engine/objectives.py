@@ -23,6 +23,7 @@ from fastflow.vae import (
     Schedule,
     iwae,
 )
+from fastflow.vae import Objective as VAEObjective
 
 __all__ = ["NegativeELBO", "NegativeLogLikelihood", "levels_of", "objective_for", "record_latent_shape"]
 
@@ -150,7 +151,8 @@ class NegativeELBO(Objective):
         beta = self.beta.value if isinstance(self.beta, Schedule) else self.beta
         bound = model(x, n_samples=self.n_samples, beta=beta, **self._asks(model),
                       **_given(model, context=context, targets=targets))
-        rate, distortion = bound.rate.mean(), bound.distortion.mean()
+        terms = bound.bound if isinstance(bound, VAEObjective) else bound  # not every Dynamo traces its properties
+        rate, distortion = terms.rate.mean(), terms.distortion.mean()
         distortion = distortion + constant if constant else distortion
         if isinstance(bound, LossTerms):
             # A tensor's value is the device's: asking for it would end a graph.
