@@ -2,7 +2,7 @@
 
 import torch
 
-from fastflow import backends, functional
+from fastflow import backends, functional, reference
 from fastflow.adapters import verify
 from fastflow.adapters.swap import PREFIX, joins, plain
 
@@ -27,8 +27,8 @@ def worthwhile(x):
 
 
 def autocasts(x):
-    """Whether autocast is on for the device of x; for "meta" there is none."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    """Whether autocast is on for the device of x."""
+    return reference.autocasts(x.device.type)
 
 
 def overridden(module, *names):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 
-from fastflow import checks
+from fastflow import checks, reference
 from fastflow.draws import drawn
 from fastflow.flows import Flow
 from fastflow.flows.base import as_base
@@ -247,8 +247,8 @@ def _moves_nothing(network):
 
 
 def autocasts(device):
-    """Whether autocast is on for a device; for "meta" there is none."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    """Whether autocast is on for a device."""
+    return reference.autocasts(device.type)
 
 
 def for_network(z, network):
