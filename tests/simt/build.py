@@ -35,7 +35,9 @@ def cache_dir():
 
 
 def _key(sources):
-    digest = hashlib.sha256(" ".join([CXX, *FLAGS, *CHECKED, *RUNTIME_FLAGS, torch.__version__]).encode())
+    # where torch lies, too: the library's run path names it, and another environment may be gone by now
+    torch_built_with = [torch.__version__, str(Path(torch.__file__).resolve())]
+    digest = hashlib.sha256(" ".join([CXX, *FLAGS, *CHECKED, *RUNTIME_FLAGS, *torch_built_with]).encode())
     headers = [p for d in ("csrc", "csrc/common", "csrc/cuda") for p in (ROOT / d).glob("*.*h")]
     for path in sorted([*sources, *headers, HERE / "simt.h", RUNTIME]):
         digest.update(path.name.encode() + path.read_bytes())

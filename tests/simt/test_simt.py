@@ -59,6 +59,12 @@ def test_kernels_under_sanitizers(suite, operators):
     assert result.returncode == 0 and "[100%]" in result.stdout, report
 
 
+def test_a_library_linked_to_another_torch_is_not_taken(monkeypatch):
+    here = build._key([build.HERE / "teeth.cu"])
+    monkeypatch.setattr(build.torch, "__file__", "/elsewhere/torch/__init__.py")
+    assert build._key([build.HERE / "teeth.cu"]) != here
+
+
 RIGHT = [("tooth_reverse", 1), ("tooth_skip", 0), ("tooth_global", 0), ("tooth_dynamic", 0), ("tooth_static", 0),
          ("tooth_misaligned", 0), ("tooth_copied", 0), ("tooth_collective", 0, 64)]
 WRONG = [
