@@ -138,6 +138,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
     const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& w3, const Tensor& h1,
     const Tensor& h2, double slope, bool need_x, bool need_weights);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> glow_step_fwd(
+    const Tensor& x, const Tensor& matrix, const optional<Tensor>& offset, const Tensor& w1, const Tensor& b1,
+    const Tensor& w2, const Tensor& b2, const Tensor& w3, const Tensor& b3, const optional<Tensor>& logdet,
+    int64_t kept, bool keep, int64_t flags, int64_t kind, double gain, double scale_offset, double out_gain,
+    double clamp, double eps, double hard_min, double hard_max, double shift_gain);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> glow_step_bwd(
+    const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet, const Tensor& x, const Tensor& matrix,
+    const Tensor& w1, const Tensor& w2, const Tensor& w3, const Tensor& mixed, const Tensor& params, const Tensor& h1,
+    const Tensor& h2, int64_t kept, bool need_x, bool need_matrix, bool need_weights, int64_t flags, int64_t kind,
+    double gain, double scale_offset, double out_gain, double clamp, double eps, double hard_min, double hard_max,
+    double shift_gain);
+
 std::tuple<Tensor, Tensor, Tensor> slogdet_fwd(const Tensor& weight, bool want_inverse);
 
 Tensor plu_weight_fwd(const Tensor& lower, const Tensor& upper, const Tensor& log_s, const Tensor& sign_s,

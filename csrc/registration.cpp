@@ -27,6 +27,8 @@ FASTFLOW_LIBRARY {
   m.impl("latent_head_bwd", TORCH_BOX(&fastflow::latent_head_bwd));
   m.impl("conv_net_fwd", TORCH_BOX(&fastflow::conv_net_fwd));
   m.impl("conv_net_bwd", TORCH_BOX(&fastflow::conv_net_bwd));
+  m.impl("glow_step_fwd", TORCH_BOX(&fastflow::glow_step_fwd));
+  m.impl("glow_step_bwd", TORCH_BOX(&fastflow::glow_step_bwd));
   m.impl("activated_conv_fwd", TORCH_BOX(&fastflow::activated_conv_fwd));
   m.impl("activated_conv_bwd", TORCH_BOX(&fastflow::activated_conv_bwd));
   m.impl("mlp_fwd", TORCH_BOX(&fastflow::mlp_fwd));

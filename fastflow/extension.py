@@ -58,6 +58,15 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     "conv_net_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor h1, Tensor h2, float slope, "
     "bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # Glow's step: x times matrix along the channels, plus bias; conv_net of the first `kept` channels of that, whose
+    # answer is affine_coupling's params for the others. Results: y, logdet and, with `keep`, what backward needs.
+    "glow_step_fwd(Tensor x, Tensor matrix, Tensor? bias, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor w3, "
+    f"Tensor b3, Tensor? logdet, int kept, bool keep, int flags, {SCALE_MAP_ARGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "glow_step_bwd(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor matrix, Tensor w1, Tensor w2, Tensor w3, "
+    "Tensor mixed, Tensor params, Tensor h1, Tensor h2, int kept, bool need_x, bool need_matrix, bool need_weights, "
+    f"int flags, {SCALE_MAP_ARGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # params: weight and bias of every layer in turn. kept: the hidden activations, csrc/cpu/mlp_kernel.h.
     "mlp_fwd(Tensor x, Tensor[] params, int activation, bool residual, bool keep) -> (Tensor, Tensor)",
     "mlp_bwd(Tensor grad, Tensor x, Tensor kept, Tensor[] params, int activation, bool residual, bool need_x, "
@@ -96,7 +105,7 @@ SCHEMAS = (
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 CPU_ALONE = ("activated_conv_fwd", "activated_conv_bwd", "mlp_fwd", "mlp_bwd", "wide_mlp_fwd", "wide_mlp_bwd",
              "bernoulli_log_prob_fwd", "bernoulli_log_prob_bwd", "top_down_fwd", "top_down_bwd", "latent_head_fwd",
-             "latent_head_bwd")
+             "latent_head_bwd", "glow_step_fwd", "glow_step_bwd")
 WITHOUT_TRITON = ("mlp_flow_fwd", "mlp_flow_bwd")
 WITHOUT_CUDA = ("conv_net_fwd", "conv_net_bwd")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}

@@ -101,6 +101,26 @@ def conv_net_bwd(grad, x, w1, w2, w3, h1, h2, slope, need_x, need_weights):
     return like(x, need_x), *(f(w) for w in (w1, w2, w3) for f in (lambda w: like(w, need_weights), bias))
 
 
+def _channels_last(like):
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def glow_step_fwd(x, matrix, bias, w1, b1, w2, b2, w3, b3, logdet, kept, keep, flags, kind, gain, offset, out_gain,
+                  clamp, eps, hard_min, hard_max, shift_gain):
+    mixed = _channels_last(x)
+    params, *maps = conv_net_fwd(mixed.narrow(1, 0, kept), w1, b1, w2, b2, w3, b3, 0.0, keep)
+    y, total = affine_coupling_fwd(mixed, params, None, logdet, None, kept, flags, kind, gain, offset, out_gain, clamp,
+                                   eps, hard_min, hard_max, shift_gain)
+    return y, total, *((mixed, params) if keep else (_nothing(x), _nothing(x))), *maps
+
+
+def glow_step_bwd(grad_y, grad_logdet, x, matrix, w1, w2, w3, mixed, params, h1, h2, kept, need_x, need_matrix,
+                  need_weights, flags, kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain):
+    _, *grads = conv_net_bwd(params, mixed.narrow(1, 0, kept), w1, w2, w3, h1, h2, 0.0, False, need_weights)
+    return (_channels_last(x) if need_x else _nothing(x),
+            *(x.new_empty(shape if need_matrix else (0,)) for shape in (matrix.shape, matrix.shape[:1])), *grads)
+
+
 def mlp_fwd(x, params, activation, residual, keep):
     hidden = params[2::2]  # each weight's columns are kept in rows of whole lines, under silu with their slopes
     sizes = [(w.shape[1] + 15) // 16 * 16 * (2 if activation == 1 and not (residual and w is hidden[-1]) else 1)

@@ -2,6 +2,7 @@
 #include "affine_coupling_kernel.h"
 
 #include "../fastflow.h"
+#include "gradients.h"
 #include "runtime.h"
 #include "traversal.h"
 
@@ -93,9 +94,9 @@ std::tuple<Tensor, Tensor> affine_coupling_fwd(
   return {y, total};
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_gradients(
     const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet, const Tensor& x, const Tensor& params,
-    const optional<Tensor>& shift, int64_t kept, bool need_x, bool need_params, bool need_shift,
+    const optional<Tensor>& shift, int64_t kept, bool need_x, bool need_params, bool need_shift, bool passes,
     int64_t flags, int64_t kind, double gain, double offset, double out_gain, double clamp, double eps,
     double hard_min, double hard_max, double shift_gain) {
   const bool additive = kind == 6;
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
   // Where x keeps no channels of its own, those that grad_y has more than x belong to a tensor in front.
   const CouplingParts of_y = grad_y && kept == 0 ? CouplingParts(grad_y->size(1), grad_y->size(1) - x.size(1)) : parts;
   if (grad_logdet) job.grad_logdet = operands.of(*grad_logdet);
-  if (need_x && job.shape.passive > 0) {
+  if (need_x && passes && job.shape.passive > 0) {
     if (grad_y) job.passive_grad_y = operands.of(*grad_y, of_y.passive);
     job.passive_grad_x = operands.of(grad_x, parts.passive);
   }
@@ -143,6 +144,15 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
   parallel_for(0, job.shape.units(), units_per_thread(job.shape),
                [&](int64_t begin, int64_t end) { FASTFLOW_ISA_CALL(affine_backward, job, begin, end); });
   return {grad_x, grad_params, grad_shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_bwd(
+    const optional<Tensor>& grad_y, const optional<Tensor>& grad_logdet, const Tensor& x, const Tensor& params,
+    const optional<Tensor>& shift, int64_t kept, bool need_x, bool need_params, bool need_shift,
+    int64_t flags, int64_t kind, double gain, double offset, double out_gain, double clamp, double eps,
+    double hard_min, double hard_max, double shift_gain) {
+  return affine_coupling_gradients(grad_y, grad_logdet, x, params, shift, kept, need_x, need_params, need_shift, true,
+                                   flags, kind, gain, offset, out_gain, clamp, eps, hard_min, hard_max, shift_gain);
 }
 
 }  // namespace fastflow

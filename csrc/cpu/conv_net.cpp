@@ -5,6 +5,7 @@
 
 #include "../fastflow.h"
 #include "flags.h"
+#include "gradients.h"
 #include "operands.h"
 #include "runtime.h"
 #include "slogdet_scratch.h"
@@ -218,17 +219,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_net_fwd(const Tensor& x, const Tensor& w
   return {out, h1, h2};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_gradients(
     const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& w3, const Tensor& h1,
-    const Tensor& h2, double slope, bool need_x, bool need_weights) {
+    const Tensor& h2, double slope, const Image& grad_x, const Image& base, bool need_weights) {
   ConvBackward job{};
   job.shape = shape_of(x, w1, w3, slope);
   const ConvShape& shape = job.shape;
-  job.need_x = need_x;
+  job.grad_x = grad_x;
+  job.base = base;
+  job.need_x = grad_x.data != nullptr;
   job.need_weights = need_weights;
   auto weight_like = [&](const Tensor& w) { return need_weights ? result_like(w, sizes_of(w)) : nothing(x); };
   auto bias_of = [&](int64_t count) { return need_weights ? empty({count}, x.scalar_type(), x) : nothing(x); };
-  Tensor grad_x = need_x ? result_like(x, sizes_of(x)) : nothing(x);
   std::tuple grads{weight_like(w1), bias_of(shape.hidden), weight_like(w2), bias_of(shape.hidden), weight_like(w3),
                    bias_of(shape.out)};
   const int64_t width = shape.is_double ? 8 : 4;
@@ -240,7 +242,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
   if (shape.batch * shape.pixels() > 0) {
     job.grad = image_of(grad);
     job.x = image_of(x);
-    if (need_x) job.grad_x = image_of(grad_x);
     job.h1 = h1.data_ptr();
     job.h2 = h2.data_ptr();
     Packed packed(packed_values(shape), shape.is_double);
@@ -270,7 +271,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
   if (need_weights)
     shape.is_double ? finish(job, static_cast<double*>(partials.get()), grads)
                     : finish(job, static_cast<float*>(partials.get()), grads);
-  return std::tuple_cat(std::tuple{grad_x}, grads);
+  return grads;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_net_bwd(
+    const Tensor& grad, const Tensor& x, const Tensor& w1, const Tensor& w2, const Tensor& w3, const Tensor& h1,
+    const Tensor& h2, double slope, bool need_x, bool need_weights) {
+  Tensor grad_x = need_x ? result_like(x, sizes_of(x)) : nothing(x);
+  return std::tuple_cat(std::tuple{grad_x}, conv_net_gradients(grad, x, w1, w2, w3, h1, h2, slope,
+                                                               need_x ? image_of(grad_x) : Image{}, {}, need_weights));
 }
 
 }  // namespace fastflow

@@ -49,17 +49,21 @@ void expand1x1(const ConvShape& shape, int64_t pixels, const T* in, const T* w, 
   expand({1, shape.hidden, 0}, pixels, in, shape.hidden, w, shape.hidden, finish, out);
 }
 
-// 3x3 convolution of hidden channels to the few of `image`, row y of sample b. bias may be null.
+// 3x3 convolution of hidden channels to the few of `image`, row y of sample b, plus `base` if there is one. bias may be
+// null.
 template <class T>
 void reduce3x3(const ConvShape& shape, int64_t channels, const T* in, int64_t y, const T* w, const T* bias,
-               const T* zeros, const Image& image, int64_t b) {
+               const T* zeros, const Image& image, const Image& base, int64_t b) {
   const Window window(y, shape.height);
   const int64_t row = shape.width * shape.hidden;
   const TapRows<T> taps{in + (y - 1 + window.first) * row, window.rows(), row, 3, 1, shape.width, shape.hidden, zeros};
   T* const out = static_cast<T*>(image.data) + b * image.sample + y * image.row;
+  const T* const under = base.data ? static_cast<const T*>(base.data) + b * base.sample + y * base.row : nullptr;
   reduce(taps, shape.width, w + window.first * 3 * shape.hidden, 9 * shape.hidden, channels,
          [&](int64_t x, int64_t c, T value) {
-           out[x * image.column + c * image.channel] = bias ? value + bias[c] : value;
+           if (bias) value += bias[c];
+           if (under) value += under[x * base.column + c * base.channel];
+           out[x * image.column + c * image.channel] = value;
          });
 }
 
@@ -86,7 +90,7 @@ void forward(const ConvForward& job, void* scratch, int64_t begin, int64_t end) 
     expand1x1(shape, shape.pixels(), h1, static_cast<const T*>(job.w2), second, h2);
     for (int64_t y = 0; y < shape.height; ++y)
       reduce3x3(shape, shape.out, h2, y, static_cast<const T*>(job.w3), static_cast<const T*>(job.b3), zeros, job.out,
-                b);
+                {}, b);
   }
 }
 
@@ -165,7 +169,7 @@ class Backward {
     if (!job_.need_x || (job_.mend && finite(b + i))) return;
     for (int64_t y = 0; y < shape_.height; ++y)
       reduce3x3(shape_, shape_.in, grad1, y, static_cast<const T*>(job_.w1), static_cast<const T*>(nullptr), zeros_,
-                job_.grad_x, b + i);
+                job_.grad_x, job_.base, b + i);
   }
 
   // Whether sample b's gradient of x, as it stands, is.

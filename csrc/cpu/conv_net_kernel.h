@@ -52,6 +52,7 @@ struct ConvForward {
 struct ConvBackward {
   ConvShape shape;
   Image grad, x, grad_x;
+  Image base;                // what is added to the gradient of x, or nothing
   const void *w1, *w2, *w3;  // reduce, (hidden out, hidden in), expand
   const void *h1, *h2;
   bool need_x, need_weights;

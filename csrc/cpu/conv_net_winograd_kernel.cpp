@@ -119,8 +119,9 @@ class Chunk {
                  fresh, to);
   }
 
-  // Writes sample b and those after it to `image`; whether they are finite. bias may be null.
-  bool reduce3x3(const T* maps, const void* taps, const void* bias, const Image& image, int64_t b) {
+  // Writes sample b and those after it to `image`, added to `base` if there is one; whether they are finite. bias may be
+  // null.
+  bool reduce3x3(const T* maps, const void* taps, const void* bias, const Image& image, const Image& base, int64_t b) {
     const int64_t padded = whole(tiles_.count());
     reduce_points(tiles_, at_, padded, maps, shape_.hidden, static_cast<const T*>(taps), few_, zeros_, outputs_,
                   output_step_);
@@ -131,7 +132,7 @@ class Chunk {
                      bad |= not_finite(value);
                      store(result_ + (pixel * few_ + c) * padded + t, value);
                    });
-    write(image, b, padded);
+    write(image, base, b, padded);
     return !any(bad);
   }
 
@@ -145,13 +146,17 @@ class Chunk {
   }
 
  private:
-  // result_ to `image`, a square of W tiles and W channels at a time.
-  void write(const Image& image, int64_t b, int64_t padded) const {
-    int64_t places[W], sample = b, row = 0, column = 0;
+  // result_ plus `base` to `image`, a square of W tiles and W channels at a time.
+  void write(const Image& image, const Image& base, int64_t b, int64_t padded) const {
+    const auto place = [](const Image& at, int64_t sample, int64_t row, int64_t column) {
+      return sample * at.sample + 2 * row * at.row + 2 * column * at.column;
+    };
+    int64_t places[W], under[W], sample = b, row = 0, column = 0;
     for (int64_t t = 0; t < tiles_.count(); t += W) {
       const int64_t tiles = tiles_.count() - t < W ? tiles_.count() - t : W;
       for (int64_t i = 0; i < tiles; ++i) {
-        places[i] = sample * image.sample + 2 * row * image.row + 2 * column * image.column;
+        places[i] = place(image, sample, row, column);
+        under[i] = base.data ? place(base, sample, row, column) : 0;
         if (++column < tiles_.columns) continue;
         column = 0;
         if (++row < tiles_.rows) continue;
@@ -169,6 +174,11 @@ class Chunk {
           transpose<T>(x);
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) store(square + i * W, x[i]);
+          if (base.data) {
+            const T* const from = static_cast<const T*>(base.data) + pixel / 2 * base.row + pixel % 2 * base.column;
+            for (int64_t i = 0; i < tiles; ++i)
+              for (int64_t k = 0; k < channels; ++k) square[i * W + k] += from[under[i] + (c + k) * base.channel];
+          }
           T* const to = static_cast<T*>(image.data) + pixel / 2 * image.row + pixel % 2 * image.column;
           for (int64_t i = 0; i < tiles; ++i) {
             int64_t k = 0;
@@ -253,7 +263,7 @@ class WinogradBackward {
       chunk_.outer3x3(x_, shape_.in, grad1_, fresh_, taps1_);
       fresh_ = false;
     }
-    return !job_.need_x || chunk_.reduce3x3(grad1_, job_.w1, nullptr, job_.grad_x, b);
+    return !job_.need_x || chunk_.reduce3x3(grad1_, job_.w1, nullptr, job_.grad_x, job_.base, b);
   }
 
   const ConvBackward& job_;
@@ -289,7 +299,7 @@ void winograd_forward(const ConvForward& job, void* scratch, int64_t begin, int6
     chunk.points_of(x);
     chunk.expand3x3(x, shape.in, job.w1, first, h1);
     expand({1, hidden, 0}, count * shape.pixels(), h1, hidden, static_cast<const T*>(job.w2), hidden, second, h2);
-    if (!chunk.reduce3x3(h2, job.w3, job.b3, job.out, b))
+    if (!chunk.reduce3x3(h2, job.w3, job.b3, job.out, {}, b))
       for (int64_t s = 0; s < count; ++s) spoilt[b + s] = !chunk.finite(s);
   }
 }

@@ -36,7 +36,7 @@ def run(x, steps, logdet=None):
     shapes = tuple((kind, consts, len(own)) for kind, consts, own in steps)
     if differentiable.needs_grad(x, logdet, *tensors):
         x, logdet, *tensors = differentiable.distinct(x, logdet, *tensors)
-        return ChainFunction.apply(x, logdet, shapes, *tensors)
+        return differentiable.apply(ChainFunction, x, logdet, shapes, *tensors)
     return _forward(x, logdet, shapes, tensors, False)[:2]
 
 

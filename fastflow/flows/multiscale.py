@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastflow import checks, functional
+from fastflow import backends, checks, functional
 from fastflow.flows import memory
 from fastflow.flows.contexts import takes_context
 from fastflow.flows.logdets import zero_logdet
@@ -20,10 +20,18 @@ __all__ = ["CheckerboardSqueeze", "ContextPrior", "Flatten", "HaarSqueeze", "Spl
 
 
 def _space_to_depth(x):
-    """:class:`Squeeze`'s map of x (B, C, H, W) in any memory format to one in channels-last, in one copy."""
-    batch, channels, height, width = x.shape
-    blocks = x.permute(0, 2, 3, 1).unflatten(2, (width // 2, 2)).unflatten(1, (height // 2, 2))
-    z = blocks.permute(0, 1, 3, 5, 2, 4).reshape(batch, height // 2, width // 2, 4 * channels)
+    """:class:`Squeeze`'s map of x (B, C, H, W) in any memory format to one in channels-last."""
+    plain = not torch.compiler.is_compiling() and backends.needs_reference((x,)) is None
+    if plain and x.device.type == "cpu" and x.numel():
+        # Four to six times faster than one copy with six dimensions, in whose order a CPU copies two values at a time.
+        if x.requires_grad and torch.is_grad_enabled():
+            return channels_last(F.pixel_unshuffle(x, 2))
+        pixels = x.permute(0, 2, 3, 1)
+        z = torch.stack([pixels[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], -1).flatten(3)
+    else:
+        batch, channels, height, width = x.shape
+        blocks = x.permute(0, 2, 3, 1).unflatten(2, (width // 2, 2)).unflatten(1, (height // 2, 2))
+        z = blocks.permute(0, 1, 3, 5, 2, 4).reshape(batch, height // 2, width // 2, 4 * channels)
     return z.permute(0, 3, 1, 2)
 
 
@@ -71,14 +79,14 @@ class Squeeze(_Halving):
         _even_image(x)
         if self.channels_last:
             return _space_to_depth(x), zero_logdet(x)
-        # For an empty batch torch's pixel_unshuffle leaves the shape as it was.
-        z = F.pixel_unshuffle(x, 2) if x.shape[0] else x.reshape(0, *self.noise_shape(x.shape[1:]))
+        # Where there are no elements torch's pixel_unshuffle leaves the shape as it was.
+        z = F.pixel_unshuffle(x, 2) if x.numel() else x.reshape(len(x), *self.noise_shape(x.shape[1:]))
         return z, zero_logdet(x)
 
     def inverse(self, z, context=None):
         _four_bands(z)
         _, channels, height, width = z.shape
-        x = F.pixel_shuffle(z, 2) if z.shape[0] else z.reshape(0, channels // 4, 2 * height, 2 * width)
+        x = F.pixel_shuffle(z, 2) if z.numel() else z.reshape(len(z), channels // 4, 2 * height, 2 * width)
         return x, zero_logdet(z)
 
 

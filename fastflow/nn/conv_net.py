@@ -61,14 +61,22 @@ class ConvNet(nn.Module):
 
     def is_as_made(self):
         """Whether the three convolutions are what functional.conv_net computes, none of them hooked."""
-        return _as_made(self.conv1, 1) and _as_made(self.conv2, 0) and _as_made(self.conv3, 1)
+        own = self._modules  # past nn.Module.__getattr__, which a step of small images would feel
+        return _as_made(own["conv1"], 1) and _as_made(own["conv2"], 0) and _as_made(own["conv3"], 1)
 
     def parameters_in_turn(self):
         """[w1, b1, w2, b2, w3, b3]."""
-        return [p for layer in (self.conv1, self.conv2, self.conv3) for p in (layer.weight, layer.bias)]
+        own = self._modules
+        return [p for layer in (own["conv1"], own["conv2"], own["conv3"]) for p in _parameters(layer)]
 
 
 def _as_made(layer, padding):
     return (type(layer) is nn.Conv2d and not is_hooked(layer) and layer.padding == (padding, padding)
             and layer.padding_mode == "zeros" and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
-            and layer.bias is not None)
+            and _parameters(layer)[1] is not None)
+
+
+def _parameters(layer):
+    """Weight and bias, which may be attributes that are no parameters."""
+    own = layer._parameters
+    return (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (layer.weight, layer.bias)

@@ -1,5 +1,6 @@
 """Space to depth, Haar wavelets and checkerboards: where each pixel goes."""
 
+import layouts
 import pytest
 import torch
 
@@ -33,6 +34,22 @@ def test_memory_format(kind):
     x = torch.randn(2, 3, 4, 4)
     last = kind(channels_last=True)(x)[0]
     assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(last, kind()(x)[0])
+
+
+@pytest.mark.parametrize("layout", [layouts.contiguous, layouts.channels_last, layouts.channel_slice, layouts.permuted],
+                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 2, 2), (0, 3, 4, 4), (2, 5, 0, 2)], ids=str)
+def test_channels_last_has_the_same_elements_and_gradients(shape, layout):
+    """Data, whose gradient nobody asks for, are copied otherwise than what has one, or is in a transform."""
+    x = layout(torch.randn(shape, dtype=torch.float64))
+    squeeze, expected = flows.Squeeze(channels_last=True), flows.Squeeze()(x)[0]
+    leaf = x.detach().requires_grad_()
+    z, logdet = squeeze(leaf)
+    mapped = torch.func.vmap(lambda row: squeeze(row[None])[0][0])(x) if len(x) else z
+    for values in (squeeze(x)[0], z.detach(), mapped):
+        assert torch.equal(values, expected) and torch.equal(logdet, torch.zeros(len(x)))
+    grad, = torch.autograd.grad(z, leaf, expected)
+    assert torch.equal(grad, x)
 
 
 def test_checkerboard_colours():

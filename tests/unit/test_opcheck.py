@@ -136,6 +136,28 @@ def conv_net_backward_samples():
         yield r(x.shape[0], 7, *x.shape[2:], dtype=x.dtype), x, w1, w2, w3, *maps, slope, True, False
 
 
+def glow_step_samples():
+    for x in (r(2, 5, 4, 6, layout=layouts.channels_last), r(2, 4, 3, 3), r(2, 2, 1, 5, dtype=torch.float64),
+              r(0, 3, 4, 4), r(2, 3, 0, 4)):
+        dtype, channels, kept = x.dtype, x.shape[1], x.shape[1] // 2
+        network = (r(16, kept, 3, 3, dtype=dtype, layout=layouts.channels_last), r(16, dtype=dtype),
+                   r(16, 16, 1, 1, dtype=dtype), r(16, dtype=dtype),
+                   r(2 * (channels - kept), 16, 3, 3, dtype=dtype), r(2 * (channels - kept), dtype=dtype))
+        for keep in (False, True):
+            yield (x, r(channels, channels, dtype=dtype), r(channels, dtype=dtype) if keep else None, *network,
+                   r(len(x), dtype=dtype) if keep else None, kept, keep, 6, *reference.ScaleMap.glow().scalars)
+
+
+def glow_step_backward_samples():
+    for x, matrix, _, w1, _, w2, _, w3, _, _, kept, keep, *rest in glow_step_samples():
+        maps = [r(x.shape[0] * x.shape[2] * x.shape[3], 16, dtype=x.dtype) for _ in "12"]
+        mixed = r(*x.shape, dtype=x.dtype, layout=layouts.channels_last)
+        params = r(len(x), len(w3), *x.shape[2:], dtype=x.dtype, layout=layouts.channels_last)
+        for needs in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
+            yield (r(*x.shape, dtype=x.dtype), r(len(x), dtype=x.dtype) if keep else None, x, matrix, w1, w2, w3, mixed,
+                   params, *maps, kept, *needs, *rest)
+
+
 def activated_conv_samples():
     for x, transposed in ((r(3, 5, 6, 7), False), (r(2, 16, 4, 3, layout=layouts.channels_last), True),
                           (r(2, 16, 5, 5, dtype=torch.float64), False), (r(0, 3, 4, 4), False),
@@ -292,6 +314,7 @@ SAMPLES = {"affine_coupling_fwd": forward_samples, "affine_coupling_bwd": backwa
            "gaussian_fwd": gaussian_samples, "gaussian_bwd": gaussian_backward_samples, "philox4x32": philox_samples,
            "latent_head_fwd": head_samples, "latent_head_bwd": head_backward_samples,
            "conv_net_fwd": conv_net_samples, "conv_net_bwd": conv_net_backward_samples,
+           "glow_step_fwd": glow_step_samples, "glow_step_bwd": glow_step_backward_samples,
            "activated_conv_fwd": activated_conv_samples, "activated_conv_bwd": activated_conv_backward_samples,
            "mlp_fwd": mlp_samples, "mlp_bwd": mlp_backward_samples,
            "wide_mlp_fwd": wide_mlp_samples, "wide_mlp_bwd": wide_mlp_backward_samples,
