@@ -35,6 +35,30 @@ def fastflow_step(model, x, **options):
     return lambda: step(x)
 
 
+def log_prob(model, x):
+    """log p(x) without gradients."""
+    @torch.no_grad()
+    def call():
+        return model(x)
+    return call
+
+
+def sampling(model, x):
+    """As many samples as x has rows."""
+    @torch.no_grad()
+    def call():
+        return model.sample(len(x))
+    return call
+
+
+WORK = {"training step": training_step, "log_prob": log_prob, "sampling": sampling}
+
+
+def fastflows(act):
+    """What fastflow's own model does for one of WORK."""
+    return fastflow_step if act is training_step else act
+
+
 def best(candidates, tries=5):
     """The fastest of {setting: constructor of a callable}, by the smallest of interleaved times: CPU time under one
     thread, else wall time.

@@ -115,7 +115,8 @@ def pair(name, sizes, photos, held_out, batch_size, learning_rate):
     """The two contenders of a pair."""
     first = dequantize(photos.train[:256], generator=torch.Generator().manual_seed(1))
     x = first[:batch_size]
-    setting = glow.fastest_step(name, lambda **options: glow.peer_glow(name, **sizes, **options), x).setting
+    setting = glow.fastest(contest.training_step, name,
+                           lambda **options: glow.peer_glow(name, **sizes, **options), x).setting
     options, memory_format = glow.settings(name)[setting]
     own, peer = equal_models(name, sizes, options, first)
     peer.to(memory_format=memory_format)

@@ -60,27 +60,31 @@ def settings(name):
             for setting, options in own.items() for name, memory_format in FORMATS.items()}
 
 
-def fastest_step(name, construct, x, tries=5):
-    """A training step on x of the fastest setting of a peer, timed ``tries`` times each; ``construct(**options)``
+def fastest(act, name, construct, x, tries=5):
+    """One of contest.WORK on x by the fastest setting of a peer, timed ``tries`` times each; ``construct(**options)``
     builds its model."""
     def build(options, memory_format):
         model = construct(**options).to(memory_format=memory_format)
-        return contest.training_step(model, x.contiguous(memory_format=memory_format))
+        return act(model, x.contiguous(memory_format=memory_format))
     return contest.best({setting: lambda c=choice: build(*c) for setting, choice in settings(name).items()}, tries)
 
 
-def _glow(n_steps, hidden_channels, batch):
+def _glow(work, n_steps, hidden_channels, batch):
+    act = contest.WORK[work]
+    contenders, rated = ((peers.SAMPLING_GLOW, [name for name in peers.FASTEST_GLOW if name in peers.SAMPLING_GLOW])
+                         if work == "sampling" else (peers.GLOW, peers.FASTEST_GLOW))
+
     def build(device):
         sizes = {"n_steps": n_steps, "hidden_channels": hidden_channels, "device": device}
         fused = fastflow_glow(**sizes)
         x = torch.rand(batch, 3, 32, 32, device=device) - 0.5
-        variants = {"fastflow": contest.fastflow_step(fused, x),
-                    "eager": fastest_step("eager", lambda: neutral_glow(fused), x)}
-        for name in peers.GLOW:
-            variants[name] = fastest_step(name, lambda n=name, **options: peer_glow(n, **sizes, **options), x)
+        variants = {"fastflow": contest.fastflows(act)(fused, x),
+                    "eager": fastest(act, "eager", lambda: neutral_glow(fused), x)}
+        for name in contenders:
+            variants[name] = fastest(act, name, lambda n=name, **options: peer_glow(n, **sizes, **options), x)
         return variants
-    name = f"Glow training step, 3 levels x {n_steps} steps, {hidden_channels} hidden channels, batch {batch}, 3x32x32"
-    return Case(name, "glow", build, ("fastflow", "eager", *peers.GLOW), peers.FASTEST_GLOW)
+    name = f"Glow {work}, 3 levels x {n_steps} steps, {hidden_channels} hidden channels, batch {batch}, 3x32x32"
+    return Case(name, "glow", build, ("fastflow", "eager", *contenders), tuple(rated))
 
 
-CASES = (_glow(8, 64, 32), _glow(8, 128, 32))
+CASES = tuple(_glow(work, 8, hidden, 32) for work in contest.WORK for hidden in (64, 128))

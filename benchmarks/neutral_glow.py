@@ -20,6 +20,9 @@ class ActNorm(nn.Module):
     def forward(self, x):
         return (x + self.bias) * torch.exp(self.log_scale), self.log_scale.sum() * (x.shape[2] * x.shape[3])
 
+    def inverse(self, z):
+        return z * torch.exp(-self.log_scale) - self.bias
+
 
 class Conv1x1(nn.Module):
     def __init__(self, channels):
@@ -29,6 +32,9 @@ class Conv1x1(nn.Module):
     def forward(self, x):
         logdet = torch.linalg.slogdet(self.weight)[1] * (x.shape[2] * x.shape[3])
         return F.conv2d(x, self.weight[:, :, None, None]), logdet
+
+    def inverse(self, z):
+        return F.conv2d(z, torch.linalg.inv(self.weight)[:, :, None, None])
 
 
 class Coupling(nn.Module):
@@ -46,13 +52,18 @@ class Coupling(nn.Module):
         z = torch.cat([passive, (active + shift) * torch.sigmoid(u)], 1)
         return z, F.logsigmoid(u).flatten(1).sum(1)
 
+    def inverse(self, z):
+        passive, active = z.chunk(2, 1)
+        shift, raw = self.net(passive).chunk(2, 1)
+        return torch.cat([passive, active / torch.sigmoid(raw + 2.0) - shift], 1)
+
 
 class NeutralGlow(nn.Module):
-    """log p(x) (B,) in nats of images (B, C, H, W)."""
+    """log p(x) (B,) in nats of images (B, C, H, W); ``sample(n)``."""
 
     def __init__(self, image_shape, n_levels, n_steps, hidden_channels):
         super().__init__()
-        channels = image_shape[0]
+        channels, self.image_shape = image_shape[0], tuple(image_shape)
         self.levels, self.priors = nn.ModuleList(), nn.ModuleList()
         for level in range(n_levels):
             channels *= 4
@@ -79,6 +90,37 @@ class NeutralGlow(nn.Module):
                 log_prob = log_prob + normal.flatten(1).sum(1)
         log_prob = log_prob + (-0.5 * (x**2 + math.log(2 * math.pi))).flatten(1).sum(1)
         return log_prob + logdet
+
+    def decode(self, latents):
+        """The images whose latents these are, finest first."""
+        x = latents[-1]
+        for level, steps in reversed(list(enumerate(self.levels))):
+            if level < len(self.priors):
+                mean, raw = self.priors[level](x).chunk(2, 1)
+                x = torch.cat([x, mean + latents[level] * torch.exp(5.0 * torch.tanh(raw / 5.0))], 1)
+            for step in reversed(steps):
+                for layer in reversed(step):
+                    x = layer.inverse(x)
+            x = F.pixel_shuffle(x, 2)
+        return x
+
+    def sample(self, n):
+        channels, height, width = self.image_shape
+        weight = self.levels[0][0][1].weight
+        memory_format = torch.channels_last if _in_channels_last(self) else torch.contiguous_format
+        latents = []
+        for level in range(len(self.levels)):
+            channels, height, width = 4 * channels, height // 2, width // 2
+            channels //= 2 if level < len(self.priors) else 1
+            latents.append(torch.randn(n, channels, height, width, device=weight.device, dtype=weight.dtype)
+                           .contiguous(memory_format=memory_format))
+        return self.decode(latents)
+
+
+def _in_channels_last(model):
+    """Whether model.to(memory_format=torch.channels_last) has been called."""
+    weight = model.levels[0][0][2].net[0].weight
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def pairs(neutral, glow):

@@ -28,8 +28,9 @@ run to run.
 """
 
 GLOW = """\
-A training step: forward, backward, optimiser. `eager` is the same model in plain, careful PyTorch, with equal weights.
-"The fastest peer" is the fastest of {fastest}; FrEIA does less work and stands beside them. `fastflow bench models`
+A training step: forward, backward, optimiser; `log_prob` and sampling without gradients. `eager` is the same model in
+plain, careful PyTorch, with equal weights. "The fastest peer" is the fastest of {fastest}, in
+sampling of the first two; FrEIA does less work and stands beside them. `fastflow bench models`
 """
 
 REALNVP = """\

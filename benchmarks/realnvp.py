@@ -62,28 +62,14 @@ def neutral_realnvp(flow, hidden=HIDDEN):
     return neutral
 
 
-def _log_prob(model, x):
-    @torch.no_grad()
-    def call():
-        return model(x)
-    return call
-
-
-def _sample(model, x):
-    @torch.no_grad()
-    def call():
-        return model.sample(len(x))
-    return call
-
-
-WORK = {"training step": contest.training_step, "log_prob": _log_prob, "sampling": _sample}
+WORK = contest.WORK
 
 
 def _case(work):
     def build(device):
         x, act = two_moons(BATCH).to(device), WORK[work]
         fused = fastflow_realnvp().to(device)
-        own = contest.fastflow_step if act is contest.training_step else act
+        own = contest.fastflows(act)
         variants = {"fastflow": own(fused, x), "eager": contest.best({"": lambda: act(neutral_realnvp(fused), x)})}
         for name in peers.REALNVP:
             variants[name] = contest.best({
@@ -104,7 +90,7 @@ def _wider(work):
         x, act = torch.randn(BATCH, WIDER, device=device), WORK[work]
         fused = flows.RealNVP(WIDER, n_layers=N_LAYERS, hidden=HIDDEN).to(device)
         fused.initialize(x)
-        own = contest.fastflow_step if act is contest.training_step else act
+        own = contest.fastflows(act)
         return {"fastflow": own(fused, x), "eager": act(neutral_realnvp(fused).to(device), x)}
     name = f"RealNVP {work}, {WIDER}-D, {N_LAYERS} couplings, MLP {WIDER // 2}-64-64-{WIDER}, batch {BATCH}"
     return Case(name, "realnvp wider", build, ("fastflow", "eager"))
@@ -115,7 +101,7 @@ def _compiled(work):
     def build(device):
         x, act = two_moons(BATCH).to(device), WORK[work]
         fused = fastflow_realnvp().to(device)
-        own = contest.fastflow_step if act is contest.training_step else act
+        own = contest.fastflows(act)
         contenders = {"eager": lambda: neutral_realnvp(fused)}
         contenders |= {name: lambda n=name: peer_realnvp(n) for name in COMPILED[1:]}
         variants = {"fastflow": own(fused, x)}

@@ -65,10 +65,11 @@ def against_peers(batch):
                                                                         conditioner_dtype=torch.bfloat16),
             LIBRARY: lambda: _with_library_convolutions(
                 lambda: measuring.fastflow_step(copy.deepcopy(fused), x, device, capture=True)),
-            "eager": lambda: glow.fastest_step("eager", lambda: glow.neutral_glow(fused), x, TRIES)}
+            "eager": lambda: glow.fastest(contest.training_step, "eager", lambda: glow.neutral_glow(fused), x, TRIES)}
         for name in PEERS:
-            variants[name] = lambda n=name: glow.fastest_step(
-                n, lambda **options: measuring.flags_on_host(glow.peer_glow(n, **sizes, device=device, **options)), x,
+            variants[name] = lambda n=name: glow.fastest(
+                contest.training_step, n,
+                lambda **options: measuring.flags_on_host(glow.peer_glow(n, **sizes, device=device, **options)), x,
                 TRIES)
         wanted = 5.0 if batch == 64 else 2.0
         yield measuring.measure(measuring.Contest(

@@ -1,9 +1,10 @@
 """The same models in other people's libraries, one file per library, each written as its users write it.
 
 A module has ``Glow(image_shape, n_levels, n_steps, hidden_channels, **setting)`` or ``RealNVP(n_layers, hidden,
-**setting)``, or both: nn.Modules whose call is log p(x) (B,). GLOW_SETTINGS and REALNVP_SETTINGS name the ways in which
-a library offers the same thing; a benchmark tries them all and takes the fastest. ``load_glow`` and ``load_realnvp``
-give a peer the weights of a fastflow model in that library's dialect: both then compute the same likelihood.
+**setting)``, or both: nn.Modules whose call is log p(x) (B,); all but one have ``sample(n)``. GLOW_SETTINGS and
+REALNVP_SETTINGS name the ways in which a library offers the same thing; a benchmark tries them all and takes the
+fastest. ``load_glow`` and ``load_realnvp`` give a peer the weights of a fastflow model in that library's dialect: both
+then compute the same likelihood.
 """
 
 import importlib
@@ -12,6 +13,7 @@ import importlib
 GLOW = {"nflows": "nflows", "normflows": "normflows", "rosinality": "rosinality", "FrEIA": "freia"}
 REALNVP = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko", "torchflows": "torchflows"}
 FASTEST_GLOW = ("nflows", "normflows", "rosinality")
+SAMPLING_GLOW = ("nflows", "normflows", "FrEIA")  # rosinality's way back is not written here
 FASTEST_REALNVP = tuple(REALNVP)
 
 _FULL_LU = "where the LU form of the 1x1 weights is faster, L and U are stored as full matrices"

@@ -17,7 +17,7 @@ REALNVP_SETTINGS = {"one-sided couplings": {"all_in_one": False}, "AllInOneBlock
 
 
 class Glow(nn.Module):
-    """log p(x) (B,) of images (B, C, H, W)."""
+    """log p(x) (B,) of images (B, C, H, W); ``sample(n)``."""
 
     def __init__(self, image_shape, n_levels, n_steps, hidden_channels, legacy_squeeze=False):
         super().__init__()
@@ -47,6 +47,11 @@ class Glow(nn.Module):
     def forward(self, x):
         z, logdet = self.inn(x)
         return common.standard_normal(torch.cat([part.flatten(1) for part in z], 1)) + logdet
+
+    def sample(self, n):
+        device = next(self.parameters()).device
+        z = [torch.randn(n, *shape, device=device) for shape in self.inn.global_out_shapes]
+        return self.inn(z, rev=True, jac=False)[0]
 
     def initialize(self, x):
         """Nothing: AllInOneBlock is not set from data."""

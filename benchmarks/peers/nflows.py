@@ -35,7 +35,7 @@ class PriorCoupling(transforms.AffineCouplingTransform):
 
 
 class Glow(nn.Module):
-    """log p(x) (B,) of images (B, C, H, W)."""
+    """log p(x) (B,) of images (B, C, H, W); ``sample(n)``."""
 
     def __init__(self, image_shape, n_levels, n_steps, hidden_channels):
         super().__init__()
@@ -60,6 +60,9 @@ class Glow(nn.Module):
 
     def forward(self, x):
         return self.flow.log_prob(x)
+
+    def sample(self, n):
+        return self.flow.sample(n)
 
     @torch.no_grad()
     def initialize(self, x):

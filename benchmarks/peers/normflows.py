@@ -41,7 +41,7 @@ class PriorMerge(nf.flows.Merge):
 
 
 class Glow(nn.Module):
-    """log p(x) (B,) of images (B, C, H, W)."""
+    """log p(x) (B,) of images (B, C, H, W); ``sample(n)``."""
 
     def __init__(self, image_shape, n_levels, n_steps, hidden_channels, use_lu=False):
         super().__init__()
@@ -61,6 +61,9 @@ class Glow(nn.Module):
 
     def forward(self, x):
         return self.flow.log_prob(x, None)
+
+    def sample(self, n):
+        return self.flow.sample(n)[0]
 
     @torch.no_grad()
     def initialize(self, x):

@@ -103,6 +103,33 @@ def test_the_neutral_realnvp_is_fastflows_and_samples_its_own_density():
     torch.testing.assert_close(z, torch.randn(5, 2).double(), atol=1e-4, rtol=1e-4)
 
 
+def test_the_neutral_glow_decodes_as_fastflows():
+    own = glow.fastflow_glow(**GLOW).double()
+    neutral = glow.neutral_glow(own).double()
+    z = torch.randn(2, 3 * 16 * 16, dtype=torch.float64)
+    with torch.no_grad():
+        decoded, x = neutral.decode(own.transform.unpack(z)), own.transform.inverse(z)[0]
+        torch.testing.assert_close(decoded, x, atol=1e-10, rtol=1e-10)
+        torch.manual_seed(0)
+        drawn = neutral.to(memory_format=torch.channels_last).sample(3)
+        assert drawn.shape == (3, 3, 16, 16) and drawn.isfinite().all()
+
+
+@pytest.mark.parametrize("name", peers.SAMPLING_GLOW)
+def test_samples_of_a_peers_glow(name):
+    """As likely under the same model of fastflow's as its own samples, within six standard errors."""
+    peer = peer_glow(name, next(iter(contest.settings(name, "glow"))))
+    same = hasattr(peers.module(name), "load_glow")
+    own = glow.fastflow_glow(**GLOW, dialect="nflows" if name == "nflows" else "fastflow")
+    if same:
+        peers.module(name).load_glow(peer, own)
+    with torch.no_grad():
+        samples = peer.sample(64)
+        assert samples.shape == (64, 3, 16, 16) and samples.isfinite().all()
+        error = 2**0.5 * (samples[0].numel() / 2 / 64) ** 0.5
+        assert not same or (own(samples).mean() - own(own.sample(64)).mean()).abs() < 6 * error
+
+
 def same_density_and_gradient(own, peer, x):
     own_x, peer_x = x.clone().requires_grad_(), x.clone().requires_grad_()
     mine, theirs = own(own_x), peer(peer_x)
@@ -215,7 +242,8 @@ def test_a_case_of_models_names_the_fastest_peer(monkeypatch, threads):
 def test_cases_hold_every_contender():
     for case in (*glow.CASES, *realnvp.CASES):
         assert set(case.peers) < set(case.variants)
-        assert set(case.variants) == {"fastflow", "eager", *(peers.GLOW if case.group == "glow" else peers.REALNVP)}
+        samplers = peers.SAMPLING_GLOW if "sampling" in case.name else peers.GLOW
+        assert set(case.variants) == {"fastflow", "eager", *(samplers if case.group == "glow" else peers.REALNVP)}
 
 
 def test_the_page_is_that_of_the_records():

@@ -174,7 +174,7 @@ def test_an_infinite_gradient_stays_in_its_sample(place):
 
 
 def test_samples_do_not_depend_on_their_neighbours_nor_results_on_threads(threads):
-    tensors, *cotangents = operands((37, 12, 8, 8), 32, 6)
+    tensors, *cotangents = operands((37, 12, 12, 8), 32, 6)
     tensors, cotangents = in_float32(tensors, cotangents)
     threads(1)
     (y, logdet), grads = run(tensors, 6, cotangents)
