@@ -7,8 +7,8 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("adapters", "backends", "data", "diagnostics", "engine", "estimators", "flows", "functional", "launches",
-               "nn", "reference", "vae")
+_SUBMODULES = ("adapters", "backends", "data", "diagnostics", "engine", "estimators", "flops", "flows", "functional",
+               "launches", "nn", "reference", "vae")
 _NAMES = {"ScaleMap": "reference", "accelerate": "adapters", "affine_coupling": "functional",
           "gaussian_sample_kl": "functional", "mlp_flow": "functional", "plu_weight": "functional",
           "restore": "adapters", "slogdet": "functional", "slogdet_inverse": "functional", "use_backend": "backends"}

@@ -65,6 +65,7 @@ CONV_NET_CHANNELS = 16  # the vectors of every instruction set and dtype divide 
 CONV_NET_HIDDEN, CONV_NET_OTHERS = 128, 64
 ACTIVATED_CONV_WEIGHTS = 9 * 128**2
 TRITON_MAX = 32  # beyond it a tile spills, so the kernel refuses
+LINEAR_TAILS = "the kernels' splines have linear tails"
 _NETWORKS = ("conv_net", "activated_conv", "mlp", "wide_mlp")
 _FACTORISATIONS = ("slogdet", "slogdet_inverse")
 _FIRST = {device: f"first in the table for {device}" for _, device in PREFERENCE}
@@ -276,16 +277,16 @@ def leaves_convolutions(x, *weights):
     return None
 
 
-def choose(op, *tensors):
-    """The backend of a call of ``op`` with these operands (None among them allowed).
+def choose(op, *tensors, tails="linear"):
+    """The backend of a call of ``op`` with these operands (None among them allowed), of a spline with these tails.
 
     Raises:
         RuntimeError: use_backend asks for one that can't run it.
     """
     wanted = requested()
     if wanted is None:
-        return _choose(op, tensors)[0]
-    reason = _unmet(wanted, op, tensors)
+        return _choose(op, tensors)[0] if tails == "linear" else "reference"
+    reason = _unmet(wanted, op, tensors) if tails == "linear" or wanted == "reference" else LINEAR_TAILS
     if reason is not None:
         raise RuntimeError(f"backend {wanted!r} was requested for {op}, but {reason}")
     return wanted
@@ -340,8 +341,9 @@ def _within_reach(op, device):
     return found
 
 
-def explain(op, *tensors):
-    """One line: the backend that ``op`` would use on ``tensors``, then why. Its first word is the backend's name.
+def explain(op, *tensors, tails="linear"):
+    """One line: the backend that ``op``, a spline with these ``tails``, would use on ``tensors``, then why. Its first
+    word is the backend's name.
 
     Raises:
         ValueError: ``op`` is not an operation of fastflow, no tensor is given, or for a factorisation no matrix.
@@ -361,7 +363,7 @@ def explain(op, *tensors):
         raise ValueError(f"tensors: expected matrices (*, C, C) for {op}, got shape {tuple(operands[0].shape)}")
     wanted = requested()
     if wanted is None:
-        backend, reason = _choose(op, operands)
+        backend, reason = _choose(op, operands) if tails == "linear" else ("reference", LINEAR_TAILS)
     else:
-        backend, reason = choose(op, *operands), "requested by use_backend"
+        backend, reason = choose(op, *operands, tails=tails), "requested by use_backend"
     return f"{backend} ({reason})"

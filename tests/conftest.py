@@ -113,14 +113,28 @@ def threads():
     torch.set_num_threads(before)
 
 
+_groups = []  # to the end of the process
+
+
 @pytest.fixture
-def mesh(tmp_path):
-    """A device mesh of this process alone."""
+def process_group(tmp_path):
+    """The default process group, of this process alone.
+
+    It stays alive when it is destroyed: a DistributedDataParallel that dies as its last owner waits for gloo's thread
+    with the GIL in its hands, which that thread may be waiting for to drop a tensor.
+    """
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
     torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0,
                                          world_size=1)
+    _groups.append(torch.distributed.group.WORLD)
     try:
-        yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        yield _groups[-1]
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def mesh(process_group):
+    """A device mesh of this process alone."""
+    return torch.distributed.device_mesh.init_device_mesh("cpu", (1,))

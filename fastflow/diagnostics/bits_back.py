@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from fastflow import checks
-from fastflow.diagnostics.latents import check_moments
+from fastflow.diagnostics.latents import check_moments, params_of
 from fastflow.diagnostics.mode import in_eval
+from fastflow.vae.integers import embeds
 from fastflow.vae.likelihoods import BernoulliLikelihood, CategoricalLikelihood, DiscretizedLogisticLikelihood
 from fastflow.vae.posteriors.closed import is_diagonal, is_standard, prior_moments
 
@@ -141,7 +142,7 @@ class BitsBack:
 
     def _moments(self, x):
         """The posterior's mean and sigma, flat, in grid steps."""
-        mean, log_sigma = self.model.posterior.moments(self.model.encoder(_floating(x, self.model)))
+        mean, log_sigma = self.model.posterior.moments(params_of(self.model, _taken(x, self.model)))
         self._shape = mean.shape[1:]
         sigma = np.exp(_flat(log_sigma))
         _check_finite("encoder", _flat(mean), sigma)
@@ -203,9 +204,10 @@ def _flat(tensor):
     return np.ascontiguousarray(tensor.detach().double().cpu().numpy().reshape(-1))
 
 
-def _floating(x, model):
+def _taken(x, model):
+    """x (N, *event) of integers in any dtype as the model's encoder takes them."""
     parameter = next(model.parameters(), torch.zeros(()))
-    return x.to(parameter.dtype)
+    return x.to(torch.int64) if embeds(model.encoder, x, parameter.dtype) else x.to(parameter.dtype)
 
 
 def _constriction():

@@ -50,6 +50,13 @@ def has_moments(model):
         not isinstance(model, VAE) or draws_from_posterior(model))
 
 
+def params_of(model, x, context=None):
+    """The params of the posterior of x, of a VAE or a model like one."""
+    if isinstance(model, VAE):
+        return model._encoded(x, context)
+    return model.encoder(x) if context is None else model.encoder(x, context)
+
+
 def check_bound(model):
     """The model has an ELBO."""
     if not hasattr(model, "elbo"):
@@ -89,8 +96,7 @@ def latents_and_kl(model, x, context=None, *, batch_size=1024):
     for i in range(0, len(x), batch_size):
         some = slice(i, i + batch_size)
         given = None if context is None else context[some]
-        params = model.encoder(x[some]) if context is None else model.encoder(x[some], given)
-        mean, log_sigma = model.posterior.moments(params)
+        mean, log_sigma = model.posterior.moments(params_of(model, x[some], given))
         prior = model.prior.given(given) if hasattr(model.prior, "given") else model.prior
         parts.append((mean.flatten(1), log_sigma.flatten(1), kl_to_prior(mean, log_sigma, prior)))
     return tuple(torch.cat(t) for t in zip(*parts, strict=True))

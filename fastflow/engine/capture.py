@@ -7,7 +7,7 @@ import contextlib
 
 import torch
 
-from fastflow.engine.distributed import is_sharded, replicas
+from fastflow.engine.distributed import is_sharded, replicas, unwrap
 from fastflow.engine.update import can_skip
 
 __all__ = ["CapturedSteps", "CudaRecorder", "prepare", "recorder_for"]
@@ -69,6 +69,11 @@ def prepare(model, optimizer, device, check):
         raise ValueError("capture: a model sharded by FSDP2 gathers its parameters from the host; use False")
     if replicas(model) is not None:
         raise ValueError("capture: not available inside DistributedDataParallel; use False")
+    for name, module in unwrap(model).named_modules():
+        reason = getattr(module, "uncapturable", None)
+        if reason is not None:
+            where = f"{name or 'the model'} ({type(module).__name__})"
+            raise ValueError(f"capture: can't record {where}, because {reason}; use False")
     kind, groups = type(optimizer).__name__, optimizer.param_groups
     if check and not can_skip(optimizer):
         raise ValueError(f"capture: this {kind} can't skip an update on the device's word; make it with fused=True, or "

@@ -50,6 +50,11 @@ def _integers(n_bins, model):
     likelihood = getattr(model, "likelihood", None)
     if getattr(model, "dequantizer", None) is not None:
         return f"dequantised with {n_bins} levels by the flow itself"
+    if getattr(model, "takes_integers", False):
+        return f"taken as they are by the {type(model).__name__}"
+    if hasattr(likelihood, "log_prob") and not hasattr(likelihood, "takes_integers"):
+        return (f"dequantised with {n_bins} levels, other integers than bytes and (B, C, H, W) refused, because the "
+                f"{type(likelihood).__name__} has no takes_integers")
     if getattr(likelihood, "takes_integers", False):
         return f"taken as they are by the {type(likelihood).__name__}"
     if isinstance(likelihood, BernoulliLikelihood):

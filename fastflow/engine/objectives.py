@@ -24,6 +24,7 @@ from fastflow.vae import (
     iwae,
 )
 from fastflow.vae import Objective as VAEObjective
+from fastflow.vae.integers import INDICES, embeds
 
 __all__ = ["NegativeELBO", "NegativeLogLikelihood", "levels_of", "objective_for", "record_latent_shape"]
 
@@ -48,15 +49,29 @@ class Objective:
 
     def __init__(self, n_bins):
         self.n_bins = checks.count("n_bins", n_bins, 2)
+        self._embedding = None, False  # the last model, and whether its encoder embeds integers
 
     def draws(self, model):
         """How many samples of the latents a report takes for each x; 1 where there are none."""
         return 1
 
+    def look(self, model, x, context=None):
+        """Finds out what :meth:`prepare` can't inside a graph: whether the model's encoder embeds the integers of x."""
+        inner = unwrap(model)
+        if self._embedding[0] is not inner and isinstance(x, torch.Tensor) and not x.is_floating_point() \
+                and getattr(getattr(inner, "likelihood", None), "takes_integers", False):
+            self._embedding = inner, embeds(getattr(inner, "encoder", None), x, _dtype(inner), context)
+
     def prepare(self, model, x):
-        """(float x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins; for a likelihood of
-        integers as they are, for the bits of a Bernoulli one scaled to [0, 1], for a continuous Bernoulli one
-        dequantised to [0, 1]; floating x as it is, as are the integers of a flow that dequantises them itself."""
+        """(x, constant in nats): integer images dequantised to x/n_bins - 0.5 + U/n_bins; for a likelihood of integers
+        the same numbers, as floats if the encoder does not embed them; for the bits of a Bernoulli one scaled to
+        [0, 1], for a continuous Bernoulli one dequantised to [0, 1]; floating x as it is, as are the integers of a
+        model of integers and of a flow that dequantises them itself.
+
+        Raises:
+            TypeError: x is no real tensor, or holds integers other than images for a likelihood that does not say
+                whether it takes them.
+        """
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.is_floating_point():
@@ -67,16 +82,34 @@ class Objective:
         if getattr(inner, "dequantizer", None) is not None:
             inner.check_bins(self.n_bins)
             return x, 0.0
-        parameter = next(inner.parameters(), None)
-        dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
-        likelihood = getattr(inner, "likelihood", None)
+        if getattr(inner, "takes_integers", False):
+            return x, 0.0
+        dtype, likelihood = _dtype(inner), getattr(inner, "likelihood", None)
+        if hasattr(likelihood, "log_prob") and not hasattr(likelihood, "takes_integers") and not _are_images(x):
+            raise TypeError(f"x: expected a floating dtype for a {type(likelihood).__name__}, which does not say "
+                            "whether its x are integers (takes_integers = True: taken as they are) or real numbers "
+                            f"(False: integer images are dequantised), got {x.dtype}")
         if getattr(likelihood, "takes_integers", False):
-            return x.to(dtype), 0.0
+            known, found = self._embedding
+            if not (found if known is inner else embeds(getattr(inner, "encoder", None), x, dtype)):
+                return x.to(dtype), 0.0
+            return x if x.dtype in INDICES else x.to(torch.int64), 0.0
         check_levels("x", x, self.n_bins)
         if isinstance(likelihood, BernoulliLikelihood):
             return x.to(dtype) / (self.n_bins - 1), 0.0
         shift = 0.5 if isinstance(likelihood, ContinuousBernoulliLikelihood) else 0.0
         return dequantize(x, self.n_bins, dtype=dtype) + shift, x[0].numel() * math.log(self.n_bins)
+
+
+def _are_images(x):
+    """Whether integers are images rather than counts or classes: bytes, or of shape (B, C, H, W)."""
+    return x.dtype == torch.uint8 or x.dim() == 4
+
+
+def _dtype(model):
+    """The dtype in which the model takes numbers, float32 at least."""
+    parameter = next(model.parameters(), None)
+    return torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
 
 
 def levels_of(model, x, n_bins):
@@ -147,6 +180,7 @@ class NegativeELBO(Objective):
 
     def __call__(self, model, x, context=None, targets=None):
         """(loss, parts): 0-d tensors; parts holds the mean rate and distortion, and what the objective adds."""
+        self.look(model, x, context)
         x, constant = self.prepare(model, x)
         beta = self.beta.value if isinstance(self.beta, Schedule) else self.beta
         bound = model(x, n_samples=self.n_samples, beta=beta, **self._asks(model),
@@ -184,6 +218,7 @@ class NegativeELBO(Objective):
     def report(self, model, x, context=None, targets=None):
         """{name: (B,) tensor} over a batch of integer images, the ELBO unweighted whatever is trained; with K > 1
         samples of the latents also "iwae_K", the importance-weighted bound of them."""
+        self.look(model, x, context)
         x, constant = self.prepare(model, x)
         asks = {"bound_only": True} if type(unwrap(model)).forward in (VAE.forward, HierarchicalVAE.forward) else {}
         bound = model(x, n_samples=self.draws(model), beta=1.0, **asks,

@@ -5,7 +5,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.engine.labels import classes_of
-from fastflow.vae import VAE, DiscreteVAE, HierarchicalVAE, QuantizedVAE
+from fastflow.vae import VAE, DiscreteVAE, HamiltonianVAE, HierarchicalVAE, QuantizedVAE
 
 __all__ = ["FUNCTIONS", "default_function", "program"]
 
@@ -55,7 +55,7 @@ def program(model, function, n_samples=1, example=None, context=None):
         context: for 2 examples, or None: labels for a model that is conditioned on them, for others none.
 
     Raises:
-        ValueError: the model has no such function, or takes no context.
+        ValueError: the model has no such function or none that a graph can hold, or takes no context.
     """
     if function not in FUNCTIONS:
         raise ValueError(f"function: expected one of {', '.join(FUNCTIONS)}, got {function!r}")
@@ -70,6 +70,9 @@ def program(model, function, n_samples=1, example=None, context=None):
     if kind is None or type(model).elbo is not kind.elbo or (function == "encode" and kind is VAE
                                                             and not hasattr(model.posterior, "moments")):
         raise ValueError(f"function: {function} of a {type(model).__name__} can't be exported; use safetensors")
+    if function == "elbo" and isinstance(model, HamiltonianVAE):
+        raise ValueError("function: elbo of a HamiltonianVAE can't be exported, because the forces on its z are "
+                         "gradients, which no graph traces; use encode, decode or safetensors")
     if given and kind is not VAE:
         raise ValueError(f"context: a {type(model).__name__} takes none")
     n_samples = checks.count("n_samples", n_samples, 1)
@@ -77,11 +80,9 @@ def program(model, function, n_samples=1, example=None, context=None):
     if function == "elbo":
         noise = _noise(model, x, n_samples, given)
         return _ELBO(model), {"x": x, **({} if noise is None else {"noise": noise}), **given}
-    encode = _Encode(model)
     if function == "encode":
-        return encode, {"x": x, **given}
-    latents = model.posterior(x).mode() if isinstance(model, DiscreteVAE) else next(iter(encode(x, **given).values()))
-    return _Decode(model), {"latents": latents, **given}
+        return _Encode(model), {"x": x, **given}
+    return _Decode(model), {"latents": _latents(model, x, given), **given}
 
 
 def _example(model, example, context):
@@ -101,6 +102,13 @@ def _noise(model, x, n_samples, given):
     z = model.infer(x, n_samples, **given).z
     more = getattr(model.posterior, "more_noise", 0)
     return torch.randn(*z.shape[:2], z.shape[2] + more, *z.shape[3:], dtype=z.dtype, device=z.device)
+
+
+def _latents(model, x, given):
+    """What decode takes, for each x."""
+    if isinstance(model, DiscreteVAE):
+        return model.posterior(x).mode()
+    return model.codes(x) if isinstance(model, QuantizedVAE) else model.encode(x, **given)
 
 
 class _Function(nn.Module):

@@ -46,8 +46,10 @@ class TrainStep:
     FSDP2 or not. On a GPU, cuDNN tries its algorithms at the first convolution of each shape, and Glow's conditioners
     their own kernels beside it, unless determinism is asked for. Integer images are dequantised inside,
     x/n_bins - 0.5 + U/n_bins with fresh U in [0, 1), and the loss is that of the integers (D*log(n_bins) included, so
-    that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli likelihood they become x/(n_bins - 1) instead.
-    Floating x is taken as it is.
+    that loss / (D log 2) is bits/dim); for a VAE with a Bernoulli likelihood they become x/(n_bins - 1) instead. A VAE
+    whose likelihood has ``takes_integers`` (counts, classes, levels) and a CodePrior take them as they are, the VAE's
+    encoder as floats unless it embeds them; where a likelihood of your own lacks the attribute, integers other than
+    bytes and images (B, C, H, W) are refused. Floating x is taken as it is.
 
     ``context`` is what x is conditioned on, in conditional flows and VAEs: in a SemiSupervisedVAE labels, -1 where they
     are unknown. ``targets`` are what the tasks of a VAE's objective predict (vae.Task). Both come one for each x.
@@ -57,9 +59,9 @@ class TrainStep:
         optimizer: a torch optimizer over its parameters.
         memory: what is kept for backward. "none": every activation. "save_z": the input of each step of a flow, whose
             conditioner runs once more in backward; gradients are the same. "invert": next to nothing; z is recovered by
-            inverting the steps, in models without dropout and batch normalisation. "auto": "none", or "save_z" where
-            activations would take more than a quarter of free memory, as estimated at the first batch; under
-            ``capture``, "none".
+            inverting the steps, in models without dropout and without normalisations that keep running statistics.
+            "auto": "none", or "save_z" where activations would take more than a quarter of free memory, as estimated at
+            the first batch; under ``capture``, "none".
         keep_every: under "invert", keep z after every so many couplings; None keeps the flow's output alone.
         drift_bound: under "invert", the largest error of a recovered z, relative to its largest element, that the
             first step may show. Gradients err about as much.
@@ -70,7 +72,8 @@ class TrainStep:
         capture: record the whole step as one CUDA graph per batch shape (up to four, further ones run eagerly) and
             replay it, with fresh noise each time. The first two calls of a shape (three at the very start) run eagerly
             and the next is recorded; all are training steps. The learning rate becomes a tensor on the device, which
-            schedulers may change; other hyperparameters may change too, at the price of a new recording.
+            schedulers may change; other hyperparameters may change too, at the price of a new recording. Refused are
+            continuous flows, whose solver the host follows, and residual ones of estimated log-determinants.
         clip_grad_norm: gradients of a larger total norm are scaled down to it; None leaves them.
         check_finite: True looks at the loss and the gradients' norm before the optimizer changes anything, at the cost
             of one synchronisation per update on an accelerator. "late" leaves the decision to the device, where a fused
@@ -335,6 +338,7 @@ class TrainStep:
         compiled = torch.compile(own_copy(_loss_of), fullgraph=whole, **options)
 
         def loss(model, *batch):
+            self.objective.look(model, *batch[:2])
             record_latent_shape(model, self.objective, *batch[:2])
             for _, tensor in Batch(*batch).named():
                 if len(tensor) > 1:

@@ -1,13 +1,12 @@
 """The objective itself, by a sum over every state."""
 
-import itertools
 import math
 
 import torch
 
 from fastflow import checks
 from fastflow.estimators.base import Estimate, Estimator, evaluate, nothing
-from fastflow.estimators.latents import MAX_STATES, Discrete
+from fastflow.estimators.latents import MAX_STATES, Discrete, tuples
 
 __all__ = ["Enumeration", "exact"]
 
@@ -39,9 +38,9 @@ def _sum(q, f, objective, n_samples):
     if len(states) ** n_samples > MAX_STATES:
         raise ValueError(f"n_samples: expected at most {MAX_STATES} tuples to enumerate, got "
                          f"{len(states)}**{n_samples}")
-    tuples = torch.tensor(list(itertools.product(range(len(states)), repeat=n_samples)), device=values.device)
-    bounds = torch.logsumexp(counted[tuples], 1) - math.log(n_samples)
-    return (log_q[tuples].sum(1).exp() * bounds).sum(0), states, values
+    drawn = tuples(len(states), n_samples, values.device)
+    bounds = torch.logsumexp(counted[drawn], 1) - math.log(n_samples)
+    return (log_q[drawn].sum(1).exp() * bounds).sum(0), states, values
 
 
 class Enumeration(Estimator):

@@ -3,7 +3,6 @@
 Samples are floating one-hots or bits, so that a network takes them, and relaxed ones, as they are.
 """
 
-import itertools
 import math
 
 import torch
@@ -21,6 +20,13 @@ def uniform(shape, like, generator):
     """Uniform numbers on (0, 1) in like's dtype."""
     checks.noise(None, None, generator, "logits", like)
     return drawn(torch.rand, shape, like, generator).clamp_(min=torch.finfo(like.dtype).tiny)
+
+
+def tuples(n, length, device):
+    """(n**length, length): all tuples of ``length`` numbers from 0 to n - 1, in order. They are counted on the device,
+    for a copy from the host can't be recorded in a CUDA graph."""
+    places = torch.arange(length - 1, -1, -1, device=device)
+    return torch.arange(n**length, device=device)[:, None] // n**places % n
 
 
 class Discrete:
@@ -67,8 +73,7 @@ class Discrete:
         sites, n = math.prod(self.sites), self.n_classes
         if n**sites > MAX_STATES:
             raise ValueError(f"q: expected at most {MAX_STATES} states to enumerate, got {n}**{sites}")
-        index = torch.tensor(list(itertools.product(range(n), repeat=sites)), device=self.logits.device)
-        return self.from_index(index.reshape(-1, *self.sites))
+        return self.from_index(tuples(n, sites, self.logits.device).reshape(-1, *self.sites))
 
     def table(self):
         """(B, sites, n_classes) log-probabilities of each element's classes."""

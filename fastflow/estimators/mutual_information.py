@@ -18,9 +18,9 @@ __all__ = ["barber_agakov", "barber_agakov_upper", "info_nce", "leave_one_out_up
 
 def pairwise_scores(critic, x, y):
     """(N, N): critic(x_i, y_j) -> (N*N,) at all pairs of x (N, *) and y (N, *)."""
-    n = len(x)
-    if len(y) != n:
-        raise ValueError(f"y: expected {n} rows like x, got {len(y)}")
+    n = x.shape[0]
+    if y.shape[0] != n:
+        raise ValueError(f"y: expected {n} rows like x, got {y.shape[0]}")
     scores = critic(x.repeat_interleave(n, 0), y.repeat(n, *[1] * (y.dim() - 1)))
     checks.shape("critic output", scores, (n * n,))
     return scores.unflatten(0, (n, n))
@@ -36,7 +36,7 @@ def info_nce(scores):
         van den Oord et al., "Representation learning with contrastive predictive coding", 2018, arXiv:1807.03748.
     """
     _check_scores(scores, 1)
-    return (scores.diagonal() - torch.logsumexp(scores, 0)).mean() + math.log(len(scores))
+    return (scores.diagonal() - torch.logsumexp(scores, 0)).mean() + _log(scores.shape[0], scores)
 
 
 def nwj(scores):
@@ -47,10 +47,10 @@ def nwj(scores):
         Nguyen, Wainwright and Jordan, "Estimating divergence functionals", 2010, arXiv:0809.0853.
     """
     _check_scores(scores, 2)
-    n = len(scores)
+    n = scores.shape[0]
     # Clamped, because the gradient of a logsumexp of nothing but -inf is NaN; their exp is 0 either way.
     others = _off_diagonal(scores).flatten().clamp_min(torch.finfo(scores.dtype).min)
-    log_mean = torch.logsumexp(others, 0) - math.log(n * (n - 1))
+    log_mean = torch.logsumexp(others, 0) - _log(n * (n - 1), scores)
     return scores.diagonal().mean() - torch.exp(log_mean - 1.0)
 
 
@@ -88,16 +88,21 @@ def leave_one_out_upper(log_p):
         log_p: (N, N) log p(y_j | x_i), N at least 2.
     """
     _check_scores(log_p, 2, "log_p")
-    n = len(log_p)
+    n = log_p.shape[0]
     masked = log_p.masked_fill(torch.eye(n, dtype=torch.bool, device=log_p.device), -math.inf)
-    return (log_p.diagonal() - torch.logsumexp(masked, 0)).mean() + math.log(n - 1)
+    return (log_p.diagonal() - torch.logsumexp(masked, 0)).mean() + _log(n - 1, log_p)
+
+
+def _log(count, like):
+    """log(count) of a number that depends on N, 0-d in like's dtype: math.log would compile a graph for every N."""
+    return torch.log(like.new_full((), count, dtype=torch.promote_types(like.dtype, torch.float32))).to(like.dtype)
 
 
 def _off_diagonal(scores):
-    return scores.flatten()[1:].unflatten(0, (len(scores) - 1, len(scores) + 1))[:, :-1]
+    return scores.flatten()[1:].unflatten(0, (scores.shape[0] - 1, scores.shape[0] + 1))[:, :-1]
 
 
 def _check_scores(scores, least, name="scores"):
     checks.tensor(name, scores)
-    if scores.dim() != 2 or scores.shape[0] != scores.shape[1] or len(scores) < least:
+    if scores.dim() != 2 or scores.shape[0] != scores.shape[1] or scores.shape[0] < least:
         raise ValueError(f"{name}: expected shape (N, N) with N >= {least}, got {tuple(scores.shape)}")

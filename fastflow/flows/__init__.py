@@ -12,10 +12,12 @@ from fastflow.flows.bases import (
     TruncatedNormal,
     Uniform,
 )
+from fastflow.flows.circular import PeriodicShift
 from fastflow.flows.continuous import FFJORD, ContinuousTransform, VelocityMLP, flow_matching_loss
 from fastflow.flows.decode import GaussSeidelJacobi, Guidance
+from fastflow.flows.distribution import FlowDistribution
 from fastflow.flows.ffjord_image import FFJORDImage, VelocityConvNet
-from fastflow.flows.flow import Flow, FlowDistribution
+from fastflow.flows.flow import Flow
 from fastflow.flows.flowpp import FlowPP
 from fastflow.flows.glow import Glow, GlowStep, GlowTransform
 from fastflow.flows.images import bits_per_dim, dequantize
@@ -63,9 +65,9 @@ __all__ = ["CDF", "FFJORD", "IAF", "MADE", "MAF", "NICE", "NSF", "PLU", "QR", "A
            "Guidance", "HaarSqueeze", "Householder", "Inverse", "InvertibilityReport", "InvertibleResidual", "Jet",
            "Lambda", "LeakyReLU", "LinearMap", "LipSwish", "LipschitzConvNet", "LipschitzMLP", "Log",
            "LogisticMixture", "Logit", "LowRank", "MaskedAutoregressive", "Mixture", "MixtureTransformer",
-           "Orthogonal", "Patchify", "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP", "RealNVPImage",
-           "ResidualFlow", "ResidualFlowImage", "Reverse", "ScalarTransform", "Sigmoid", "Slice", "Softplus",
-           "SpectralConv2d", "SpectralLinear", "SplineTransformer", "Split", "Squeeze", "StandardLogistic",
+           "Orthogonal", "Patchify", "PeriodicShift", "Permute", "Planar", "Power", "Quantile", "Radial", "RealNVP",
+           "RealNVPImage", "ResidualFlow", "ResidualFlowImage", "Reverse", "ScalarTransform", "Sigmoid", "Slice",
+           "Softplus", "SpectralConv2d", "SpectralLinear", "SplineTransformer", "Split", "Squeeze", "StandardLogistic",
            "StandardNormal", "StudentT", "Sylvester", "Tanh", "TarFlow", "TarFlowBlock", "Transform", "Triangular",
            "TruncatedNormal", "Uniform", "UniformDequantization", "VariationalDequantization", "VelocityConvNet",
            "VelocityMLP", "bits_per_dim", "check_invertible", "dequantize", "flow_matching_loss", "initialize",

@@ -13,7 +13,7 @@ from fastflow import checks
 from fastflow.draws import drawn
 from fastflow.flows.logdets import sum_event
 
-__all__ = ["Base", "StandardLogistic", "StandardNormal", "as_base", "centred", "seeded", "to_support"]
+__all__ = ["Anchored", "Base", "StandardLogistic", "StandardNormal", "as_base", "centred", "seeded", "to_support"]
 
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -52,6 +52,23 @@ class Base(nn.Module):
     def _refuse_temperature(self, temperature):
         if temperature != 1.0:
             raise ValueError(f"temperature: expected 1 for a base of type {type(self).__name__}, got {temperature}")
+
+
+class Anchored(nn.Module):
+    """A model with parts whose dtype and device are those of a buffer ``anchor``, a constant that no state dict holds:
+    where ``load_state_dict(assign=True)`` puts other tensors in the place of its parameters, the anchors follow."""
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, *args):
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        if not metadata.get("assign_to_params_buffers", False):
+            return
+        given = [state_dict[prefix + name] for name, _ in self.named_parameters() if prefix + name in state_dict]
+        if not given:
+            return
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else given[0].dtype
+        for module in self.modules():
+            for name in module._non_persistent_buffers_set & {"anchor", "_anchor"}:
+                setattr(module, name, torch.zeros((), dtype=dtype, device=given[0].device))
 
 
 class StandardNormal(Base):
@@ -99,6 +116,14 @@ class StandardLogistic(Base):
         return 2.0 * temperature * torch.atanh(2.0 * u)  # the logit of u + 1/2
 
 
+def support_of(law):
+    """The support of the torch.distributions object; all real numbers for one that tells none."""
+    try:
+        return law.support
+    except NotImplementedError:
+        return constraints.independent(constraints.real, len(law.event_shape))
+
+
 def to_support(support):
     """torch.distributions.transform_to(support), and for a mixture, which torch leaves out, that of its first
     component."""
@@ -108,19 +133,22 @@ def to_support(support):
     return lambda u: component(u.unsqueeze(dim)).select(dim, 0)
 
 
-def widened(law, dtype, known=None):
-    """The torch.distributions object with its floating parameters in ``dtype`` where that is a wider one; ``known`` are
-    the parts that are made already, by id."""
+def unchecked(law, double=False, known=None):
+    """The torch.distributions object, which does not look at the values that it is called with, for the host would wait
+    for the answer; its floating parameters in float64 if ``double``. ``known`` are the parts that are made already, by
+    id."""
     known = {} if known is None else known
     if isinstance(law, torch.Tensor):
-        return law.to(torch.promote_types(law.dtype, dtype)) if law.is_floating_point() else law
+        return law.double() if double and law.is_floating_point() else law
     if type(law) in (list, tuple):
-        return type(law)(widened(part, dtype, known) for part in law)
+        return type(law)(unchecked(part, double, known) for part in law)
     if not isinstance(law, (Distribution, D.Transform)):
         return law
     if id(law) not in known:  # a transform and its inverse know each other
         new = known[id(law)] = object.__new__(type(law))
-        vars(new).update({name: widened(part, dtype, known) for name, part in vars(law).items()})
+        vars(new).update({name: unchecked(part, double, known) for name, part in vars(law).items()})
+        if isinstance(law, Distribution):
+            new._validate_args = False
     return known[id(law)]
 
 
@@ -151,10 +179,10 @@ class _DistributionBase:
         checks.tensor("z", z)
         if self.event_shape:  # else it is the law of every element
             checks.events("z", z, self.event_shape)
-        distribution = self._tempered(temperature, z.dtype)
+        distribution = unchecked(self._tempered(temperature), z.dtype == torch.float64)
         if z.numel() == 0:
             return z.flatten(1).sum(1) if z.dim() > 1 else z.clone()
-        support = distribution.support
+        support = support_of(distribution)
         missing, infinite = torch.isnan(z), torch.isinf(z)
         if support.event_dim:
             missing, infinite = (t.flatten(-support.event_dim).any(-1) for t in (missing, infinite))
@@ -172,17 +200,19 @@ class _DistributionBase:
         return torch.where(without, -torch.inf, value.flatten(1).sum(1))
 
     def sample(self, n, *, generator=None, temperature=1.0):
-        distribution = self._tempered(temperature, torch.float32 if self.anchor is None else self.anchor.dtype)
+        distribution = self._tempered(temperature)
+        if self.anchor is not None and self.anchor.dtype == torch.float64:
+            distribution = unchecked(distribution, double=True)
         draw = distribution.rsample if distribution.has_rsample else distribution.sample
         with seeded(generator):
             return draw((n,))
 
-    def _tempered(self, temperature, dtype):
+    def _tempered(self, temperature):
         law = self.distribution if temperature == 1.0 else tempered(self.distribution, temperature)
         if law is None:
             raise ValueError(f"temperature: expected 1 for a base of type {type(self.distribution).__name__}, "
                              f"got {temperature}")
-        return widened(law, dtype) if dtype == torch.float64 else law
+        return law
 
 
 @contextlib.contextmanager

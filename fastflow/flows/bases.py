@@ -157,52 +157,87 @@ class ClassConditionalNormal(Base):
 
 
 class Mixture(Base):
-    """sum_k w_k p_k(z) with learned weights, softmax(logits), equal at first.
+    """sum_k w_k p_k(z) with learned weights, softmax(logits), equal at first; with conditional components or weights
+    sum_k w_k(context) p_k(z | context), the law of a mixture density network.
 
     Samples are reparameterised within a component; the choice of one carries no gradient, so none reaches the weights
     through samples.
 
     Args:
-        components: bases of one event shape; modules among them become submodules.
+        components: bases of one event shape, conditional or not; modules among them become submodules.
+        weights: network from the context (B, ...) to logits (B, K) of the K components; None for the learned logits.
+
+    References:
+        Bishop, "Mixture density networks", 1994, NCRG/94/004.
     """
 
-    def __init__(self, components):
+    def __init__(self, components, weights=None):
         bases = [as_base(c) for c in components]
         if not bases:
             raise ValueError("components: expected at least one base")
         shapes = {tuple(b.event_shape) for b in bases}
         if len(shapes) > 1:
             raise ValueError(f"components: expected one event shape, got {sorted(shapes)}")
-        if any(getattr(b, "conditional", False) for b in bases):
-            raise ValueError("components: expected unconditional bases")
         super().__init__(bases[0].event_shape)
         self.components = bases
         self.modules_of_components = nn.ModuleList(b for b in bases if isinstance(b, nn.Module))
-        self.logits = nn.Parameter(torch.zeros(len(bases)))
+        self.weights = weights
+        self.logits = nn.Parameter(torch.zeros(len(bases))) if weights is None else None
+        self.conditional = weights is not None or any(getattr(b, "conditional", False) for b in bases)
 
-    def log_prob(self, z, temperature=1.0):
-        each = torch.stack([b.log_prob(self._checked(z), temperature) for b in self.components])
+    def log_prob(self, z, temperature=1.0, *, context=None):
+        weights = torch.log_softmax(self._logits(context), -1)
+        each = torch.stack([b.log_prob(self._checked(z), temperature, **_context_of(b, context))
+                            for b in self.components])
         outside = torch.isneginf(each).all(0)  # of all components, where a logsumexp has NaN for a gradient
-        total = torch.logsumexp(torch.log_softmax(self.logits, 0)[:, None] + torch.where(outside, 0.0, each), 0)
+        weights = weights[:, None] if weights.dim() == 1 else weights.mT
+        total = torch.logsumexp(weights + torch.where(outside, 0.0, each), 0)
         return torch.where(outside, -torch.inf, total)
 
-    def sample(self, n, *, generator=None, temperature=1.0):
-        chosen = choose(torch.softmax(self.logits, 0), n, generator)
-        parts = [as_base(b, self.logits).sample(int((chosen == k).sum()), generator=generator, temperature=temperature)
-                 for k, b in enumerate(self.components)]
+    def sample(self, n, *, generator=None, temperature=1.0, context=None):
+        if context is not None and len(context) != n:
+            raise ValueError(f"context: expected {n} of them, one for each sample, got {len(context)}")
+        logits = self._logits(context)
+        weights = torch.softmax(logits, -1)
+        chosen = choose(weights, n, generator) if logits.dim() == 1 else choose(weights, 1, generator)[:, 0]
+        parts = []
+        for k, base in enumerate(self.components):
+            own = {} if context is None else _context_of(base, context[chosen == k])
+            parts.append(as_base(base, logits).sample(int((chosen == k).sum()), generator=generator,
+                                                      temperature=temperature, **own))
         order = torch.argsort(torch.argsort(chosen, stable=True))
         return torch.cat(parts)[order.to(parts[0].device)]
+
+    def _logits(self, context):
+        """(K,), or (B, K) where the context makes them."""
+        if self.conditional and context is None:
+            raise ValueError(f"context: expected a tensor for a base of type {type(self).__name__}, got None")
+        if not self.conditional and context is not None:
+            raise ValueError(f"context: expected None, because neither components nor weights are conditional, got "
+                             f"shape {tuple(context.shape)}")
+        if self.weights is None:
+            return self.logits
+        logits = self.weights(context)
+        checks.shape("weights output", logits, (len(context), len(self.components)))
+        return _whole(logits)
+
+
+def _context_of(base, context):
+    """The keyword arguments with which a component gets the context."""
+    return {"context": context} if getattr(base, "conditional", False) else {}
 
 
 class Uniform(Base):
     """Uniform on the box low <= z < high.
 
     Args:
-        low, high: numbers or tensors that broadcast to event_shape, fixed.
+        low, high: numbers or tensors that broadcast to event_shape, fixed. A number has its digits in whatever dtype
+            the module is moved to.
         event_shape: of one z; default that of low and high.
     """
 
     def __init__(self, low, high, event_shape=None):
+        self._numbers = {name: end for name, end in (("low", low), ("high", high)) if isinstance(end, (int, float))}
         low, high = torch.broadcast_tensors(*(torch.as_tensor(t, dtype=torch.get_default_dtype())
                                               if not isinstance(t, torch.Tensor) else t for t in (low, high)))
         super().__init__(low.shape if event_shape is None else event_shape)
@@ -210,6 +245,15 @@ class Uniform(Base):
         self.register_buffer("high", high.expand(self.event_shape).clone())
         if not bool((self.low < self.high).all()):
             raise ValueError("low: expected values below high")
+
+    def _apply(self, fn, recurse=True):
+        before = {name: getattr(self, name) for name in self._numbers}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new, number = getattr(self, name), self._numbers[name]
+            if new.dtype != old.dtype and not old.is_meta and bool((old == torch.full_like(old, number)).all()):
+                new.fill_(number)
+        return self
 
     def log_prob(self, z, temperature=1.0):
         self._refuse_temperature(temperature)

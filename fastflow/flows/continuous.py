@@ -9,6 +9,7 @@ from fastflow import checks
 from fastflow.autograd.differentiable import detached, leaf_of, outside_inference_mode, uncompiled
 from fastflow.draws import drawn
 from fastflow.flows.base import StandardNormal, as_base
+from fastflow.flows.contexts import has_room, takes_context
 from fastflow.flows.flow import Flow
 from fastflow.flows.tabular import FEATURES
 from fastflow.flows.transform import Compose
@@ -69,6 +70,8 @@ class ContinuousTransform(nn.Module):
         Grathwohl et al., "FFJORD", 2019, arXiv:1810.01367.
     """
 
+    uncapturable = "its solver reads the times of its steps on the host"  # why a CUDA graph can't hold it
+
     def __init__(self, field, *, trace="auto", method="dopri5", rtol=1e-5, atol=1e-5, options=None, adjoint=False):
         super().__init__()
         _torchdiffeq()
@@ -93,6 +96,11 @@ class ContinuousTransform(nn.Module):
         shape = getattr(self.field, "event_shape", None)
         return self.trace != "exact" and (self.trace == "hutchinson" or shape is None
                                           or math.prod(shape) > EXACT_IN_TRAINING)
+
+    @property
+    def takes_context(self):
+        """Whether the field does."""
+        return takes_context(self.field, 1) if isinstance(self.field, nn.Module) else has_room(self.field, 1)
 
     @uncompiled
     @outside_inference_mode
@@ -186,7 +194,7 @@ def flow_matching_loss(flow, x, context=None, *, sigma_min=0.0, noise=None, t=No
     Args:
         flow: a ContinuousTransform, whose noise is N(0, I), or a Flow of one, whose noise is its base's.
         x: data (B, *event).
-        context: (B, ...) or None, handed to the field.
+        context: (B, ...) or None, handed to the field and to a conditional base.
         sigma_min: >= 0.
         noise: like x, None to draw it.
         t: times (B,), None to draw them from [0, 1].
@@ -205,14 +213,20 @@ def flow_matching_loss(flow, x, context=None, *, sigma_min=0.0, noise=None, t=No
     if not sigma_min >= 0:
         raise ValueError(f"sigma_min: expected a non-negative number, got {sigma_min!r}")
     if noise is None:
-        base = as_base(flow.base) if isinstance(flow, Flow) else StandardNormal(x.shape[1:]).to(x.device, x.dtype)
-        noise = base.sample(x.shape[0], generator=generator).to(x.dtype)
+        options = {} if generator is None else {"generator": generator}
+        if isinstance(flow, Flow):
+            base, options = as_base(flow.base), {**options, **flow.context_of_base(context)}
+        else:
+            base = StandardNormal(x.shape[1:]).to(x.device, x.dtype)
+        noise = base.sample(x.shape[0], **options).to(x.dtype)
     checks.shape("noise", noise, x.shape)
     if t is None:
         t = drawn(torch.rand, (x.shape[0],), x, generator)
     checks.shape("t", t, (x.shape[0],))
     time = t.view(-1, *(1,) * (x.dim() - 1))
     position = (1.0 - (1.0 - sigma_min) * time) * noise + time * x
+    if isinstance(flow, Flow):
+        context = flow.context_of_transform(context)
     error = transform.velocity(t, position, context) - (x - (1.0 - sigma_min) * noise)
     return error.square().flatten(1).sum(1)
 

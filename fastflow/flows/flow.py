@@ -1,26 +1,25 @@
 """Flow: a transform and a base distribution, which together are a density."""
 
-import functools
 import math
-import sys
 
 import torch
 from torch import nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 
 from fastflow import checks
-from fastflow.flows.base import as_base, seeded
+from fastflow.flows.base import Anchored, as_base, seeded
 from fastflow.flows.bases import Mixture
 from fastflow.flows.contexts import takes_context
+from fastflow.flows.distribution import distribution_of
 from fastflow.flows.images import bits_per_dim, dequantize
 from fastflow.flows.labels import check_levels
 from fastflow.flows.surjections import UniformDequantization
-from fastflow.flows.transform import Compose, Inverse, check_transform, initialize
+from fastflow.flows.transform import Compose, check_transform, initialize
 
-__all__ = ["Flow", "FlowDistribution"]
+__all__ = ["Flow"]
 
 
-class Flow(nn.Module):
+class Flow(Anchored):
     """The density log p(x) = log base(z) + log|det dz/dx| with z = transform(x).
 
     Calling the module is :meth:`log_prob`, so that wrappers such as DDP, FSDP2 and torch.compile train it.
@@ -81,15 +80,16 @@ class Flow(nn.Module):
 
         Returns:
             (B,); -inf outside the support.
+
+        Raises:
+            ValueError: context and x, or what the transform or the base returns, are not of one batch size B.
         """
         if self.dequantization is not None and isinstance(x, torch.Tensor) and not x.is_floating_point():
             return self._log_prob_of_integers(x, context)
         _check_context(x, context)
         z, logdet = self.transform(x, self.context_of_transform(context))
-        if isinstance(logdet, torch.Tensor) and logdet.dim() > 0 and logdet.shape != z.shape[:1]:
-            raise ValueError(f"transform: expected a log-determinant of shape {tuple(z.shape[:1])}, got "
-                             f"{tuple(logdet.shape)}")
-        log_base = as_base(self.base).log_prob(z, **self._of_base(context))
+        _check_logdet(logdet, z)
+        log_base = self._log_base(z, context)
         total = log_base + logdet
         if isinstance(self.base, (Distribution, Mixture)) and isinstance(logdet, torch.Tensor):
             # Beside an element outside the transform's domain an infinite density of another counts nothing.
@@ -114,8 +114,7 @@ class Flow(nn.Module):
             (n, *event), with a context (n, B, *event).
         """
         z, context, lead = self._noise(n, context, generator, temperature)
-        with self._drawing(generator):
-            return self.transform.inverse(z, self.context_of_transform(context))[0].unflatten(0, lead)
+        return self._generate(z, context, generator)[0].unflatten(0, lead)
 
     def sample_and_log_prob(self, n, context=None, *, generator=None, temperature=1.0):
         """(samples as of :meth:`rsample`, their log-density (n,) or (n, B) in nats), both with gradients.
@@ -125,16 +124,16 @@ class Flow(nn.Module):
         if temperature == 0:
             raise ValueError("temperature: expected a positive number, because there is no density at 0, got 0")
         z, context, lead = self._noise(n, context, generator, temperature)
-        with self._drawing(generator):
-            x, logdet = self.transform.inverse(z, self.context_of_transform(context))
+        x, logdet = self._generate(z, context, generator)
         tempered = () if temperature == 1.0 else (temperature,)
-        log_prob = as_base(self.base).log_prob(z, *tempered, **self._of_base(context)) - logdet
+        log_prob = self._log_base(z, context, *tempered) - logdet
         return x.unflatten(0, lead), log_prob.unflatten(0, lead)
 
     def as_distribution(self, context=None):
         """The flow as a torch.distributions object; with a context its batch shape is (B,). Where Pyro is imported it
         is one of Pyro's distributions as well, for ``pyro.sample``."""
-        return _kind()(self, context)
+        _check_context(None, context)
+        return distribution_of(self, context)
 
     def initialize(self, x, context=None):
         """Set the data-dependent parameters (ActNorm) from a batch x (B, *event), anew at every call."""
@@ -149,6 +148,10 @@ class Flow(nn.Module):
         if not torch.compiler.is_compiling():  # anew each time, as parts may have been exchanged
             self._transform_takes_context = takes_context(self.transform)
         return context if self._transform_takes_context else None
+
+    def context_of_base(self, context):
+        """The keyword arguments with which a context goes to the base, none to one that is not conditional."""
+        return {"context": context} if getattr(self.base, "conditional", False) else {}
 
     def shard_groups(self):
         """[module]: disjoint submodules that FSDP2 gathers and frees one at a time; what is left is one group more.
@@ -214,6 +217,20 @@ class Flow(nn.Module):
         values, contribution = self.dequantization(x, context, generator=generator, dtype=self._dtype())
         return self.log_prob(values, context) + contribution
 
+    def _log_base(self, z, context, *temperature):
+        """(B,) log-density of z (B, ...) under the base."""
+        value = as_base(self.base).log_prob(z, *temperature, **self.context_of_base(context))
+        if (shape := getattr(value, "shape", ())) != z.shape[:1]:
+            raise ValueError(f"base: expected a log-density of shape {tuple(z.shape[:1])}, got {tuple(shape)}")
+        return value
+
+    def _generate(self, z, context, generator):
+        """(x, log-determinant) of z (B, ...)."""
+        with self._drawing(generator):
+            x, logdet = self.transform.inverse(z, self.context_of_transform(context))
+        _check_logdet(logdet, z)
+        return x, logdet
+
     def _drawing(self, generator):
         """Inside, surjections of the transform, which are not handed a generator, draw from this one."""
         inside = isinstance(self.transform, nn.Module) and generator is not None
@@ -239,7 +256,8 @@ class Flow(nn.Module):
             _check_context(None, context)
             lead = (n, context.shape[0])
             context = context.expand(n, *context.shape).flatten(0, 1)
-        options = self._of_base(context)  # and of the rest what was asked for: a base of the user's need not take it
+        # Of the rest what was asked for, which a base of the user's need not take.
+        options = self.context_of_base(context)
         if generator is not None:
             options["generator"] = generator
         if temperature != 1.0:
@@ -247,8 +265,12 @@ class Flow(nn.Module):
         z = as_base(self.base, self._buffers.get("_anchor")).sample(math.prod(lead), **options)
         return z, context, lead
 
-    def _of_base(self, context):
-        return {"context": context} if getattr(self.base, "conditional", False) else {}
+
+def _check_logdet(logdet, z):
+    """A ``logdet`` that is a tensor is 0-d, for all of z (B, ...) alike, or (B,)."""
+    if isinstance(logdet, torch.Tensor) and logdet.dim() > 0 and logdet.shape != z.shape[:1]:
+        raise ValueError(f"transform: expected a log-determinant of shape {tuple(z.shape[:1])}, got "
+                         f"{tuple(logdet.shape)}")
 
 
 def _check_context(x, context):
@@ -261,93 +283,3 @@ def _check_context(x, context):
     if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != context.shape[0]:
         raise ValueError(f"context: expected the batch size of x of shape {tuple(x.shape)}, got shape "
                          f"{tuple(context.shape)}")
-
-
-class FlowDistribution(Distribution):
-    """A flow, under one context or (B, ...) contexts, with the interface of torch.distributions. :meth:`expand` gives
-    it further batch dimensions, as Pyro's plates do."""
-
-    arg_constraints = {}
-    has_rsample = True
-
-    def __init__(self, flow, context=None):
-        self.flow = flow
-        self.context = context
-        with torch.no_grad():  # the data's shape need not be the noise's
-            event = flow.sample(1, None if context is None else context[:1], generator=torch.Generator().manual_seed(0))
-        batch_shape = torch.Size() if context is None else torch.Size([context.shape[0]])
-        super().__init__(batch_shape, event.shape[1 if context is None else 2:], validate_args=False)
-
-    @property
-    def support(self):
-        """The domain of the scalar bijection that the data meet first, else all real numbers."""
-        first = self.flow.transform
-        while isinstance(first, Compose) and len(first.transforms):
-            first = first.transforms[0]
-        first, side = (first.transform, "codomain") if isinstance(first, Inverse) else (first, "domain")
-        low, high = getattr(first, side, (-math.inf, math.inf))
-        each = {(False, False): constraints.real, (True, False): constraints.greater_than(low),
-                (False, True): constraints.less_than(high), (True, True): constraints.interval(low, high)}
-        return constraints.independent(each[math.isfinite(low), math.isfinite(high)], len(self.event_shape))
-
-    def expand(self, batch_shape, _instance=None):
-        """The same law with ``batch_shape``, to which the present one broadcasts."""
-        new = self._get_checked_instance(FlowDistribution, _instance)
-        batch_shape = torch.Size(batch_shape)
-        new.flow, new.context = self.flow, self.context
-        if self.context is not None:
-            new.context = self.context.expand(*batch_shape, *self.context.shape[len(self.batch_shape):])
-        Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
-        return new
-
-    def log_prob(self, value):
-        """Log-density (*sample, *batch) of value (*sample, *batch, *event), in nats."""
-        checks.tensor("value", value, floating=False)
-        event_dims = len(self.event_shape)
-        if value.dim() < event_dims or value.shape[value.dim() - event_dims:] != self.event_shape:
-            raise ValueError(f"value: expected shape (*, {', '.join(map(str, self.event_shape))}), got "
-                             f"{tuple(value.shape)}")
-        try:
-            lead = torch.broadcast_shapes(value.shape[:value.dim() - event_dims], self.batch_shape)
-        except RuntimeError:
-            raise ValueError(f"value: expected a shape that broadcasts with "
-                             f"{tuple(self.batch_shape + self.event_shape)}, got {tuple(value.shape)}") from None
-        context = self.context
-        if context is not None:
-            own = context.shape[len(self.batch_shape):]
-            context = context.expand(*lead, *own).reshape(-1, *own)
-        value = value.expand(lead + self.event_shape)
-        return self.flow.log_prob(value.reshape(-1, *self.event_shape), context).reshape(lead)
-
-    def sample(self, sample_shape=()):
-        with torch.no_grad():
-            return self.rsample(sample_shape)
-
-    def rsample(self, sample_shape=()):
-        shape, context = torch.Size(sample_shape), self.context
-        if context is None:
-            x = self.flow.rsample(math.prod(shape + self.batch_shape))
-        else:
-            x = self.flow.rsample(math.prod(shape), context.reshape(-1, *context.shape[len(self.batch_shape):]))
-        return x.reshape(shape + self.batch_shape + self.event_shape)
-
-
-    def __reduce__(self):  # a class made here has no name to be found by
-        return _restored, (self.__dict__,)
-
-
-def _kind():
-    pyro = sys.modules.get("pyro.distributions.torch_distribution")
-    return FlowDistribution if pyro is None else _with(pyro.TorchDistributionMixin)
-
-
-@functools.cache
-def _with(mixin):
-    return type(FlowDistribution.__name__, (FlowDistribution, mixin), {})
-
-
-def _restored(state):
-    kind = _kind()
-    found = kind.__new__(kind)
-    found.__dict__.update(state)
-    return found

@@ -139,7 +139,7 @@ def _coupling(transform, x, context):
     kind = type(network)
     if kind is MLP:
         if (network.context_features is None) != (context is None):
-            return "its conditioner and the context do not go together"
+            return "its conditioner takes " + ("no context" if network.context_features is None else "a context")
         if is_hooked(network):
             return HOOKED
         network = network._modules.get("layers")

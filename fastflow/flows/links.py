@@ -13,7 +13,6 @@ import torch
 from fastflow.autograd.differentiable import unhooked
 from fastflow.flows import memory
 from fastflow.nn import InvertibleConv1x1
-from fastflow.nn.factors import Factors
 from fastflow.nn.outputs import in_format_of, over_positions
 
 __all__ = ["ConvLink", "CouplingLink", "Link", "ShapeLink", "SplitLink", "TransformLink"]
@@ -119,9 +118,8 @@ class ConvLink(Link):
         self.tensors = tuple(factors[:2]) if factors.undo is None else (*factors[:2], *factors.undo[:2])
 
     def forward(self, x, logdet, matrix, offset, *_):
-        # What comes from outside a saving pass's graph is the factors' own; inside, gradients belong to its inputs.
-        own = matrix is self.factors.matrix and offset is self.factors.offset
-        z = self.conv.apply_factors(x, self.factors if own else Factors(matrix, offset, None))
+        # Not always the factors' own: hooks on saved tensors may have put copies in their place for the second run.
+        z = self.conv.apply_factors(x, self.factors._replace(matrix=matrix, offset=offset))
         if self.with_logdet:
             z, logdet = in_format_of(x, z), _add(logdet, over_positions(self.factors.logabsdet, x))
         return z, logdet

@@ -24,15 +24,19 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.checkpoint import checkpoint
 
 from fastflow import backends, checks
+from fastflow.flows.moving import MovingBuffers
 from fastflow.flows.recompute import recomputed
 
 __all__ = ["Mode", "kept", "path", "saving"]
 
 NAMES = ("none", "save_z", "invert")
+# Whose running statistics no momentum leaves as they are; they are not read in training.
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class _State(threading.local):
-    mode = None
+    def __init__(self):
+        self.mode = None  # of each object, for Dynamo to guard on
 
 
 _state = _State()
@@ -47,14 +51,16 @@ class Mode:
         keep_every: for "invert", keep z after every so many couplings; None keeps the flow's output alone.
 
     Attributes:
+        moving: the :class:`~fastflow.flows.moving.MovingBuffers` of the model.
         drifts: None, or a list that backward under "invert" fills with 0-d tensors, one per stretch between kept z:
             the largest error of the recovered z relative to the largest true element.
         random: whether a pass has been seen to draw random numbers.
 
     Raises:
         ValueError: an unknown name, a keep_every that is no positive int or comes with another mode, or for "invert" a
-            model that holds dropout, batch normalisation, an estimated log-determinant or a solver of adaptive steps;
-            the message names the module.
+            model that holds dropout, batch normalisation, an estimated log-determinant or a solver of adaptive steps,
+            or (said by the first pass) whose steps move buffers of floating-point numbers; the message names the
+            module.
     """
 
     def __init__(self, name, model, keep_every=None):
@@ -63,19 +69,32 @@ class Mode:
         if keep_every is not None and name != "invert":
             raise ValueError(f"keep_every: expected None, because it belongs to memory='invert', got {keep_every!r}")
         self.name, self.keep_every = name, None if keep_every is None else checks.count("keep_every", keep_every, 1)
-        self.norms = tuple(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        self.iterating = tuple(filter(_iterates, model.modules()))
+        self.norms = tuple(m for m in model.modules() if type(m).forward in BATCH_NORMS)
+        self.iterating = tuple(filter(_iterated, model.modules()))
+        apart = {(id(m), buffer) for m in self.norms for buffer in m._buffers}
+        apart |= {(id(m), buffer) for m in self.iterating for buffer in _iterated(m)}
+        self.moving = MovingBuffers(model, apart, flags=name != "invert")
         self.random = False
         self.drifts = None
         if name == "invert":
             _refuse_uninvertible(model)
 
 
-def _iterates(module):
-    """Whether a call in training moves the buffers of a spectral norm, of torch's parametrization or of its older hook,
-    by a step of power iteration, which a second run must not do again."""
-    return isinstance(module, parametrizations._SpectralNorm) or any(
-        isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    def refuse_moved(self, places):
+        """Raises, under "invert", where such a place of ``moving`` holds floating-point numbers."""
+        for place in self.moving.floating(places) if self.name == "invert" else ():
+            where, module, buffer = self.moving.named(place)
+            raise ValueError(f"memory: 'invert' can't run {where} ({type(module).__name__}): a pass moves its buffer "
+                             f"{buffer!r}, and recovered values would not give what those of the pass have given; use "
+                             f"'save_z'")
+
+
+def _iterated(module):
+    """The buffers of a spectral norm, of torch's parametrization or of its older hook, that a call in training moves by
+    a step of power iteration, which a second run must not do again."""
+    names = ["_u", "_v"] if isinstance(module, parametrizations._SpectralNorm) else []
+    return names + [hook.name + end for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)
+                    for end in ("_u", "_v")]
 
 
 def _refuse_uninvertible(model):
@@ -105,10 +124,15 @@ def saving(mode):
         yield
         return
     _state.mode = mode
+    found = ()
     try:
         yield
     finally:
         _state.mode = previous
+        if mode is not None:
+            found = mode.moving.close()
+    if mode is not None:
+        mode.refuse_moved(found)
 
 
 def active():
@@ -146,7 +170,7 @@ def kept(function, x, *tensors):
 
 class _Recomputing:
     """The recomputed runs of one pass, each of which finds in backward what it found at first: the backend, autocast,
-    the states of random generators; and running statistics that a second update would spoil."""
+    the states of random generators; and buffers that the first has moved, which the second leaves as they are."""
 
     def __init__(self, mode):
         self.mode, self.tracing = mode, torch.compiler.is_compiling()
@@ -166,11 +190,13 @@ class _Recomputing:
         if self.tracing:
             with saving(None):  # out here, because nothing may be written inside
                 return checkpoint(first, *tensors, use_reentrant=False)
-        if self.generators is None:
-            return recomputed(first, second, tensors, lambda: self._again(None))
-        index = len(self.generators)
-        self.generators.append(_generators(x.device))
-        return recomputed(first, second, tensors, lambda: self._again(self.generators and self.generators[index]))
+        index, step = -1, self.mode.moving.step()
+        if self.generators is not None:
+            index = len(self.generators)
+            self.generators.append(_generators(x.device))
+        out = recomputed(first, second, tensors, lambda: self._again(self.generators and self.generators[index], step))
+        self.mode.refuse_moved(step.end())
+        return out
 
     def end(self):
         if self.tracing or not self.generators:
@@ -182,7 +208,7 @@ class _Recomputing:
             self.mode.random = True
 
     @contextlib.contextmanager
-    def _again(self, generators):
+    def _again(self, generators, step):
         norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in self.mode.norms]
         with contextlib.ExitStack() as stack:
             if self.backend != backends.requested():
@@ -193,6 +219,7 @@ class _Recomputing:
             now = None if generators is None else _generators(generators[0])
             if now is not None:
                 _set_generators(generators)
+            stack.enter_context(step.again())
             for norm in self.mode.norms:
                 norm.momentum, norm.num_batches_tracked = 0.0, None
             iterating = [module for module in self.mode.iterating if module.training]

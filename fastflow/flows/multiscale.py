@@ -333,7 +333,7 @@ class Split(nn.Module):
         z1, z2, logdet = memory.kept(lambda x, *own: self.split(x, None, *own), x,
                                      *([context] if self.conditional and context is not None else []))
         if self.rest is not None:
-            z1, more = self.rest(z1, context)
+            z1, more = self.rest(z1, self._of_rest(context))
             logdet = logdet + more
         return torch.cat([z2.flatten(1), z1.flatten(1)], 1), logdet
 
@@ -341,7 +341,7 @@ class Split(nn.Module):
         z2, z1 = self._unpack(z)
         total = None
         if self.rest is not None:
-            z1, total = self.rest.inverse(z1, context)
+            z1, total = self.rest.inverse(z1, self._of_rest(context))
         return self.merge(z1, z2, total, context)
 
     def noise_shape(self, event_shape):
@@ -353,7 +353,7 @@ class Split(nn.Module):
     def initialize(self, x, context=None):
         z1, z2, _ = self.split(x, None, context)
         if self.rest is not None:
-            z1 = initialize(self.rest, z1, context)
+            z1 = initialize(self.rest, z1, self._of_rest(context))
         return torch.cat([z2.flatten(1), z1.flatten(1)], 1)
 
     def unpack(self, z):
@@ -363,6 +363,10 @@ class Split(nn.Module):
 
     def _params(self, x1, context):
         return self.prior(x1, context) if self.conditional else self.prior(x1)
+
+    def _of_rest(self, context):
+        """What the rest is handed of a context: None beside a prior that takes one, where it takes none."""
+        return context if not self.conditional or takes_context(self.rest) else None
 
     def _unpack(self, z):
         checks.tensor("z", z)

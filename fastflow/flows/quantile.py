@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributions import Distribution, MixtureSameFamily, transform_to
 
 from fastflow import checks
-from fastflow.flows.base import to_support
+from fastflow.flows.base import to_support, unchecked
 from fastflow.flows.logdets import sum_event
 from fastflow.flows.scalar import strictly_inside
 
@@ -50,12 +50,12 @@ class CDF(nn.Module):
     def forward(self, x, context=None):
         """(z, logdet) of x (B, *event), logdet (B,) in nats; ``context`` is ignored."""
         checks.tensor("x", x)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        outside = ~(self.distribution.support.check(x) | torch.isnan(x)) | torch.isinf(x)
+        x, law = x.to(torch.promote_types(x.dtype, torch.float32)), unchecked(self.distribution)
+        outside = ~(law.support.check(x) | torch.isnan(x)) | torch.isinf(x)
         safe = torch.where(outside, self._inner(x), x)
         missing = torch.isnan(safe)
         safe = torch.where(missing, self._inner(x), safe)
-        z, slope = strictly_inside(self.distribution.cdf(safe), 0.0, 1.0), self.distribution.log_prob(safe)
+        z, slope = strictly_inside(law.cdf(safe), 0.0, 1.0), law.log_prob(safe)
         slope = torch.where(outside, -math.inf, slope)
         total = sum_event(torch.where(missing, math.nan, slope))
         if x.dim() > 1:  # beside an element outside an infinite density of another counts nothing
@@ -65,44 +65,44 @@ class CDF(nn.Module):
     def inverse(self, z, context=None):
         """(x, logdet) of z (B, *event)."""
         checks.tensor("z", z)
+        law = unchecked(self.distribution)
         dtype = torch.promote_types(torch.result_type(z, self._sample), torch.float32)
         missing, outside = torch.isnan(z), (z <= 0.0) | (z >= 1.0)
         safe = torch.where(outside | missing, 0.4, z).to(dtype)  # not the median, at which a density may be infinite
         try:
             # In float64, because near 0 torch's icdf of a normal law has no digits in float32.
             with torch.no_grad():  # where it has no finite value even so, z is as good as at its end
-                outside = outside | ~torch.isfinite(self.distribution.icdf(safe.double()).to(dtype))
-            x = self.distribution.icdf(torch.where(outside, 0.4, safe).double()).to(dtype)
+                outside = outside | ~torch.isfinite(law.icdf(safe.double()).to(dtype))
+            x = law.icdf(torch.where(outside, 0.4, safe).double()).to(dtype)
         except NotImplementedError:
-            x = self._solve(safe)
-        slope = torch.where(outside, -math.inf, -self.distribution.log_prob(x))
+            x = _solve(law, safe)
+        slope = torch.where(outside, -math.inf, -law.log_prob(x))
         return torch.where(missing, math.nan, x), sum_event(torch.where(missing, math.nan, slope))
 
     def _inner(self, like):
         return to_support(self.distribution.support)(torch.zeros_like(like))
 
-    def _solve(self, z):
-        """x with F(x) = z."""
-        value_of = to_support(self.distribution.support)
-        with torch.no_grad():
-            # In the unconstrained u, of which x is a monotone function, for every support alike.
-            low, high = torch.full_like(z, -1.0), torch.full_like(z, 1.0)
-            rising = (value_of(high) > value_of(low)).all()
-            value = (lambda u: self.distribution.cdf(value_of(u))) if rising else (
-                lambda u: self.distribution.cdf(value_of(-u)))
-            for _ in range(12):
-                low = torch.where(value(low) > z, 2.0 * low, low)
-                high = torch.where(value(high) < z, 2.0 * high, high)
-            for _ in range(64 if z.dtype == torch.float64 else 40):
-                middle = 0.5 * (low + high)
-                above = value(middle) > z
-                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-            x = value_of(0.5 * (low + high) * (1.0 if rising else -1.0))
-        # Newton's steps don't move x any more, but each makes one more order of its derivatives those of the implicit
-        # function.
-        for _ in range(2):
-            x = x - (self.distribution.cdf(x) - z) / torch.exp(self.distribution.log_prob(x))
-        return x
+
+def _solve(law, z):
+    """x with F(x) = z."""
+    value_of = to_support(law.support)
+    with torch.no_grad():
+        # In the unconstrained u, of which x is a monotone function, for every support alike; without asking the device.
+        low, high = torch.full_like(z, -1.0), torch.full_like(z, 1.0)
+        sign = torch.where((value_of(high) > value_of(low)).all(), 1.0, -1.0)
+        for _ in range(12):
+            low = torch.where(law.cdf(value_of(sign * low)) > z, 2.0 * low, low)
+            high = torch.where(law.cdf(value_of(sign * high)) < z, 2.0 * high, high)
+        for _ in range(64 if z.dtype == torch.float64 else 40):
+            middle = 0.5 * (low + high)
+            above = law.cdf(value_of(sign * middle)) > z
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        x = value_of(sign * (0.5 * (low + high)))
+    # Newton's steps don't move x any more, but each makes one more order of its derivatives those of the implicit
+    # function.
+    for _ in range(2):
+        x = x - (law.cdf(x) - z) / torch.exp(law.log_prob(x))
+    return x
 
 
 class Quantile(nn.Module):

@@ -54,7 +54,8 @@ class _Frame:
     def __init__(self, second, tensors, around):
         self.second, self.around = second, around
         self.places, self.kinds, self.open = [], [], True
-        self.keeper = _Keeper.apply(torch.empty((), requires_grad=True), *tensors).grad_fn
+        # The output, not its node: without it, torch 2.11 lets what the node has saved go.
+        self.kept = _Keeper.apply(torch.empty((), requires_grad=True), *tensors)
 
     def pack(self, tensor):
         saved = _Saved(self, tensor)
@@ -85,7 +86,7 @@ class _Frame:
             return tensor.detach()  # for a step that takes gradients on its way
 
         with self.around(), torch.enable_grad(), saved_tensors_hooks(pack, _same):
-            self.second(*self.keeper.saved_tensors)
+            self.second(*self.kept.grad_fn.saved_tensors)
         if count < len(self.kinds):
             raise RuntimeError(self.differs(f"{count} tensors, and {len(self.kinds)} before"))
 

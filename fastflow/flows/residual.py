@@ -93,6 +93,11 @@ class InvertibleResidual(nn.Module):
         shape = getattr(self.net, "event_shape", None)
         return shape is None or math.prod(shape) > self.exact_training_features
 
+    @property
+    def uncapturable(self):
+        """Why a CUDA graph can't hold a pass of training, or None."""
+        return "it draws on the host how many terms its estimate takes" if self.estimates else None
+
     @uncompiled
     @outside_inference_mode
     def forward(self, x, context=None):

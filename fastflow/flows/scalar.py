@@ -9,6 +9,7 @@ from torch import nn
 from fastflow import checks
 from fastflow.flows.logdets import sum_event
 from fastflow.nn.outputs import in_format_of
+from fastflow.reference.rounding import just_below
 
 __all__ = ["Affine", "Atan", "Exp", "LeakyReLU", "Log", "Logit", "Power", "ScalarTransform", "Sigmoid", "Softplus",
            "Tanh"]
@@ -23,17 +24,8 @@ def strictly_inside(values, low, high):
     """
     if math.isinf(low) and math.isinf(high):
         return values
-    return values.clamp(None if math.isinf(low) else -_below(-low, values.dtype),
-                        None if math.isinf(high) else _below(high, values.dtype))
-
-
-def _below(edge, dtype):
-    """A number of ``dtype`` just below ``edge``."""
-    info = torch.finfo(dtype)
-    fraction, exponent = math.frexp(edge)
-    step = max(info.eps * 2.0**(exponent - 1) if edge else 0.0, info.smallest_normal * info.eps)
-    nearest = round(edge / step) * step  # what edge is in dtype
-    return nearest - (0.5 * step if fraction == 0.5 else step)
+    return values.clamp(None if math.isinf(low) else -just_below(-low, values.dtype),
+                        None if math.isinf(high) else just_below(high, values.dtype))
 
 
 class ScalarTransform(nn.Module):

@@ -3,6 +3,7 @@
 from torch import nn
 
 from fastflow.flows import memory
+from fastflow.flows.contexts import shared
 from fastflow.flows.links import ConvLink, CouplingLink, ShapeLink, TransformLink
 from fastflow.flows.logdets import zero_logdet
 from fastflow.nn import ActNorm, AffineCoupling, InvertibleConv1x1
@@ -28,15 +29,15 @@ def run(transforms, x, context=None):
     """
     path, logdet, waiting = memory.path(), None, []
     factors = _factors(transforms, undo=path.inverts)
-    for index, transform in enumerate(transforms):
+    for index, (transform, own) in enumerate(zip(transforms, shared(transforms, context), strict=True)):
         if getattr(transform, "saves_memory", False):
             x, logdet = path.end(*path(x, logdet, *waiting))
             waiting = []
-            x, more = transform(x, context)
+            x, more = transform(x, own)
             logdet = more if logdet is None else logdet + more
             path = memory.path()
             continue
-        waiting.append(_link(transform, context, factors.get(index)))
+        waiting.append(_link(transform, own, factors.get(index)))
         if waiting[-1].heavy:
             x, logdet = path(x, logdet, *waiting)
             waiting = []

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastflow import checks
 from fastflow.flows import fused, memory, sequence
-from fastflow.flows.contexts import takes_context
+from fastflow.flows.contexts import OWN, shared, takes_context
 from fastflow.flows.logdets import zero_logdet
 from fastflow.nn.weight_bank import BESIDES
 
@@ -25,9 +25,10 @@ class Transform(Protocol):
     :class:`Inverse` the other way ``data_shape(event_shape)``; one that only runs others in turn has ``parts()``, which
     lists them.
 
-    Behind a conditional base a transform is handed the context where it takes one. ``takes_context``, True or False,
-    says so, in a transform or in a network inside one; of a module without that attribute its parts say it, or, if it
-    is a class of your own, a forward of more than one input.
+    Behind a conditional base, and in a :class:`Compose` with others that take one, a transform is handed the context
+    where it takes one, else None. ``takes_context``, True or False, says so, in a transform or in a network inside one;
+    of a module without that attribute its parts say it, or, if it is a class of your own, a forward of more than one
+    input.
     """
 
     def __call__(self, x, context=None):
@@ -61,8 +62,22 @@ def data_shape(transform, event_shape):
     return transform.data_shape(event_shape) if hasattr(transform, "data_shape") else tuple(event_shape)
 
 
+def knows_data_shape(transform, forward=True):
+    """Whether :func:`data_shape` is sure, or :func:`noise_shape` with ``forward`` false: each part tells its shapes, or
+    is of a class of ours that keeps them."""
+    if isinstance(transform, Inverse):
+        return knows_data_shape(transform.transform, not forward)
+    if isinstance(transform, Compose):
+        return all(knows_data_shape(part, forward) for part in transform.transforms)
+    if isinstance(transform, _Foreign):
+        transform = transform.transform
+    tells = hasattr(transform, "noise_shape"), hasattr(transform, "data_shape")
+    return tells[forward] or (not any(tells) and type(transform).__module__.startswith(OWN))
+
+
 class Compose(nn.Module):
-    """The transforms one after the other, first to last from data to noise; log-determinants add up.
+    """The transforms one after the other, first to last from data to noise; log-determinants add up. A context goes to
+    those that take one.
 
     Couplings with small fully connected conditioners on (B, D) data, and the ActNorms among them, run as one kernel
     where nothing stands against it (:func:`functional.mlp_flow`); :meth:`explain` says what does.
@@ -83,6 +98,8 @@ class Compose(nn.Module):
         for index, transform in enumerate(transforms):
             check_transform(f"transforms[{index}]", transform)
         self.transforms = nn.ModuleList(t if isinstance(t, nn.Module) else _Foreign(t) for t in transforms)
+        for transform in self.transforms:
+            takes_context(transform)  # of whose classes torch.compile then knows it
 
     def forward(self, x, context=None):
         mode = memory.active()
@@ -93,15 +110,15 @@ class Compose(nn.Module):
         pieces, total = fused.runs(self.transforms, x, context), None
         if type(pieces) is not list or len(pieces) != 1:  # one kernel fits x as it is
             self._check(x)
-        for transform in pieces:
-            x, logdet = transform(x, context)
+        for transform, own in zip(pieces, shared(pieces, context), strict=True):
+            x, logdet = transform(x, own)
             total = logdet if total is None else total + logdet
         return x, zero_logdet(x) if total is None else total
 
     def inverse(self, z, context=None):
-        total = None
-        for transform in reversed(fused.runs(self.transforms, z, context)):
-            z, logdet = transform.inverse(z, context)
+        pieces, total = fused.runs(self.transforms, z, context), None
+        for transform, own in zip(reversed(pieces), reversed(shared(pieces, context)), strict=True):
+            z, logdet = transform.inverse(z, own)
             total = logdet if total is None else total + logdet
         return z, zero_logdet(z) if total is None else total
 
@@ -115,8 +132,8 @@ class Compose(nn.Module):
 
     def initialize(self, x, context=None):
         self._check(x)
-        for transform in self.transforms:
-            x = initialize(transform, x, context)
+        for transform, own in zip(self.transforms, shared(self.transforms, context), strict=True):
+            x = initialize(transform, x, own)
         return x
 
     def noise_shape(self, event_shape):

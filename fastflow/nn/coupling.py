@@ -19,8 +19,9 @@ class Coupling(nn.Module):
     Args:
         conditioner: module, called with the passive part, and with the context as second argument if one is given.
         split: "channel", "checkerboard", the indices of the passive channels (a list, tuple or range) or a mask of
-            zeros and ones. Indices are kept as a buffer, so that a state dict brings its own: those of a random
-            permutation's first half make a permuted split.
+            zeros and ones. Indices and masks are kept as buffers, so that a state dict brings its own, be it one of
+            another number of ones: the first half of a random permutation makes a permuted split. One without the mask
+            loads as well, and leaves the layer's.
         flip: exchanges the two parts.
     """
 
@@ -28,24 +29,21 @@ class Coupling(nn.Module):
         super().__init__()
         self.conditioner = conditioner
         self.flip = bool(flip)
-        self.mask_ones = 0
         mask = index = None
         if isinstance(split, (list, tuple, range)):
             index, self.split = list(split), "index"
             if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in index) or len({*index}) < len(index):
                 raise ValueError(f"split: expected indices of channels, each once, got {split!r}")
-            self.index_end = max(index, default=-1) + 1
             index = torch.tensor(index, dtype=torch.int64)
         elif isinstance(split, torch.Tensor):
-            mask, self.split = split.detach() != 0, "mask"
-            if not torch.equal(mask.to(split.dtype), split.detach()):
-                raise ValueError("split: expected a mask of zeros and ones, got other values")
-            self.mask_ones = int(mask.sum())
+            mask, self.split = _bools("split", split), "mask"
         else:
             checks.choice("split", split, ("channel", "checkerboard"))
             self.split = split
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", mask)
         self.register_buffer("index", index)
+        self.mask_ones = self.index_end = 0
+        self._count()
 
     def forward(self, x, context=None, *, logdet=None):
         """(z, logdet) of x (B, C, *S): data to noise. A running ``logdet`` (B,) is added to the result."""
@@ -75,6 +73,25 @@ class Coupling(nn.Module):
             x_leaf = x.detach().requires_grad_(needs)
             self._couple(x_leaf, self._parts(x_leaf), params, False, None)
         return x
+
+    def _count(self):
+        """What is known of mask and index without a look at the device: the ones, and the channels that it takes."""
+        if self.mask is not None and not self.mask.is_meta:
+            self.mask_ones = int(self.mask.sum())
+        if self.index is not None and not self.index.is_meta:
+            self.index_end = max(self.index.tolist(), default=-1) + 1
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        key = prefix + "mask"
+        if self.mask is not None and isinstance(state_dict.get(key), torch.Tensor):
+            try:
+                state_dict[key] = _bools(key, state_dict[key])
+            except ValueError as error:
+                errors.append(str(error))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if key in missing:  # of before masks were kept
+            missing.remove(key)
+        self._count()
 
     def _couple_channels(self, x, parts, params, inverse, logdet):
         """(y, logdet) of x, whose passive and active channels are ``parts``."""
@@ -130,7 +147,12 @@ class Coupling(nn.Module):
     def _condition(self, x, parts, context):
         """The params, of x or of z: the conditioner sees what both have in common."""
         seen = parts[0] if parts is not None else torch.where(self._passive(x)[0], x, torch.zeros_like(x))
+        seen = self._encode(seen)
         return self.conditioner(seen) if context is None else self.conditioner(seen, context)
+
+    def _encode(self, seen):
+        """The passive part as the conditioner sees it."""
+        return seen
 
     def _couple(self, x, parts, params, inverse, logdet):
         if parts is None:
@@ -184,3 +206,12 @@ class Coupling(nn.Module):
                 size *= dim
             ones = self.mask_ones * size // mask.numel()
         return (~mask, size - ones) if self.flip else (mask, ones)
+
+
+def _bools(name, mask):
+    """The ``mask`` of zeros and ones as one of bools."""
+    values = mask.detach()
+    bools = values != 0
+    if not (values.is_meta or torch.equal(bools.to(values.dtype), values)):
+        raise ValueError(f"{name}: expected a mask of zeros and ones, got other values")
+    return bools

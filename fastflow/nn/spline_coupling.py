@@ -16,7 +16,8 @@ class SplineCoupling(Coupling):
 
     x (B, C, *S) is split as by nn.AffineCoupling: along the channels, by their indices, in a checkerboard, or by a
     mask of zeros and ones (1 passive); ``flip`` exchanges the parts. Outside [-tail_bound, tail_bound] an element stays
-    as it is.
+    as it is; with circular tails it is an angle, which is wrapped into the interval, and without tails, None, it has
+    left the domain, where the log-determinant is -inf. Passive elements stay as they are in any case.
 
     Args:
         conditioner: module, called with the passive part, and with the context as second argument if one is given;
@@ -24,10 +25,12 @@ class SplineCoupling(Coupling):
             or a mask (B, C * params_per_channel, *S).
         split, flip: see above.
         n_bins: K, bins of each spline.
-        tail_bound, kind, min_width, min_height, min_derivative, gain, clamp: as of functional.spline.
+        tail_bound, kind, tails, min_width, min_height, min_derivative, gain, clamp: as of functional.spline.
+        periodic: the conditioner sees the passive part as angles of period 2*tail_bound, a = pi x/tail_bound: first
+            cos a, then sin a of all channels, (B, 2*C_passive, *S), with a checkerboard or a mask (B, 2*C, *S).
 
     Attributes:
-        params_per_channel: 3K - 1 for kind "rq", K for "linear".
+        params_per_channel: 3K - 1 for kind "rq", with circular tails 3K, without tails 3K + 1; K for "linear".
 
     Raises:
         ValueError: an unknown option, no bins, a mask with other values than 0 and 1; on a call, params of another
@@ -35,20 +38,22 @@ class SplineCoupling(Coupling):
 
     References:
         Durkan et al., "Neural spline flows", 2019, arXiv:1906.04032.
+        Rezende et al., "Normalizing flows on tori and spheres", 2020, arXiv:2002.02428.
     """
 
-    def __init__(self, conditioner, *, split="channel", flip=False, n_bins=8, tail_bound=3.0, kind="rq", min_width=1e-3,
-                 min_height=1e-3, min_derivative=1e-3, gain=1.0, clamp=None):
+    def __init__(self, conditioner, *, split="channel", flip=False, n_bins=8, tail_bound=3.0, kind="rq", tails="linear",
+                 min_width=1e-3, min_height=1e-3, min_derivative=1e-3, gain=1.0, clamp=None, periodic=False):
         super().__init__(conditioner, split, flip)
-        self.n_bins = n_bins
-        self.params_per_channel = functional.spline_params(kind, n_bins)
-        self.options = {"kind": kind, "tail_bound": tail_bound, "min_width": min_width, "min_height": min_height,
-                        "min_derivative": min_derivative, "gain": gain, "clamp": clamp}
+        self.n_bins, self.periodic = n_bins, bool(periodic)
+        self.params_per_channel = functional.spline_params(kind, n_bins, tails)
+        self.options = {"kind": kind, "tail_bound": tail_bound, "tails": tails, "min_width": min_width,
+                        "min_height": min_height, "min_derivative": min_derivative, "gain": gain, "clamp": clamp}
         check_spline_constants(n_bins, **self.options)
 
     def extra_repr(self):
-        return (f"split={self.split!r}, flip={self.flip}, n_bins={self.n_bins}, kind={self.options['kind']!r}, "
-                f"tail_bound={self.options['tail_bound']}")
+        options = ", ".join(f"{name}={self.options[name]!r}" for name in ("kind", "tail_bound", "tails"))
+        return (f"split={self.split!r}, flip={self.flip}, n_bins={self.n_bins}, {options}"
+                f"{', periodic=True' if self.periodic else ''}")
 
     def identity_params(self):
         """(params_per_channel,) raw parameters of one channel for which the spline is the identity.
@@ -63,6 +68,12 @@ class SplineCoupling(Coupling):
             log = math.log1p(-least)
             params[2 * self.n_bins:] = math.log(math.expm1(1.0 - least)) if clamp is None else log / (1 + log / clamp)
         return params
+
+    def _encode(self, seen):
+        if not self.periodic:
+            return seen
+        angle = seen * (math.pi / self.options["tail_bound"])
+        return torch.cat([torch.cos(angle), torch.sin(angle)], 1)
 
     def _elementwise(self, x, params, inverse, logdet):
         return functional.spline(x, params, inverse=inverse, logdet=logdet, **self.options)

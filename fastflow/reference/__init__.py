@@ -228,7 +228,7 @@ from fastflow.reference.activated_conv import LAYER_ACTIVATIONS, activated_conv 
 from fastflow.reference.bernoulli_log_prob import bernoulli_log_prob  # noqa: E402
 from fastflow.reference.mlp import mlp  # noqa: E402
 from fastflow.reference.mlp_flow import ACTIVATIONS, ChannelAffine, MLPCoupling, Permutation, mlp_flow  # noqa: E402, F401
-from fastflow.reference.spline import SPLINES, spline, spline_bins, spline_params  # noqa: E402
+from fastflow.reference.spline import SPLINES, TAILS, spline, spline_bins, spline_params, wrapped  # noqa: E402, F401
 from fastflow.reference.top_down import (  # noqa: E402, F401
     LEVEL_MODES,
     LatentLevel,

@@ -1,27 +1,41 @@
-"""Monotonic splines with linear tails, element by element, in eager PyTorch."""
+"""Monotonic splines on an interval, element by element, in eager PyTorch."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 
 from fastflow import reference
 from fastflow.reference.layout import memory_format_of
+from fastflow.reference.rounding import just_below, nearest
 
-__all__ = ["SPLINES", "spline", "spline_bins", "spline_params"]
+__all__ = ["SPLINES", "TAILS", "spline", "spline_bins", "spline_params", "wrapped"]
 
 SPLINES = ("rq", "linear")
+TAILS = ("linear", "circular", None)
+SLOPES = {"linear": -1, "circular": 0, None: 1}  # raw slopes less bins
 
 
-def spline_params(kind, n_bins):
-    """Raw parameters per element: 3*n_bins - 1 (widths, heights, inner slopes) for "rq", n_bins (heights) for "linear".
-    """
-    return 3 * n_bins - 1 if kind == "rq" else n_bins
+def spline_params(kind, n_bins, tails="linear"):
+    """Raw parameters per element: n_bins (heights) for "linear", for "rq" 3*n_bins - 1 (widths, heights, inner slopes),
+    one more with "circular" tails (the slope of both ends), two more without tails (that of each end)."""
+    return 3 * n_bins + SLOPES[tails] if kind == "rq" else n_bins
 
 
-def spline_bins(kind, n_params):
+def spline_bins(kind, n_params, tails="linear"):
     """The bins that so many raw parameters per element stand for, or None: no whole number of them."""
     if kind == "linear":
         return n_params if n_params > 0 else None
-    return (n_params + 1) // 3 if n_params > 1 and n_params % 3 == 2 else None
+    sizes = n_params - SLOPES[tails]  # not by divmod, which Dynamo has not for symbols
+    return sizes // 3 if sizes > 0 and sizes % 3 == 0 else None
+
+
+def wrapped(x, bound):
+    """x on the circle, as a number of [-bound, bound); what is one already stays exactly."""
+    turned = x - 2.0 * bound * torch.floor((x + bound) / (2.0 * bound)).detach()
+    value = torch.where((x >= -bound) & (x < bound), x, turned)
+    # Rounding may carry it to the end, which is the beginning.
+    return torch.where((value < -bound) | (value >= bound), -bound + (value - value.detach()), value)
 
 
 def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e-3, min_height=1e-3,
@@ -29,23 +43,29 @@ def spline(x, params, *, kind="rq", tail_bound=3.0, tails="linear", min_width=1e
     """y = f(x) per element, or its inverse, and log|det J|; see functional.spline."""
     dtype, out_dtype = reference.compute_dtype(x, params), reference.result_dtype(x, params)
     xc, per_element = x.to(dtype), params.shape[1] // max(x.shape[1], 1)
-    outside = xc.abs() > tail_bound
-    value = torch.where(outside, 0.0, xc)
+    if tails == "circular":
+        xc = wrapped(xc, tail_bound)
+    # An end as x's dtype has it counts as inside where there are no tails.
+    outside = xc.abs() > (tail_bound if tails == "linear" else max(tail_bound, nearest(tail_bound, x.dtype)))
+    value = torch.where(outside, 0.0, xc if tails == "linear" else xc.clamp(-tail_bound, tail_bound))
     raw = params.to(dtype).reshape(x.shape[0], x.shape[1], per_element, *x.shape[2:]).movedim(2, -1)
     raw = torch.where(outside[..., None], 0.0, raw)  # a masked branch hands out no NaN
-    n_bins = spline_bins(kind, per_element) or 1
+    n_bins = spline_bins(kind, per_element, tails) or 1
     if kind == "linear":
         heights = _softmax(raw, gain, clamp, min_height, n_bins, tail_bound)
         result, log_slope = _linear(value, heights, n_bins, tail_bound, inverse)
     else:
         widths = _softmax(raw[..., :n_bins], gain, clamp, min_width, n_bins, tail_bound)
         heights = _softmax(raw[..., n_bins:2 * n_bins], gain, clamp, min_height, n_bins, tail_bound)
-        slopes = _slopes(raw[..., 2 * n_bins:], clamp, min_derivative, end_derivative)
+        slopes = _slopes(raw[..., 2 * n_bins:], clamp, min_derivative, end_derivative, tails)
         result, log_slope = _rational_quadratic(value, widths, heights, slopes, tail_bound, inverse)
-    # Rounding must not carry an element out of the interval, where the inverse would leave it alone.
-    result = result + (result.clamp(-tail_bound, tail_bound) - result).detach()
-    y = torch.where(outside, xc, result)
-    total = torch.where(outside, 0.0, log_slope).flatten(1).sum(1)
+    # Rounding must not carry an element out of the interval, where the inverse would leave it alone; nor, where nothing
+    # is outside, to an end, which densities on a half-open interval leave out.
+    end = tail_bound if tails == "linear" else just_below(tail_bound, out_dtype)
+    result = result + (result.clamp(-end, end) - result).detach()
+    y = torch.where(outside, xc, result) if tails == "linear" else result
+    beyond = 0.0 if tails == "linear" else math.inf if inverse else -math.inf
+    total = torch.where(outside, beyond, log_slope).flatten(1).sum(1)
     if inverse:
         total = -total
     if logdet is not None:
@@ -61,10 +81,12 @@ def _softmax(raw, gain, clamp, least, n_bins, bound):
     return 2.0 * bound * (least + (1.0 - least * n_bins) * torch.softmax(raw, -1))
 
 
-def _slopes(raw, clamp, least, end):
-    """Slopes at all knots: ``end`` at the two ends, where the tails begin."""
-    grown = reference.softplus(raw) if clamp is None else torch.exp(raw / (1.0 + raw.abs() / clamp))
-    return F.pad(least + grown, (1, 1), value=end)
+def _slopes(raw, clamp, least, end, tails):
+    """Slopes at all knots: ``end`` at the two ends, where linear tails begin; on a circle these are one knot."""
+    slopes = least + (reference.softplus(raw) if clamp is None else torch.exp(raw / (1.0 + raw.abs() / clamp)))
+    if tails == "linear":
+        return F.pad(slopes, (1, 1), value=end)
+    return torch.cat([slopes, slopes[..., :1]], -1) if tails == "circular" else slopes
 
 
 def _knots(sizes, bound):

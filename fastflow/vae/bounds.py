@@ -30,8 +30,8 @@ def miwae(log_w, groups):
         Rainforth et al., "Tighter variational bounds are not necessarily better", 2018, arXiv:1802.04537.
     """
     _check_log_w(log_w)
-    check_groups(len(log_w), groups)
-    return iwae(log_w.unflatten(0, (groups, len(log_w) // groups)).transpose(0, 1)).mean(0)
+    check_groups(log_w.shape[0], groups)
+    return iwae(log_w.unflatten(0, (groups, log_w.shape[0] // groups)).transpose(0, 1)).mean(0)
 
 
 def ciwae(log_w, beta):
@@ -53,9 +53,9 @@ def renyi(log_w, alpha):
         Li and Turner, "Renyi divergence variational inference", 2016, arXiv:1602.02311.
     """
     _check_log_w(log_w)
-    if not isinstance(alpha, (int, float)) or math.isnan(alpha):
+    if not isinstance(alpha, (int, float)) or alpha != alpha:  # math.isnan takes no number that a graph leaves open
         raise ValueError(f"alpha: expected a number, got {alpha!r}")
-    if math.isinf(alpha):
+    if abs(alpha) == math.inf:
         return log_w.amax(0) if alpha < 0 else log_w.amin(0)
     power = 1.0 - alpha
     if power == 0.0:

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from fastflow import checks, reference
 from fastflow.draws import drawn
 from fastflow.flows import Flow
-from fastflow.flows.base import as_base
+from fastflow.flows.base import as_base, seeded
 from fastflow.nn import FusedSequential
 from fastflow.nn.hooks import is_hooked
 from fastflow.nn.precision import taken
@@ -122,13 +122,13 @@ class Generation:
         dtype = torch.promote_types(like.dtype, torch.float32)
         return temperature * drawn(torch.randn, (n, *self._latent_shape()), like, generator, dtype)
 
-    def _sample_prior(self, n, context, **options):
-        prior = self.prior
+    def _sample_prior(self, n, context, *, generator, temperature):
+        prior, options = self.prior, {"generator": generator, "temperature": temperature}
         if isinstance(prior, Distribution):
             one = not prior.batch_shape + prior.event_shape
             prior = as_base(prior.expand(self._latent_shape()) if one else prior, first_parameter(self.decoder))
         if not self.conditional_prior:
-            return prior.sample(n, **options)
+            return _drawn_from(prior, n, generator, temperature)
         if isinstance(prior, Flow):  # which gives as many for each context as it is asked for
             return prior.sample(1, context, **options)[0]
         return prior.sample(n, context=context, **options)
@@ -193,6 +193,32 @@ class Generation:
         if isinstance(first, nn.Linear):
             return (first.in_features,)
         raise ValueError("latent_shape: the shape of z is not known yet; pass VAE(latent_shape=...)")
+
+
+def _drawn_from(prior, n, generator, temperature):
+    """prior.sample(n), of one of another library too, whose sample takes neither generator nor temperature, and which
+    may give (z, log p(z))."""
+    options = {"generator": generator, "temperature": temperature}
+    known = None if torch.compiler.is_compiling() else _keywords(prior.sample)  # no graph looks at signatures
+    if known is None or known.issuperset(options):
+        return prior.sample(n, **options)
+    if "temperature" not in known and temperature != 1.0:
+        raise ValueError(f"temperature: expected 1 for the prior {type(prior).__name__}, whose sample takes none, got "
+                         f"{temperature}")
+    with seeded(None if "generator" in known else generator):
+        z = prior.sample(n, **{name: value for name, value in options.items() if name in known})
+    return z[0] if isinstance(z, tuple) else z
+
+
+def _keywords(function):
+    """The names of the keywords that a function takes, None for any or if it doesn't tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def first_parameter(network):

@@ -79,7 +79,7 @@ class HamiltonianVAE(OneNumber, VAE):
         wanted = torch.is_grad_enabled()
         with torch.enable_grad():
             z = z if wanted and z.requires_grad else z.detach().requires_grad_()
-            repeated = None if context is None else context.expand(len(z), *context.shape).flatten(0, 1)
+            repeated = None if context is None else context.expand(z.shape[0], *context.shape).flatten(0, 1)
             output = self.decode(z.flatten(0, 1), repeated).unflatten(0, z.shape[:2])
             joint = self.likelihood.log_prob(x, output) + self._log_prior(z, context)
             force, = torch.autograd.grad(joint.sum(), z, create_graph=wanted)

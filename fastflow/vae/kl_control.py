@@ -219,7 +219,7 @@ def _elementwise_kl(model, inference, context):
 def _batch_mean(values, ranks):
     """(1, *): the mean over dim 0, of all ranks' rows if ``ranks``, without gradient."""
     values = values.detach()
-    total = torch.cat([values.sum(0).flatten(), values.new_full((1,), len(values))])
+    total = torch.cat([values.sum(0).flatten(), values.new_full((1,), values.shape[0])])
     if ranks and dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
     return (total[:-1] / total[-1]).reshape(1, *values.shape[1:])

@@ -106,9 +106,9 @@ class SemiSupervisedVAE(VAE):
             log q(y | x) - log p(y) on average, but beta weighs that of z alone: unlike a VAE's, the bound's ``elbo`` is
             not -distortion - beta * rate unless beta is 1.
         """
-        unknown = torch.full((len(x),), -1, device=x.device) if context is None else context
+        unknown = torch.full((x.shape[0],), -1, device=x.device) if context is None else context
         checks.tensor("context", unknown, floating=False)
-        if unknown.dtype != torch.int64 or unknown.shape != (len(x),):
+        if unknown.dtype != torch.int64 or unknown.shape != (x.shape[0],):
             raise ValueError(f"context: expected labels ({len(x)},) int64, got {unknown.dtype} {tuple(unknown.shape)}")
         check_labels("context", unknown, self.n_classes, "n_classes", -1)
         known = unknown >= 0
@@ -147,7 +147,7 @@ class SemiSupervisedVAE(VAE):
 
     def _every_label(self, x, n_samples, **noise):
         """The ELBO of x given every label, terms (..., B, n_classes)."""
-        n, batch = self.n_classes, len(x)
+        n, batch = self.n_classes, x.shape[0]
         labels = torch.arange(n, device=x.device).repeat(batch)
         bound = self.elbo(x.repeat_interleave(n, 0), n_samples, context=labels, **noise)
         return ELBO(*(term.unflatten(-1, (batch, n)) for term in bound))
@@ -199,7 +199,7 @@ class Task(nn.Module):
         if target is None:
             raise ValueError(f"targets: expected the target of {self.name!r}, got {targets!r}")
         k, b = inference.z.shape[:2]
-        if len(target) != b:
+        if target.shape[0] != b:
             raise ValueError(f"targets: expected {b} of {self.name!r}, got {len(target)}")
         output = self.head(for_network(inference.z.flatten(0, 1), self.head)).unflatten(0, (k, b))
         log_prob = self.likelihood.log_prob(target, output).mean(0)

@@ -3,11 +3,10 @@
 import math
 
 import torch
-from torch import nn
 from torch.distributions import Distribution
 
 from fastflow import checks
-from fastflow.flows.base import as_base
+from fastflow.flows.base import Anchored, as_base
 from fastflow.vae.elbo import ELBO, Inference, LossTerms, check_beta
 from fastflow.vae.generation import Generation, check_input, for_network, repeated, with_context
 from fastflow.vae.likelihoods import (
@@ -33,18 +32,20 @@ BOUND = ("elbo", "_infer", "_terms", "_log_joint")
 NETWORKS = ("_encoded", "decode", "_log_likelihood")
 
 
-class VAE(Generation, nn.Module):
+class VAE(Generation, Anchored):
     """p(x) = integral of p(x | z) p(z), trained through the evidence lower bound. Calling the module is :meth:`elbo`,
     or the objective if one is given, so that wrappers such as DDP, FSDP2 and torch.compile train it.
 
     Args:
-        encoder: module from x (B, *event) to params (B, 2D, *S), or what another posterior needs.
+        encoder: module from x (B, *event) to params (B, 2D, *S), or what another posterior needs. A diagonal Gaussian
+            takes a pair (mean, raw scale) too, each (B, D, *S); the raw scale of "gaussian" is the log-variance.
         decoder: module from z (K*B, D, *S) to the likelihood's parameters (K*B, *event), or of the shape that the
             likelihood's output_shape says.
         posterior: "gaussian", "low_rank" (of rank 1), "full" or a posterior object, see posteriors/.
         prior: None for N(0, I); a Gaussian, be it a GaussianPrior, a base distribution or a torch.distributions
             object; or, with a Monte-Carlo KL, any other of these, prior of priors/ or flow, over (D, *S). A
-            torch.distributions object over single numbers is the law of every element.
+            torch.distributions object over single numbers is the law of every element; another library's flow has
+            log_prob(z) and sample(n).
         likelihood: "bernoulli" (the decoder gives logits), "gaussian" (it gives means; one learned sigma),
             "continuous_bernoulli", "laplace", "poisson" or a likelihood object, see likelihoods/.
         latent_shape: (D, *S), needed by :meth:`sample` where it can be seen neither in the prior, nor in a decoder that
@@ -210,7 +211,13 @@ class VAE(Generation, nn.Module):
 
     def _encoded(self, x, context):
         check_input(x, self.encoder, self.event_shape)
-        return self.encoder(x) if context is None else with_context(self.encoder, x, context, "encoder")
+        output = self.encoder(x) if context is None else with_context(self.encoder, x, context, "encoder")
+        if isinstance(output, torch.Tensor) or not hasattr(self.posterior, "n_params"):  # another's own
+            return output
+        if not (isinstance(output, (tuple, list)) and hasattr(self.posterior, "packed")):
+            raise TypeError(f"encoder output: expected a torch.Tensor for a {type(self.posterior).__name__}, got "
+                            f"{type(output).__name__}; torch.cat(parts, 1) makes one of several")
+        return self.posterior.packed(output)
 
     def _prior(self, context):
         """The prior for this context."""

@@ -183,7 +183,7 @@ def _posterior_table(posterior, inference):
     """(K, B, B): log q(z_kj | x_i) in nats, i before j."""
     if not hasattr(posterior, "log_prob"):
         raise TypeError(f"posterior: expected log_prob(params, z), which {type(posterior).__name__} has not")
-    n = len(inference.params)
+    n = inference.params.shape[0]
     z = inference.z.repeat(1, n, *[1] * (inference.z.dim() - 2))
     return posterior.log_prob(inference.params.repeat_interleave(n, 0), z).unflatten(1, (n, n))
 
@@ -205,7 +205,7 @@ def dip_penalty(mean, variance=None, *, diagonal=10.0, off_diagonal=5.0):
         checks.tensor("variance", variance)
         checks.shape("variance", variance, mean.shape)
     centred = mean - mean.mean(0)
-    covariance = centred.mT @ centred / len(mean)
+    covariance = centred.mT @ centred / mean.shape[0]
     own = covariance.diagonal()
     between = covariance.square().sum() - own.square().sum()
     if variance is not None:
@@ -253,7 +253,7 @@ def mmd(x, y, kernel="rbf", scales=None, *, biased=False):
     checks.choice("kernel", kernel, ("rbf", "imq"))
     for name, value in (("x", x), ("y", y)):
         checks.tensor(name, value)
-        if value.dim() != 2 or value.shape[1] != x.shape[1] or len(value) < (1 if biased else 2):
+        if value.dim() != 2 or value.shape[1] != x.shape[1] or value.shape[0] < (1 if biased else 2):
             raise ValueError(f"{name}: expected shape (N, D) with N >= {1 if biased else 2}, got {tuple(value.shape)}")
     d = x.shape[1]
     _check_scales(scales)
@@ -267,7 +267,8 @@ def mmd(x, y, kernel="rbf", scales=None, *, biased=False):
         else:
             values = sum(2.0 * d * s * s / (2.0 * d * s * s + squares) for s in scales)
         if same and not biased:
-            return (values.sum() - values.diagonal().sum()) / (len(a) * (len(a) - 1) * len(scales))
+            n = a.shape[0]
+            return (values.sum() - values.diagonal().sum()) / (n * (n - 1) * len(scales))
         return values.mean() / len(scales)
 
     return average(x, x, True) + average(y, y, True) - 2.0 * average(x, y, False)

@@ -112,7 +112,7 @@ class VectorQuantizer(nn.Module):
         if self.restart_below:
             dead = self.counts < self.restart_below
             if rows.shape[0]:
-                others = rows[torch.randint(len(rows), (self.n_codes,), device=rows.device)]
+                others = rows[torch.randint(rows.shape[0], (self.n_codes,), device=rows.device)]
             else:  # none to move to, which the other ranks are told by NaN
                 others = rows.new_full(self.codebook.shape, math.nan)
             if distributed.is_available() and distributed.is_initialized():
@@ -168,14 +168,17 @@ class FSQ(nn.Module):
         checks.tensor("z", z)
         if z.dim() < 2 or z.shape[1] != self.features:
             raise ValueError(f"z: expected shape (B, {self.features}, *S), got {tuple(z.shape)}")
-        sizes = self._constants(z, self.levels)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        # Filled in on the device: a copy from the host can't be recorded in a CUDA graph.
+        sizes = torch.stack([z.new_full((), size, dtype=dtype) for size in self.levels])
+        sizes = sizes.view(-1, *[1] * (z.dim() - 2))
         half = 0.5 * (sizes - 1.0) * (1.0 + (0.5 / sizes).clamp_max(1e-3))
         offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
         bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
         whole = bounded + (torch.round(bounded) - bounded).detach()
         digits = (torch.round(bounded).detach() + torch.floor(0.5 * sizes)).to(torch.int64)
         codes = sum(digit * base for digit, base in zip(digits.unbind(1), self._bases(), strict=True))
-        return Quantized(whole / torch.floor(0.5 * sizes), codes, sizes.new_zeros(len(z)))
+        return Quantized(whole / torch.floor(0.5 * sizes), codes, sizes.new_zeros(z.shape[0]))
 
     def lookup(self, codes):
         """The vectors (B, D, *S) of codes (B, *S)."""
@@ -187,11 +190,6 @@ class FSQ(nn.Module):
 
     def _bases(self):
         return [math.prod(self.levels[:index]) for index in range(len(self.levels))]
-
-    @staticmethod
-    def _constants(z, values):
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        return torch.tensor(values, dtype=dtype, device=z.device).view(-1, *[1] * (z.dim() - 2))
 
     def extra_repr(self):
         return f"levels={self.levels}"

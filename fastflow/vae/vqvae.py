@@ -5,10 +5,10 @@ import functools
 import math
 
 import torch
-from torch import nn
 
 from fastflow import checks
 from fastflow.draws import drawn
+from fastflow.flows.base import Anchored
 from fastflow.vae.elbo import ELBO, check_beta
 from fastflow.vae.generation import check_temperature, encoded, for_network, moved, way
 from fastflow.vae.likelihoods import Likelihood
@@ -18,7 +18,7 @@ from fastflow.vae.quantizers import count_codes
 __all__ = ["QuantizedVAE"]
 
 
-class QuantizedVAE(nn.Module):
+class QuantizedVAE(Anchored):
     """x -> z -> codes -> x, the codes of a quantiser (VQ-VAE, FSQ).
 
     The posterior is certain of its codes, so log q = 0 and the rate is -log p(codes): with the uniform prior

@@ -234,25 +234,21 @@ def test_twice_and_on_a_wrapped_model():
     assert second.verified == {"module"}
 
 
-def test_distributed_data_parallel(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        for before in (True, False):
-            layer = coupling()
-            plain = copy.deepcopy(layer)
-            if before:
-                fastflow.accelerate(layer)
-            ddp = nn.parallel.DistributedDataParallel(layer)
-            if not before:
-                fastflow.accelerate(ddp)
-            x = torch.randn(6, 4)
-            for m in (ddp, plain):
-                y, logabsdet = m(x)
-                (y.square().sum() + logabsdet.sum()).backward()
-            for got, want in zip(layer.parameters(), plain.parameters(), strict=True):
-                close(got.grad, want.grad, 1e-5)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_distributed_data_parallel(process_group):
+    for before in (True, False):
+        layer = coupling()
+        plain = copy.deepcopy(layer)
+        if before:
+            fastflow.accelerate(layer)
+        ddp = nn.parallel.DistributedDataParallel(layer)
+        if not before:
+            fastflow.accelerate(ddp)
+        x = torch.randn(6, 4)
+        for m in (ddp, plain):
+            y, logabsdet = m(x)
+            (y.square().sum() + logabsdet.sum()).backward()
+        for got, want in zip(layer.parameters(), plain.parameters(), strict=True):
+            close(got.grad, want.grad, 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -297,28 +293,24 @@ def test_a_layer_parametrized_after_it_was_swapped(verify):
         del swap.SWAPS[Stand], Fused._fastflow_swap, Fused.Checked, Fused._load_from_state_dict
 
 
-def test_fully_sharded_layers(tmp_path):
+def test_fully_sharded_layers(process_group):
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     model = nn.Sequential(coupling(), coupling())
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = Composed(model)
-        plain, x = copy.deepcopy(model), torch.randn(8, 4)
-        report = fastflow.accelerate(model)
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        for layer in (*model.layers, model):
-            fully_shard(layer, mesh=mesh)
-        for verified in (set(report.swapped), set(report.swapped), set()):
-            for m in (model, plain):
-                m.zero_grad()
-                m(x).sum().backward()
-            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-                close(p.grad.full_tensor(), q.grad, 1e-5)
-            assert report.verified >= verified and all(isinstance(layer, FSDPModule) for layer in model.layers)
-            fastflow.restore(model)
-    finally:
-        torch.distributed.destroy_process_group()
+    model = Composed(model)
+    plain, x = copy.deepcopy(model), torch.randn(8, 4)
+    report = fastflow.accelerate(model)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for layer in (*model.layers, model):
+        fully_shard(layer, mesh=mesh)
+    for verified in (set(report.swapped), set(report.swapped), set()):
+        for m in (model, plain):
+            m.zero_grad()
+            m(x).sum().backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            close(p.grad.full_tensor(), q.grad, 1e-5)
+        assert report.verified >= verified and all(isinstance(layer, FSDPModule) for layer in model.layers)
+        fastflow.restore(model)
 
 
 class Composed(nn.Module):

@@ -207,20 +207,16 @@ def test_state_dicts_go_either_way(host):
 
 
 @HOSTS
-def test_distributed_data_parallel_before_and_after(host, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        for before in (True, False):
-            model, loss, want = build(host)
-            if before:
-                fastflow.accelerate(model)
-            ddp = nn.parallel.DistributedDataParallel(Loss(model, loss), find_unused_parameters=True)
-            if not before:
-                fastflow.accelerate(ddp)
-            assert swapped(ddp)
-            as_wanted_twice(ddp, model, want)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_distributed_data_parallel_before_and_after(host, process_group):
+    for before in (True, False):
+        model, loss, want = build(host)
+        if before:
+            fastflow.accelerate(model)
+        ddp = nn.parallel.DistributedDataParallel(Loss(model, loss), find_unused_parameters=True)
+        if not before:
+            fastflow.accelerate(ddp)
+        assert swapped(ddp)
+        as_wanted_twice(ddp, model, want)
 
 
 def _products_saved(context, op, *args, **kwargs):

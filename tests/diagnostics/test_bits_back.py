@@ -74,6 +74,16 @@ def test_nothing_is_lost_on_a_coarse_grid_or_in_uneven_batches(levels):
     assert np.array_equal(words, np.random.default_rng(0).integers(1, 2**32, len(words), dtype=np.uint32))
 
 
+def test_words_come_back_from_an_encoder_that_embeds_them():
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Flatten(), torch.nn.Linear(20, 6))
+    model = vae.VAE(encoder, vae.mlp_decoder(3, (35,), (8,)), likelihood=vae.CategoricalLikelihood(7), latent_shape=3)
+    codec = diagnostics.BitsBack(model, batch_size=7)
+    for x in (torch.randint(7, (20, 5)), torch.randint(7, (20, 5)).float()):
+        back, _ = codec.decode(codec.encode(x), x[:1])
+        assert torch.equal(back, x) and back.dtype == x.dtype
+
+
 def test_bad_input_is_named():
     model = vae.MLPVAE((4,), 2, (4,))
     with pytest.raises(ValueError, match="^x: expected integers from 0 to 1"):

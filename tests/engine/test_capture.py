@@ -9,12 +9,16 @@ import torch
 from captured_steps import adam, glow, pair
 from stand_in_models import Affine
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastflow import flows
 from fastflow.engine import NonFiniteError, TrainStep, capture
 from fastflow.vae import (
+    FSQVAE,
     MLPVAE,
     VAE,
     CategoricalLikelihood,
+    DiscreteVAE,
     GaussianLikelihood,
     PenalizedELBO,
     Task,
@@ -296,6 +300,47 @@ def test_optimizers_that_cannot_be_captured(recorder, optimizer, check, message)
     model = Affine()
     with pytest.raises(ValueError, match=message):
         TrainStep(model, optimizer(model.parameters()), capture=True, check_finite=check)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: flows.ResidualFlow(9, n_layers=1), r"transform\.transforms\.1 \(InvertibleResidual\), because it draws"),
+    (lambda: flows.ResidualFlowImage((3, 4, 4), 1, 1, 4), r"\(InvertibleResidual\), because it draws on the host"),
+    (lambda: flows.FFJORD(3, hidden=(4,), method="rk4"), r"transform \(ContinuousTransform\), because its solver"),
+    (lambda: flows.FFJORDImage((3, 4, 4), 1, 1, (4,)), r"\(ContinuousTransform\), because its solver reads"),
+])
+def test_models_that_the_host_must_follow_are_refused(recorder, make, message):
+    if "Continuous" in message:
+        pytest.importorskip("torchdiffeq")
+    model = make()
+    with pytest.raises(ValueError, match=f"capture: can't record .*{message}.*; use False"):
+        TrainStep(model, adam(model), capture=True)
+
+
+def test_a_residual_flow_of_exact_determinants_is_none_of_them(recorder):
+    model = flows.ResidualFlow(8, n_layers=1)
+    TrainStep(model, adam(model), capture=True)
+
+
+class FromHost(TorchDispatchMode):
+    """Refuses tensors of numbers that the host has, whose copy to a device can't be recorded."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: FSQVAE((1, 8, 8), (4, 3), (8, 8)),
+    lambda: DiscreteVAE(mlp_encoder((1, 8, 8), 3, (8,)), mlp_decoder(6, (1, 8, 8), (8,)), 6, estimator="enumeration"),
+    lambda: DiscreteVAE(mlp_encoder((1, 8, 8), 3, (8,)), mlp_decoder(6, (1, 8, 8), (8,)), 2, n_classes=3,
+                        estimator="enumeration"),
+])
+def test_a_step_copies_no_numbers_from_the_host(make):
+    model, x = make(), torch.rand(4, 1, 8, 8)
+    step = TrainStep(model, adam(model), check_finite=False)
+    step(x)
+    with FromHost():
+        step(x)
 
 
 def test_capturable_without_fused_needs_no_check(recorder):

@@ -253,51 +253,39 @@ def test_one_process_alone_may_ask_for_an_explanation(results):
             assert all(map(torch.equal, asked[0], quiet[0])) and all(map(torch.equal, asked[1], quiet[1]))
 
 
-def test_capture_is_refused_for_replicas(tmp_path, monkeypatch):
+def test_capture_is_refused_for_replicas(process_group, monkeypatch):
     from fastflow.engine import capture
 
     monkeypatch.setattr(capture, "recorder_for", lambda device: None)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = glow()
-        with pytest.raises(ValueError, match="capture: not available inside DistributedDataParallel"):
-            TrainStep(DistributedDataParallel(model), sgd(model), capture=True)
-    finally:
-        torch.distributed.destroy_process_group()
+    model = glow()
+    with pytest.raises(ValueError, match="capture: not available inside DistributedDataParallel"):
+        TrainStep(DistributedDataParallel(model), sgd(model), capture=True)
 
 
 @pytest.mark.parametrize("options", [{}, pytest.param({"accumulate": 2}, marks=pytest.mark.slow),
                                      pytest.param({"memory": "save_z"}, marks=pytest.mark.slow)], ids=str)
-def test_a_compiled_step_of_shards(tmp_path, options):
+def test_a_compiled_step_of_shards(process_group, options):
     """FSDP2's hooks cut the graph, and losses and parameters are those of the step without one."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = flows.RealNVP(2, n_layers=1, hidden=(4,)).double()
-        twin = copy.deepcopy(model)
-        compiled, plain = (TrainStep(wrapped(m, "fsdp", torch.device("cpu")), sgd(m, fused=False), compile=c, **options)
-                           for m, c in ((model, "aot_eager"), (twin, False)))
-        assert "compile: torch.compile on the loss (aot_eager), cut where FSDP2" in compiled.explain()
-        for batch in (4, 6):
-            x = torch.randn(batch, 2, dtype=torch.float64)
-            torch.testing.assert_close(compiled(x), plain(x), rtol=1e-12, atol=0)
-        torch.testing.assert_close(*([p.detach().full_tensor() for p in m.parameters()] for m in (model, twin)),
-                                   rtol=1e-12, atol=1e-14)
-    finally:
-        torch.distributed.destroy_process_group()
+    model = flows.RealNVP(2, n_layers=1, hidden=(4,)).double()
+    twin = copy.deepcopy(model)
+    compiled, plain = (TrainStep(wrapped(m, "fsdp", torch.device("cpu")), sgd(m, fused=False), compile=c, **options)
+                       for m, c in ((model, "aot_eager"), (twin, False)))
+    assert "compile: torch.compile on the loss (aot_eager), cut where FSDP2" in compiled.explain()
+    for batch in (4, 6):
+        x = torch.randn(batch, 2, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-12, atol=0)
+    torch.testing.assert_close(*([p.detach().full_tensor() for p in m.parameters()] for m in (model, twin)),
+                               rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.slow
-def test_a_compiled_replica(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = flows.RealNVP(2, n_layers=1, hidden=(4,))
-        twin = copy.deepcopy(model)
-        compiled = TrainStep(DistributedDataParallel(model), sgd(model), compile="aot_eager")
-        plain = TrainStep(twin, sgd(twin))
-        assert "cut where DistributedDataParallel's buckets end" in compiled.explain()
-        for batch in (4, 6):
-            x = torch.randn(batch, 2)
-            torch.testing.assert_close(compiled(x), plain(x))
-        torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_compiled_replica(process_group):
+    model = flows.RealNVP(2, n_layers=1, hidden=(4,))
+    twin = copy.deepcopy(model)
+    compiled = TrainStep(DistributedDataParallel(model), sgd(model), compile="aot_eager")
+    plain = TrainStep(twin, sgd(twin))
+    assert "cut where DistributedDataParallel's buckets end" in compiled.explain()
+    for batch in (4, 6):
+        x = torch.randn(batch, 2)
+        torch.testing.assert_close(compiled(x), plain(x))
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))

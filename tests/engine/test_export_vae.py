@@ -17,7 +17,10 @@ MODELS = {
     "iwae": lambda: vae.IWAE((1, 4, 4), 2, n_samples=5, sizes=(8,), likelihood="gaussian"),
     "learned prior": lambda: vae.MLPVAE((1, 4, 4), 2, (8,), prior=vae.GaussianPrior((2,))),
     "low rank": lambda: vae.MLPVAE((1, 4, 4), 2, (8,), posterior=vae.LowRankGaussianPosterior(1)),
+    "full": lambda: vae.MLPVAE((1, 4, 4), 2, (8,), posterior="full"),
     "mixture": lambda: vae.MLPVAE((1, 4, 4), 2, (8,), posterior=vae.MixturePosterior(2)),
+    "flow": lambda: vae.FlowPosteriorVAE((1, 4, 4), 2, sizes=(8,)),
+    "deterministic": lambda: vae.WAE((1, 4, 4), 2, sizes=(8,)),
     "bits": lambda: vae.DiscreteVAE(vae.mlp_encoder((1, 4, 4), 3, (8,), n_params=3),
                                     vae.mlp_decoder(3, (1, 4, 4), (8,)), 3, prior="learned"),
     "classes": lambda: vae.DiscreteVAE(vae.mlp_encoder((1, 4, 4), 2, (8,), n_params=6),
@@ -28,6 +31,7 @@ MODELS = {
     "some labels": lambda: build_model(load_settings("m2-digits", ["model.latent_features=2",
                                                                    "model.hidden_features=8"])),
     "codes": lambda: vae.VQVAE((1, 4, 4), 8, 4, (8,)),
+    "finite codes": lambda: vae.FSQVAE((1, 4, 4), (3, 4), (8,)),
 }
 READ = """
 import sys, torch
@@ -79,7 +83,8 @@ def wanted(model, x, eps=None, context=None):
     return {"elbo": bound.elbo, "rate": bound.rate, "distortion": bound.distortion, "log_w": bound.log_w}
 
 
-@pytest.mark.parametrize("name", ["gaussian", "bits", "hierarchy", "codes", "labels", *(
+@pytest.mark.parametrize("name", ["gaussian", "low rank", "full", "mixture", "bits", "hierarchy", "codes",
+                                  "finite codes", "labels", *(
     pytest.param(name, marks=pytest.mark.slow) for name in ("iwae", "learned prior", "classes", "some labels"))])
 def test_a_graph_gives_the_models_own_terms(tmp_path, name):
     model = made(name)
@@ -116,6 +121,14 @@ def test_graphs_encode_and_decode(tmp_path, name):
             torch.testing.assert_close(encode["log_sigma"], model.posterior.moments(model.encoder(x))[1])
 
 
+@pytest.mark.parametrize("name", ["full", "mixture", "flow", "deterministic"])
+def test_a_decoder_needs_no_moments_of_the_posterior(tmp_path, name):
+    model, z = made(name), torch.randn(4, 2)
+    decode = load_exported(export(model, tmp_path / "d", "torch_export", function="decode"))
+    with torch.no_grad():
+        torch.testing.assert_close(decode(z), model.likelihood.mean(model.decode(z)), rtol=1e-5, atol=1e-5)
+
+
 def test_a_conditional_flow_takes_its_context(tmp_path):
     model = flows.RealNVP(4, n_layers=2, hidden=(8,), context_features=2).eval()
     x, context = torch.randn(5, 4), torch.randn(5, 2)
@@ -129,6 +142,9 @@ def test_what_has_no_graph_is_named(tmp_path):
         export(vae.HVAE((4,), (2,), 8), tmp_path / "m", "torch_export", context=torch.zeros(2, 1))
     with pytest.raises(ValueError, match="function: encode of a MLPVAE can't be exported"):
         export(vae.MLPVAE((4,), 2, (8,), posterior="full"), tmp_path / "m", "torch_export", function="encode")
+    moved = vae.HamiltonianVAE(vae.mlp_encoder((4,), 2, (8,)), vae.mlp_decoder(2, (4,), (8,)), latent_shape=2)
+    with pytest.raises(ValueError, match="function: elbo of a HamiltonianVAE can't be exported, because"):
+        export(moved, tmp_path / "m", "torch_export")
 
 
 @pytest.mark.slow  # compiles for a minute

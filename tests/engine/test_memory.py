@@ -1,5 +1,6 @@
 """The memory modes of TrainStep: what is chosen, said, measured and refused."""
 
+import contextlib
 import copy
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from fastflow import flows
 from fastflow.engine import DriftError, RunError, TrainStep, memory
 from fastflow.flows import memory as flow_memory
-from fastflow.nn import AffineCoupling
+from fastflow.nn import AffineCoupling, channel_affine
 
 
 def sgd(model, lr=0.01):
@@ -53,6 +54,23 @@ def test_every_mode_takes_the_same_steps(options, tolerance):
         assert abs(a - b) <= tolerance * abs(b)
     for a, b in zip(found[1], expected[1], strict=True):
         assert (a - b).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.autograd.graph.save_on_cpu])
+@pytest.mark.parametrize("mode", ["none", "save_z", "invert", "auto"])
+def test_weight_gradients_that_are_computed_at_once(monkeypatch, mode, around):
+    """As on a GPU, from the first step on, which counts what is saved, and where hooks keep copies of it."""
+    plain, model = glow(), glow()
+    expected = weights_after(TrainStep(plain, sgd(plain), memory="none"), plain, n=2)
+    monkeypatch.setattr(channel_affine, "DEFERRED_ON", {"cpu", "cuda"})
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    step = TrainStep(model, sgd(model), memory=mode)
+    with around():
+        found = weights_after(step, model, n=2)
+    assert step.memory.mode == ("save_z" if mode == "auto" else mode)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()], rtol=1e-9,
+                               atol=1e-9)
 
 
 def test_the_model_itself_stays_as_it_was():

@@ -19,12 +19,16 @@ from fastflow.vae import (
     AdversarialAutoencoder,
     BoundObjective,
     Capacity,
+    ConditionalGaussianPrior,
+    ConditionalVAE,
+    DeltaGaussianPosterior,
     DiscreteVAE,
     FactorVAE,
     FlowPosteriorVAE,
     InfoVAE,
     KLBalance,
     LinearSchedule,
+    MutualInformation,
     PenalizedELBO,
     mlp_decoder,
     mlp_encoder,
@@ -217,6 +221,45 @@ def test_noise_is_drawn_for_any_batch_size(make):
     model = make()
     options = {"n_samples": 2} if isinstance(model, DiscreteVAE) else {}
     check(model, (8,), batches=(4, 6), integer=isinstance(model, flows.Flow), **options)
+
+
+@pytest.mark.parametrize("bound, weight", rest_slow([("nwj", 1.0), ("info_nce", 1.0), ("leave_one_out", -1.0)],
+                                                    [("nwj", 1.0)]))
+def test_information_over_a_batch_of_any_size(bound, weight):
+    model = MLPVAE((8,), 2, (8,), objective=PenalizedELBO(MutualInformation(bound, weight)))
+    check(model, (8,), batches=(4, 6, 7), backend="eager", integer=False)
+
+
+def test_a_conditional_prior_is_no_module_of_the_graph():
+    model = ConditionalVAE((8,), 2, 3, (8,), prior=ConditionalGaussianPrior(2, nn.Embedding(3, 4)))
+    steps = [TrainStep(m, torch.optim.SGD(m.parameters(), 0.1), compile=backend)
+             for m, backend in ((model, "eager"), (copy.deepcopy(model), False))]
+    for batch in (4, 6, 6):
+        x, labels = torch.rand(batch, 8).round(), torch.arange(batch) % 3
+        losses = []
+        for step in steps:
+            torch.manual_seed(batch)
+            losses.append(step(x, labels))
+        torch.testing.assert_close(*losses)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("options, change", [
+    ({"posterior": DeltaGaussianPosterior(0.2)}, lambda model: setattr(model.posterior, "least", 0.7)),
+    ({"objective": BoundObjective("renyi", 4, alpha=0.5)}, lambda model: model.objective.options.update(alpha=0.3)),
+], ids=["delta", "renyi"])
+def test_numbers_that_a_graph_leaves_open(options, change):
+    """With dynamic=True they are no constants of it."""
+    model, x = MLPVAE((8,), 2, (8,), **options), torch.rand(5, 8).round()
+    compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+    for _ in range(2):
+        values = []
+        for one in (model, compiled):
+            torch.manual_seed(1)
+            bound = one(x)
+            values.append(bound.value if model.objective else bound.elbo)
+        torch.testing.assert_close(*values)
+        change(model)
 
 
 @pytest.mark.slow

@@ -148,16 +148,12 @@ def test_compiled_it_computes_the_same():
     assert all(torch.allclose(a, b) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))
 
 
-def test_distributed_data_parallel_is_unwrapped_only_to_be_recognised(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = Affine()
-        step = TrainStep(DistributedDataParallel(model), sgd(model))
-        x = torch.randn(5, 1, 2, 2)
-        expected = -model.log_prob(x).mean().detach()
-        assert torch.equal(step(x), expected) and "of Affine" in step.explain()
-    finally:
-        torch.distributed.destroy_process_group()
+def test_distributed_data_parallel_is_unwrapped_only_to_be_recognised(process_group):
+    model = Affine()
+    step = TrainStep(DistributedDataParallel(model), sgd(model))
+    x = torch.randn(5, 1, 2, 2)
+    expected = -model.log_prob(x).mean().detach()
+    assert torch.equal(step(x), expected) and "of Affine" in step.explain()
 
 
 def test_explain_states_every_choice():

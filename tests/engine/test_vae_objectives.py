@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch import nn
 
 from fastflow import vae
 from fastflow.engine import TrainStep, capture
@@ -85,6 +86,94 @@ def test_integers_go_to_the_likelihood_and_come_back(likelihood, scale, constant
     torch.manual_seed(0)
     report = objective.report(model, X)
     torch.testing.assert_close(report["bits_per_dim"], (report["rate"] + report["distortion"]) / (16 * math.log(2)))
+
+
+class Counts:
+    """A likelihood of a user's own, by the three methods that one needs."""
+
+    def log_prob(self, x, output):
+        return torch.distributions.Poisson(output.exp(), validate_args=False).log_prob(x).sum(-1)
+
+    def mean(self, output):
+        return output.exp()
+
+    def sample(self, output, generator=None):
+        return torch.poisson(output.exp(), generator=generator)
+
+
+def test_a_likelihood_that_says_nothing_of_integers_is_asked():
+    """Counts that were dequantised would be no counts."""
+    likelihood = Counts()
+    model = vae.VAE(vae.mlp_encoder((5,), 2, (8,)), vae.mlp_decoder(2, (5,), (8,)), likelihood=likelihood)
+    x, step = X.flatten(1)[:, :5].long(), TrainStep(model, sgd(model))
+    with pytest.raises(TypeError, match="^x: expected a floating dtype for a Counts.*takes_integers = True"):
+        step(x)
+    assert "refused, because the Counts has no takes_integers" in step.explain()
+    for images in (x.to(torch.uint8), x[:, :4].reshape(-1, 1, 2, 2)):  # are dequantised
+        assert -0.5 < step.objective.prepare(model, images)[0].min() < 0.5
+    losses = []
+    for takes, batch in ((None, x.float()), (True, x), (True, x.float())):
+        if takes is not None:
+            likelihood.takes_integers = takes
+        torch.manual_seed(0)
+        losses.append(step(batch))
+    assert losses[0] == losses[1] == losses[2]
+    likelihood.takes_integers = False
+    assert 0.0 < (TrainStep(model, sgd(model), n_bins=8).objective.prepare(model, x)[0] + 0.5).max() < 1.0
+
+
+class Words(nn.Module):
+    """A network that embeds words behind the parameters of another layer, and a context where it is given one."""
+
+    def __init__(self, n_classes=None):
+        super().__init__()
+        self.label = None if n_classes is None else nn.Embedding(n_classes, 2)
+        self.out = nn.Linear(12 if n_classes is None else 14, 4)
+        self.embedding = nn.Embedding(7, 4)
+
+    def forward(self, x, context=None):
+        h = self.embedding(x).flatten(1)
+        return self.out(h if context is None else torch.cat([h, self.label(context)], 1))
+
+
+class Levels(Words):
+    """The same of a network that embeds the context alone."""
+
+    def forward(self, x, context):
+        return self.out(torch.cat([x.repeat(1, 4), self.label(context)], 1))
+
+
+@pytest.mark.parametrize("encoder, labelled", [
+    (nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 4)), False), (Words(), False), (Words(2), True),
+    (Levels(2), True),
+], ids=["sequential", "module", "conditional", "label"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_an_encoder_that_embeds_gets_the_integers_themselves(encoder, labelled, dtype):
+    decoder = nn.Linear(4, 21) if labelled else vae.mlp_decoder(2, (21,), (8,))
+    x, context = X[:4, 0, 0, :3] % 7, torch.tensor([0, 1, 1, 0])
+
+    def conditional(z, context):
+        return decoder(torch.cat([z, context[:, None].expand(-1, 2).float()], 1))
+
+    model = vae.VAE(encoder, conditional if labelled else decoder, likelihood=vae.CategoricalLikelihood(7))
+    given = context if labelled else None
+    by_hand = x if not isinstance(encoder, Levels) else x.float()
+    torch.manual_seed(0)
+    expected = -model.elbo(by_hand, context=given).elbo.mean().detach()
+    for compile in (False, "eager"):
+        step = TrainStep(model, sgd(model), compile=compile)
+        torch.manual_seed(0)
+        torch.testing.assert_close(step(x.to(dtype), given), expected)
+
+
+def test_a_prior_of_codes_trains_by_itself():
+    prior, codes = vae.CodePrior(5, 8, 2), X[:, 0, 0] % 5
+    step = TrainStep(prior, torch.optim.Adam(prior.parameters(), 0.01))
+    loss = step(codes)
+    torch.testing.assert_close(loss, torch.tensor(4 * math.log(5)))  # it starts uniform
+    assert step(codes) < loss and "integer images: taken as they are by the CodePrior" in step.explain()
+    report = step.objective.report(prior, codes)
+    torch.testing.assert_close(report["bits_per_dim"], -prior.log_prob(codes) / (4 * math.log(2)))
 
 
 @pytest.mark.parametrize("make, n_samples, expected", [

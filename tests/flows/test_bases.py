@@ -307,6 +307,25 @@ def test_a_base_need_not_know_of_generators_and_temperatures():
         flow.sample(3, generator=torch.Generator())
 
 
+ANCHORED = {"normal": lambda: flows.NSF(2), "torch": lambda: flows.Flow(
+                flows.RealNVP(2).transform, D.Normal(torch.zeros(2, device="cpu"), torch.ones(2, device="cpu"))),
+            "dequantized": lambda: flows.Flow(flows.Compose(flows.UniformDequantization(4), flows.NSF(2).transform),
+                                              flows.StandardLogistic(2))}
+
+
+@pytest.mark.parametrize("name", ANCHORED)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_samples_follow_parameters_that_are_assigned(name, device):
+    for dtype in (torch.float32, torch.float64):
+        with torch.device(device):
+            flow = ANCHORED[name]()
+        flow.load_state_dict(ANCHORED[name]().to(dtype).state_dict(), assign=True)
+        z = flow.sample(3) if name == "dequantized" else flow.sample_and_log_prob(3)[0]
+        assert z.dtype == (torch.int64 if name == "dequantized" else dtype) and z.device.type == "cpu"
+        assert flow.log_prob(z).dtype == dtype
+        assert not flow.state_dict().keys() & {"base.anchor", "_anchor", "transform.transforms.0.anchor"}
+
+
 def test_priors_that_positions_share():
     """Those of Glow: one mean and one deviation for each channel, and for each class."""
     base, classes = flows.DiagonalNormal((2, 3, 3), per_channel=True), flows.ClassConditionalNormal(
@@ -356,7 +375,13 @@ def test_a_torch_distribution_is_of_the_shape_of_z_or_of_each_element():
 @pytest.mark.parametrize(("call", "match"), [
     (lambda: flows.Mixture([]), "components"),
     (lambda: flows.Mixture([flows.DiagonalNormal(2), flows.DiagonalNormal(3)]), "components"),
-    (lambda: flows.Mixture([flows.ClassConditionalNormal(2, 2)]), "components"),
+    (lambda: flows.Mixture([flows.ClassConditionalNormal(2, 2)]).log_prob(torch.zeros(3, 2)), "^context: .* Mixture"),
+    (lambda: flows.Mixture([flows.DiagonalNormal(2)], nn.Linear(3, 1)).sample(3), "^context: expected a tensor"),
+    (lambda: flows.Mixture([flows.DiagonalNormal(2)]).sample(3, context=torch.zeros(3, 1)), "^context: expected None"),
+    (lambda: flows.Mixture([flows.DiagonalNormal(2)], nn.Linear(1, 1)).sample(2, context=torch.zeros(3, 1)),
+     "^context: expected 2 of them, one for each sample, got 3"),
+    (lambda: flows.Mixture([flows.DiagonalNormal(2)], nn.Linear(1, 2)).sample(3, context=torch.zeros(3, 1)),
+     r"^weights output: expected shape \(3, 1\), got \(3, 2\)"),
     (lambda: flows.Uniform(1.0, 0.0), "low"), (lambda: flows.TruncatedNormal(1.0, 1.0, (2,)), "low"),
     (lambda: flows.StudentT(2, df=0.0), "df"), (lambda: flows.ClassConditionalNormal(2, 0), "n_classes"),
     (lambda: flows.DiagonalNormal(2).log_prob(torch.zeros(3, 1)), "z"),

@@ -1,15 +1,17 @@
-"""What of a flow gets a context behind a conditional base."""
+"""What of a flow gets a context, behind a conditional base and beside parts that take one."""
 
 import math
 from typing import Optional
 
 import pytest
 import torch
+from flow_checks import check_bijection, scattered
 from torch import nn
 
 from fastflow import flows
+from fastflow.flows import memory
 from fastflow.flows.contexts import takes_context
-from fastflow.nn import MLP, AffineCoupling
+from fastflow.nn import MLP, ActNorm, AffineCoupling
 
 
 class Doubling:
@@ -106,3 +108,84 @@ def test_a_split_takes_the_context_of_its_prior_or_its_rest():
     assert takes_context(flows.Split((4,), rest)) and not takes_context(flows.Split((4,), plain))
     assert takes_context(flows.Split((4,), prior=prior, conditional=True))
     assert takes_context(flows.Split((4,), rest, prior=nn.Linear(2, 4)))
+
+
+def mixed(*transforms):
+    return scattered(flows.Compose(*transforms)).double()
+
+
+def real_nvp(context_features=None, features=4):
+    return flows.RealNVP(features, n_layers=2, hidden=(4,), context_features=context_features).transform
+
+
+# name: the parts, one after the other, of which some take a context
+MIXED = {
+    "compositions": lambda: [real_nvp(), real_nvp(3)],
+    "layers": lambda: [AffineCoupling(nn.Linear(2, 4)), *real_nvp(3).transforms, ActNorm(4), AffineCoupling(MLP(2, 4))],
+    "the other way": lambda: [flows.Inverse(flows.Compose(real_nvp(3), flows.Planar(4))),
+                              flows.Planar(4, context_features=3)],
+    "splits": lambda: [real_nvp(), flows.Split((4,), real_nvp(None, 2), prior=MLP(2, 4, context_features=3),
+                                               conditional=True)],
+    "rests": lambda: [flows.Split((4,), flows.Compose(real_nvp(3, 2), real_nvp(None, 2)), prior=nn.Linear(2, 4))],
+    "many kinds": lambda: [flows.MAF(4, n_layers=1).transform, flows.NSF(4, n_layers=1, context_features=3).transform,
+                           flows.Exp(), flows.Log(), flows.Sylvester(4)]}
+
+
+def one_by_one(transforms, x, context):
+    total = 0.0
+    for transform in transforms:
+        x, logdet = transform(x, context if takes_context(transform) else None)
+        total = total + logdet
+    return x, total
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_those_parts_that_take_a_context_get_it(name):
+    transform = mixed(*MIXED[name]())
+    x, context = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    check_bijection(transform, x, context)
+    torch.testing.assert_close(transform(x, context), one_by_one(transform.transforms, x, context))
+    assert (transform(x, context + 1.0)[1] != transform(x, context)[1]).all()
+    flow = flows.Flow(transform, flows.StandardNormal(4).double())
+    samples, log_prob = flow.sample_and_log_prob(2, context)
+    torch.testing.assert_close(log_prob[1], flow.log_prob(samples[1], context))
+    flow.initialize(x, context)
+    with pytest.raises(ValueError, match="^context: expected shape"):
+        flow.log_prob(x)
+    want = torch.autograd.grad(flow.log_prob(x, context).sum(), list(flow.parameters()))
+    for mode in ("save_z", "invert"):
+        with memory.saving(memory.Mode(mode, flow)):
+            value = flow.log_prob(x, context)
+        got = torch.autograd.grad(value.sum(), list(flow.parameters()))
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_a_context_that_nothing_takes_is_refused():
+    flow = flows.Flow(flows.Compose(real_nvp(), flows.Exp(), real_nvp()), flows.StandardNormal(4))
+    context = torch.ones(3, 3)
+    for call in (lambda: flow.log_prob(torch.zeros(3, 4), context), lambda: flow.sample(2, context),
+                 lambda: flow.initialize(torch.zeros(3, 4), context)):
+        with pytest.raises(ValueError, match="^context: expected None"):
+            call()
+    with pytest.raises(ValueError, match="^context: expected None"):
+        flows.Flow(flows.Split((4,), real_nvp(None, 2)), flows.StandardNormal(4)).log_prob(torch.zeros(3, 4), context)
+
+
+def test_a_function_that_does_not_tell_its_inputs_may_be_a_conditioner():
+    transform, x = flows.Compose(AffineCoupling(torch.tanh, scale="additive"), real_nvp()), torch.randn(3, 4)
+    torch.testing.assert_close(transform(x), one_by_one(transform.transforms, x, None))
+
+
+def test_mixed_flows_compile_to_one_graph():
+    transform = mixed(AffineCoupling(nn.Linear(2, 4)), *real_nvp(3).transforms, *MIXED["splits"]())
+    x, context = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    compiled = torch.compile(transform, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, context), transform(x, context))
+
+
+def test_sharded_modules_of_the_users_take_what_their_forward_takes():
+    """FSDP2 makes of each class one of torch's."""
+    sharded = type("FSDPTwoInputs", (TwoInputs,), {"__module__": "torch.distributed.fsdp._fully_shard"})
+    assert takes_context(AffineCoupling(sharded()))
+    network = type("FSDPOneInput", (OneInput,), {"__module__": "torch.distributed.fsdp._fully_shard"})
+    assert not takes_context(AffineCoupling(network()))

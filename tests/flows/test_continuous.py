@@ -211,6 +211,36 @@ def test_flow_matching_has_its_minimum_at_the_closed_form():
         assert (per_chunk.mean(0).abs() < 4 * per_chunk.std(0) / math.sqrt(50)).all()
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_flow_matching_draws_from_a_conditional_base(given):
+    base, n = flows.ConditionalNormal(2, nn.Linear(3, 4)), 5
+    transform = scattered(flows.FFJORD(2, context_features=3 if given else None)).transform
+    x, context, t = torch.randn(n, 2), torch.randn(n, 3), torch.rand(n)
+    noise = base.sample(n, generator=torch.Generator().manual_seed(1), context=context)
+    want = flows.flow_matching_loss(transform, x, context if given else None, noise=noise, t=t)
+    loss = flows.flow_matching_loss(flows.Flow(transform, base), x, context, t=t,
+                                    generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize(("field", "takes"), [
+    (lambda t, x: -x, False), (lambda t, x, c: c * x, True), (flows.VelocityMLP(2), False),
+    (flows.VelocityMLP(2, context_features=2), True)])
+def test_a_continuous_transform_takes_the_context_that_its_field_takes(field, takes):
+    assert flows.ContinuousTransform(field).takes_context == takes
+
+    class Field(nn.Module):
+        def forward(self, t, x, *c):
+            return field(t, x, *c)
+
+    class FieldOfTwo(nn.Module):
+        def forward(self, t, x):
+            return x
+
+    assert flows.ContinuousTransform(Field()).takes_context
+    assert not flows.ContinuousTransform(FieldOfTwo()).takes_context
+
+
 def test_flow_matching_training_finds_the_density():
     """A mixture of two Gaussians in one dimension: KL to the truth under 0.05 nats after 600 steps."""
     flow = flows.FFJORD(1, hidden=(32, 32), activation=nn.SiLU, rtol=1e-4, atol=1e-4)

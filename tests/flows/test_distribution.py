@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 from flow_checks import scattered
+from torch import nn
 
 from fastflow import flows
-from fastflow.nn import ActNorm
+from fastflow.nn import ActNorm, AffineCoupling
 
 
 def test_as_distribution():
@@ -42,6 +43,8 @@ def test_as_distribution_of_numbers(base):
 @pytest.mark.parametrize(("transform", "inside", "outside"), [
     (flows.Log(), 3.0, 0.0), (flows.Inverse(flows.Exp()), 3.0, -1.0), (flows.Logit(), 0.4, 1.2),
     (flows.Compose(flows.Compose(flows.Logit()), ActNorm(2)), 0.4, -0.2), (flows.Exp(), -3.0, math.nan),
+    (flows.Inverse(flows.Compose(flows.RealNVP(2).transform, flows.Exp())), 3.0, -1.0),
+    (flows.Compose(flows.Inverse(flows.Inverse(flows.Compose(flows.Logit(), flows.Exp())))), 0.4, -0.2),
     (flows.RealNVP(2).transform, -3.0, math.nan)])
 def test_the_support_is_the_domain_of_what_comes_first(transform, inside, outside):
     law = flows.Flow(transform, flows.StandardNormal((2,))).as_distribution()
@@ -51,6 +54,56 @@ def test_the_support_is_the_domain_of_what_comes_first(transform, inside, outsid
     u = torch.randn(2)
     x = torch.distributions.biject_to(law.support)(u)
     assert law.support.check(x) and law.log_prob(x).isfinite()
+
+
+class Strict(flows.StandardNormal):
+    """A base that takes no generator, and counts its draws."""
+
+    draws = 0
+
+    def sample(self, n):
+        self.draws += 1
+        return super().sample(n)
+
+
+class Doubled(nn.Module):
+    """A transform that has more noise than data, and does not say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x, context=None):
+        return torch.cat([x, x], 1), x.new_zeros(len(x))
+
+    def inverse(self, z, context=None):
+        return self.norm(z[:, :2]), z.new_zeros(len(z))
+
+
+def normed():
+    return AffineCoupling(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)))
+
+
+SHAPES = {"normed": (normed, 4, 0), "undeclared": (Doubled, 4, 1), "both ways": (
+              lambda: flows.Inverse(flows.Inverse(flows.Compose(flows.Squeeze()))), (4, 1, 1), 0),
+          "drawn": (lambda: flows.Slice(2, flows.ConditionalNormal(3, nn.Linear(2, 6))), 2, 1),
+          "sliced": (lambda: flows.Inverse(flows.Slice(2, flows.ConditionalNormal(3, nn.Linear(2, 6)))), 5, 0),
+          "augmented": (lambda: flows.Augment(2, 3, flows.ConditionalNormal(3, nn.Linear(2, 6))), 5, 0)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_shape_of_the_data_costs_a_draw_only_where_nothing_tells_it(name):
+    make, shape, draws = SHAPES[name]
+    flow = flows.Flow(make(), Strict(shape)).train()
+    frozen = [m for m in flow.modules() if isinstance(m, nn.Linear)]
+    for module in frozen:
+        module.eval()
+    before, state = torch.get_rng_state(), {k: v.clone() for k, v in flow.state_dict().items()}
+    law = flow.as_distribution()
+    assert torch.equal(torch.get_rng_state(), before) and flow.base.draws == draws
+    assert all(torch.equal(v, state[k]) for k, v in flow.state_dict().items())
+    assert all(module.training != (module in frozen) for module in flow.modules())
+    assert law.event_shape == flow.eval().sample(1).shape[1:]
 
 
 @pytest.mark.parametrize("conditional", [False, True])

@@ -17,7 +17,8 @@ from fastflow.flows.contexts import takes_context
 from fastflow.nn import MLP, ActNorm, AffineCoupling, ConvNet, InvertibleConv1x1, MixtureCoupling, SplineCoupling
 
 SEEDS, MODEL_SEEDS, BATCH, CONTEXT = 20, 5, 3, 2
-DOMAINS = {"real": lambda x: x, "positive": lambda x: x.abs() + 0.1, "unit": torch.sigmoid}
+DOMAINS = {"real": lambda x: x, "positive": lambda x: x.abs() + 0.1, "unit": torch.sigmoid,
+           "box": lambda x: 3.0 * torch.tanh(x)}
 # Exported, with forward and inverse, but no bijection by itself, or from integers or to other dimensions.
 NO_BIJECTION = {"Transform", "ScalarTransform", "LinearMap", "Flow", "AffineTransformer", "SplineTransformer",
                 "MixtureTransformer", "WeightBank", "UniformDequantization", "VariationalDequantization", "Slice",
@@ -116,6 +117,7 @@ ROWS = {
     "Orthogonal exp": plain(lambda n: flows.Orthogonal(n, method="exp")),
     "DiagonalScale": plain(flows.DiagonalScale), "ActNorm": plain(ActNorm),
     "Permute": plain(lambda n: flows.Permute(torch.randperm(n))), "Reverse": plain(lambda n: flows.Reverse()),
+    "PeriodicShift": plain(lambda n: flows.PeriodicShift(n, 3.0), domain="box", density=False),
     "InvertibleConv1x1": plain(InvertibleConv1x1),
     "InvertibleConv1x1 plu": plain(lambda n: InvertibleConv1x1(n, "plu")),
     "InvertibleConv1x1 image": image(lambda s: InvertibleConv1x1(s[0], actnorm=ActNorm(s[0])), (1, 2, 2), (3, 2, 1),
@@ -134,6 +136,11 @@ ROWS = {
                                  contextual=True, tolerance=1e-7, density=False),
     "SplineCoupling checkerboard": image(lambda s: SplineCoupling(conv(s[0], 8 * s[0]), n_bins=3,
                                                                   split="checkerboard"), (1, 2, 2), (2, 3, 3)),
+    "SplineCoupling circular": Row(lambda n, c: SplineCoupling(
+        MLP(n // 2 * 2, (n - n // 2) * 12, (5,), context_features=c, activation=nn.Tanh), n_bins=4, tails="circular",
+        periodic=True), contextual=True, domain="box", density=False, tolerance=1e-7),
+    "SplineCoupling without tails": Row(lambda n, c: SplineCoupling(conditioner(n, c, 13), n_bins=4, tails=None),
+                                        contextual=True, domain="box", density=False, tolerance=1e-7),
     "MixtureCoupling": Row(lambda n, c: MixtureCoupling(conditioner(n, c, 8), n_components=2), contextual=True,
                            tolerance=1e-7),
     # autoregressive, planar, residual
@@ -175,6 +182,10 @@ ROWS = {
     # models
     "RealNVP": model(flows.RealNVP, **SMALL), "NICE": model(flows.NICE, **SMALL), "MAF": model(flows.MAF, **SMALL),
     "IAF": model(flows.IAF, **SMALL), "NSF": replace(model(flows.NSF, n_bins=4, **SMALL), tolerance=1e-7),
+    "NSF circular": replace(model(flows.NSF, n_bins=4, tails="circular", **SMALL), tolerance=1e-7, domain="box",
+                            density=False),
+    "NSF without tails": replace(model(flows.NSF, n_bins=4, tails=None, **SMALL), tolerance=1e-7, domain="box",
+                                 density=False),
     "NSF autoregressive": replace(model(flows.NSF, n_bins=4, autoregressive=True, **SMALL), tolerance=1e-7),
     "ResidualFlow": Row(lambda n, c: flows.ResidualFlow(
         n, n_layers=2, hidden=(5,), bound=0.6, context_features=c).transform.eval(), contextual=True,

@@ -1,6 +1,7 @@
 """Flow: densities, samples, contexts, scalar bijections, images."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -223,7 +224,12 @@ class Uniform:
         return torch.rand(n, *self.event_shape, generator=generator) - 0.5
 
 
-def test_a_log_determinant_of_another_shape_is_refused():
+CALLS = {"log_prob": lambda flow: flow.log_prob(torch.randn(3, 3)), "sample": lambda flow: flow.sample(3),
+         "rsample": lambda flow: flow.rsample(3), "sample_and_log_prob": lambda flow: flow.sample_and_log_prob(3)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_log_determinant_of_another_shape_is_refused(name):
     class Elementwise(torch.nn.Module):
         def forward(self, x, context=None):
             return 2.0 * x, torch.full_like(x, math.log(2.0))
@@ -232,7 +238,18 @@ def test_a_log_determinant_of_another_shape_is_refused():
             return 0.5 * z, torch.full_like(z, -math.log(2.0))
 
     with pytest.raises(ValueError, match=r"transform: expected a log-determinant of shape \(3,\), got \(3, 3\)"):
-        flows.Flow(Elementwise(), flows.StandardNormal(3)).log_prob(torch.randn(3, 3))
+        CALLS[name](flows.Flow(Elementwise(), flows.StandardNormal(3)))
+
+
+@pytest.mark.parametrize("name", ["log_prob", "sample_and_log_prob"])
+@pytest.mark.parametrize("shape", [(3, 1), (), (1,)])
+def test_a_log_density_of_another_shape_is_refused(name, shape):
+    class Normal(flows.StandardNormal):
+        def log_prob(self, z, temperature=1.0):
+            return torch.zeros(shape)
+
+    with pytest.raises(ValueError, match=rf"base: expected a log-density of shape \(3,\), got {re.escape(str(shape))}"):
+        CALLS[name](flows.Flow(flows.Affine(0.0, 2.0), Normal(3)))
 
 
 @pytest.mark.parametrize(("n_bins", "bits"), [(256, 8.0), (32, 5.0), (17, math.log2(17))])

@@ -129,6 +129,22 @@ def test_a_layer_that_does_not_fit_is_called_by_itself(change, reason):
     torch.testing.assert_close(back, x, rtol=1e-3, atol=1e-3)
 
 
+def test_layers_that_take_no_context_beside_others_are_called_by_themselves():
+    conditional = flows.Flow(realnvp(context_features=3).transform, flows.StandardNormal(5))
+    conditional.transform.transforms.insert(2, realnvp().transform.transforms[1])
+    x, context = torch.randn(9, 5), torch.randn(9, 3)
+    kinds = [type(run).__name__ for run in flows.fused.runs(conditional.transform.transforms, x, context)]
+    assert kinds == ["Run", "AffineCoupling", "Run"]
+    assert conditional.transform.explain(x, context).endswith("not 2: its conditioner takes no context")
+    assert "not 1, 3, 4, 5: its conditioner takes a context" in conditional.transform.explain(x)
+    z, total = x, 0.0
+    for index, layer in enumerate(conditional.transform.transforms):
+        z, logdet = layer(z, None if index == 2 else context)
+        total = total + logdet
+    torch.testing.assert_close(conditional.transform(x, context), (z, total), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(conditional.transform.inverse(z, context)[0], x, rtol=1e-3, atol=1e-3)
+
+
 def test_shapes_can_be_asked_on_the_meta_device():
     with torch.device("meta"):
         flow = flows.RealNVP(3, n_layers=2)

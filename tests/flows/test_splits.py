@@ -85,6 +85,53 @@ def test_indices_travel_with_the_state():
     assert torch.equal(first(x)[0], second(x)[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_travel_with_the_state(kind):
+    """What is derived from them follows, such as how many ones there are."""
+    per_feature, make = KINDS[kind]
+    masks = torch.tensor([0, 1, 1, 0, 0]), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    first, second = (scattered(make(MLP(5, 5 * per_feature, (6,)), split=mask, flip=True)) for mask in masks)
+    x, state = torch.randn(3, 5), first.state_dict()
+    called = torch.compile(second, backend="eager") if kind == "additive" else second
+    called(x)
+    second.load_state_dict({**state, "mask": state["mask"].half()})
+    torch.testing.assert_close(called(x), first(x), rtol=0, atol=0)
+    torch.testing.assert_close(second.inverse(x), first.inverse(x), rtol=0, atol=0)
+    assert second.mask.dtype == torch.bool and torch.equal(second(x)[0] == x, (masks[0] == 0).expand(3, 5))
+    former = {key: value for key, value in state.items() if key != "mask"}
+    third = make(MLP(5, 5 * per_feature, (6,)), split=masks[1])
+    third.load_state_dict(former)
+    assert torch.equal(third(x)[0] == x, (masks[1] == 1).expand(3, 5))
+
+
+def test_a_mask_loads_into_a_layer_on_the_meta_device():
+    first = scattered(AffineCoupling(MLP(4, 8), split=torch.tensor([1, 0, 1, 1])))
+    with torch.device("meta"):
+        second = AffineCoupling(MLP(4, 8), split=torch.zeros(4))
+    assert second(torch.empty(3, 4, device="meta"))[0].shape == (3, 4)
+    second.load_state_dict(first.state_dict(), assign=True)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(second(x), first(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("mask", "message"), [
+    (torch.tensor([1, 0, 1]), r"size mismatch for mask: .*\[3\].*\[4\]"), (torch.zeros(1, 4), "size mismatch for mask"),
+    (torch.full((4,), 0.5), "mask: expected a mask of zeros and ones, got other values")])
+def test_a_mask_that_does_not_fit_is_refused(mask, message):
+    layer = AffineCoupling(MLP(4, 8), split=torch.tensor([1, 0, 1, 1]))
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict({**layer.state_dict(), "mask": mask})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        AffineCoupling(MLP(4, 8), split="checkerboard").load_state_dict(layer.state_dict())
+
+
+def test_indices_that_were_loaded_are_held_against_x():
+    first, second = (AffineCoupling(MLP(2, 6), split=split) for split in ([0, 4], [1, 2]))
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="^x: expected at least 5"):
+        second(torch.zeros(1, 4))
+
+
 @pytest.mark.parametrize("split", [[0, 0], [-1], [True], [0.5]])
 def test_what_an_index_split_refuses(split):
     with pytest.raises(ValueError, match="^split"):

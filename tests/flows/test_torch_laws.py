@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import distributions as D
+from torch._subclasses import FakeTensorMode
 
 from fastflow import flows
 from fastflow.flows.base import as_base, seeded
@@ -73,3 +74,49 @@ def test_a_flow_gives_float64_behind_double(parameters):
     torch.testing.assert_close(x.float(), single)
     torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=1e-12, atol=1e-12)
     assert flow.float().sample(3).dtype == torch.float32
+
+
+@pytest.mark.parametrize("through", ["base", "CDF", "Quantile"])
+@pytest.mark.parametrize("name", LAWS)
+def test_the_host_waits_for_no_value(name, through):
+    """Else a CUDA graph could not hold it. The arguments of torch's laws are checked by default."""
+    law = LAWS[name](torch.zeros(2))
+    if law.event_shape and through != "base":
+        pytest.skip("no law of numbers")
+    base = law if through == "base" else flows.StandardNormal(2)
+    inner = [] if through == "base" else [getattr(flows, through)(law)]
+    flow = flows.Flow(flows.Compose(flows.Planar(2), *inner), base)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flow(torch.empty(3, 2)).sum().backward()  # a fake value that is asked for raises
+
+
+class Untold(D.Distribution):
+    """A law that does not tell its support."""
+
+    arg_constraints = {}
+    has_rsample = True
+
+    def __init__(self, law):
+        super().__init__(law.batch_shape, law.event_shape, validate_args=False)
+        self.rsample, self.log_prob = law.rsample, law.log_prob
+
+
+@pytest.mark.parametrize("name", ["normal", "independent", "multivariate", "flow"])
+def test_a_law_without_a_support_is_one_over_all_real_numbers(name):
+    law = flows.Mixture([flows.DiagonalNormal(2)] * 2)
+    law = flows.Flow(flows.Reverse(), law).as_distribution() if name == "flow" else LAWS[name](torch.zeros(2))
+    z = torch.tensor([[0.3, -0.4], [1.0, torch.nan], [-torch.inf, 2.0]])
+    told, untold = (as_base(each).log_prob(z) for each in (law, Untold(law)))
+    torch.testing.assert_close(untold, told, rtol=0, atol=0, equal_nan=True)
+    assert torch.isneginf(untold).tolist() == [False, False, True]
+    flow = flows.Flow(flows.Affine(0.0, 2.0), Untold(law))
+    x, log_prob = flow.sample_and_log_prob(4)
+    torch.testing.assert_close(flow.log_prob(x), log_prob)
+
+
+def test_a_mixture_and_a_flow_of_zuko_as_bases():
+    zuko = pytest.importorskip("zuko", reason="zuko is not installed")
+    components = D.Independent(D.Normal(torch.tensor([[-1.0, 0.0], [1.0, 2.0]]), 1.0), 1)
+    x = torch.randn(4, 2)
+    for law in (zuko.distributions.Mixture(components, torch.zeros(2)), zuko.flows.NSF(2, transforms=1)()):
+        torch.testing.assert_close(flows.Flow(flows.Reverse(), law).log_prob(x), law.log_prob(x.flip(1)))

@@ -2,16 +2,17 @@
 
 import math
 
-import nflows.distributions
-import nflows.flows
-import nflows.transforms as nt
-import normflows as nf
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastflow import flows
+
+nf = pytest.importorskip("normflows")
+nt = pytest.importorskip("nflows.transforms")
+from nflows.distributions import StandardNormal  # noqa: E402
+from nflows.flows import Flow  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 SHAPE = (3, 8, 12)
@@ -272,7 +273,7 @@ def nflows_glow(dtype, coupling, nested):
         shape = channels, SHAPE[1] // 2 ** (level + 1), SHAPE[2] // 2 ** (level + 1)
         multiscale.add_transform(nt.CompositeTransform([nt.SqueezeTransform(), *parts]), shape)
         channels //= 2
-    model = nflows.flows.Flow(multiscale, nflows.distributions.StandardNormal([math.prod(SHAPE)])).to(dtype)
+    model = Flow(multiscale, StandardNormal([math.prod(SHAPE)])).to(dtype)
     model.log_prob(torch.rand(8, *SHAPE, dtype=dtype))  # initialises
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,5 +1,6 @@
 """The benchmark of whole models on a GPU, rehearsed without one; its plain models compute what fastflow's do."""
 
+import contextlib
 import copy
 import json
 import statistics
@@ -79,6 +80,34 @@ def test_a_case_that_raises_or_takes_too_long_is_reported_and_the_budget_kept(mo
     assert gpu_models.main(["--device", "cpu", "--tiny", "--only", "sound", "--results", str(tmp_path)]) == 0
     assert gpu_models.main(["--device", "cpu", "--tiny", "--only", "broken"]) == 1
     assert "broken failed: RuntimeError: no such size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["constructing", "running", "between", "recording"])
+def test_the_limit_ends_a_case_that_passes_over_failures(short, monkeypatch, where):
+    """The variant that the alarm meets is not taken for one that fails while the rest is measured."""
+    def waits():
+        while True:
+            pass
+
+    @contextlib.contextmanager
+    def recording():
+        try:
+            yield
+        finally:
+            raise RuntimeError("what was begun can not be ended")
+
+    def case(device, tiny):
+        late = {"constructing": waits, "running": lambda: waits, "recording": recording()(waits)}
+        late = late.get(where, lambda: int)
+        variants = {"eager": lambda: int, "late": late, "fastflow": lambda: int}
+        yield measuring.measure(measuring.Contest("case", "x", variants, 1), device)
+        waits()
+    monkeypatch.setattr(gpu_models, "AGAIN", 0.3)
+    monkeypatch.setattr(gpu_models, "CASES", {"one": case, "two": lambda *a: iter(())})
+    record = gpu_models.measure(["one", "two"], "cpu", True, 100, 0.1, lambda record: None)
+    assert record["failed"] == {"one": "TimeoutError: not done within 0.1 s"}
+    assert len(record["rows"]) == (where in ("between", "recording")) and list(record["seconds"]) == ["one", "two"]
+    assert record["seconds"]["one"] < 5
 
 
 def test_a_device_that_no_longer_answers_ends_the_run(monkeypatch):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+for library in ("nflows", "normflows", "FrEIA", "zuko", "torchflows"):
+    pytest.importorskip(library)
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 

@@ -25,6 +25,7 @@ LAYERS = {
     "backends": {"extension", "gpus"},
     "gpus": {"extension"},
     "launches": {"extension"},
+    "flops": {"extension"},
     "measured": {"autograd"},
     "doctor": set(),
     "draws": set(),

@@ -9,7 +9,7 @@ import torch
 from cases import Case, check_by_ratio, cotangents_of, evaluate, upcast
 from tolerances import assert_bitwise
 
-from fastflow import functional, reference
+from fastflow import backends, functional, reference
 
 KINDS = (("rq", None), ("rq", 6.9), ("linear", None))
 SIZES = (((7, 5), 1), ((5, 3), 2), ((70, 64), 8), ((3, 4, 5, 6), 5), ((2, 2, 70), 8), ((1, 1), 17),
@@ -221,3 +221,138 @@ def test_pyro_is_one_of_its_forms(inverse, backend, device):
     y, logdet = functional.spline(x.to(device), params.to(device), inverse=inverse, end_derivative=0.999)
     torch.testing.assert_close(y.cpu(), want, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(logdet.cpu(), log.sum(1), rtol=1e-8, atol=1e-8)
+
+
+BOUNDED = ("circular", None)
+by_tails = pytest.mark.parametrize("tails", BOUNDED, ids=["circular", "no_tails"])
+
+
+def bounded(tails, shape, bins, dtype=torch.float64, seed=0, bound=3.0):
+    """(x inside the interval, params) of random splines."""
+    generator = torch.Generator().manual_seed(seed)
+    x = bound * (2.0 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1.0)
+    channels = shape[1] * functional.spline_params("rq", bins, tails)
+    params = torch.randn((shape[0], channels, *shape[2:]), generator=generator, dtype=torch.float64)
+    return x.to(dtype), params.to(dtype)
+
+
+@by_direction
+@by_tails
+def test_splines_without_linear_tails_are_those_of_nflows_and_normflows(tails, inverse):
+    from nflows.transforms.splines import rational_quadratic_spline
+    from normflows.utils.splines import unconstrained_rational_quadratic_spline
+
+    x, params = bounded(tails, (50, 4), 6)
+    widths, heights, slopes = params.unflatten(1, (4, -1)).split([6, 6, 6 if tails else 7], -1)
+    if tails == "circular":
+        want = unconstrained_rational_quadratic_spline(x, widths, heights, slopes, inverse, tails, 3.0)
+    else:
+        want = rational_quadratic_spline(x, widths, heights, slopes, inverse, -3.0, 3.0, -3.0, 3.0)
+    y, logdet = functional.spline(x, params, tails=tails, inverse=inverse)
+    torch.testing.assert_close(y, want[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logdet, want[1].sum(1), rtol=1e-10, atol=1e-10)
+
+
+@by_tails
+@pytest.mark.parametrize("options", [{}, {"clamp": 6.9}, {"gain": 0.5}], ids=str)
+def test_without_linear_tails_jacobian_inverse_and_gradients(options, tails):
+    options = {"tails": tails, "tail_bound": 1.7, **options}
+    for bins in (1, 4):
+        x, params = bounded(tails, (3, 2, 2), bins, bound=1.7)
+        y, logdet = functional.spline(x, params, **options)
+        for i in range(3):
+            jacobian = torch.autograd.functional.jacobian(
+                lambda x, i=i, p=params: functional.spline(x, p[i:i + 1], **options)[0], x[i:i + 1])
+            torch.testing.assert_close(torch.linalg.slogdet(jacobian.reshape(4, 4))[1], logdet[i])
+        back, none = functional.spline(y, params, inverse=True, logdet=logdet, **options)
+        torch.testing.assert_close(back, x, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(none, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-10)
+        for inverse in (False, True):
+            assert torch.autograd.gradcheck(lambda *t, i=inverse: functional.spline(*t, inverse=i, **options),
+                                            (x[:1].clone().requires_grad_(), params[:1].clone().requires_grad_()))
+
+
+@by_direction
+@by_tails
+def test_learned_slopes_at_the_ends(tails, inverse):
+    """min_derivative + softplus of their params; on a circle both ends have one, and nothing jumps at the seam."""
+    params = bounded(tails, (1, 1), 4)[1].expand(2, -1)
+    x = torch.tensor([[-3.0], [3.0]], dtype=torch.float64)
+    y, logdet = functional.spline(x, params, tails=tails, inverse=inverse)
+    slopes = 1e-3 + torch.nn.functional.softplus(params[0, [8, 8 if tails else 12]])
+    torch.testing.assert_close(logdet, slopes.log() * (-1 if inverse else 1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(y, -x.abs() if tails else x, rtol=1e-12, atol=1e-12)
+    if tails == "circular":
+        near = torch.tensor([[3.0 - 1e-9], [-3.0 + 1e-9]], dtype=torch.float64)
+        y, logdet = functional.spline(near, params, tails=tails, inverse=inverse)
+        torch.testing.assert_close(logdet[0], logdet[1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(y[0] - 6.0, y[1], rtol=0, atol=1e-7)
+
+
+@by_direction
+def test_angles_are_wrapped(inverse):
+    bound = math.pi
+    x, params = bounded("circular", (40, 3), 5, bound=bound)
+    options = {"tails": "circular", "tail_bound": bound, "inverse": inverse}
+    y, logdet = functional.spline(x, params, **options)
+    for turns in (1, -1, 7):
+        moved = (x + turns * 2.0 * bound).requires_grad_()
+        found = functional.spline(moved, params, **options)
+        torch.testing.assert_close(found, (y, logdet), rtol=1e-9, atol=1e-9)
+        leaf = x.clone().requires_grad_()
+        grads = [torch.autograd.grad(sum(t.sum() for t in functional.spline(v, params, **options)), v)[0]
+                 for v in (leaf, moved)]
+        torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-7)
+    assert torch.isnan(functional.spline(torch.full((1, 1), math.inf), torch.zeros(1, 15), **options)[0]).all()
+
+
+@by_direction
+def test_without_tails_what_is_outside_has_no_density(inverse):
+    x = torch.tensor([[0.5, 3.1], [-math.inf, 0.5], [math.nan, 5.0], [3.0, -3.0]]).requires_grad_()
+    params = torch.randn(4, 2 * 16)
+    params[0, 16:] = params[1, :16] = math.nan
+    params.requires_grad_()
+    y, logdet = functional.spline(x, params, tails=None, inverse=inverse)
+    assert torch.isneginf(logdet[:2]).all() and torch.isnan(logdet[2]) and torch.isfinite(logdet[3])
+    assert torch.isfinite(y[[0, 1, 3]]).all() and torch.isnan(y[2]).tolist() == [True, False]
+    grads = torch.autograd.grad(y[[0, 1, 3]].sum() + logdet[[0, 1, 3]].sum(), (x, params))
+    assert all(torch.isfinite(g[[0, 1, 3]]).all() for g in grads) and not grads[0][0, 1] and not grads[0][1, 0]
+
+
+@by_tails
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bound", [3.0, math.pi, 3.3, 0.1])
+def test_results_are_inside_the_half_open_interval(bound, dtype, tails):
+    end = torch.tensor(bound, dtype=dtype)
+    x = torch.stack([end, end * (1.0 - torch.finfo(dtype).eps), -end, end * 0.999])[:, None]
+    params = torch.zeros(4, functional.spline_params("rq", 3, tails), dtype=dtype)
+    for inverse in (False, True):
+        y, logdet = functional.spline(x, params, tails=tails, tail_bound=bound, inverse=inverse)
+        assert y.dtype == dtype and (y >= -end).all() and (y < end).all() and torch.isfinite(logdet).all()
+
+
+def test_edge_densities_that_linear_tails_can_not_have():
+    """p = 2x on (0, 1): a single bin whose slopes, 2x at 0 and 1, have a mean that is its own is that very map."""
+    x = torch.tensor([0.001, 0.3, 0.999], dtype=torch.float64)
+    params = torch.tensor([0.0, 0.0, -60.0, math.log(math.expm1(2.0))], dtype=torch.float64).expand(3, -1)
+    z, logdet = functional.spline((2.0 * x - 1.0)[:, None], params, tails=None, tail_bound=1.0, min_derivative=0.0)
+    torch.testing.assert_close((z[:, 0] + 1.0) / 2.0, x * x)
+    torch.testing.assert_close(logdet.exp(), 2.0 * x)
+
+
+def test_tails_that_do_not_fit_are_refused_and_have_no_kernels(fused):
+    x, params = torch.zeros(2, 3), torch.zeros(2, 3 * 6)
+    for call, message in ((lambda: functional.spline(x, params, tails="round"), "tails: expected one of 'linear', 'ci"),
+                          (lambda: functional.spline(x, params, tails=None), r"params: .*3\*\(3K \+ 1\)"),
+                          (lambda: functional.spline(x, params, kind="linear", tails=None), "tails: .*kind 'linear'"),
+                          (lambda: functional.spline_params("linear", 3, "circular"), "tails"),
+                          (lambda: functional.spline(x, params, tails="circular", end_derivative=0.9),
+                           "end_derivative: expected 1")):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
+    assert [functional.spline_params("rq", 4, tails) for tails in ("linear", *BOUNDED)] == [11, 12, 13]
+    with pytest.raises(RuntimeError, match=f"{fused}.*linear tails"):
+        functional.spline(x, params, tails="circular")
+    with backends.use_backend(None):
+        functional.spline(x, params, tails="circular")
+        assert backends.explain("spline", x, params, tails="circular").startswith("reference (the kernels' splines")

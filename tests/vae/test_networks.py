@@ -8,7 +8,7 @@ import torch
 from cases import kernels_run
 from torch import nn
 
-from fastflow import vae
+from fastflow import diagnostics, vae
 from fastflow.nn import FusedSequential
 from fastflow.vae.networks import conv_feature_decoder, conv_feature_encoder
 
@@ -132,3 +132,66 @@ def test_a_model_trains_alike(tmp_path):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
     compiled = torch.compile(model.encoder, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model.encoder(x), rtol=1e-5, atol=1e-5)
+
+
+class Parts(nn.Module):
+    """An encoder that gives its parameters apart."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(4, size) for size in sizes)
+
+    def forward(self, x):
+        return tuple(part(x) for part in self.parts)
+
+
+PAIRS = {
+    "gaussian": lambda: vae.GaussianPosterior(),
+    "interleaved": lambda: vae.GaussianPosterior("logstd", layout="interleave"),
+    "scale first": lambda: vae.GaussianPosterior("softplus", order="scale_mean"),
+    "delta": lambda: vae.DeltaGaussianPosterior(0.1), "flow": lambda: vae.FlowPosterior.householder(3),
+    "flow with a context": lambda: vae.FlowPosterior.iaf(3, context_features=2),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_encoder_may_give_mean_and_scale_apart(name):
+    """It is the one that joins them as the posterior packs its parameters."""
+    torch.manual_seed(0)
+    posterior, x = PAIRS[name](), torch.rand(5, 4)
+    encoder, decoder = Parts(3, 3, *[2] * (name == "flow with a context")), vae.mlp_decoder(3, (4,), (8,))
+
+    def joined(x):
+        halves = encoder(x)
+        if name == "interleaved":
+            return torch.stack(halves, 2).flatten(1)
+        return torch.cat(halves if name != "scale first" else halves[::-1], 1)
+
+    own, other = (vae.VAE(network, decoder, posterior) for network in (encoder, joined))
+    found, expected = (model.elbo(x, 2, seed=0) for model in (own, other))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(own.encode(x), other.encode(x))
+    if hasattr(posterior, "moments"):
+        mean, log_sigma = diagnostics.posterior_moments(own, x)
+        torch.testing.assert_close(mean, own.encode(x))
+        assert log_sigma.shape == (5, 3)
+
+
+def test_pseudo_inputs_of_an_encoder_of_pairs():
+    model = vae.VAE(Parts(3, 3), vae.mlp_decoder(3, (4,), (8,)), prior=vae.VampPrior(torch.rand(6, 4)))
+    assert model(torch.rand(5, 4)).elbo.shape == (5,) and model.sample(2).shape == (2, 4)
+
+
+@pytest.mark.parametrize(("error", "output", "posterior", "message"), [
+    (ValueError, lambda x: (x,), "gaussian", r"^encoder output: expected .* a pair \(mean, raw scale\), got 1 parts"),
+    (ValueError, lambda x: (x, x[:2]), "gaussian", r"^raw scale of the encoder output: expected shape \(5, 4\)"),
+    (ValueError, lambda x: (x[:, 0],) * 2, "gaussian", "^mean of the encoder output: expected shape"),
+    (TypeError, lambda x: (x, x.double()), "gaussian", "^mean of the encoder output: expected float64"),
+    (TypeError, lambda x: (x, 1.0), "gaussian", "^raw scale of the encoder output: expected a torch.Tensor, got float"),
+    (TypeError, lambda x: {"mean": x}, "gaussian", "^encoder output: expected a torch.Tensor .* got dict"),
+    (TypeError, lambda x: (x, x), "full", r"^encoder output: expected .* FullGaussianPosterior, got tuple; torch\.cat"),
+])
+def test_wrong_parts_are_named(error, output, posterior, message):
+    with pytest.raises(error, match=message):
+        vae.VAE(output, vae.mlp_decoder(4, (4,), (8,)), posterior)(torch.rand(5, 4))

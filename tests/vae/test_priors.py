@@ -240,6 +240,33 @@ def test_a_prior_of_another_shape_is_named(make):
             call(vae.MLPVAE((4,), 3, (8,), prior=make()))
 
 
+class Foreign(nn.Module):
+    """A flow as other libraries have it: its sample takes a number alone, and may give the density too."""
+
+    def __init__(self, pair):
+        super().__init__()
+        self.scale, self.pair = nn.Parameter(torch.tensor(2.0)), pair
+
+    def log_prob(self, z):
+        return Normal(0.0, self.scale).log_prob(z).sum(1)
+
+    def sample(self, num_samples=1):
+        z = self.scale * torch.randn(num_samples, 3)
+        return (z, self.log_prob(z)) if self.pair else z
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_flow_of_another_library_is_sampled(pair):
+    prior = Foreign(pair)
+    model = vae.VAE(vae.mlp_encoder((4,), 3, (8,)), vae.mlp_decoder(3, (4,), (8,)), prior=prior)
+    model(torch.rand(5, 4)).elbo.sum().backward()
+    assert prior.scale.grad is not None and model.sample(6).shape == (6, 4)
+    first, second = (model.sample_latents(6, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, model.sample_latents(6))
+    with pytest.raises(ValueError, match="^temperature: expected 1 for the prior Foreign, whose sample takes none"):
+        model.sample(2, temperature=0.5)
+
+
 def test_conditional_flow_prior():
     flow, problem = perturb(flows.RealNVP(2, n_layers=2, context_features=1).double(), 0.1), PPCA(3, 2)
     make = lambda n: vae.Conditioned(nn.Linear(n + 1, 4 if n == 3 else 3).double())  # noqa: E731

@@ -120,6 +120,17 @@ def test_fsq_codes_beyond_what_float32_counts():
     assert found.codes.max() > 2**24 and found.codes.max() < quantizer.n_codes
 
 
+def test_fsq_follows_parameters_that_are_assigned():
+    def make():
+        return vae.QuantizedVAE(nn.Linear(3, 2), vae.FSQ((4, 4)), nn.Linear(2, 3), vae.GaussianLikelihood())
+
+    with torch.device("meta"):
+        model = make()
+    model.load_state_dict(make().double().state_dict(), assign=True)
+    assert model.quantizer.lookup(torch.zeros(1, dtype=torch.int64)).dtype == torch.float64
+    assert model.elbo(randn(4, 3, seed=0)).elbo.isfinite().all()
+
+
 def test_fsq_gradient_is_that_of_the_bound():
     quantizer, z = vae.FSQ((5, 4)), randn(3, 2, 2, seed=0).requires_grad_()
     gradient, = torch.autograd.grad(quantizer(z).z.sum(), z)

@@ -384,3 +384,15 @@ def test_discrete_latents_in_half_precision():
 def test_errors_name_the_argument(error, make, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("prior", [lambda: flows.StandardNormal(2), lambda: flows.RealNVP(2, n_layers=1)])
+def test_a_prior_follows_parameters_that_are_assigned(prior):
+    def make():
+        return vae.VAE(nn.Linear(3, 4), nn.Linear(2, 3), prior=prior())
+
+    with torch.device("meta"):
+        model = make()
+    model.load_state_dict(make().double().state_dict(), assign=True)
+    x = model.sample(4)
+    assert x.dtype == torch.float64 and x.device.type == "cpu" and model.elbo(x).elbo.isfinite().all()

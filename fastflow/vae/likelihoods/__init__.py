@@ -3,6 +3,10 @@
 A likelihood has log_prob(x, output) -> (*, B) summed over the event, where x is (B, *event) and output
 (*, B, *output_shape(event)); mean(output); and sample(output, generator=None). An object with these three whose output
 has x's shape need not have output_shape.
+
+``takes_integers`` says what x is: True, integers, which training steps hand on as they are (counts, classes, levels);
+False, real numbers, for which they dequantise integer images. Of an object without it a step takes floating x and
+integer images, which it dequantises, and refuses other integers.
 """
 
 from fastflow.vae.likelihoods.base import Likelihood

@@ -7,12 +7,12 @@ from torch.distributions import Independent, LowRankMultivariateNormal, Multivar
 
 from fastflow.flows import DiagonalNormal, FullNormal, StandardNormal
 from fastflow.vae.likelihoods.base import promoted
-from fastflow.vae.priors.gaussian import GaussianPrior
+from fastflow.vae.priors.gaussian import DiagonalGaussian
 
 __all__ = ["dense_moments", "has_closed_kl", "is_diagonal", "is_standard", "kl_by_element", "kl_to_dense",
            "misplaced", "prior_moments"]
 
-DIAGONAL = (GaussianPrior, DiagonalNormal, Normal)
+DIAGONAL = (DiagonalGaussian, DiagonalNormal, Normal)
 DENSE = (FullNormal, MultivariateNormal, LowRankMultivariateNormal)
 
 
@@ -36,7 +36,7 @@ def prior_moments(prior, like):
     if is_standard(prior):
         return like.new_zeros(1, like.shape[1]), like.new_zeros(1, like.shape[1])
     law, event = _law(prior), like.shape[1:]
-    if isinstance(law, GaussianPrior):
+    if isinstance(law, DiagonalGaussian):
         if math.prod(law.event_shape) != math.prod(event):
             raise misplaced(law.event_shape, event)
         return promoted(law.mean), promoted(law.sigma_and_log()[1])

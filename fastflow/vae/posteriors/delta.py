@@ -25,8 +25,18 @@ class DeltaGaussianPosterior(GaussianPosterior):
 
     def __init__(self, least):
         super().__init__("logvar")
-        delta_gaussian(torch.zeros(1), torch.zeros(1), least)  # checks it
         self.least = least
+
+    @property
+    def least(self):
+        return self._least
+
+    @least.setter
+    def least(self, value):
+        # Found here, because a graph would trace the search step by step; two numbers, because a graph takes those of a
+        # tuple for constants.
+        self._low, self._high = _log_variances(value)
+        self._least = value
 
     def forward(self, params, prior=None, n_samples=1, **options):
         if not is_standard(prior):
@@ -40,7 +50,8 @@ class DeltaGaussianPosterior(GaussianPosterior):
         return super().mean(self._bounded(params))
 
     def _bounded(self, params):
-        return torch.cat(delta_gaussian(*self._halves(promoted(params, "params")), self.least), 1)
+        raw = self._halves(promoted(params, "params"))
+        return torch.cat(_within(*raw, self._least, self._low, self._high), 1)
 
     def extra_repr(self):
         return f"least={self.least}"
@@ -56,11 +67,11 @@ def delta_gaussian(raw_mean, raw_scale, least):
     References:
         Razavi et al., "Preventing posterior collapse with delta-VAEs", 2019, arXiv:1901.03416.
     """
-    if not 0.0 < least < math.inf:
-        raise ValueError(f"least: expected a finite number > 0, got {least!r}")
-    # From 2 on exp(v) - v is at least exp(v)/2.
-    above = max(2.0, math.log(2.0) + math.log1p(2.0 * least))
-    low, high = _root(least, -2.0 * least - 2.0, 0.0), _root(least, above, 0.0)
+    return _within(raw_mean, raw_scale, least, *_log_variances(least))
+
+
+def _within(raw_mean, raw_scale, least, low, high):
+    """:func:`delta_gaussian` between the log-variances ``low`` and ``high``."""
     logvar = low + (high - low) * torch.sigmoid(raw_scale)
     # 2 KL is the mean's square plus expm1(v) - v; from 1 + v - exp(v) a small least would be rounding.
     square = 2.0 * least - (torch.expm1(logvar) - logvar)
@@ -80,6 +91,19 @@ def ar1_least_rate(correlation, length):
     length = checks.count("length", length, 1)
     square = correlation**2
     return 0.0 if length == 1 else 0.5 * ((length - 2) * math.log1p(square) - math.log1p(-square))
+
+
+def _log_variances(least):
+    """(low, high), the least and the largest log-variance of a Gaussian whose KL to N(0, 1) may be ``least`` nats.
+
+    Raises:
+        ValueError: ``least`` is no finite positive number.
+    """
+    if not 0.0 < least < math.inf:
+        raise ValueError(f"least: expected a finite number > 0, got {least!r}")
+    # From 2 on exp(v) - v is at least exp(v)/2.
+    above = max(2.0, math.log(2.0) + math.log1p(2.0 * least))
+    return _root(least, -2.0 * least - 2.0, 0.0), _root(least, above, 0.0)
 
 
 def _root(least, outside, inside):

@@ -87,6 +87,13 @@ class FlowPosterior(nn.Module):
     def n_params(self, features):
         return self.base.n_params(features) + self.context_features
 
+    def packed(self, parts):
+        """params of the Gaussian's mean and raw scale, each (B, D, *S), and of the context where there is one."""
+        if not self.context_features or len(parts) == 2:
+            return self.base.packed(parts)
+        checks.tensor("context of the encoder output", parts[-1])
+        return torch.cat([self.base.packed(parts[:-1]), parts[-1]], 1)
+
     def log_prob(self, params, z):
         """log q(z | x) (K, B) in nats of any z (K, B, D, *S), by the transform's other direction."""
         params, context = self._split(params)

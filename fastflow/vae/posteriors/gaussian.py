@@ -9,7 +9,7 @@ from fastflow import checks, functional, reference
 from fastflow.nn import GaussianSample
 from fastflow.vae.likelihoods.base import promoted
 from fastflow.vae.posteriors.closed import dense_moments, is_standard, kl_by_element, kl_to_dense, prior_moments
-from fastflow.vae.priors.gaussian import GaussianPrior
+from fastflow.vae.priors.gaussian import DiagonalGaussian
 
 __all__ = ["DeterministicPosterior", "FullGaussianPosterior", "GaussianPosterior", "LowRankGaussianPosterior"]
 
@@ -59,7 +59,7 @@ class GaussianPosterior(nn.Module):
         """As the other posteriors; with ``want_log_qz=False`` None stands for log q(z | x), and n_samples None gives
         one z (B, D, *S)."""
         params = promoted(params, "params")
-        fused = isinstance(prior, GaussianPrior) and prior.scale == self.scale
+        fused = isinstance(prior, DiagonalGaussian) and prior.scale == self.scale
         z, kl, *log_qz = functional.gaussian_sample_kl(
             params, scale=self.scale, layout=self.layout, order=self.order, eps=eps, seed=seed, generator=generator,
             prior=(prior.mean, prior.raw) if fused else None, n_samples=n_samples, return_logq=want_log_qz)
@@ -69,7 +69,7 @@ class GaussianPosterior(nn.Module):
 
     def _kl(self, params, prior):
         """(B,) to a prior that the kernel does not know, None where there is no closed form."""
-        if isinstance(prior, GaussianPrior):
+        if isinstance(prior, DiagonalGaussian):
             checks.no_mixed_double([("params", params), ("prior", prior.mean)])
         mean, log_sigma = GaussianPosterior.moments(self, params)
         if (moments := prior_moments(prior, mean)) is not None:
@@ -81,6 +81,23 @@ class GaussianPosterior(nn.Module):
     def n_params(self, features):
         """Channels of params for D = features."""
         return 2 * features
+
+    def packed(self, parts):
+        """params of the pair (mean, raw scale), each (B, D, *S), that an encoder gave."""
+        if len(parts) != 2:
+            raise ValueError("encoder output: expected params (B, 2D, *S) or a pair (mean, raw scale), got "
+                             f"{len(parts)} parts")
+        named = list(zip(("mean of the encoder output", "raw scale of the encoder output"), parts, strict=True))
+        for name, part in named:
+            checks.tensor(name, part)
+        if parts[0].dim() < 2:
+            raise ValueError(f"{named[0][0]}: expected shape (B, D, *S), got {tuple(parts[0].shape)}")
+        checks.shape(named[1][0], parts[1], parts[0].shape)
+        checks.no_mixed_double(named)
+        first, second = parts if self.order == "mean_scale" else reversed(parts)
+        if self.layout == "chunk":
+            return torch.cat([first, second], 1)
+        return torch.stack([first, second], 2).flatten(1, 2)
 
     def moments(self, params):
         """(mean, log sigma), each (B, D, *S)."""
@@ -127,7 +144,7 @@ class LowRankGaussianPosterior(nn.Module):
     def forward(self, params, prior=None, n_samples=1, *, eps=None, seed=None, generator=None):
         """As the other posteriors; eps is (K, B, D + rank)."""
         mean, log_variance, factor = self._split(params)
-        like = mean.new_empty(len(mean), mean.shape[1] + self.rank)
+        like = mean.new_empty(mean.shape[0], mean.shape[1] + self.rank)  # len() would fix it in a graph
         noise, _ = standard_noise(like, n_samples, eps, seed, generator)
         own, shared = noise.split([mean.shape[1], self.rank], 2)
         z = mean + torch.exp(0.5 * log_variance) * own + torch.einsum("bdr,kbr->kbd", factor, shared)
@@ -231,7 +248,7 @@ class FullGaussianPosterior(nn.Module):
         check_params(params, self.n_params(d))
         mean, log_diagonal, below = promoted(params).split([d, d, d * (d - 1) // 2], 1)
         rows, columns = torch.tril_indices(d, d, -1, device=params.device)
-        batch = torch.arange(len(mean), device=params.device)[:, None]
+        batch = torch.arange(mean.shape[0], device=params.device)[:, None]
         lower = torch.diag_embed(torch.exp(log_diagonal)).index_put((batch, rows, columns), below)
         return mean, log_diagonal, lower
 

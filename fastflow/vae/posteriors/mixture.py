@@ -38,7 +38,7 @@ class MixturePosterior(nn.Module):
         """As the other posteriors; eps is (K, B, D + 1), whose last column chooses the component by its quantile."""
         log_weights, means, log_sigmas = self._split(params)
         d = means.shape[2]
-        noise, _ = standard_noise(means.new_empty(len(means), d + 1), n_samples, eps, seed, generator)
+        noise, _ = standard_noise(means.new_empty(means.shape[0], d + 1), n_samples, eps, seed, generator)
         with torch.no_grad():
             cumulative = torch.exp(log_weights).cumsum(1)
             u = torch.special.ndtr(noise[..., d:])

@@ -90,6 +90,8 @@ class CodePrior(nn.Module):
         van den Oord et al., "WaveNet", 2016, arXiv:1609.03499.
     """
 
+    takes_integers = True  # as they are, where it is trained by itself
+
     def __init__(self, n_codes, hidden=64, n_layers=5):
         super().__init__()
         for name, value, least in (("n_codes", n_codes, 2), ("hidden", hidden, 1), ("n_layers", n_layers, 1)):
@@ -101,6 +103,9 @@ class CodePrior(nn.Module):
         self.output = nn.Linear(hidden, n_codes)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+
+    def forward(self, codes):
+        return self.log_prob(codes)
 
     def log_prob(self, codes):
         """(N,) nats of codes (N, *shape) int64, taken in row-major order; (N,) is one code each."""

@@ -5,16 +5,15 @@ import math
 from torch import nn
 
 from fastflow import checks, functional
-from fastflow.vae.priors.gaussian import GaussianPrior
+from fastflow.vae.priors.gaussian import DiagonalGaussian
 
 __all__ = ["ConditionalGaussianPrior"]
 
 
-class GaussianAt(GaussianPrior):
+class GaussianAt(DiagonalGaussian):
     """The Gaussian of one context for each example: mean and raw (B, D, *S) are given, not parameters."""
 
     def __init__(self, mean, raw, scale):
-        nn.Module.__init__(self)
         self.mean, self.raw, self.scale, self.event_shape = mean, raw, scale, mean.shape[1:]
 
     def log_prob(self, z):
@@ -47,7 +46,7 @@ class ConditionalGaussianPrior(nn.Module):
         self.scale = scale
 
     def given(self, context):
-        """The GaussianPrior for these contexts (B, ...), one Gaussian for each example."""
+        """The prior for these contexts (B, ...), one Gaussian for each example."""
         if context is None:
             raise ValueError("context: expected a tensor for a ConditionalGaussianPrior, got None")
         checks.tensor("context", context, floating=False)

@@ -19,7 +19,22 @@ def check_z(z, event_shape, parameter):
     checks.goes_with("z", z, "the prior", parameter)
 
 
-class GaussianPrior(nn.Module):
+class DiagonalGaussian:
+    """A diagonal Gaussian over z (D, *S): its ``mean`` and ``raw`` (1, D, *S) or one for each z, and what raw is,
+    ``scale``. No module in itself, since a graph can't make one."""
+
+    def sigma_and_log(self):
+        """(sigma, log sigma), each like raw."""
+        return reference.sigma_and_log(self.raw, self.scale)
+
+    def sample(self, n, *, generator=None, temperature=1.0):
+        """(n, D, *S) with the standard deviation times ``temperature``."""
+        checks.rng(generator)
+        noise = drawn(torch.randn, (n, *self.event_shape), self.mean, generator)
+        return self.mean + temperature * self.sigma_and_log()[0] * noise
+
+
+class GaussianPrior(DiagonalGaussian, nn.Module):
     """A learned diagonal Gaussian, parameters ``mean`` and ``raw`` (1, D, *S); it starts near N(0, I).
 
     Args:
@@ -37,22 +52,12 @@ class GaussianPrior(nn.Module):
         self.mean = nn.Parameter(torch.zeros(1, *self.event_shape))
         self.raw = nn.Parameter(torch.full((1, *self.event_shape), self.UNIT.get(scale, 0.0)))
 
-    def sigma_and_log(self):
-        """(sigma, log sigma), each (1, D, *S)."""
-        return reference.sigma_and_log(self.raw, self.scale)
-
     def log_prob(self, z):
         """(N,) nats of z (N, D, *S)."""
         check_z(z, self.event_shape, self.mean)
         sigma, log_sigma = self.sigma_and_log()
         residual = (z - self.mean) / sigma
         return -(0.5 * residual * residual + log_sigma + 0.5 * math.log(2.0 * math.pi)).flatten(1).sum(1)
-
-    def sample(self, n, *, generator=None, temperature=1.0):
-        """(n, D, *S) with the standard deviation times ``temperature``."""
-        checks.rng(generator)
-        noise = drawn(torch.randn, (n, *self.event_shape), self.mean, generator)
-        return self.mean + temperature * self.sigma_and_log()[0] * noise
 
 
 class MixturePrior(nn.Module):

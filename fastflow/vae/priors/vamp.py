@@ -85,4 +85,4 @@ class VampPrior(nn.Module):
         if not self._models:
             raise RuntimeError("VampPrior: give it to a VAE first, as prior=")
         model, = self._models
-        return model.encoder(self.pseudo_inputs()), model.posterior
+        return model._encoded(self.pseudo_inputs(), None), model.posterior
