@@ -30,12 +30,22 @@ def embeds(network, x, dtype, context=None):
     return first or _runs(network, x, torch.int64, context)
 
 
+def _refuse_floats(embedding, args):
+    if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+        raise TypeError("an embedding takes integers")
+
+
 def _runs(network, x, dtype, context):
     """Whether the network runs on the meta device on an x of that dtype; nothing of it changes."""
+    # Not every version of torch has embeddings look at their indices there.
+    hooks = [m.register_forward_pre_hook(_refuse_floats) for m in network.modules() if isinstance(m, EMBEDDINGS)]
     tensors = {name: t.to("meta") for name, t in (*network.named_parameters(), *network.named_buffers())}
     inputs = (torch.empty_like(x, dtype=dtype, device="meta"), *(() if context is None else (context.to("meta"),)))
     try:
         functional_call(network, tensors, inputs)
     except Exception:  # of whatever kind, it is the answer
         return False
+    finally:
+        for hook in hooks:
+            hook.remove()
     return True
