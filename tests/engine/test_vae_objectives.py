@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from sweeps import rest_slow
 from torch import nn
 
 from fastflow import vae
@@ -147,7 +148,7 @@ class Levels(Words):
     (nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 4)), False), (Words(), False), (Words(2), True),
     (Levels(2), True),
 ], ids=["sequential", "module", "conditional", "label"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", rest_slow([torch.int64, torch.uint8], [torch.uint8]))
 def test_an_encoder_that_embeds_gets_the_integers_themselves(encoder, labelled, dtype):
     decoder = nn.Linear(4, 21) if labelled else vae.mlp_decoder(2, (21,), (8,))
     x, context = X[:4, 0, 0, :3] % 7, torch.tensor([0, 1, 1, 0])
