@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "vectors.h"
+#include "conv_tiles.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -107,18 +107,7 @@ template <int R, int N, class T>
   const T* at[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) at[r] = in + r * in_step;
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < terms; ++k, w += w_step) {
-    Vec<T> row[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) row[n] = load(w + n * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const T factor = at[r][k];
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[r][n] += factor * row[n];
-    }
-  }
+  add_terms<R, N>({1, terms, 0}, at, w, w_step, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -149,30 +138,6 @@ void mix(const MixShape& shape, int64_t count, const T* in, int64_t in_step, con
   });
 }
 
-// to[r][j] += sum over `count` pixels p of in[p][r] rows[p][j].
-template <int R, int N, class T>
-[[gnu::noinline]] void outer_tile(int64_t count, const T* in, int64_t in_step, const T* rows, T* to, int64_t to_step) {
-  constexpr int W = Simd<T>::lanes;
-  Vec<T> sum[R][N] = {};
-#pragma GCC unroll 1
-  for (int64_t p = 0; p < count; ++p, in += in_step, rows += N * W) {
-    Vec<T> row[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) row[n] = load(rows + n * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[r][n] += in[r] * row[n];
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      T* const at = to + r * to_step + n * W;
-      store(at, load(at) + sum[r][n]);
-    }
-}
-
 // The gradients of matrix and offset from at most `piece` pixels, added to `to`.
 template <class T>
 void add_outer(const MixShape& shape, int64_t count, const T* grad, int64_t grad_step, const T* x, int64_t x_step,
@@ -190,8 +155,9 @@ void add_outer(const MixShape& shape, int64_t count, const T* grad, int64_t grad
     for (int64_t t = 0, c = 0; t < tiles; ++t) {
       const int64_t height = shape.channels / tiles + (t < shape.channels % tiles);
       with_count<most>(height, [&](auto r) {
-        outer_tile<decltype(r)::value, N>(count, grad + c, grad_step, rows, to + c * shape.step() + panel.from,
-                                          shape.step());
+        outer_tile<decltype(r)::value, N>(Extent{1, 1, count}, Piece{0, 1, 0, count},
+                                          Pixels<T>{grad + c, 0, 0, grad_step}, rows,
+                                          to + c * shape.step() + panel.from, shape.step());
       });
       c += height;
     }

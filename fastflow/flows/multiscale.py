@@ -23,7 +23,7 @@ def _space_to_depth(x):
     """:class:`Squeeze`'s map of x (B, C, H, W) in any memory format to one in channels-last."""
     plain = not torch.compiler.is_compiling() and backends.needs_reference((x,)) is None
     if plain and x.device.type == "cpu" and x.numel():
-        # Four to six times faster than one copy with six dimensions, in whose order a CPU copies two values at a time.
+        # Not as one copy with six dimensions, in whose order a CPU copies two values at a time.
         if x.requires_grad and torch.is_grad_enabled():
             return channels_last(F.pixel_unshuffle(x, 2))
         pixels = x.permute(0, 2, 3, 1)
